@@ -1,0 +1,37 @@
+# Every target makes what it needs from nothing: a Python >= 3.11 is all that has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help test check soak bench-loss clean
+.DELETE_ON_ERROR:
+
+help:  ## what there is to type
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+test: $(STAMP)  ## the test suite, on all cores; kernels are interpreted where there is no GPU
+	$(BIN)/python -m pytest -n auto -m "not soak"
+
+soak: $(STAMP)  ## the long tests
+	$(BIN)/python -m pytest -n auto -m soak
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck
+	# mypy follows installed files, not the name mapping of an editable install
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-compile --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
+
+bench-loss: $(STAMP)  ## the loss against its limits, on the CPU (and a GPU where there is one)
+	$(BIN)/python bench/bench_loss.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,1 @@
+"""The cache format: what lies on disk. This package never imports torch."""

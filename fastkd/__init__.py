@@ -1,0 +1,59 @@
+"""fastkd: knowledge distillation from a cached sparse teacher, at the price of ordinary training.
+
+Names are loaded on first use (PEP 562): importing fastkd imports neither torch nor triton nor zarr.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels import (
+        DistillationLoss,
+        KDError,
+        KDLoss,
+        SparseTargets,
+        kd_loss,
+        linear_kd_loss,
+        linear_topk_targets,
+        set_debug,
+        topk_targets,
+    )
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "DistillationLoss": "kernels",
+    "KDError": "kernels",
+    "KDLoss": "kernels",
+    "SparseTargets": "kernels",
+    "kd_loss": "kernels",
+    "linear_kd_loss": "kernels",
+    "linear_topk_targets": "kernels",
+    "set_debug": "kernels",
+    "topk_targets": "kernels",
+}
+
+__all__ = [
+    "DistillationLoss",
+    "KDError",
+    "KDLoss",
+    "SparseTargets",
+    "__version__",
+    "kd_loss",
+    "linear_kd_loss",
+    "linear_topk_targets",
+    "set_debug",
+    "topk_targets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

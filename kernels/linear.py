@@ -1,0 +1,104 @@
+"""The head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import TorchRows
+from .call import Call
+
+# Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of their
+# mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is a normal number, and 4,094 still fits.
+FLOAT16_SCALE = 16.0
+CUDA_CHUNK = 2048
+CPU_CHUNK_BYTES = 32 << 20
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits, beside the weight: `softcap(logit_scale * (h W^T + bias))`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    logit_scale: float | None
+
+
+class Gradients(NamedTuple):
+    """Gradients in hidden (its type), weight and bias (float32); None where not wanted. To be multiplied by `rescale`."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    rescale: Tensor | None
+
+
+def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
+    """How many tokens go through the head at once where the caller does not say."""
+    if device.type == "cpu":
+        return max(64, CPU_CHUNK_BYTES // (width * itemsize) // 64 * 64)
+    return CUDA_CHUNK
+
+
+def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+    """total += gradient^T hidden, accumulated in float32 whatever the operands' type."""
+    if gradient_CV.dtype == total_VD.dtype:
+        total_VD.addmm_(gradient_CV.t(), hidden_CD.to(total_VD.dtype))
+    elif gradient_CV.is_cuda:
+        torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype))
+
+
+def linear_kd_loss_chunks(
+    hidden_ND: Tensor, head: Head, call: Call, *, chunk: int, dtype: torch.dtype, want: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Loss, hard, soft, and the gradients in (hidden, weight, bias) that are wanted.
+
+    Matrix products run in `dtype` (autocast's, or the tensors' own). Peak memory beyond what is returned: one buffer
+    `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
+    """
+    width, device = head.weight_VD.shape[0], hidden_ND.device
+    settings: dict[str, Any] = dict(softcap=head.softcap, logit_scale=head.logit_scale, want_grad=any(want))
+    rescale_later = dtype == torch.float16
+    if rescale_later:
+        settings["fixed_scale"] = FLOAT16_SCALE
+    rows = _engine(call, hidden_ND.shape[0], width, dtype, settings)
+    weight_VD = head.weight_VD.to(dtype)
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+
+    compact = rows.index is not None
+    d_hidden = (torch.zeros_like if compact else torch.empty_like)(hidden_ND) if want[0] else None
+    d_weight = torch.zeros(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
+    d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
+    buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
+    for first in range(0, rows.rows, chunk):
+        at = slice(first, min(first + chunk, rows.rows))
+        positions = at if rows.index is None else rows.index[at]
+        hidden_CD, x_CV = hidden_ND[positions].to(dtype), buffer[: at.stop - first]
+        if bias_V is None:
+            torch.mm(hidden_CD, weight_VD.t(), out=x_CV)
+        else:
+            torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=x_CV)
+        rows.loss_(x_CV, first)
+        if d_hidden is not None:
+            if not compact and d_hidden.dtype == dtype:
+                torch.mm(x_CV, weight_VD, out=d_hidden[at])
+            else:
+                d_hidden[positions] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
+        if d_weight is not None:
+            add_outer_product_(d_weight, x_CV, hidden_CD)
+        if d_bias is not None:
+            d_bias += x_CV.sum(0, dtype=accumulator)
+    rescale = 1.0 / (rows.divisor * FLOAT16_SCALE) if rescale_later else None
+    return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
+
+
+def _engine(call: Call, positions: int, width: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    what = "hidden @ weight.T"
+    if call.impl == "triton":
+        from .loss_triton import TritonRows
+
+        return TritonRows(call, positions, width, dtype, what=what, **settings)
+    return TorchRows(call, positions, width, dtype, what=what, **settings)

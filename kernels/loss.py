@@ -1,0 +1,316 @@
+"""The distillation loss: what users call. Arguments are checked here, the work is done by the operators."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops  # noqa: F401  registers the operators
+from .call import Call
+from .checks import check_rows, check_settings
+from .errors import KDError
+from .linear import default_chunk
+from .targets import SparseTargets
+
+
+class KDLoss(NamedTuple):
+    """A distillation loss and its parts, 0-d float32 tensors in nats a counted position. Only `loss` has a gradient."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def kd_loss(
+    logits: Tensor,
+    targets: SparseTargets,
+    labels: Tensor | None,
+    *,
+    alpha: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    divergence: str = "forward_kl",
+    treatment: str = "auto",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+    inplace: bool = False,
+) -> KDLoss:
+    """`alpha * CE(student, label) + (1 - alpha) * T^2 * D(teacher_T, student_T)`, a mean over the positions that count.
+
+    Shapes: logits `[N, V]`, labels, mask and weights `[N]`, or all with leading dimensions `[B, L, ...]` in place of N;
+    targets over N positions, or compact (`targets.index`). `labels[i]` is what `logits[i]` predicts: nothing shifts.
+
+    Which positions count: those whose label is not `ignore_index`, that `mask` (bool) has, and that targets have a row
+    for. `labels=None`: no hard loss (alpha becomes 0, `hard` is NaN). `weights` multiply a position's loss. The sum is
+    divided by `num_items`, the count of the whole optimizer step (an int or a 0-d tensor; by default the positions that
+    count here, not the sum of the weights; 0 counts as 1). Nothing communicates: sum counts over ranks beforehand.
+
+    alpha and temperature may be 0-d tensors, so that a schedule neither recompiles nor synchronises.
+    divergence: forward_kl, reverse_kl, jsd (`beta`: M = beta q + (1 - beta) p; beta KL(q|M) + (1 - beta) KL(p|M);
+    Agarwal et al. 2024), skew_kl (KL(q | skew q + (1 - skew) p); Ko et al. 2024), tvd.
+    treatment of the teacher's mass outside the head: bucket (one more outcome), sampled (by the stored draws; Anshumann
+    et al. 2025), renormalize (dropped); auto is sampled for forward_kl where there are draws and T <= 1.5 times
+    the temperature they were drawn at, else bucket. The last two take forward_kl only.
+    impl: auto (triton on a GPU, torch elsewhere), reference (dense float64), torch, triton.
+    inplace: the logits' buffer is given up; the gradient is written over it. Not in evaluation. The logits are unusable
+    afterwards, and an operation that had saved them for its backward raises there.
+
+    Gradients are computed in the forward: do not wrap the call in activation checkpointing, which would run all of it
+    twice and save nothing. A second backward through the same loss raises KDError.
+
+    Raises KDError where arguments do not fit; for values inside tensors see `set_debug`.
+    """
+    _check_tensor("logits", logits, 2)
+    call = _call(
+        "logits",
+        logits,
+        logits.shape[-1],
+        targets,
+        labels,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        treatment=treatment,
+        beta=beta,
+        skew=skew,
+        ignore_index=ignore_index,
+        mask=mask,
+        weights=weights,
+        num_items=num_items,
+        impl=impl,
+    )
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *call)
+    elif logits.dtype == torch.float16:
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, False, inplace, *call)
+    elif inplace:
+        with torch.no_grad():
+            loss, hard, soft = torch.ops.fastkd.kd_loss_(logits.detach(), None, *call)
+        loss = torch.ops.fastkd.attach(logits, logits.detach(), loss, call.impl)
+    else:
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, True, False, *call)
+    return KDLoss(loss, hard.detach(), soft.detach())
+
+
+def linear_kd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: SparseTargets,
+    labels: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    chunk_tokens: int | None = None,
+    grad_weight: Tensor | None = None,
+    alpha: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    divergence: str = "forward_kl",
+    treatment: str = "auto",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+    inplace: bool = False,
+) -> KDLoss:
+    """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never held whole.
+
+    Shapes: hidden `[N, D]` (or `[B, L, ..., D]`), weight `[V, D]`, bias `[V]`; the rest as in `kd_loss`. The scale
+    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma). Of compact targets, only the hidden
+    rows they belong to go through the head.
+
+    Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
+    grad_weight `[V, D]` float32: an accumulator across micro-batches: the backward adds the weight's gradient to it, and
+    none arrives at `weight` itself. chunk_tokens: how many positions go through the head at once (by default 2048 on
+    a GPU, and some 32 MB of logits on a CPU). Under autocast the matrix products run in its type. `inplace` is accepted
+    for symmetry with `kd_loss`: there is no buffer of the caller's to give up.
+    """
+    _check_tensor("hidden", hidden, 2)
+    _check_tensor("weight", weight, 2)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise KDError(
+            f"weight: found shape {tuple(weight.shape)} for hidden {tuple(hidden.shape)}; (V, {hidden.shape[-1]}) is needed."
+        )
+    width = weight.shape[0]
+    call = _call(
+        "hidden",
+        hidden,
+        width,
+        targets,
+        labels,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        treatment=treatment,
+        beta=beta,
+        skew=skew,
+        ignore_index=ignore_index,
+        mask=mask,
+        weights=weights,
+        num_items=num_items,
+        impl=impl,
+    )
+    device_type = hidden.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    for name, tensor, shape in (("weight", weight, weight.shape), ("bias", bias, (width,))):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape) or tensor.device != hidden.device:
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise KDError(f"{name}: found {found}; {tuple(shape)} on {hidden.device} is needed.")
+        if tensor.dtype != hidden.dtype and not autocast:
+            raise KDError(f"{name}: found {tensor.dtype}, hidden {hidden.dtype}; one type (or autocast) is needed.")
+    for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if number is not None and not 0 < number < float("inf"):
+            raise KDError(f"{name}: found {number}; a positive number is needed.")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise KDError(f"chunk_tokens: found {chunk_tokens}; at least 1 is needed.")
+
+    grad_mode = torch.is_grad_enabled()
+    want = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if grad_weight is not None:
+        if grad_weight.shape != weight.shape or grad_weight.dtype != torch.float32:
+            found = f"{tuple(grad_weight.shape)} {grad_weight.dtype}"
+            raise KDError(f"grad_weight: found {found}; {tuple(weight.shape)} torch.float32 is needed.")
+        if grad_mode and not weight.requires_grad:
+            raise KDError(
+                "grad_weight: found with a weight that does not require a gradient; leave it out, or unfreeze."
+            )
+    chunk = chunk_tokens or default_chunk(hidden.device, width, dtype.itemsize)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, hard, soft, *_ = torch.ops.fastkd.linear_kd_loss(
+        flat, weight, bias, grad_weight, softcap, logit_scale, chunk, dtype, want, *call
+    )
+    return KDLoss(loss, hard.detach(), soft.detach())
+
+
+class DistillationLoss(nn.Module):
+    """The settings of a distillation loss, with both forms: `module(logits, ...)` and `module.linear(hidden, weight, ...)`.
+
+    Settings are keyword arguments of `kd_loss`; alpha and temperature are plain attributes, to be changed at will.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float | Tensor = 0.5,
+        temperature: float | Tensor = 1.0,
+        divergence: str = "forward_kl",
+        treatment: str = "auto",
+        beta: float = 0.5,
+        skew: float = 0.1,
+        ignore_index: int = -100,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.alpha, self.temperature = alpha, temperature
+        self.divergence, self.treatment, self.beta, self.skew = divergence, treatment, beta, skew
+        self.ignore_index, self.impl = ignore_index, impl
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that the module stands for."""
+        names = ("alpha", "temperature", "divergence", "treatment", "beta", "skew", "ignore_index", "impl")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, logits: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any) -> KDLoss:
+        """`kd_loss` with the module's settings; `kwargs`: mask, weights, num_items, inplace."""
+        return kd_loss(logits, targets, labels, **self.settings(), **kwargs)
+
+    def linear(
+        self, hidden: Tensor, weight: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any
+    ) -> KDLoss:
+        """`linear_kd_loss` with the module's settings; `kwargs`: those of the head, mask, weights, num_items."""
+        return linear_kd_loss(hidden, weight, targets, labels, **self.settings(), **kwargs)
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+
+
+def resolve_impl(impl: str, tensor: Tensor) -> str:
+    """The implementation for tensors on this device; KDError for triton where it cannot run."""
+    if impl == "auto":
+        return "triton" if tensor.is_cuda else "torch"
+    if impl == "triton" and not tensor.is_cuda:
+        from .interpreter import triton_is_interpreted
+
+        if not triton_is_interpreted():
+            raise KDError(
+                f"impl: found 'triton' with a tensor on {tensor.device}; move it to a GPU, use impl='torch', or set "
+                "TRITON_INTERPRET=1 before triton is imported to interpret the kernels (slow, for tests)."
+            )
+    return impl
+
+
+def _check_tensor(name: str, tensor: Tensor, least: int) -> None:
+    if tensor.ndim < least or not tensor.is_floating_point():
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise KDError(f"{name}: found {found}; a floating-point tensor of at least {least} dimensions is needed.")
+
+
+def _call(
+    what: str,
+    x: Tensor,
+    width: int,
+    targets: SparseTargets,
+    labels: Tensor | None,
+    *,
+    alpha: float | Tensor,
+    temperature: float | Tensor,
+    divergence: str,
+    treatment: str,
+    beta: float,
+    skew: float,
+    ignore_index: int,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    num_items: int | Tensor | None,
+    impl: str,
+) -> Call:
+    """Check what can be checked without looking inside a tensor, and flatten it all."""
+    check_settings(
+        targets,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        treatment=treatment,
+        beta=beta,
+        skew=skew,
+        impl=impl,
+    )
+    check_rows(what, tuple(x.shape[:-1]), width, x.device, targets, labels, mask, weights, num_items)
+    if treatment == "auto" and (divergence != "forward_kl" or targets.draws is None):
+        treatment = "bucket"
+    return Call(
+        labels=None if labels is None else labels.reshape(-1),
+        mask=None if mask is None else mask.reshape(-1),
+        weights=None if weights is None else weights.reshape(-1),
+        num_items=num_items if isinstance(num_items, Tensor) else None,
+        count=num_items if isinstance(num_items, int) else -1,
+        alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
+        alpha_tensor=alpha if isinstance(alpha, Tensor) else None,
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+        temperature_tensor=temperature if isinstance(temperature, Tensor) else None,
+        ids=targets.ids,
+        logprobs=targets.logprobs,
+        draws=targets.draws,
+        tail=targets.tail,
+        outcomes=targets.outcomes,
+        index=targets.index,
+        temperatures=list(targets.temperatures),
+        draw_temperature=targets.draw_temperature,
+        vocab_size=targets.vocab_size,
+        divergence=divergence,
+        treatment=treatment,
+        mix=beta if divergence == "jsd" else skew,
+        ignore_index=ignore_index,
+        impl=resolve_impl(impl, x),
+    )

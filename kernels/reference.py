@@ -1,0 +1,160 @@
+"""The loss as it is defined: dense, in float64, differentiated by autograd. The oracle of the tests."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .blocks import counted_rows
+from .call import Call
+from .targets import TargetsAt
+
+_INF = float("inf")
+
+
+def divergence_rows(u_NV: Tensor, ids_NK: Tensor, at: TargetsAt, divergence: str, mix: float) -> Tensor:
+    """The divergence `[N]` of softmax(u) from a teacher's outcomes: the entries of S and, last, all else as one.
+
+    `mix` is β of the generalised Jensen-Shannon divergence (M = βq + (1-β)p) or λ of the skewed KL (M = λq + (1-λ)p).
+    """
+    in_support = at.log_q > -_INF
+    dense = torch.zeros_like(u_NV, dtype=torch.int32)
+    dense.scatter_add_(1, ids_NK.long().masked_fill(~in_support, 0), in_support.int())
+    log_p = torch.log_softmax(u_NV, 1)
+    log_p_tail = _logsumexp(log_p.masked_fill(dense > 0, -_INF))
+    log_p_entries = log_p.gather(1, ids_NK.long().masked_fill(~in_support, 0))
+
+    has_tail = at.log_q_tail > -_INF if divergence == "forward_kl" else torch.ones_like(at.log_q_tail, dtype=torch.bool)
+    present = torch.cat([in_support, has_tail[:, None]], 1)
+    log_q = torch.cat([at.log_q, at.log_q_tail[:, None]], 1)
+    weight = torch.cat([at.weights, at.log_q_tail.exp()[:, None]], 1)
+    log_p = torch.cat([log_p_entries, log_p_tail[:, None]], 1)
+    # outcomes that a row does not have: probability 0, and logarithms that no gradient can turn into NaN
+    p, q = (x.exp().masked_fill(~present, 0.0) for x in (log_p, log_q))
+    log_p, log_q = log_p.masked_fill(~present, 0.0), log_q.masked_fill(~present, 0.0)
+
+    if divergence == "forward_kl":
+        terms = _times(weight, _minus(log_q, log_p))
+    elif divergence == "reverse_kl":
+        terms = _times(p, _minus(log_p, log_q))
+    elif divergence == "jsd":
+        log_m = _log_mix(mix, log_q, log_p)
+        terms = mix * _times(q, _minus(log_q, log_m)) + (1 - mix) * _times(p, _minus(log_p, log_m))
+    elif divergence == "skew_kl":
+        terms = _times(q, _minus(log_q, _log_mix(mix, log_q, log_p)))
+    else:
+        terms = 0.5 * (q - p).abs()
+    rows = terms.sum(1)
+    rows = torch.where(in_support.any(1), rows, 0.0)
+    return torch.where(at.log_q_tail.isnan(), torch.nan, rows)
+
+
+def cross_entropy_rows(z_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy `[N]` in nats; a label outside the vocabulary stands for a row that does not count: 0."""
+    valid = (labels_N >= 0) & (labels_N < z_NV.shape[1])
+    picked = torch.log_softmax(z_NV, 1).gather(1, labels_N.masked_fill(~valid, 0)[:, None])[:, 0]
+    return torch.where(valid, -picked, 0.0)
+
+
+def head_logits(raw_NV: Tensor, softcap: float | None, logit_scale: float | None) -> Tensor:
+    """What a head does after its matrix product: the scale multiplies, then the cap. A masked logit stays −inf."""
+    z = raw_NV if logit_scale is None else raw_NV * logit_scale
+    return z if softcap is None else torch.where(raw_NV == -_INF, -_INF, softcap * torch.tanh(z / softcap))
+
+
+def kd_loss_reference(
+    logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hard and soft; the gradient times `upstream` goes to `out`."""
+    losses, gradients = _differentiate(
+        lambda leaves: leaves[0], [logits_NV], [logits_NV] if out_NV is not None else [], call, logits_NV.shape
+    )
+    if out_NV is not None:
+        out_NV.copy_(gradients[0] if upstream is None else gradients[0] * upstream)
+    return losses
+
+
+def linear_reference(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    call: Call,
+    softcap: float | None,
+    logit_scale: float | None,
+    wanted: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, hard, soft and the gradients in those of the arguments that are `wanted`."""
+
+    def logits(leaves: list[Tensor]) -> Tensor:
+        raw = leaves[0] @ leaves[1].T
+        return head_logits(raw if bias_V is None else raw + leaves[2], softcap, logit_scale)
+
+    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None]
+    losses, gradients = _differentiate(logits, inputs, wanted, call, (hidden_ND.shape[0], weight_VD.shape[0]))
+    return *losses, gradients
+
+
+def _differentiate(
+    logits: Callable[[list[Tensor]], Tensor],
+    inputs: list[Tensor],
+    wanted: list[Tensor],
+    call: Call,
+    shape: tuple[int, ...],
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    call, index, divisor = counted_rows(call, *shape)
+
+    def run() -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+        leaves = [x.detach().double().requires_grad_() for x in inputs]
+        z_NV = logits(leaves)
+        loss, hard, soft = _total(z_NV if index is None else z_NV[index], call, divisor)
+        by_input = {id(x): leaf for x, leaf in zip(inputs, leaves, strict=True)}
+        gradients = torch.autograd.grad(loss, [by_input[id(x)] for x in wanted]) if wanted else ()
+        return (loss.detach().float(), hard.detach().float(), soft.detach().float()), list(gradients)
+
+    # Inside an operator autograd is switched off for this thread. A fresh one has it.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _total(z_CV: Tensor, call: Call, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t = call.temperature_now()
+    at = call.targets_at(t, torch.float64)
+    soft = t * t * divergence_rows(z_CV / t, call.ids, at, call.divergence, call.mix)
+    hard = torch.zeros_like(soft) if call.labels is None else cross_entropy_rows(z_CV, call.labels.long())
+    if call.weights is not None:
+        soft, hard = soft * call.weights.double(), hard * call.weights.double()
+    hard_mean, soft_mean = hard.sum() / divisor.double(), soft.sum() / divisor.double()
+    if call.labels is None:
+        return soft_mean, torch.full_like(soft_mean, torch.nan), soft_mean
+    alpha = call.alpha_now()
+    # a part with factor 0 adds nothing, even where it is infinite
+    loss = (alpha * hard_mean if alpha else hard_mean.detach() * 0) + ((1 - alpha) * soft_mean if alpha < 1 else 0)
+    return loss, hard_mean, soft_mean
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """logsumexp over dim 1 whose gradient is 0, not NaN, in a row that is empty."""
+    empty = (x == -_INF).all(1)
+    return torch.where(empty, -_INF, torch.logsumexp(x.masked_fill(empty[:, None], 0.0), 1))
+
+
+def _minus(a: Tensor, b: Tensor) -> Tensor:
+    """a - b where −inf − (−inf) is 0: the terms it occurs in have weight 0."""
+    both = (a == -_INF) & (b == -_INF)
+    return a.masked_fill(both, 0.0) - b.masked_fill(both, 0.0)
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x where 0 * ±inf is 0."""
+    zero = weight == 0
+    return weight.masked_fill(zero, 0.0) * x.masked_fill(zero, 0.0)
+
+
+def _log_mix(mix: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+    both = (log_q == -_INF) & (log_p == -_INF)
+    a, b = log_q.masked_fill(both, 0.0), log_p.masked_fill(both, 0.0)
+    mixed = torch.logaddexp(
+        a + torch.log(torch.tensor(mix, dtype=a.dtype)), b + torch.log(torch.tensor(1 - mix, dtype=a.dtype))
+    )
+    return mixed.masked_fill(both, -_INF)

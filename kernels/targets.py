@@ -1,0 +1,240 @@
+"""SparseTargets: what a teacher said, in a few numbers a position, and what follows from them at any temperature."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import KDError
+from .tail import check_temperature, tail_weights
+
+TREATMENTS = ("auto", "bucket", "sampled", "renormalize")
+# `auto` takes the draws up to this multiple of the temperature they were drawn at: beyond it their variance costs
+# more than the bucket's bias (measured in the gradient through a real head).
+SAMPLED_REACH = 1.5
+_INF = float("inf")
+
+
+class TargetsAt(NamedTuple):
+    """The teacher at one temperature under one treatment: what a loss sees.
+
+    log_q `[N, K]`: true log-probability of each entry of the support S; −inf marks a place outside S.
+    weights `[N, K]`: the weight of each entry's term; equal to q except under `sampled`. 0 outside S.
+    log_q_tail `[N]`: log-probability of everything outside S as one outcome; −inf where there is no such outcome. NaN in
+        a row that the treatment cannot take (draws alone, under `bucket` or `renormalize`).
+    """
+
+    log_q: Tensor
+    weights: Tensor
+    log_q_tail: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """Sparse soft targets of N positions: K entries each, and the log-partition of all that is not among them.
+
+    ids `[N, K]` int: first the head (exact, best first), then the drawn tail entries (best first). Unused places come
+        last: id 0, logprob −inf, draws 0.
+    logprobs `[N, K]` float: natural log of the teacher's probability at T = 1 under its full softmax.
+    tail `[N, M]` float: `log Σ_{j outside the head} p_j^(1/T_m)` for each temperature of the grid.
+    outcomes `[N]` or `[]` int: finite teacher logits outside the head.
+    draws `[N, K]` int or None: 0 for a member of the head; c >= 1: drawn c times, with replacement, from the tail's
+        softmax at `draw_temperature`.
+    temperatures: the grid, M distinct numbers with 1.0 among them.
+    vocab_size: the width of the teacher's head.
+    index `[N]` int64 or None: for compact targets, the (flattened) position each row belongs to; positions without a
+        row do not count in a loss. Without it, row i is position i.
+
+    Raises KDError where shapes or types do not fit together. What the tensors hold is checked where they are used.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    outcomes: Tensor
+    vocab_size: int
+    draws: Tensor | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+    draw_temperature: float = 1.0
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if not isinstance(self.outcomes, Tensor):
+            object.__setattr__(self, "outcomes", torch.as_tensor(self.outcomes, device=self.ids.device))
+        if self.ids.ndim != 2:
+            raise KDError(f"targets.ids: found shape {tuple(self.ids.shape)}; (positions, entries) is needed.")
+        n = self.ids.shape[0]
+        expected: dict[str, list[tuple[int, ...]]] = {
+            "logprobs": [tuple(self.ids.shape)],
+            "draws": [tuple(self.ids.shape)],
+            "tail": [(n, len(self.temperatures))],
+            "outcomes": [(n,), ()],
+            "index": [(n,)],
+        }
+        for name, shapes in expected.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if tuple(value.shape) not in shapes:
+                wanted = " or ".join(map(str, shapes))
+                raise KDError(f"targets.{name}: found shape {tuple(value.shape)}; {wanted} is needed beside ids.")
+            if value.device != self.ids.device and value.ndim:
+                raise KDError(f"targets.{name}: found on {value.device}, ids on {self.ids.device}; use .to(device).")
+            if value.is_floating_point() != (name in ("logprobs", "tail")):
+                kind = "a floating-point" if name in ("logprobs", "tail") else "an integer"
+                raise KDError(f"targets.{name}: found {value.dtype}; {kind} type is needed.")
+        if self.ids.is_floating_point():
+            raise KDError(f"targets.ids: found {self.ids.dtype}; an integer type is needed.")
+        grid = self.temperatures
+        if 1.0 not in grid or len(set(grid)) != len(grid) or not all(0 < t < _INF for t in grid):
+            raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
+        if not 0 < self.draw_temperature < _INF:
+            raise KDError(f"draw_temperature: found {self.draw_temperature}; a positive number is needed.")
+        if self.vocab_size < 1:
+            raise KDError(f"vocab_size: found {self.vocab_size}; the width of the teacher's head is needed.")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the targets are."""
+        return self.ids.device
+
+    def _map(self, function: Any) -> "SparseTargets":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(k, v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def __getitem__(self, rows: slice | Tensor) -> "SparseTargets":
+        """The targets of some rows: a slice, a boolean mask or a tensor of row numbers."""
+        if not isinstance(rows, (slice, Tensor)):
+            raise KDError(f"targets[...]: found {type(rows).__name__}; a slice, a mask or a tensor of rows is needed.")
+        return self._map(lambda _, x: x if x.ndim == 0 else x[rows])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
+        """The targets on another device."""
+        return self._map(lambda _, x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SparseTargets":
+        """The targets in page-locked memory, from which a copy to a device can run ahead."""
+        return self._map(lambda _, x: x.pin_memory())
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        k: int,
+        *,
+        temperatures: Sequence[float] = (1.0, 1.5, 2.0, 4.0),
+        mass: float | None = None,
+        draws: int = 0,
+        draw_temperature: float = 1.0,
+        seed: int = 0,
+        positions: Tensor | None = None,
+    ) -> "SparseTargets":
+        """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`): see `topk_targets`, which this calls."""
+        from .topk import topk_targets
+
+        return topk_targets(
+            logits,
+            k,
+            temperatures=temperatures,
+            mass=mass,
+            draws=draws,
+            draw_temperature=draw_temperature,
+            seed=seed,
+            positions=positions,
+        )
+
+    def at(
+        self, temperature: float | Tensor, treatment: str = "auto", *, dtype: torch.dtype = torch.float32
+    ) -> TargetsAt:
+        """The teacher at a temperature under a treatment, in `dtype`. Raises KDError where either cannot be had."""
+        return targets_at(
+            self.logprobs,
+            self.draws,
+            self.tail,
+            self.outcomes,
+            temperatures=self.temperatures,
+            draw_temperature=self.draw_temperature,
+            temperature=temperature,
+            treatment=treatment,
+            dtype=dtype,
+        )
+
+
+def targets_at(
+    logprobs: Tensor,
+    draws: Tensor | None,
+    tail: Tensor,
+    outcomes: Tensor,
+    *,
+    temperatures: tuple[float, ...],
+    draw_temperature: float,
+    temperature: float | Tensor,
+    treatment: str,
+    dtype: torch.dtype = torch.float32,
+) -> TargetsAt:
+    """`SparseTargets.at` on bare tensors. A tensor temperature is read on the host here (the Triton kernels do not)."""
+    if treatment not in TREATMENTS:
+        raise KDError(f"treatment: found {treatment!r}; one of {', '.join(TREATMENTS)} is needed.")
+    t = float(temperature)
+    check_temperature(t, temperatures)
+    if treatment == "auto":
+        treatment = "sampled" if draws is not None and t <= SAMPLED_REACH * draw_temperature else "bucket"
+    logprobs = logprobs.to(dtype)
+    used = logprobs > -_INF
+    drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)
+    head = used & ~drawn
+
+    log_tail = _tail_at(t, tail.to(dtype), outcomes, temperatures)
+    scaled = logprobs / t
+    log_head = _logsumexp(scaled.masked_fill(~head, -_INF))
+    log_z = torch.logaddexp(log_head, log_tail)
+    log_z = torch.where(log_z > -_INF, log_z, 0.0)  # a row with nothing in it at all stays −inf, not NaN
+    log_q = scaled - log_z[:, None]
+    log_q_tail = log_tail - log_z
+
+    draws_only = drawn.any(1) & ~head.any(1)
+    if treatment == "renormalize":
+        log_q = (scaled - log_head[:, None]).masked_fill(~head, -_INF)
+        log_q_tail = torch.full_like(log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
+        return TargetsAt(log_q, log_q.exp(), log_q_tail)
+    in_head = log_q.masked_fill(~head, -_INF)
+    if treatment == "bucket":
+        log_q_tail = torch.where(head.any(1), log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
+        return TargetsAt(in_head, in_head.exp(), log_q_tail)
+
+    # sampled: q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
+    counts = draws.clamp(min=1).to(dtype) if draws is not None else torch.ones_like(logprobs)
+    share = counts.log() + logprobs * (1.0 / t - 1.0 / draw_temperature)
+    share = share.masked_fill(~drawn, -_INF)
+    log_share = share - _logsumexp(share)[:, None]
+    has_draws = drawn.any(1)
+    log_w = torch.where(drawn, log_share + log_q_tail[:, None], in_head)
+    in_support = head | drawn
+    log_q = log_q.masked_fill(~in_support, -_INF)
+    # a row without draws falls back to the bucket
+    log_q_tail = torch.where(has_draws | ~head.any(1), -_INF, log_q_tail)
+    return TargetsAt(log_q, log_w.masked_fill(~in_support, -_INF).exp(), log_q_tail)
+
+
+def _tail_at(t: float, tail_NM: Tensor, outcomes: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    """The tail's log-partition `[N]` at temperature t; −inf where the tail is empty."""
+    weights = tail_weights(t, temperatures)
+    empty = (outcomes <= 0) | (tail_NM == -_INF).any(1)
+    result = torch.zeros_like(tail_NM[:, 0])
+    if weights[0]:
+        result = result + float(weights[0]) * outcomes.clamp(min=1).to(tail_NM.dtype).log()
+    for m, weight in enumerate(weights[1:].tolist()):
+        if weight:
+            result = result + weight * tail_NM[:, m]
+    return torch.where(empty, -_INF, result)
+
+
+def _logsumexp(x_NK: Tensor) -> Tensor:
+    """logsumexp over the last dimension, −inf for an empty one (where torch raises)."""
+    return torch.logsumexp(x_NK, 1) if x_NK.shape[1] else x_NK.new_full((x_NK.shape[0],), -_INF)

@@ -1,0 +1,273 @@
+"""From a teacher's logits, or its last hidden states, to SparseTargets: top-k, tails at every temperature, draws."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import KDError
+from .targets import SparseTargets
+from .topk_torch import Plan, Rows, fill_torch
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
+ROWS_AT_ONCE = 8192
+CHUNK_TOKENS = 2048  # of the head's product on a GPU, where the product is then as fast as an unchunked one
+CHUNK_BYTES = 32 << 20  # of the same on a CPU
+
+
+@torch.no_grad()
+def topk_targets(
+    logits: Tensor,
+    k: int,
+    *,
+    temperatures: Sequence[float] = (1.0, 1.5, 2.0, 4.0),
+    mass: float | None = None,
+    draws: int = 0,
+    draw_temperature: float = 1.0,
+    seed: int = 0,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    impl: str = "auto",
+) -> SparseTargets:
+    """Sparse targets of a teacher's logits.
+
+    logits `[N, V]` or `[..., V]` (rows in row-major order), bfloat16, float16, float32 or float64, of any stride. −inf
+        marks a token that is no outcome. z = logits·logit_scale, then softcap·tanh(z/softcap), in float32 (float64
+        for float64 logits).
+    k: size of the exact head, at most V is used: the first k of a stable descending sort of the logits (equal logits:
+        lower id first). 0 with draws: no head at all.
+    temperatures: where the tail's log-partition is stored; 1.0 among them.
+    mass: cut each head after the entry at which its probability (T = 1) reaches this; what is cut joins the tail.
+    draws: tokens drawn a row, with replacement, from the tail's softmax at `draw_temperature`; equal ones are merged
+        with their count and follow the head, best first. Rows with an empty tail have none.
+    seed, positions: what the draws depend on beside the logits, bit for bit, on any device and in any batching.
+        positions int64, shape `[N]` or that of the logits without V: each row's number in the data set (default:
+        0 to N - 1). See `draws.py` for what is approximated.
+    impl: "triton" (CUDA, or a CPU under the Triton interpreter), "torch", or "auto": triton for CUDA tensors, except
+        float64 ones and k above 1024, else torch.
+
+    Returns ids int32 `[N, K]`, logprobs float32 `[N, K]` (nats), tail float32 `[N, M]` (nats), outcomes int32 `[N]`,
+    and draws int32 `[N, K]` or None; K = min(k, V) + draws. Detached from autograd.
+
+    A row with NaN, with +inf or with no finite logit raises KDError on the CPU; on a GPU nothing waits for the device,
+    and the row's logprobs and tail are NaN. KDError where the arguments do not fit together.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim < 1 or logits.dtype not in DTYPES:
+        raise KDError(f"logits: found {_describe(logits)}; a floating-point tensor (..., V) is needed.")
+    plan = _plan(
+        logits.shape[-1], k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="logits"
+    )
+    positions_N = _positions(positions, logits, "logits")
+    use_triton = _use_triton(impl, logits, plan)
+    out = Rows.empty(positions_N.numel(), plan, logits.device)
+    start = 0
+    for rows_NV in _as_rows(logits):
+        some = slice(start, start + len(rows_NV))
+        _fill(rows_NV, out[some], plan, positions_N[some], start, use_triton)
+        start = some.stop
+    return _targets(out, plan)
+
+
+@torch.no_grad()
+def linear_topk_targets(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    chunk_tokens: int | None = None,
+    temperatures: Sequence[float] = (1.0, 1.5, 2.0, 4.0),
+    mass: float | None = None,
+    draws: int = 0,
+    draw_temperature: float = 1.0,
+    seed: int = 0,
+    positions: Tensor | None = None,
+    impl: str = "auto",
+) -> SparseTargets:
+    """`topk_targets` of `hidden @ weight.T + bias`, without ever holding those logits for more than a chunk of tokens.
+
+    hidden `[N, D]` or `[..., D]`, weight `[V, D]`, bias `[V]`, all of one dtype on one device. The logits of
+    `chunk_tokens` tokens at a time (default: 2048 on a GPU, about 32 MB of logits on a CPU) go to one reused buffer in
+    that dtype. The other arguments, the result and the errors are those of `topk_targets`.
+    """
+    for name, tensor, wanted in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
+        if name == "bias" and tensor is None:
+            continue
+        right_shape = isinstance(tensor, Tensor) and (tensor.ndim >= 1 if wanted is None else tensor.ndim == wanted)
+        if not right_shape or tensor.dtype not in DTYPES:
+            shape = {"hidden": "(..., D)", "weight": "(V, D)", "bias": "(V,)"}[name]
+            raise KDError(f"{name}: found {_describe(tensor)}; a floating-point tensor {shape} is needed.")
+        if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+            raise KDError(
+                f"{name}: found {tensor.dtype} on {tensor.device}, hidden is {hidden.dtype} on {hidden.device}; one "
+                "dtype and one device are needed."
+            )
+    if weight.shape[1] != hidden.shape[-1]:
+        raise KDError(
+            f"weight: found shape {tuple(weight.shape)} for hidden of width {hidden.shape[-1]}; "
+            f"(V, {hidden.shape[-1]}) is needed."
+        )
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise KDError(f"bias: found shape {tuple(bias.shape)}; ({weight.shape[0]},), as of weight, is needed.")
+    if chunk_tokens is not None and not (_is_integer(chunk_tokens) and chunk_tokens >= 1):
+        raise KDError(f"chunk_tokens: found {chunk_tokens}; a positive integer is needed.")
+    vocab = weight.shape[0]
+    plan = _plan(vocab, k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="weight")
+    positions_N = _positions(positions, hidden, "hidden")
+    use_triton = _use_triton(impl, hidden, plan)
+    rows = positions_N.numel()
+    if chunk_tokens is None:
+        on_cpu = hidden.device.type == "cpu"
+        chunk_tokens = max(1, CHUNK_BYTES // (vocab * hidden.element_size())) if on_cpu else CHUNK_TOKENS
+    out = Rows.empty(rows, plan, hidden.device)
+    buffer = torch.empty((min(chunk_tokens, rows), vocab), dtype=hidden.dtype, device=hidden.device)
+    start = 0
+    # autocast would turn the operands of a matrix product into another dtype than the buffer's
+    with torch.autocast(hidden.device.type, enabled=False):
+        for some_hidden in _as_rows(hidden):
+            for chunk_CD in some_hidden.split(chunk_tokens):
+                some = slice(start, start + len(chunk_CD))
+                logits_CV = buffer[: len(chunk_CD)]
+                if bias is None:
+                    torch.mm(chunk_CD, weight.t(), out=logits_CV)
+                else:
+                    torch.addmm(bias, chunk_CD, weight.t(), out=logits_CV)
+                _fill(logits_CV, out[some], plan, positions_N[some], start, use_triton)
+                start = some.stop
+    return _targets(out, plan)
+
+
+def _fill(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int, use_triton: bool) -> None:
+    if not len(logits_NV):
+        return
+    if not use_triton:
+        fill_torch(logits_NV, out, plan, positions_N, first_row)
+        return
+    from .topk_triton import fill_triton
+
+    for start in range(0, len(logits_NV), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        fill_triton(logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+
+
+def _targets(out: Rows, plan: Plan) -> SparseTargets:
+    return SparseTargets(
+        ids=out.ids,
+        logprobs=out.logprobs,
+        tail=out.tail,
+        outcomes=out.outcomes,
+        vocab_size=plan.vocab_size,
+        draws=out.draws,
+        temperatures=plan.temperatures,
+        draw_temperature=plan.draw_temperature,
+    )
+
+
+def _as_rows(tensor: Tensor) -> list[Tensor]:
+    """`[..., V]` as as few `[n, V]` views as its strides allow, in row-major order. Nothing is copied."""
+    if tensor.ndim <= 2:
+        return [tensor[None] if tensor.ndim == 1 else tensor]
+    try:
+        return [tensor.view(-1, tensor.shape[-1])]
+    except RuntimeError:  # these leading dimensions have no single stride: logits[:, :-1], for one
+        return [rows for part in tensor for rows in _as_rows(part)]
+
+
+def _plan(
+    vocab: int,
+    k: int,
+    temperatures: Sequence[float],
+    mass: float | None,
+    draws: int,
+    draw_temperature: float,
+    seed: int,
+    softcap: float | None,
+    logit_scale: float | None,
+    *,
+    where: str,
+) -> Plan:
+    """The settings of a call, checked."""
+    if vocab < 1:
+        raise KDError(f"{where}: found a vocabulary of 0 tokens; at least one is needed.")
+    if not _is_integer(k) or k < 0:
+        raise KDError(f"k: found {k!r}; the size of the head, an integer >= 0, is needed.")
+    if not _is_integer(draws) or draws < 0:
+        raise KDError(f"draws: found {draws!r}; the number of draws a row, an integer >= 0, is needed.")
+    if k == 0 and draws == 0:
+        raise KDError("k: found 0 with draws=0, which keeps nothing; k >= 1, or draws >= 1, is needed.")
+    if not _is_integer(seed):
+        raise KDError(f"seed: found {seed!r}; an integer is needed.")
+    grid = tuple(float(t) for t in temperatures)
+    if 1.0 not in grid or len(set(grid)) != len(grid) or not all(0 < t < math.inf for t in grid):
+        raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
+    if mass is not None and not 0 < mass <= 1:
+        raise KDError(f"mass: found {mass}; a probability above 0 and at most 1, or None, is needed.")
+    for name, number in (("draw_temperature", draw_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
+        if number is not None and not 0 < number < math.inf:
+            raise KDError(f"{name}: found {number}; a positive, finite number is needed.")
+    return Plan(
+        vocab_size=vocab,
+        k=min(int(k), vocab),
+        temperatures=grid,
+        # a head reaches probability 1 with its last outcome, and there is nothing to cut after that
+        mass=None if mass is None or mass == 1 else float(mass),
+        draws=int(draws),
+        draw_temperature=float(draw_temperature),
+        seed=int(seed),
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=None if logit_scale is None or logit_scale == 1 else float(logit_scale),
+    )
+
+
+def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
+    """Global positions int64 `[N]` for `rows` `[..., X]`."""
+    leading = tuple(rows.shape[:-1])
+    count = math.prod(leading)
+    if positions is None:
+        return torch.arange(count, device=rows.device)
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
+        raise KDError(f"positions: found {_describe(positions)}; a tensor of torch.int64 is needed.")
+    if tuple(positions.shape) not in (leading, (count,)):
+        raise KDError(f"positions: found shape {tuple(positions.shape)}; ({count},), a row of {what} each, is needed.")
+    if positions.device != rows.device:
+        raise KDError(f"positions: found on {positions.device}, {what} on {rows.device}; move them there.")
+    return positions.reshape(-1)
+
+
+def _use_triton(impl: str, rows: Tensor, plan: Plan) -> bool:
+    """Whether the Triton kernels run this call. Raises KDError where they are asked for and cannot."""
+    if impl not in IMPLEMENTATIONS:
+        raise KDError(f"impl: found {impl!r}; one of {', '.join(IMPLEMENTATIONS)} is needed.")
+    if impl == "torch" or (impl == "auto" and rows.device.type != "cuda"):
+        return False
+    from . import topk_triton
+
+    fits = rows.dtype != torch.float64 and plan.k <= topk_triton.MAX_K
+    if impl == "auto":
+        return fits
+    if not fits:
+        raise KDError(
+            f"impl: found 'triton' for {rows.dtype} and k = {plan.k}; at most float32 and k <= {topk_triton.MAX_K} are "
+            "needed. Use impl='torch'."
+        )
+    if rows.device.type != "cuda" and not topk_triton.INTERPRETED:
+        raise KDError(
+            f"impl: found 'triton' for tensors on {rows.device}; CUDA tensors, or the Triton interpreter "
+            "(TRITON_INTERPRET=1 before triton is imported), are needed. Use impl='auto'."
+        )
+    return True
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

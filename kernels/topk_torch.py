@@ -1,0 +1,276 @@
+"""Top-k, tails and draws in pure PyTorch: the path of the CPU, and the twin the Triton kernels are held against.
+
+Rows are taken in blocks small enough for a CPU's last-level cache. In each block, as in the kernels:
+
+1. every group of `GROUP` neighbouring tokens gives its maximum; a row's k best tokens all lie in its k best groups
+   (best: larger maximum, then lower number), so only those are looked at token by token;
+2. the head is struck out (−inf), and what is left is summed relative to its own maximum at every temperature: the
+   tail is never the difference of two numbers that nearly cancel. The full log-partition is head plus tail.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .draws import LOG2E, exact_transform, exponent_scale, integer_weights, invert, merge, uniforms, weight_bits
+from .errors import KDError
+
+GROUP = 32
+BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
+BLOCK_BYTES_ELSEWHERE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make of a row of `vocab_size` logits, checked."""
+
+    vocab_size: int
+    k: int  # at most vocab_size
+    temperatures: tuple[float, ...]
+    mass: float | None
+    draws: int
+    draw_temperature: float
+    seed: int
+    softcap: float | None
+    logit_scale: float | None
+
+    @property
+    def width(self) -> int:
+        """K, the places of a row."""
+        return self.k + self.draws
+
+    def chains(self) -> tuple[tuple[int, int], ...]:
+        """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
+
+        An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power.
+        """
+        left = sorted(range(len(self.temperatures)), key=lambda m: -self.temperatures[m])
+        steps: list[tuple[int, int]] = []
+        while left:
+            last, power = left.pop(0), 0
+            steps.append((last, power))
+            for m in list(left):
+                power = round(ratio := self.temperatures[last] / self.temperatures[m])
+                if power in (2, 4) and ratio == power:
+                    steps.append((m, power))
+                    left.remove(m)
+                    last = m
+        return tuple(steps)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The fields of SparseTargets being filled: ids int32 0, logprobs float32 −inf and draws int32 0 at first `[N, K]`,
+    tail float32 `[N, M]`, outcomes int32 `[N]`."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    outcomes: Tensor
+    draws: Tensor | None
+
+    @classmethod
+    def empty(cls, rows: int, plan: Plan, device: torch.device) -> "Rows":
+        """Room for some rows."""
+        shape = (rows, plan.width)
+        return cls(
+            ids=torch.zeros(shape, dtype=torch.int32, device=device),
+            logprobs=torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
+            tail=torch.empty((rows, len(plan.temperatures)), dtype=torch.float32, device=device),
+            outcomes=torch.empty(rows, dtype=torch.int32, device=device),
+            draws=torch.zeros(shape, dtype=torch.int32, device=device) if plan.draws else None,
+        )
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(
+            self.ids[rows],
+            self.logprobs[rows],
+            self.tail[rows],
+            self.outcomes[rows],
+            None if self.draws is None else self.draws[rows],
+        )
+
+
+def transform(x: Tensor, plan: Plan) -> Tensor:
+    """What the head does to a logit after the matrix product: scale, then softcap. −inf (a masked token) stays."""
+    if plan.logit_scale is not None:
+        x = x * plan.logit_scale
+    if plan.softcap is not None:
+        x = torch.where(x.abs() < torch.inf, torch.tanh(x / plan.softcap) * plan.softcap, x)
+    return x
+
+
+def fill_torch(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+    """Fill `out` from logits `[N, V]` of any stride. `first_row`: the number of the first row in an error message."""
+    rows, vocab = logits_NV.shape
+    work = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    groups = -(-vocab // GROUP)
+    budget = BLOCK_BYTES.get(logits_NV.device.type, BLOCK_BYTES_ELSEWHERE)
+    block = max(1, min(rows, budget // (groups * GROUP * work.itemsize)))
+    # the last group is filled up with tokens that are no outcomes
+    x = torch.full((block, groups * GROUP), -torch.inf, dtype=work, device=logits_NV.device)
+    spare = torch.empty_like(x)
+    for start in range(0, rows, block):
+        some = slice(start, min(start + block, rows))
+        n = some.stop - start
+        x[:n, :vocab] = logits_NV[some]
+        _fill_block(x[:n], spare[:n], logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+
+
+def _fill_block(
+    x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int
+) -> None:
+    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; `spare`: room of the same size."""
+    n, vocab, k = len(x), plan.vocab_size, plan.k
+    groups_top = x.view(n, -1, GROUP).amax(-1)
+    fine_n = groups_top.amax(1).isfinite()  # NaN and +inf are maxima; −inf: nothing but masked tokens
+    refuse(fine_n, groups_top, first_row)
+
+    # the head, and the token after it: the top of the tail
+    best_x, best_id = _best_tokens(x, groups_top, min(k + 1, vocab))
+    head_x, head_id = best_x[:, :k], best_id[:, :k]
+    used = head_x > -torch.inf
+    finite = _count_finite(x[:, :vocab])
+    tail_top_x = best_x[:, k] if k < vocab else torch.full_like(best_x[:, 0], -torch.inf)
+    x.scatter_(1, head_id, -torch.inf)
+    tail_top = transform(tail_top_x, plan)
+    sums_nM = _tail_sums(x, spare, tail_top, plan)
+
+    head = transform(head_x, plan)
+    top = torch.maximum(head[:, 0], tail_top) if k else tail_top
+    shifted = tail_top - top  # <= 0; −inf where the tail is empty
+    total = (head - top[:, None]).exp().sum(1) + sums_nM[:, plan.temperatures.index(1.0)] * shifted.exp()
+    # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
+    log_total = torch.where(fine_n, total.log(), torch.nan)
+    logprobs = torch.where(used, head - top[:, None] - log_total[:, None], -torch.inf)
+    inverse_M = inverse_temperatures(plan.temperatures, x.device, x.dtype)
+    tail_nM = sums_nM.log() + (shifted - log_total)[:, None] * inverse_M
+    kept = used
+
+    if plan.mass is not None and k:
+        mass_n = (shifted - log_total).exp() * sums_nM[:, plan.temperatures.index(1.0)]
+        # What lies behind the entries before this one, summed from the far end: exact where 1 - sum would be noise.
+        behind = mass_n[:, None] + logprobs.exp().flip(1).cumsum(1).flip(1)
+        kept = behind > 1.0 - plan.mass
+        kept[:, 0] = True
+        kept &= used
+        cut = torch.where(kept, -torch.inf, logprobs)
+        for m, t in enumerate(plan.temperatures):
+            tail_nM[:, m] = torch.logaddexp(tail_nM[:, m], torch.logsumexp(cut / t, 1))
+        first_cut = torch.where(used & ~kept, head_x, -torch.inf).amax(1)
+        tail_top_x = torch.maximum(tail_top_x, first_cut)
+
+    broken_n1 = ~fine_n[:, None]
+    out.ids[:, :k] = torch.where(kept, head_id, 0)
+    out.logprobs[:, :k] = torch.where(kept, logprobs, -torch.inf)
+    out.logprobs.masked_fill_(broken_n1, torch.nan)
+    out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
+    out.outcomes.copy_(finite - kept.sum(1))
+    if plan.draws:
+        # places that are not kept name a token that is: its weight is struck out twice
+        head_id = torch.where(kept, head_id, head_id[:, :1])
+        ids = _draw(logits_NV, head_id, tail_top_x, plan, positions_N)
+        merge_drawn(logits_NV, ids, fine_n & (tail_top_x > -torch.inf), kept.sum(1), top, log_total, out, plan)
+
+
+def refuse(fine_n: Tensor, tops: Tensor, first_row: int) -> None:
+    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device."""
+    if fine_n.device.type != "cpu" or bool(fine_n.all()):
+        return
+    row = int((~fine_n).nonzero()[0, 0])
+    top = float(tops[row].amax())
+    found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
+    raise KDError(
+        f"logits: row {first_row + row} has {found}; finite numbers are needed, −inf only for tokens that are no "
+        "outcomes, and at least one token must be an outcome."
+    )
+
+
+def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the first `count` of a stable descending sort of each row (−inf last)."""
+    n, groups = groups_top.shape
+    take = min(count, groups)
+    chosen = stable_best(groups_top, take)[1].sort(1).values
+    tokens = x.view(n, groups, GROUP).gather(1, chosen[:, :, None].expand(-1, -1, GROUP)).view(n, -1)
+    values, places = stable_best(tokens, count)
+    return values, chosen.gather(1, places // GROUP) * GROUP + places % GROUP
+
+
+def stable_best(values_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` of a stable descending sort along dimension 1: values and places."""
+    if values_NC.dtype != torch.float32:
+        best = values_NC.sort(dim=1, descending=True, stable=True)
+        return best.values[:, :count], best.indices[:, :count]
+    # torch.topk promises nothing about ties, so it gets none: an order-preserving integer above, the place below
+    bits = (values_NC + 0.0).view(torch.int32)  # + 0.0: -0.0 ties with 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    place = torch.arange(values_NC.shape[1], device=values_NC.device)
+    key = (ordered << 32) | (0x7FFFFFFF - place)
+    places = 0x7FFFFFFF - (key.topk(count, dim=1).values & 0xFFFFFFFF)
+    return values_NC.gather(1, places), places
+
+
+def _tail_sums(x: Tensor, spare: Tensor, top_n: Tensor, plan: Plan) -> Tensor:
+    """`Σ e^((z - top)/T)` over the finite x at every temperature, `[n, M]`. Overwrites both."""
+    if plan.softcap is not None or plan.logit_scale is not None:
+        x.copy_(transform(x, plan))
+    x.sub_(torch.where(top_n > -torch.inf, top_n, 0.0)[:, None])
+    sums = torch.empty((len(x), len(plan.temperatures)), dtype=x.dtype, device=x.device)
+    for m, power in plan.chains():
+        if power == 0:  # exp2 is three times as fast as exp on a CPU
+            torch.mul(x, LOG2E / plan.temperatures[m], out=spare).exp2_()
+        for _ in range(power // 2):  # 2: once, 4: twice
+            spare.mul_(spare)
+        torch.sum(spare, 1, out=sums[:, m])
+    return sums
+
+
+def _count_finite(x: Tensor) -> Tensor:
+    """Tokens above −inf, int64 `[n]`."""
+    if x.device.type == "cpu" and bool((x.amin(1) > -torch.inf).all()):  # the minimum is ten times as fast as counting
+        return torch.full((len(x),), x.shape[1])
+    return (x > -torch.inf).sum(1)
+
+
+@lru_cache(maxsize=64)
+def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1/T `[M]` on a device, copied there once."""
+    return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
+
+
+def _draw(logits_NV: Tensor, head_id: Tensor, tail_top_x: Tensor, plan: Plan, positions_N: Tensor) -> Tensor:
+    """Drawn ids `[n, draws]`; V in rows with nothing to draw from. head_id `[n, k]`: tokens that are not in the tail."""
+    vocab = plan.vocab_size
+    top = exact_transform(tail_top_x.float(), plan.logit_scale, plan.softcap)
+    z = exact_transform(logits_NV.float(), plan.logit_scale, plan.softcap)
+    weights = integer_weights(z, top, exponent_scale(plan.draw_temperature), weight_bits(vocab))
+    return invert(weights.scatter_(1, head_id, 0), uniforms(plan.seed, positions_N, plan.draws))
+
+
+def merge_drawn(
+    logits_NV: Tensor,
+    ids_ND: Tensor,
+    drawn_N: Tensor,
+    kept_N: Tensor,
+    top_N: Tensor,
+    log_total_N: Tensor,
+    out: Rows,
+    plan: Plan,
+) -> None:
+    """Write drawn ids (any order) and their logprobs behind the head. `top`, `log_total`: the row's log-partition."""
+    assert out.draws is not None
+    ids_ND = ids_ND.clamp(0, plan.vocab_size - 1).sort(1).values
+    x_ND = logits_NV.gather(1, ids_ND)
+    z_ND = transform(x_ND.to(top_N.dtype), plan)
+    merge(
+        ids_ND,
+        x_ND,
+        (z_ND - top_N[:, None] - log_total_N[:, None]).to(out.logprobs.dtype),
+        drawn_N,
+        kept_N,
+        out_ids=out.ids,
+        out_logprobs=out.logprobs,
+        out_draws=out.draws,
+    )
