@@ -8,7 +8,7 @@ from .checks import check_values, values_are_checked
 from .loss_torch import loss_rows_
 
 # One block of logits in the work type: small enough for the last-level cache, large enough that calls do not show.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 
 
 def total(call: Call, hard_P: Tensor, soft_P: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,21 +29,18 @@ def outcome_terms(
     log_q = torch.cat([at.log_q, at.log_q_tail[:, None]], 1)
     log_p = torch.cat([log_p_CK.masked_fill(~in_support, -_INF), log_p_tail_C[:, None]], 1)
     p = log_p.exp()
+    q = log_q.exp()
     if divergence == "forward_kl":
-        w = torch.cat([at.weights, at.log_q_tail.exp()[:, None]], 1)
+        w = torch.cat([at.weights, q[:, -1:]], 1)
         value = _times(w, log_q - log_p).sum(1)
-        gradient = p * w.sum(1, keepdim=True) - w
+        slope = -w
     elif divergence == "reverse_kl":
-        ratio = _times(p, log_p - log_q)
-        value = ratio.sum(1)
-        gradient = ratio - p * value[:, None]
+        slope = _times(p, log_p - log_q)
+        value = slope.sum(1)
     elif divergence == "tvd":
-        q = log_q.exp()
         value = 0.5 * (q - p).abs().sum(1)
         slope = p * torch.sign(q - p) * -0.5
-        gradient = slope - p * slope.sum(1, keepdim=True)
     else:
-        q = log_q.exp()
         log_m = torch.logaddexp(log_q + math.log(mix), log_p + math.log(1 - mix))
         if divergence == "skew_kl":
             value = _times(q, log_q - log_m).sum(1)
@@ -52,7 +49,8 @@ def outcome_terms(
             p_over_m = _times(p, log_p - log_m)
             value = (mix * _times(q, log_q - log_m) + (1 - mix) * p_over_m).sum(1)
             slope = (1 - mix) * p_over_m
-        gradient = slope - p * slope.sum(1, keepdim=True)
+    mean_slope = slope.sum(1)
+    gradient = slope - p * mean_slope[:, None]
     value = torch.where(has_support, value, 0.0)
     gradient = torch.where(has_support[:, None], gradient, 0.0)
     refused = at.log_q_tail.isnan()

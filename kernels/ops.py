@@ -76,7 +76,10 @@ def _kd_loss_fake(logits: Tensor, upstream: Tensor | None, want_grad: bool, inpl
 
 @torch.library.impl("fastkd::kd_loss_", "default")
 def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _losses(logits, Call(*call), upstream, logits)
+    losses = _losses(logits, Call(*call), upstream, logits)
+    # autograd must see the write: whoever saved these logits for a backward has to be told
+    torch.autograd.graph.increment_version(logits)
+    return losses
 
 
 @torch.library.register_fake("fastkd::kd_loss_")

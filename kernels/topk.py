@@ -97,12 +97,12 @@ def linear_topk_targets(
     `chunk_tokens` tokens at a time (default: 2048 on a GPU, about 32 MB of logits on a CPU) go to one reused buffer in
     that dtype. The other arguments, the result and the errors are those of `topk_targets`.
     """
-    for name, tensor, wanted in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
-        if name == "bias" and tensor is None:
-            continue
-        right_shape = isinstance(tensor, Tensor) and (tensor.ndim >= 1 if wanted is None else tensor.ndim == wanted)
+    operands: list[tuple[str, Any, str, int]] = [("hidden", hidden, "(..., D)", 0), ("weight", weight, "(V, D)", 2)]
+    if bias is not None:
+        operands.append(("bias", bias, "(V,)", 1))
+    for name, tensor, shape, ndim in operands:
+        right_shape = isinstance(tensor, Tensor) and (tensor.ndim == ndim if ndim else tensor.ndim >= 1)
         if not right_shape or tensor.dtype not in DTYPES:
-            shape = {"hidden": "(..., D)", "weight": "(V, D)", "bias": "(V,)"}[name]
             raise KDError(f"{name}: found {_describe(tensor)}; a floating-point tensor {shape} is needed.")
         if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
             raise KDError(
@@ -132,7 +132,8 @@ def linear_topk_targets(
     # autocast would turn the operands of a matrix product into another dtype than the buffer's
     with torch.autocast(hidden.device.type, enabled=False):
         for some_hidden in _as_rows(hidden):
-            for chunk_CD in some_hidden.split(chunk_tokens):
+            for first in range(0, len(some_hidden), chunk_tokens):
+                chunk_CD = some_hidden[first : first + chunk_tokens]
                 some = slice(start, start + len(chunk_CD))
                 logits_CV = buffer[: len(chunk_CD)]
                 if bias is None:

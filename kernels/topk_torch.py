@@ -122,7 +122,7 @@ def fill_torch(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, fi
 def _fill_block(
     x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int
 ) -> None:
-    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; `spare`: room of the same size."""
+    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room."""
     n, vocab, k = len(x), plan.vocab_size, plan.k
     groups_top = x.view(n, -1, GROUP).amax(-1)
     fine_n = groups_top.amax(1).isfinite()  # NaN and +inf are maxima; −inf: nothing but masked tokens
@@ -183,7 +183,7 @@ def refuse(fine_n: Tensor, tops: Tensor, first_row: int) -> None:
     top = float(tops[row].amax())
     found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
     raise KDError(
-        f"logits: row {first_row + row} has {found}; finite numbers are needed, −inf only for tokens that are no "
+        f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "
         "outcomes, and at least one token must be an outcome."
     )
 
@@ -241,7 +241,7 @@ def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, 
 
 
 def _draw(logits_NV: Tensor, head_id: Tensor, tail_top_x: Tensor, plan: Plan, positions_N: Tensor) -> Tensor:
-    """Drawn ids `[n, draws]`; V in rows with nothing to draw from. head_id `[n, k]`: tokens that are not in the tail."""
+    """Drawn ids `[n, draws]`, anything in rows without a tail. head_id `[n, k]`: tokens that are not in the tail."""
     vocab = plan.vocab_size
     top = exact_transform(tail_top_x.float(), plan.logit_scale, plan.softcap)
     z = exact_transform(logits_NV.float(), plan.logit_scale, plan.softcap)

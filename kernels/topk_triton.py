@@ -1,12 +1,13 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Top-k, tails and draws in Triton: one read of the logits, then work on what that read singled out.
 
 1. `_scan` reads the logits once. Every group of G neighbouring tokens leaves its maximum and `Σ e^((z - max)/T)` for
    every temperature; every program the number of its finite logits.
 2. `_pick`, a program a row, finds the row's k best groups by bisection on the bits of their maxima, and adds up the
    sums of all the others.
-3. `_select`, a program a row, reads the k groups again, finds the k best tokens the same way, and adds up the rest.
-4. `_finish` sorts the k tokens, cuts the head at `mass` and writes log-probabilities and tails.
+3. `_select`, a program a row, reads the k groups again, keeps the tokens that reach the worst of the k maxima (the k
+   best and seldom many more; where too many do, exactly the k best), and adds up the rest.
+4. `_finish` sorts these tokens, cuts the head at `mass` and writes log-probabilities and tails.
 
 No sum is the difference of two others, and what lies in the head is never in the tail's sums, so nothing cancels. With
 draws, `_weigh` reads the logits a second time for the integer weights of `draws.py`, a sum a group, and `_invert` finds
@@ -32,6 +33,9 @@ C4, C5, C6 = tl.constexpr(dr.C4), tl.constexpr(dr.C5), tl.constexpr(dr.C6)
 LOWEST = tl.constexpr(dr.LOWEST)
 INF = tl.constexpr(float("inf"))
 LEAST = tl.constexpr(-(2**31))  # below every ordered logit
+# Two counts in one int32: of tokens above a threshold (up to 4·MAX_K), and over them of tokens equal to it.
+COUNT_BITS = tl.constexpr(13)
+COUNT_MASK = tl.constexpr(2**13 - 1)
 LEAST64 = tl.constexpr(-(2**63))
 LOW31 = tl.constexpr(2**31 - 1)
 
@@ -47,6 +51,8 @@ class Tuning:
     scan_block = 4096
     scan_warps = 4
     pick_warps = 4
+    select_tokens = 1024  # a warp
+    select_tile = 2048  # tokens at a time
     weigh_group = 1024
     weigh_block = 4096
     weigh_warps = 4
@@ -113,6 +119,20 @@ def _log(x):
 
 
 @triton.jit
+def _sort_descending(x, SIZE: tl.constexpr, STAGES: tl.constexpr):
+    """A bitonic sort of SIZE = 2^STAGES integers. (tl.sort does the same, but takes seconds a row when interpreted.)"""
+    place = tl.arange(0, SIZE)
+    for stage in tl.static_range(1, STAGES + 1):
+        for step in tl.static_range(stage):
+            pairs = tl.reshape(x, [SIZE >> (stage - step), 2, 1 << (stage - 1 - step)])
+            other = tl.reshape(tl.sum(pairs, axis=1)[:, None, :] - pairs, [SIZE])
+            is_left = ((place >> (stage - 1 - step)) & 1) == 0
+            descends = ((place >> stage) & 1) == 0
+            x = tl.where(is_left == descends, tl.maximum(x, other), tl.minimum(x, other))
+    return x
+
+
+@triton.jit
 def _column(token, stride_v, UNIT: tl.constexpr):
     """Offset of a token within its row."""
     if UNIT:
@@ -153,7 +173,11 @@ def _scan(
     top = tl.max(x, axis=1)
     there = group < groups
     tl.store(top_ptr + row * groups + group, top, mask=there)
-    tl.store(finite_ptr + row * parts + part, tl.sum(tl.sum((x > -INF).to(tl.int32), axis=1), axis=0))
+    finite = tl.minimum(vocab - part * BLOCK, BLOCK)
+    # Counting costs three instructions a token, the minimum one.
+    if tl.min(tl.min(x, axis=1), axis=0) == -INF:
+        finite = tl.sum(tl.sum((x > -INF).to(tl.int32), axis=1), axis=0)
+    tl.store(finite_ptr + row * parts + part, finite)
     reference = _finite_or_zero(_transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False))
     d = _transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False) - reference[:, None]
     for m in tl.static_range(M):
@@ -176,6 +200,8 @@ def _pick(
     picked_ptr,  # out [N, KP] int32: numbers of the best groups, ascending
     rest_top_ptr,  # out [N] float32: raw maximum over all other groups
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
+    floor_ptr,  # out [N] int32: an ordered logit that is not above the k-th best token's
+    k,  # min(k, V)
     take,  # min(k, NG)
     groups,
     scale,
@@ -198,11 +224,15 @@ def _pick(
     for i in range(32 - UNUSED):
         candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
         threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), axis=0) >= take, candidate, threshold)
+    # the k-th best token is at least as good as the worst of k groups' best ones
+    tl.store(floor_ptr + row, tl.where(take == k, threshold, LEAST))
     above = (key >> UNUSED) > (threshold >> UNUSED)
     equal = ((key >> UNUSED) == (threshold >> UNUSED)) & there
     need = take - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= need))
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << COUNT_BITS), axis=0)
+    equals = both >> COUNT_BITS
+    chosen = above | (equal & (equals <= need))
+    place = (both & COUNT_MASK) + tl.minimum(equals, need) - 1
     tl.store(picked_ptr + row * KP + place, group, mask=chosen & (place < take))
     rest = there & (chosen == 0)
     rest_top = tl.max(tl.where(rest, top, -INF), axis=0)
@@ -222,9 +252,11 @@ def _select(
     stride_v,
     vocab,
     picked_ptr,  # [N, KP]
+    floor_ptr,  # [N]
     log2e_over_t_ptr,
-    head_ptr,  # out [N, KP] int64: (ordered logit, complement of the id), in no order
-    rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' tokens outside the head
+    head_ptr,  # out [N, ENTRIES] int64: (ordered logit, complement of the id), in no order: the k best, and maybe more
+    count_ptr,  # out [N] int32: how many
+    rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other tokens
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
     k,  # min(k, V)
     take,
@@ -236,6 +268,8 @@ def _select(
     M: tl.constexpr,
     G: tl.constexpr,
     KP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TILE: tl.constexpr,  # groups at a time
     UNIT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -247,27 +281,37 @@ def _select(
     there = (place < take)[:, None] & (token < vocab)
     x = tl.load(x_ptr + row * stride_n + _column(token, stride_v, UNIT), mask=there, other=-INF).to(tl.float32)
     key = tl.where(there, _ordered(x), LEAST)
-    threshold = tl.full([], LEAST, tl.int32)
-    for i in range(32 - UNUSED):
-        candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
-        count = tl.sum(tl.sum((key >= candidate).to(tl.int32), axis=1), axis=0)
-        threshold = tl.where(count >= k, candidate, threshold)
-    above = (key >> UNUSED) > (threshold >> UNUSED)
-    equal = ((key >> UNUSED) == (threshold >> UNUSED)) & there
-    need = k - tl.sum(tl.sum(above.to(tl.int32), axis=1), axis=0)
-    # Groups ascend and so do the tokens in them: of equal tokens the first `need` in this order have the lowest ids.
-    equals = tl.sum(equal.to(tl.int32), axis=1)
-    rank = (tl.cumsum(equals, axis=0) - equals)[:, None] + tl.cumsum(equal.to(tl.int32), axis=1)
-    chosen = above | (equal & (rank <= need))
-    counts = tl.sum(chosen.to(tl.int32), axis=1)
-    slot = (tl.cumsum(counts, axis=0) - counts)[:, None] + tl.cumsum(chosen.to(tl.int32), axis=1) - 1
-    entry = (key.to(tl.int64) << 32) | (token ^ LOW31).to(tl.int64)  # 2^31 - 1 - id
-    tl.store(head_ptr + row * KP + slot, entry, mask=chosen & (slot < k))
-    rest = tl.where(chosen, -INF, x)
-    rest_top = tl.max(tl.max(rest, axis=1), axis=0)
+    # Few tokens reach the floor: these go on, all of them. Only where many tie is the k-th best looked for, bit by bit.
+    low = tl.load(floor_ptr + row)
+    want = tl.sum(tl.sum(((key >= low) & there).to(tl.int32), axis=1), axis=0)
+    threshold = low
+    if want > ENTRIES:
+        want = k
+        high = tl.max(tl.max(key, axis=1), axis=0)
+        threshold = tl.full([], LEAST, tl.int32)
+        for i in range(32 - UNUSED):
+            bit = 31 - i
+            if ((low ^ high) >> bit) == 0:  # it lies between two numbers that agree so far: no need to count
+                threshold = (high >> bit) << bit
+            else:
+                candidate = threshold ^ (tl.full([], 1, tl.int32) << bit)
+                count = tl.sum(tl.sum((key >= candidate).to(tl.int32), axis=1), axis=0)
+                threshold = tl.where(count >= k, candidate, threshold)
+    tl.store(count_ptr + row, want)
+    level = threshold >> UNUSED
+    is_below = (key >> UNUSED) < level
+    is_level = ((key >> UNUSED) == level) & there
+    above_all = tl.sum(tl.sum(((key >> UNUSED) > level).to(tl.int32), axis=1), axis=0)
+    spare = above_all + tl.sum(tl.sum(is_level.to(tl.int32), axis=1), axis=0) - want  # equal, but not wanted
+    need = want - above_all
+    # The rest: what is below the level, and the spare ones, which all have its value.
+    level_x = tl.max(tl.max(tl.where(is_level, x, -INF), axis=1), axis=0)
+    rest = tl.where(is_below, x, -INF)
+    rest_top = tl.where(spare > 0, level_x, tl.max(tl.max(rest, axis=1), axis=0))
     tl.store(rest_top_ptr + row, rest_top)
     reference = _finite_or_zero(_transform(rest_top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False))
     d = _transform(rest, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False) - reference
+    spares = tl.where((spare > 0) & (level_x > -INF), spare, 0).to(tl.float32)
     for m in tl.static_range(M):
         if ((CHAIN >> (16 * m)) & 0xFF00) == 0x0000:
             e = tl.exp2(d * tl.load(log2e_over_t_ptr + ((CHAIN >> (16 * m)) & 0xFF)))
@@ -276,13 +320,37 @@ def _select(
         else:
             e = e * e
             e = e * e
+        # where there are spare ones they are the rest's top: each adds e^0
         at = row * M + ((CHAIN >> (16 * m)) & 0xFF)
-        tl.store(rest_sums_ptr + at, tl.sum(tl.sum(e, axis=1), axis=0))
+        tl.store(rest_sums_ptr + at, tl.sum(tl.sum(e, axis=1), axis=0) + spares)
+
+    # Write the wanted ones down, a few groups at a time: all at once would take every register there is.
+    seen = tl.full([], 0, tl.int32)
+    for start in range(0, KP, TILE):
+        places = start + tl.arange(0, TILE)
+        members = tl.load(picked_ptr + row * KP + places, mask=places < take, other=0)
+        tokens = members[:, None] * G + tl.arange(0, G)[None, :]
+        inside = (places < take)[:, None] & (tokens < vocab)
+        values = tl.load(x_ptr + row * stride_n + _column(tokens, stride_v, UNIT), mask=inside, other=-INF)
+        keys = tl.where(inside, _ordered(values.to(tl.float32)), LEAST)
+        above = (keys >> UNUSED) > level
+        equal = ((keys >> UNUSED) == level) & inside
+        # Groups ascend and so do the tokens in them: the first `need` of the equal ones have the lowest ids.
+        both = above.to(tl.int32) + (equal.to(tl.int32) << COUNT_BITS)
+        in_group = tl.sum(both, axis=1)
+        both = seen + (tl.cumsum(in_group, axis=0) - in_group)[:, None] + tl.cumsum(both, axis=1)
+        seen += tl.sum(in_group, axis=0)
+        equals = both >> COUNT_BITS
+        chosen = above | (equal & (equals <= need))
+        slot = (both & COUNT_MASK) + tl.minimum(equals, need) - 1
+        entry = (keys.to(tl.int64) << 32) | (tokens ^ LOW31).to(tl.int64)  # 2^31 - 1 - id
+        tl.store(head_ptr + row * ENTRIES + slot, entry, mask=chosen & (slot < want))
 
 
 @triton.jit
 def _finish(
-    head_ptr,  # [N, KP] int64
+    head_ptr,  # [N, ENTRIES] int64
+    count_ptr,  # [N]
     tops_ptr,  # [2, N] float32: raw maxima of what `_pick` and `_select` left
     sums_ptr,  # [2, N, M] float32
     finite_ptr,  # [N, parts] int32
@@ -304,29 +372,34 @@ def _finish(
     ONE: tl.constexpr,  # the number of T = 1
     HAS_MASS: tl.constexpr,
     M: tl.constexpr,
-    KP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    STAGES: tl.constexpr,  # log2 of ENTRIES
     PARTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, KP)
-    entry = tl.load(head_ptr + row * KP + place, mask=place < k, other=LEAST64)
-    entry = tl.sort(entry, descending=True)
+    place = tl.arange(0, ENTRIES)
+    count = tl.load(count_ptr + row)
+    entry = tl.load(head_ptr + row * ENTRIES + place, mask=place < count, other=LEAST64)
+    entry = _sort_descending(entry, ENTRIES, STAGES)
     token = entry.to(tl.int32) ^ LOW31  # the lower half
-    x = tl.where(place < k, _unordered((entry >> 32).to(tl.int32)), -INF)
-    used = x > -INF
+    x = tl.where(place < count, _unordered((entry >> 32).to(tl.int32)), -INF)
+    used = (x > -INF) & (place < k)
     z = _transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
 
     left_x, right_x = tl.load(tops_ptr + row), tl.load(tops_ptr + rows + row)
     left = _transform(left_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
     right = _transform(right_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
-    tail_x, tail_top = tl.maximum(left_x, right_x), tl.maximum(left, right)
+    # the tail's third part: entries that did not make it into the head
+    tail_x = tl.maximum(tl.maximum(left_x, right_x), tl.max(tl.where(used, -INF, x), axis=0))
+    tail_top = tl.maximum(tl.maximum(left, right), tl.max(tl.where(used, -INF, z), axis=0))
     top = tl.maximum(tl.max(z, axis=0), tail_top)
     log2e = tl.load(log2e_over_t_ptr + ONE)
     reference = _finite_or_zero(tail_top)
     mass = tl.load(sums_ptr + row * M + ONE) * tl.exp2((left - reference) * log2e)
     mass += tl.load(sums_ptr + (rows + row) * M + ONE) * tl.exp2((right - reference) * log2e)
+    mass += tl.sum(tl.exp2((tl.where(used, -INF, z) - reference) * log2e), axis=0)
     mass *= tl.exp2((tail_top - top) * log2e)
     d = tl.where(used, z - top, -INF)
     p = tl.exp2(d * log2e)
@@ -342,19 +415,16 @@ def _finish(
         # What lies behind the entries before this one, summed from the far end: exact where 1 - sum would be noise.
         behind = (tl.cumsum(p, axis=0, reverse=True) + mass) / total
         kept = used & ((behind > cut_at) | (place == 0))
-        cut_x = tl.max(tl.where(used & (kept == 0), x, -INF), axis=0)
-        tail_x = tl.maximum(tail_x, cut_x)
-        cut_top = tl.max(tl.where(used & (kept == 0), z, -INF), axis=0)
-        tail_top = tl.maximum(tail_top, cut_top)
+        tail_x = tl.maximum(tail_x, tl.max(tl.where(kept, -INF, x), axis=0))
+        tail_top = tl.maximum(tail_top, tl.max(tl.where(kept, -INF, z), axis=0))
         reference = _finite_or_zero(tail_top)
-    kept_z = tl.where(used & (kept == 0), z, -INF) - reference
+    left_out = tl.where(kept, -INF, z) - reference
     size = tl.sum(kept.to(tl.int32), axis=0)
     for m in tl.static_range(M):
         c = tl.load(log2e_over_t_ptr + m)
         s = tl.load(sums_ptr + row * M + m) * tl.exp2((left - reference) * c)
         s += tl.load(sums_ptr + (rows + row) * M + m) * tl.exp2((right - reference) * c)
-        if HAS_MASS:
-            s += tl.sum(tl.exp2(kept_z * c), axis=0)
+        s += tl.sum(tl.exp2(left_out * c), axis=0)
         # c / log2e is 1/T
         tl.store(tail_ptr + row * M + m, _log(s) + ((tail_top - top) - log_total) * (c / log2e))
     unused = log_total - INF  # −inf, or NaN in a row that is not fine
@@ -522,7 +592,9 @@ def _launch(x: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: in
     padded_k = max(16, triton.next_power_of_2(k))
     group_tops, group_sums = scratch(rows, groups), scratch(rows, many, groups)
     finite = scratch(rows, parts, dtype=torch.int32)
-    picked, head = scratch(rows, padded_k, dtype=torch.int32), scratch(rows, padded_k, dtype=torch.int64)
+    entries = 4 * padded_k
+    picked, head = scratch(rows, padded_k, dtype=torch.int32), scratch(rows, entries, dtype=torch.int64)
+    count, floor = scratch(rows, dtype=torch.int32), scratch(rows, dtype=torch.int32)
     # what the head leaves: in groups not picked [0], and in those picked [1]
     rest_tops, rest_sums = scratch(2, rows), scratch(2, rows, many)
     state, edge = scratch(5, rows), scratch(2, rows, dtype=torch.int32)
@@ -532,24 +604,28 @@ def _launch(x: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: in
         CHAIN=chain, M=many, G=group, BLOCK=block, UNIT=unit, **flags, num_warps=Tuning.scan_warps,
     )  # fmt: skip
     _pick[(rows,)](
-        group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], take, groups, *head_transform,
+        group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], floor, k, take, groups, *head_transform,
         UNUSED=unused, M=many, KP=padded_k, NGP=triton.next_power_of_2(groups), **flags, num_warps=Tuning.pick_warps,
     )  # fmt: skip
     if k:
         tokens = padded_k * group
         _select[(rows,)](
-            x, stride_n, stride_v, vocab, picked, scales, head, rest_tops[1], rest_sums[1], k, take, *head_transform,
-            UNUSED=unused, CHAIN=chain, M=many, G=group, KP=padded_k, UNIT=unit, **flags,
-            num_warps=min(32, max(4, tokens // 1024)),
+            x, stride_n, stride_v, vocab, picked, floor, scales, head, count, rest_tops[1], rest_sums[1], k, take,
+            *head_transform,
+            UNUSED=unused, CHAIN=chain, M=many, G=group, KP=padded_k,
+            ENTRIES=entries, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit, **flags,
+            num_warps=min(32, max(4, tokens // Tuning.select_tokens)),
         )  # fmt: skip
     else:
+        count.zero_()
         rest_tops[1].fill_(-torch.inf)
         rest_sums[1].zero_()
     _finish[(rows,)](
-        head, rest_tops, rest_sums, finite, scales, out.ids, out.logprobs, out.ids.stride(0), out.tail, out.outcomes,
-        state, edge, rows, k, parts, 1.0 - plan.mass if plan.mass is not None else 0.0, *head_transform,
-        ONE=plan.temperatures.index(1.0), HAS_MASS=plan.mass is not None, M=many, KP=padded_k,
-        PARTS=triton.next_power_of_2(parts), **flags, num_warps=1 if padded_k <= 128 else 4,
+        head, count, rest_tops, rest_sums, finite, scales, out.ids, out.logprobs, out.ids.stride(0), out.tail,
+        out.outcomes, state, edge, rows, k, parts, 1.0 - plan.mass if plan.mass is not None else 0.0, *head_transform,
+        ONE=plan.temperatures.index(1.0), HAS_MASS=plan.mass is not None, M=many, ENTRIES=entries,
+        STAGES=entries.bit_length() - 1,
+        PARTS=triton.next_power_of_2(parts), **flags, num_warps=1 if padded_k <= 64 else 4,
     )  # fmt: skip
     if plan.draws:
         fine = state[4] > 0

@@ -1,0 +1,174 @@
+"""What a treatment does to the student's gradient: error of one cache, and what is left of it on average over caches.
+
+    python bench/bench_treatments.py --synthetic
+    python bench/bench_treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
+
+The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) in the student's hidden states, pulled through
+the head in float64. The student is an earlier layer of the teacher's own, through the final norm and the same head
+(--layer), or the teacher's hidden states disturbed (--synthetic). Errors are norms over all positions together, over
+that of the truth:
+
+    one       of one draw set (root of the mean square over R of them)
+    mean      of the mean gradient over R draw sets: the bias, plus what chance leaves of it
+    chance    what chance leaves: the sets' spread over sqrt(R); an unbiased treatment has mean near chance
+    bias      sqrt(mean² - chance²), or 0
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from harness import hardware
+from torch import Tensor
+
+from fastkd import SparseTargets, linear_kd_loss
+
+CELLS = ((1.0, 1.0), (1.0, 2.0), (1.0, 4.0), (1.5, 1.0), (1.5, 1.5), (1.5, 2.0))  # (T_d, T)
+SYNTHETIC = {"n": 64, "v": 8192, "d": 128}
+
+
+class Problem(NamedTuple):
+    """A teacher's logits, a student's hidden states, and the head that the student's gradient comes through."""
+
+    teacher_NV: Tensor
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+def synthetic(n: int, v: int, d: int) -> Problem:
+    """A head with a Zipf-like bias, a teacher with random hidden states, and a student half-way there."""
+    g = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(v, d, generator=g) / d**0.5
+    bias_V = -torch.log(torch.arange(v) + 3.0)[torch.randperm(v, generator=g)]
+    known_ND = 2.0 * torch.randn(n, d, generator=g)
+    hidden_ND = known_ND + torch.randn(n, d, generator=g)
+    return Problem(known_ND @ weight_VD.T + bias_V, hidden_ND, weight_VD, bias_V)
+
+
+@torch.no_grad()
+def real(path: Path | None, rows: int, layer: int) -> Problem:
+    """A model's logits at positions spread over a text, and its own hidden states after `layer` layers."""
+    from make_tail_fixture import load_teacher, places, text_windows
+
+    model, tokenizer = load_teacher(path)
+    at, teacher, hidden = places(8), [], []
+    for window in text_windows(tokenizer, -(-rows // len(at))):
+        states = model.model(window[None], output_hidden_states=True).hidden_states  # the last one is normed already
+        teacher.append(model.lm_head(states[-1][0, at]))
+        hidden.append(model.model.norm(states[layer][0, at]))
+    return Problem(torch.cat(teacher)[:rows], torch.cat(hidden)[:rows], model.lm_head.weight.detach(), None)
+
+
+def dense(problem: Problem, t: float) -> tuple[Tensor, float]:
+    """The true gradient in hidden `[N, D]`, each row's own, float64; and KL(teacher_T, student_T) in nats."""
+    weight_VD = problem.weight_VD.double()
+    student_NV = problem.hidden_ND.double() @ weight_VD.T
+    if problem.bias_V is not None:
+        student_NV += problem.bias_V.double()
+    log_p = (student_NV / t).log_softmax(1)
+    log_q = (problem.teacher_NV.double() / t).log_softmax(1)
+    kl = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    return t * (log_p.exp() - log_q.exp()) @ weight_VD, float(kl)
+
+
+def gradient(problem: Problem, targets: SparseTargets, t: float, treatment: str) -> Tensor:
+    """What the loss says, float64. `num_items=1`: no division, so every row's gradient is its own."""
+    leaf = problem.hidden_ND.clone().requires_grad_()
+    found = linear_kd_loss(
+        leaf, problem.weight_VD, targets, None, bias=problem.bias_V, temperature=t, treatment=treatment, num_items=1
+    )
+    found.loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad.double()
+
+
+class Tally:
+    """Errors of a run of gradients against the truth, without keeping them."""
+
+    def __init__(self, truth: Tensor) -> None:
+        self.truth, self.sum, self.squares, self.count = truth, torch.zeros_like(truth), 0.0, 0
+
+    def add(self, found: Tensor) -> None:
+        """One draw set's gradient."""
+        self.sum += found - self.truth
+        self.squares += float((found - self.truth).square().sum())
+        self.count += 1
+
+    def figures(self) -> dict[str, float]:
+        """As the module says."""
+        size, r = float(self.truth.norm()), self.count
+        mean = float(self.sum.norm()) / r
+        one = (self.squares / r) ** 0.5
+        chance = (max(one**2 - mean**2, 0.0) / (r - 1)) ** 0.5 if r > 1 else 0.0
+        bias = max(mean**2 - chance**2, 0.0) ** 0.5
+        return {"one": one / size, "mean": mean / size, "chance": chance / size, "bias": bias / size}
+
+
+def run(problem: Problem, k: int, draws: int, sets: int) -> list[dict[str, Any]]:
+    """All cells. The targets of one seed serve every temperature."""
+    truths = {t: dense(problem, t) for t in sorted({t for _, t in CELLS})}
+    rows: list[dict[str, Any]] = []
+    for drawn_at in sorted({t_d for t_d, _ in CELLS}):
+        tallies = {t: Tally(truths[t][0]) for t_d, t in CELLS if t_d == drawn_at}
+        for seed in range(sets):
+            targets = SparseTargets.from_logits(
+                problem.teacher_NV, k, draws=draws, draw_temperature=drawn_at, seed=seed
+            )
+            for t, tally in tallies.items():
+                tally.add(gradient(problem, targets, t, "sampled"))
+        name = f"sampled, {k} + {draws} from T_d = {drawn_at:g}"
+        rows += [{"targets": name, "T": t, **tally.figures()} for t, tally in tallies.items()]
+    for size in (k, k + draws):  # the same head, and the same number of entries
+        targets = SparseTargets.from_logits(problem.teacher_NV, size)
+        for treatment in ("bucket", "renormalize"):
+            for t, (truth, _) in truths.items():
+                tally = Tally(truth)
+                tally.add(gradient(problem, targets, t, treatment))
+                rows.append({"targets": f"{treatment}, {size}", "T": t, **tally.figures()})
+    for row in rows:
+        row["kl"] = truths[row["T"]][1]
+    return sorted(rows, key=lambda row: row["T"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--synthetic", action="store_true", help="a random teacher: needs no model")
+    parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
+    parser.add_argument("--layer", type=int, default=25, help="after which layer the student's hidden states are taken")
+    parser.add_argument("--rows", type=int, default=64, help="positions")
+    parser.add_argument("--sets", type=int, default=64, help="R, the number of draw sets")
+    parser.add_argument("--k", type=int, default=48)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    if args.sets < 2 or args.rows < 1:
+        parser.error("--sets must be at least 2, --rows at least 1")
+    print("  ".join(f"{key}={value}" for key, value in hardware("cpu").items()), flush=True)
+    begun = time.perf_counter()
+    problem = synthetic(**SYNTHETIC) if args.synthetic else real(args.teacher, args.rows, args.layer)
+    n, v = problem.teacher_NV.shape
+    what = "synthetic teacher" if args.synthetic else f"student: layer {args.layer}"
+    print(f"{what}, N = {n}, V = {v}, D = {problem.weight_VD.shape[1]}, R = {args.sets} draw sets", flush=True)
+    rows = run(problem, args.k, args.draws, args.sets)
+    last = None
+    for row in rows:
+        if row["T"] != last:
+            last = row["T"]
+            head = problem.teacher_NV.div(last).softmax(1).topk(args.k).values.sum(1).mean()
+            print(
+                f"\nT = {last:g}: KL to the teacher {row['kl']:.3f} nats, mass outside the top {args.k} {1 - head:.3f}"
+            )
+            print(f"  {'relative error of the gradient':<34} {'one':>8} {'mean':>8} {'chance':>8} {'bias':>8}")
+        print(f"  {row['targets']:<34} " + " ".join(f"{row[key]:8.4f}" for key in ("one", "mean", "chance", "bias")))
+    print(f"\n{time.perf_counter() - begun:.0f} s")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"hardware": hardware("cpu"), "what": what, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

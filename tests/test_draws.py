@@ -1,0 +1,132 @@
+"""The draws: uniform, weighted rightly, and a function of nothing but seed, position and logits."""
+
+import math
+
+import pytest
+import torch
+from fastkd.kernels import draws
+from fastkd.kernels.topk import topk_targets
+
+
+def test_uniforms_are_keyed_by_seed_position_and_draw():
+    positions = torch.tensor([0, 1, 2, 10**12, -5])
+    u = draws.uniforms(7, positions, 6)
+    assert u.dtype == torch.float64
+    assert u.shape == (5, 6)
+    assert ((u >= 0) & (u < 1)).all()
+    assert u.unique().numel() == 30
+    assert torch.equal(u[2:3], draws.uniforms(7, positions[2:3], 6))
+    assert torch.equal(u[:, :3], draws.uniforms(7, positions, 3))  # more draws do not change the first ones
+    assert not (u == draws.uniforms(8, positions, 6)).any()
+    # any Python integer is a seed
+    assert torch.equal(draws.uniforms(2**64 + 7, positions, 6), u)
+    assert draws.uniforms(-1, positions, 1).isfinite().all()
+
+
+def test_uniforms_are_frozen():
+    # A cache drawn with one version must be drawn the same by the next: these bits are part of the format.
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    step = 0x9E3779B97F4A7C15
+    u = draws.uniforms(41, torch.tensor([0, 9]), 3)
+    rows = [mix((mix(42 * step % 2**64) + (p + 1) * step) % 2**64) for p in (0, 9)]
+    assert (u * 2**53).long().tolist() == [[mix((row + d * step) % 2**64) >> 11 for d in (1, 2, 3)] for row in rows]
+    assert (draws.uniforms(0, torch.tensor([0]), 2) * 2**53).long().tolist() == [[1249383295688599, 8746909956485189]]
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = draws.uniforms(3, torch.arange(50_000), 4)
+    counts = torch.histc(u.flatten(), bins=64, min=0, max=1)
+    chi2 = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+    assert chi2 < 63 + 5 * math.sqrt(2 * 63)
+    n = u.shape[0]
+    for a, b in ((u[:, 0], u[:, 1]), (u[:-1, 0], u[1:, 0]), (u[:-1, 3], u[1:, 0])):
+        r = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+        assert abs(r) < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 1.7])
+def test_weights_are_probabilities(scale):
+    z = torch.linspace(-30, 0, 4001)[None]
+    bits = draws.weight_bits(4001)
+    w = draws.integer_weights(z, torch.zeros(1), draws.exponent_scale(1 / scale), bits)
+    want = 2.0**bits * (z.double() * scale).exp()
+    assert int(w[0, -1]) == 2**bits  # the top token's weight is whole
+    # 1e-6 relative, and the cut to an integer
+    assert ((w - want).abs() <= 2e-6 * want + 1).all()
+    assert int(draws.integer_weights(torch.tensor([[-torch.inf, -1e30]]), torch.zeros(1), 1.0, bits).sum()) == 0
+
+
+def test_weights_of_any_vocabulary_stay_exact_in_float64():
+    for vocab in (1, 2, 50_257, 2**18, 2**18 + 1, 10**6):
+        bits = draws.weight_bits(vocab)
+        assert bits >= 32
+        assert vocab * 2**bits <= 2**53
+
+
+def test_exact_transform_is_a_softcap():
+    x = torch.cat([torch.linspace(-200, 200, 999), torch.tensor([-torch.inf, 0.0, 1e30])])
+    z = draws.exact_transform(x, 0.5, 30.0)
+    want = 30 * torch.tanh(x.double() * 0.5 / 30)
+    assert float(z[-3]) == -torch.inf
+    torch.testing.assert_close(z[:-3], want[:-3].float(), atol=1e-5, rtol=1e-6)
+    assert z[-1] == 30
+    assert torch.equal(draws.exact_transform(x, None, None), x)
+
+
+def test_inversion_names_the_token_under_each_number():
+    weights = torch.tensor([[3, 0, 1, 0, 4], [0, 0, 0, 2, 0]])
+    u = torch.tensor([[0.0, 2.999 / 8, 3 / 8, 0.5, 0.999999]] * 2, dtype=torch.float64)
+    assert draws.invert(weights, u).tolist() == [[0, 0, 2, 4, 4], [3, 3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize(("k", "draw_temperature"), [(0, 1.0), (3, 1.0), (3, 2.0)])
+def test_draws_follow_the_tail(k, draw_temperature):
+    torch.manual_seed(0)
+    logits = torch.randn(24).mul(1.5)
+    rows, n = 4000, 10
+    targets = topk_targets(logits.expand(rows, -1), k, draws=n, draw_temperature=draw_temperature, seed=5)
+    tail = torch.ones(24, dtype=torch.bool)
+    tail[logits.topk(k).indices] = False
+    p = torch.softmax((logits.double() / draw_temperature).masked_fill(~tail, -torch.inf), 0)
+    assert (targets.draws.sum(1) == n).all()
+    counts = torch.zeros(24, dtype=torch.int64)
+    counts.scatter_add_(0, targets.ids.flatten().long(), targets.draws.flatten().long())
+    assert counts[~tail].sum() == 0
+    want = rows * n * p[tail]
+    degrees = int(tail.sum()) - 1
+    chi2 = float(((counts[tail] - want) ** 2 / want).sum())
+    assert chi2 < degrees + 5 * math.sqrt(2 * degrees)  # with this seed; five standard deviations
+    # and the draws of one row are independent of one another: the variance of a count is the binomial one
+    best = int(p.argmax())
+    per_row = (targets.draws * (targets.ids == best)).sum(1).double()
+    expected = n * p[best] * (1 - p[best])
+    assert abs(float(per_row.var() / expected) - 1) < 0.12
+
+
+def test_merge_puts_the_best_first_and_counts():
+    # row 0 drew 7 twice, 2 and 9 once, 2 and 9 tie; row 1 has nothing to draw from
+    ids = torch.tensor([[2, 7, 7, 9], [1, 1, 1, 1]])
+    values = torch.tensor([[0.5, 3.0, 3.0, 0.5], [0.0] * 4])
+    out_ids = torch.tensor([[4, 0, 0, 0, 0, 0], [4, 5, 0, 0, 0, 0]], dtype=torch.int32)
+    out_logprobs = torch.tensor([[-0.1] + [-torch.inf] * 5, [-0.1, -2.0] + [-torch.inf] * 4])
+    out_draws = torch.zeros(2, 6, dtype=torch.int32)
+    before = out_ids[1].clone(), out_logprobs[1].clone()
+    draws.merge(
+        ids,
+        values,
+        values - 5,
+        torch.tensor([True, False]),
+        torch.tensor([1, 2]),
+        out_ids=out_ids,
+        out_logprobs=out_logprobs,
+        out_draws=out_draws,
+    )
+    assert out_ids[0].tolist() == [4, 7, 2, 9, 0, 0]
+    assert out_draws.tolist() == [[0, 2, 1, 1, 0, 0], [0] * 6]
+    assert out_logprobs[0].tolist() == pytest.approx([-0.1, -2.0, -4.5, -4.5, -math.inf, -math.inf])
+    assert torch.equal(out_ids[1], before[0])
+    assert torch.equal(out_logprobs[1], before[1])
