@@ -448,7 +448,8 @@ from triton.compiler import ASTSource
 from fastkd.kernels import topk_triton
 from fastkd.kernels.topk import Rows, _plan
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
+POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 class Compiler:
     def __init__(self, kernel):
@@ -461,8 +462,11 @@ class Compiler:
         signature, values = {}, {}
         names = self.kernel.arg_names
         for name, value in [*zip(names, args), *constants.items()]:
-            kind = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-            if name in constants or value is 1:
+            if isinstance(value, torch.Tensor):
+                kind = POINTERS[value.dtype]
+            else:
+                kind = "fp32" if isinstance(value, float) else "i32"
+            if name in constants or (kind == "i32" and value == 1):
                 kind, values[names.index(name),] = "constexpr", value
             signature[name] = kind
         source = ASTSource(fn=self.kernel, signature={n: signature[n] for n in names}, constexprs=values)
@@ -474,7 +478,7 @@ class Compiler:
 
 for name in ("_scan", "_pick", "_select", "_finish", "_weigh", "_invert"):
     setattr(topk_triton, name, Compiler(getattr(topk_triton, name)))
-topk_triton.refuse = lambda *args: None
+topk_triton.refuse = topk_triton.merge_drawn = lambda *args: None
 settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
 for k, mass, draws, softcap, scale in settings:
     plan = _plan(5000, k, (1.0, 1.5, 2.0, 4.0), mass, draws, 1.0, 0, softcap, scale, where="logits")
