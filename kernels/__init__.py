@@ -1,13 +1,10 @@
-"""fastkd.kernels: the math of distillation on a device. Imports with torch alone; triton when a Triton path is taken."""
+"""fastkd.kernels: the math of distillation on a device. Needs torch alone; triton when a Triton path is taken."""
 
 from .checks import set_debug
 from .errors import KDError
 from .loss import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
 from .targets import SparseTargets, TargetsAt
-try:
-    from .topk import linear_topk_targets, topk_targets
-except Exception:  # noqa
-    pass
+from .topk import linear_topk_targets, topk_targets
 
 __all__ = [
     "DistillationLoss",

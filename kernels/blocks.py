@@ -24,7 +24,7 @@ def counted_rows(call: Call, positions: int, width: int) -> tuple[Call, Tensor |
     """The call over the rows that count alone, the positions they lie at (None: all in order), and the divisor."""
     if values_are_checked(call.ids.device):
         check_values(call, positions, width)
-    index, call = call.index, call.by_row()
+    index, call = call.positions, call.by_row()
     divisor, counted = call.divisor(), call.counted()
     if not bool(counted.all()):
         rows = counted.nonzero()[:, 0]

@@ -1,6 +1,6 @@
 """One call of a loss, as all implementations receive it: everything beside the logits, flat, ready for an operator."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Call(NamedTuple):
     mask: Tensor | None  # [N] bool
     weights: Tensor | None  # [N]
     num_items: Tensor | None  # []
-    count: int  # of the optimizer step; -1: num_items, or else the counted rows
+    items: int  # of the optimizer step; -1: num_items, or else the counted rows
     alpha: float
     alpha_tensor: Tensor | None
     temperature: float
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     draws: Tensor | None  # [P, K]
     tail: Tensor  # [P, M]
     outcomes: Tensor  # [P] or []
-    index: Tensor | None  # [P]
+    positions: Tensor | None  # [P]
     temperatures: list[float]  # M
     draw_temperature: float
     vocab_size: int  # the teacher's
@@ -55,17 +55,18 @@ class Call(NamedTuple):
         return self.temperature if self.temperature_tensor is None else float(self.temperature_tensor)
 
     def by_row(self) -> "Call":
-        """The same call with labels, mask and weights a target row, not a position, and no index."""
-        if self.index is None:
+        """The same call with labels, mask and weights a target row, not a position, and no positions."""
+        if self.positions is None:
             return self
-        at = {k: None if (v := getattr(self, k)) is None else v[self.index] for k in ("labels", "mask", "weights")}
-        return self._replace(index=None, **at)
+        names = ("labels", "mask", "weights")
+        at: dict[str, Any] = {k: None if (v := getattr(self, k)) is None else v[self.positions] for k in names}
+        return self._replace(positions=None, **at)
 
     def take(self, rows: slice | Tensor) -> "Call":
         """A call by row, for some of its rows."""
-        assert self.index is None
+        assert self.positions is None
         names = ("labels", "mask", "weights", "ids", "logprobs", "draws", "tail", "outcomes")
-        some = {k: v if (v := getattr(self, k)) is None or v.ndim == 0 else v[rows] for k in names}
+        some: dict[str, Any] = {k: v if (v := getattr(self, k)) is None or v.ndim == 0 else v[rows] for k in names}
         return self._replace(**some)
 
     def counted(self) -> Tensor:
@@ -75,8 +76,8 @@ class Call(NamedTuple):
 
     def divisor(self) -> Tensor:
         """Of a call by row: what the sums are divided by, a 0-d float32 tensor; 0 counts as 1."""
-        if self.count >= 0:
-            return torch.full((), max(self.count, 1), dtype=torch.float32, device=self.ids.device)
+        if self.items >= 0:
+            return torch.full((), max(self.items, 1), dtype=torch.float32, device=self.ids.device)
         total = self.counted().sum() if self.num_items is None else self.num_items
         return total.to(self.ids.device, torch.float32).clamp(min=1)
 

@@ -125,12 +125,12 @@ def check_values(call: Call, positions: int, width: int) -> None:
     check_temperature(temperature, tuple(call.temperatures))
     if call.num_items is not None and not call.num_items >= 0:
         raise KDError(f"num_items: found {call.num_items.item()}; a count is needed.")
-    if call.index is not None:
-        outside = (call.index < 0) | (call.index >= positions)
-        _refuse(outside, "targets.index", call.index, f"a position from 0 to {positions - 1} is needed")
-        ordered = call.index.sort().values
-        twice = torch.isin(call.index, ordered[1:][ordered[1:] == ordered[:-1]])
-        _refuse(twice, "targets.index", call.index, "each position at most once is needed")
+    if call.positions is not None:
+        outside = (call.positions < 0) | (call.positions >= positions)
+        _refuse(outside, "targets.index", call.positions, f"a position from 0 to {positions - 1} is needed")
+        ordered = call.positions.sort().values
+        twice = torch.isin(call.positions, ordered[1:][ordered[1:] == ordered[:-1]])
+        _refuse(twice, "targets.index", call.positions, "each position at most once is needed")
     call = call.by_row()
     counted = call.counted()
     if call.labels is not None:
@@ -143,10 +143,10 @@ def check_values(call: Call, positions: int, width: int) -> None:
     _refuse(outside.any(1), "targets.ids", call.ids, f"ids from 0 to {call.vocab_size - 1} are needed")
     not_number = call.logprobs.isnan() | (call.logprobs == float("inf"))
     _refuse(
-        not_number.any(1), "targets.logprobs", call.logprobs, "finite numbers, or −inf in unused places, are needed"
+        not_number.any(1), "targets.logprobs", call.logprobs, "finite numbers, or -inf in unused places, are needed"
     )
     not_number = call.tail.isnan() | (call.tail == float("inf"))
-    _refuse(not_number.any(1), "targets.tail", call.tail, "finite numbers, or −inf for an empty tail, are needed")
+    _refuse(not_number.any(1), "targets.tail", call.tail, "finite numbers, or -inf for an empty tail, are needed")
     ordered = call.ids.long().masked_fill(~used, -1).sort(1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     _refuse(twice.any(1), "targets.ids", call.ids, "each id at most once in a row is needed")
@@ -171,7 +171,7 @@ def check_student(lse_C: Tensor, counted_C: Tensor, first_row: int, what: str) -
         row = int(bad.nonzero()[0, 0])
         raise KDError(
             f"{what}: row {first_row + row} of those with targets has NaN or infinite logits (log-partition "
-            f"{lse_C[row].item()}); finite ones are needed (−inf only for masked outcomes)."
+            f"{lse_C[row].item()}); finite ones are needed (-inf only for masked outcomes)."
         )
 
 

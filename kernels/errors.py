@@ -2,4 +2,4 @@
 
 
 class KDError(ValueError):
-    """What was passed cannot be computed with: the message names the argument, what was found and what would be right."""
+    """The message names the argument, what was found, and what would be right."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from .blocks import TorchRows
 from .call import Call
 
-# Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of their
-# mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is a normal number, and 4,094 still fits.
+# Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of
+# their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
+# gradients up to 4,094 still fit.
 FLOAT16_SCALE = 16.0
 CUDA_CHUNK = 2048
 CPU_CHUNK_BYTES = 32 << 20
@@ -25,7 +26,7 @@ class Head(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in hidden (its type), weight and bias (float32); None where not wanted. To be multiplied by `rescale`."""
+    """Gradients in hidden (its type), weight and bias (float32), None where not wanted; `rescale` is still to come."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
@@ -59,7 +60,7 @@ def linear_kd_loss_chunks(
     `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
     """
     width, device = head.weight_VD.shape[0], hidden_ND.device
-    settings: dict[str, Any] = dict(softcap=head.softcap, logit_scale=head.logit_scale, want_grad=any(want))
+    settings: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "want_grad": any(want)}
     rescale_later = dtype == torch.float16
     if rescale_later:
         settings["fixed_scale"] = FLOAT16_SCALE

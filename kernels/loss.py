@@ -127,8 +127,8 @@ def linear_kd_loss(
     rows they belong to go through the head.
 
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
-    grad_weight `[V, D]` float32: an accumulator across micro-batches: the backward adds the weight's gradient to it, and
-    none arrives at `weight` itself. chunk_tokens: how many positions go through the head at once (by default 2048 on
+    grad_weight `[V, D]` float32: an accumulator across micro-batches: the backward adds the weight's gradient to it,
+    and none arrives at `weight` itself. chunk_tokens: how many positions go through the head at once (by default 2048 on
     a GPU, and some 32 MB of logits on a CPU). Under autocast the matrix products run in its type. `inplace` is accepted
     for symmetry with `kd_loss`: there is no buffer of the caller's to give up.
     """
@@ -136,7 +136,8 @@ def linear_kd_loss(
     _check_tensor("weight", weight, 2)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise KDError(
-            f"weight: found shape {tuple(weight.shape)} for hidden {tuple(hidden.shape)}; (V, {hidden.shape[-1]}) is needed."
+            f"weight: found shape {tuple(weight.shape)} for hidden {tuple(hidden.shape)}; "
+            f"(V, {hidden.shape[-1]}) is needed."
         )
     width = weight.shape[0]
     call = _call(
@@ -193,7 +194,7 @@ def linear_kd_loss(
 
 
 class DistillationLoss(nn.Module):
-    """The settings of a distillation loss, with both forms: `module(logits, ...)` and `module.linear(hidden, weight, ...)`.
+    """The settings of a distillation loss in both forms: `module(logits, ...)`, `module.linear(hidden, weight, ...)`.
 
     Settings are keyword arguments of `kd_loss`; alpha and temperature are plain attributes, to be changed at will.
     """
@@ -294,7 +295,7 @@ def _call(
         mask=None if mask is None else mask.reshape(-1),
         weights=None if weights is None else weights.reshape(-1),
         num_items=num_items if isinstance(num_items, Tensor) else None,
-        count=num_items if isinstance(num_items, int) else -1,
+        items=num_items if isinstance(num_items, int) else -1,
         alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
         alpha_tensor=alpha if isinstance(alpha, Tensor) else None,
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
@@ -304,7 +305,7 @@ def _call(
         draws=targets.draws,
         tail=targets.tail,
         outcomes=targets.outcomes,
-        index=targets.index,
+        positions=targets.index,
         temperatures=list(targets.temperatures),
         draw_temperature=targets.draw_temperature,
         vocab_size=targets.vocab_size,

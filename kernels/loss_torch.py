@@ -24,7 +24,7 @@ def loss_rows_(
     """Hard and soft loss of each row (`[C]`, before alpha and the divisor); x becomes the gradient of the total.
 
     x `[C, V]` float32 or float64: raw logits, a contiguous buffer of the caller's to overwrite. call: by row, C rows.
-    scale `[]`: what the gradient of each row's loss is multiplied by. Rows that do not count have losses and gradient 0.
+    scale `[]`: what the gradient of each row's loss is multiplied by. Rows that do not count get 0 everywhere.
     """
     alpha, t = call.alpha_now(), call.temperature_now()
     counted = call.counted()

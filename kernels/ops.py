@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The operators: what torch.compile and autograd see of the losses. Forward computes gradients; backward scales them.
 
 `kd_loss` and `linear_kd_loss` are functional, with fakes and autograd formulas. `kd_loss_` writes the gradient over the
@@ -114,16 +115,16 @@ def _linear(
     if call.impl == "reference":
         wanted = [x for x, w in zip((hidden, weight, bias), want, strict=True) if w and x is not None]
         *losses, gradients = linear_reference(hidden, weight, bias, call, softcap, logit_scale, wanted)
-        found = iter(gradients)
+        remaining = iter(gradients)
         types = (hidden.dtype, torch.float32, torch.float32)
-        shaped = [next(found).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
+        shaped = [next(remaining).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
         rescale = hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else empty
         return *losses, *shaped, rescale
     head = Head(weight, bias, softcap, logit_scale)
-    loss, hard, soft, gradients = linear_kd_loss_chunks(
+    loss, hard, soft, found = linear_kd_loss_chunks(
         hidden, head, call, chunk=chunk, dtype=dtype, want=(want[0], want[1], want[2])
     )
-    return loss, hard, soft, *(hidden.new_empty(0) if g is None else g for g in gradients)
+    return loss, hard, soft, *(hidden.new_empty(0) if g is None else g for g in found)
 
 
 @torch.library.register_fake("fastkd::linear_kd_loss")
@@ -198,7 +199,7 @@ def _once(ctx: Any) -> None:
     """The gradient is scaled where it lies: a second backward would scale it twice."""
     if getattr(ctx, "spent", False):
         raise KDError(
-            "backward: called a second time on the same loss, whose gradients were handed out by the first; compute the "
+            "backward: called a second time on the same loss, whose gradients the first one handed out; compute the "
             "loss again (retain_graph=True does not keep them)."
         )
     ctx.spent = True

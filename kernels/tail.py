@@ -61,7 +61,7 @@ def spline_table(temperatures: tuple[float, ...]) -> tuple[NDArray[np.float64], 
 
 @lru_cache(maxsize=64)
 def device_table(temperatures: tuple[float, ...], device: torch.device) -> Tensor:
-    """`spline_table` in float32 on a device, flat: P knots, then the coefficients. Copied there once, not once a call."""
+    """`spline_table` in float32 on a device, flat: P knots, then the coefficients. Copied there once and kept."""
     knots, table = spline_table(temperatures)
     return torch.from_numpy(np.concatenate([knots, table.ravel()])).to(device, torch.float32)
 
@@ -85,7 +85,7 @@ def check_temperature(temperature: float, temperatures: Sequence[float]) -> None
 
 
 def tail_weights(temperature: float, temperatures: tuple[float, ...]) -> NDArray[np.float64]:
-    """Weights `[M + 1]` of (log outcomes, tail at each stored temperature) in the tail's log-partition at `temperature`.
+    """Weights `[M + 1]` of (log outcomes, the tail at each stored temperature) in the tail at `temperature`.
 
     The order is that of `temperatures` after the first entry. At a stored temperature exactly one weight is 1.
     Raises KDError as `check_temperature` does.
@@ -97,5 +97,4 @@ def tail_weights(temperature: float, temperatures: tuple[float, ...]) -> NDArray
     knots, table = spline_table(temperatures)
     beta = 1.0 / temperature
     i = int(np.searchsorted(knots, beta, side="right")) - 1
-    weights: NDArray[np.float64] = (beta - knots[i]) ** np.arange(4) @ table[i]
-    return weights
+    return np.asarray((beta - knots[i]) ** np.arange(4) @ table[i], dtype=np.float64)

@@ -22,8 +22,8 @@ class TargetsAt(NamedTuple):
 
     log_q `[N, K]`: true log-probability of each entry of the support S; −inf marks a place outside S.
     weights `[N, K]`: the weight of each entry's term; equal to q except under `sampled`. 0 outside S.
-    log_q_tail `[N]`: log-probability of everything outside S as one outcome; −inf where there is no such outcome. NaN in
-        a row that the treatment cannot take (draws alone, under `bucket` or `renormalize`).
+    log_q_tail `[N]`: log-probability of everything outside S as one outcome; −inf where there is none. NaN in a row
+        that the treatment cannot take (draws alone, under `bucket` or `renormalize`).
     """
 
     log_q: Tensor

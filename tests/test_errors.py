@@ -83,20 +83,20 @@ def test_values_on_the_cpu(change: dict, says: str, impl: str) -> None:
 def test_logits_that_are_no_numbers(value: float) -> None:
     logits = C.logits.clone()
     logits[4, 17] = value
-    with pytest.raises(KDError, match="logits: row .* NaN or infinite"):
+    with pytest.raises(KDError, match=r"logits: row .* NaN or infinite"):
         kd_loss(logits, C.targets, C.labels)
 
 
 def test_shapes() -> None:
-    with pytest.raises(KDError, match="narrower than the targets' vocabulary of 50"):
+    with pytest.raises(KDError, match="narrower than"):
         kd_loss(C.logits[:, :49], C.targets, C.labels)
     with pytest.raises(KDError, match="targets: found 6 rows"):
         kd_loss(C.logits[:4], C.targets, C.labels[:4])
     with pytest.raises(KDError, match="labels: found shape"):
         kd_loss(C.logits, C.targets, C.labels[:4])
-    with pytest.raises(KDError, match="labels: found torch.float32"):
+    with pytest.raises(KDError, match=r"labels: found torch\.float32"):
         kd_loss(C.logits, C.targets, C.labels.float())
-    with pytest.raises(KDError, match="logits: found .*int64"):
+    with pytest.raises(KDError, match=r"logits: found .*int64"):
         kd_loss(C.logits.long(), C.targets, C.labels)
     with pytest.raises(KDError, match="logits"):
         kd_loss(C.logits[0], C.targets, C.labels)
@@ -196,7 +196,7 @@ def test_unchecked_values_on_the_gpu() -> None:
 def test_debug_names_row_and_argument_on_the_gpu() -> None:
     set_debug(True)
     try:
-        with pytest.raises(KDError, match="targets.ids: row 3"):
+        with pytest.raises(KDError, match=r"targets\.ids: row 3"):
             kd_loss(C.logits.cuda(), with_value("ids", 3, 1, 50).to("cuda"), C.labels.cuda())
     finally:
         set_debug(False)

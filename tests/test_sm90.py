@@ -1,0 +1,78 @@
+"""The kernels compile for real GPUs on a machine that has none: what the interpreter accepts is not enough.
+
+Runs in a process of its own, since kernels imported for the interpreter cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastkd.kernels import loss_triton as lt
+
+TYPES = {
+    "x_ptr": "*{t}", "g_ptr": "*{t}", "labels_ptr": "*i64", "mask_ptr": "*i1", "index_ptr": "*i64", "ids_ptr": "*i32",
+    "draws_ptr": "*i32", "outcomes_ptr": "*i32", "x_outer": "i64", "g_outer": "i64", "outer": "i64",
+    "covered_ptr": "*i8", "num_items_ptr": "*i64",
+}
+FLOATS = ("alpha", "temperature", "reach", "fixed_scale", "inverse_draw_temperature", "mix", "softcap", "logit_scale")
+
+def compiled(kernel, constants, dtype="bf16", warps=8, arch=90):
+    names = kernel.arg_names
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        known = TYPES.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
+        return known.format(t=dtype)
+    keyed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature={n: type_of(n) for n in names}, constexprs=keyed)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return len(built.asm["cubin"])
+
+def loss(arch, dtype, divergence, treatment, **change):
+    block = lt.sweep_settings(128256, 4 if dtype == "fp32" else 2)
+    c = dict(
+        DIVERGENCE=divergence, TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, SOFTCAP=False,
+        SCALED=False, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK=block["BLOCK"], BLOCK_SLOW=512,
+    )
+    if treatment != 1:
+        c["draws_ptr"] = None
+    return compiled(lt.loss_kernel, {**c, **change}, dtype, block["num_warps"], arch)
+
+sizes = {}
+for arch in (80, 90):
+    for number, (divergence, treatment) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0), (4, 0)]):
+        dtype = ("bf16", "fp16", "fp32")[number % 3]
+        name = f"sm_{arch} {divergence} {treatment} {dtype}"
+        sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
+sizes["strided, capped, out of place"] = loss(90, "fp32", 0, 0, IN_PLACE=False, SOFTCAP=True, SCALED=True)
+sizes["evaluation, compact, no labels"] = loss(90, "bf16", 0, 0, WANT_GRAD=False, labels_ptr=None)
+sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, BLOCK=4096, BLOCK_M=8))
+sizes["prepare, floats"] = compiled(
+    lt.prepare_kernel,
+    dict(M=4, OFF_GRID=True, SNAP=1e-6, BLOCK=4096, BLOCK_M=8, mask_ptr=None, index_ptr=None,
+         num_items_ptr=None, upstream_ptr=None, alpha_ptr=None, temperature_ptr=None),
+)
+sizes["total"] = compiled(lt.total_kernel, dict(HARD=True, BLOCK=4096))
+sizes["zero"] = compiled(lt.zero_uncovered_kernel, dict(BLOCK=4096))
+sizes["scale"] = compiled(lt.scale_kernel, dict(BLOCK=4096))
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
+def test_every_kernel_compiles_for_sm80_and_sm90(tmp_path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=540
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    sizes = json.loads(result.stdout)
+    assert len(sizes) == 21
+    assert all(size > 1000 for size in sizes.values())
