@@ -1,7 +1,7 @@
 """The loss against its limits: the memory's or the matrix products' floor, and what others use instead.
 
     python bench/bench_loss.py --device cpu
-    python bench/bench_loss.py --device cuda [--sections check logits linear] [--tune] [--json results.json]
+    python bench/bench_loss.py --device cuda [--sections check logits linear topk] [--tune] [--json results.json]
 
 Every figure is a ratio within one run. Lines say `ok` or `MISSED`; nothing here fails.
 """
@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import bench_topk
 import torch
 from cases import eager_kd_loss, known_targets, student_logits
 from harness import Table, interleaved, peak_bytes
@@ -336,7 +337,7 @@ def cpu(table: Table, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sections", nargs="+", default=["check", "logits", "linear"], help="of the GPU's")
+    parser.add_argument("--sections", nargs="+", default=["check", "logits", "linear", "topk"], help="of the GPU's")
     parser.add_argument("--rounds", type=int, default=0, help="timed repeats of each run")
     parser.add_argument("--tune", action="store_true", help="also try blocks and warps (GPU)")
     parser.add_argument("--chunks", type=int, nargs="+", help="chunk sizes to try for the fused head (GPU)")
@@ -356,6 +357,8 @@ def main() -> None:
             logits_cuda(table, rounds, not args.no_peers)
         if "linear" in args.sections:
             linear_cuda(table, max(5, rounds // 2), not args.no_peers, (None, *(args.chunks or ())))
+        if "topk" in args.sections:
+            bench_topk.bench_cuda(table)
     table.save(args.json)
 
 

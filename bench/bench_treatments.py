@@ -5,8 +5,8 @@
 
 The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) in the student's hidden states, pulled through
 the head in float64. The student is an earlier layer of the teacher's own, through the final norm and the same head
-(--layer), or the teacher's hidden states disturbed (--synthetic). Errors are norms over all positions together, over
-that of the truth:
+(--layer: a poor student), or the teacher with noise in its head (--noise: a good one), or all of it is random
+(--synthetic). Errors are norms over all positions together, over that of the truth:
 
     one       of one draw set (root of the mean square over R of them)
     mean      of the mean gradient over R draw sets: the bias, plus what chance leaves of it
@@ -50,17 +50,23 @@ def synthetic(n: int, v: int, d: int) -> Problem:
 
 
 @torch.no_grad()
-def real(path: Path | None, rows: int, layer: int) -> Problem:
-    """A model's logits at positions spread over a text, and its own hidden states after `layer` layers."""
+def real(path: Path | None, rows: int, layer: int, noise: float | None) -> Problem:
+    """A model's logits at positions spread over a text; its hidden states after `layer` layers, or its head disturbed."""
     from make_tail_fixture import load_teacher, places, text_windows
 
     model, tokenizer = load_teacher(path)
-    at, teacher, hidden = places(8), [], []
+    at, last, earlier = places(8), [], []
     for window in text_windows(tokenizer, -(-rows // len(at))):
         states = model.model(window[None], output_hidden_states=True).hidden_states  # the last one is normed already
-        teacher.append(model.lm_head(states[-1][0, at]))
-        hidden.append(model.model.norm(states[layer][0, at]))
-    return Problem(torch.cat(teacher)[:rows], torch.cat(hidden)[:rows], model.lm_head.weight.detach(), None)
+        last.append(states[-1][0, at])
+        earlier.append(model.model.norm(states[layer][0, at]))
+    known_ND, weight_VD = torch.cat(last)[:rows], model.lm_head.weight.detach()
+    teacher_NV = known_ND @ weight_VD.T
+    if noise is None:
+        return Problem(teacher_NV, torch.cat(earlier)[:rows], weight_VD, None)
+    g = torch.Generator().manual_seed(0)
+    disturbed_VD = weight_VD + noise * weight_VD.std() * torch.randn(weight_VD.shape, generator=g)
+    return Problem(teacher_NV, known_ND, disturbed_VD, None)
 
 
 def dense(problem: Problem, t: float) -> tuple[Tensor, float]:
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("--synthetic", action="store_true", help="a random teacher: needs no model")
     parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
     parser.add_argument("--layer", type=int, default=25, help="after which layer the student's hidden states are taken")
+    parser.add_argument("--noise", type=float, help="of the student's head instead, over the head's standard deviation")
     parser.add_argument("--rows", type=int, default=64, help="positions")
     parser.add_argument("--sets", type=int, default=64, help="R, the number of draw sets")
     parser.add_argument("--k", type=int, default=48)
@@ -149,9 +156,10 @@ def main() -> None:
         parser.error("--sets must be at least 2, --rows at least 1")
     print("  ".join(f"{key}={value}" for key, value in hardware("cpu").items()), flush=True)
     begun = time.perf_counter()
-    problem = synthetic(**SYNTHETIC) if args.synthetic else real(args.teacher, args.rows, args.layer)
+    problem = synthetic(**SYNTHETIC) if args.synthetic else real(args.teacher, args.rows, args.layer, args.noise)
     n, v = problem.teacher_NV.shape
-    what = "synthetic teacher" if args.synthetic else f"student: layer {args.layer}"
+    student = f"layer {args.layer}" if args.noise is None else f"the teacher with noise {args.noise:g} in its head"
+    what = "synthetic teacher" if args.synthetic else f"student: {student}"
     print(f"{what}, N = {n}, V = {v}, D = {problem.weight_VD.shape[1]}, R = {args.sets} draw sets", flush=True)
     rows = run(problem, args.k, args.draws, args.sets)
     last = None

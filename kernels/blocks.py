@@ -83,6 +83,10 @@ class TorchRows:
             if self.want_grad and work is not block:
                 block.copy_(work)
 
+    def safe_index(self) -> Tensor | None:
+        """The positions of the rows, int64 `[P]`; None where they are all of the batch's, in order."""
+        return self.index
+
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, hard and soft."""
         return total(self.call, self.hard, self.soft, self.divisor)

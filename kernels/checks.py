@@ -164,14 +164,12 @@ def check_values(call: Call, positions: int, width: int) -> None:
             )
 
 
-def check_student(lse_C: Tensor, counted_C: Tensor, first_row: int, what: str) -> None:
-    """Raise KDError for a counted row whose log-partition is not finite: its logits hold NaN, +inf or nothing else."""
-    bad = counted_C & ~lse_C.isfinite()
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
+def check_student(bad_C: Tensor, what: str, first_row: int = 0) -> None:
+    """Raise KDError for a row that counts and whose logits hold NaN, +inf, or nothing but −inf."""
+    if bad_C.any():
         raise KDError(
-            f"{what}: row {first_row + row} of those with targets has NaN or infinite logits (log-partition "
-            f"{lse_C[row].item()}); finite ones are needed (-inf only for masked outcomes)."
+            f"{what}: row {first_row + int(bad_C.nonzero()[0, 0])} of those that count has NaN or infinite logits; "
+            "finite ones are needed (-inf only for masked outcomes)."
         )
 
 

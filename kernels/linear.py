@@ -1,5 +1,7 @@
 """The head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
 
+import warnings
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +47,22 @@ def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor)
     """total += gradient^T hidden, accumulated in float32 whatever the operands' type."""
     if gradient_CV.dtype == total_VD.dtype:
         total_VD.addmm_(gradient_CV.t(), hidden_CD.to(total_VD.dtype))
-    elif gradient_CV.is_cuda:
+    elif gradient_CV.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, out=total_VD)
+    elif gradient_CV.is_cuda:
+        _warn_of_old_torch()
+        total_VD += torch.mm(gradient_CV.t(), hidden_CD)
     else:
         total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype))
+
+
+@lru_cache(maxsize=1)
+def _warn_of_old_torch() -> None:
+    warnings.warn(
+        f"torch {torch.__version__} cannot accumulate a half-precision product in float32: each chunk's share of the "
+        "weight's gradient is rounded once before it is added, and takes longer. A newer torch (2.8) can.",
+        stacklevel=2,
+    )
 
 
 def linear_kd_loss_chunks(
@@ -69,30 +83,36 @@ def linear_kd_loss_chunks(
     bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
 
-    compact = rows.index is not None
-    d_hidden = (torch.zeros_like if compact else torch.empty_like)(hidden_ND) if want[0] else None
+    # Compact targets: a row that lies outside the batch has the index N. What it reads does not matter, its loss being
+    # NaN; what it writes goes to one row more than there are positions.
+    n, index = hidden_ND.shape[0], rows.safe_index()
+    d_hidden = None
+    if want[0]:
+        d_hidden = torch.empty_like(hidden_ND) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
     d_weight = torch.zeros(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
     d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
     buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
     for first in range(0, rows.rows, chunk):
         at = slice(first, min(first + chunk, rows.rows))
-        positions = at if rows.index is None else rows.index[at]
-        hidden_CD, x_CV = hidden_ND[positions].to(dtype), buffer[: at.stop - first]
+        hidden_CD = hidden_ND[at] if index is None else hidden_ND[index[at].clamp(max=n - 1)]
+        hidden_CD, x_CV = hidden_CD.to(dtype), buffer[: at.stop - first]
         if bias_V is None:
             torch.mm(hidden_CD, weight_VD.t(), out=x_CV)
         else:
             torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=x_CV)
         rows.loss_(x_CV, first)
         if d_hidden is not None:
-            if not compact and d_hidden.dtype == dtype:
+            if index is None and d_hidden.dtype == dtype:
                 torch.mm(x_CV, weight_VD, out=d_hidden[at])
             else:
-                d_hidden[positions] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
+                d_hidden[at if index is None else index[at]] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
         if d_weight is not None:
             add_outer_product_(d_weight, x_CV, hidden_CD)
         if d_bias is not None:
             d_bias += x_CV.sum(0, dtype=accumulator)
     rescale = 1.0 / (rows.divisor * FLOAT16_SCALE) if rescale_later else None
+    if index is not None and d_hidden is not None:
+        d_hidden = d_hidden[:n]
     return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
 
 

@@ -127,10 +127,11 @@ def linear_kd_loss(
     rows they belong to go through the head.
 
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
-    grad_weight `[V, D]` float32: an accumulator across micro-batches: the backward adds the weight's gradient to it,
-    and none arrives at `weight` itself. chunk_tokens: how many positions go through the head at once (by default 2048 on
-    a GPU, and some 32 MB of logits on a CPU). Under autocast the matrix products run in its type. `inplace` is accepted
-    for symmetry with `kd_loss`: there is no buffer of the caller's to give up.
+    grad_weight `[V, D]` float32: an accumulator across micro-batches. The backward adds the weight's gradient to it, and
+    none arrives at `weight` itself.
+    chunk_tokens: how many positions go through the head at once (by default 2048 on a GPU, some 32 MB of logits on a
+    CPU). Under autocast the matrix products run in its type. `inplace` is there for symmetry with `kd_loss`: there is
+    no buffer of the caller's to give up.
     """
     _check_tensor("hidden", hidden, 2)
     _check_tensor("weight", weight, 2)
@@ -257,6 +258,11 @@ def _check_tensor(name: str, tensor: Tensor, least: int) -> None:
         raise KDError(f"{name}: found {found}; a floating-point tensor of at least {least} dimensions is needed.")
 
 
+def _there(value: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """A number that is a tensor, on the device, without waiting for it; None for any other."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
+
+
 def _call(
     what: str,
     x: Tensor,
@@ -294,12 +300,12 @@ def _call(
         labels=None if labels is None else labels.reshape(-1),
         mask=None if mask is None else mask.reshape(-1),
         weights=None if weights is None else weights.reshape(-1),
-        num_items=num_items if isinstance(num_items, Tensor) else None,
+        num_items=_there(num_items, x.device),
         items=num_items if isinstance(num_items, int) else -1,
         alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
-        alpha_tensor=alpha if isinstance(alpha, Tensor) else None,
+        alpha_tensor=_there(alpha, x.device),
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        temperature_tensor=temperature if isinstance(temperature, Tensor) else None,
+        temperature_tensor=_there(temperature, x.device),
         ids=targets.ids,
         logprobs=targets.logprobs,
         draws=targets.draws,

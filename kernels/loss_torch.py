@@ -84,7 +84,7 @@ def loss_rows_(
     log_p_tail = s_off_t.log() + shift / t - log_s_t
     log_p = (z_CK - m[:, None]) / t - log_s_t[:, None]
     if values_are_checked(x_CV.device):
-        check_student(m + s_1.log(), counted, first_row, what)
+        check_student(counted & ~(m + s_1.log()).isfinite(), what, first_row)
 
     divergence, on_support, off_support = outcome_terms(call.divergence, call.mix, at, log_p, log_p_tail)
     soft = t * t * divergence * row_weight

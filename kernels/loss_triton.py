@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import DIVERGENCES, Call
-from .checks import check_values, values_are_checked
+from .checks import check_student, check_values, values_are_checked
 from .errors import KDError
 from .tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from .targets import SAMPLED_REACH
@@ -654,7 +654,7 @@ class TritonRows:
             check_values(call, positions, width)
         device = call.ids.device
         self.call, self.index, self.rows, self.want_grad = call, call.positions, call.rows, want_grad
-        self.width, self.positions = width, positions
+        self.width, self.positions, self.what = width, positions, what
         grid = tuple(call.temperatures)
         m = len(grid)
         self.block_m = triton.next_power_of_2(m + 1)
@@ -716,14 +716,21 @@ class TritonRows:
     def loss_at_positions(self, logits_BLV: Tensor, out_BLV: Tensor | None) -> None:
         """Losses of all rows, at their positions in the logits; their gradient goes to `out`."""
         self._launch(logits_BLV, out_BLV, self.rows, 0, by_position=True)
-        if out_BLV is not None and (self.index is not None):
-            covered = torch.zeros(self.positions, dtype=torch.int8, device=out_BLV.device)
-            inside = (self.index >= 0) & (self.index < self.positions)
-            covered.scatter_reduce_(0, self.index.clamp(0, max(self.positions - 1, 0)), inside.to(torch.int8), "amax")
+        index = self.safe_index()
+        if out_BLV is not None and index is not None:
+            covered = torch.zeros(self.positions + 1, dtype=torch.int8, device=out_BLV.device)
+            covered[index] = 1
             if self.positions:
                 zero_uncovered_kernel[(self.positions,)](
                     out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
                 )
+
+    def safe_index(self) -> Tensor | None:
+        """The positions of the rows, int64 `[P]`; those outside the batch all at N, one past its end."""
+        if self.index is None:
+            return None
+        inside = (self.index >= 0) & (self.index < self.positions)
+        return torch.where(inside, self.index, self.positions).long()
 
     def _launch(self, x: Tensor, g: Tensor | None, programs: int, first: int, *, by_position: bool) -> None:
         if programs == 0:
@@ -762,6 +769,9 @@ class TritonRows:
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, hard and soft."""
+        if values_are_checked(self.params.device):
+            bad = self.soft[: self.rows].isnan()
+            check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.what)
         loss, hard, soft = (torch.empty((), dtype=torch.float32, device=self.params.device) for _ in range(3))
         total_kernel[(1,)](
             self.hard,
