@@ -269,8 +269,8 @@ def tune_cuda(table: Table, rounds: int) -> None:
             floor = interleaved(
                 {"f": lambda c=case: c.other.copy_(c.work)}, device="cuda", rounds=rounds, before={"f": case.restore}
             )["f"]
-            for block, warps in SETTINGS:
-                loss_triton.sweep_settings = lambda *_, b=block, w=warps: {"BLOCK": b, "num_warps": w}
+            for name, settings in candidates(v).items():
+                loss_triton.sweep_settings = lambda *_, found=settings: dict(found)
                 runs = {
                     f"{'in ' if inplace else 'out'} T={t}": case.run(inplace=inplace, treatment="bucket", temperature=t)
                     for inplace, t in ((True, 1.0), (True, 2.0), (True, 3.3), (False, 2.0))
@@ -280,14 +280,33 @@ def tune_cuda(table: Table, rounds: int) -> None:
                     runs, device="cuda", rounds=rounds, warmup=1, before=dict.fromkeys(runs, case.restore)
                 )
                 line = "  ".join(f"{name} {ms / floor:.3f}" for name, ms in times.items())
-                table.rows.append({"v": v, "certain": certain, "block": block, "warps": warps, "ratios": times})
-                print(f"  BLOCK {block:6d} warps {warps:2d}   {line}", flush=True)
+                table.rows.append({"v": v, "certain": certain, "settings": settings, "floor": floor, "ms": times})
+                print(f"  {name:<28} {line}", flush=True)
             del case
             torch.cuda.empty_cache()
     loss_triton.sweep_settings = chosen
 
 
-SETTINGS = ((32768, 32), (16384, 32), (16384, 16), (8192, 32), (8192, 16), (8192, 8), (4096, 16), (4096, 8))
+def candidates(v: int) -> dict[str, dict[str, Any]]:
+    """What `--tune` tries: the defaults, other cache hints, and other shares of a multiprocessor for a row."""
+    from fastkd.kernels.sweeps import sweep_settings
+
+    default = sweep_settings(v, 2)
+    found = {"default": default}
+    for keep, done in (("", ""), ("", "evict_first"), ("evict_last", "")):
+        found[f"hints {keep or '-'} {done or '-'}"] = {**default, "KEEP": keep, "DONE": done}
+    for warps in (32, 16, 8):
+        for tile in (32 * warps * 32, 32 * warps * 16):
+            settings = {**default, "BLOCK": tile, "THREADS": 32 * warps, "num_warps": warps}
+            found[f"tile {tile} warps {warps}"] = settings
+    found["tile 32768 warps 16 regs 128"] = {
+        **default,
+        "BLOCK": 32768,
+        "THREADS": 512,
+        "num_warps": 16,
+        "maxnreg": 128,
+    }
+    return found
 
 
 def cpu(table: Table, rounds: int) -> None:

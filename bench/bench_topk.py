@@ -13,9 +13,10 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
-from fastkd.kernels.topk import linear_topk_targets, topk_targets
 from harness import Table, interleaved, peak_bytes
 from torch import Tensor
+
+from fastkd.kernels.topk import linear_topk_targets, topk_targets
 
 GRID = (1.0, 1.5, 2.0, 4.0)
 K = 64

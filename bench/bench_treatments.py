@@ -51,7 +51,7 @@ def synthetic(n: int, v: int, d: int) -> Problem:
 
 @torch.no_grad()
 def real(path: Path | None, rows: int, layer: int, noise: float | None) -> Problem:
-    """A model's logits at positions spread over a text; its hidden states after `layer` layers, or its head disturbed."""
+    """A model's logits over a text; its own hidden states after `layer` layers, or its last ones and a noisy head."""
     from make_tail_fixture import load_teacher, places, text_windows
 
     model, tokenizer = load_teacher(path)

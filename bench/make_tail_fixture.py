@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastkd.kernels.tail import tail_weights
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastkd.kernels.tail import tail_weights
 
 OUT = Path(__file__).parent.parent / "tests" / "data" / "smollm2_tail_histograms.npz"
 WINDOW = 512

@@ -156,7 +156,7 @@ def _linear_fake(
 @torch.library.impl("fastkd::scale_", "default")
 def _scale(x: Tensor, factor: Tensor, impl: str) -> None:
     if impl == "triton" and x.is_contiguous():
-        from .loss_triton import scale_triton_
+        from .sweeps import scale_triton_
 
         scale_triton_(x, factor)
     elif x.device.type != "cpu" or float(factor) != 1.0:

@@ -81,7 +81,7 @@ class SparseTargets:
             if tuple(value.shape) not in shapes:
                 wanted = " or ".join(map(str, shapes))
                 raise KDError(f"targets.{name}: found shape {tuple(value.shape)}; {wanted} is needed beside ids.")
-            if value.device != self.ids.device and value.ndim:
+            if value.device != self.ids.device:
                 raise KDError(f"targets.{name}: found on {value.device}, ids on {self.ids.device}; use .to(device).")
             if value.is_floating_point() != (name in ("logprobs", "tail")):
                 kind = "a floating-point" if name in ("logprobs", "tail") else "an integer"

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from fastkd.kernels.reference import cross_entropy_rows, divergence_rows
 from torch import Tensor
 
 from fastkd import SparseTargets
+from fastkd.kernels.reference import cross_entropy_rows, divergence_rows
 
 GRID = (1.0, 1.5, 2.0, 4.0)
 CELLS = (

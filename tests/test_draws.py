@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastkd.kernels import draws
 from fastkd.kernels.topk import topk_targets
 

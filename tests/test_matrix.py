@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from cases import CELLS, KINDS, Case, case, dense_loss
-from fastkd.kernels.targets import SAMPLED_REACH
 
 from fastkd import kd_loss
+from fastkd.kernels.targets import SAMPLED_REACH
 
 DEVICE_ON = pytest.mark.parametrize(
     "on",

@@ -14,7 +14,7 @@ COMPILE = """
 import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastkd.kernels import loss_triton as lt
+from fastkd.kernels import loss_kernel as lt, sweeps
 
 TYPES = {
     "x_ptr": "*{t}", "g_ptr": "*{t}", "labels_ptr": "*i64", "mask_ptr": "*i1", "index_ptr": "*i64", "ids_ptr": "*i32",
@@ -23,27 +23,33 @@ TYPES = {
 }
 FLOATS = ("alpha", "temperature", "reach", "fixed_scale", "inverse_draw_temperature", "mix", "softcap", "logit_scale")
 
-def compiled(kernel, constants, dtype="bf16", warps=8, arch=90):
+def compiled(kernel, constants, dtype="bf16", arch=90, **options):
     names = kernel.arg_names
     def type_of(name):
         if name in constants:
             return "constexpr"
         known = TYPES.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
         return known.format(t=dtype)
-    keyed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature={n: type_of(n) for n in names}, constexprs=keyed)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    signature = {n: type_of(n) for n in names}
+    if triton.__version__ < "3.3":
+        known = {n: kind for n, kind in signature.items() if kind != "constexpr"}
+        source = ASTSource(fn=kernel, signature=known, constants=constants)
+    else:
+        keyed = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=keyed)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options or {"num_warps": 8})
     return len(built.asm["cubin"])
 
 def loss(arch, dtype, divergence, treatment, **change):
-    block = lt.sweep_settings(128256, 4 if dtype == "fp32" else 2)
+    settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
+    options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
     c = dict(
         DIVERGENCE=divergence, TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, SOFTCAP=False,
-        SCALED=False, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK=block["BLOCK"], BLOCK_SLOW=512,
+        SCALED=False, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK_SLOW=512, **settings,
     )
     if treatment != 1:
         c["draws_ptr"] = None
-    return compiled(lt.loss_kernel, {**c, **change}, dtype, block["num_warps"], arch)
+    return compiled(lt.loss_kernel, {**c, **change}, dtype, arch, **options)
 
 sizes = {}
 for arch in (80, 90):
@@ -60,8 +66,8 @@ sizes["prepare, floats"] = compiled(
          num_items_ptr=None, upstream_ptr=None, alpha_ptr=None, temperature_ptr=None),
 )
 sizes["total"] = compiled(lt.total_kernel, dict(HARD=True, BLOCK=4096))
-sizes["zero"] = compiled(lt.zero_uncovered_kernel, dict(BLOCK=4096))
-sizes["scale"] = compiled(lt.scale_kernel, dict(BLOCK=4096))
+sizes["zero"] = compiled(sweeps.zero_uncovered_kernel, dict(BLOCK=4096))
+sizes["scale"] = compiled(sweeps.scale_kernel, dict(BLOCK=4096))
 print(json.dumps(sizes))
 """
 

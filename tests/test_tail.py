@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from fastkd.kernels import KDError, SparseTargets
 from fastkd.kernels.tail import check_temperature, device_table, spline_table, tail_weights
-from numpy.typing import NDArray
 
 FIXTURE = Path(__file__).parent / "data" / "smollm2_tail_histograms.npz"
 GRIDS = [(1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 4.0), (0.5, 1.0, 1.7, 3.0, 9.0), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)]

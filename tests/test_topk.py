@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from fastkd.kernels.errors import KDError
 from fastkd.kernels.topk import linear_topk_targets, topk_targets
 
