@@ -33,10 +33,22 @@ def _cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+class Timings(dict[str, float]):
+    """Median milliseconds of each run; every round is kept, so that two runs can be compared pair by pair."""
+
+    def __init__(self, rounds: dict[str, list[float]]) -> None:
+        super().__init__({name: statistics.median(values) for name, values in rounds.items()})
+        self.rounds = rounds
+
+    def ratio(self, one: str, other: str) -> float:
+        """Median over the rounds of one run's time over the other's: what a machine's mood does to both cancels."""
+        return statistics.median(a / b for a, b in zip(self.rounds[one], self.rounds[other], strict=True))
+
+
 def interleaved(
     runs: dict[str, Run], *, device: str, rounds: int, warmup: int = 2, before: dict[str, Run] | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each run, taken in turns (A B A B ...). `before[name]` is done, untimed, ahead of each."""
+) -> Timings:
+    """Milliseconds of each run, taken in turns (A B A B ...). `before[name]` is done, untimed, ahead of each."""
     before = before or {}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
@@ -46,7 +58,7 @@ def interleaved(
             elapsed = _once_cuda(run) if device == "cuda" else _once_cpu(run)
             if number >= warmup:
                 times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return Timings(times)
 
 
 def _once_cuda(run: Run) -> float:

@@ -6,9 +6,10 @@ from torch import Tensor
 from .call import Call
 from .checks import check_values, values_are_checked
 from .loss_torch import loss_rows_
+from .targets import TargetsAt
 
 # One block of logits in the work type: small enough for the last-level cache, large enough that calls do not show.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 16 << 20
 
 
 def total(call: Call, hard_P: Tensor, soft_P: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +63,9 @@ class TorchRows:
         scale = 1.0 / self.divisor if fixed_scale is None else torch.full_like(self.divisor, fixed_scale)
         self.scale = scale if upstream is None else upstream.float() * scale
         self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
+        # once for all rows: their number of small operations would show in every block
+        self.at = self.call.targets_at(self.call.temperature_now(), self.dtype)
+        self.scratch = torch.empty(0, dtype=self.dtype, device=call.ids.device)
         self.hard, self.soft = (torch.empty(self.rows, dtype=self.dtype, device=call.ids.device) for _ in range(2))
 
     def loss_(self, x_CV: Tensor, first: int) -> None:
@@ -73,7 +77,9 @@ class TorchRows:
             self.hard[rows], self.soft[rows] = loss_rows_(
                 work,
                 self.call.take(rows),
+                TargetsAt(*(x[rows] for x in self.at)),
                 self.scale,
+                self.scratch,
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
                 want_grad=self.want_grad,

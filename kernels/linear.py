@@ -15,7 +15,7 @@ from .call import Call
 # gradients up to 4,094 still fit.
 FLOAT16_SCALE = 16.0
 CUDA_CHUNK = 2048
-CPU_CHUNK_BYTES = 32 << 20
+CPU_CHUNK_BYTES = 48 << 20
 
 
 class Head(NamedTuple):
@@ -43,17 +43,18 @@ def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
     return CUDA_CHUNK
 
 
-def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-    """total += gradient^T hidden, accumulated in float32 whatever the operands' type."""
-    if gradient_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(gradient_CV.t(), hidden_CD.to(total_VD.dtype))
-    elif gradient_CV.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, out=total_VD)
-    elif gradient_CV.is_cuda:
-        _warn_of_old_torch()
-        total_VD += torch.mm(gradient_CV.t(), hidden_CD)
+def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
+    """total += gradient^T hidden (total = ..., for the first chunk), in float32 whatever the operands' type."""
+    beta, half = (0 if first else 1), gradient_CV.dtype != total_VD.dtype
+    if half and gradient_CV.is_cuda:
+        if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+            _warn_of_old_torch()
+            product = torch.mm(gradient_CV.t(), hidden_CD)
+            total_VD.copy_(product) if first else total_VD.add_(product)
+        else:
+            torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, beta=beta, out=total_VD)
     else:
-        total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype))
+        total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), beta=beta)
 
 
 @lru_cache(maxsize=1)
@@ -89,7 +90,9 @@ def linear_kd_loss_chunks(
     d_hidden = None
     if want[0]:
         d_hidden = torch.empty_like(hidden_ND) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
-    d_weight = torch.zeros(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
+    d_weight = torch.empty(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
+    if d_weight is not None and rows.rows == 0:
+        d_weight.zero_()
     d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
     buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
     for first in range(0, rows.rows, chunk):
@@ -107,7 +110,7 @@ def linear_kd_loss_chunks(
             else:
                 d_hidden[at if index is None else index[at]] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
         if d_weight is not None:
-            add_outer_product_(d_weight, x_CV, hidden_CD)
+            add_outer_product_(d_weight, x_CV, hidden_CD, first=first == 0)
         if d_bias is not None:
             d_bias += x_CV.sum(0, dtype=accumulator)
     rescale = 1.0 / (rows.divisor * FLOAT16_SCALE) if rescale_later else None

@@ -129,7 +129,7 @@ def linear_kd_loss(
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
     grad_weight `[V, D]` float32: an accumulator across micro-batches. The backward adds the weight's gradient to it,
     and none arrives at `weight` itself.
-    chunk_tokens: how many positions go through the head at once (by default 2048 on a GPU, some 32 MB of logits on a
+    chunk_tokens: how many positions go through the head at once (by default 2048 on a GPU, some 48 MB of logits on a
     CPU). Under autocast the matrix products run in its type. `inplace` is there for symmetry with `kd_loss`: there is
     no buffer of the caller's to give up.
     """

@@ -6,6 +6,7 @@ from torch import Tensor
 from .call import Call
 from .checks import check_student, values_are_checked
 from .divergences import outcome_terms
+from .targets import TargetsAt
 
 _INF = float("inf")
 
@@ -13,7 +14,9 @@ _INF = float("inf")
 def loss_rows_(
     x_CV: Tensor,
     call: Call,
+    at: TargetsAt,
     scale: Tensor,
+    scratch: Tensor,
     *,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -24,6 +27,7 @@ def loss_rows_(
     """Hard and soft loss of each row (`[C]`, before alpha and the divisor); x becomes the gradient of the total.
 
     x `[C, V]` float32 or float64: raw logits, a contiguous buffer of the caller's to overwrite. call: by row, C rows.
+    at: the teacher of these rows at the call's temperature. scratch: any tensor of x's type, grown and kept for later.
     scale `[]`: what the gradient of each row's loss is multiplied by. Rows that do not count get 0 everywhere.
     """
     alpha, t = call.alpha_now(), call.temperature_now()
@@ -41,7 +45,6 @@ def loss_rows_(
         uncapped = capped.square_().neg_().add_(1.0)  # d softcap(z) / dz
         del masked, capped
 
-    at = call.targets_at(t, x_CV.dtype)
     in_support = at.log_q > -_INF
     ids = call.ids.long()
     if not values_are_checked(x_CV.device):
@@ -63,16 +66,19 @@ def loss_rows_(
     m_off = x_CV.amax(1)
     m_ref = torch.where(m_off == -_INF, 0.0, m_off)
     m = torch.cat([m_off[:, None], z_CK], 1).amax(1)
-    x_CV.sub_(m_ref[:, None])
+    if t == 2.0:  # (z - m) / 2 in one pass, exact, since the halves are
+        torch.add(-0.5 * m_ref[:, None], x_CV, alpha=0.5, out=x_CV)
+    else:
+        x_CV.sub_(m_ref[:, None])
     if t == 1.0:
         tempered = x_CV.exp_()
         s_off_t = s_off_1 = tempered.sum(1)
     elif t == 2.0:  # e^z is the square of e^(z/2)
-        tempered = x_CV.mul_(0.5).exp_()
+        tempered = x_CV.exp_()
         s_off_t = tempered.sum(1)
         s_off_1 = torch.linalg.vector_norm(tempered, dim=1).square_()
     else:
-        tempered = (x_CV / t).exp_()
+        tempered = torch.div(x_CV, t, out=_like(scratch, x_CV)).exp_()
         s_off_t = tempered.sum(1)
         s_off_1 = x_CV.exp_().sum(1)
 
@@ -105,7 +111,8 @@ def loss_rows_(
     if t == 1.0:
         x_CV.mul_((a + b)[:, None])
     elif t == 2.0:
-        x_CV.mul_(torch.addcmul(b[:, None], tempered, a[:, None]))
+        # two binary operations: addcmul does not vectorise over what is broadcast
+        x_CV.mul_(torch.mul(tempered, a[:, None], out=_like(scratch, x_CV)).add_(b[:, None]))
     else:
         x_CV.mul_(a[:, None]).addcmul_(tempered, b[:, None])
 
@@ -127,3 +134,10 @@ def loss_rows_(
     if not bool(counted.all()):
         x_CV.masked_fill_(~counted[:, None], 0.0)
     return hard, soft
+
+
+def _like(scratch: Tensor, x_CV: Tensor) -> Tensor:
+    """Memory of x's shape out of `scratch`: a fresh buffer a block would cost a page fault for every 4 kB."""
+    if scratch.numel() < x_CV.numel():
+        scratch.resize_(x_CV.numel())
+    return scratch[: x_CV.numel()].view(x_CV.shape)

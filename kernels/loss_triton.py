@@ -180,8 +180,8 @@ def kd_loss_triton(
     width = logits.shape[-1]
     if any(width * abs(x.stride(-1)) >= 2**31 for x in (logits, out) if x is not None):
         raise KDError(
-            f"logits: found a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span more "
-            "than 2^31 elements; pass logits.contiguous()."
+            f"logits: found a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
+            "more than 2^31 elements; pass logits.contiguous()."
         )
     rows = TritonRows(
         call, logits.numel() // max(width, 1), width, logits.dtype, upstream=upstream, want_grad=out is not None

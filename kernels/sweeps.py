@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment,attr-defined"
-"""Sweeps over rows of logits in Triton: reduce one, write its gradient, and the small kernels that touch every entry."""
+"""Sweeps over rows of logits in Triton: reduce one, write its gradient, and the small kernels that touch it all."""
 
 import math
 from typing import Any

@@ -93,7 +93,9 @@ def tail_weights(temperature: float, temperatures: tuple[float, ...]) -> NDArray
     check_temperature(temperature, temperatures)
     for m, stored in enumerate(temperatures):
         if abs(temperature - stored) <= ON_GRID * stored:
-            return np.eye(len(temperatures) + 1)[m + 1]
+            one = np.zeros(len(temperatures) + 1)
+            one[m + 1] = 1.0
+            return one
     knots, table = spline_table(temperatures)
     beta = 1.0 / temperature
     i = int(np.searchsorted(knots, beta, side="right")) - 1
