@@ -60,8 +60,9 @@ class TorchRows:
         self.call, self.index, self.divisor = counted_rows(call, positions, width)
         self.rows, self.dtype, self.want_grad, self.what = self.call.rows, work_type(dtype), want_grad, what
         self.softcap, self.logit_scale = softcap, logit_scale
-        scale = 1.0 / self.divisor if fixed_scale is None else torch.full_like(self.divisor, fixed_scale)
-        self.scale = scale if upstream is None else upstream.float() * scale
+        divisor = self.divisor.to(self.dtype)
+        scale = 1.0 / divisor if fixed_scale is None else torch.full_like(divisor, fixed_scale)
+        self.scale = scale if upstream is None else upstream.to(self.dtype) * scale
         self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
         # once for all rows: their number of small operations would show in every block
         self.at = self.call.targets_at(self.call.temperature_now(), self.dtype)

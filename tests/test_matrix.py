@@ -374,3 +374,27 @@ def test_in_place_spoils_nothing_silently(on) -> None:
     out = kd_loss(logits, c.targets.to(device), c.labels.to(device), impl=impl, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
+
+
+def test_float64_logits_are_computed_in_float64() -> None:
+    c = case("plain", 6, 80, 5, 4)
+    leaf = c.logits.double().requires_grad_()
+    kd_loss(leaf, c.targets, c.labels, temperature=2.0).loss.backward()
+    _, expected = oracle(c, temperature=2.0, divergence="forward_kl", treatment="auto")
+    assert (leaf.grad - expected).norm() < 1e-12
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16 is needed with impl='triton'"):
+        kd_loss(leaf, c.targets, c.labels, impl="triton")
+
+
+@DEVICE_ON
+def test_integer_types_and_one_count_for_all_rows(on) -> None:
+    """ids, draws and labels of any integer type, and outcomes as one number."""
+    c = case("plain", 5, 60, 6, 4)
+    expected = run(c, on, temperature=1.5)
+    for dtype in (torch.int32, torch.int64):
+        changed = {"ids": c.targets.ids.to(dtype), "draws": c.targets.draws.to(dtype), "outcomes": 54}
+        targets = type(c.targets)(**{**vars(c.targets), **changed})
+        for found, wanted in zip(
+            run(Case(c.logits, targets, c.labels.to(dtype)), on, temperature=1.5), expected, strict=True
+        ):
+            assert torch.equal(found, wanted)
