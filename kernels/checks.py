@@ -113,8 +113,8 @@ def check_rows(
     if isinstance(num_items, Tensor):
         if num_items.ndim:
             raise KDError(f"num_items: found a tensor of shape {tuple(num_items.shape)}; a 0-d tensor is needed.")
-    elif num_items is not None and num_items < 0:
-        raise KDError(f"num_items: found {num_items}; the number of counted positions of the whole step is needed.")
+    elif num_items is not None and (not isinstance(num_items, (int, torch.SymInt)) or num_items < 0):
+        raise KDError(f"num_items: found {num_items!r}; an int or a 0-d tensor, the whole step's count, is needed.")
 
 
 def check_values(call: Call, positions: int, width: int) -> None:
@@ -139,7 +139,8 @@ def check_values(call: Call, positions: int, width: int) -> None:
     if call.weights is not None:
         _refuse(counted & ~call.weights.isfinite(), "weights", call.weights, "a finite number is needed")
     used = call.logprobs > -float("inf")
-    outside = used & ((call.ids < 0) | (call.ids >= call.vocab_size))
+    ids = call.ids.long()
+    outside = used & ((ids < 0) | (ids >= call.vocab_size))
     _refuse(outside.any(1), "targets.ids", call.ids, f"ids from 0 to {call.vocab_size - 1} are needed")
     not_number = call.logprobs.isnan() | (call.logprobs == float("inf"))
     _refuse(

@@ -89,7 +89,9 @@ def linear_kd_loss_chunks(
     n, index = hidden_ND.shape[0], rows.safe_index()
     d_hidden = None
     if want[0]:
-        d_hidden = torch.empty_like(hidden_ND) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
+        d_hidden = (
+            hidden_ND.new_empty(hidden_ND.shape) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
+        )
     d_weight = torch.empty(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
     if d_weight is not None and rows.rows == 0:
         d_weight.zero_()

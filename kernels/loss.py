@@ -260,7 +260,7 @@ def _check_tensor(name: str, tensor: Tensor, least: int) -> None:
 
 def _there(value: float | Tensor | None, device: torch.device) -> Tensor | None:
     """A number that is a tensor, on the device, without waiting for it; None for any other."""
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
+    return value.detach().to(device, non_blocking=True) if isinstance(value, Tensor) else None
 
 
 def _call(
@@ -297,9 +297,9 @@ def _call(
     if treatment == "auto" and (divergence != "forward_kl" or targets.draws is None):
         treatment = "bucket"
     return Call(
-        labels=None if labels is None else labels.reshape(-1),
-        mask=None if mask is None else mask.reshape(-1),
-        weights=None if weights is None else weights.reshape(-1),
+        labels=None if labels is None else labels.reshape(-1).long().contiguous(),
+        mask=None if mask is None else mask.reshape(-1).contiguous(),
+        weights=None if weights is None else weights.detach().reshape(-1).contiguous(),
         num_items=_there(num_items, x.device),
         items=num_items if isinstance(num_items, int) else -1,
         alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
@@ -311,7 +311,7 @@ def _call(
         draws=targets.draws,
         tail=targets.tail,
         outcomes=targets.outcomes,
-        positions=targets.index,
+        positions=None if targets.index is None else targets.index.long().contiguous(),
         temperatures=list(targets.temperatures),
         draw_temperature=targets.draw_temperature,
         vocab_size=targets.vocab_size,

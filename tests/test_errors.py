@@ -45,6 +45,7 @@ SETTINGS = [
     ({"weights": torch.ones(6, dtype=torch.int64)}, "weights: found torch.int64"),
     ({"weights": torch.full((6,), math.nan)}, "weights: row 0"),
     ({"num_items": -3}, "num_items: found -3"),
+    ({"num_items": 4.0}, "num_items: found 4.0"),
     ({"num_items": torch.tensor([3])}, "num_items"),
     ({"num_items": torch.tensor(-2)}, "num_items"),
 ]

@@ -14,7 +14,11 @@ DEVICE_ON = pytest.mark.parametrize(
     "on",
     [
         pytest.param(("torch", "cpu"), id="torch-cpu"),
-        pytest.param(("triton", "cpu"), id="triton-interpreted"),
+        pytest.param(
+            ("triton", "cpu"),
+            id="triton-interpreted",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here, not interpreted"),
+        ),
         pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
     ],
 )
@@ -398,3 +402,20 @@ def test_integer_types_and_one_count_for_all_rows(on) -> None:
             run(Case(c.logits, targets, c.labels.to(dtype)), on, temperature=1.5), expected, strict=True
         ):
             assert torch.equal(found, wanted)
+
+
+@DEVICE_ON
+def test_strided_labels_weights_mask_and_index(on) -> None:
+    """Every second element of something longer, and one expanded: read where they lie."""
+    impl, device = on
+    c = case("plain", 6, 60, 5)
+    weights, mask = torch.rand(6), torch.tensor([True, False, True, True, True, True])
+    args = (c.logits.to(device), c.targets.to(device))
+    labels, w, m = c.labels.to(device), weights.to(device), mask.to(device)
+    expected = kd_loss(*args, labels, weights=w, mask=m, impl=impl).loss
+    twice = [x.repeat_interleave(2)[::2] for x in (labels, w, m)]
+    assert torch.equal(kd_loss(*args, twice[0], weights=twice[1], mask=twice[2], impl=impl).loss, expected)
+    half = torch.tensor(0.5, device=device).expand(6)
+    assert torch.allclose(
+        kd_loss(*args, labels, weights=half, impl=impl).loss * 2, kd_loss(*args, labels, impl=impl).loss
+    )
