@@ -8,7 +8,7 @@ from torch import Tensor
 from .call import DIVERGENCES, IMPLEMENTATIONS, Call
 from .errors import KDError
 from .tail import check_temperature
-from .targets import TREATMENTS, SparseTargets
+from .targets import TREATMENTS, SparseTargets, sampled_reach
 
 _debug = os.environ.get("FASTKD_DEBUG", "0") not in ("", "0")
 
@@ -153,7 +153,7 @@ def check_values(call: Call, positions: int, width: int) -> None:
     _refuse(twice.any(1), "targets.ids", call.ids, "each id at most once in a row is needed")
     if call.draws is not None:
         sampled = call.treatment == "sampled" or (
-            call.treatment == "auto" and temperature <= 1.5 * call.draw_temperature
+            call.treatment == "auto" and temperature <= sampled_reach(call.draw_temperature)
         )
         drawn = used & (call.draws > 0)
         alone = drawn.any(1) & ~(used & ~drawn).any(1)

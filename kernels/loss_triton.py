@@ -12,7 +12,7 @@ from .errors import KDError
 from .loss_kernel import BUCKET, DIVISOR, RENORMALIZE, SAMPLED, WEIGHTS, loss_kernel, prepare_kernel, total_kernel
 from .sweeps import sweep_settings, zero_uncovered_kernel
 from .tail import OFF_GRID_NEEDS, ON_GRID, device_table
-from .targets import SAMPLED_REACH
+from .targets import sampled_reach
 
 
 class TritonRows:
@@ -47,7 +47,7 @@ class TritonRows:
         self.divisor = self.params[DIVISOR.value]
         # float32, and not the outputs' memory: the sums are taken in one order by one program
         self.hard, self.soft = torch.empty(2, max(self.rows, 1), dtype=torch.float32, device=device)
-        reach = SAMPLED_REACH * call.draw_temperature * (1 + ON_GRID) if call.treatment == "auto" else float("inf")
+        reach = sampled_reach(call.draw_temperature) if call.treatment == "auto" else float("inf")
         prepare_kernel[(1,)](
             self.params,
             device_table(grid, device),

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from .errors import KDError
-from .tail import check_temperature, tail_weights
+from .tail import ON_GRID, check_temperature, tail_weights
 
 TREATMENTS = ("auto", "bucket", "sampled", "renormalize")
 # `auto` takes the draws up to this multiple of the temperature they were drawn at: beyond it their variance costs
 # more than the bucket's bias (measured in the gradient through a real head).
 SAMPLED_REACH = 1.5
 _INF = float("inf")
+
+
+def sampled_reach(draw_temperature: float) -> float:
+    """The highest temperature at which `auto` takes the draws."""
+    return SAMPLED_REACH * draw_temperature * (1 + ON_GRID)
 
 
 class TargetsAt(NamedTuple):
@@ -184,7 +189,7 @@ def targets_at(
     t = float(temperature)
     check_temperature(t, temperatures)
     if treatment == "auto":
-        treatment = "sampled" if draws is not None and t <= SAMPLED_REACH * draw_temperature else "bucket"
+        treatment = "sampled" if draws is not None and t <= sampled_reach(draw_temperature) else "bucket"
     logprobs = logprobs.to(dtype)
     used = logprobs > -_INF
     drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)
