@@ -253,12 +253,15 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.impl = Call(*args).impl
     _only_loss(ctx, *output[1:])
     ctx.weight_type, ctx.bias_type = weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[3:], grad_weight)
+    # not saved: other losses of the same step may add to it before this one's backward does
+    ctx.grad_weight = grad_weight
+    ctx.save_for_backward(*output[3:])
 
 
 def _linear_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
     _once(ctx)
-    d_hidden, d_weight, d_bias, rescale, grad_weight = ctx.saved_tensors
+    d_hidden, d_weight, d_bias, rescale = ctx.saved_tensors
+    grad_weight = ctx.grad_weight
     factor = upstream * rescale if ctx.dtype == torch.float16 else upstream
     results: list[Tensor | None] = []
     for wanted, gradient, dtype in zip(

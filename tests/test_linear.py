@@ -116,6 +116,13 @@ def test_grad_weight_accumulates_across_micro_batches(on) -> None:
         (out.loss * 8).backward()
     assert weight.grad is None
     close([total.cpu().double() / 8], [expected])
+    both = [
+        linear_kd_loss(hidden[r], weight, targets[r], labels[r], impl=impl, num_items=count, grad_weight=total).loss
+        for r in (slice(0, 4), slice(4, 11))
+    ]
+    total.zero_()
+    sum(both).backward()
+    close([total.cpu().double()], [expected])
     assert hidden.grad is not None
 
 
