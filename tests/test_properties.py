@@ -23,6 +23,7 @@ def calls(draw):
     assume(cell[0] != "tvd" or kind != "equal")
     drawn = case(kind, n, v, k, draws, seed=draw(st.integers(0, 1000)))
     return drawn, {
+        "beta" if cell[0] == "jsd" else "skew": 0.3,  # not symmetric
         "divergence": cell[0],
         "treatment": cell[1],
         "temperature": t,
