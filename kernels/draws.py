@@ -36,9 +36,8 @@ LOWEST = -48.0
 
 _STREAM = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden-ratio step of a Weyl sequence
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 and
-_MIX2 = (
-    -7723592293110705685
-)  # 0x94D049BB133111EB: the finaliser of splitmix64 (Steele, Lea & Flood 2014, Stafford's 13)
+# 0x94D049BB133111EB: the finaliser of splitmix64 (Steele, Lea & Flood 2014, Stafford's 13)
+_MIX2 = -7723592293110705685
 
 
 def _wrap(number: int) -> int:

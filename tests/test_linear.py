@@ -159,7 +159,7 @@ def test_half_precision(dtype: torch.dtype, on) -> None:
     targets, labels = c.targets.to(device), c.labels.to(device)
     settings = {"temperature": 2.0, "treatment": "bucket"}
 
-    def gradients(which: str, h: torch.Tensor, w: torch.Tensor, logits_in=None) -> list[torch.Tensor]:
+    def gradients(which: str, h: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
         h, w = h.to(device).requires_grad_(), w.to(device).requires_grad_()
         if which == "eager":
             loss = kd_loss((h @ w.T).float(), targets, labels, impl="torch", **settings).loss
