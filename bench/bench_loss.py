@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastkd import kd_loss, linear_kd_loss
 
-
 CELLS = (
     ("forward_kl", "bucket"),
     ("forward_kl", "sampled"),
