@@ -1,0 +1,219 @@
+"""What is refused before anything is written: which argument, which row, what was found, what would be right."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec import Targets
+from .errors import CacheError
+from .grid import LOWEST
+from .ragged import BLOCK
+from .spec import CacheSpec
+
+Array = NDArray[Any]
+
+ROUNDING = 1e-4  # nats by which a log-probability may exceed 0: what float32 arithmetic leaves of log 1
+_HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
+
+
+def check_targets(
+    spec: CacheSpec, ids: Any, logprobs: Any, tail: Any, draws: Any = None, outcomes: Any = None
+) -> Targets:
+    """The targets as the codec takes them. CacheError where they are not what a teacher can have said."""
+    ids = _array("ids", ids, "iu", 2)
+    n, width = ids.shape
+    if not n:
+        raise CacheError("ids: found no rows; a shard holds at least one position.")
+    if n > spec.shard_positions:
+        raise CacheError(f"ids: found {n} rows; a shard of this cache holds {spec.shard_positions} at most.")
+    if width > spec.width:
+        raise CacheError(f"ids: found {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
+    logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape)).astype(np.float32, copy=False)
+    tail = _array("tail", tail, "f", 2, like=("ids and temperatures", (n, len(spec.temperatures))))
+    tail = tail.astype(np.float32, copy=False)
+    if draws is None and spec.draws:
+        raise CacheError(f"draws: found None; the cache holds up to {spec.draws} drawn entries a row.")
+    if draws is not None:
+        draws = _array("draws", draws, "iu", 2, like=("ids", ids.shape))
+        if not spec.draws and draws.any():
+            raise CacheError("draws: found drawn entries; the cache was made with draws=0.")
+        draws = draws.astype(np.int32) if spec.draws else None
+    used_NK = logprobs > -np.inf
+    drawn_NK = used_NK & (draws > 0) if draws is not None else np.zeros((n, 0), bool)
+    used_N, draw_counts = used_NK.sum(1), drawn_NK.sum(1)
+    head_counts = used_N - draw_counts
+    for start in range(0, n, BLOCK):
+        some = slice(start, start + BLOCK)
+        _check_rows(spec, start, ids[some], logprobs[some], used_NK[some], used_N[some])
+    if spec.draws and draws is not None:
+        _check_draws(spec, draws, used_NK, drawn_NK, head_counts)
+    _first(head_counts > spec.k, lambda i: f"ids: row {i}: found a head of {head_counts[i]} entries; k is {spec.k}.")
+    tail = _check_tail(tail, used_N)
+    return Targets(
+        ids=ids.astype(np.int32, copy=False),
+        logprobs=logprobs,
+        tail=tail,
+        draws=draws,
+        outcomes=_check_outcomes(spec, outcomes, tail, used_N, head_counts),
+        head_counts=head_counts,
+        draw_counts=draw_counts,
+    )
+
+
+def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Array]:
+    """The input columns, each `[positions]`."""
+    if not isinstance(inputs, Mapping) or set(inputs) != set(spec.inputs):
+        found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else inputs
+        raise CacheError(f"inputs: found {found}; the cache has the columns {', '.join(spec.inputs)}.")
+    columns = {name: _array(f"inputs[{name!r}]", inputs[name], "biuf", 1) for name in spec.inputs}
+    for name, column in columns.items():
+        if len(column) != positions:
+            raise CacheError(f"inputs[{name!r}]: found {len(column)} values for {positions} positions.")
+    tokens = columns.get("tokens")
+    if tokens is not None and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**31):
+        raise CacheError("inputs['tokens']: found other than token ids; integers from 0 to 2^31 are needed.")
+    return columns
+
+
+def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> NDArray[np.uint32]:
+    """Lengths of consecutive pieces that cover all positions."""
+    array = _array(name, lengths, "iu", 1)
+    _first(array < 1, lambda i: f"{name}: place {i}: found {array[i]}; at least one position is needed.")
+    if int(array.sum(dtype=np.int64)) != positions:
+        raise CacheError(f"{name}: found a sum of {int(array.sum(dtype=np.int64))} for {positions} positions.")
+    return array.astype(np.uint32)
+
+
+def check_number(name: str, value: Any) -> int:
+    """A number of a shard or a sequence."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= int(value) < 2**62:
+        raise CacheError(f"{name}: found {value!r}; an integer from 0 on is needed.")
+    return int(value)
+
+
+def _array(name: str, value: Any, kinds: str, ndim: int, like: tuple[str, tuple[int, ...]] | None = None) -> Array:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise CacheError(f"{name}: found what is no array ({error}).") from error
+    wanted = {"iu": "integers", "f": "floating-point numbers"}.get(kinds, "numbers")
+    if array.dtype.kind not in kinds and array.size:
+        raise CacheError(f"{name}: found {array.dtype}; {wanted} are needed.")
+    if array.ndim != ndim:
+        raise CacheError(f"{name}: found shape {array.shape}; {ndim} dimension{'s' * (ndim > 1)} are needed.")
+    if like is not None and array.shape != like[1]:
+        raise CacheError(f"{name}: found shape {array.shape}; {like[1]}, as {like[0]}, is needed.")
+    return array
+
+
+def _first(bad_N: Array, message: Any) -> None:
+    """Raise for the first row (or row and place) that is bad."""
+    if bad_N.any():
+        where = np.unravel_index(int(bad_N.argmax()), bad_N.shape)
+        raise CacheError(message(*(int(i) for i in where)))
+
+
+def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: Array, used_N: Array) -> None:
+    """The entries of a block of rows, the first of which is row `start` of the shard."""
+    vocab = spec.vocab_size
+    whole = bool(used.all())
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab):
+        _first(
+            (ids < 0) | (ids >= vocab),
+            lambda i, j: (
+                f"ids: row {start + i}, place {j}: found {ids[i, j]}; 0 to {vocab - 1} (vocab_size) is needed."
+            ),
+        )
+    good = logprobs <= ROUNDING
+    if not good.all():
+        _first(
+            ~good,
+            lambda i, j: f"logprobs: row {start + i}, place {j}: found {logprobs[i, j]}; a log-probability is needed.",
+        )
+    low = used & (logprobs < LOWEST)
+    _first(low, lambda i, j: f"logprobs: row {start + i}, place {j}: found {logprobs[i, j]}; below {LOWEST} nats.")
+    if not whole:
+        places = np.arange(ids.shape[1])
+        _first(
+            (places < used_N[:, None]) != used,
+            lambda i, j: f"logprobs: row {start + i}, place {j}: found -inf inside a head; unused places come last.",
+        )
+        _first(
+            ~used & (ids != 0),
+            lambda i, j: (
+                f"logprobs: row {start + i}, place {j}: found -inf for id {ids[i, j]}; an entry needs a finite one, "
+                "and an unused place has id 0."
+            ),
+        )
+        # unused places must not look like twins of each other
+        ids = np.where(used, ids.astype(np.int64), -1 - places)
+    ordered = np.sort(ids, axis=1)
+    twins = ordered[:, 1:] == ordered[:, :-1]
+    _first(twins, lambda i, j: f"ids: row {start + i}: found id {ordered[i, j]} twice; each entry has its own.")
+
+
+def _check_draws(spec: CacheSpec, draws: Array, used: Array, drawn: Array, head_counts: Array) -> None:
+    _first((draws < 0), lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]}; 0 or more is needed.")
+    _first(
+        ~used & (draws != 0),
+        lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]} in an unused place.",
+    )
+    heads_first = np.arange(draws.shape[1]) < head_counts[:, None]
+    _first(drawn & heads_first, lambda i, j: f"draws: row {i}, place {j}: found a drawn entry before the head's last.")
+    total = draws.sum(1, dtype=np.int64)
+    _first(total > spec.draws, lambda i: f"draws: row {i}: found {total[i]} draws; the cache holds {spec.draws} a row.")
+
+
+def check_sorted(targets: Targets) -> None:
+    """Head and drawn entries of each row best first."""
+    for start in range(0, len(targets.logprobs), BLOCK):
+        draws = None if targets.draws is None else targets.draws[start : start + BLOCK]
+        _check_sorted_block(start, targets.logprobs[start : start + BLOCK], draws)
+
+
+def _check_sorted_block(start: int, logprobs: Array, draws: Array | None) -> None:
+    rising = logprobs[:, 1:] > logprobs[:, :-1]
+    if draws is not None:
+        rising &= (draws[:, 1:] > 0) == (draws[:, :-1] > 0)
+    _first(
+        rising,
+        lambda i, j: (
+            f"logprobs: row {start + i}, place {j + 1}: found {logprobs[i, j + 1]} after {logprobs[i, j]}; "
+            "the entries go best first."
+        ),
+    )
+
+
+def _check_tail(tail: Array, used_N: Array) -> Array:
+    bad = np.isnan(tail) | (tail == np.inf)
+    _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; a log-partition is needed.")
+    absent = tail == -np.inf
+    _first(
+        absent.any(1) & ~absent.all(1),
+        lambda i: f"tail: row {i}: found {tail[i]}; an empty tail is -inf at every temperature.",
+    )
+    far = ~absent & (np.abs(tail) > _HIGHEST_TAIL)
+    _first(far, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; no teacher has such a tail.")
+    # a row that does not count has no tail either: whatever stands there would only cost bytes
+    return np.where((used_N == 0)[:, None], np.float32(-np.inf), tail)
+
+
+def _check_outcomes(spec: CacheSpec, outcomes: Any, tail: Array, used_N: Array, head_counts: Array) -> Array:
+    rest = spec.vocab_size - head_counts
+    if outcomes is None:
+        return rest
+    array = np.asarray(outcomes)
+    if array.dtype.kind not in "iu" or array.shape not in ((), rest.shape):
+        raise CacheError(f"outcomes: found {array.dtype} of shape {array.shape}; an integer, or one a row, is needed.")
+    array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)
+    _first(
+        (array < 0) | (array > rest),
+        lambda i: f"outcomes: row {i}: found {array[i]}; 0 to {rest[i]}, what is outside the head, is possible.",
+    )
+    _first(
+        (array == 0) & (tail[:, 0] > -np.inf),
+        lambda i: f"outcomes: row {i}: found 0 beside a tail of {tail[i, 0]} nats.",
+    )
+    return array

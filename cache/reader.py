@@ -1,0 +1,180 @@
+"""Reading a cache: whole shards, decoded or raw, and sequences by their numbers."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .errors import CacheError, NotFound
+from .manifest import KEY, from_parquet
+from .scan import corrupt, listed, read_spec, scan, shard_key
+from .shard import check_attributes, decode_shard, raw_shard
+from .shardfile import Damage, digest, unpack
+from .spec import CacheSpec
+from .stores import Store, open_store
+
+if TYPE_CHECKING:
+    import zarr
+
+    from .verify import Report
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+_KEPT = 2  # decoded shards a thread keeps for `sequences`
+
+
+def open_cache(path_or_store: Any) -> "Cache":
+    """A cache to read from: a folder, a zip of one, a URL, an obstore store, or a `Store`.
+
+    A sealed cache takes two requests; of one that is not, the shards are listed when they are first asked for.
+    CacheError where there is none, or none that this version can read.
+    """
+    store = open_store(path_or_store)
+    spec = read_spec(store)
+    try:
+        manifest = from_parquet(store.get(KEY), spec.hash)
+    except NotFound:
+        manifest = None
+    except CacheError as error:
+        raise CacheError(f"{store.describe()}: {error}") from error
+    return Cache(store, spec, manifest)
+
+
+class Cache:
+    """A cache, open for reading. Safe to use from several threads and processes (forked or spawned)."""
+
+    def __init__(self, store: Store, spec: CacheSpec, manifest: pa.Table | None) -> None:
+        self.store = store
+        self.spec = spec
+        self.sealed = manifest is not None
+        self._manifest = manifest
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "spec": self.spec, "sealed": self.sealed, "_manifest": self._manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    def __repr__(self) -> str:
+        return f"Cache({self.store.describe()})"
+
+    @property
+    def manifest(self) -> pa.Table:
+        """One row a shard: its sequences, counts, statistics and hashes. Unsealed: as it was when first asked."""
+        if self._manifest is None:
+            self._manifest = scan(self.store, self.spec, listed(self.store))
+        return self._manifest
+
+    @property
+    def shards(self) -> list[int]:
+        """The numbers of the shards, ascending."""
+        if self._manifest is None:
+            return list(listed(self.store))
+        numbers: list[int] = self._manifest.column("shard").to_pylist()
+        return numbers
+
+    def read_shard(self, index: int) -> Arrays:
+        """All of a shard of n positions, decoded.
+
+        ids int32 and logprobs float32 `[n, K]` (unused places: 0 and −inf), tail float32 `[n, M]`, outcomes int32
+        `[n]`, draws int32 `[n, K]` where the cache has draws, the input columns by their names `[n]`, sequence_lengths
+        and (where given) document_lengths uint32 `[s]`, first_sequence int64 `[]`. K is the spec's width.
+
+        Raises CorruptShard, naming shard and array, where its bytes are not those that were committed.
+        """
+        return self._made_of(index, decode_shard)
+
+    def raw_shard(self, index: int) -> Arrays:
+        """The streams of a shard and the tables that turn them into targets, for a decoder on a device.
+
+        Names and meanings as in FORMAT.md, and for each part ("head", "draws") also `<part>/table` (int32: what turns
+        ranks into ids), `<part>/list_width` and `<part>/list_begins`; and k, width, vocab_size, sort_ties and
+        tail_step. Raises as `read_shard`.
+        """
+        return self._made_of(index, raw_shard)
+
+    def sequences(self, numbers: Iterable[int]) -> Arrays:
+        """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
+
+        sequence_lengths are those of the sequences asked for. Whole shards are read; the last two are kept a thread.
+        """
+        wanted = np.asarray(list(numbers), np.int64)
+        if not len(wanted):
+            raise CacheError("numbers: found none; at least one sequence is needed.")
+        shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
+        by = np.argsort(first, kind="stable")
+        place = np.searchsorted(first[by], wanted, side="right") - 1
+        found = by[np.maximum(place, 0)] if len(by) else np.zeros(len(wanted), np.int64)
+        missing = (place < 0) | (wanted >= (first + count)[found]) if len(by) else np.ones(len(wanted), bool)
+        if missing.any():
+            raise CacheError(f"numbers: found sequence {wanted[missing.argmax()]}, which no shard of {self!r} holds.")
+        pieces: dict[int, Arrays] = {}
+        for index in dict.fromkeys(shard[found].tolist()):  # in the order asked for
+            here = np.flatnonzero(shard[found] == index)
+            pieces |= self._pieces(index, wanted[here], here)
+        names = [n for n in pieces[0] if n not in ("first_sequence", "document_lengths")]
+        return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
+
+    def verify(self, deep: bool = True, progress: bool = False) -> "Report":
+        """Every shard's bytes against its hash and the manifest; deep: what they decode to, too. See `verify.py`."""
+        from .verify import verify
+
+        return verify(self, deep=deep, progress=progress)
+
+    def zarr_group(self, index: int) -> "zarr.Group":
+        """A shard as a Zarr group in memory, read-only in effect: the streams as any Zarr reader sees them."""
+        import zarr
+        from zarr.core.buffer import default_buffer_prototype
+
+        from .shardfile import members
+
+        data = self.store.get(shard_key(index))
+        make = default_buffer_prototype().buffer.from_bytes
+        store = zarr.storage.MemoryStore(
+            {name: make(content) for name, content in members(data).items()}, read_only=True
+        )
+        return zarr.open_group(store, mode="r")
+
+    def _made_of(self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays]) -> Arrays:
+        try:
+            data = self.store.get(shard_key(index))
+        except NotFound as error:
+            raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
+        try:
+            attributes, arrays = unpack(data)
+            check_attributes(attributes, self.spec, index)
+            if self.sealed:
+                row = np.searchsorted(self.manifest.column("shard").to_numpy(), index)
+                hashes = self.manifest.column("object_sha256")
+                if row < len(hashes) and hashes[int(row)].as_py().hex() != digest(data):
+                    raise Damage("it is another object than the one that was sealed")
+            return make(self.spec, attributes, arrays)
+        except Damage as damage:
+            raise corrupt(self.store, index, damage) from damage
+
+    def _pieces(self, index: int, numbers: NDArray[np.int64], keys: NDArray[np.int64]) -> dict[int, Arrays]:
+        """The arrays of some sequences of one shard, by key."""
+        kept: OrderedDict[int, Arrays] = self._local.__dict__.setdefault("shards", OrderedDict())
+        if index not in kept:
+            while len(kept) >= _KEPT:
+                kept.popitem(last=False)
+            kept[index] = self.read_shard(index)
+        kept.move_to_end(index)
+        arrays = kept[index]
+        lengths = arrays["sequence_lengths"].astype(np.int64)
+        ends = lengths.cumsum()
+        positions = len(arrays["ids"])
+        pieces: dict[int, Arrays] = {}
+        for key, number in zip(keys.tolist(), (numbers - int(arrays["first_sequence"])).tolist(), strict=True):
+            some = slice(int(ends[number] - lengths[number]), int(ends[number]))
+            piece = {
+                n: a[some] for n, a in arrays.items() if a.ndim and len(a) == positions and not n.endswith("lengths")
+            }
+            pieces[key] = piece | {"sequence_lengths": arrays["sequence_lengths"][number : number + 1]}
+        return pieces

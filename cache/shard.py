@@ -1,0 +1,78 @@
+"""A shard's attributes and streams to what a reader asks for: decoded arrays, or streams and tables. No files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec import decode_targets, id_table
+from .shardfile import Damage
+from .spec import CacheSpec
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+_BAD = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # what streams that contradict each other lead to
+
+
+def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
+    """Damage where the attributes are those of another shard, or of another cache."""
+    if attributes.get("spec") != spec.hash:
+        raise Damage("it belongs to a cache of other settings")
+    if attributes.get("index") != index:
+        raise Damage(f"it is shard {attributes.get('index')}, under another's name")
+
+
+def decode_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> Arrays:
+    """The arrays of `Cache.read_shard`. Damage where the streams contradict each other, or the attributes."""
+    _check_shapes(spec, attributes, arrays)
+    try:
+        decoded: Arrays = decode_targets(spec, arrays, arrays.get("inputs/tokens"))
+    except Damage:
+        raise
+    except _BAD as error:
+        raise Damage(f"it cannot be decoded ({error})") from error
+    for name, array in arrays.items():
+        if name.startswith("inputs/"):
+            decoded[name.removeprefix("inputs/")] = array
+        elif name.endswith("_lengths"):
+            decoded[name] = array
+    decoded["first_sequence"] = np.array(attributes["first_sequence"], np.int64)
+    return decoded
+
+
+def raw_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Arrays) -> Arrays:
+    """The arrays of `Cache.raw_shard`. Damage as `decode_shard`."""
+    _check_shapes(spec, attributes, arrays)
+    raw = dict(arrays)
+    try:
+        for part in ("head", "draws"):
+            if f"{part}/counts" in arrays:
+                table, width, begins = id_table(part, arrays, arrays.get("inputs/tokens"), spec.vocab_size)
+                raw |= {f"{part}/table": table, f"{part}/list_width": np.array(width), f"{part}/list_begins": begins}
+    except _BAD as error:
+        raise Damage(f"its tables cannot be made ({error})") from error
+    codec = spec.settings
+    numbers = {"width": spec.width, "vocab_size": spec.vocab_size, "first_sequence": attributes["first_sequence"]}
+    numbers |= {"sort_ties": codec.sort_ties, "tail_step": codec.tail_step}
+    return raw | {name: np.array(value) for name, value in numbers.items()}
+
+
+def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Damage where an array has another shape than the counts say: before anything is made of it."""
+    n, sequences = attributes.get("positions"), attributes.get("sequences")
+    if type(n) is not int or not 1 <= n <= spec.shard_positions or type(attributes.get("first_sequence")) is not int:
+        raise Damage(f"it says that it holds {n!r} positions")
+    shapes: dict[str, tuple[Any, ...]] = {f"inputs/{name}": (n,) for name in spec.inputs}
+    shapes |= {"tail": (len(spec.temperatures), n), "sequence_lengths": (sequences,)}
+    shapes |= {f"{part}/counts": (n,) for part, there in (("head", spec.k), ("draws", spec.draws)) if there}
+    if "outcomes" in arrays:
+        shapes["outcomes"] = (n,)
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise Damage("it is missing", name)
+        if arrays[name].shape != shape:
+            raise Damage(f"found shape {arrays[name].shape} where {shape} is needed", name)
+    for name in ("sequence_lengths", "document_lengths"):
+        if name in arrays and int(arrays[name].sum(dtype=np.int64)) != n:
+            raise Damage(f"its sum is not the {n} positions", name)

@@ -1,0 +1,263 @@
+"""Writing a cache: many shards at a time, each committed whole or not at all."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from threading import BoundedSemaphore, Lock
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .checks import check_inputs, check_lengths, check_number, check_sorted, check_targets
+from .codec import Targets, encode_targets
+from .errors import CacheError, CorruptShard, NotFound, StoreError
+from .manifest import KEY, from_parquet, overlaps, to_parquet
+from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
+from .shardfile import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
+from .spec import FORMAT, CacheSpec, differences
+from .stores import Store, open_store
+
+Array = NDArray[Any]
+
+
+class Commit(StrEnum):
+    """What became of a shard."""
+
+    COMMITTED = "committed"
+    ALREADY_THERE = "already there"
+
+
+def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
+    """A writer for a cache of these settings: a new one, or one that is there already and has the same settings.
+
+    path_or_store: a folder, a URL (s3://, gs://, az://, memory://), an obstore store, or a `Store`.
+    threads: how many shards are encoded at a time. queue: how many more may wait before `submit_shard` does.
+
+    Raises CacheError where a cache of other settings is there (of another teacher, say), naming what differs.
+    """
+    if not isinstance(spec, CacheSpec):
+        raise CacheError(f"spec: found {type(spec).__name__}; a CacheSpec is needed.")
+    for name, value, least in (("threads", threads, 1), ("queue", queue, 0)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+            raise CacheError(f"{name}: found {value!r}; an integer from {least} on is needed.")
+    store = open_store(path_or_store, create=True)
+    if not store.create(SPEC_KEY, spec.to_json()):
+        there = read_spec(store)
+        if there.hash != spec.hash:
+            raise CacheError(
+                f"{store.describe()}: a cache of other settings is there ({'; '.join(differences(there, spec))}). "
+                "Write to another place, or with the settings it has."
+            )
+        spec = there
+    store.sweep()
+    return CacheWriter(store, spec, threads=int(threads), queue=int(queue))
+
+
+class CacheWriter:
+    """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads."""
+
+    def __init__(self, store: Store, spec: CacheSpec, *, threads: int, queue: int) -> None:
+        self.store = store
+        self.spec = spec
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-cache")
+        self._room = BoundedSemaphore(threads + queue)
+        self._pending: set[Future[Commit]] = set()
+        self._lock = Lock()
+
+    def write_shard(
+        self,
+        index: int,
+        inputs: Mapping[str, Array],
+        ids: Array,
+        logprobs: Array,
+        tail: Array,
+        draws: Array | None = None,
+        outcomes: Array | int | None = None,
+        sequence_lengths: Sequence[int] | Array | None = None,
+        document_lengths: Sequence[int] | Array | None = None,
+        first_sequence: int = 0,
+    ) -> Commit:
+        """Check, encode and commit a shard of n positions; returns when it is durable.
+
+        index: the shard's number. inputs: the columns that the spec names, `[n]` each.
+        ids, logprobs, tail, draws, outcomes: `[n, K]`, `[n, K]`, `[n, M]`, `[n, K]`, `[n]` or one for all, as in
+            SparseTargets (NumPy arrays); a position that does not count has no entries (log-probability −inf, id 0, in
+            all places). outcomes defaults to all of the vocabulary outside the head.
+        sequence_lengths: of consecutive sequences that make up the shard (default: one). document_lengths: of the
+            documents in them, likewise. first_sequence: the number of the first sequence in the whole cache.
+
+        Log-probabilities and tails are rounded to the steps of the spec's codec, and entries that fall on one step are
+        put in an order of their own.
+
+        Returns COMMITTED, or ALREADY_THERE where a shard of this number was committed before: that one stays. Raises
+        CacheError, before anything is written, where the arrays are not what a teacher can have said.
+        """
+        index = check_number("index", index)
+        targets = check_targets(self.spec, ids, logprobs, tail, draws, outcomes)
+        check_sorted(targets)
+        positions = len(targets.ids)
+        first = check_number("first_sequence", first_sequence)
+        columns = check_inputs(self.spec, inputs, positions)
+        lengths = check_lengths(
+            "sequence_lengths", [positions] if sequence_lengths is None else sequence_lengths, positions
+        )
+        arrays: dict[str, Array] = {f"inputs/{name}": column for name, column in columns.items()}
+        arrays["sequence_lengths"] = lengths
+        if document_lengths is not None:
+            arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, positions)
+        if (there := self._there(index)) is not None:
+            return there
+        arrays |= encode_targets(self.spec, targets, columns.get("tokens"))
+        attempt = uuid.uuid4().hex
+        attributes = {
+            "format": FORMAT,
+            "spec": self.spec.hash,
+            "index": index,
+            "first_sequence": first,
+            "sequences": len(lengths),
+            "positions": positions,
+            "counted": int(((targets.head_counts + targets.draw_counts) > 0).sum()),
+            "head_entries": int(targets.head_counts.sum()),
+            "draw_entries": int(targets.draw_counts.sum()),
+            "statistics": _statistics(targets, self.spec),
+            "content": content_hash(arrays),
+            "attempt": attempt,
+            "written": round(time.time(), 3),
+        }
+        data = pack(arrays, attributes, self.spec.settings, positions)
+        try:
+            if self.store.create(shard_key(index), data):
+                return Commit.COMMITTED
+        except StoreError:
+            # Maybe the answer was lost, not the object: whose is there?
+            if self._attempt_there(index) == attempt:
+                return Commit.COMMITTED
+            raise
+        return Commit.COMMITTED if self._attempt_there(index) == attempt else Commit.ALREADY_THERE
+
+    def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
+        """`write_shard` on a thread of the writer's own; returns at once while its queue has room, else when it has.
+
+        The arrays must not be changed before the future is done. Its error, if nobody asks for it, is raised by
+        `close`.
+        """
+        self._room.acquire()
+        try:
+            future = self._pool.submit(self.write_shard, index, *args, **kwargs)
+        except BaseException:
+            self._room.release()
+            raise
+        with self._lock:
+            self._pending.add(future)
+        future.add_done_callback(self._finished)
+        return future
+
+    def seal(self) -> pa.Table:
+        """Write the manifest of a finished cache, and return it. From then on the cache opens with two requests.
+
+        Raises CacheError where two shards hold the same sequences, or where a manifest of other shards is there.
+        """
+        self._wait()
+        table = scan(self.store, self.spec, listed(self.store))
+        if pairs := overlaps(table):
+            raise CacheError(
+                f"{self.store.describe()}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; "
+                "first_sequence must come from one plan."
+            )
+        if not self.store.create(KEY, to_parquet(table, self.spec.hash)):
+            sealed = from_parquet(self.store.get(KEY), self.spec.hash)
+            if not sealed.select(["shard", "object_sha256"]).equals(table.select(["shard", "object_sha256"])):
+                raise CacheError(
+                    f"{self.store.describe()}: it was sealed with {len(sealed)} shards and now has {len(table)} or "
+                    f"others: `fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
+                )
+        return table
+
+    def close(self) -> None:
+        """Wait for everything submitted; raise the first error that nobody asked for."""
+        self._wait()
+        self._pool.shutdown()
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _finished(self, future: "Future[Commit]") -> None:
+        self._room.release()
+        if not future.cancelled() and future.exception() is None:
+            with self._lock:
+                self._pending.discard(future)
+
+    def _wait(self) -> None:
+        with self._lock:
+            pending = list(self._pending)
+        for future in pending:
+            try:
+                future.result()
+            finally:
+                with self._lock:
+                    self._pending.discard(future)
+
+    def _there(self, index: int) -> Commit | None:
+        """ALREADY_THERE where the shard is; None where it is not. A sealed cache takes no more."""
+        if self._attempt_there(index) is not None:
+            return Commit.ALREADY_THERE
+        try:
+            self.store.get_tail(KEY, 8)
+        except NotFound:
+            return None
+        raise CacheError(f"{self.store.describe()}: the cache is sealed, and shard {index} is not among its shards.")
+
+    def _attempt_there(self, index: int) -> str | None:
+        """The attempt that committed the shard; None where there is none."""
+        try:
+            end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
+        except NotFound:
+            return None
+        try:
+            attributes = read_attributes(end)
+        except Damage as damage:
+            raise CorruptShard(
+                f"shard {index} of {self.store.describe()}: {damage}. Delete {shard_key(index)} and write it again."
+            ) from damage
+        if attributes.get("spec") != self.spec.hash:
+            raise CorruptShard(
+                f"shard {index} of {self.store.describe()}: it belongs to a cache of other settings. Delete "
+                f"{shard_key(index)} and write it again."
+            )
+        return str(attributes.get("attempt"))
+
+
+def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | None]]:
+    """Head mass and the entropy (nats) of head and bucket, over the positions that count: mean, quantiles."""
+    head = np.arange(targets.ids.shape[1]) < targets.head_counts[:, None]
+    mass, entropy = np.empty(len(head)), np.empty(len(head))
+    tail = targets.tail[:, spec.temperatures.index(1.0)].astype(np.float64)
+    for start in range(0, len(head), 8192):
+        some = slice(start, start + 8192)
+        x = np.where(head[some], targets.logprobs[some], -np.inf)
+        p = np.exp(x)
+        mass[some] = p.sum(1)
+        entropy[some] = -np.einsum("nk,nk->n", p, np.where(head[some], x, 0))
+    rest = np.exp(tail)
+    entropy -= rest * np.where(rest > 0, tail, 0)
+    counted = (targets.head_counts + targets.draw_counts) > 0
+    return {"mass": _summary(mass[counted]), "entropy": _summary(entropy[counted])}
+
+
+def _summary(values: NDArray[np.float64]) -> list[float | None]:
+    if not len(values):
+        return [None] * 4
+    return [float(values.mean()), *(float(q) for q in np.quantile(values, (0.05, 0.5, 0.95)))]
