@@ -127,7 +127,7 @@ class CacheWriter:
             "statistics": _statistics(targets, self.spec),
             "content": content_hash(arrays),
             "attempt": attempt,
-            "written": round(time.time(), 3),
+            "written": int(time.time()),
         }
         data = pack(arrays, attributes, self.spec.settings, positions)
         try:
