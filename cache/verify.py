@@ -57,8 +57,8 @@ def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Repo
 
     Each object is read whole and compared with its own hash, its name, the spec, and (sealed) the manifest. deep: its
     arrays are decoded as a reader would, and their contents compared with the hash of them. Shards that are missing
-    between
-    others, that overlap, or that a sealed cache does not know are problems too. Raises StoreError where the store fails.
+    between others, that overlap, or that a sealed cache does not know are problems too. Raises StoreError where the
+    store fails.
     """
     report = Report(deep=deep, sealed=cache.sealed)
     there = listed(cache.store)
