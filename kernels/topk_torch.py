@@ -8,6 +8,7 @@ Rows are taken in blocks small enough for a CPU's last-level cache. In each bloc
    tail is never the difference of two numbers that nearly cancel. The full log-partition is head plus tail.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -125,8 +126,6 @@ def _fill_block(
     """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room."""
     n, vocab, k = len(x), plan.vocab_size, plan.k
     groups_top = x.view(n, -1, GROUP).amax(-1)
-    fine_n = groups_top.amax(1).isfinite()  # NaN and +inf are maxima; −inf: nothing but masked tokens
-    refuse(fine_n, groups_top, first_row)
 
     # the head, and the token after it: the top of the tail
     best_x, best_id = _best_tokens(x, groups_top, min(k + 1, vocab))
@@ -141,6 +140,13 @@ def _fill_block(
     head = transform(head_x, plan)
     top = torch.maximum(head[:, 0], tail_top) if k else tail_top
     shifted = tail_top - top  # <= 0; −inf where the tail is empty
+    row_top = groups_top.amax(1)  # NaN and +inf are maxima; −inf: nothing but masked tokens
+    fine_n = row_top.isfinite() & top.isfinite()
+    fine_n &= ~((tail_top_x > -torch.inf) & (shifted == -torch.inf))  # e^shifted may be 0, its logarithm may not
+    fine_n &= ~(used & ((head - top[:, None]).float() == -torch.inf)).any(1)
+    if plan.draws:
+        fine_n &= exact_transform(row_top.float(), plan.logit_scale, plan.softcap).isfinite()
+    refuse(fine_n, row_top, first_row)
     total = (head - top[:, None]).exp().sum(1) + sums_nM[:, plan.temperatures.index(1.0)] * shifted.exp()
     # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
     log_total = torch.where(fine_n, total.log(), torch.nan)
@@ -175,12 +181,20 @@ def _fill_block(
         merge_drawn(logits_NV, ids, fine_n & (tail_top_x > -torch.inf), kept.sum(1), top, log_total, out, plan)
 
 
-def refuse(fine_n: Tensor, tops: Tensor, first_row: int) -> None:
-    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device."""
+def refuse(fine_n: Tensor, top_x: Tensor, first_row: int) -> None:
+    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device.
+
+    top_x: the rows' greatest logits as they were given.
+    """
     if fine_n.device.type != "cpu" or bool(fine_n.all()):
         return
     row = int((~fine_n).nonzero()[0, 0])
-    top = float(tops[row].amax())
+    top = float(top_x[row])
+    if math.isfinite(top):
+        raise KDError(
+            f"logits: row {first_row + row} has logits out of float32's range, after logit_scale or relative to the "
+            f"row's best (as given {top:g}); smaller numbers are needed, or -inf for tokens that are no outcomes."
+        )
     found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
     raise KDError(
         f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "

@@ -407,6 +407,9 @@ def _finish(
     # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
     log_total = _log(total)
     fine = tl.abs(top + log_total) < INF
+    # a finite logit that float32 cannot hold relative to the best: in the tail, in the head
+    fine = fine & ((tail_x == -INF) | (tail_top - top > -INF))
+    fine = fine & (tl.max((used & (d == -INF)).to(tl.int32), axis=0) == 0)
     log_total = tl.where(fine, log_total, float("nan"))
     logprob = d - log_total
 
@@ -566,8 +569,6 @@ def fill_triton(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, f
 
 def _launch(x: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
     rows, vocab = x.shape
-    if x.device.type == "cpu":
-        refuse(x.amax(1).isfinite(), x, first_row)
     k, many, device = plan.k, len(plan.temperatures), x.device
     stride_n, stride_v = x.stride()
     unit = stride_v == 1
@@ -627,8 +628,10 @@ def _launch(x: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: in
         STAGES=entries.bit_length() - 1,
         PARTS=triton.next_power_of_2(parts), **flags, num_warps=1 if padded_k <= 64 else 4,
     )  # fmt: skip
+    fine = state[4] > 0
+    if x.device.type == "cpu":
+        refuse(fine, x.amax(1), first_row)
     if plan.draws:
-        fine = state[4] > 0
         drawn = _draw(x, state, edge, plan, positions_N, head_transform, flags)
         out.logprobs[:, k:].masked_fill_(~fine[:, None], torch.nan)
         has_tail = fine & (state[3] > -torch.inf)

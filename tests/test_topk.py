@@ -391,6 +391,55 @@ def test_bad_rows(place, value, word):
     check(targets[good], logits[good], 5, softcap=20.0)
 
 
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ([3e38, 1.0, -2.0], {"logit_scale": 10.0}),
+        ([3e38, 1.0, -2.0], {"logit_scale": 10.0, "softcap": 30.0}),
+        ([-3e38, -3e38, -3e38], {"logit_scale": 10.0}),
+        ([0.0, -3e38, -3e38], {"logit_scale": 10.0}),  # the tail
+        ([3e38, -3e38, -INF], {}),  # the difference is what float32 cannot hold
+    ],
+    ids=["scaled up", "scaled up and capped", "scaled down", "tail", "difference"],
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_that_leave_the_range_of_float32(place, row, settings, k):
+    logits = drawn(4, 300, torch.float32)
+    logits[2] = -INF
+    logits[2, 50:53] = torch.tensor(row)
+    if place[0] == "cpu":
+        with pytest.raises(KDError, match="row 2 has logits out of float32's range"):
+            on(place, logits, k, draws=2, **settings)
+        return
+    targets = on(place, logits, k, draws=2, **settings)
+    assert targets.logprobs[2].isnan().all()
+    assert targets.tail[2].isnan().all()
+    assert ((targets.ids >= 0) & (targets.ids < 300)).all()
+    good = torch.tensor([0, 1, 3])
+    check(targets[good], logits[good], k, **settings)
+
+
+def test_float64_logits_too_large_to_draw_from():
+    logits = drawn(3, 30, torch.float64)
+    logits[1] += 1e300
+    with pytest.raises(KDError, match="row 1 has logits out of float32's range"):
+        topk_targets(logits, 3, draws=2)
+
+
+def test_numpy_integers_are_integers():
+    np = pytest.importorskip("numpy")
+    logits = drawn(2, 30, torch.float32)
+    got = topk_targets(logits, np.int64(3), draws=np.uint8(2), seed=np.int32(7))
+    want = topk_targets(logits, 3, draws=2, seed=7)
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.draws, want.draws)
+    hidden, weight = torch.randn(3, 8), torch.randn(30, 8)
+    assert linear_topk_targets(hidden, weight, np.int32(4), chunk_tokens=np.int16(2)).ids.shape == (3, 4)
+    for name in ("k", "draws", "seed"):
+        with pytest.raises(KDError, match=f"{name}: found .*True"):
+            topk_targets(logits, **{"k": 3, name: np.bool_(True)})
+
+
 def test_bad_arguments():
     logits = torch.randn(4, 30)
     for word, settings in {
@@ -406,9 +455,22 @@ def test_bad_arguments():
         "temperatures:": {"temperatures": ()},
         r"temperatures: found \(1.0, 1.0": {"temperatures": (1.0, 1.0)},
         r"temperatures: found \(1.0, -2": {"temperatures": (1.0, -2.0)},
-        "draw_temperature:": {"draw_temperature": 0.0},
+        "draw_temperature: found 0.0": {"draw_temperature": 0.0},
+        "draw_temperature: found 1e-40": {"draw_temperature": 1e-40, "draws": 2},
+        "draw_temperature: found 0.0009": {"draw_temperature": 0.0009},
+        "draw_temperature: found 1e\\+40": {"draw_temperature": 1e40, "draws": 2},
+        "draw_temperature: found nan": {"draw_temperature": math.nan},
+        "draw_temperature: found 'warm'": {"draw_temperature": "warm"},
+        r"temperatures: found \(1.0, 1e-40": {"temperatures": (1.0, 1e-40)},
+        "temperatures: found None": {"temperatures": None},
+        "draws: found True": {"draws": True},
+        "mass: found 'half'": {"mass": "half"},
         "softcap:": {"softcap": -5.0},
+        "softcap: found 1e-40": {"softcap": 1e-40},
+        "softcap: found 1000000.0": {"softcap": 1e6},
         "logit_scale:": {"logit_scale": 0.0},
+        "logit_scale: found 1e-40": {"logit_scale": 1e-40},
+        "logit_scale: found 1e\\+40": {"logit_scale": 1e40},
         "seed:": {"seed": 0.5},
         "impl:": {"impl": "cuda"},
         "positions: found torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
@@ -437,6 +499,7 @@ def test_bad_arguments_of_the_head():
         ("chunk_tokens:", (hidden, weight), {"chunk_tokens": 0}),
         ("positions:", (hidden, weight), {"positions": torch.arange(5)}),
         ("k: found 0", (hidden, weight), {"k": 0}),
+        ("chunk_tokens: found True", (hidden, weight), {"chunk_tokens": True}),
     ):
         with pytest.raises(KDError, match=word):
             linear_topk_targets(*args, **{"k": 3, **settings})
