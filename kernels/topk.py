@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .errors import KDError
 from .targets import SparseTargets
-from .topk_torch import Plan, Rows, fill_torch
+from .topk_plan import Plan, Rows
+from .topk_torch import fill_torch
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -8,94 +8,24 @@ Rows are taken in blocks small enough for a CPU's last-level cache. In each bloc
    tail is never the difference of two numbers that nearly cancel. The full log-partition is head plus tail.
 """
 
-import math
-from dataclasses import dataclass
+import threading
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .draws import LOG2E, exact_transform, exponent_scale, integer_weights, invert, merge, uniforms, weight_bits
-from .errors import KDError
+from .draws import LOG2E, Tail, draw, exact_transform, merge, row_keys, unit_scale, units_
+from .topk_plan import Plan, Rows, refuse
 
 GROUP = 32
 BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
 BLOCK_BYTES_ELSEWHERE = 64 << 20
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to make of a row of `vocab_size` logits, checked."""
-
-    vocab_size: int
-    k: int  # at most vocab_size
-    temperatures: tuple[float, ...]
-    mass: float | None
-    draws: int
-    draw_temperature: float
-    seed: int
-    softcap: float | None
-    logit_scale: float | None
-
-    @property
-    def width(self) -> int:
-        """K, the places of a row."""
-        return self.k + self.draws
-
-    def chains(self) -> tuple[tuple[int, int], ...]:
-        """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
-
-        An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power.
-        """
-        left = sorted(range(len(self.temperatures)), key=lambda m: -self.temperatures[m])
-        steps: list[tuple[int, int]] = []
-        while left:
-            last, power = left.pop(0), 0
-            steps.append((last, power))
-            for m in list(left):
-                power = round(ratio := self.temperatures[last] / self.temperatures[m])
-                if power in (2, 4) and ratio == power:
-                    steps.append((m, power))
-                    left.remove(m)
-                    last = m
-        return tuple(steps)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The fields of SparseTargets being filled: ids int32 0, logprobs float32 −inf and draws int32 0 at first `[N, K]`,
-    tail float32 `[N, M]`, outcomes int32 `[N]`."""
-
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
-    outcomes: Tensor
-    draws: Tensor | None
-
-    @classmethod
-    def empty(cls, rows: int, plan: Plan, device: torch.device) -> "Rows":
-        """Room for some rows."""
-        shape = (rows, plan.width)
-        return cls(
-            ids=torch.zeros(shape, dtype=torch.int32, device=device),
-            logprobs=torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
-            tail=torch.empty((rows, len(plan.temperatures)), dtype=torch.float32, device=device),
-            outcomes=torch.empty(rows, dtype=torch.int32, device=device),
-            draws=torch.zeros(shape, dtype=torch.int32, device=device) if plan.draws else None,
-        )
-
-    def __getitem__(self, rows: slice) -> "Rows":
-        return Rows(
-            self.ids[rows],
-            self.logprobs[rows],
-            self.tail[rows],
-            self.outcomes[rows],
-            None if self.draws is None else self.draws[rows],
-        )
-
-
 def transform(x: Tensor, plan: Plan) -> Tensor:
     """What the head does to a logit after the matrix product: scale, then softcap. −inf (a masked token) stays."""
+    if x.dtype == torch.float32:
+        return exact_transform(x, plan.logit_scale, plan.softcap)
     if plan.logit_scale is not None:
         x = x * plan.logit_scale
     if plan.softcap is not None:
@@ -110,14 +40,28 @@ def fill_torch(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, fi
     groups = -(-vocab // GROUP)
     budget = BLOCK_BYTES.get(logits_NV.device.type, BLOCK_BYTES_ELSEWHERE)
     block = max(1, min(rows, budget // (groups * GROUP * work.itemsize)))
-    # the last group is filled up with tokens that are no outcomes
-    x = torch.full((block, groups * GROUP), -torch.inf, dtype=work, device=logits_NV.device)
-    spare = torch.empty_like(x)
+    x, spare = _scratch(block, groups * GROUP, work, logits_NV.device)
     for start in range(0, rows, block):
         some = slice(start, min(start + block, rows))
         n = some.stop - start
         x[:n, :vocab] = logits_NV[some]
+        x[:n, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
         _fill_block(x[:n], spare[:n], logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+
+
+_kept = threading.local()
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two blocks of uninitialised numbers. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
+    size = rows * columns
+    if device.type != "cpu":
+        both = torch.empty(2 * size, dtype=dtype, device=device)
+    else:
+        both = getattr(_kept, "both", None)
+        if both is None or both.dtype != dtype or len(both) < 2 * size:
+            _kept.both = both = torch.empty(2 * size, dtype=dtype)
+    return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
 
 
 def _fill_block(
@@ -175,31 +119,11 @@ def _fill_block(
     out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
     out.outcomes.copy_(finite - kept.sum(1))
     if plan.draws:
-        # places that are not kept name a token that is: its weight is struck out twice
-        head_id = torch.where(kept, head_id, head_id[:, :1])
-        ids = _draw(logits_NV, head_id, tail_top_x, plan, positions_N)
-        merge_drawn(logits_NV, ids, fine_n & (tail_top_x > -torch.inf), kept.sum(1), top, log_total, out, plan)
-
-
-def refuse(fine_n: Tensor, top_x: Tensor, first_row: int) -> None:
-    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device.
-
-    top_x: the rows' greatest logits as they were given.
-    """
-    if fine_n.device.type != "cpu" or bool(fine_n.all()):
-        return
-    row = int((~fine_n).nonzero()[0, 0])
-    top = float(top_x[row])
-    if math.isfinite(top):
-        raise KDError(
-            f"logits: row {first_row + row} has logits out of float32's range, after logit_scale or relative to the "
-            f"row's best (as given {top:g}); smaller numbers are needed, or -inf for tokens that are no outcomes."
-        )
-    found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
-    raise KDError(
-        f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "
-        "outcomes, and at least one token must be an outcome."
-    )
+        drawn_n = fine_n & (tail_top_x > -torch.inf)
+        size = kept.sum(1)
+        tail = _tail(x, spare, logits_NV, head_x, head_id, size, tail_top_x, plan)
+        ids = draw(tail, row_keys(plan.seed, positions_N), drawn_n, plan.draws)
+        merge_drawn(logits_NV, ids, drawn_n, size, top, log_total, out, plan)
 
 
 def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -254,13 +178,47 @@ def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, 
     return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
 
 
-def _draw(logits_NV: Tensor, head_id: Tensor, tail_top_x: Tensor, plan: Plan, positions_N: Tensor) -> Tensor:
-    """Drawn ids `[n, draws]`, anything in rows without a tail. head_id `[n, k]`: tokens that are not in the tail."""
-    vocab = plan.vocab_size
+def _tail(
+    x: Tensor,
+    spare: Tensor,
+    logits_NV: Tensor,
+    head_x: Tensor,
+    head_id: Tensor,
+    size_N: Tensor,
+    tail_top_x: Tensor,
+    plan: Plan,
+) -> Tail:
+    """What the rows' draws are made from. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x and spare.
+
+    head_x, head_id `[n, k]`, of which the first `size_N` are the head.
+    """
+    n, vocab = logits_NV.shape
     top = exact_transform(tail_top_x.float(), plan.logit_scale, plan.softcap)
-    z = exact_transform(logits_NV.float(), plan.logit_scale, plan.softcap)
-    weights = integer_weights(z, top, exponent_scale(plan.draw_temperature), weight_bits(vocab))
-    return invert(weights.scatter_(1, head_id, 0), uniforms(plan.seed, positions_N, plan.draws))
+    if x.dtype != torch.float32:
+        x, spare = x.float(), spare.float()
+    if plan.k:
+        last_n1 = (size_N - 1).clamp_(min=0)[:, None]
+        edge_x, edge_id = head_x.gather(1, last_n1)[:, 0], head_id.gather(1, last_n1)[:, 0]
+    else:
+        edge_x, edge_id = torch.full_like(tail_top_x, torch.inf), torch.full_like(size_N, -1)
+    if plan.mass is not None or logits_NV.dtype == torch.float64:
+        # the tail's top may be another now, and z - top has to be rounded from it afresh
+        x[:, :vocab] = logits_NV
+        place = torch.arange(plan.k, device=x.device)
+        x.scatter_(1, head_id, head_x.float().masked_fill(place < size_N[:, None], -torch.inf))
+        x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
+        x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
+    units = units_(x, spare, unit_scale(plan.draw_temperature))
+    return Tail.of(
+        units.view(n, -1, GROUP),
+        logits_NV,
+        edge_x=edge_x,
+        edge_id=edge_id,
+        top=top,
+        logit_scale=plan.logit_scale,
+        softcap=plan.softcap,
+        draw_temperature=plan.draw_temperature,
+    )
 
 
 def merge_drawn(

@@ -250,6 +250,16 @@ def test_every_path_draws_the_same(place, settings):
         assert keys[size:] == sorted(keys[size:])
 
 
+@pytest.mark.parametrize("vocab", [2049, 49_152])
+def test_a_wide_tail_is_drawn_the_same(place, vocab):
+    logits = drawn(2, vocab, torch.float32)
+    logits[1, ::5] = -INF
+    for settings in ({"draws": 40, "draw_temperature": 3.0}, {"draws": 40, "mass": 0.05, "draw_temperature": 0.5}):
+        got, twin = on(place, logits, 8, **settings), topk_targets(logits, 8, impl="torch", **settings)
+        assert torch.equal(got.ids, twin.ids)
+        assert torch.equal(got.draws, twin.draws)
+
+
 def test_draws_do_not_depend_on_the_batch(place):
     logits, positions = drawn(4, 200, torch.float32), torch.tensor([5, 2, 10**10, 0])
     settings = {"draws": 3, "seed": 11}
@@ -506,10 +516,10 @@ def test_bad_arguments_of_the_head():
 
 
 COMPILE = """
-import torch, triton
+import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastkd.kernels import topk_triton
+from fastkd.kernels import draws_triton, topk_triton
 from fastkd.kernels.topk import Rows, _plan
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
@@ -535,13 +545,14 @@ class Compiler:
             signature[name] = kind
         source = ASTSource(fn=self.kernel, signature={n: signature[n] for n in names}, constexprs=values)
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        ptx = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
         if not enable_fp_fusion:
             assert "fma" not in ptx, "the draws' arithmetic must round every operation"
         print(self.kernel.__name__)
 
-for name in ("_scan", "_pick", "_select", "_finish", "_weigh", "_invert"):
-    setattr(topk_triton, name, Compiler(getattr(topk_triton, name)))
+for module, names in ((topk_triton, ("_scan", "_pick", "_select", "_finish")), (draws_triton, ("_weigh", "_draw"))):
+    for name in names:
+        setattr(module, name, Compiler(getattr(module, name)))
 topk_triton.refuse = topk_triton.merge_drawn = lambda *args: None
 settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
 for k, mass, draws, softcap, scale in settings:
@@ -551,16 +562,19 @@ for k, mass, draws, softcap, scale in settings:
 """
 
 
-def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(tmp_path):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(tmp_path, capability):
     """What the interpreter lets pass, a compiler may not. Needs no GPU; runs where triton is not interpreting."""
     triton = pytest.importorskip("triton")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
         pytest.skip("the compiler's interface was another one before triton 3.5")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["_scan", "_pick", "_select", "_finish"] * 2 + ["_weigh", "_invert"]
+    assert done.stdout.split() == ["_scan", "_pick", "_select", "_finish"] * 2 + ["_weigh", "_draw"]
 
 
 def test_nothing_of_the_input_is_changed(place):
