@@ -23,7 +23,6 @@ The Triton kernels use the same constants and the same operations in the same or
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -147,10 +146,10 @@ def units_(d: Tensor, spare: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Tail:
-    """What a block of rows is drawn from. Tokens are numbered through the block, row after row, in whole groups."""
+    """What some rows' draws are made from."""
 
-    units: Tensor  # float32 `[n · groups, G]`, G at most 32
-    before: Tensor  # int64 `[n · groups + 1]`: the sum of the units before each group, and of all
+    sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a head's count as one each
+    width: int  # tokens a group, at most 32
     logits: Tensor  # `[n, V]`: as given
     edge_x: Tensor  # `[n]`: the head's last logit (+inf without a head)
     edge_id: Tensor  # int64 `[n]`: and its id
@@ -159,20 +158,13 @@ class Tail:
     softcap: float | None
     draw_temperature: float
 
-    @classmethod
-    def of(cls, units_NGW: Tensor, logits_NV: Tensor, **rest: Any) -> "Tail":
-        """From the units of every row's groups; those of tokens beyond the vocabulary are left out of account."""
-        n, groups, width = units_NGW.shape
-        sums_NG = units_NGW.sum(2)
-        sums_NG[:, -1] -= groups * width - logits_NV.shape[1]  # they come last in their row: no token moves
-        before = torch.zeros(n * groups + 1, dtype=torch.int64, device=logits_NV.device)
-        torch.cumsum(sums_NG.view(-1), 0, dtype=torch.int64, out=before[1:])
-        return cls(units_NGW.view(n * groups, width), before, logits_NV, **rest)
-
 
 def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
     """Drawn ids int64 `[n, draws]`; anything in rows that are not to be drawn from."""
     n, device = len(keys_N), keys_N.device
+    # The groups of all rows in one line, row after row: the units before each, and of all.
+    before = torch.zeros(tail.sums.numel() + 1, dtype=torch.int64, device=device)
+    torch.cumsum(tail.sums.reshape(-1), 0, dtype=torch.int64, out=before[1:])
     number_D = torch.arange(draws, device=device)
     row_R, number_R1 = torch.arange(n, device=device), number_D  # first every row with all its draws at once
     token_P = torch.zeros(n * draws, dtype=torch.int64, device=device)
@@ -188,7 +180,7 @@ def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
             row_R, number_R1 = some // draws, (some % draws)[:, None]
         attempt_A = torch.arange(first, first + count, device=device)
         u = uniforms(keys_N[row_R][:, None, None], number_R1[..., None], attempt_A)
-        named, good = _attempt(tail, row_R, u.view(len(row_R), -1))
+        named, good = _attempt(tail, before, row_R, u.view(len(row_R), -1))
         named, good = named.view(-1, count), good.view(-1, count)
         which = torch.where(good, attempt_A - first, count - 1).amin(1, keepdim=True)  # the first that succeeds
         wanted = wanted_P[some]
@@ -198,32 +190,36 @@ def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
     return token_P.view(n, draws)
 
 
-def _attempt(tail: Tail, row_R: Tensor, u_RC: Tensor) -> tuple[Tensor, Tensor]:
+def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[Tensor, Tensor]:
     """The token that each uniform number names in its row, and whether it is drawn."""
-    vocab = tail.logits.shape[1]
-    width, groups, bits = tail.units.shape[1], len(tail.units) // len(tail.logits), weight_bits(vocab)
+    (n, vocab), groups, bits = tail.logits.shape, tail.sums.shape[1], weight_bits(tail.logits.shape[1])
     low_bits = bits - UNIT_BITS
     row_R1 = row_R[:, None]
     first_R1 = row_R1 * groups
-    start_R1 = tail.before[first_R1]
-    total_R1 = (tail.before[first_R1 + groups] - start_R1) << low_bits
+    start_R1 = before[first_R1]
+    total_R1 = (before[first_R1 + groups] - start_R1) << low_bits
     at_RC = torch.minimum((u_RC * total_R1.double()).long(), total_R1 - 1)
     unit_RC = (at_RC >> low_bits).add_(start_R1)
     # (the limits here and below are for rows of NaN, whose draws are never looked at)
-    group_RC = torch.searchsorted(tail.before, unit_RC, right=True).sub_(1).clamp_(0, len(tail.units) - 1)
-    inside_RC1 = (unit_RC - tail.before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
-    running_RCW = tail.units[group_RC].cumsum(2)
+    group_RC = torch.searchsorted(before, unit_RC, right=True).sub_(1).clamp_(0, n * groups - 1)
+    inside_RC1 = (unit_RC - before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
+
+    # the group's tokens, and the units of each
+    first_RC1 = (group_RC - first_R1).mul_(tail.width)[:, :, None]
+    token_RCW = torch.arange(tail.width, device=row_R.device) + first_RC1
+    x_RCW = tail.logits[row_R1[:, :, None], token_RCW.clamp_(0, vocab - 1)]
+    edge_R11, top_R11 = tail.edge_x[row_R1, None], tail.top[row_R1, None]
+    in_head = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
+    x_RCW = x_RCW.float().masked_fill_(in_head, -torch.inf)
+    d_RCW = exact_transform(x_RCW, tail.logit_scale, tail.softcap) - top_R11
+    units_RCW = units_(d_RCW.clone(), torch.empty_like(d_RCW), unit_scale(tail.draw_temperature))
+    running_RCW = units_RCW.cumsum(2)
     behind_RCW = running_RCW <= inside_RC1
-    token_RC = ((group_RC - first_R1) * width).add_(behind_RCW.sum(2)).clamp_(0, vocab - 1)
+    place_RC1 = behind_RCW.sum(2, keepdim=True).clamp_(max=tail.width - 1)
     rest_RC = (inside_RC1[:, :, 0] - running_RCW.mul_(behind_RCW).amax(2)).long()  # units of the token itself
     rest_RC = (rest_RC << low_bits).add_(at_RC & (2**low_bits - 1))
-
-    x_RC = tail.logits[row_R1, token_RC]
-    edge_R1 = tail.edge_x[row_R1]
-    in_head = (x_RC > edge_R1) | ((x_RC == edge_R1) & (token_RC <= tail.edge_id[row_R1]))
-    z_RC = exact_transform(x_RC.float(), tail.logit_scale, tail.softcap)
-    weight_RC = integer_weights(z_RC - tail.top[row_R1], exponent_scale(tail.draw_temperature), bits)
-    return token_RC, (rest_RC < weight_RC).logical_and_(~in_head)
+    weight_RC = integer_weights(d_RCW.gather(2, place_RC1)[:, :, 0], exponent_scale(tail.draw_temperature), bits)
+    return token_RCW.gather(2, place_RC1)[:, :, 0], rest_RC < weight_RC
 
 
 def merge(

@@ -8,7 +8,11 @@ Rows are taken in blocks small enough for a CPU's last-level cache. In each bloc
    tail is never the difference of two numbers that nearly cancel. The full log-partition is head plus tail.
 """
 
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,6 +24,8 @@ from .topk_plan import Plan, Rows, refuse
 GROUP = 32
 BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
 BLOCK_BYTES_ELSEWHERE = 64 << 20
+# Draws are made for many blocks' rows at once: they are some hundred operations on little data.
+ROWS_DRAWN = 512
 
 
 def transform(x: Tensor, plan: Plan) -> Tensor:
@@ -38,15 +44,87 @@ def fill_torch(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, fi
     rows, vocab = logits_NV.shape
     work = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     groups = -(-vocab // GROUP)
+    on_cpu = logits_NV.device.type == "cpu"
     budget = BLOCK_BYTES.get(logits_NV.device.type, BLOCK_BYTES_ELSEWHERE)
     block = max(1, min(rows, budget // (groups * GROUP * work.itemsize)))
-    x, spare = _scratch(block, groups * GROUP, work, logits_NV.device)
-    for start in range(0, rows, block):
-        some = slice(start, min(start + block, rows))
-        n = some.stop - start
-        x[:n, :vocab] = logits_NV[some]
-        x[:n, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
-        _fill_block(x[:n], spare[:n], logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+    threads = torch.get_num_threads() if on_cpu and rows > block else 1
+    inference = torch.is_inference_mode_enabled()
+
+    def each(work: Callable[[slice], None], span: slice, step: int) -> None:
+        """Call `work` with every `step` rows of a span."""
+        parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
+
+        def with_modes(part: slice) -> None:
+            with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
+                work(part)
+
+        if threads == 1:
+            for part in parts:
+                work(part)
+        else:
+            for _ in _pool(threads, os.getpid()).map(with_modes, parts):
+                pass  # in order: of several bad rows the first is the one named
+
+    for start in range(0, rows, max(block, ROWS_DRAWN)):
+        span = slice(start, min(start + max(block, ROWS_DRAWN), rows))
+        state = _State.empty(span.stop - start, groups, plan, logits_NV) if plan.draws else None
+
+        def fill(part: slice, state: _State | None = state, start: int = start) -> None:
+            n = part.stop - part.start
+            x, spare = _scratch(n, groups * GROUP, work, logits_NV.device)
+            x[:, :vocab] = logits_NV[part]
+            x[:, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
+            here = None if state is None else state[part.start - start : part.stop - start]
+            _fill_block(x, spare, logits_NV[part], out[part], plan, first_row + part.start, here)
+
+        def draw_some(part: slice, state: _State | None = state, start: int = start) -> None:
+            assert state is not None
+            here = state[part.start - start : part.stop - start]
+            _draw(here, logits_NV[part], out[part], plan, positions_N[part])
+
+        each(fill, span, block)
+        if plan.draws:
+            each(draw_some, span, -(-(span.stop - start) // threads))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the draws of some rows need to know of them."""
+
+    sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
+    edge_x: Tensor  # `[n]`
+    edge_id: Tensor  # int64 `[n]`
+    tail_top_x: Tensor  # `[n]`: the tail's greatest logit as given
+    top: Tensor  # `[n]`: the row's greatest z
+    log_total: Tensor  # `[n]`: and the log-partition relative to it
+    size: Tensor  # int64 `[n]`: entries in the head
+    wanted: Tensor  # bool `[n]`: the row is fine and has a tail
+
+    @classmethod
+    def empty(cls, rows: int, groups: int, plan: Plan, like: Tensor) -> "_State":
+        work = torch.float64 if like.dtype == torch.float64 else torch.float32
+        sums = torch.empty((rows, groups), dtype=torch.float32, device=like.device)
+        types = (work, torch.int64, work, work, work, torch.int64, torch.bool)
+        return cls(sums, *(torch.empty(rows, dtype=dtype, device=like.device) for dtype in types))
+
+    def __getitem__(self, rows: slice) -> "_State":
+        return _State(*(tensor[rows] for tensor in vars(self).values()))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that run PyTorch on one core each. A forked process needs its own."""
+    pool = ThreadPoolExecutor(threads, "fastkd-topk")
+    ready = threading.Barrier(threads)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    for task in [pool.submit(alone) for _ in range(threads)]:
+        task.result()
+    torch.set_num_threads(threads)  # part of that setting is the process's
+    return pool
 
 
 _kept = threading.local()
@@ -65,9 +143,12 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _fill_block(
-    x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int
+    x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, first_row: int, state: _State | None
 ) -> None:
-    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room."""
+    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room.
+
+    state: to be filled for the draws, where there are any.
+    """
     n, vocab, k = len(x), plan.vocab_size, plan.k
     groups_top = x.view(n, -1, GROUP).amax(-1)
 
@@ -118,12 +199,13 @@ def _fill_block(
     out.logprobs.masked_fill_(broken_n1, torch.nan)
     out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
     out.outcomes.copy_(finite - kept.sum(1))
-    if plan.draws:
-        drawn_n = fine_n & (tail_top_x > -torch.inf)
-        size = kept.sum(1)
-        tail = _tail(x, spare, logits_NV, head_x, head_id, size, tail_top_x, plan)
-        ids = draw(tail, row_keys(plan.seed, positions_N), drawn_n, plan.draws)
-        merge_drawn(logits_NV, ids, drawn_n, size, top, log_total, out, plan)
+    if state is not None:
+        state.tail_top_x.copy_(tail_top_x)
+        state.top.copy_(top)
+        state.log_total.copy_(log_total)
+        state.size.copy_(kept.sum(1))
+        state.wanted.copy_(fine_n & (tail_top_x > -torch.inf))
+        _sum_units(x, spare, logits_NV, head_x, head_id, state, plan)
 
 
 def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -178,47 +260,51 @@ def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, 
     return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
 
 
-def _tail(
-    x: Tensor,
-    spare: Tensor,
-    logits_NV: Tensor,
-    head_x: Tensor,
-    head_id: Tensor,
-    size_N: Tensor,
-    tail_top_x: Tensor,
-    plan: Plan,
-) -> Tail:
-    """What the rows' draws are made from. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x and spare.
+def _sum_units(
+    x: Tensor, spare: Tensor, logits_NV: Tensor, head_x: Tensor, head_id: Tensor, state: _State, plan: Plan
+) -> None:
+    """Fill a state's edge and sums. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x and spare.
 
-    head_x, head_id `[n, k]`, of which the first `size_N` are the head.
+    head_x, head_id `[n, k]`, of which the first `state.size` are the head.
     """
     n, vocab = logits_NV.shape
-    top = exact_transform(tail_top_x.float(), plan.logit_scale, plan.softcap)
     if x.dtype != torch.float32:
         x, spare = x.float(), spare.float()
     if plan.k:
-        last_n1 = (size_N - 1).clamp_(min=0)[:, None]
-        edge_x, edge_id = head_x.gather(1, last_n1)[:, 0], head_id.gather(1, last_n1)[:, 0]
+        last_n1 = (state.size - 1).clamp_(min=0)[:, None]
+        state.edge_x.copy_(head_x.gather(1, last_n1)[:, 0])
+        state.edge_id.copy_(head_id.gather(1, last_n1)[:, 0])
     else:
-        edge_x, edge_id = torch.full_like(tail_top_x, torch.inf), torch.full_like(size_N, -1)
+        state.edge_x.fill_(torch.inf)
+        state.edge_id.fill_(-1)
     if plan.mass is not None or logits_NV.dtype == torch.float64:
         # the tail's top may be another now, and z - top has to be rounded from it afresh
+        top = exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap)
         x[:, :vocab] = logits_NV
         place = torch.arange(plan.k, device=x.device)
-        x.scatter_(1, head_id, head_x.float().masked_fill(place < size_N[:, None], -torch.inf))
+        x.scatter_(1, head_id, head_x.float().masked_fill(place < state.size[:, None], -torch.inf))
         x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
         x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
     units = units_(x, spare, unit_scale(plan.draw_temperature))
-    return Tail.of(
-        units.view(n, -1, GROUP),
-        logits_NV,
-        edge_x=edge_x,
-        edge_id=edge_id,
-        top=top,
+    torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
+    state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
+
+
+def _draw(state: _State, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor) -> None:
+    """Draw from some rows, and write the draws down."""
+    tail = Tail(
+        sums=state.sums,
+        width=GROUP,
+        logits=logits_NV,
+        edge_x=state.edge_x,
+        edge_id=state.edge_id,
+        top=exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap),
         logit_scale=plan.logit_scale,
         softcap=plan.softcap,
         draw_temperature=plan.draw_temperature,
     )
+    ids = draw(tail, row_keys(plan.seed, positions_N), state.wanted, plan.draws)
+    merge_drawn(logits_NV, ids, state.wanted, state.size, state.top, state.log_total, out, plan)
 
 
 def merge_drawn(

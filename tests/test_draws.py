@@ -109,9 +109,12 @@ def tail_of(logits, width=32, draw_temperature=1.0):
     d = torch.full((n, groups * width), -torch.inf)
     top = logits.amax(1)
     d[:, :vocab] = logits - top[:, None]
-    return draws.Tail.of(
-        draws.units_(d, torch.empty_like(d), draws.unit_scale(draw_temperature)).view(n, groups, width),
-        logits,
+    sums = draws.units_(d, torch.empty_like(d), draws.unit_scale(draw_temperature)).view(n, groups, width).sum(2)
+    sums[:, -1] -= groups * width - vocab
+    return draws.Tail(
+        sums=sums,
+        width=width,
+        logits=logits,
         edge_x=torch.full((n,), torch.inf),
         edge_id=torch.full((n,), -1),
         top=top,
@@ -119,6 +122,11 @@ def tail_of(logits, width=32, draw_temperature=1.0):
         softcap=None,
         draw_temperature=draw_temperature,
     )
+
+
+def attempt(tail, rows, u):
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), tail.sums.flatten().long().cumsum(0)])
+    return draws._attempt(tail, before, rows, u)
 
 
 @pytest.mark.parametrize("case", ["normal", "one of a kind", "flat", "masked"])
@@ -132,7 +140,7 @@ def test_an_attempt_draws_in_proportion_to_the_weights(case):
     }[case]()
     count = 2**18
     u = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(2, -1)  # evenly spread
-    tokens, good = draws._attempt(tail_of(logits), torch.arange(2), u)
+    tokens, good = attempt(tail_of(logits), torch.arange(2), u)
     assert (tokens[:, 1:] >= tokens[:, :-1]).all()  # named in the order of the ids
     p = torch.softmax(logits.double(), 1)
     for row in range(2):
@@ -155,7 +163,7 @@ def test_which_attempts_are_made_together_does_not_show(monkeypatch):
     for row in (0, 8):
         for number in range(50):
             u = draws.uniforms(keys[row], torch.tensor(number), torch.arange(draws.MAX_ATTEMPTS))
-            tokens, good = draws._attempt(tail, torch.tensor([row]), u[None])
+            tokens, good = attempt(tail, torch.tensor([row]), u[None])
             assert int(tokens[0][good[0]][0]) == want[row, number]
 
 
