@@ -43,9 +43,11 @@ LOWEST = -48.0
 # The units of the tail's top are about 2^UNIT_BITS: 32 tokens' units add up exactly in float32, in any order.
 UNIT_BITS = 18
 # Units are bits of a float32 made by arithmetic: (1 + f)·2^n for y = n + f is never less than 2^y, and 6% more at most.
-# 2^UNIT_BITS; and half a rounding of the sum more, so that roundings never take it below.
-UNIT_BIAS = float((127 + UNIT_BITS) * 2**23 + 128)
-UNIT_LEAST = float(126 * 2**23)  # a half, which is rounded up to one unit
+# y + 512 + 127 + UNIT_BITS lies between 512 and 1024, in steps of 2^-14, so that its fraction's 23 bits, shifted left
+# by 9, are the exponent and the fraction wanted. One step more, so that no rounding takes it below.
+UNIT_BIAS = 512.0 + 127.0 + UNIT_BITS + 2.0**-14
+UNIT_SHIFT = 9
+UNIT_LEAST = -20.0  # a quarter of a unit, which is rounded up to one
 # An attempt fails with probability 1 - 0.94/(1 + V/2^UNIT_BITS) at most: this many never all do.
 MAX_ATTEMPTS = 256
 # A CPU tries a few at a time, more and more, for the draws that still want one.
@@ -129,19 +131,14 @@ def integer_weights(d: Tensor, scale: float, bits: int) -> Tensor:
     return _exp2_(d * scale, bits).long()
 
 
-def unit_scale(draw_temperature: float) -> float:
-    """What a difference of logits is multiplied by on its way to units: float32, as `exponent_scale`."""
-    return exponent_scale(draw_temperature) * 2.0**23
+def units_(d: Tensor, scale: float) -> Tensor:
+    """Units of tokens: whole numbers >= 1 as float32, in place of d: float32 z - top, at most 0. 1 where it is −inf.
 
-
-def units_(d: Tensor, spare: Tensor, scale: float) -> Tensor:
-    """Units of tokens: whole numbers >= 1 as float32, in `spare`. `d`: float32 z - top, at most 0; overwritten.
-
-    1 where d is −inf. `scale`: `unit_scale`.
+    scale: `exponent_scale`.
     """
-    d.mul_(scale).add_(UNIT_BIAS).clamp_(min=UNIT_LEAST)
-    spare.view(torch.int32).copy_(d)
-    return spare.ceil_()
+    d.mul_(scale).clamp_(min=UNIT_LEAST).add_(UNIT_BIAS)
+    d.view(torch.int32).bitwise_left_shift_(UNIT_SHIFT)
+    return d.ceil_()
 
 
 @dataclass(frozen=True)
@@ -212,7 +209,7 @@ def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[T
     in_head = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
     x_RCW = x_RCW.float().masked_fill_(in_head, -torch.inf)
     d_RCW = exact_transform(x_RCW, tail.logit_scale, tail.softcap) - top_R11
-    units_RCW = units_(d_RCW.clone(), torch.empty_like(d_RCW), unit_scale(tail.draw_temperature))
+    units_RCW = units_(d_RCW.clone(), exponent_scale(tail.draw_temperature))
     running_RCW = units_RCW.cumsum(2)
     behind_RCW = running_RCW <= inside_RC1
     place_RC1 = behind_RCW.sum(2, keepdim=True).clamp_(max=tail.width - 1)

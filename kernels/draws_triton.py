@@ -20,6 +20,7 @@ MIX2 = tl.constexpr(dr.MIX2)
 ATTEMPT_STEP = tl.constexpr(dr.ATTEMPT_STEP)
 MAX_ATTEMPTS = tl.constexpr(dr.MAX_ATTEMPTS)
 UNIT_BIAS = tl.constexpr(dr.UNIT_BIAS)
+UNIT_SHIFT = tl.constexpr(dr.UNIT_SHIFT)
 UNIT_LEAST = tl.constexpr(dr.UNIT_LEAST)
 
 
@@ -40,11 +41,11 @@ def _mix(x):
 
 
 @triton.jit
-def _units(d, token, vocab, is_head, unit_scale):
+def _units(d, token, vocab, is_head, draw_scale):
     """`draws.units_` of z - top, as int32; 1 for tokens of the head, 0 beyond the vocabulary."""
-    y = d * unit_scale + UNIT_BIAS
-    y = tl.where(is_head | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y)
-    units = tl.ceil(y.to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32)
+    y = d * draw_scale
+    y = tl.where(is_head | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y) + UNIT_BIAS
+    units = tl.ceil((y.to(tl.int32, bitcast=True) << UNIT_SHIFT).to(tl.float32, bitcast=True)).to(tl.int32)
     return tl.where(token < vocab, units, 0)
 
 
@@ -66,7 +67,7 @@ def _weigh(
     edge_ptr,  # [2, N]
     units_ptr,  # out [N, groups] int32
     rows,
-    unit_scale,
+    draw_scale,
     scale,
     cap,
     inverse_cap,
@@ -86,7 +87,7 @@ def _weigh(
     top = tl.load(state_ptr + 3 * rows + row)
     top = finite_or_zero(transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
     d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
-    units = _units(d, token, vocab, is_head, unit_scale)
+    units = _units(d, token, vocab, is_head, draw_scale)
     tl.store(units_ptr + row * groups + group, tl.sum(units, axis=1), mask=group < groups)
 
 
@@ -104,7 +105,6 @@ def _draw(
     key_ptr,  # [N] int64
     drawn_ptr,  # out [N, draws] int64
     rows,
-    unit_scale,
     draw_scale,
     scale,
     cap,
@@ -145,7 +145,7 @@ def _draw(
         x = x.to(tl.float32)
         is_head = _in_head(x, token, edge_x, edge_id)
         d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
-        units = tl.cumsum(_units(d, token, vocab, is_head, unit_scale), axis=0)
+        units = tl.cumsum(_units(d, token, vocab, is_head, draw_scale), axis=0)
         behind = units <= inside
         found = tl.sum(behind.to(tl.int32), axis=0)
         rest = (inside - tl.max(tl.where(behind, units, 0), axis=0)).to(tl.int64) << LOW_BITS
@@ -178,15 +178,15 @@ def draw(
     units = torch.empty((rows, groups), dtype=torch.int32, device=x.device)
     drawn = torch.empty((rows, plan.draws), dtype=torch.int64, device=x.device)
     keys = dr.row_keys(plan.seed, positions_N)
-    unit_scale, draw_scale = dr.unit_scale(plan.draw_temperature), dr.exponent_scale(plan.draw_temperature)
+    draw_scale = dr.exponent_scale(plan.draw_temperature)
     # fused multiply-adds round once where the twin rounds twice, and another token could be drawn
     exact = {"enable_fp_fusion": False, "num_warps": Tuning.warps}
     _weigh[(rows * parts,)](
-        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, unit_scale, *head_transform,
+        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *head_transform,
         G=group, BLOCK=block, UNIT=unit, **flags, **exact,
     )  # fmt: skip
     _draw[(rows * plan.draws,)](
-        x, stride_n, stride_v, vocab, groups, plan.draws, state, edge, units, keys, drawn, rows, unit_scale, draw_scale,
+        x, stride_n, stride_v, vocab, groups, plan.draws, state, edge, units, keys, drawn, rows, draw_scale,
         *head_transform, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
         UNIT=unit, **flags, **exact,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .draws import LOG2E, Tail, draw, exact_transform, merge, row_keys, unit_scale, units_
+from .draws import LOG2E, Tail, draw, exact_transform, exponent_scale, merge, row_keys, units_
 from .topk_plan import Plan, Rows, refuse
 
 GROUP = 32
@@ -138,7 +138,8 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     else:
         both = getattr(_kept, "both", None)
         if both is None or both.dtype != dtype or len(both) < 2 * size:
-            _kept.both = both = torch.empty(2 * size, dtype=dtype)
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+                _kept.both = both = torch.empty(2 * size, dtype=dtype)
     return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
 
 
@@ -205,7 +206,7 @@ def _fill_block(
         state.log_total.copy_(log_total)
         state.size.copy_(kept.sum(1))
         state.wanted.copy_(fine_n & (tail_top_x > -torch.inf))
-        _sum_units(x, spare, logits_NV, head_x, head_id, state, plan)
+        _sum_units(x, logits_NV, head_x, head_id, state, plan)
 
 
 def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -260,16 +261,14 @@ def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, 
     return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
 
 
-def _sum_units(
-    x: Tensor, spare: Tensor, logits_NV: Tensor, head_x: Tensor, head_id: Tensor, state: _State, plan: Plan
-) -> None:
-    """Fill a state's edge and sums. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x and spare.
+def _sum_units(x: Tensor, logits_NV: Tensor, head_x: Tensor, head_id: Tensor, state: _State, plan: Plan) -> None:
+    """Fill a state's edge and sums. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x.
 
     head_x, head_id `[n, k]`, of which the first `state.size` are the head.
     """
     n, vocab = logits_NV.shape
     if x.dtype != torch.float32:
-        x, spare = x.float(), spare.float()
+        x = x.float()
     if plan.k:
         last_n1 = (state.size - 1).clamp_(min=0)[:, None]
         state.edge_x.copy_(head_x.gather(1, last_n1)[:, 0])
@@ -285,7 +284,7 @@ def _sum_units(
         x.scatter_(1, head_id, head_x.float().masked_fill(place < state.size[:, None], -torch.inf))
         x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
         x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
-    units = units_(x, spare, unit_scale(plan.draw_temperature))
+    units = units_(x, exponent_scale(plan.draw_temperature))
     torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
     state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
 

@@ -76,7 +76,7 @@ def test_units_are_never_less_than_weights(draw_temperature):
     d = torch.cat([d, -torch.arange(40) * (math.log(2) * draw_temperature), torch.tensor([-1e30, -torch.inf])])
     bits = draws.weight_bits(50_000)
     weights = draws.integer_weights(d, draws.exponent_scale(draw_temperature), bits)
-    units = draws.units_(d.clone(), torch.empty_like(d), draws.unit_scale(draw_temperature))
+    units = draws.units_(d.clone(), draws.exponent_scale(draw_temperature))
     assert torch.equal(units, units.round())
     bound = units.double() * 2 ** (bits - draws.UNIT_BITS)
     assert (bound >= weights).all()
@@ -109,7 +109,7 @@ def tail_of(logits, width=32, draw_temperature=1.0):
     d = torch.full((n, groups * width), -torch.inf)
     top = logits.amax(1)
     d[:, :vocab] = logits - top[:, None]
-    sums = draws.units_(d, torch.empty_like(d), draws.unit_scale(draw_temperature)).view(n, groups, width).sum(2)
+    sums = draws.units_(d, draws.exponent_scale(draw_temperature)).view(n, groups, width).sum(2)
     sums[:, -1] -= groups * width - vocab
     return draws.Tail(
         sums=sums,

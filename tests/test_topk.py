@@ -250,7 +250,7 @@ def test_every_path_draws_the_same(place, settings):
         assert keys[size:] == sorted(keys[size:])
 
 
-@pytest.mark.parametrize("vocab", [2049, 49_152])
+@pytest.mark.parametrize("vocab", [20, 129, 161, 2049, 49_152])
 def test_a_wide_tail_is_drawn_the_same(place, vocab):
     logits = drawn(2, vocab, torch.float32)
     logits[1, ::5] = -INF
@@ -369,6 +369,42 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     got = topk_targets(logits, 5, draws=3, impl="torch")
     for name in ("ids", "logprobs", "tail", "draws", "outcomes"):
         assert torch.equal(getattr(got, name), getattr(want, name))
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Several blocks of rows, and two threads to share them."""
+    from fastkd.kernels import topk_torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setitem(topk_torch.BLOCK_BYTES, "cpu", 3000)
+    monkeypatch.setattr(topk_torch, "ROWS_DRAWN", 8)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_do_not_show(two_threads, inference):
+    logits = drawn(21, 200, torch.float32)
+    settings = {"draws": 3, "mass": 0.9, "softcap": 9.0}
+    logits.requires_grad_()
+    with torch.inference_mode(inference):
+        got = topk_targets(logits, 5, impl="torch", **settings)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    want = topk_targets(logits, 5, impl="torch", **settings)
+    for name in ("ids", "logprobs", "tail", "draws", "outcomes"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+
+
+def test_the_first_bad_row_is_named_by_any_thread(two_threads):
+    logits = drawn(21, 200, torch.float32)
+    logits[[7, 12, 20]] = math.nan
+    for _ in range(3):
+        with pytest.raises(KDError, match="row 7 has NaN"):
+            topk_targets(logits, 5, impl="torch")
+    assert topk_targets(logits[:7], 5, impl="torch").ids.shape == (7, 5)  # and the threads live on
 
 
 def test_from_logits_is_topk_targets():
