@@ -133,6 +133,7 @@ _kept = threading.local()
 def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two blocks of uninitialised numbers. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
     size = rows * columns
+    both: Tensor | None
     if device.type != "cpu":
         both = torch.empty(2 * size, dtype=dtype, device=device)
     else:
@@ -226,9 +227,9 @@ def stable_best(values_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return best.values[:, :count], best.indices[:, :count]
     # torch.topk promises nothing about ties, so it gets none: an order-preserving integer above, the place below
     bits = (values_NC + 0.0).view(torch.int32)  # + 0.0: -0.0 ties with 0.0
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     place = torch.arange(values_NC.shape[1], device=values_NC.device)
-    key = (ordered << 32) | (0x7FFFFFFF - place)
+    key = ordered.long().bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - place)
     places = 0x7FFFFFFF - (key.topk(count, dim=1).values & 0xFFFFFFFF)
     return values_NC.gather(1, places), places
 
