@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
 from teacher import load_teacher, text_ids
+from torch import Tensor
 
 from fastkd.kernels.tail import tail_weights
 
