@@ -15,3 +15,7 @@ class StoreError(CacheError):
 
 class ReadOnly(StoreError):
     """A store that cannot create an object only if it is absent, or that must not be written."""
+
+
+class NotFound(StoreError):
+    """An object (or a whole store) that is not there."""
