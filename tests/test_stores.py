@@ -31,7 +31,7 @@ from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.threaded_moto_server import create_backend_app
 from moto.server import DomainDispatcherApplication
-from obstore.store import AzureStore, HTTPStore, S3Store
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 from obstore.store import LocalStore as ObstoreLocalStore
 from obstore.store import MemoryStore as ObstoreMemoryStore
 from werkzeug.serving import make_server
@@ -178,6 +178,7 @@ class TestConformance:
     def test_empty(self, store: Store) -> None:
         assert store.create("a", b"")
         assert not store.create("a", b"x")
+        assert not store.create("a", b"")
         assert store.get("a") == b""
         assert store.get_tail("a", 5) == b""
         assert list(store.list("")) == [Entry("a", 0)]
@@ -766,6 +767,33 @@ store.sweep()
         assert "left over" in caught.value.__cause__.__notes__[0]
         assert len(LocalStore(tmp_path).sweep()) == 1
 
+    def test_a_folder_that_cannot_be_synced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = os.fsync
+        store = LocalStore(tmp_path)
+        store.create("shards/0", b"x")
+
+        def fail(file: int) -> None:
+            if os.readlink(f"/proc/self/fd/{file}").endswith("/shards"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(StoreError, match="might not outlast a power cut"):
+                store.create("shards/1", b"y")
+        assert store.create("shards/1", b"y") is False
+        assert os.listdir(tmp_path / "attempts") == []
+
+    def test_a_sweep_of_the_same_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, store = os.link, LocalStore(tmp_path)
+
+        def link(*args: str, **kwargs: int) -> None:
+            assert store.sweep() == LocalStore(tmp_path).sweep() == []
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(os, "link", link)
+        assert store.create("a", b"x") is True
+
     def test_nfs_lost_the_answer_to_a_link(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = os.link
 
@@ -926,6 +954,41 @@ class TestS3:
         with pytest.raises(NotFound):
             store.get_tail("b", 4)
 
+    def test_google_is_asked_for_generation_zero(self) -> None:
+        """There is no Google here either: a server that only says that the object is there."""
+        conditions = []
+
+        class Taken(Quiet):
+            def do_PUT(self) -> None:
+                conditions.append(self.headers["x-goog-if-generation-match"])
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(412)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                headers = {"Content-Length": "3", "ETag": '"x"', "Last-Modified": "Tue, 24 Nov 2026 02:46:14 GMT"}
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Taken) as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            store = open_store(
+                GCSStore(
+                    "bucket",
+                    base_url=f"http://127.0.0.1:{server.server_address[1]}",
+                    credential_provider=lambda: {"token": "none", "expires_at": None},  # obstore asks no one for one
+                    client_options={"allow_http": True, "pool_max_idle_per_host": "0"},
+                )
+            )
+            assert store.create("shards/0", b"abc") is False
+            server.shutdown()
+            thread.join()
+        assert conditions == ["0"]
+
     def test_spawned_processes(self, s3: S3) -> None:
         store = open_store(f"s3://bucket/{uuid.uuid4()}")
         store.create("a", b"x")
@@ -1080,6 +1143,12 @@ class TestFsspec:
         fs.ignore_mode = True
         with pytest.raises(ReadOnly, match="ignores `If-None-Match"):
             FsspecStore(fs, f"/{uuid.uuid4()}").create("a", b"x")
+
+    def test_local_links_are_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "a").symlink_to("/etc/passwd")
+        with pytest.raises(StoreError, match="symbolic links"):
+            FsspecStore(fsspec.filesystem("file"), str(tmp_path / "cache")).get("a")
 
     def test_failures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fs = fsspec.filesystem("memory")

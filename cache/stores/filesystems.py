@@ -33,11 +33,11 @@ _memory_lock = threading.Lock()
 class FsspecStore(BaseStore):
     """Objects on an fsspec file system, below the folder `root`.
 
-    Written to only where the installed version creates exclusively and whole: fsspec's own local file system (through
-    LocalStore: fsspec itself shows partial files), its memory file system (among this process's FsspecStores), and
-    s3fs where `pipe_file` knows the mode "create" (probed first, as in ObstoreStore). Everything else is read-only:
-    fsspec's general `pipe_file(mode="create")` looks and then writes, and some file systems ignore the mode. Pickles
-    and forks as well as the file system does.
+    Written to only where the installed version creates exclusively and whole: fsspec's own local file system
+    (LocalStore does all of it: fsspec itself shows partial files and follows links out of the cache), its memory file
+    system (among this process's FsspecStores), and s3fs where `pipe_file` knows the mode "create" (probed first, as in
+    ObstoreStore). Everything else is read-only: fsspec's general `pipe_file(mode="create")` looks and then writes, and
+    some file systems ignore the mode. Pickles and forks as well as the file system does.
     """
 
     def __init__(self, fs: Any, root: str) -> None:
@@ -49,6 +49,8 @@ class FsspecStore(BaseStore):
         self._http = "http" in fs.protocol
 
     def describe(self) -> str:
+        if self._local:
+            return self._local.describe()
         return f"fsspec {clean(self._fs.unstrip_protocol(self._root))}"
 
     @property
@@ -57,6 +59,8 @@ class FsspecStore(BaseStore):
 
     def get(self, key: str) -> bytes:
         check_key(self, key)
+        if self._local:
+            return self._local.get(key)
         try:
             return bytes(self._fs.cat_file(self._path(key)))
         except Exception as error:
@@ -66,6 +70,8 @@ class FsspecStore(BaseStore):
         """The last bytes; how many requests that takes is the file system's affair."""
         check_length(length)
         check_key(self, key)
+        if self._local:
+            return self._local.get_tail(key, length)
         try:
             return bytes(self._fs.cat_file(self._path(key), start=-length))
         except Exception as error:
@@ -76,6 +82,8 @@ class FsspecStore(BaseStore):
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folders = check_prefix(self, prefix)
+        if self._local:
+            return self._local.list(prefix)
         if self._http:
             raise StoreError(NO_LISTING.format(store=self.describe(), prefix=prefix))
         return self._entries("/".join(folders), prefix)

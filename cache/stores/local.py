@@ -164,7 +164,11 @@ class LocalStore(BaseStore):
                     "that does (ext4, xfs, btrfs, NFS, tmpfs), or in an object store."
                 )
                 refuse(self, "creation", key, error, step)
-            os.fsync(target)
+            try:
+                os.fsync(target)
+            except OSError as error:
+                step = "The object is there, but might not outlast a power cut. Run again: that syncs it."
+                refuse(self, "creation", key, error, step)
         except BaseException as error:
             try:
                 os.unlink(temporary, dir_fd=attempts)

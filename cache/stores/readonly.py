@@ -60,8 +60,8 @@ class ZipStore(ReadOnlyStore):
 
     def list(self, prefix: str) -> Iterator[Entry]:
         check_prefix(self, prefix)
-        infos = self._archive().infolist()
-        return iter([Entry(i.filename, i.file_size) for i in infos if i.filename.startswith(prefix) and not i.is_dir()])
+        names = {name for name in self._archive().namelist() if name.startswith(prefix) and not name.endswith("/")}
+        return iter([Entry(name, self._archive().getinfo(name).file_size) for name in names])
 
     def _info(self, key: str) -> zipfile.ZipInfo:
         try:
