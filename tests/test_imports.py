@@ -64,11 +64,12 @@ def imports(folder: str) -> set[str]:
     """Every module a folder's files import, relative ones as fastkd's."""
     found = set()
     for path in (ROOT / folder).rglob("*.py"):
+        depth = len(path.relative_to(ROOT / folder).parts) - 1  # so many levels up are still inside
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                found.add("." * node.level + (node.module or ""))
+                found.add("." * (node.level - min(depth, max(node.level - 1, 0))) + (node.module or ""))
     return found
 
 

@@ -1,0 +1,277 @@
+"""A cache in a local folder. POSIX: it rests on hard links, flock and openat."""
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from ..errors import NotFound
+from .base import ATTEMPTS, BaseStore, Entry, Names, check_key, check_length, check_prefix, flat, refuse
+
+log = logging.getLogger(__name__)
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+SUFFIX = ".part"
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK}
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
+
+
+class LocalStore(BaseStore):
+    """Objects are files under one folder.
+
+    An attempt writes a file in `attempts/`, syncs it, and links it to its final name, which fails if that exists; so
+    an object is never partial, and a power cut does not take back what `create` reported. The attempt's file is
+    locked (flock) as long as its writer lives, which is how `sweep` knows the dead. Reading writes nothing, and
+    follows no symbolic link below the folder. Modes follow the umask. May be pickled, and used after a fork.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = os.path.realpath(root)
+        self._durable: set[tuple[str, ...]] = set()  # folders whose own entry this process has synced
+
+    def describe(self) -> str:
+        return self._root
+
+    @property
+    def readonly(self) -> bool:
+        """Whether this process may not write the folder (permissions, or a read-only file system)."""
+        return not os.access(self._root, os.W_OK | os.X_OK)
+
+    def get(self, key: str) -> bytes:
+        return self._read(key, None)
+
+    def get_tail(self, key: str, length: int) -> bytes:
+        check_length(length)
+        return self._read(key, length)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        folders = check_prefix(self, prefix)
+        return (entry for entry in self._entries(folders) if entry.key.startswith(prefix))
+
+    def create(self, key: str, data: bytes | memoryview) -> bool:
+        *folders, name = check_key(self, key)
+        view = flat(data)
+        try:
+            with self._folder(folders, make=True) as target:
+                if _exists(name, target):
+                    os.fsync(target)  # whoever linked it may not have synced it yet, and False is a promise too
+                    return False
+                with self._folder([ATTEMPTS], make=True) as attempts:
+                    return self._commit(key, name, target, attempts, view)
+        except OSError as error:
+            refuse(self, "creation", key, error, _next_step(error))
+
+    def sweep(self) -> Names:
+        """Remove the files of attempts whose writer is gone; their names. Raises StoreError.
+
+        Where the file system has no locks nothing is removed: a dead attempt looks like a living one.
+        """
+        try:
+            with self._folder([ATTEMPTS]) as attempts:
+                names = [name for name in os.listdir(attempts) if name.endswith(SUFFIX)]
+                return [name for name in sorted(names) if _remove_dead(name, attempts)]
+        except FileNotFoundError:
+            return []  # nobody has attempted anything yet
+        except OSError as error:
+            refuse(self, "sweeping", ATTEMPTS, error, _next_step(error))
+
+    @contextmanager
+    def _folder(self, folders: Names, make: bool = False) -> Iterator[int]:
+        """The open folder (a descriptor), reached part by part so that no symbolic link can lead out of the cache."""
+        folder = os.open(self._root, FOLDER)
+        try:
+            for depth, name in enumerate(folders, 1):
+                path = tuple(folders[:depth])
+                if make and not _exists(name, folder):
+                    _mkdir(name, folder)
+                    self._durable.discard(path)
+                if make and path not in self._durable:
+                    os.fsync(folder)
+                    self._durable.add(path)
+                inner = os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _read(self, key: str, length: int | None) -> bytes:
+        *folders, name = check_key(self, key)
+        try:
+            with self._folder(folders) as folder:
+                # Non-blocking, so that a pipe of that name is refused and not waited for.
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file")
+                with open(file, "rb", buffering=0, closefd=False) as reader:
+                    reader.seek(0 if length is None else max(0, status.st_size - length))
+                    return reader.readall()
+            finally:
+                os.close(file)
+        except FileNotFoundError as error:
+            refuse(self, "reading", key, error, "There is no such object.", NotFound)
+        except OSError as error:
+            refuse(self, "reading", key, error, _next_step(error))
+
+    def _entries(self, folders: Names) -> Iterator[Entry]:
+        inner, found = deque[Names](), deque[Entry]()
+        try:
+            with self._folder(folders) as folder, os.scandir(folder) as entries:
+                for entry in entries:
+                    path = [*folders, entry.name]
+                    if path == [ATTEMPTS]:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        inner.append(path)
+                    else:
+                        # A symbolic link is listed: that `get` refuses it says more than its absence.
+                        found.append(Entry("/".join(path), entry.stat(follow_symlinks=False).st_size))
+        except FileNotFoundError as error:
+            if not os.path.isdir(self._root):
+                refuse(self, "listing", "/".join(folders), error, "Has the cache been moved?", NotFound)
+        except OSError as error:
+            refuse(self, "listing", "/".join(folders), error, _next_step(error))
+        yield from found
+        for path in inner:
+            yield from self._entries(path)
+
+    def _commit(self, key: str, name: str, target: int, attempts: int, view: memoryview) -> bool:
+        """Write, sync, link, sync, unlink. True if the object is this attempt's."""
+        file, temporary = _attempt(name, attempts)
+        try:
+            while view:
+                view = view[os.write(file, view) :]
+            os.fsync(file)
+            try:
+                os.link(temporary, name, src_dir_fd=attempts, dst_dir_fd=target, follow_symlinks=False)
+                created = True
+            except FileExistsError:
+                # NFS says so of a link it has made itself, when the first answer was lost.
+                there = os.stat(name, dir_fd=target, follow_symlinks=False)
+                created = os.path.samestat(os.fstat(file), there)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                step = (
+                    "This file system makes no hard links, and an object is committed by one. Put the cache on one "
+                    "that does (ext4, xfs, btrfs, NFS, tmpfs), or in an object store."
+                )
+                refuse(self, "creation", key, error, step)
+            try:
+                os.fsync(target)
+            except OSError as error:
+                step = "The object is there, but might not outlast a power cut. Run again: that syncs it."
+                refuse(self, "creation", key, error, step)
+        except BaseException as error:
+            try:
+                os.unlink(temporary, dir_fd=attempts)
+            except OSError as second:
+                error.add_note(f"{self.describe()}: {ATTEMPTS}/{temporary} is left over as well: {second.strerror}")
+            raise
+        else:
+            os.unlink(temporary, dir_fd=attempts)
+            return created
+        finally:
+            os.close(file)
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and those it lies in, each synced into its parent. Raises OSError."""
+    parent, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        make_folder(parent)
+    folder = os.open(parent, FOLDER)
+    try:
+        _mkdir(name, folder)
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mkdir(name: str, folder: int) -> None:
+    # Another writer may be quicker; if what it made is no folder, opening it says so.
+    with suppress(FileExistsError):
+        os.mkdir(name, dir_fd=folder)
+
+
+def _exists(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is(file: int, name: str, folder: int) -> bool:
+    """Whether a name still means this open file."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _attempt(name: str, attempts: int) -> tuple[int, str]:
+    """A new file in `attempts/`, open and locked; and its name."""
+    while True:
+        temporary = f"{name[:80]}.{uuid.uuid4().hex}{SUFFIX}"
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=attempts)
+        try:
+            _lock(file, fcntl.LOCK_EX)
+            # A sweep may have come between the creation and the lock, and taken it for dead.
+            if _is(file, temporary, attempts):
+                return file, temporary
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _lock(file: int, how: int) -> bool:
+    """Lock an open file. False where the file system has no locks; raises BlockingIOError if another holds it."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        # Commits need no lock; only what a dead writer leaves behind will stay.
+        log.warning("no flock on this file system (%s): leftovers of dead writers stay", error.strerror)
+        return False
+    return True
+
+
+def _remove_dead(name: str, attempts: int) -> bool:
+    """Remove one attempt's file if nobody holds it. Whether it was removed."""
+    try:
+        # Open for writing: NFS gives an exclusive lock to nothing else.
+        file = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=attempts)
+    except (FileNotFoundError, PermissionError):
+        return False  # its writer has just finished; or it is another user's, who can tell
+    try:
+        # While we hold the lock its writer, if it has not got that far, waits, and then finds the name gone.
+        if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is(file, name, attempts):
+            return False
+        os.unlink(name, dir_fd=attempts)
+        return True
+    except BlockingIOError:
+        return False  # a living writer holds it
+    finally:
+        os.close(file)
+
+
+def _next_step(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Nothing was committed. Free some space (or raise the quota) and run again; what is committed stays."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "Nothing was changed. Check the folder's owner and mode, and whether its file system is read-only."
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return "A cache's objects are its own files: symbolic links are not followed. Copy it with `cp -rL`."
+    return "If the system's words do not explain it, look at the disk and at the kernel's log, then run again."
