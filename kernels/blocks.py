@@ -90,6 +90,10 @@ class TorchRows:
             if self.want_grad and work is not block:
                 block.copy_(work)
 
+    def counted(self) -> Tensor | None:
+        """Which rows count, bool `[P]`; None where all do."""
+        return None
+
     def safe_index(self) -> Tensor | None:
         """The positions of the rows, int64 `[P]`; None where they are all of the batch's, in order."""
         return self.index

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import draws as dr
+from .interpreter import is_interpreted
 from .topk_torch import Plan, Rows, merge_drawn, refuse
 
 LOG2E = tl.constexpr(dr.LOG2E)
@@ -541,7 +542,7 @@ def _invert(
 
 
 # The Triton interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
-INTERPRETED = not isinstance(_scan, triton.JITFunction)
+INTERPRETED = is_interpreted(_scan)
 
 _scales: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 

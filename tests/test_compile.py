@@ -160,7 +160,7 @@ def test_operators_are_sound(op: str) -> None:
     c = case("plain", 5, 48, 4, 3)
     settings = {"alpha": 0.5, "temperature": 2.0, "divergence": "forward_kl", "treatment": "auto", "beta": 0.5}
     settings |= {"skew": 0.1, "ignore_index": -100, "mask": None, "weights": None, "num_items": None, "impl": "torch"}
-    call = _call("logits", c.logits, 48, c.targets, c.labels, **settings)
+    call = _call("logits", c.logits, 48, torch.float32, c.targets, c.labels, **settings)
     if op == "kd_loss":
         args = (c.logits.requires_grad_(), None, True, False, *call)
     else:
