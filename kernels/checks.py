@@ -63,11 +63,12 @@ def check_positive(name: str, value: Any) -> None:
 
 def whole_number(name: str, value: Any, needed: str) -> Any:
     """An int (or torch's symbol for one) from anything that is one, numpy's included. Raises KDError for others."""
-    if isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise KDError(f"{name}: found {describe(value)}; {needed} is needed.")
-    number = operator.index(value)
+    else:
+        number = operator.index(value)
     if not -(2**63) <= number < 2**63:
         raise KDError(f"{name}: found {number}; {needed} below 2^63 is needed.")
     return number
@@ -75,12 +76,12 @@ def whole_number(name: str, value: Any, needed: str) -> Any:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether elements of a tensor may share memory, as those of an expanded one do."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
+    # every dimension has to step over all that the finer ones reach
+    steps = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(steps):
+        finer = (s * (n - 1) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j < i))
+        if stride <= sum(finer):
+            return True
     return False
 
 

@@ -71,7 +71,8 @@ def kd_loss(
 
     Gradients are computed in the forward: do not wrap the call in activation checkpointing, which would run all of it
     twice and save nothing. (float16 is the exception: it computes them in the backward, where their scale is known.) A
-    second backward through the same loss raises KDError, and so do create_graph=True and forward-mode differentiation.
+    second backward through the same loss raises KDError, and so do create_graph=True, forward-mode differentiation and
+    the transforms of torch.func.
 
     Raises KDError where arguments do not fit; for values inside tensors see `set_debug`.
     """
@@ -141,7 +142,8 @@ def linear_kd_loss(
     """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never held whole.
 
     Shapes: hidden `[N, D]` (or `[B, L, ..., D]`), weight `[V, D]`, bias `[V]`; the rest as in `kd_loss`. The scale
-    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma). Of compact targets, only the hidden
+    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma; with impl="triton" right to
+    softcap * 1e-7). Of compact targets, only the hidden
     rows they belong to go through the head.
 
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
@@ -273,10 +275,18 @@ def resolve_impl(impl: str, tensor: Tensor, dtype: torch.dtype) -> str:
     return impl
 
 
+# torch.compile guards on the transforms around a call itself
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_a_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
     check_floats(name, tensor)
     if tensor.ndim < least:
         raise KDError(f"{name}: found shape {tuple(tensor.shape)}; at least {least} dimensions are needed.")
+    if _in_a_transform():
+        raise KDError(f"{name}: found inside a transform of torch.func (grad, jvp, vmap); call the loss outside of it.")
     if torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
@@ -300,6 +310,8 @@ def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
         raise KDError(
             "grad_weight: found a tensor that requires a gradient; it is added to in place, pass a plain one."
         )
+    if not torch.compiler.is_compiling() and grad_weight.is_inference():
+        raise KDError("grad_weight: found a tensor made under torch.inference_mode; one that may be written is needed.")
     if overlaps(grad_weight):
         raise KDError(
             f"grad_weight: found strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}, whose elements "

@@ -107,7 +107,9 @@ class SparseTargets:
         if self.ids.dtype not in INTEGERS:
             raise KDError(f"targets.ids: found {self.ids.dtype}; {INTEGER_TYPE} is needed.")
         grid = self.temperatures
-        if 1.0 not in grid or len(set(grid)) != len(grid) or not all(0 < t < _INF for t in grid):
+        # compared one by one: torch.compile may hold them as symbols, of which it knows neither `in` nor sets
+        distinct = all(s != t for i, t in enumerate(grid) for s in grid[:i])
+        if not any(t == 1.0 for t in grid) or not distinct or not all(0 < t < _INF for t in grid):
             raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
         if not isinstance(self.draw_temperature, Real) or not 0 < self.draw_temperature < _INF:
             raise KDError(f"draw_temperature: found {self.draw_temperature!r}; a positive number is needed.")

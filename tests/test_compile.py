@@ -172,6 +172,33 @@ def test_operators_are_sound(op: str) -> None:
 
 
 @DEVICE_ON
+def test_dynamic_numbers_and_inplace(on) -> None:
+    """Counts, chunks and lengths that torch.compile treats as symbols."""
+    impl, device = on
+    c = case("plain", 9, 48, 4, 3)
+    targets, labels, weight = c.targets.to(device), c.labels.to(device), torch.randn(48, 6, device=device)
+
+    def on_logits(logits, count):
+        n = len(logits)
+        return kd_loss(logits * 1, targets[:n], labels[:n], num_items=count, impl=impl, inplace=True)
+
+    def on_hidden(hidden, chunk):
+        return linear_kd_loss(hidden, weight, targets, labels, chunk_tokens=chunk, impl=impl)
+
+    for function, x in ((on_logits, c.logits.to(device)), (on_hidden, torch.randn(9, 6, device=device))):
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for number in (3, 5):
+            found = []
+            for run in (function, compiled):
+                rows = x[:number] if function is on_logits else x
+                leaf = rows.clone().requires_grad_()
+                out = run(leaf, number)
+                out.loss.backward()
+                found.append((out.loss.detach(), leaf.grad))
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@DEVICE_ON
 def test_dynamic_shapes(on) -> None:
     """One graph for batches of every length."""
     impl, device = on

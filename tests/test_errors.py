@@ -237,8 +237,30 @@ def test_second_derivatives_and_forward_mode_are_refused(impl: str) -> None:
             given[number] = forward_ad.make_dual(given[number], torch.ones_like(given[number]))
             with pytest.raises(KDError, match=f"{name}: found a forward-mode tangent"):
                 linear_kd_loss(*given[:2], C.targets, C.labels, bias=given[2], impl=impl)
-    with pytest.raises(KDError, match="forward-mode"):
-        torch.func.jvp(lambda x: kd_loss(x, C.targets, C.labels, impl=impl).loss, (C.logits,), (C.logits,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@IMPLS_ON_CPU
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_are_refused(compiled: bool, impl: str) -> None:
+    """Under them a tensor hides that it requires a gradient: it would silently be none."""
+    hidden, weight = torch.randn(6, 4), torch.randn(50, 4)
+
+    def on_logits(x: torch.Tensor) -> torch.Tensor:
+        return kd_loss(x, C.targets, C.labels, impl=impl).loss
+
+    def on_hidden(x: torch.Tensor) -> torch.Tensor:
+        return linear_kd_loss(x, weight, C.targets, C.labels, impl=impl).loss
+
+    for loss, x in ((on_logits, C.logits), (on_hidden, hidden)):
+        for run in (
+            lambda x, loss=loss: torch.func.grad(loss)(x),
+            lambda x, loss=loss: torch.func.jvp(loss, (x,), (x,)),
+            lambda x, loss=loss: torch.func.vmap(loss)(x[None]),
+        ):
+            torch._dynamo.reset()
+            with pytest.raises(KDError, match=r"transform of torch\.func"):
+                (torch.compile(run, backend="eager") if compiled else run)(x)
 
 
 def test_draws_alone_are_refused_by_what_needs_a_head() -> None:

@@ -336,6 +336,7 @@ def test_second_backward_and_frozen_accumulator() -> None:
         (torch.zeros(1, 8).expand(96, 8), "share memory"),
         (torch.zeros(96 + 7).as_strided((96, 8), (1, 1)), "share memory"),
         ([0.0], "found .*list"),
+        (torch.inference_mode()(lambda: torch.zeros(96, 8))(), "inference_mode"),
     ],
 )
 def test_what_is_no_accumulator(accumulator, says: str) -> None:
