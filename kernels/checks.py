@@ -26,17 +26,18 @@ _debug = os.environ.get("FASTKD_DEBUG", "0") not in ("", "0")
 def set_debug(enabled: bool) -> None:
     """Check the values inside tensors on every device, at the price of synchronising with it.
 
-    Off (unless the environment has FASTKD_DEBUG=1): values are checked on the CPU; on a GPU nothing is read or written
-    out of bounds and a row with a bad id, label, log-probability or setting has the loss NaN. What a GPU does not see:
-    an id twice in a row, or a position twice in `targets.index` (both give a wrong loss and gradient); counts that are
-    no counts; log-probabilities above 0. On: the call raises KDError naming row and argument.
+    Off (unless the environment has FASTKD_DEBUG=1): values are checked on the CPU, and everywhere by the two
+    implementations that wait for the device anyway, `torch` and `reference`. The Triton kernels on a GPU read and write
+    nothing out of bounds, and a row with a bad id, label, log-probability or setting has the loss NaN. What they do not
+    see: an id twice in a row, or a position twice in `targets.index` (both give a wrong loss and gradient); outcomes or
+    draws that are no counts; log-probabilities above 0. On: the call raises KDError naming row and argument.
     """
     global _debug
     _debug = enabled
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether a call on this device looks inside its tensors."""
+    """Whether the Triton kernels' calls on this device look inside their tensors."""
     return _debug or device.type == "cpu"
 
 
@@ -278,7 +279,7 @@ def _check_targets(call: Call, counted_P: Tensor) -> None:
         ),
     ]
     if call.draws is not None:
-        wrong.append((call.draws < 0, "draws", call.draws, "counts, 0 for an entry of the head, are needed"))
+        wrong.append((used & (call.draws < 0), "draws", call.draws, "counts, 0 for an entry of the head, are needed"))
     for bad_PX, name, values, needed in wrong:
         _refuse(counted_P & bad_PX.any(1), f"targets.{name}", values, needed)
 

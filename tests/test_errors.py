@@ -110,7 +110,7 @@ VALUES = [
     ({"targets": with_value("logprobs", 4, 0, math.inf)}, "targets.logprobs: row 4"),
     ({"targets": with_value("tail", 1, 2, math.nan)}, "targets.tail: row 1"),
     ({"targets": with_value("tail", 1, 2, -math.inf)}, "targets.tail: row 1 .*every temperature"),
-    ({"targets": with_value("draws", 5, 6, -1)}, "targets.draws: row 5"),
+    ({"targets": with_value("draws", 5, 4, -1)}, "targets.draws: row 5"),
     ({"targets": changed(outcomes=torch.tensor([46, 46, 46, -1, 46, 46]))}, "targets.outcomes: row 3 has .-1.;"),
     ({"targets": changed(outcomes=torch.tensor([46, 46, 46, 46, 51, 46]))}, "targets.outcomes: row 4 has .51.;"),
     ({"targets": changed(outcomes=torch.tensor([0, 46, 46, 46, 46, 46]))}, "targets.outcomes: row 0 .*stands for"),
@@ -365,6 +365,15 @@ def test_unchecked_values_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_unchecked_values_on_the_gpu() -> None:
     on_device_values("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_other_implementations_always_check(impl: str) -> None:
+    with pytest.raises(KDError, match=r"targets\.ids: row 3"):
+        kd_loss(C.logits.cuda(), with_value("ids", 3, 1, 50).to("cuda"), C.labels.cuda(), impl=impl)
+    with pytest.raises(KDError, match=r"labels: row 0"):
+        kd_loss(C.logits.cuda().double(), C.targets.to("cuda"), torch.full((6,), 99, device="cuda"))
 
 
 @pytest.mark.gpu

@@ -378,6 +378,20 @@ def test_four_dimensions_that_do_not_collapse(on) -> None:
 
 
 @DEVICE_ON
+def test_unused_places_may_hold_anything(on) -> None:
+    """Their ids and draws are never read through, in a row without any entry neither."""
+    c = case("plain", 6, 40, 5, 3)
+    c.targets.logprobs[3] = -math.inf
+    expected = run(c, on, temperature=2.0)
+    unused = c.targets.logprobs == -math.inf
+    for junk in (2**30, -7):
+        ids, draws = c.targets.ids.masked_fill(unused, junk), c.targets.draws.masked_fill(unused, junk)
+        other = Case(c.logits, type(c.targets)(**{**vars(c.targets), "ids": ids, "draws": draws}), c.labels)
+        for found, wanted in zip(run(other, on, temperature=2.0), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@DEVICE_ON
 def test_shared_memory_is_refused_in_place(on) -> None:
     """Rows expanded from one would write their gradients over each other."""
     impl, device = on
