@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import draws as dr
 from .draws_triton import draw
+from .interpreter import is_interpreted
 from .topk_kernels import _finish, _pick, _scan, _select
 from .topk_plan import Plan, Rows, refuse
 from .topk_torch import merge_drawn
@@ -33,7 +34,7 @@ class Tuning:
 
 
 # The Triton interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
-INTERPRETED = not isinstance(_scan, triton.JITFunction)
+INTERPRETED = is_interpreted(_scan)
 
 _scales: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 

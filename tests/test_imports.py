@@ -52,8 +52,12 @@ targets = fastkd.SparseTargets.from_logits(torch.randn(4, 20), 3)
 loss = fastkd.kd_loss(z.requires_grad_(), targets, torch.tensor([1, 2, 3, 4])).loss
 loss.backward()
 print(float(loss.detach()) > 0, "triton" in sys.modules)
+try:
+    fastkd.kd_loss(z, targets, torch.tensor([1, 2, 3, 4]), impl="triton")
+except fastkd.KDError as error:
+    print("cannot be imported" in str(error))
 """
-    assert python(code, blocked=("triton", "zarr", "numcodecs", "pyarrow")).split() == ["True", "False"]
+    assert python(code, blocked=("triton", "zarr", "numcodecs", "pyarrow")).split() == ["True", "False", "True"]
 
 
 def test_cache_never_imports_torch() -> None:
