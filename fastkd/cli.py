@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect(command: Inspect) -> Outcome:
+    """Describe the cache."""
     from .cache import open_cache
     from .inspect_cache import inspect_cache
 
@@ -107,6 +108,7 @@ def inspect(command: Inspect) -> Outcome:
 
 
 def verify(command: Verify) -> Outcome:
+    """Check the cache; status 1 where there is a problem."""
     from .cache import verify_cache
 
     store = _store(command.cache)
@@ -123,6 +125,7 @@ def verify(command: Verify) -> Outcome:
 
 
 def seal(command: Seal) -> Outcome:
+    """Seal the cache, or say that it is; a cache without shards is refused."""
     from .cache import open_cache, open_writer
     from .inspect_cache import gaps
 
