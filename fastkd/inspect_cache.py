@@ -1,5 +1,6 @@
 """What a cache holds: from a `Cache` to a plain report, made of what JSON knows. `report_text.py` makes it text."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
     """What the cache is, from whom, how much it holds, what that costs, and what is missing.
 
     Of each shard its end is read; of a sealed cache, the ends of up to 32 shards. Where the store cannot be listed,
-    `missing.listed` is False, and only the manifest speaks. progress: a bar on stderr.
+    `missing.listed` is False, and only the manifest speaks. Numbers of shards and sequences are given as [from, to],
+    both included. progress: a bar on stderr.
 
     Raises CorruptShard where a shard's end is damaged, StoreError where the store fails.
     """
@@ -62,11 +64,11 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "missing": {
             "shards": gaps(table, "shard"),
             "sequences": gaps(table, "first_sequence", "sequences"),
-            "objects": sorted(gone | (known - there.keys() if sizes is not None else set())),
+            "objects": runs(gone | (known - there.keys() if sizes is not None else set())),
             "listed": sizes is not None,
         },
         "overlaps": [list(pair) for pair in overlaps(table)],
-        "not_in_manifest": sorted(there.keys() - known),
+        "not_in_manifest": runs(there.keys() - known),
         "foreign": sorted(key for key in sizes or {} if shard_index(key) is None),
     }
 
@@ -110,6 +112,17 @@ def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Repor
     sized = [*sorted(by_array.items(), key=lambda item: -item[1]), ("other", total - sum(by_array.values()))]
     each = {name: size / positions for name, size in sized} if positions else {}
     return {"shards_read": read, "bytes_per_position": each}, gone
+
+
+def runs(numbers: Collection[int]) -> list[list[int]]:
+    """Numbers as [from, to], both included."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found
 
 
 def gaps(table: "pa.Table", first: str, count: str | None = None) -> list[list[int]]:

@@ -22,10 +22,10 @@ def report_text(report: Report) -> str:
     """The report for a person: at most 80 columns, but for names that cannot be broken."""
     lines = [f"fastkd cache  {report['cache']}", *_identity(report), "", *_settings(report["settings"])]
     lines += ["", *_contents(report)]
-    if report["shards"]:
+    if report["arrays"]["shards_read"]:
         lines += ["", *_bytes(report)]
-        if report["mass"]["mean"] is not None:
-            lines += ["", *_distribution(report)]
+    if report["mass"]["mean"] is not None:
+        lines += ["", *_distribution(report)]
     return "\n".join(printable(line) for line in [*lines, "", *_missing(report)])
 
 
@@ -115,10 +115,9 @@ def _bytes(report: Report) -> list[str]:
     read, each = report["arrays"]["shards_read"], report["arrays"]["bytes_per_position"]
     whole = "all shards" if read == report["shards"] else f"{read} of {report['shards']:,} shards, evenly chosen"
     total = sum(each.values()) or 1
-    width = max(_LABEL, *(len(name) for name in each)) + 4 if each else 0
+    width = max(_LABEL, *(len(name) for name in each)) + 4
     lines = [f"{f'  {name}':<{width}}{size:>10.3f}{size / total:>8.1%}" for name, size in each.items()]
-    if each:
-        lines += [f"{'  total':<{width}}{total:>10.3f}", "  other: the arrays' names, shapes and codecs; headers"]
+    lines += [f"{'  total':<{width}}{total:>10.3f}", "  other: the arrays' names, shapes and codecs; headers"]
     return [f"Bytes a position, by array (from {whole})", *lines]
 
 
@@ -137,7 +136,7 @@ def _missing(report: Report) -> list[str]:
         if pairs:
             lines += _line(f"  {label}", f"{ranges(pairs)} ({sum(b - a + 1 for a, b in pairs):,} in all)")
     if gone := missing["objects"]:
-        lines += _line("  objects", f"of shards {ranges([i, i] for i in gone)}: in the manifest, and not there")
+        lines += _line("  objects", f"of shards {ranges(gone)}: in the manifest, and not there")
     if not report["shards"]:
         lines.append("  everything: there are no shards yet")
     if len(lines) == 1:
@@ -149,7 +148,7 @@ def _missing(report: Report) -> list[str]:
     if (more := len(report["overlaps"]) - _MOST_LISTED) > 0:
         lines += _line("", f"and {more:,} more pairs")
     if late := report["not_in_manifest"]:
-        lines += _line("Not sealed in", f"shards {ranges([i, i] for i in late)}: written after the cache was sealed")
+        lines += _line("Not sealed in", f"shards {ranges(late)}: written after the cache was sealed")
     for key in report["foreign"][:_MOST_LISTED]:
         lines += _line("Foreign", f"{key} is no shard's name")
     if (more := len(report["foreign"]) - _MOST_LISTED) > 0:

@@ -302,8 +302,8 @@ def test_inspect_compares_a_sealed_cache_with_what_is_there(cache: Path, run: An
     shutil.copy(shard_file(cache, 0), shard_file(cache, 7))
     shard_file(cache, 1).unlink()
     report = run_json("inspect", cache)[1]
-    assert report["missing"]["objects"] == [1]
-    assert report["not_in_manifest"] == [7]
+    assert report["missing"]["objects"] == [[1, 1]]
+    assert report["not_in_manifest"] == [[7, 7]]
     assert report["arrays"]["shards_read"] == 2
     out = run("inspect", cache)[1]
     assert "of shards 1: in the manifest, and not there" in out
@@ -389,7 +389,7 @@ def test_a_zip_and_http(cache: Path, tmp_path: Path, server: str, run: Any, run_
         assert (status, out) == (1, "")
         assert "can only be read" in err
     shard_file(cache, 1).unlink()
-    assert run_json("inspect", f"{server}/cache")[1]["missing"]["objects"] == [1]
+    assert run_json("inspect", f"{server}/cache")[1]["missing"]["objects"] == [[1, 1]]
     status, report = run_json("verify", f"{server}/cache")
     assert status == 1
     assert report["problems"] == [
@@ -622,6 +622,7 @@ def test_words() -> None:
     assert [size_text(n) for n in (0, 999, 1000, 99_949, 123_456, 10**9, 5 * 10**18)] == [
         "0 B", "999 B", "1.0 kB", "99.9 kB", "123 kB", "1.0 GB", "5000 PB",
     ]  # fmt: skip
+    assert inspect_cache.runs({7, 5, 3, 6}) == [[3, 3], [5, 7]]
     assert ranges([[3, 3], [5, 7]]) == "3, 5-7"
     assert ranges([[i, i] for i in range(10)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
     assert printable("a\x1b[0m\nb\ud800é") == "a\\x1b[0m\\nb\\ud800é"
