@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +39,7 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
         if not all(type(row[name]) is int and 0 <= row[name] < 2**62 for name in ("shard", *_COUNTS)):
             raise ValueError("a count is no natural number")
         statistics = [row[f"{what}_{which}"] for what in ("mass", "entropy") for which in STATISTICS]
-        if not all(value is None or _finite(value) for value in statistics) or not _finite(row["written"]):
+        if not all(value is None or _is_number(value) for value in statistics) or not _is_number(row["written"]):
             raise ValueError("a statistic or the time is no number")
         if len(row["content_sha256"]) != 32 or len(row["object_sha256"]) != 32 or not isinstance(row["attempt"], str):
             raise ValueError("a hash or the attempt is not what it should be")
@@ -101,8 +100,8 @@ def gaps(table: pa.Table) -> list[int]:
     return missing
 
 
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**62  # neither NaN nor infinite
 
 
 def _digest(table: pa.Table, spec_hash: str) -> str:

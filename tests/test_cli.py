@@ -336,7 +336,15 @@ def test_inspect_where_nothing_counts(tmp_path: Path, run: Any) -> None:
     assert "0.0% of the positions" in out
 
 
-@pytest.mark.parametrize("statistics", [None, {"mass": ["x"] * 4, "entropy": [0] * 4}, {"mass": [], "entropy": []}])
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        None,
+        {"mass": ["x"] * 4, "entropy": [0] * 4},
+        {"mass": [2**70] * 4, "entropy": [0] * 4},
+        {"mass": [], "entropy": []},
+    ],
+)
 @pytest.mark.parametrize("command", ["inspect", "verify", "seal"])
 def test_a_shard_that_lies_about_itself(cache: Path, run: Any, command: str, statistics: object) -> None:
     path = shard_file(cache, 1)
@@ -477,9 +485,12 @@ def test_verify_of_an_unreadable_manifest_looks_at_the_shards(cache: Path, run: 
         assert err.startswith(f"fastkd: {cache}: manifest.parquet: not readable as a manifest")
 
 
-@pytest.mark.parametrize("spec", [b"", b"{}", b"\xff", b'{"format": "fastkd-cache", "version": 99}'])
-def test_verify_of_an_unreadable_spec(cache: Path, run: Any, run_json: Any, spec: bytes) -> None:
-    (cache / "spec.json").write_bytes(spec)
+@pytest.mark.parametrize("spec", ["", "{}", "\xff", '{"format": "fastkd-cache", "version": 99}', "growth"])
+def test_verify_of_an_unreadable_spec(cache: Path, run: Any, run_json: Any, spec: str) -> None:
+    if spec == "growth":
+        spec = (cache / "spec.json").read_text().replace('"growth": 0.3', '"growth": null')
+        assert "null" in spec
+    (cache / "spec.json").write_bytes(spec.encode("latin-1"))
     status, out, _ = run("verify", cache)
     assert status == 1
     assert out.startswith("the cache: spec.json: ")
