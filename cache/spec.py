@@ -185,7 +185,11 @@ class CacheSpec:
         values = document.get("spec")
         if not isinstance(values, dict):
             raise CacheError("spec.json: the member `spec` is missing.")
-        spec = cls(**{**_known(cls, values), "codec": Codec(**_known(Codec, values.get("codec")))})
+        given = {**_known(cls, values), "codec": Codec(**_known(Codec, values.get("codec")))}
+        try:
+            spec = cls(**given)
+        except CacheError as error:
+            raise CacheError(f"spec.json: {error}") from error
         if spec.hash != document.get("sha256"):
             raise CacheError(
                 "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "
@@ -244,7 +248,7 @@ def _check_codec(codec: Codec) -> None:
     for name in ("step", "cap", "tail_step", "draw_step"):
         if not 1e-4 <= _positive(f"codec.{name}", getattr(codec, name)) <= 8:
             raise CacheError(f"codec.{name}: found {getattr(codec, name)}; 0.0001 to 8 nats are possible.")
-    if isinstance(codec.growth, (bool, str)) or not 0 <= codec.growth <= 1:
+    if isinstance(codec.growth, bool) or not isinstance(codec.growth, (int, float)) or not 0 <= codec.growth <= 1:
         raise CacheError(f"codec.growth: found {codec.growth!r}; 0 to 1 is possible.")
     if codec.cap < codec.step:
         raise CacheError(f"codec.cap: found {codec.cap}, below the step of {codec.step}.")
