@@ -13,7 +13,7 @@ from .errors import CacheError, NotFound
 from .manifest import KEY, from_parquet
 from .scan import corrupt, listed, read_spec, scan, shard_key
 from .shard import check_attributes, decode_shard, raw_shard
-from .shardfile import Damage, digest, unpack
+from .shardfile import Damage, stored_digest, unpack
 from .spec import CacheSpec
 from .stores import Store, open_store
 
@@ -152,8 +152,9 @@ class Cache:
             if self.sealed:
                 row = np.searchsorted(self.manifest.column("shard").to_numpy(), index)
                 hashes = self.manifest.column("object_sha256")
-                if row < len(hashes) and hashes[int(row)].as_py().hex() != digest(data):
+                if row < len(hashes) and hashes[int(row)].as_py().hex() != stored_digest(data):
                     raise Damage("it is another object than the one that was sealed")
+            del data  # what it is made into needs the room
             return make(self.spec, attributes, arrays)
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
