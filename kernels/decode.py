@@ -50,9 +50,9 @@ def decode_targets(raw: Mapping[str, Tensor], *, compact: bool = False, impl: st
     Returns ids int32 and logprobs float32 `[n, K]`, tail float32 `[n, M]`, outcomes int32 `[n]`, and draws int32
     `[n, K]` where the cache has draws; K is the width of the cache's rows.
 
-    With the host's arrays on the host, nothing waits for a GPU. Memory beyond the streams and the result: "triton" 8
-    bytes a row and a part, and a compact or ragged shard 30 more; "torch" also a copy of firsts and ties, and some 24
-    bytes an entry of 8192 rows (CPU) or 2^17 rows (GPU).
+    With the host's arrays on the host, nothing waits for a GPU. Peak memory beyond the streams and the result: about
+    150 bytes a row for tails, counts and orders; and with "torch" a copy of firsts and ties, and about 30 bytes a place
+    of 8192 rows (CPU) or 2^17 rows (GPU) at a time.
 
     Streams that contradict each other (a cache's reader refuses a shard whose bytes were changed) raise KDError where
     their sizes say so, and on the CPU also where their contents do. On a GPU an entry outside its table has the id −1
