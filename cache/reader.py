@@ -94,8 +94,8 @@ class Cache:
         """The streams of a shard and the tables that turn them into targets, for a decoder on a device.
 
         Names and meanings as in FORMAT.md, and for each part ("head", "draws") also `<part>/table` (int32: what turns
-        ranks into ids), `<part>/list_width` and `<part>/list_begins`; and k, width, vocab_size, sort_ties and
-        tail_step. Raises as `read_shard`.
+        ranks into ids), `<part>/list_width` and `<part>/list_begins`; and width, vocab_size, first_sequence, sort_ties,
+        tail_step, temperatures and draw_temperature. Raises as `read_shard`.
         """
         return self._made_of(index, raw_shard)
 

@@ -53,8 +53,10 @@ def raw_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Arrays) ->
     except _BAD as error:
         raise Damage(f"its tables cannot be made ({error})") from error
     codec = spec.settings
-    numbers = {"width": spec.width, "vocab_size": spec.vocab_size, "first_sequence": attributes["first_sequence"]}
+    numbers: dict[str, Any] = {"width": spec.width, "vocab_size": spec.vocab_size}
+    numbers |= {"first_sequence": attributes["first_sequence"]}
     numbers |= {"sort_ties": codec.sort_ties, "tail_step": codec.tail_step}
+    numbers |= {"temperatures": spec.temperatures, "draw_temperature": spec.draw_temperature}
     return raw | {name: np.array(value) for name, value in numbers.items()}
 
 

@@ -130,6 +130,6 @@ def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
     ids_CL = np.zeros((len(lengths), width), np.int64)
     for block in decode_rows(streams, lengths, sort_ties=True):
         size = block.lengths[0]
-        ranks = np.minimum(block.ranks_KB[:, :size].T, len(order_V) - 1)
+        ranks = np.minimum(block.ranks_KB[:, :size].T.astype(np.int64), len(order_V) - 1)
         ids_CL[block.rows] = order_V[ranks]
     return ids_CL[np.arange(width) < lengths[:, None]]

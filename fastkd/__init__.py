@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .decoding import targets_from_arrays, targets_from_raw
     from .kernels import (
         DistillationLoss,
         KDError,
@@ -30,6 +31,8 @@ _HOME = {
     "linear_kd_loss": "kernels",
     "linear_topk_targets": "kernels",
     "set_debug": "kernels",
+    "targets_from_arrays": "decoding",
+    "targets_from_raw": "decoding",
     "topk_targets": "kernels",
 }
 
@@ -43,6 +46,8 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_targets",
     "set_debug",
+    "targets_from_arrays",
+    "targets_from_raw",
     "topk_targets",
 ]
 

@@ -1,6 +1,7 @@
 """fastkd.kernels: the math of distillation on a device. Needs torch alone; triton when a Triton path is taken."""
 
 from .checks import set_debug
+from .decode import decode_targets
 from .errors import KDError
 from .loss import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
 from .targets import SparseTargets, TargetsAt
@@ -12,6 +13,7 @@ __all__ = [
     "KDLoss",
     "SparseTargets",
     "TargetsAt",
+    "decode_targets",
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_targets",
