@@ -103,13 +103,14 @@ def _encode_part(
     used_NK = place < counts_N[:, None] if ragged else None
     lowest = logprobs_NK.min(initial=0, where=True if used_NK is None else used_NK)
     top = int(codes_of(np.array([lowest], np.float32), *grid)[0])
-    codes_NK = np.empty(ids_NK.shape, smallest_unsigned(top + 1))
+    codes_NK = np.empty(ids_NK.shape, smallest_unsigned(top + 2))
     for start in range(0, len(ids_NK), BLOCK):
         some = slice(start, start + BLOCK)
         block = logprobs_NK[some] if used_NK is None else np.where(used_NK[some], logprobs_NK[some], 0)
         codes = codes_of(block, *grid)
-        # exp need not be monotone to the last bit
+        # exp need not be monotone to the last bit: a code may be smaller than the one before, or larger than top
         codes_NK[some] = codes if codec.sort_ties else np.maximum.accumulate(codes, axis=1)
+    top = int(codes_NK.max(initial=0))
     sample = slice(None, None, -(-len(ids_NK) // ROWS_FOR_ORDER) or 1)
     counted = ids_NK[sample].ravel() if used_NK is None else ids_NK[sample][used_NK[sample]]
     counts_V = np.bincount(counted, minlength=spec.vocab_size)
@@ -202,12 +203,16 @@ def _decode_part(
         if last < size or codes.dtype != codes_KB.dtype or ranks.dtype != ranks_KB.dtype:
             codes_KB[:, :size], ranks_KB[:, :size] = codes, ranks
             codes, ranks = codes_KB[:, :size], ranks_KB[:, :size]
+        if not size:
+            continue
+        if last < size:
+            highest = [(codes[j, :some].max(), ranks[j, :some].max()) for j, some in enumerate(block.lengths) if some]
             for j, length in enumerate(block.lengths):
                 codes[j, length:] = no_code
                 ranks[j, length:] = no_rank
-        if not size:
-            continue
-        if codes.max() > no_code or ranks.max() > no_rank:
+        else:
+            highest = [(codes.max(), ranks.max())]
+        if any(code >= no_code or rank >= no_rank for code, rank in highest):
             raise ValueError(f"{part}: a code or a rank outside its table")
         rows = block.rows
         if list_width:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .codec import decode_targets, id_table
 from .shardfile import Damage
-from .spec import CacheSpec
+from .spec import FORMAT, CacheSpec
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -17,6 +17,8 @@ _BAD = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # what stre
 
 def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
     """Damage where the attributes are those of another shard, or of another cache."""
+    if attributes.get("format") != FORMAT:
+        raise Damage(f"it is of format version {attributes.get('format')!r}; version {FORMAT} is read")
     if attributes.get("spec") != spec.hash:
         raise Damage("it belongs to a cache of other settings")
     if attributes.get("index") != index:

@@ -210,7 +210,18 @@ def _array_meta(meta: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any], l
     if names not in (["numcodecs.pcodec"], ["bytes", "zstd"]):
         raise ValueError(f"codecs {codecs!r}: only numcodecs.pcodec, and bytes with zstd, are read")
     assert isinstance(codecs, list)
+    if names[0] == "bytes" and np.dtype(dtype).itemsize > 1 and _setting(codecs[0], "endian") != "little":
+        raise ValueError(f"codecs {codecs!r}: only little-endian bytes are read")
+    grid = meta.get("chunk_grid")
+    if not isinstance(grid, dict) or _setting(grid, "chunk_shape") != [max(s, 1) for s in shape]:
+        raise ValueError(f"chunk grid {grid!r}: an array has one chunk, of its own shape")
     return tuple(shape), np.dtype(dtype).newbyteorder("<"), codecs
+
+
+def _setting(of: Mapping[str, Any], name: str) -> Any:
+    """A member of the configuration of a codec or a chunk grid; None where there is none."""
+    configuration = of.get("configuration")
+    return configuration.get(name) if isinstance(configuration, dict) else None
 
 
 def _array(array: Array, codecs: list[dict[str, Any]]) -> dict[str, Any]:
