@@ -156,6 +156,8 @@ def id_table(
         raise ValueError(f"{part}: {len(names)} contexts with {len(lengths)} lengths")
     if tokens is None:
         raise ValueError("the ids' contexts need the input column `tokens`")
+    if (np.diff(names.astype(np.int64)) <= 0).any():
+        raise ValueError(f"{part}/context_tokens: ascending numbers are needed")
     lists = decode_lists(Streams(values, firsts, ties, np.zeros(0, np.uint16)), lengths, order)
     begins_C = np.concatenate([[0], lengths.astype(np.int64).cumsum()])
     where = np.searchsorted(names, tokens.astype(np.int64)) if len(names) else np.zeros(len(tokens), np.int64)
@@ -164,6 +166,13 @@ def id_table(
         int(lengths.max(initial=0)),
         begins_C[where].astype(np.int32),
     )
+
+
+def _list_lengths(part: str, streams: Mapping[str, Array], tokens: Array) -> Array:
+    """The length of the list of each row's token `[n]`; 0 where there is none."""
+    names, lengths = streams[f"{part}/context_tokens"].astype(np.int64), streams[f"{part}/context_counts"]
+    where = np.minimum(np.searchsorted(names, tokens.astype(np.int64)), len(names) - 1)
+    return np.where(names[where] == tokens, lengths[where], 0).astype(lengths.dtype)
 
 
 def _decode_part(
@@ -177,7 +186,10 @@ def _decode_part(
 ) -> None:
     """Write a part's ids, log-probabilities (and draws) into out, each row from its offset on."""
     table, list_width, begins_N = id_table(part, streams, tokens, spec.vocab_size)
+    list_lengths_N = _list_lengths(part, streams, tokens) if list_width and tokens is not None else None
     grid = streams[f"{part}/grid"].astype(np.float32)
+    if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
+        raise ValueError(f"{part}/grid: log-probabilities of falling order are needed")
     capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
     if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:
         raise ValueError(f"{part}/counts: {counts_N.shape} rows with up to {counts_N.max(initial=0)} entries")
@@ -215,9 +227,12 @@ def _decode_part(
         if any(code >= no_code or rank >= no_rank for code, rank in highest):
             raise ValueError(f"{part}: a code or a rank outside its table")
         rows = block.rows
-        if list_width:
+        if list_lengths_N is not None:
+            listed = ranks < list_width
+            if (listed & (ranks >= list_lengths_N[rows][:size])).any():
+                raise ValueError(f"{part}: a rank beyond the list of its row's token")
             index = ranks.astype(np.int32)
-            index += np.where(ranks < list_width, begins_N[rows][:size], shift)
+            index += np.where(listed, begins_N[rows][:size], shift)
         else:
             index = ranks
         rows = slice(rows.start, rows.start + size) if isinstance(rows, slice) else rows[:size]

@@ -52,7 +52,7 @@ def values_of(count: int, step: float, growth: float, cap: float) -> NDArray[np.
     code = np.arange(count, dtype=np.float64)
     bend, code_at_bend = _bend(step, growth, cap)
     if bend == 0:
-        return (-code * (cap if growth else step)).astype(np.float32)
+        return (0 - code * (cap if growth else step)).astype(np.float32)
     near = np.minimum(code, code_at_bend)
     x = -np.log1p(-growth * step * near) / growth + np.maximum(code - code_at_bend, 0) * cap
-    return (-x).astype(np.float32)
+    return (0 - x).astype(np.float32)

@@ -259,7 +259,7 @@ def _positive(name: str, value: Any) -> float:
 
 def _checked(codec: Codec) -> Codec:
     """The codec with its numbers as Python's own, so that equal codecs have one hash."""
-    numbers = {name: _positive(f"codec.{name}", getattr(codec, name)) for name in STEPS}
+    numbers: dict[str, Any] = {name: _positive(f"codec.{name}", getattr(codec, name)) for name in STEPS}
     for name, value in numbers.items():
         if not 1e-4 <= value <= 8:
             raise CacheError(f"codec.{name}: found {value}; 0.0001 to 8 nats are possible.")

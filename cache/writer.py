@@ -218,7 +218,10 @@ class CacheWriter:
             self.store.get_tail(KEY, 8)
         except NotFound:
             return None
-        raise CacheError(f"{self.store.describe()}: the cache is sealed, and shard {index} is not among its shards.")
+        raise CacheError(
+            f"{self.store.describe()}: the cache is sealed, and shard {index} is not there. To write it, delete {KEY} "
+            "(no target is lost by that), and seal the cache again afterwards."
+        )
 
     def _attempt_there(self, index: int) -> str | None:
         """The attempt that committed the shard; None where there is none."""
