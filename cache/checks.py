@@ -203,9 +203,7 @@ def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
 
 def _check_outcomes(spec: CacheSpec, outcomes: Any, tail: Array, used_N: Array, head_counts: Array) -> Array:
     rest = spec.vocab_size - head_counts
-    if outcomes is None:
-        return rest
-    array = np.asarray(outcomes)
+    array = np.asarray(rest if outcomes is None else outcomes)
     if array.dtype.kind not in "iu" or array.shape not in ((), rest.shape):
         raise CacheError(f"outcomes: found {array.dtype} of shape {array.shape}; an integer, or one a row, is needed.")
     array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)

@@ -240,6 +240,8 @@ def _decode_part(
         if whole and isinstance(rows, slice):
             np.take(table, index_BK, out=out[0][rows], mode="clip")
             np.take(code_table, codes_BK, out=out[1][rows], mode="clip")
+            if len(out) == 3:
+                out[2][rows] = _repeats(coded.extras, block.values_at, block.lengths, size)
             continue
         found = [table.take(index_BK), code_table.take(codes_BK)]
         if len(out) == 3:

@@ -264,8 +264,8 @@ def _checked(codec: Codec) -> Codec:
         if not 1e-4 <= value <= 8:
             raise CacheError(f"codec.{name}: found {value}; 0.0001 to 8 nats are possible.")
     numbers["growth"] = _number("codec.growth", codec.growth) + 0.0  # no −0
-    if not 0 <= numbers["growth"] <= 1:
-        raise CacheError(f"codec.growth: found {codec.growth!r}; 0 to 1 is possible.")
+    if numbers["growth"] and not 1e-4 <= numbers["growth"] <= 1:
+        raise CacheError(f"codec.growth: found {codec.growth!r}; 0, and 0.0001 to 1, are possible.")
     if numbers["cap"] < numbers["step"]:
         raise CacheError(f"codec.cap: found {codec.cap}, below the step of {codec.step}.")
     for name in ("sort_ties", "contexts"):
