@@ -122,7 +122,7 @@ def _encode_part(
         lists = learn_lists(tokens, ids_NK, used_NK, counts_V)
         ranks_NK = rank_in_context(tokens, ids_NK, lists, ranks_V)
         coded = encode_lists(lists, ranks_V)
-        tables = (lists.tokens.astype(np.uint32), lists.lengths.astype(np.uint16), *coded[:3])
+        tables: tuple[Array, ...] = (lists.tokens.astype(np.uint32), lists.lengths.astype(np.uint16), *coded[:3])
         streams |= {f"{part}/{name}": array for name, array in zip(CONTEXT_STREAMS, tables, strict=True)}
     else:
         ranks_NK = np.empty(ids_NK.shape, ranks_V.dtype)

@@ -1,7 +1,10 @@
 """cache/FORMAT.md is enough to read a cache: what a reader made from it finds is what fastkd finds."""
 
+import io
 import json
 import re
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 import plain_reader
 import pytest
 
-from fastkd.cache import CODECS, CacheSpec, Codec, create_cache, open_cache
+from fastkd.cache import CODECS, CacheError, CacheSpec, Codec, CorruptShard, create_cache, open_cache, shardfile
 
 FORMAT = Path(__file__).parent.parent / "cache" / "FORMAT.md"
 # zarr warns of pcodec, whose codec is not in the core of Zarr v3
@@ -150,4 +153,268 @@ def test_the_example(tmp_path: Path) -> None:
     decoded = plain_reader.read_shard(tmp_path, 0)
     for name, values in example["decoded"].items():
         np.testing.assert_allclose(decoded[name], values, atol=5e-5, err_msg=name)
+    same(tmp_path)
+
+
+# What a reader refuses, and a writer
+
+
+def write_one(cache: Path, spec: CacheSpec, **fields: Any) -> None:
+    arrays, tokens = targets(np.random.default_rng(4), 80, 60, spec.k, spec.draws, ragged=True)
+    inputs = dict.fromkeys(spec.inputs, tokens)
+    with create_cache(cache, spec) as writer:
+        writer.write_shard(**{"index": 0, "inputs": inputs} | arrays | fields)
+
+
+def forge(cache: Path, arrays: dict[str, np.ndarray], **attributes: Any) -> None:
+    """Put other arrays or attributes into shard 0, under a hash that is right."""
+    path = cache / "shards/0.zarr.zip"
+    old_attributes, old = shardfile.unpack(path.read_bytes())
+    spec = open_cache(cache).spec
+    path.write_bytes(shardfile.pack(old | arrays, old_attributes | attributes, spec.settings, 80))
+
+
+def edit(cache: Path, member: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change one zarr.json of shard 0, under a hash that is right."""
+    path = cache / "shards/0.zarr.zip"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == member:
+                document = json.loads(data)
+                change(document)
+                data = json.dumps(document).encode()
+            new.writestr(name, data)
+        new.comment = shardfile.SEAL + b"0" * 64
+    data = buffer.getvalue()
+    path.write_bytes(data[:-64] + shardfile.digest(data).encode())
+
+
+def code_too_high(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/grid": arrays["head/grid"][:-1]}
+
+
+def rank_too_high(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    firsts = arrays["head/firsts"].copy()
+    firsts[0] = 60 + arrays["head/context_counts"].max()
+    return {"head/firsts": firsts}
+
+
+def rank_beyond_its_list(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A token of no list in a row whose first rank is a place in a list."""
+    return {"inputs/tokens": np.full_like(arrays["inputs/tokens"], 2**30)}
+
+
+def list_beyond_the_order(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/context_firsts": arrays["head/context_firsts"] + np.uint16(1000)}
+
+
+def lists_out_of_order(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/context_tokens": arrays["head/context_tokens"][::-1]}
+
+
+def empty_list(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/context_counts": arrays["head/context_counts"] * 0}
+
+
+def rising_grid(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/grid": arrays["head/grid"][::-1]}
+
+
+def endless_grid(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/grid": np.where(arrays["head/grid"] < -1, -np.inf, arrays["head/grid"])}
+
+
+def short_classes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/classes": arrays["head/classes"][:-1]}
+
+
+def too_many_entries(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/counts": np.full_like(arrays["head/counts"], 6)}
+
+
+def too_few_values(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"head/values": arrays["head/values"][1:]}
+
+
+def too_few_positions(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"tail": arrays["tail"][:, 1:]}
+
+
+def other_lengths(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"sequence_lengths": arrays["sequence_lengths"] + np.uint32(1)}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        code_too_high,
+        rank_too_high,
+        rank_beyond_its_list,
+        list_beyond_the_order,
+        lists_out_of_order,
+        empty_list,
+        rising_grid,
+        endless_grid,
+        short_classes,
+        too_many_entries,
+        too_few_values,
+        too_few_positions,
+        other_lengths,
+    ],
+)
+def test_arrays_that_contradict_each_other(tmp_path: Path, lie: Callable[..., dict[str, np.ndarray]]) -> None:
+    write_one(tmp_path, spec_of("smallest"))
+    _, arrays = shardfile.unpack((tmp_path / "shards/0.zarr.zip").read_bytes())
+    forge(tmp_path, {})
+    open_cache(tmp_path).read_shard(0)
+    forge(tmp_path, lie(arrays))
+    with pytest.raises(CorruptShard, match="shard 0"):
+        open_cache(tmp_path).read_shard(0)
+
+
+@pytest.mark.parametrize("attributes", [{"format": 2}, {"spec": "0" * 64}, {"index": 1}, {"positions": 79}])
+def test_attributes_of_another_shard(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    write_one(tmp_path, spec_of("default"))
+    forge(tmp_path, {}, **attributes)
+    with pytest.raises(CorruptShard, match="shard 0"):
+        open_cache(tmp_path).read_shard(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta["codecs"][0]["configuration"].update(endian="big"),
+        lambda meta: meta["codecs"].insert(0, {"name": "transpose", "configuration": {"order": [1, 0]}}),
+        lambda meta: meta["chunk_grid"]["configuration"].update(chunk_shape=[1, 80]),
+        lambda meta: meta.update(data_type="float64"),
+        lambda meta: meta.update(data_type="object"),
+        lambda meta: meta.update(shape=[3, 2**40]),
+        lambda meta: meta.update(shape=[3, 79]),
+        lambda meta: meta.update(zarr_format=2),
+    ],
+)
+def test_metadata_that_a_reader_does_not_take(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    write_one(tmp_path, spec_of("portable"))
+    edit(tmp_path, "tail/zarr.json", lambda meta: None)
+    open_cache(tmp_path).read_shard(0)
+    edit(tmp_path, "tail/zarr.json", change)
+    with pytest.raises(CorruptShard, match=r'shard 0.*"tail"'):
+        open_cache(tmp_path).read_shard(0)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        (("version",), 2),
+        (("format",), "another"),
+        (("required",), ["rows", "holograms"]),
+        (("sha256",), "0" * 64),
+        (("spec", "vocab_size"), 8.5),
+        (("spec", "draw_temperature"), 10**400),
+        (("spec", "unheard_of"), 1),
+        (("spec", "codec", "growth"), None),
+        (("spec", "codec", "growth"), 1e-9),
+        (("spec", "codec", "step"), [1]),
+        (("spec", "temperatures"), [1.0] * 65),
+    ],
+)
+def test_settings_that_a_reader_does_not_take(tmp_path: Path, member: tuple[str, ...], value: Any) -> None:
+    write_one(tmp_path, spec_of("default"))
+    document = json.loads((tmp_path / "spec.json").read_text())
+    place = document
+    for name in member[:-1]:
+        place = place[name]
+    place[member[-1]] = value
+    (tmp_path / "spec.json").write_text(json.dumps(document))
+    with pytest.raises(CacheError, match=r"spec\.json|codec|temperature|vocab_size"):
+        open_cache(tmp_path)
+
+
+def test_settings_with_integers_for_numbers_have_the_same_hash(tmp_path: Path) -> None:
+    one = CacheSpec(8, 2, draw_temperature=1, temperatures=(1, 2), codec=Codec(step=1, growth=0, cap=1, draw_step=2))
+    other = Codec(step=1.0, growth=-0.0, cap=1.0, draw_step=np.float64(2), level=np.int64(8))
+    assert one.hash == CacheSpec(8, 2, temperatures=(1.0, 2.0), codec=other).hash
+    (tmp_path / "spec.json").write_bytes(one.to_json().replace(b'"step": 1.0', b'"step": 1'))
+    assert open_cache(tmp_path).spec == one
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"notes": "x" * 70_000},
+        {"inputs": tuple(f"column_{i}" for i in range(65))},
+        {"temperatures": tuple(1.0 + i for i in range(65))},
+        {"codec": Codec(growth=1e-9)},
+    ],
+)
+def test_what_would_not_fit(fields: dict[str, Any]) -> None:
+    with pytest.raises(CacheError):
+        CacheSpec(8, 2, **fields)
+
+
+def test_the_most_columns_fit_into_the_end_of_a_shard(tmp_path: Path) -> None:
+    names = ("tokens", *(f"c{i:02d}" + "x" * 61 for i in range(63)))
+    write_one(tmp_path, spec_of("default", inputs=names, draws=2))
+    assert open_cache(tmp_path).manifest.num_rows == 1
+    same(tmp_path)
+
+
+def test_numbers_too_high(tmp_path: Path) -> None:
+    for fields in ({"index": 10**18}, {"first_sequence": 10**18}):
+        with pytest.raises(CacheError, match=r"10\^18"):
+            write_one(tmp_path, spec_of("default"), **fields)
+    write_one(tmp_path, spec_of("default"), index=10**18 - 1)
+    assert open_cache(tmp_path).shards == [10**18 - 1]
+    with pytest.raises(CacheError, match="tail"):  # its code would not fit
+        write_one(tmp_path, spec_of(Codec(tail_step=1e-4)), tail=np.full((80, 3), 2e5, np.float32))
+
+
+def test_a_head_of_everything_has_no_tail(tmp_path: Path) -> None:
+    spec = CacheSpec(2, 2, temperatures=(1.0,))
+    entry = {"inputs": {"tokens": [0]}, "ids": np.array([[1, 0]]), "logprobs": np.log(np.array([[0.5, 0.5]]))}
+    with create_cache(tmp_path, spec) as writer:
+        with pytest.raises(CacheError, match="outcomes"):
+            writer.write_shard(0, **entry, tail=np.array([[-3.0]]))
+        writer.write_shard(0, **entry, tail=np.array([[-np.inf]]))
+    same(tmp_path)
+
+
+def test_a_sealed_cache_has_the_shards_of_its_manifest(tmp_path: Path) -> None:
+    for name in ("cache", "other"):
+        write_one(tmp_path / name, spec_of("default"), index=4)
+        write_one(tmp_path / name, spec_of("default"), index=0 if name == "cache" else 7, first_sequence=9)
+    with create_cache(tmp_path / "cache", spec_of("default")) as writer:
+        writer.seal()
+        with pytest.raises(CacheError, match="is sealed"):
+            writer.write_shard(7, {"tokens": [1]}, np.zeros((1, 0), int), np.zeros((1, 0)), np.zeros((1, 3)))
+    late = tmp_path / "cache/shards/7.zarr.zip"
+    late.write_bytes((tmp_path / "other/shards/7.zarr.zip").read_bytes())
+    cache = open_cache(tmp_path / "cache")
+    assert cache.shards == [0, 4]
+    with pytest.raises(CacheError, match="sealed without it"):
+        cache.read_shard(7)
+    with pytest.raises(CacheError, match="none of this number"):
+        cache.read_shard(2)
+    assert not cache.verify()
+
+
+def test_columns_of_lengths_are_columns(tmp_path: Path) -> None:
+    write_one(tmp_path, spec_of("default", inputs=("tokens", "prompt_lengths")))
+    cache = open_cache(tmp_path)
+    np.testing.assert_array_equal(cache.sequences([0])["prompt_lengths"], cache.read_shard(0)["prompt_lengths"])
+
+
+def test_a_large_vocabulary(tmp_path: Path) -> None:
+    """Above 65,536 ids, with lists of frequent ones, draws that fill their rows, and no head."""
+    rng = np.random.default_rng(6)
+    n, draws = 40, 3
+    ids = np.stack([rng.choice(90_000, draws, replace=False) if i % 2 else np.arange(3) for i in range(n)])
+    logprobs = -np.sort(rng.exponential(2, (n, draws)), axis=1)
+    spec = CacheSpec(100_000, 0, draws, codec="smallest", temperatures=(1.0,))
+    with create_cache(tmp_path, spec) as writer:
+        writer.write_shard(0, {"tokens": np.arange(n) % 2}, ids, logprobs, np.zeros((n, 1)), np.ones((n, draws), int))
+    assert len(open_cache(tmp_path).raw_shard(0)["draws/context_tokens"])
+    assert (open_cache(tmp_path).read_shard(0)["draws"] == 1).all()
     same(tmp_path)
