@@ -10,6 +10,7 @@ from .codec import Targets
 from .errors import CacheError
 from .grid import LOWEST
 from .ragged import BLOCK
+from .shardfile import LARGEST
 from .spec import CacheSpec
 
 Array = NDArray[Any]
@@ -29,6 +30,9 @@ def check_targets(
         raise CacheError("ids: found no rows; a shard holds at least one position.")
     if n > spec.shard_positions:
         raise CacheError(f"ids: found {n} rows; a shard of this cache holds {spec.shard_positions} at most.")
+    if n * spec.width * 4 > LARGEST:
+        most = LARGEST // (4 * spec.width)
+        raise CacheError(f"ids: found {n} rows; with {spec.width} places a row a shard holds {most} at most.")
     if width > spec.width:
         raise CacheError(f"ids: found {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
     logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape)).astype(np.float32, copy=False)

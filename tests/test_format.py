@@ -13,7 +13,18 @@ import numpy as np
 import plain_reader
 import pytest
 
-from fastkd.cache import CODECS, CacheError, CacheSpec, Codec, CorruptShard, create_cache, open_cache, shardfile
+from fastkd.cache import (
+    CODECS,
+    CacheError,
+    CacheSpec,
+    Codec,
+    CorruptShard,
+    checks,
+    create_cache,
+    open_cache,
+    shard,
+    shardfile,
+)
 
 FORMAT = Path(__file__).parent.parent / "cache" / "FORMAT.md"
 # zarr warns of pcodec, whose codec is not in the core of Zarr v3
@@ -369,6 +380,21 @@ def test_numbers_too_high(tmp_path: Path) -> None:
     assert open_cache(tmp_path).shards == [10**18 - 1]
     with pytest.raises(CacheError, match="tail"):  # its code would not fit
         write_one(tmp_path, spec_of(Codec(tail_step=1e-4)), tail=np.full((80, 3), 2e5, np.float32))
+
+
+def test_sizes_that_no_shard_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_one(tmp_path, spec_of("default"))
+    for module, name in ((shardfile, "LARGEST"), (shard, "LARGEST")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, 1000)
+            with pytest.raises(CorruptShard, match="more than"):
+                open_cache(tmp_path).read_shard(0)
+    for module in (shardfile, checks):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "LARGEST", 1000)
+            with pytest.raises(CacheError, match="shard"):
+                write_one(tmp_path, spec_of("default"), index=1)
+    assert open_cache(tmp_path).shards == [0]
 
 
 def test_a_head_of_everything_has_no_tail(tmp_path: Path) -> None:
