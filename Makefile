@@ -30,7 +30,7 @@ check: $(STAMP)  ## lint, format and types
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-compile --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
 
-bench-loss: $(STAMP)  ## the loss against its limits, on the CPU (and a GPU where there is one)
+bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is one, else on the CPU
 	$(BIN)/python bench/bench_loss.py
 
 clean:  ## remove what the targets made

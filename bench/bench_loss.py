@@ -1,7 +1,7 @@
 """The loss against its limits: the memory's or the matrix products' floor, and what others use instead.
 
-    python bench/bench_loss.py --device cpu
-    python bench/bench_loss.py --device cuda [--sections logits linear topk] [--tune] [--json results.json]
+    .venv/bin/python bench/bench_loss.py --device cpu
+    .venv/bin/python bench/bench_loss.py --device cuda [--sections logits linear topk] [--tune] [--json results.json]
 
 Every figure is a ratio within one run. Lines say `ok` or `MISSED`; nothing here fails.
 """

@@ -122,12 +122,11 @@ def bench_cuda(table: Table, rows: int = 8192) -> None:
 
 def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     """A handful of sizes, each kernel's own time in microseconds beside the whole."""
-    from fastkd.kernels.topk_triton import Tuning
+    from fastkd.kernels import draws_triton, topk_triton
 
     buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda", copies=2)
     read = interleaved({"read": one_read(rows, vocab, buffers)}, device="cuda", rounds=15, warmup=3)["read"]
     table.title(f"tuning: N={rows} V={vocab} bfloat16 k={K}; one read {read:.3f} ms")
-    default = {name: value for name, value in vars(Tuning).items() if isinstance(value, int)}
     settings: list[dict[str, int]] = [{}]
     settings += [
         {"group": g, "scan_block": b, "scan_warps": w}
@@ -141,22 +140,26 @@ def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     with_draws = rotating(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16), buffers)
     draw_settings: list[dict[str, int]] = [{}]
     draw_settings += [
-        {"weigh_group": g, "weigh_block": b, "weigh_warps": w}
+        {"group": g, "block": b, "warps": w}
         for g in (256, 512, 1024, 2048)
         for b, w in ((2048, 4), (4096, 4), (8192, 8))
     ]
-    for choices, call, name in ((settings, run, "head 64"), (draw_settings, with_draws, "head 48, draws 16")):
+    for tuning, choices, call, name in (
+        (topk_triton.Tuning, settings, run, "head 64"),
+        (draws_triton.Tuning, draw_settings, with_draws, "head 48, draws 16"),
+    ):
+        default = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
         for choice in choices:
             for key, value in {**default, **choice}.items():
-                setattr(Tuning, key, value)
+                setattr(tuning, key, value)
             try:
                 ms = interleaved({"it": call}, device="cuda", rounds=9, warmup=2)["it"]
             except Exception as problem:  # a size that this card cannot launch is a line of the table
                 table.row(f"{name} {choice}", math.nan, note=str(problem)[:60])
                 continue
             table.row(f"{name} {choice}", ms / read, note=" ".join(kernel_times(call)))
-    for key, value in default.items():
-        setattr(Tuning, key, value)
+        for key, value in default.items():
+            setattr(tuning, key, value)
 
 
 def kernel_times(call: Callable[[], object]) -> list[str]:
@@ -164,27 +167,31 @@ def kernel_times(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    ours = ("_scan", "_pick", "_select", "_finish", "_weigh", "_invert")
+    ours = ("_scan", "_pick", "_select", "_finish", "_weigh", "_draw")
     events = {e.key: e.self_device_time_total for e in trace.key_averages()}
     rest = sum(v for k, v in events.items() if k not in ours)
     return [f"{k[1:]}={events[k]:.0f}" for k in ours if k in events] + [f"other={rest:.0f}"]
 
 
-def bench_cpu(table: Table, rows: int = 256) -> None:
+def bench_cpu(table: Table, rows: int = 512) -> None:
     """The table of the CPU."""
     for vocab, dtype in ((49_152, torch.bfloat16), (49_152, torch.float32), (128_256, torch.bfloat16)):
         (logits,) = drawn_logits(rows, vocab, dtype, "cpu")
         runs = {
             "fastkd": lambda: topk_targets(logits, K, temperatures=GRID),  # noqa: B023
+            "48": lambda: topk_targets(logits, 48, temperatures=GRID),  # noqa: B023
             "draws": lambda: topk_targets(logits, 48, temperatures=GRID, draws=16),  # noqa: B023
             "peer": lambda: peer(logits.float()),  # noqa: B023
         }
-        us = {k: v * 1e3 / rows for k, v in interleaved(runs, device="cpu", rounds=5, warmup=1).items()}
+        times = interleaved(runs, device="cpu", rounds=9, warmup=2)
+        us = {name: ms * 1e3 / rows for name, ms in times.items()}
         table.title(f"N={rows} V={vocab} {str(dtype)[6:]} k={K} T={GRID}; microseconds a position")
-        table.row("fastkd", us["fastkd"], f"<= {CPU_LIMIT}" if vocab == 49_152 else "")
-        table.row("fastkd, 48 entries and 16 draws", us["draws"])
+        limit = f"<= {CPU_LIMIT}" if vocab == 49_152 else ""
+        table.row("fastkd", us["fastkd"], limit)
+        table.row("fastkd, 48 entries and 16 draws", us["draws"], limit)
+        table.row("  times 48 entries alone", times.ratio("draws", "48"))
         table.row("torch.topk + logsumexp a temperature", us["peer"])
-        table.row("  times fastkd", us["peer"] / us["fastkd"])
+        table.row("  times fastkd", times.ratio("peer", "fastkd"))
 
 
 def main(device: str, *, tuning: bool = False, json_path: str | None = None) -> None:

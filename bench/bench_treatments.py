@@ -1,7 +1,7 @@
 """What a treatment does to the student's gradient: error of one cache, and what is left of it on average over caches.
 
-    python bench/bench_treatments.py --synthetic
-    python bench/bench_treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
+    .venv/bin/python bench/bench_treatments.py --synthetic
+    .venv/bin/python bench/bench_treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
 
 The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) in the student's hidden states, pulled through
 the head in float64. The student is an earlier layer of the teacher's own, through the final norm and the same head

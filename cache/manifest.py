@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
     + [pa.field(f"{what}_{which}", pa.float64()) for what in ("mass", "entropy") for which in STATISTICS]
     + [pa.field("content_sha256", pa.binary(32), nullable=False)]
     + [pa.field("object_sha256", pa.binary(32), nullable=False)]
-    + [pa.field("written", pa.float64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
+    + [pa.field("written", pa.int64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
 )
 _MOST_SHARDS = 2**26
 
@@ -36,7 +36,7 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
         row["content_sha256"] = bytes.fromhex(attributes["content"])
         row["object_sha256"] = bytes.fromhex(object_sha256)
         row["attempt"] = attributes["attempt"]
-        if not all(type(row[name]) is int and row[name] >= 0 for name in ("shard", *_COUNTS)):
+        if not all(type(row[name]) is int and row[name] >= 0 for name in ("shard", "written", *_COUNTS)):
             raise ValueError("a count is no natural number")
         if len(row["content_sha256"]) != 32 or len(row["object_sha256"]) != 32 or not isinstance(row["attempt"], str):
             raise ValueError("a hash or the attempt is not what it should be")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from .errors import CacheError, CorruptShard, NotFound
+from .errors import CacheError, CorruptShard, NotFound, StoreError
 from .manifest import row_of, table_of
 from .shard import check_attributes
 from .shardfile import TAIL_LENGTH, Damage, read_attributes, stored_digest
@@ -55,9 +55,9 @@ def row(store: Store, spec: CacheSpec, index: int, size: int) -> dict[str, Any]:
         attributes = read_attributes(end)
         check_attributes(attributes, spec, index)
         return row_of(attributes, size, stored_digest(end))
+    except StoreError:
+        raise
     except (Damage, CacheError) as error:
-        if isinstance(error, NotFound):
-            raise
         raise corrupt(store, index, error) from error
 
 

@@ -57,10 +57,9 @@ def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Code
             _add(archive, f"{folder}/zarr.json", _json(_group({})))
         for name in sorted(arrays):
             array = np.ascontiguousarray(arrays[name])
-            codecs = _codecs(array, codec, positions)
+            codecs, data = _smallest(array, codec, positions, either=name.startswith("inputs/"))
             _add(archive, f"{name}/zarr.json", _json(_array(array, codecs)))
             if array.size:
-                data = _compress(array, codecs)
                 sizes[name] = len(data)
                 _add(archive, f"{name}/c/" + "/".join("0" * array.ndim), data)
         # last, so that the end of the object tells everything about it
@@ -183,17 +182,27 @@ def _compress(array: Array, codecs: list[dict[str, Any]]) -> bytes:
     return bytes(Zstd(**codecs[1]["configuration"]).encode(flat.view(np.uint8)))
 
 
-def _codecs(array: Array, codec: Codec, positions: int) -> list[dict[str, Any]]:
+def _smallest(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
+    """Codecs of an array, and what they make of it. either: try zstd beside pcodec (text repeats itself)."""
     if array.dtype.name not in _DTYPES:
         raise CacheError(f"found an array of {array.dtype}; one of {', '.join(sorted(_DTYPES))} is needed.")
-    if codec.compressor == "pcodec" and array.dtype.name in _BY_PCODEC:
-        page = min(max(positions, _PAGE[0]), _PAGE[1])
-        # Differences are taken where they help, by the codec of the targets; order 0 says so to every version of
-        # pcodec.
-        delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
-        options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
-        return [{"name": "numcodecs.pcodec", "configuration": options}]
-    level = codec.level if codec.compressor == "zstd" else 9
+    by_pcodec = codec.compressor == "pcodec" and array.dtype.name in _BY_PCODEC
+    choices = [_pcodec(array, codec, positions)] if by_pcodec else []
+    if either or not by_pcodec:
+        choices.append(_zstd(codec.level if codec.compressor == "zstd" else 9))
+    coded = [(codecs, _compress(array, codecs) if array.size else b"") for codecs in choices]
+    return min(coded, key=lambda c: len(c[1]))
+
+
+def _pcodec(array: Array, codec: Codec, positions: int) -> list[dict[str, Any]]:
+    # The streams are differences already. Order 0 says so to every version of pcodec.
+    delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
+    page = min(max(positions, _PAGE[0]), _PAGE[1])
+    options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
+    return [{"name": "numcodecs.pcodec", "configuration": options}]
+
+
+def _zstd(level: int) -> list[dict[str, Any]]:
     return [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "zstd", "configuration": {"level": level, "checksum": True}},

@@ -40,6 +40,9 @@ class Report:
     deep: bool = False
     sealed: bool = False
     problems: list[Problem] = field(default_factory=list)
+    missing: list[int] = field(
+        default_factory=list
+    )  # of an unsealed cache: numbers below the highest that are not there
 
     @property
     def ok(self) -> bool:
@@ -53,8 +56,9 @@ def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Repo
     """Check every shard of a cache.
 
     Each object is read whole and compared with its own hash, its name, the spec, and (sealed) the manifest. deep: its
-    arrays are decoded as a reader would, and their contents compared with the hash of them. Shards that are missing,
-    that overlap, or that a sealed cache does not know are problems too. Raises StoreError where the store fails.
+    arrays are decoded as a reader would, and their contents compared with the hash of them. Shards that are missing
+    between others, that overlap, or that a sealed cache does not know are problems too. Raises StoreError where the
+    store fails.
     """
     report = Report(deep=deep, sealed=cache.sealed)
     there = listed(cache.store)
@@ -66,9 +70,10 @@ def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Repo
             report.problems.append(problem)
     table = table_of(rows)
     if not cache.sealed:
-        for index in gaps(table):
-            if index not in there:
-                report.problems.append(Problem(index, None, "it is missing, and later ones are there"))
+        report.missing = [index for index in gaps(table) if index not in there]
+        for index in report.missing:
+            if index > indices[0]:
+                report.problems.append(Problem(index, None, "it is missing, between others that are there"))
     for one, other in overlaps(table):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for entry in cache.store.list(PREFIX):

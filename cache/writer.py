@@ -67,6 +67,7 @@ class CacheWriter:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-cache")
         self._room = BoundedSemaphore(threads + queue)
         self._pending: set[Future[Commit]] = set()
+        self._sealed: bool | None = None  # not looked yet
         self._lock = Lock()
 
     def write_shard(
@@ -127,7 +128,7 @@ class CacheWriter:
             "statistics": _statistics(targets, self.spec),
             "content": content_hash(arrays),
             "attempt": attempt,
-            "written": round(time.time(), 3),
+            "written": int(time.time()),
         }
         data = pack(arrays, attributes, self.spec.settings, positions)
         try:
@@ -163,6 +164,7 @@ class CacheWriter:
         Raises CacheError where two shards hold the same sequences, or where a manifest of other shards is there.
         """
         self._wait()
+        self._sealed = True
         table = scan(self.store, self.spec, listed(self.store))
         if pairs := overlaps(table):
             raise CacheError(
@@ -214,9 +216,13 @@ class CacheWriter:
         """ALREADY_THERE where the shard is; None where it is not. A sealed cache takes no more."""
         if self._attempt_there(index) is not None:
             return Commit.ALREADY_THERE
-        try:
-            self.store.get_tail(KEY, 8)
-        except NotFound:
+        if self._sealed is None:
+            try:
+                self.store.get_tail(KEY, 8)
+                self._sealed = True
+            except NotFound:
+                self._sealed = False
+        if not self._sealed:
             return None
         raise CacheError(
             f"{self.store.describe()}: the cache is sealed, and shard {index} is not there. To write it, delete {KEY} "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_values, values_are_checked
+from .checks import check_values
 from .loss_torch import loss_rows_
 from .targets import TargetsAt
 
@@ -23,8 +23,7 @@ def total(call: Call, hard_P: Tensor, soft_P: Tensor, divisor: Tensor) -> tuple[
 
 def counted_rows(call: Call, positions: int, width: int) -> tuple[Call, Tensor | None, Tensor]:
     """The call over the rows that count alone, the positions they lie at (None: all in order), and the divisor."""
-    if values_are_checked(call.ids.device):
-        check_values(call, positions, width)
+    check_values(call, positions, width)
     index, call = call.positions, call.by_row()
     divisor, counted = call.divisor(), call.counted()
     if not bool(counted.all()):
@@ -89,6 +88,10 @@ class TorchRows:
             )
             if self.want_grad and work is not block:
                 block.copy_(work)
+
+    def counted(self) -> Tensor | None:
+        """Which rows count, bool `[P]`; None where all do."""
+        return None
 
     def safe_index(self) -> Tensor | None:
         """The positions of the rows, int64 `[P]`; None where they are all of the batch's, in order."""

@@ -74,6 +74,23 @@ class Call(NamedTuple):
         rows = torch.ones(self.rows, dtype=torch.bool, device=self.ids.device) if self.mask is None else self.mask
         return rows if self.labels is None else rows & (self.labels != self.ignore_index)
 
+    def by_row_within(self, positions: int) -> tuple["Call", Tensor]:
+        """`by_row` and `counted` without a look at any value: a row outside the batch reads another's, and does not
+        count."""
+        if self.positions is None:
+            return self, self.counted()
+        inside = (self.positions >= 0) & (self.positions < positions)
+        call = self._replace(positions=self.positions.clamp(0, max(positions - 1, 0))).by_row()
+        return call, call.counted() & inside
+
+    def heaviest(self, positions: int) -> Tensor:
+        """The largest magnitude among the weights of the rows that count, at least 1: 0-d float32, on the device."""
+        call, counted = self.by_row_within(positions)
+        assert call.weights is not None
+        # what is not finite makes its own row's loss NaN and says nothing about the others
+        weights = call.weights.float().abs().masked_fill(~counted, 0.0).nan_to_num(nan=0.0, posinf=0.0)
+        return torch.cat([weights, weights.new_ones(1)]).amax()
+
     def divisor(self) -> Tensor:
         """Of a call by row: what the sums are divided by, a 0-d float32 tensor; 0 counts as 1."""
         if self.items >= 0:
@@ -94,6 +111,11 @@ class Call(NamedTuple):
             treatment=self.treatment,
             dtype=dtype,
         )
+
+
+def saveable(value: Any) -> Any:
+    """A tensor that autograd can save: a copy of one made under torch.inference_mode, which it cannot."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 _TYPES = (

@@ -1,22 +1,28 @@
 """Draws from a teacher's tail that are the same bits on every device, in every batching and on every retry.
 
-A draw has two halves, and neither depends on the order in which anything is added up:
+A draw is made of integers alone, so nothing depends on the order in which anything is added up:
 
-- a uniform number keyed by (seed, global position, number of the draw): a counter-based hash in wraparound int64;
-- an integer weight for every token of the tail, relative to the tail's own most likely token. Integers add up to the
-  same total in any order, so inverting their running sum (in the order of the ids) names the same token everywhere.
+- random bits: a counter-based hash of (seed, global position, number of the draw, attempt) in wraparound int64;
+- the weight of a token, an integer: `2^bits · e^((z - z_top)/T_d)`, cut, z_top being the tail's own most likely token;
+- its units, a small integer that is never less than its weight in units of 2^(bits - UNIT_BITS), and rarely much more.
+  They cost a third of the weight, and they are what every token is asked for.
 
-The weight of a token is `2^bits · e^((z - z_top)/T_d)`, cut to an integer. It is computed in float32 by operations that
-IEEE 754 rounds one by one (no fused multiply-add), so two devices agree on every bit. What is approximated: a weight is
-right to some 1e-6 relative (or the rounding of the float32 logits, |z|·6e-8, where that is more), and a token whose
-probability is below 2^-bits of the most likely one's (bits = 35 up to a vocabulary of 2^18) is never drawn. The top
-token's weight is exactly 2^bits, so a tail that is not empty can always be drawn from. float64 logits are rounded to
-float32 first.
+An attempt inverts the running sum of the units (in the order of the ids) at a random number. That names a token, and
+leaves a remainder below the token's units: where it is below the token's weight, the token is drawn; where not, the
+next attempt follows. So a token is drawn in proportion to its weight exactly, and the weight itself is asked for only
+of tokens that were named. Tokens outside the tail have a unit and no weight. Nine attempts in ten succeed.
+
+Weights and units are computed in float32 by operations that IEEE 754 rounds one by one (no fused multiply-add), so two
+devices agree on every bit. What is approximated: a weight is right to some 1e-6 relative (or the rounding of the
+float32 logits, |z|·6e-8, where that is more), and a token whose probability is below 2^-bits of the most likely one's
+(bits = 35 up to a vocabulary of 2^18) is never drawn. The top token's weight is exactly 2^bits, so a tail that is not
+empty can always be drawn from. float64 logits are rounded to float32 first.
 
 The Triton kernels use the same constants and the same operations in the same order.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,10 +40,24 @@ C6 = 0.00015461447765119374
 # 2^-48 of the top is below one unit of weight: no need to look further down.
 LOWEST = -48.0
 
-_STREAM = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden-ratio step of a Weyl sequence
-_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 and
+# The units of the tail's top are about 2^UNIT_BITS: 32 tokens' units add up exactly in float32, in any order.
+UNIT_BITS = 18
+# Units are bits of a float32 made by arithmetic: (1 + f)·2^n for y = n + f is never less than 2^y, and 6% more at most.
+# y + 512 + 127 + UNIT_BITS lies between 512 and 1024, in steps of 2^-14, so that its fraction's 23 bits, shifted left
+# by 9, are the exponent and the fraction wanted. One step more, so that no rounding takes it below.
+UNIT_BIAS = 512.0 + 127.0 + UNIT_BITS + 2.0**-14
+UNIT_SHIFT = 9
+UNIT_LEAST = -20.0  # a quarter of a unit, which is rounded up to one
+# An attempt fails with probability 1 - 0.94/(1 + V/2^UNIT_BITS) at most: this many never all do.
+MAX_ATTEMPTS = 256
+# A CPU tries a few at a time, more and more, for the draws that still want one.
+_WINDOWS = (1, 4, 16, 64, 171)
+ATTEMPT_STEP = 32  # attempts are counted above the 2^32 numbers of draws
+
+STREAM = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden-ratio step of a Weyl sequence
+MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 and
 # 0x94D049BB133111EB: the finaliser of splitmix64 (Steele, Lea & Flood 2014, Stafford's 13)
-_MIX2 = -7723592293110705685
+MIX2 = -7723592293110705685
 
 
 def _wrap(number: int) -> int:
@@ -47,21 +67,24 @@ def _wrap(number: int) -> int:
 
 def _mix(x: Tensor) -> Tensor:
     """Scramble int64 numbers, one to one."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX2
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def uniforms(seed: int, positions_N: Tensor, draws: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 `[N, draws]`, each a multiple of 2^-53, a function of (seed, position, draw).
+def row_keys(seed: int, positions_N: Tensor) -> Tensor:
+    """What a row's random bits are made from, int64 `[N]`. positions_N: int64. seed: any integer, modulo 2^64."""
+    key = _mix(torch.full((), _wrap(seed * STREAM + STREAM), dtype=torch.int64, device=positions_N.device))
+    return _mix(key + (positions_N + 1) * STREAM)
 
-    positions_N: int64 `[N]`. seed: any integer, taken modulo 2^64.
+
+def uniforms(key: Tensor, draw: Tensor, attempt: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float64, each a multiple of 2^-53: a function of a row's key, its draw and attempt.
+
+    int64 of any shapes that broadcast.
     """
-    key = _mix(torch.full((), _wrap(seed * _STREAM + _STREAM), dtype=torch.int64, device=positions_N.device))
-    row_N = _mix(key + (positions_N + 1) * _STREAM)
-    step_D = torch.arange(1, draws + 1, dtype=torch.int64, device=positions_N.device) * _STREAM
-    bits_ND = _mix(row_N[:, None] + step_D)
-    return ((bits_ND >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
+    bits = _mix(key + (draw + 1 + (attempt << ATTEMPT_STEP)) * STREAM)
+    return ((bits >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
 
 
 def weight_bits(vocab_size: int) -> int:
@@ -103,17 +126,97 @@ def exact_transform(x: Tensor, logit_scale: float | None, softcap: float | None)
     return torch.where(x.abs() < torch.inf, tanh.copysign_(x).mul_(softcap), x)
 
 
-def integer_weights(z_NV: Tensor, top_N: Tensor, scale: float, bits: int) -> Tensor:
-    """Weights int64 `[N, V]` of transformed float32 logits relative to each row's top; 0 where z is −inf."""
-    return _exp2_((z_NV - top_N[:, None]).mul_(scale), bits).long()
+def integer_weights(d: Tensor, scale: float, bits: int) -> Tensor:
+    """Weights int64 of float32 z - top; 0 where it is −inf. `scale`: `exponent_scale`."""
+    return _exp2_(d * scale, bits).long()
 
 
-def invert(weights_NV: Tensor, uniform_ND: Tensor) -> Tensor:
-    """The id each uniform number falls on, int64 `[N, draws]`, ids in ascending order; V where a row's total is 0."""
-    running_NV = weights_NV.cumsum(1)
-    total_N1 = running_NV[:, -1:]
-    r_ND = torch.minimum((uniform_ND * total_N1.double()).long(), total_N1 - 1)
-    return torch.searchsorted(running_NV, r_ND.clamp_(min=0), right=True)
+def units_(d: Tensor, scale: float) -> Tensor:
+    """Units of tokens: whole numbers >= 1 as float32, in place of d: float32 z - top, at most 0. 1 where it is −inf.
+
+    scale: `exponent_scale`.
+    """
+    d.mul_(scale).clamp_(min=UNIT_LEAST).add_(UNIT_BIAS)
+    d.view(torch.int32).bitwise_left_shift_(UNIT_SHIFT)
+    return d.ceil_()
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What some rows' draws are made from."""
+
+    sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a head's count as one each
+    width: int  # tokens a group, at most 32
+    logits: Tensor  # `[n, V]`: as given
+    edge_x: Tensor  # `[n]`: the head's last logit (+inf without a head)
+    edge_id: Tensor  # int64 `[n]`: and its id
+    top: Tensor  # float32 `[n]`: the transformed logit of the tail's top
+    logit_scale: float | None
+    softcap: float | None
+    draw_temperature: float
+
+
+def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
+    """Drawn ids int64 `[n, draws]`; anything in rows that are not to be drawn from."""
+    n, device = len(keys_N), keys_N.device
+    # The groups of all rows in one line, row after row: the units before each, and of all.
+    before = torch.zeros(tail.sums.numel() + 1, dtype=torch.int64, device=device)
+    torch.cumsum(tail.sums.reshape(-1), 0, dtype=torch.int64, out=before[1:])
+    number_D = torch.arange(draws, device=device)
+    row_R, number_R1 = torch.arange(n, device=device), number_D  # first every row with all its draws at once
+    token_P = torch.zeros(n * draws, dtype=torch.int64, device=device)
+    wanted_P = drawn_N.repeat_interleave(draws)
+    some: Tensor | slice = slice(None)
+    first = 0
+    for count in _WINDOWS:
+        if first:
+            # Elsewhere looking who still wants a token would wait for the device: all go on.
+            some = wanted_P.nonzero()[:, 0] if device.type == "cpu" else torch.arange(n * draws, device=device)
+            if not len(some):
+                break
+            row_R, number_R1 = some // draws, (some % draws)[:, None]
+        attempt_A = torch.arange(first, first + count, device=device)
+        u = uniforms(keys_N[row_R][:, None, None], number_R1[..., None], attempt_A)
+        named, good = _attempt(tail, before, row_R, u.view(len(row_R), -1))
+        named, good = named.view(-1, count), good.view(-1, count)
+        which = torch.where(good, attempt_A - first, count - 1).amin(1, keepdim=True)  # the first that succeeds
+        wanted = wanted_P[some]
+        token_P[some] = torch.where(wanted, named.gather(1, which)[:, 0], token_P[some])
+        wanted_P[some] = wanted & ~good.any(1)
+        first += count
+    return token_P.view(n, draws)
+
+
+def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """The token that each uniform number names in its row, and whether it is drawn."""
+    (n, vocab), groups, bits = tail.logits.shape, tail.sums.shape[1], weight_bits(tail.logits.shape[1])
+    low_bits = bits - UNIT_BITS
+    row_R1 = row_R[:, None]
+    first_R1 = row_R1 * groups
+    start_R1 = before[first_R1]
+    total_R1 = (before[first_R1 + groups] - start_R1) << low_bits
+    at_RC = torch.minimum((u_RC * total_R1.double()).long(), total_R1 - 1)
+    unit_RC = (at_RC >> low_bits).add_(start_R1)
+    # (the limits here and below are for rows of NaN, whose draws are never looked at)
+    group_RC = torch.searchsorted(before, unit_RC, right=True).sub_(1).clamp_(0, n * groups - 1)
+    inside_RC1 = (unit_RC - before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
+
+    # the group's tokens, and the units of each
+    first_RC1 = (group_RC - first_R1).mul_(tail.width)[:, :, None]
+    token_RCW = torch.arange(tail.width, device=row_R.device) + first_RC1
+    x_RCW = tail.logits[row_R1[:, :, None], token_RCW.clamp_(0, vocab - 1)]
+    edge_R11, top_R11 = tail.edge_x[row_R1, None], tail.top[row_R1, None]
+    in_head = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
+    x_RCW = x_RCW.float().masked_fill_(in_head, -torch.inf)
+    d_RCW = exact_transform(x_RCW, tail.logit_scale, tail.softcap) - top_R11
+    units_RCW = units_(d_RCW.clone(), exponent_scale(tail.draw_temperature))
+    running_RCW = units_RCW.cumsum(2)
+    behind_RCW = running_RCW <= inside_RC1
+    place_RC1 = behind_RCW.sum(2, keepdim=True).clamp_(max=tail.width - 1)
+    rest_RC = (inside_RC1[:, :, 0] - running_RCW.mul_(behind_RCW).amax(2)).long()  # units of the token itself
+    rest_RC = (rest_RC << low_bits).add_(at_RC & (2**low_bits - 1))
+    weight_RC = integer_weights(d_RCW.gather(2, place_RC1)[:, :, 0], exponent_scale(tail.draw_temperature), bits)
+    return token_RCW.gather(2, place_RC1)[:, :, 0], rest_RC < weight_RC
 
 
 def merge(

@@ -1,8 +1,10 @@
 """Whether Triton kernels are interpreted, which is the only way they run on CPU tensors."""
 
-import os
+from typing import Any
+
+import triton
 
 
-def triton_is_interpreted() -> bool:
-    """True where TRITON_INTERPRET is set (it must be set before the kernels are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+def is_interpreted(kernel: Any) -> bool:
+    """True where a kernel was imported under TRITON_INTERPRET=1: that is when triton decides, for good."""
+    return not isinstance(kernel, triton.JITFunction)

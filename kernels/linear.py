@@ -12,7 +12,7 @@ from .call import Call
 
 # Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of
 # their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
-# gradients up to 4,094 still fit.
+# gradients up to 4,094 still fit. Weights of rows are taken relative to the heaviest, where that is above 1.
 FLOAT16_SCALE = 16.0
 CUDA_CHUNK = 2048
 CPU_CHUNK_BYTES = 48 << 20
@@ -77,8 +77,12 @@ def linear_kd_loss_chunks(
     width, device = head.weight_VD.shape[0], hidden_ND.device
     settings: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "want_grad": any(want)}
     rescale_later = dtype == torch.float16
+    heaviest = None
     if rescale_later:
         settings["fixed_scale"] = FLOAT16_SCALE
+        if call.weights is not None:
+            heaviest = call.heaviest(hidden_ND.shape[0])
+            settings["upstream"] = 1.0 / heaviest
     rows = _engine(call, hidden_ND.shape[0], width, dtype, settings)
     weight_VD = head.weight_VD.to(dtype)
     bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
@@ -95,6 +99,7 @@ def linear_kd_loss_chunks(
     d_weight = torch.empty(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
     if d_weight is not None and rows.rows == 0:
         d_weight.zero_()
+    counted = rows.counted() if d_weight is not None else None
     d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
     buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
     for first in range(0, rows.rows, chunk):
@@ -112,10 +117,15 @@ def linear_kd_loss_chunks(
             else:
                 d_hidden[at if index is None else index[at]] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
         if d_weight is not None:
+            if counted is not None:
+                # a row that does not count may hold anything: its gradient is 0, and 0 * NaN would stay
+                hidden_CD = hidden_CD.masked_fill(~counted[at][:, None], 0.0)
             add_outer_product_(d_weight, x_CV, hidden_CD, first=first == 0)
         if d_bias is not None:
             d_bias += x_CV.sum(0, dtype=accumulator)
-    rescale = 1.0 / (rows.divisor * FLOAT16_SCALE) if rescale_later else None
+    rescale = None
+    if rescale_later:
+        rescale = (1.0 if heaviest is None else heaviest) / (rows.divisor * FLOAT16_SCALE)
     if index is not None and d_hidden is not None:
         d_hidden = d_hidden[:n]
     return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)

@@ -4,10 +4,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
-from .checks import check_rows, check_settings
+from .checks import (
+    check_floats,
+    check_positive,
+    check_rows,
+    check_settings,
+    describe,
+    overlaps,
+    whole_number,
+)
 from .errors import KDError
 from .linear import default_chunk
 from .targets import SparseTargets
@@ -49,26 +58,30 @@ def kd_loss(
     divided by `num_items`, the count of the whole optimizer step (an int or a 0-d tensor; by default the positions that
     count here, not the sum of the weights; 0 counts as 1). Nothing communicates: sum counts over ranks beforehand.
 
-    alpha and temperature may be 0-d tensors, so that a schedule neither recompiles nor synchronises.
+    alpha and temperature (at most 1000) may be 0-d tensors, so that a schedule neither recompiles nor synchronises.
+    They, weights, num_items and targets are constants: one that requires a gradient is refused.
     divergence: forward_kl, reverse_kl, jsd (`beta`: M = beta q + (1 - beta) p; beta KL(q|M) + (1 - beta) KL(p|M);
     Agarwal et al. 2024), skew_kl (KL(q | skew q + (1 - skew) p); Ko et al. 2024), tvd.
     treatment of the teacher's mass outside the head: bucket (one more outcome), sampled (by the stored draws; Anshumann
     et al. 2025), renormalize (dropped); auto is sampled for forward_kl where there are draws and T <= 1.5 times
     the temperature they were drawn at, else bucket. The last two take forward_kl only.
-    impl: auto (triton on a GPU, torch elsewhere), reference (dense float64), torch, triton.
+    impl: auto (triton on a GPU, torch elsewhere and for float64), reference (dense float64), torch, triton.
     inplace: the logits' buffer is given up; the gradient is written over it. Not in evaluation. The logits are unusable
     afterwards, and an operation that had saved them for its backward raises there.
 
     Gradients are computed in the forward: do not wrap the call in activation checkpointing, which would run all of it
-    twice and save nothing. A second backward through the same loss raises KDError.
+    twice and save nothing. (float16 is the exception: it computes them in the backward, where their scale is known.) A
+    second backward through the same loss raises KDError, and so do create_graph=True, forward-mode differentiation and
+    the transforms of torch.func.
 
     Raises KDError where arguments do not fit; for values inside tensors see `set_debug`.
     """
-    _check_tensor("logits", logits, 2)
+    _check_student("logits", logits)
     call = _call(
         "logits",
         logits,
         logits.shape[-1],
+        logits.dtype,
         targets,
         labels,
         alpha=alpha,
@@ -83,7 +96,13 @@ def kd_loss(
         num_items=num_items,
         impl=impl,
     )
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    if wanted and inplace and overlaps(logits):
+        raise KDError(
+            f"logits: found strides {logits.stride()} for shape {tuple(logits.shape)}, whose elements share memory (as "
+            "after expand), with inplace=True; pass logits.contiguous(), or leave inplace out."
+        )
+    if not wanted:
         loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *call)
     elif logits.dtype == torch.float16:
         loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, False, inplace, *call)
@@ -123,28 +142,33 @@ def linear_kd_loss(
     """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never held whole.
 
     Shapes: hidden `[N, D]` (or `[B, L, ..., D]`), weight `[V, D]`, bias `[V]`; the rest as in `kd_loss`. The scale
-    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma). Of compact targets, only the hidden
+    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma; with impl="triton" right to
+    softcap * 1e-7). Of compact targets, only the hidden
     rows they belong to go through the head.
 
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
-    grad_weight `[V, D]` float32: an accumulator across micro-batches. The backward adds the weight's gradient to it,
-    and none arrives at `weight` itself.
+    grad_weight `[V, D]` float32: an accumulator across micro-batches, whose elements may not share memory. The backward
+    adds the weight's gradient to it, and none arrives at `weight` itself.
     chunk_tokens: how many positions go through the head at once (by default 2048 on a GPU, some 48 MB of logits on a
     CPU). Under autocast the matrix products run in its type. `inplace` is there for symmetry with `kd_loss`: there is
     no buffer of the caller's to give up.
     """
-    _check_tensor("hidden", hidden, 2)
-    _check_tensor("weight", weight, 2)
+    _check_student("hidden", hidden)
+    _check_student("weight", weight)
+    if bias is not None:
+        _check_student("bias", bias, 1)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise KDError(
             f"weight: found shape {tuple(weight.shape)} for hidden {tuple(hidden.shape)}; "
             f"(V, {hidden.shape[-1]}) is needed."
         )
-    width = weight.shape[0]
+    width, autocast = weight.shape[0], _autocast_type(hidden)
+    dtype = hidden.dtype if autocast is None else autocast
     call = _call(
         "hidden",
         hidden,
         width,
+        dtype,
         targets,
         labels,
         alpha=alpha,
@@ -159,35 +183,32 @@ def linear_kd_loss(
         num_items=num_items,
         impl=impl,
     )
-    device_type = hidden.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
     for name, tensor, shape in (("weight", weight, weight.shape), ("bias", bias, (width,))):
         if tensor is None:
             continue
         if tuple(tensor.shape) != tuple(shape) or tensor.device != hidden.device:
             found = f"{tuple(tensor.shape)} on {tensor.device}"
             raise KDError(f"{name}: found {found}; {tuple(shape)} on {hidden.device} is needed.")
-        if tensor.dtype != hidden.dtype and not autocast:
+        if tensor.dtype != hidden.dtype and (autocast is None or tensor.dtype == torch.float64):
             raise KDError(f"{name}: found {tensor.dtype}, hidden {hidden.dtype}; one type (or autocast) is needed.")
     for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
-        if number is not None and not 0 < number < float("inf"):
-            raise KDError(f"{name}: found {number}; a positive number is needed.")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise KDError(f"chunk_tokens: found {chunk_tokens}; at least 1 is needed.")
+        if number is not None:
+            check_positive(name, number)
+    if chunk_tokens is not None:
+        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a number of positions")
+        if chunk_tokens < 1:
+            raise KDError(f"chunk_tokens: found {chunk_tokens}; at least 1 is needed.")
 
     grad_mode = torch.is_grad_enabled()
     want = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_weight is not None:
-        if grad_weight.shape != weight.shape or grad_weight.dtype != torch.float32:
-            found = f"{tuple(grad_weight.shape)} {grad_weight.dtype}"
-            raise KDError(f"grad_weight: found {found}; {tuple(weight.shape)} torch.float32 is needed.")
+        _check_accumulator(grad_weight, weight)
         if grad_mode and not weight.requires_grad:
             raise KDError(
                 "grad_weight: found with a weight that does not require a gradient; leave it out, or unfreeze."
             )
     chunk = chunk_tokens or default_chunk(hidden.device, width, dtype.itemsize)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.flatten(0, -2)
     loss, hard, soft, *_ = torch.ops.fastkd.linear_kd_loss(
         flat, weight, bias, grad_weight, softcap, logit_scale, chunk, dtype, want, *call
     )
@@ -237,14 +258,16 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.settings().items())
 
 
-def resolve_impl(impl: str, tensor: Tensor) -> str:
-    """The implementation for tensors on this device; KDError for triton where it cannot run."""
+def resolve_impl(impl: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """The implementation for tensors on this device, in this type; KDError for triton where it cannot run."""
     if impl == "auto":
-        return "triton" if tensor.is_cuda else "torch"
-    if impl == "triton" and not tensor.is_cuda:
-        from .interpreter import triton_is_interpreted
-
-        if not triton_is_interpreted():
+        impl = "triton" if tensor.is_cuda and dtype != torch.float64 else "torch"
+    if impl == "triton":
+        try:
+            from .loss_triton import INTERPRETED
+        except ImportError as error:
+            raise KDError("impl: found 'triton', which cannot be imported; install it, or use impl='torch'.") from error
+        if not tensor.is_cuda and not INTERPRETED:
             raise KDError(
                 f"impl: found 'triton' with a tensor on {tensor.device}; move it to a GPU, use impl='torch', or set "
                 "TRITON_INTERPRET=1 before triton is imported to interpret the kernels (slow, for tests)."
@@ -252,10 +275,48 @@ def resolve_impl(impl: str, tensor: Tensor) -> str:
     return impl
 
 
-def _check_tensor(name: str, tensor: Tensor, least: int) -> None:
-    if tensor.ndim < least or not tensor.is_floating_point():
-        found = f"{tuple(tensor.shape)} {tensor.dtype}"
-        raise KDError(f"{name}: found {found}; a floating-point tensor of at least {least} dimensions is needed.")
+# torch.compile guards on the transforms around a call itself
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_a_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
+    check_floats(name, tensor)
+    if tensor.ndim < least:
+        raise KDError(f"{name}: found shape {tuple(tensor.shape)}; at least {least} dimensions are needed.")
+    if _in_a_transform():
+        raise KDError(f"{name}: found inside a transform of torch.func (grad, jvp, vmap); call the loss outside of it.")
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise KDError(f"{name}: found a forward-mode tangent; the loss has gradients in reverse mode alone.")
+
+
+def _autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would compute with; None where it is off, and for float64, which it leaves alone."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
+    if not isinstance(grad_weight, Tensor) or grad_weight.shape != weight.shape or grad_weight.dtype != torch.float32:
+        raise KDError(f"grad_weight: found {describe(grad_weight)}; {tuple(weight.shape)} torch.float32 is needed.")
+    if grad_weight.device != weight.device:
+        raise KDError(f"grad_weight: found on {grad_weight.device}, weight on {weight.device}; one device is needed.")
+    if grad_weight.requires_grad:
+        raise KDError(
+            "grad_weight: found a tensor that requires a gradient; it is added to in place, pass a plain one."
+        )
+    if not torch.compiler.is_compiling() and grad_weight.is_inference():
+        raise KDError("grad_weight: found a tensor made under torch.inference_mode; one that may be written is needed.")
+    if overlaps(grad_weight):
+        raise KDError(
+            f"grad_weight: found strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}, whose elements "
+            "share memory (as after expand); pass a contiguous one."
+        )
 
 
 def _there(value: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -267,6 +328,7 @@ def _call(
     what: str,
     x: Tensor,
     width: int,
+    dtype: torch.dtype,
     targets: SparseTargets,
     labels: Tensor | None,
     *,
@@ -293,6 +355,9 @@ def _call(
         skew=skew,
         impl=impl,
     )
+    ignore_index = whole_number("ignore_index", ignore_index, "an int")
+    if num_items is not None and not isinstance(num_items, Tensor):
+        num_items = whole_number("num_items", num_items, "an int or a 0-d tensor, the whole step's count,")
     check_rows(what, tuple(x.shape[:-1]), width, x.device, targets, labels, mask, weights, num_items)
     if treatment == "auto" and (divergence != "forward_kl" or targets.draws is None):
         treatment = "bucket"
@@ -301,7 +366,7 @@ def _call(
         mask=None if mask is None else mask.reshape(-1).contiguous(),
         weights=None if weights is None else weights.detach().reshape(-1).contiguous(),
         num_items=_there(num_items, x.device),
-        items=num_items if isinstance(num_items, int) else -1,
+        items=-1 if num_items is None or isinstance(num_items, Tensor) else num_items,
         alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
         alpha_tensor=_there(alpha, x.device),
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
@@ -317,7 +382,7 @@ def _call(
         vocab_size=targets.vocab_size,
         divergence=divergence,
         treatment=treatment,
-        mix=beta if divergence == "jsd" else skew,
+        mix=float(beta if divergence == "jsd" else skew),
         ignore_index=ignore_index,
-        impl=resolve_impl(impl, x),
+        impl=resolve_impl(impl, x, dtype),
     )

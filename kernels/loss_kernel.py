@@ -46,6 +46,7 @@ def prepare_kernel(
     M: tl.constexpr,
     OFF_GRID: tl.constexpr,
     SNAP: tl.constexpr,
+    HIGHEST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -69,7 +70,8 @@ def prepare_kernel(
                 rows = start + tl.arange(0, BLOCK)
                 counted += _counted(rows, rows < P, labels_ptr, mask_ptr, index_ptr, N, ignore_index).to(tl.int32)
             divisor = tl.sum(counted).to(tl.float32)
-    divisor = tl.maximum(divisor, 1.0)
+    # a count that is none makes the loss NaN: `maximum` would take it for 1
+    divisor = tl.where(divisor >= 0.0, tl.maximum(divisor, 1.0), nan)
     scale = 1.0 / divisor
     if fixed_scale != 0.0:
         scale = fixed_scale
@@ -96,7 +98,7 @@ def prepare_kernel(
     weight = weight * t + tl.load(row + 2 * (M + 1), mask=there, other=0.0)
     weight = weight * t + tl.load(row + (M + 1), mask=there, other=0.0)
     weight = weight * t + tl.load(row, mask=there, other=0.0)
-    served = (temperature > 0.0) & (beta > 0.0) & (beta <= highest * (1.0 + SNAP)) & (on_grid | OFF_GRID)
+    served = (temperature > 0.0) & (temperature <= HIGHEST) & (beta <= highest * (1.0 + SNAP)) & (on_grid | OFF_GRID)
     temperature = tl.where(served, temperature, nan)
 
     tl.store(params_ptr + ALPHA, alpha)
@@ -284,10 +286,12 @@ def loss_kernel(
     used = logprob > float("-inf")
     wrong = (used & ((ids < 0) | (ids >= teacher_V))) | (logprob != logprob)
     ids = tl.where((ids < 0) | (ids >= V), 0, ids)
-    bad = False
+    # under alpha = 1 a soft loss of NaN adds nothing: the hard loss has to say it too
+    bad = T != T
     if labels_ptr is not None:
-        bad = (label < 0) | (label >= V)
-        label = tl.where(bad, 0, label)
+        outside = (label < 0) | (label >= V)
+        bad = bad | outside
+        label = tl.where(outside, 0, label)
 
     tails = tails.to(tl.float32)
     outcomes = outcomes.to(tl.float32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_student, values_are_checked
+from .checks import check_student
 from .divergences import outcome_terms
 from .targets import TargetsAt
 
@@ -46,18 +46,14 @@ def loss_rows_(
         del masked, capped
 
     in_support = at.log_q > -_INF
-    ids = call.ids.long()
-    if not values_are_checked(x_CV.device):
-        ids = ids.clamp(0, x_CV.shape[1] - 1)
+    # An unused place may hold anything. It points at the row's first entry of S, so that it marks nothing of its own.
+    ids = call.ids.long().masked_fill(~in_support, 0)
     if ids.shape[1]:
-        # A place outside S points at the row's first entry of S, so that it marks nothing of its own.
-        first = ids.gather(1, in_support.int().argmax(1, keepdim=True))
-        ids = torch.where(in_support, ids, first)
+        ids = torch.where(in_support, ids, ids.gather(1, in_support.int().argmax(1, keepdim=True)))
     z_CK = x_CV.gather(1, ids)
     label = None
     if call.labels is not None:
-        label = call.labels.long().masked_fill(~counted, 0)
-        label = label.clamp(0, x_CV.shape[1] - 1)[:, None]
+        label = call.labels.long().masked_fill(~counted, 0)[:, None]
         z_label = x_CV.gather(1, label)[:, 0]
     # With S taken out, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
     x_CV.scatter_(1, ids, torch.where(in_support.any(1, keepdim=True), -_INF, z_CK))
@@ -89,8 +85,7 @@ def loss_rows_(
     log_s_t = s_t.log()
     log_p_tail = s_off_t.log() + shift / t - log_s_t
     log_p = (z_CK - m[:, None]) / t - log_s_t[:, None]
-    if values_are_checked(x_CV.device):
-        check_student(counted & ~(m + s_1.log()).isfinite(), what, first_row)
+    check_student(counted & ~(m + s_1.log()).isfinite(), what, first_row)
 
     divergence, on_support, off_support = outcome_terms(call.divergence, call.mix, at, log_p, log_p_tail)
     soft = t * t * divergence * row_weight

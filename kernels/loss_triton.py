@@ -7,12 +7,15 @@ import triton
 from torch import Tensor
 
 from .call import DIVERGENCES, Call
-from .checks import check_student, check_values, values_are_checked
+from .checks import HIGHEST_TEMPERATURE, check_student, check_values, values_are_checked
 from .errors import KDError
+from .interpreter import is_interpreted
 from .loss_kernel import BUCKET, DIVISOR, RENORMALIZE, SAMPLED, WEIGHTS, loss_kernel, prepare_kernel, total_kernel
 from .sweeps import sweep_settings, zero_uncovered_kernel
 from .tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from .targets import sampled_reach
+
+INTERPRETED = is_interpreted(loss_kernel)
 
 
 class TritonRows:
@@ -69,6 +72,7 @@ class TritonRows:
             M=m,
             OFF_GRID=m >= OFF_GRID_NEEDS,
             SNAP=ON_GRID,
+            HIGHEST=HIGHEST_TEMPERATURE,
             BLOCK=4096,
             BLOCK_M=self.block_m,
             num_warps=8,
@@ -116,6 +120,12 @@ class TritonRows:
             return None
         inside = (self.index >= 0) & (self.index < self.positions)
         return torch.where(inside, self.index, self.positions).long()
+
+    def counted(self) -> Tensor | None:
+        """Which rows count, bool `[P]`; None where all do. The kernels write zeros for the others."""
+        if self.call.labels is None and self.call.mask is None and self.index is None:
+            return None
+        return self.call.by_row_within(self.positions)[1]
 
     def _launch(self, x: Tensor, g: Tensor | None, programs: int, first: int, *, by_position: bool) -> None:
         if programs == 0:
@@ -186,12 +196,17 @@ def kd_loss_triton(
     rows = TritonRows(
         call, logits.numel() // max(width, 1), width, logits.dtype, upstream=upstream, want_grad=out is not None
     )
-    rows.loss_at_positions(_as_three(logits), None if out is None else _as_three(out))
+    three = _as_three(logits)
+    gradient = three if out is logits else None if out is None else _as_three(out)
+    rows.loss_at_positions(three, gradient)
+    if out is not None and gradient is not None and gradient.data_ptr() != out.data_ptr():
+        out.copy_(gradient.view(out.shape))
     return rows.total()
 
 
 def _as_three(x: Tensor) -> Tensor:
-    """A view `[B, L, V]` of `[..., V]`: two strides address every position, so that no slice has to be copied."""
-    if x.ndim <= 3:
-        return x[None] if x.ndim == 2 else x
-    return x.view(-1, *x.shape[-2:])
+    """`[..., V]` as `[B, L, V]`: two strides address every position, so that no slice has to be copied.
+
+    A copy only where more leading dimensions do not collapse into two.
+    """
+    return x[None] if x.ndim == 2 else x.flatten(0, -3)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import kd_loss_blocks
-from .call import SCHEMA, Call
+from .call import SCHEMA, Call, saveable
 from .errors import KDError
 from .linear import Head, linear_kd_loss_chunks
 from .reference import kd_loss_reference, linear_reference
@@ -116,7 +116,8 @@ def _linear(
         wanted = [x for x, w in zip((hidden, weight, bias), want, strict=True) if w and x is not None]
         *losses, gradients = linear_reference(hidden, weight, bias, call, softcap, logit_scale, wanted)
         remaining = iter(gradients)
-        types = (hidden.dtype, torch.float32, torch.float32)
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        types = (hidden.dtype, accumulator, accumulator)
         shaped = [next(remaining).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
         rescale = hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else empty
         return *losses, *shaped, rescale
@@ -196,7 +197,12 @@ def _only_loss(ctx: Any, *others: Tensor) -> None:
 
 
 def _once(ctx: Any) -> None:
-    """The gradient is scaled where it lies: a second backward would scale it twice."""
+    """The gradient is scaled where it lies: a second backward would scale it twice, and nothing leads through it."""
+    if torch.is_grad_enabled():
+        raise KDError(
+            "backward: found create_graph=True; the loss has no second derivatives, its gradients being constants "
+            "computed beforehand. Leave it out, or differentiate a loss written in torch operations."
+        )
     if getattr(ctx, "spent", False):
         raise KDError(
             "backward: called a second time on the same loss, whose gradients the first one handed out; compute the "
@@ -212,7 +218,7 @@ def _kd_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if ctx.want_grad:
         ctx.save_for_backward(output[3])
     else:
-        ctx.save_for_backward(logits, *(a for a in args if isinstance(a, Tensor)))
+        ctx.save_for_backward(logits, *(saveable(a) for a in args if isinstance(a, Tensor)))
         ctx.args = [None if isinstance(a, Tensor) else a for a in args]
         ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 

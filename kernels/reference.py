@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .blocks import counted_rows
-from .call import Call
+from .call import Call, saveable
 from .targets import TargetsAt
 
 _INF = float("inf")
@@ -68,7 +68,7 @@ def kd_loss_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard and soft; the gradient times `upstream` goes to `out`."""
     losses, gradients = _differentiate(
-        lambda leaves: leaves[0], [logits_NV], [logits_NV] if out_NV is not None else [], call, logits_NV.shape
+        lambda x_CV, _: x_CV, [logits_NV], [logits_NV] if out_NV is not None else [], call, logits_NV.shape
     )
     if out_NV is not None:
         out_NV.copy_(gradients[0] if upstream is None else gradients[0] * upstream)
@@ -86,9 +86,9 @@ def linear_reference(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, hard, soft and the gradients in those of the arguments that are `wanted`."""
 
-    def logits(leaves: list[Tensor]) -> Tensor:
-        raw = leaves[0] @ leaves[1].T
-        return head_logits(raw if bias_V is None else raw + leaves[2], softcap, logit_scale)
+    def logits(hidden_CD: Tensor, head: list[Tensor]) -> Tensor:
+        raw = hidden_CD @ head[0].T
+        return head_logits(raw if bias_V is None else raw + head[1], softcap, logit_scale)
 
     inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None]
     losses, gradients = _differentiate(logits, inputs, wanted, call, (hidden_ND.shape[0], weight_VD.shape[0]))
@@ -96,18 +96,20 @@ def linear_reference(
 
 
 def _differentiate(
-    logits: Callable[[list[Tensor]], Tensor],
+    logits: Callable[[Tensor, list[Tensor]], Tensor],
     inputs: list[Tensor],
     wanted: list[Tensor],
     call: Call,
     shape: tuple[int, ...],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    call, index, divisor = counted_rows(call, *shape)
+    """Losses, and gradients in `wanted`. `logits`: of the first input's rows that count, and the other inputs."""
+    call, index, divisor = counted_rows(Call(*map(saveable, call)), *shape)
 
     def run() -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-        leaves = [x.detach().double().requires_grad_() for x in inputs]
-        z_NV = logits(leaves)
-        loss, hard, soft = _total(z_NV if index is None else z_NV[index], call, divisor)
+        leaves = [saveable(x.detach().double()).requires_grad_() for x in inputs]
+        # rows that do not count never meet a weight: 0 * NaN would reach its gradient
+        rows = leaves[0] if index is None else leaves[0][index]
+        loss, hard, soft = _total(logits(rows, leaves[1:]), call, divisor)
         by_input = {id(x): leaf for x, leaf in zip(inputs, leaves, strict=True)}
         gradients = torch.autograd.grad(loss, [by_input[id(x)] for x in wanted]) if wanted else ()
         return (loss.detach().float(), hard.detach().float(), soft.detach().float()), list(gradients)

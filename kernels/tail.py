@@ -27,19 +27,15 @@ def spline_table(temperatures: tuple[float, ...]) -> tuple[NDArray[np.float64], 
 
     Returns `knots [P]`, ascending in β with knots[0] = 0, and `coefficients [P, 4, P]`: from knots[i] to the next one,
     the weight of value j is `Σ_d coefficients[i, d, j] (β - knots[i])^d`. The values are (log outcomes, tail at each
-    temperature in the order given). The last row is that of the last knot alone, where its own value has weight 1.
+    temperature in the order given). The last row is that of the last knot alone, where its own value has weight 1; with
+    fewer temperatures than OFF_GRID_NEEDS, every row is: nothing off the grid is asked of them.
     """
     betas = np.array([0.0, *(1.0 / t for t in temperatures)])
     order = np.argsort(betas, kind="stable")
     knots, n = betas[order], len(betas)
     table = np.zeros((n, 4, n))
     table[:, 0] = np.eye(n)
-    if n < 4:  # the interpolating polynomial of degree n - 1, which is what not-a-knot means with so few points
-        powers = np.linalg.solve(np.vander(knots, n, increasing=True), np.eye(n))  # [degree, j]
-        for i, left in enumerate(knots[:-1]):
-            table[i, 1] = powers[1] + (2.0 * powers[2] * left if n == 3 else 0.0)
-            table[i, 2] = powers[2] if n == 3 else 0.0
-    else:
+    if len(temperatures) >= OFF_GRID_NEEDS:
         h = np.diff(knots)
         slope = np.diff(np.eye(n), axis=0) / h[:, None]
         # Unknowns: second derivatives at the knots. Inner rows: the first derivative is continuous. End rows: the

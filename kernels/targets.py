@@ -1,7 +1,8 @@
 """SparseTargets: what a teacher said, in a few numbers a position, and what follows from them at any temperature."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ TREATMENTS = ("auto", "bucket", "sampled", "renormalize")
 # `auto` takes the draws up to this multiple of the temperature they were drawn at: beyond it their variance costs
 # more than the bucket's bias (measured in the gradient through a real head).
 SAMPLED_REACH = 1.5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGER_TYPE = "an integer type (int8 to int64, or uint8: torch does not compute with wider unsigned ones)"
 _INF = float("inf")
 
 
@@ -66,11 +70,19 @@ class SparseTargets:
     index: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        for name in ("ids", "logprobs", "tail", "draws", "index"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (name not in ("draws", "index") or value is not None):
+                raise KDError(f"targets.{name}: found {type(value).__name__}; a tensor is needed.")
         if not isinstance(self.outcomes, Tensor):
-            object.__setattr__(self, "outcomes", torch.as_tensor(self.outcomes, device=self.ids.device))
+            if not isinstance(self.outcomes, Integral):
+                raise KDError(f"targets.outcomes: found {self.outcomes!r}; a tensor or an int is needed.")
+            object.__setattr__(self, "outcomes", torch.as_tensor(int(self.outcomes), device=self.ids.device))
         if self.ids.ndim != 2:
             raise KDError(f"targets.ids: found shape {tuple(self.ids.shape)}; (positions, entries) is needed.")
+        if not isinstance(self.temperatures, Iterable) or not all(isinstance(t, Real) for t in self.temperatures):
+            raise KDError(f"temperatures: found {self.temperatures!r}; numbers are needed.")
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         n = self.ids.shape[0]
         expected: dict[str, list[tuple[int, ...]]] = {
             "logprobs": [tuple(self.ids.shape)],
@@ -88,18 +100,24 @@ class SparseTargets:
                 raise KDError(f"targets.{name}: found shape {tuple(value.shape)}; {wanted} is needed beside ids.")
             if value.device != self.ids.device:
                 raise KDError(f"targets.{name}: found on {value.device}, ids on {self.ids.device}; use .to(device).")
-            if value.is_floating_point() != (name in ("logprobs", "tail")):
-                kind = "a floating-point" if name in ("logprobs", "tail") else "an integer"
-                raise KDError(f"targets.{name}: found {value.dtype}; {kind} type is needed.")
-        if self.ids.is_floating_point():
-            raise KDError(f"targets.ids: found {self.ids.dtype}; an integer type is needed.")
+            if name in ("logprobs", "tail") and value.dtype not in FLOATS:
+                raise KDError(f"targets.{name}: found {value.dtype}; a floating-point type is needed.")
+            if name not in ("logprobs", "tail") and value.dtype not in INTEGERS:
+                raise KDError(f"targets.{name}: found {value.dtype}; {INTEGER_TYPE} is needed.")
+        if self.ids.dtype not in INTEGERS:
+            raise KDError(f"targets.ids: found {self.ids.dtype}; {INTEGER_TYPE} is needed.")
         grid = self.temperatures
-        if 1.0 not in grid or len(set(grid)) != len(grid) or not all(0 < t < _INF for t in grid):
+        # compared one by one: torch.compile may hold them as symbols, of which it knows neither `in` nor sets
+        distinct = all(s != t for i, t in enumerate(grid) for s in grid[:i])
+        if not any(t == 1.0 for t in grid) or not distinct or not all(0 < t < _INF for t in grid):
             raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
-        if not 0 < self.draw_temperature < _INF:
-            raise KDError(f"draw_temperature: found {self.draw_temperature}; a positive number is needed.")
-        if self.vocab_size < 1:
-            raise KDError(f"vocab_size: found {self.vocab_size}; the width of the teacher's head is needed.")
+        if not isinstance(self.draw_temperature, Real) or not 0 < self.draw_temperature < _INF:
+            raise KDError(f"draw_temperature: found {self.draw_temperature!r}; a positive number is needed.")
+        if not isinstance(self.vocab_size, Integral) or self.vocab_size < 1:
+            raise KDError(f"vocab_size: found {self.vocab_size!r}; the width of the teacher's head is needed.")
+        # numpy's numbers become Python's: an operator takes no others
+        object.__setattr__(self, "draw_temperature", float(self.draw_temperature))
+        object.__setattr__(self, "vocab_size", int(self.vocab_size))
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -109,23 +127,24 @@ class SparseTargets:
         """Where the targets are."""
         return self.ids.device
 
-    def _map(self, function: Any) -> "SparseTargets":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(k, v) for k, v in tensors.items() if isinstance(v, Tensor)})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     def __getitem__(self, rows: slice | Tensor) -> "SparseTargets":
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers."""
         if not isinstance(rows, (slice, Tensor)):
             raise KDError(f"targets[...]: found {type(rows).__name__}; a slice, a mask or a tensor of rows is needed.")
-        return self._map(lambda _, x: x if x.ndim == 0 else x[rows])
+        return self._map(lambda x: x if x.ndim == 0 else x[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
         """The targets on another device."""
-        return self._map(lambda _, x: x.to(device, non_blocking=non_blocking))
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SparseTargets":
         """The targets in page-locked memory, from which a copy to a device can run ahead."""
-        return self._map(lambda _, x: x.pin_memory())
+        return self._map(lambda x: x.pin_memory())
 
     @classmethod
     def from_logits(

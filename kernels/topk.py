@@ -1,6 +1,7 @@
 """From a teacher's logits, or its last hidden states, to SparseTargets: top-k, tails at every temperature, draws."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,17 @@ from torch import Tensor
 
 from .errors import KDError
 from .targets import SparseTargets
-from .topk_torch import Plan, Rows, fill_torch
+from .topk_plan import Plan, Rows
+from .topk_torch import fill_torch
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
 ROWS_AT_ONCE = 8192
+# Least and greatest of each number: beyond, float32 arithmetic on real logits overflows or keeps no digits.
+TEMPERATURES = (1e-3, 1e6)
+SOFTCAPS = (1e-3, 1e4)
+LOGIT_SCALES = (1e-30, 1e30)
 CHUNK_TOKENS = 2048  # of the head's product on a GPU, where the product is then as fast as an unchunked one
 CHUNK_BYTES = 32 << 20  # of the same on a CPU
 
@@ -37,14 +43,15 @@ def topk_targets(
     """Sparse targets of a teacher's logits.
 
     logits `[N, V]` or `[..., V]` (rows in row-major order), bfloat16, float16, float32 or float64, of any stride. −inf
-        marks a token that is no outcome. z = logits·logit_scale, then softcap·tanh(z/softcap), in float32 (float64
-        for float64 logits).
+        marks a token that is no outcome. z = logits·logit_scale (1e-30 to 1e30), then softcap·tanh(z/softcap) (1e-3 to
+        1e4; right to softcap·1e-7), in float32 (float64 for float64 logits).
     k: size of the exact head, at most V is used: the first k of a stable descending sort of the logits (equal logits:
         lower id first). 0 with draws: no head at all.
-    temperatures: where the tail's log-partition is stored; 1.0 among them.
+    temperatures: where the tail's log-partition is stored; 1.0 among them, each from 0.001 to 1e6.
     mass: cut each head after the entry at which its probability (T = 1) reaches this; what is cut joins the tail.
     draws: tokens drawn a row, with replacement, from the tail's softmax at `draw_temperature`; equal ones are merged
-        with their count and follow the head, best first. Rows with an empty tail have none.
+        with their count and follow the head, best first. Rows with an empty tail have none. `draw_temperature` is 0.001
+        to 1e6: below, a logit's own rounding decides what is drawn; above, nothing but the number of outcomes does.
     seed, positions: what the draws depend on beside the logits, bit for bit, on any device and in any batching.
         positions int64, shape `[N]` or that of the logits without V: each row's number in the data set (default:
         0 to N - 1). See `draws.py` for what is approximated.
@@ -54,8 +61,9 @@ def topk_targets(
     Returns ids int32 `[N, K]`, logprobs float32 `[N, K]` (nats), tail float32 `[N, M]` (nats), outcomes int32 `[N]`,
     and draws int32 `[N, K]` or None; K = min(k, V) + draws. Detached from autograd.
 
-    A row with NaN, with +inf or with no finite logit raises KDError on the CPU; on a GPU nothing waits for the device,
-    and the row's logprobs and tail are NaN. KDError where the arguments do not fit together.
+    A row with NaN, with +inf, with no finite logit, or with logits that float32 cannot hold after `logit_scale` or
+    relative to the row's best, raises KDError on the CPU; on a GPU nothing waits for the device, and the row's logprobs
+    and tail are NaN. KDError where the arguments do not fit together.
     """
     if not isinstance(logits, Tensor) or logits.ndim < 1 or logits.dtype not in DTYPES:
         raise KDError(f"logits: found {_describe(logits)}; a floating-point tensor (..., V) is needed.")
@@ -116,8 +124,8 @@ def linear_topk_targets(
         )
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise KDError(f"bias: found shape {tuple(bias.shape)}; ({weight.shape[0]},), as of weight, is needed.")
-    if chunk_tokens is not None and not (_is_integer(chunk_tokens) and chunk_tokens >= 1):
-        raise KDError(f"chunk_tokens: found {chunk_tokens}; a positive integer is needed.")
+    if chunk_tokens is not None:
+        chunk_tokens = _integer("chunk_tokens", chunk_tokens, "a positive integer is needed.", least=1)
     vocab = weight.shape[0]
     plan = _plan(vocab, k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="weight")
     positions_N = _positions(positions, hidden, "hidden")
@@ -197,34 +205,72 @@ def _plan(
     """The settings of a call, checked."""
     if vocab < 1:
         raise KDError(f"{where}: found a vocabulary of 0 tokens; at least one is needed.")
-    if not _is_integer(k) or k < 0:
-        raise KDError(f"k: found {k!r}; the size of the head, an integer >= 0, is needed.")
-    if not _is_integer(draws) or draws < 0:
-        raise KDError(f"draws: found {draws!r}; the number of draws a row, an integer >= 0, is needed.")
+    k = _integer("k", k, "the size of the head, an integer >= 0, is needed.", least=0)
+    draws = _integer("draws", draws, "the number of draws a row, an integer >= 0, is needed.", least=0)
+    seed = _integer("seed", seed, "an integer is needed.")
     if k == 0 and draws == 0:
         raise KDError("k: found 0 with draws=0, which keeps nothing; k >= 1, or draws >= 1, is needed.")
-    if not _is_integer(seed):
-        raise KDError(f"seed: found {seed!r}; an integer is needed.")
-    grid = tuple(float(t) for t in temperatures)
-    if 1.0 not in grid or len(set(grid)) != len(grid) or not all(0 < t < math.inf for t in grid):
-        raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
-    if mass is not None and not 0 < mass <= 1:
-        raise KDError(f"mass: found {mass}; a probability above 0 and at most 1, or None, is needed.")
-    for name, number in (("draw_temperature", draw_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if number is not None and not 0 < number < math.inf:
-            raise KDError(f"{name}: found {number}; a positive, finite number is needed.")
     return Plan(
         vocab_size=vocab,
-        k=min(int(k), vocab),
-        temperatures=grid,
-        # a head reaches probability 1 with its last outcome, and there is nothing to cut after that
-        mass=None if mass is None or mass == 1 else float(mass),
-        draws=int(draws),
-        draw_temperature=float(draw_temperature),
-        seed=int(seed),
-        softcap=None if softcap is None else float(softcap),
-        logit_scale=None if logit_scale is None or logit_scale == 1 else float(logit_scale),
+        k=min(k, vocab),
+        temperatures=_grid(temperatures),
+        mass=_mass(mass),
+        draws=draws,
+        draw_temperature=_number("draw_temperature", draw_temperature, TEMPERATURES),
+        seed=seed,
+        softcap=None if softcap is None else _number("softcap", softcap, SOFTCAPS),
+        logit_scale=None
+        if logit_scale is None or logit_scale == 1
+        else _number("logit_scale", logit_scale, LOGIT_SCALES),
     )
+
+
+def _grid(temperatures: Any) -> tuple[float, ...]:
+    least, greatest = TEMPERATURES
+    try:
+        grid = tuple(float(t) for t in temperatures)
+    except (TypeError, ValueError):
+        grid = ()
+    if 1.0 not in grid or len(set(grid)) != len(grid) or not all(least <= t <= greatest for t in grid):
+        raise KDError(
+            f"temperatures: found {grid or temperatures!r}; distinct numbers from {least:g} to {greatest:g} with 1.0 "
+            "among them are needed."
+        )
+    return grid
+
+
+def _mass(mass: Any) -> float | None:
+    if mass is None:
+        return None
+    try:
+        number = float(mass)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number <= 1:
+        raise KDError(f"mass: found {mass!r}; a probability above 0 and at most 1, or None, is needed.")
+    # a head reaches probability 1 with its last outcome, and there is nothing to cut after that
+    return None if number == 1 else number
+
+
+def _number(name: str, value: Any, bounds: tuple[float, float]) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not bounds[0] <= number <= bounds[1]:
+        raise KDError(f"{name}: found {value!r}; a number from {bounds[0]:g} to {bounds[1]:g} is needed.")
+    return number
+
+
+def _integer(name: str, value: Any, needed: str, *, least: float = -math.inf) -> int:
+    """Any integer type's value (numpy's too); booleans and tensors are none."""
+    try:
+        number = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise KDError(f"{name}: found {value!r}; {needed}")
+    return number
 
 
 def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
@@ -264,10 +310,6 @@ def _use_triton(impl: str, rows: Tensor, plan: Plan) -> bool:
             "(TRITON_INTERPRET=1 before triton is imported), are needed. Use impl='auto'."
         )
     return True
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _describe(value: Any) -> str:

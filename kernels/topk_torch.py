@@ -8,93 +8,30 @@ Rows are taken in blocks small enough for a CPU's last-level cache. In each bloc
    tail is never the difference of two numbers that nearly cancel. The full log-partition is head plus tail.
 """
 
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .draws import LOG2E, exact_transform, exponent_scale, integer_weights, invert, merge, uniforms, weight_bits
-from .errors import KDError
+from .draws import LOG2E, Tail, draw, exact_transform, exponent_scale, merge, row_keys, units_
+from .topk_plan import Plan, Rows, refuse
 
 GROUP = 32
 BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
 BLOCK_BYTES_ELSEWHERE = 64 << 20
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to make of a row of `vocab_size` logits, checked."""
-
-    vocab_size: int
-    k: int  # at most vocab_size
-    temperatures: tuple[float, ...]
-    mass: float | None
-    draws: int
-    draw_temperature: float
-    seed: int
-    softcap: float | None
-    logit_scale: float | None
-
-    @property
-    def width(self) -> int:
-        """K, the places of a row."""
-        return self.k + self.draws
-
-    def chains(self) -> tuple[tuple[int, int], ...]:
-        """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
-
-        An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power.
-        """
-        left = sorted(range(len(self.temperatures)), key=lambda m: -self.temperatures[m])
-        steps: list[tuple[int, int]] = []
-        while left:
-            last, power = left.pop(0), 0
-            steps.append((last, power))
-            for m in list(left):
-                power = round(ratio := self.temperatures[last] / self.temperatures[m])
-                if power in (2, 4) and ratio == power:
-                    steps.append((m, power))
-                    left.remove(m)
-                    last = m
-        return tuple(steps)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The fields of SparseTargets being filled: ids int32 0, logprobs float32 −inf and draws int32 0 at first `[N, K]`,
-    tail float32 `[N, M]`, outcomes int32 `[N]`."""
-
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
-    outcomes: Tensor
-    draws: Tensor | None
-
-    @classmethod
-    def empty(cls, rows: int, plan: Plan, device: torch.device) -> "Rows":
-        """Room for some rows."""
-        shape = (rows, plan.width)
-        return cls(
-            ids=torch.zeros(shape, dtype=torch.int32, device=device),
-            logprobs=torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
-            tail=torch.empty((rows, len(plan.temperatures)), dtype=torch.float32, device=device),
-            outcomes=torch.empty(rows, dtype=torch.int32, device=device),
-            draws=torch.zeros(shape, dtype=torch.int32, device=device) if plan.draws else None,
-        )
-
-    def __getitem__(self, rows: slice) -> "Rows":
-        return Rows(
-            self.ids[rows],
-            self.logprobs[rows],
-            self.tail[rows],
-            self.outcomes[rows],
-            None if self.draws is None else self.draws[rows],
-        )
+# Draws are made for many blocks' rows at once: they are some hundred operations on little data.
+ROWS_DRAWN = 512
 
 
 def transform(x: Tensor, plan: Plan) -> Tensor:
     """What the head does to a logit after the matrix product: scale, then softcap. −inf (a masked token) stays."""
+    if x.dtype == torch.float32:
+        return exact_transform(x, plan.logit_scale, plan.softcap)
     if plan.logit_scale is not None:
         x = x * plan.logit_scale
     if plan.softcap is not None:
@@ -107,26 +44,115 @@ def fill_torch(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, fi
     rows, vocab = logits_NV.shape
     work = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     groups = -(-vocab // GROUP)
+    on_cpu = logits_NV.device.type == "cpu"
     budget = BLOCK_BYTES.get(logits_NV.device.type, BLOCK_BYTES_ELSEWHERE)
     block = max(1, min(rows, budget // (groups * GROUP * work.itemsize)))
-    # the last group is filled up with tokens that are no outcomes
-    x = torch.full((block, groups * GROUP), -torch.inf, dtype=work, device=logits_NV.device)
-    spare = torch.empty_like(x)
-    for start in range(0, rows, block):
-        some = slice(start, min(start + block, rows))
-        n = some.stop - start
-        x[:n, :vocab] = logits_NV[some]
-        _fill_block(x[:n], spare[:n], logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+    threads = torch.get_num_threads() if on_cpu and rows > block else 1
+    inference = torch.is_inference_mode_enabled()
+
+    def each(work: Callable[[slice], None], span: slice, step: int) -> None:
+        """Call `work` with every `step` rows of a span."""
+        parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
+
+        def with_modes(part: slice) -> None:
+            with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
+                work(part)
+
+        if threads == 1:
+            for part in parts:
+                work(part)
+        else:
+            for _ in _pool(threads, os.getpid()).map(with_modes, parts):
+                pass  # in order: of several bad rows the first is the one named
+
+    for start in range(0, rows, max(block, ROWS_DRAWN)):
+        span = slice(start, min(start + max(block, ROWS_DRAWN), rows))
+        state = _State.empty(span.stop - start, groups, plan, logits_NV) if plan.draws else None
+
+        def fill(part: slice, state: _State | None = state, start: int = start) -> None:
+            n = part.stop - part.start
+            x, spare = _scratch(n, groups * GROUP, work, logits_NV.device)
+            x[:, :vocab] = logits_NV[part]
+            x[:, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
+            here = None if state is None else state[part.start - start : part.stop - start]
+            _fill_block(x, spare, logits_NV[part], out[part], plan, first_row + part.start, here)
+
+        def draw_some(part: slice, state: _State | None = state, start: int = start) -> None:
+            assert state is not None
+            here = state[part.start - start : part.stop - start]
+            _draw(here, logits_NV[part], out[part], plan, positions_N[part])
+
+        each(fill, span, block)
+        if plan.draws:
+            each(draw_some, span, -(-(span.stop - start) // threads))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the draws of some rows need to know of them."""
+
+    sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
+    edge_x: Tensor  # `[n]`
+    edge_id: Tensor  # int64 `[n]`
+    tail_top_x: Tensor  # `[n]`: the tail's greatest logit as given
+    top: Tensor  # `[n]`: the row's greatest z
+    log_total: Tensor  # `[n]`: and the log-partition relative to it
+    size: Tensor  # int64 `[n]`: entries in the head
+    wanted: Tensor  # bool `[n]`: the row is fine and has a tail
+
+    @classmethod
+    def empty(cls, rows: int, groups: int, plan: Plan, like: Tensor) -> "_State":
+        work = torch.float64 if like.dtype == torch.float64 else torch.float32
+        sums = torch.empty((rows, groups), dtype=torch.float32, device=like.device)
+        types = (work, torch.int64, work, work, work, torch.int64, torch.bool)
+        return cls(sums, *(torch.empty(rows, dtype=dtype, device=like.device) for dtype in types))
+
+    def __getitem__(self, rows: slice) -> "_State":
+        return _State(*(tensor[rows] for tensor in vars(self).values()))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that run PyTorch on one core each. A forked process needs its own."""
+    pool = ThreadPoolExecutor(threads, "fastkd-topk")
+    ready = threading.Barrier(threads)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    for task in [pool.submit(alone) for _ in range(threads)]:
+        task.result()
+    torch.set_num_threads(threads)  # part of that setting is the process's
+    return pool
+
+
+_kept = threading.local()
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two blocks of uninitialised numbers. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
+    size = rows * columns
+    both: Tensor | None
+    if device.type != "cpu":
+        both = torch.empty(2 * size, dtype=dtype, device=device)
+    else:
+        both = getattr(_kept, "both", None)
+        if both is None or both.dtype != dtype or len(both) < 2 * size:
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+                _kept.both = both = torch.empty(2 * size, dtype=dtype)
+    return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
 
 
 def _fill_block(
-    x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int
+    x: Tensor, spare: Tensor, logits_NV: Tensor, out: Rows, plan: Plan, first_row: int, state: _State | None
 ) -> None:
-    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room."""
+    """One block. x `[n, groups·GROUP]`: the raw logits in the work type, overwritten; spare: as much room.
+
+    state: to be filled for the draws, where there are any.
+    """
     n, vocab, k = len(x), plan.vocab_size, plan.k
     groups_top = x.view(n, -1, GROUP).amax(-1)
-    fine_n = groups_top.amax(1).isfinite()  # NaN and +inf are maxima; −inf: nothing but masked tokens
-    refuse(fine_n, groups_top, first_row)
 
     # the head, and the token after it: the top of the tail
     best_x, best_id = _best_tokens(x, groups_top, min(k + 1, vocab))
@@ -141,6 +167,13 @@ def _fill_block(
     head = transform(head_x, plan)
     top = torch.maximum(head[:, 0], tail_top) if k else tail_top
     shifted = tail_top - top  # <= 0; −inf where the tail is empty
+    row_top = groups_top.amax(1)  # NaN and +inf are maxima; −inf: nothing but masked tokens
+    fine_n = row_top.isfinite() & top.isfinite()
+    fine_n &= ~((tail_top_x > -torch.inf) & (shifted == -torch.inf))  # e^shifted may be 0, its logarithm may not
+    fine_n &= ~(used & ((head - top[:, None]).float() == -torch.inf)).any(1)
+    if plan.draws:
+        fine_n &= exact_transform(row_top.float(), plan.logit_scale, plan.softcap).isfinite()
+    refuse(fine_n, row_top, first_row)
     total = (head - top[:, None]).exp().sum(1) + sums_nM[:, plan.temperatures.index(1.0)] * shifted.exp()
     # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
     log_total = torch.where(fine_n, total.log(), torch.nan)
@@ -168,24 +201,13 @@ def _fill_block(
     out.logprobs.masked_fill_(broken_n1, torch.nan)
     out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
     out.outcomes.copy_(finite - kept.sum(1))
-    if plan.draws:
-        # places that are not kept name a token that is: its weight is struck out twice
-        head_id = torch.where(kept, head_id, head_id[:, :1])
-        ids = _draw(logits_NV, head_id, tail_top_x, plan, positions_N)
-        merge_drawn(logits_NV, ids, fine_n & (tail_top_x > -torch.inf), kept.sum(1), top, log_total, out, plan)
-
-
-def refuse(fine_n: Tensor, tops: Tensor, first_row: int) -> None:
-    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device."""
-    if fine_n.device.type != "cpu" or bool(fine_n.all()):
-        return
-    row = int((~fine_n).nonzero()[0, 0])
-    top = float(tops[row].amax())
-    found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
-    raise KDError(
-        f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "
-        "outcomes, and at least one token must be an outcome."
-    )
+    if state is not None:
+        state.tail_top_x.copy_(tail_top_x)
+        state.top.copy_(top)
+        state.log_total.copy_(log_total)
+        state.size.copy_(kept.sum(1))
+        state.wanted.copy_(fine_n & (tail_top_x > -torch.inf))
+        _sum_units(x, logits_NV, head_x, head_id, state, plan)
 
 
 def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -205,9 +227,9 @@ def stable_best(values_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return best.values[:, :count], best.indices[:, :count]
     # torch.topk promises nothing about ties, so it gets none: an order-preserving integer above, the place below
     bits = (values_NC + 0.0).view(torch.int32)  # + 0.0: -0.0 ties with 0.0
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     place = torch.arange(values_NC.shape[1], device=values_NC.device)
-    key = (ordered << 32) | (0x7FFFFFFF - place)
+    key = ordered.long().bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - place)
     places = 0x7FFFFFFF - (key.topk(count, dim=1).values & 0xFFFFFFFF)
     return values_NC.gather(1, places), places
 
@@ -240,13 +262,49 @@ def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, 
     return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
 
 
-def _draw(logits_NV: Tensor, head_id: Tensor, tail_top_x: Tensor, plan: Plan, positions_N: Tensor) -> Tensor:
-    """Drawn ids `[n, draws]`, anything in rows without a tail. head_id `[n, k]`: tokens that are not in the tail."""
-    vocab = plan.vocab_size
-    top = exact_transform(tail_top_x.float(), plan.logit_scale, plan.softcap)
-    z = exact_transform(logits_NV.float(), plan.logit_scale, plan.softcap)
-    weights = integer_weights(z, top, exponent_scale(plan.draw_temperature), weight_bits(vocab))
-    return invert(weights.scatter_(1, head_id, 0), uniforms(plan.seed, positions_N, plan.draws))
+def _sum_units(x: Tensor, logits_NV: Tensor, head_x: Tensor, head_id: Tensor, state: _State, plan: Plan) -> None:
+    """Fill a state's edge and sums. x: as `_tail_sums` leaves it, z - top of the tail. Overwrites x.
+
+    head_x, head_id `[n, k]`, of which the first `state.size` are the head.
+    """
+    n, vocab = logits_NV.shape
+    if x.dtype != torch.float32:
+        x = x.float()
+    if plan.k:
+        last_n1 = (state.size - 1).clamp_(min=0)[:, None]
+        state.edge_x.copy_(head_x.gather(1, last_n1)[:, 0])
+        state.edge_id.copy_(head_id.gather(1, last_n1)[:, 0])
+    else:
+        state.edge_x.fill_(torch.inf)
+        state.edge_id.fill_(-1)
+    if plan.mass is not None or logits_NV.dtype == torch.float64:
+        # the tail's top may be another now, and z - top has to be rounded from it afresh
+        top = exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap)
+        x[:, :vocab] = logits_NV
+        place = torch.arange(plan.k, device=x.device)
+        x.scatter_(1, head_id, head_x.float().masked_fill(place < state.size[:, None], -torch.inf))
+        x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
+        x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
+    units = units_(x, exponent_scale(plan.draw_temperature))
+    torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
+    state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
+
+
+def _draw(state: _State, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor) -> None:
+    """Draw from some rows, and write the draws down."""
+    tail = Tail(
+        sums=state.sums,
+        width=GROUP,
+        logits=logits_NV,
+        edge_x=state.edge_x,
+        edge_id=state.edge_id,
+        top=exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap),
+        logit_scale=plan.logit_scale,
+        softcap=plan.softcap,
+        draw_temperature=plan.draw_temperature,
+    )
+    ids = draw(tail, row_keys(plan.seed, positions_N), state.wanted, plan.draws)
+    merge_drawn(logits_NV, ids, state.wanted, state.size, state.top, state.log_total, out, plan)
 
 
 def merge_drawn(

@@ -1,4 +1,8 @@
-"""Teachers and students of every kind, built from dense logits without the code under test."""
+"""Teachers and students of every kind, built from dense logits without the code under test; and `dense_loss`.
+
+`dense_loss` is the reference's own formulas, differentiated by autograd: what the implementations are held against
+everywhere. That these formulas are the definitions is checked by `test_textbook_definitions`.
+"""
 
 import math
 from dataclasses import dataclass

@@ -160,7 +160,7 @@ def test_operators_are_sound(op: str) -> None:
     c = case("plain", 5, 48, 4, 3)
     settings = {"alpha": 0.5, "temperature": 2.0, "divergence": "forward_kl", "treatment": "auto", "beta": 0.5}
     settings |= {"skew": 0.1, "ignore_index": -100, "mask": None, "weights": None, "num_items": None, "impl": "torch"}
-    call = _call("logits", c.logits, 48, c.targets, c.labels, **settings)
+    call = _call("logits", c.logits, 48, torch.float32, c.targets, c.labels, **settings)
     if op == "kd_loss":
         args = (c.logits.requires_grad_(), None, True, False, *call)
     else:
@@ -169,6 +169,33 @@ def test_operators_are_sound(op: str) -> None:
     # not test_aot_dispatch_*: it returns the gradients that the backward scales where they lie, which no caller sees
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.fastkd, op).default, args, test_utils=utils)
+
+
+@DEVICE_ON
+def test_dynamic_numbers_and_inplace(on) -> None:
+    """Counts, chunks and lengths that torch.compile treats as symbols."""
+    impl, device = on
+    c = case("plain", 9, 48, 4, 3)
+    targets, labels, weight = c.targets.to(device), c.labels.to(device), torch.randn(48, 6, device=device)
+
+    def on_logits(logits, count):
+        n = len(logits)
+        return kd_loss(logits * 1, targets[:n], labels[:n], num_items=count, impl=impl, inplace=True)
+
+    def on_hidden(hidden, chunk):
+        return linear_kd_loss(hidden, weight, targets, labels, chunk_tokens=chunk, impl=impl)
+
+    for function, x in ((on_logits, c.logits.to(device)), (on_hidden, torch.randn(9, 6, device=device))):
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for number in (3, 5):
+            found = []
+            for run in (function, compiled):
+                rows = x[:number] if function is on_logits else x
+                leaf = rows.clone().requires_grad_()
+                out = run(leaf, number)
+                out.loss.backward()
+                found.append((out.loss.detach(), leaf.grad))
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @DEVICE_ON

@@ -9,19 +9,24 @@ from fastkd.kernels import draws
 from fastkd.kernels.topk import topk_targets
 
 
-def test_uniforms_are_keyed_by_seed_position_and_draw():
+def uniforms(seed, positions, count, attempt=0):
+    """`[N, count]`: the numbers of an attempt at every draw."""
+    keys = draws.row_keys(seed, positions)
+    return draws.uniforms(keys[:, None], torch.arange(count), torch.tensor(attempt))
+
+
+def test_uniforms_are_keyed_by_seed_position_draw_and_attempt():
     positions = torch.tensor([0, 1, 2, 10**12, -5])
-    u = draws.uniforms(7, positions, 6)
+    u = uniforms(7, positions, 6)
     assert u.dtype == torch.float64
     assert u.shape == (5, 6)
     assert ((u >= 0) & (u < 1)).all()
-    assert u.unique().numel() == 30
-    assert torch.equal(u[2:3], draws.uniforms(7, positions[2:3], 6))
-    assert torch.equal(u[:, :3], draws.uniforms(7, positions, 3))  # more draws do not change the first ones
-    assert not (u == draws.uniforms(8, positions, 6)).any()
+    assert torch.cat([u, *(uniforms(7, positions, 6, attempt) for attempt in (1, 2, 255))]).unique().numel() == 120
+    assert torch.equal(u[2:3], uniforms(7, positions[2:3], 6))
+    assert not (u == uniforms(8, positions, 6)).any()
     # any Python integer is a seed
-    assert torch.equal(draws.uniforms(2**64 + 7, positions, 6), u)
-    assert draws.uniforms(-1, positions, 1).isfinite().all()
+    assert torch.equal(uniforms(2**64 + 7, positions, 6), u)
+    assert uniforms(-1, positions, 1).isfinite().all()
 
 
 def test_uniforms_are_frozen():
@@ -32,14 +37,18 @@ def test_uniforms_are_frozen():
         return x ^ (x >> 31)
 
     step = 0x9E3779B97F4A7C15
-    u = draws.uniforms(41, torch.tensor([0, 9]), 3)
     rows = [mix((mix(42 * step % 2**64) + (p + 1) * step) % 2**64) for p in (0, 9)]
-    assert (u * 2**53).long().tolist() == [[mix((row + d * step) % 2**64) >> 11 for d in (1, 2, 3)] for row in rows]
-    assert (draws.uniforms(0, torch.tensor([0]), 2) * 2**53).long().tolist() == [[1249383295688599, 8746909956485189]]
+    for attempt in (0, 1, 255):
+        u = uniforms(41, torch.tensor([0, 9]), 3, attempt)
+        want = [[mix((row + (d + (attempt << 32)) * step) % 2**64) >> 11 for d in (1, 2, 3)] for row in rows]
+        assert (u * 2**53).long().tolist() == want
+    assert (uniforms(0, torch.tensor([0]), 2) * 2**53).long().tolist() == [[1249383295688599, 8746909956485189]]
 
 
-def test_uniforms_are_uniform_and_uncorrelated():
-    u = draws.uniforms(3, torch.arange(50_000), 4)
+@pytest.mark.parametrize("step", ["draws", "attempts"])
+def test_uniforms_are_uniform_and_uncorrelated(step):
+    positions = torch.arange(50_000)
+    u = uniforms(3, positions, 4) if step == "draws" else torch.cat([uniforms(3, positions, 1, a) for a in range(4)], 1)
     counts = torch.histc(u.flatten(), bins=64, min=0, max=1)
     chi2 = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
     assert chi2 < 63 + 5 * math.sqrt(2 * 63)
@@ -53,12 +62,27 @@ def test_uniforms_are_uniform_and_uncorrelated():
 def test_weights_are_probabilities(scale):
     z = torch.linspace(-30, 0, 4001)[None]
     bits = draws.weight_bits(4001)
-    w = draws.integer_weights(z, torch.zeros(1), draws.exponent_scale(1 / scale), bits)
+    w = draws.integer_weights(z, draws.exponent_scale(1 / scale), bits)
     want = 2.0**bits * (z.double() * scale).exp()
     assert int(w[0, -1]) == 2**bits  # the top token's weight is whole
     # 1e-6 relative, and the cut to an integer
     assert ((w - want).abs() <= 2e-6 * want + 1).all()
-    assert int(draws.integer_weights(torch.tensor([[-torch.inf, -1e30]]), torch.zeros(1), 1.0, bits).sum()) == 0
+    assert int(draws.integer_weights(torch.tensor([[-torch.inf, -1e30]]), 1.0, bits).sum()) == 0
+
+
+@pytest.mark.parametrize("draw_temperature", [1e-3, 0.7, 1.0, 1.5, 40.0, 1e6])
+def test_units_are_never_less_than_weights(draw_temperature):
+    d = -torch.cat([torch.linspace(0, 30, 100_001), torch.logspace(-9, 4, 100_001)]) * draw_temperature
+    d = torch.cat([d, -torch.arange(40) * (math.log(2) * draw_temperature), torch.tensor([-1e30, -torch.inf])])
+    bits = draws.weight_bits(50_000)
+    weights = draws.integer_weights(d, draws.exponent_scale(draw_temperature), bits)
+    units = draws.units_(d.clone(), draws.exponent_scale(draw_temperature))
+    assert torch.equal(units, units.round())
+    bound = units.double() * 2 ** (bits - draws.UNIT_BITS)
+    assert (bound >= weights).all()
+    assert (bound <= 1.07 * weights + 1.01 * 2 ** (bits - draws.UNIT_BITS)).all()
+    assert 32 * units.max() < 2**24  # a group's sum is exact in float32
+    assert units[-1] == 1
 
 
 def test_weights_of_any_vocabulary_stay_exact_in_float64():
@@ -78,10 +102,73 @@ def test_exact_transform_is_a_softcap():
     assert torch.equal(draws.exact_transform(x, None, None), x)
 
 
-def test_inversion_names_the_token_under_each_number():
-    weights = torch.tensor([[3, 0, 1, 0, 4], [0, 0, 0, 2, 0]])
-    u = torch.tensor([[0.0, 2.999 / 8, 3 / 8, 0.5, 0.999999]] * 2, dtype=torch.float64)
-    assert draws.invert(weights, u).tolist() == [[0, 0, 2, 4, 4], [3, 3, 3, 3, 3]]
+def tail_of(logits, width=32, draw_temperature=1.0):
+    """What `draws.draw` takes: rows without a head."""
+    n, vocab = logits.shape
+    groups = -(-vocab // width)
+    d = torch.full((n, groups * width), -torch.inf)
+    top = logits.amax(1)
+    d[:, :vocab] = logits - top[:, None]
+    sums = draws.units_(d, draws.exponent_scale(draw_temperature)).view(n, groups, width).sum(2)
+    sums[:, -1] -= groups * width - vocab
+    return draws.Tail(
+        sums=sums,
+        width=width,
+        logits=logits,
+        edge_x=torch.full((n,), torch.inf),
+        edge_id=torch.full((n,), -1),
+        top=top,
+        logit_scale=None,
+        softcap=None,
+        draw_temperature=draw_temperature,
+    )
+
+
+def attempt(tail, rows, u):
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), tail.sums.flatten().long().cumsum(0)])
+    return draws._attempt(tail, before, rows, u)
+
+
+@pytest.mark.parametrize("case", ["normal", "one of a kind", "flat", "masked"])
+def test_an_attempt_draws_in_proportion_to_the_weights(case):
+    torch.manual_seed(2)
+    logits = {
+        "normal": lambda: torch.randn(2, 70) * 3,
+        "one of a kind": lambda: torch.where(torch.arange(70) == 40, 0.0, -25.0).repeat(2, 1),
+        "flat": lambda: torch.zeros(2, 70),
+        "masked": lambda: torch.where(torch.arange(70) % 3 == 0, torch.randn(2, 70), -torch.inf),
+    }[case]()
+    count = 2**18
+    u = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(2, -1)  # evenly spread
+    tokens, good = attempt(tail_of(logits), torch.arange(2), u)
+    assert (tokens[:, 1:] >= tokens[:, :-1]).all()  # named in the order of the ids
+    p = torch.softmax(logits.double(), 1)
+    for row in range(2):
+        counts = torch.bincount(tokens[row][good[row]], minlength=70)
+        total = int(good[row].sum())
+        assert total >= 0.93 * count
+        assert ((counts - p[row] * total).abs() <= 2.5).all()
+
+
+def test_which_attempts_are_made_together_does_not_show(monkeypatch):
+    torch.manual_seed(3)
+    logits = torch.randn(9, 333) * 2
+    keys, wanted = draws.row_keys(1, torch.arange(9)), torch.arange(9) != 4
+    want = draws.draw(tail_of(logits), keys, wanted, 50)
+    for windows in ((256,), (3, 5, 248)):
+        monkeypatch.setattr(draws, "_WINDOWS", windows)
+        assert torch.equal(draws.draw(tail_of(logits), keys, wanted, 50)[wanted], want[wanted])
+    # and the definition, one draw at a time
+    tail = tail_of(logits, width=16)
+    for row in (0, 8):
+        for number in range(50):
+            u = draws.uniforms(keys[row], torch.tensor(number), torch.arange(draws.MAX_ATTEMPTS))
+            tokens, good = attempt(tail, torch.tensor([row]), u[None])
+            assert int(tokens[0][good[0]][0]) == want[row, number]
+
+
+def test_windows_make_all_attempts():
+    assert sum(draws._WINDOWS) == draws.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize(("k", "draw_temperature"), [(0, 1.0), (3, 1.0), (3, 2.0)])

@@ -15,11 +15,16 @@ def test_nothing_waits_for_the_device() -> None:
     index = torch.arange(0, 64, 2)
     dense, labels = c.targets.to("cuda"), c.labels.cuda()
     compact = SparseTargets(**{**vars(c.targets[index]), "index": index}).to("cuda")
+    weights, mask = torch.rand(64, device="cuda"), torch.arange(64, device="cuda") % 5 != 0
     alpha, t = torch.tensor(0.3, device="cuda"), torch.tensor(1.7, device="cuda")
 
     def everything() -> None:
         for targets in (dense, compact):
-            for settings in ({}, {"alpha": alpha, "temperature": t, "num_items": 77}):
+            for settings in (
+                {},
+                {"alpha": alpha, "temperature": t, "num_items": 77},
+                {"weights": weights, "mask": mask},
+            ):
                 for dtype in (torch.bfloat16, torch.float16):
                     logits = torch.randn(64, 1000, device="cuda", dtype=dtype).requires_grad_()
                     kd_loss(logits * 1, targets, labels, inplace=True, **settings).loss.backward()

@@ -216,6 +216,92 @@ def test_empty_and_all_ignored(on) -> None:
         assert not h.grad.any()
 
 
+@DEVICE_ON
+def test_heavy_rows_in_float16(on) -> None:
+    """Weights of 1e4 exceed what float16 holds of a logit gradient: they are taken relative to the heaviest."""
+    impl, device = on
+    c, hidden, weight, _ = head_case(n=12, dtype=torch.float16)
+    weight = weight / 4
+    weights = torch.linspace(1.0, 3e4, 12)
+    mask = torch.arange(12) != 5
+    weights[5] = torch.inf  # does not count, and must not be the heaviest
+    index = torch.tensor([9, 1, 5, 4, 0])
+    compact = SparseTargets(**{**vars(c.targets[index]), "index": index})
+    for targets in (c.targets, compact):
+        found = []
+        for which, dtype in ((impl, torch.float16), ("reference", torch.float64)):
+            h, w = hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_()
+            settings = {"weights": weights.to(device), "mask": mask.to(device), "impl": which, "chunk_tokens": 5}
+            out = linear_kd_loss(h, w, targets.to(device), c.labels.to(device), temperature=2.0, **settings)
+            found.append(grads(out.loss * 2.0**-12, h, w))
+        for mine, exact in zip(*found, strict=True):
+            assert bool(mine.isfinite().all())
+            assert float((mine - exact).norm()) <= 3e-3 * float(exact.norm())
+
+
+@DEVICE_ON
+def test_hidden_rows_that_do_not_count_may_hold_anything(on) -> None:
+    """0 * NaN is NaN: a row that is ignored, masked or without targets must not reach the weight's gradient."""
+    impl, device = on
+    c, hidden, weight, bias = head_case()
+    mask = torch.arange(11) != 6
+    index = torch.tensor([9, 1, 2, 6, 0])
+    compact = SparseTargets(**{**vars(c.targets[index]), "index": index})
+    spoiled = hidden.clone()
+    spoiled[2] = torch.nan  # its label is ignored
+    spoiled[6] = torch.inf  # not in the mask
+    spoiled[10] = torch.nan  # not in the index
+    for targets in (c.targets, compact):
+        if targets is c.targets:
+            mask[10] = False
+        for which in (impl, "reference"):
+            found = []
+            for rows in (hidden, spoiled):
+                leaves = [x.to(device).requires_grad_() for x in (rows.clone(), weight.clone(), bias.clone())]
+                h, w, b = leaves
+                settings = {"mask": mask.to(device), "impl": which, "chunk_tokens": 4, "bias": b}
+                out = linear_kd_loss(h, w, targets.to(device), c.labels.to(device), **settings)
+                found.append([out.loss.detach().cpu(), *grads(out.loss, *leaves)])
+            assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@DEVICE_ON
+def test_no_width_at_all(on) -> None:
+    """D = 0: all logits are the bias, or 0."""
+    impl, device = on
+    c = head_case()[0]
+    targets, labels = c.targets.to(device), c.labels.to(device)
+    for shape in ((11,), (11, 1)):
+        h, w = torch.zeros(*shape, 0, device=device, requires_grad=True), torch.zeros(96, 0, device=device)
+        out = linear_kd_loss(h, w.requires_grad_(), targets, labels.view(shape), impl=impl)
+        out.loss.backward()
+        flat = kd_loss(torch.zeros(11, 96, device=device), targets, labels, impl=impl)
+        assert torch.allclose(out.loss, flat.loss)
+        assert h.grad.shape == h.shape
+
+
+def test_float64_stays_float64() -> None:
+    """The reference's gradients are not rounded on the way out, and autocast leaves float64 alone, as torch's does."""
+    c, *tensors = head_case(dtype=torch.float64)
+    found = []
+    for which in ("reference", "torch"):
+        for autocast in (False, True):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            h, w, b = leaves
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = linear_kd_loss(h, w, c.targets, c.labels, bias=b, impl=which, temperature=2.0)
+            out.loss.backward()
+            assert all(x.grad.dtype == torch.float64 for x in leaves)
+            found.append([x.grad for x in leaves])
+    for others in found[1:]:
+        close(others, found[0], 1e-12)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(KDError, match=r"weight: found torch\.float64, hidden torch\.float32"),
+    ):
+        linear_kd_loss(tensors[0].float(), tensors[1], c.targets, c.labels)
+
+
 def test_weight_gradient_is_accumulated_in_float32() -> None:
     """Many chunks of bf16: the error stays that of one rounding, where a bf16 accumulator's would grow."""
     c, hidden, weight, _ = head_case(n=512, d=4, v=64, k=4, draws=0, dtype=torch.bfloat16)
@@ -238,6 +324,35 @@ def test_second_backward_and_frozen_accumulator() -> None:
         out.loss.backward()
     with pytest.raises(KDError, match="grad_weight"):
         linear_kd_loss(h, w.detach(), c.targets, c.labels, grad_weight=torch.zeros(96, 8))
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "says"),
+    [
+        (torch.zeros(96, 8, dtype=torch.float64), "torch.float64; "),
+        (torch.zeros(96, 9), "found .96, 9."),
+        (torch.zeros(96, 8, device="meta"), "found on meta, weight on cpu"),
+        (torch.zeros(96, 8, requires_grad=True), "requires a gradient"),
+        (torch.zeros(1, 8).expand(96, 8), "share memory"),
+        (torch.zeros(96 + 7).as_strided((96, 8), (1, 1)), "share memory"),
+        ([0.0], "found .*list"),
+        (torch.inference_mode()(lambda: torch.zeros(96, 8))(), "inference_mode"),
+    ],
+)
+def test_what_is_no_accumulator(accumulator, says: str) -> None:
+    c, hidden, weight, _ = head_case()
+    with pytest.raises(KDError, match=rf"grad_weight: .*{says}"):
+        linear_kd_loss(hidden, weight.requires_grad_(), c.targets, c.labels, grad_weight=accumulator)
+
+
+def test_an_accumulator_may_be_strided() -> None:
+    c, hidden, weight, _ = head_case()
+    totals = torch.zeros(96, 8), torch.zeros(8, 96).T, torch.zeros(96, 20)[:, ::2][:, :8]
+    for total in totals:
+        linear_kd_loss(hidden, weight.requires_grad_(), c.targets, c.labels, grad_weight=total).loss.backward()
+    assert totals[0].any()
+    assert torch.equal(totals[0], totals[1])
+    assert torch.equal(totals[0], totals[2])
 
 
 def test_peak_memory_is_one_chunk() -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from cases import CELLS, KINDS, Case, case, dense_loss
 
-from fastkd import kd_loss
+from fastkd import KDError, SparseTargets, kd_loss, linear_kd_loss
 from fastkd.kernels.targets import SAMPLED_REACH
 
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here, not interpreted")
 DEVICE_ON = pytest.mark.parametrize(
     "on",
     [
@@ -17,11 +18,12 @@ DEVICE_ON = pytest.mark.parametrize(
         pytest.param(
             ("triton", "cpu"),
             id="triton-interpreted",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here, not interpreted"),
+            marks=INTERPRETED,
         ),
         pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
     ],
 )
+IMPLS_ON_CPU = pytest.mark.parametrize("impl", ["torch", "reference", pytest.param("triton", marks=INTERPRETED)])
 
 
 def run(c: Case, on: tuple[str, str], upstream: float = 1.0, dtype: torch.dtype = torch.float32, **settings):
@@ -85,6 +87,63 @@ def test_cells(divergence: str, treatment: str, kind: str, on) -> None:
         expected = oracle(c, upstream, temperature=float(torch.tensor(t)) if tensor else t, **settings)
         # float32 leaves 1e-7 in D and T^2 times that in the loss: beyond T = 4 the bound grows with it
         agree(c, found, expected, upstream, t, slack=max(1.0, t * t / 16))
+
+
+def textbook(z_NV, teacher_NV, t: float, divergence: str, mix: float, head_NK) -> torch.Tensor:
+    """T^2 D straight from the definitions on probabilities; where S is not all, what is off it is one outcome."""
+    p, q = (z_NV / t).softmax(1), (teacher_NV / t).softmax(1)
+    if head_NK.shape[1] < z_NV.shape[1]:
+        off = torch.ones_like(p).scatter(1, head_NK, 0.0)
+        p, q = (torch.cat([x.gather(1, head_NK), (x * off).sum(1, keepdim=True)], 1) for x in (p, q))
+
+    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * (a.log() - b.log())).sum(1)
+
+    if divergence == "forward_kl":
+        rows = kl(q, p)
+    elif divergence == "reverse_kl":
+        rows = kl(p, q)
+    elif divergence == "jsd":
+        m = mix * q + (1 - mix) * p
+        rows = mix * kl(q, m) + (1 - mix) * kl(p, m)
+    elif divergence == "skew_kl":
+        rows = kl(q, mix * q + (1 - mix) * p)
+    else:
+        rows = 0.5 * (p - q).abs().sum(1)
+    return t * t * rows.mean()
+
+
+@IMPLS_ON_CPU
+@pytest.mark.parametrize("k", [40, 7], ids=["whole", "bucket"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"])
+def test_textbook_definitions(divergence: str, k: int, impl: str) -> None:
+    """Value and gradient, with nothing of the code under test: in float64 to 1e-9 where an implementation has it."""
+    g = torch.Generator().manual_seed(8)
+    teacher, student = (torch.randn(5, 40, generator=g, dtype=torch.float64) * 2 for _ in range(2))
+    log_q = teacher.log_softmax(1)
+    head = log_q.argsort(1, descending=True)[:, :k]
+    rest = log_q.scatter(1, head, -math.inf)
+    targets = SparseTargets(
+        ids=head,
+        logprobs=log_q.gather(1, head),
+        tail=torch.stack([(rest / t).logsumexp(1) for t in (1.0, 2.0)], 1),
+        outcomes=40 - k,
+        vocab_size=40,
+        temperatures=(1.0, 2.0),
+    )
+    dtype, tolerance = (torch.float32, 1e-5) if impl == "triton" else (torch.float64, 1e-9)
+    for t in (1.0, 2.0):
+        for mix in (0.5, 0.2):
+            exact = student.clone().requires_grad_()
+            expected = textbook(exact, teacher, t, divergence, mix, head)
+            expected.backward()
+            leaf = student.to(dtype, copy=True).requires_grad_()
+            settings = {"divergence": divergence, "beta": mix, "skew": mix, "temperature": t, "impl": impl}
+            loss = kd_loss(leaf, targets, None, **settings).loss
+            loss.backward()
+            # the loss itself is float32 whatever the logits are
+            assert abs(float(loss.detach()) - float(expected.detach())) <= max(tolerance, 1e-6)
+            assert float((leaf.grad.double() - exact.grad).abs().max()) <= tolerance
 
 
 SIZES = [
@@ -161,12 +220,18 @@ def test_all_rows_ignored_and_none(on) -> None:
 
 @DEVICE_ON
 def test_ignored_rows_may_hold_anything(on) -> None:
-    c = case("plain", 5, 60, 4)
+    """Logits and targets, too: what does not count is neither used nor checked."""
+    c = case("plain", 5, 60, 4, 3)
     clean = run(c, on, temperature=2.0)
     c.logits[2] = math.nan
-    loss, grad = run(c, on, temperature=2.0)
-    assert torch.equal(loss, clean[0])
-    assert torch.equal(grad, clean[1])
+    junk = {name: getattr(c.targets, name).clone() for name in ("ids", "logprobs", "tail", "outcomes", "draws")}
+    for name, value in (("ids", 10**6), ("logprobs", math.nan), ("tail", math.nan), ("outcomes", -4), ("draws", -1)):
+        junk[name][2] = value
+    c.targets = type(c.targets)(**{**vars(c.targets), **junk})
+    for impl in (on[0], "reference"):
+        loss, grad = run(c, (impl, on[1]), temperature=2.0)
+        assert torch.allclose(loss, clean[0], rtol=1e-6 if impl == "reference" else 0)
+        assert torch.allclose(grad, clean[1], atol=1e-6 if impl == "reference" else 0)
 
 
 @DEVICE_ON
@@ -288,6 +353,60 @@ def test_strides_and_leading_dimensions(on) -> None:
 
 
 @DEVICE_ON
+def test_four_dimensions_that_do_not_collapse(on) -> None:
+    """`[A, B, L, V]` cut out of something larger: two strides do not reach every row."""
+    impl, device = on
+    c = case("plain", 24, 80, 5)
+    expected_loss, expected = run(c, on, temperature=2.0)
+    for dtype in (torch.float32, torch.float16):
+        for inplace in (False, True):
+            buffer = torch.full((2, 4, 5, 90), 7.0, device=device, dtype=dtype)
+            leaf = buffer[:, :3, :4, 3:83]
+            leaf.copy_(c.logits.view(2, 3, 4, 80))
+            leaf = leaf.detach().requires_grad_()
+            with pytest.raises(RuntimeError, match="view"):
+                leaf.view(6, 4, 80)
+            labels = c.labels.to(device).view(2, 3, 4)
+            out = kd_loss(leaf, c.targets.to(device), labels, temperature=2.0, impl=impl, inplace=inplace)
+            out.loss.backward()
+            tolerance = 0.0 if dtype == torch.float32 else 1e-2
+            assert torch.allclose(out.loss.detach().cpu(), expected_loss, rtol=tolerance)
+            assert torch.allclose(leaf.grad.cpu().reshape(24, 80).float(), expected, atol=tolerance)
+            if inplace:
+                assert torch.equal(leaf.detach(), leaf.grad)
+            assert float(buffer[:, 3].float().mean()) == float(buffer[..., :3].float().mean()) == 7.0
+
+
+@DEVICE_ON
+def test_unused_places_may_hold_anything(on) -> None:
+    """Their ids and draws are never read through, in a row without any entry neither."""
+    c = case("plain", 6, 40, 5, 3)
+    c.targets.logprobs[3] = -math.inf
+    expected = run(c, on, temperature=2.0)
+    unused = c.targets.logprobs == -math.inf
+    for junk in (2**30, -7):
+        ids, draws = c.targets.ids.masked_fill(unused, junk), c.targets.draws.masked_fill(unused, junk)
+        other = Case(c.logits, type(c.targets)(**{**vars(c.targets), "ids": ids, "draws": draws}), c.labels)
+        for found, wanted in zip(run(other, on, temperature=2.0), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@DEVICE_ON
+def test_shared_memory_is_refused_in_place(on) -> None:
+    """Rows expanded from one would write their gradients over each other."""
+    impl, device = on
+    c = case("plain", 6, 40, 5)
+    leaf = c.logits[:1].to(device).requires_grad_()
+    args = c.targets.to(device), c.labels.to(device)
+    with pytest.raises(KDError, match=r"logits: found strides \(40, 0\)|logits: found strides \(0, 1\)"):
+        kd_loss((leaf * 1).expand(6, 40), *args, impl=impl, inplace=True)
+    kd_loss((leaf * 1).expand(6, 40), *args, impl=impl).loss.backward()
+    assert leaf.grad.any()
+    with torch.no_grad():
+        kd_loss((leaf * 1).expand(6, 40), *args, impl=impl, inplace=True)
+
+
+@DEVICE_ON
 def test_compact_targets(on) -> None:
     """Targets of some positions, with an index: the others do not count, and their gradient is 0."""
     impl, device = on
@@ -337,19 +456,109 @@ def test_bitwise_deterministic(on) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def peak_bytes(device: str, function) -> int:
+    """What torch allocates on a device while a function runs, at its peak."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - base
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
 @DEVICE_ON
-def test_evaluation_does_no_gradient_work(on) -> None:
-    """Under no_grad, or on logits without one: the same loss, the logits untouched even where they are given up."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_evaluation_does_no_gradient_work(dtype: torch.dtype, on, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, inference_mode, or on logits without a gradient: the same loss, the logits untouched even where
+    they are given up, nothing saved, and no memory for a gradient."""
+    from fastkd.kernels import blocks
+
     impl, device = on
-    c = case("certain", 6, 700, 8, 4)
-    loss, _ = run(c, on, temperature=2.0)
-    logits = c.logits.to(device)
-    before = logits.clone()
-    with torch.no_grad():
-        out = kd_loss(logits, c.targets.to(device), c.labels.to(device), temperature=2.0, impl=impl, inplace=True)
-    assert not out.loss.requires_grad
-    assert torch.allclose(out.loss.cpu(), loss, rtol=1e-6)
-    assert torch.equal(logits, before)
+    c = case("certain", 64, 700, 8, 4)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 700 * 4)  # or a block would be as large as the logits
+    loss, _ = run(c, on, dtype=dtype, temperature=2.0)
+    targets, labels = c.targets.to(device), c.labels.to(device)
+    hidden = torch.eye(64, device=device, dtype=dtype)
+    weight = c.logits.T.to(device, dtype).contiguous()
+    saved = []
+
+    def evaluate(logits, hidden, weight):
+        settings = {"temperature": 2.0, "impl": impl}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            return (
+                kd_loss(logits, targets, labels, inplace=True, **settings),
+                linear_kd_loss(hidden, weight, targets, labels, chunk_tokens=2, **settings),
+            )
+
+    for mode in (torch.no_grad, torch.inference_mode, None):
+        given = [x.clone() for x in (c.logits.to(device, dtype), hidden, weight)]
+        results = []
+        if mode is None:
+            peak = peak_bytes(device, lambda given=given, results=results: results.extend(evaluate(*given)))
+        else:
+            given = [x.requires_grad_() for x in given]
+
+            def run_in(mode=mode, given=given, results=results):
+                with mode():
+                    results.extend(evaluate(*given))
+
+            peak = peak_bytes(device, run_in)
+        for out in results:
+            assert not out.loss.requires_grad
+            assert torch.allclose(out.loss.cpu(), loss, rtol=1e-5)
+        assert torch.equal(given[0], c.logits.to(device, dtype))
+        assert not saved
+        assert peak < c.logits.numel() * dtype.itemsize // 2
+
+
+@DEVICE_ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_targets_made_under_inference_mode(dtype: torch.dtype, on) -> None:
+    """Teachers run so. Nothing that a backward keeps may be one of their tensors."""
+    impl, device = on
+    if impl == "triton" and dtype == torch.float64:
+        impl = "reference"  # whose own type that is: it converts nothing
+    c = case("plain", 6, 40, 5, 3)
+    weights = torch.linspace(0.5, 2.0, 6, dtype=dtype)
+    index = torch.tensor([4, 0, 1, 3])
+    with torch.inference_mode():
+        made = type(c.targets)(**{k: v.clone() if torch.is_tensor(v) else v for k, v in vars(c.targets).items()})
+        made_double = type(made)(**{**vars(made), "logprobs": made.logprobs.double(), "tail": made.tail.double()})
+        compact = type(made)(**{**vars(made[index]), "index": index.clone()})
+        labels, w, mask = c.labels.clone().to(device), weights.clone().to(device), torch.ones(6, dtype=torch.bool)
+        mask = mask.to(device)
+        t = torch.tensor(2.0, device=device)
+        made, made_double, compact = made.to(device), made_double.to(device), compact.to(device)
+    assert made.ids.is_inference()
+    ordinary = {"weights": weights.to(device), "mask": torch.ones(6, dtype=torch.bool, device=device)}
+    plain = c.targets.to(device)
+    plain_compact = type(plain)(**{**vars(plain[index.to(device)]), "index": index.to(device)})
+    for some, expected in ((made, plain), (made_double, plain), (compact, plain_compact)):
+        found = []
+        for targets, labels_, t_, extra in (
+            (some, labels, t, {"weights": w, "mask": mask}),
+            (expected, c.labels.to(device), 2.0, ordinary),
+        ):
+            for inplace in (False, True):
+                leaf = c.logits.detach().to(device, dtype, copy=True).requires_grad_()
+                out = kd_loss(leaf * 1, targets, labels_, temperature=t_, impl=impl, inplace=inplace, **extra)
+                out.loss.backward()
+                found.append(leaf.grad)
+            leaf = c.logits.detach()[:, :8].to(device, dtype, copy=True).requires_grad_()
+            head = c.logits.detach()[:5].T.to(device, dtype, copy=True)[:, :5].contiguous().requires_grad_()
+            out = linear_kd_loss(leaf[:, :5], head, targets, labels_, temperature=t_, impl=impl, **extra)
+            out.loss.backward()
+            found += [leaf.grad, head.grad]
+        for a, b in zip(found[:4], found[4:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 @DEVICE_ON
@@ -386,8 +595,26 @@ def test_float64_logits_are_computed_in_float64() -> None:
     kd_loss(leaf, c.targets, c.labels, temperature=2.0).loss.backward()
     _, expected = oracle(c, temperature=2.0, divergence="forward_kl", treatment="auto")
     assert (leaf.grad - expected).norm() < 1e-12
-    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16 is needed with impl='triton'"):
-        kd_loss(leaf, c.targets, c.labels, impl="triton")
+
+
+@DEVICE_ON
+def test_float64_logits_are_not_for_triton(on) -> None:
+    device = on[1]
+    c = case("plain", 6, 80, 5, 4)
+    args = c.logits.double().to(device), c.targets.to(device), c.labels.to(device)
+    with pytest.raises(KDError, match=r"float32, bfloat16 or float16 is needed with impl='triton'"):
+        kd_loss(*args, impl="triton")
+    assert torch.equal(kd_loss(*args).loss, kd_loss(*args, impl="torch").loss)
+
+
+def test_auto_takes_triton_on_a_gpu_but_for_float64() -> None:
+    from fastkd.kernels.loss import resolve_impl
+
+    with torch._subclasses.FakeTensorMode():
+        there, here = torch.empty(2, device="cuda"), torch.empty(2)
+        assert resolve_impl("auto", there, torch.float32) == "triton"
+        assert resolve_impl("auto", there, torch.float64) == "torch"
+        assert resolve_impl("auto", here, torch.float32) == "torch"
 
 
 @DEVICE_ON

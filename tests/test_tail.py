@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastkd.kernels import KDError, SparseTargets
-from fastkd.kernels.tail import check_temperature, device_table, spline_table, tail_weights
+from fastkd.kernels.tail import OFF_GRID_NEEDS, check_temperature, device_table, spline_table, tail_weights
 
 FIXTURE = Path(__file__).parent / "data" / "smollm2_tail_histograms.npz"
 GRIDS = [(1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 4.0), (0.5, 1.0, 1.7, 3.0, 9.0), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)]
@@ -18,12 +18,11 @@ BETWEEN = [1.0 + 1e-4, 1.2, 1.9, 2.5, 3.0, 3.3, 7.0, 30.0, 1e6]
 Array = NDArray[np.float64]
 
 
-def table_weights(temperature: float, grid: tuple[float, ...]) -> Array:
-    """The spline's weights with no check of the temperature: what a refusal keeps from use."""
-    knots, table = spline_table(grid)
-    beta = 1.0 / temperature
-    i = int(np.searchsorted(knots, beta, side="right")) - 1
-    weights: Array = (beta - knots[i]) ** np.arange(4) @ table[i]
+def polynomial_weights(temperature: float, grid: tuple[float, ...]) -> Array:
+    """Weights of the polynomial through all knots: what fewer than three stored temperatures could serve at best."""
+    knots = np.array([0.0, *(1.0 / t for t in grid)])
+    powers = np.linalg.inv(np.vander(knots, increasing=True))
+    weights: Array = (1.0 / temperature) ** np.arange(len(knots)) @ powers
     return weights
 
 
@@ -61,12 +60,20 @@ def test_a_cubic_in_beta_is_reproduced(grid: tuple[float, ...]) -> None:
         assert tail_weights(t, grid) @ values == pytest.approx(float(cubic(np.array(1.0 / t))), abs=1e-10)
 
 
-def test_with_few_knots_it_is_the_polynomial_through_them() -> None:
-    for t in (1.3, 2.0, 3.0, 50.0):
-        b = 1.0 / t
-        np.testing.assert_allclose(table_weights(t, (1.0,)), [1 - b, b], atol=1e-14)
-        lagrange = [(b - 1) * (b - 0.5) / 0.5, b * (b - 0.5) / 0.5, b * (b - 1) / -0.25]
-        np.testing.assert_allclose(table_weights(t, (1.0, 2.0)), lagrange, atol=1e-13)
+def test_three_temperatures_make_one_cubic() -> None:
+    for t in (1.3, 2.5, 3.0, 50.0):
+        grid = (1.0, 2.0, 4.0)
+        np.testing.assert_allclose(tail_weights(t, grid), polynomial_weights(t, grid), atol=1e-11)
+
+
+@pytest.mark.parametrize("grid", [(1.0,), (2.0, 1.0)])
+def test_a_short_grid_has_its_own_temperatures_alone(grid: tuple[float, ...]) -> None:
+    """The kernels read the table at the stored temperatures, and hold off everything else."""
+    knots, table = spline_table(grid)
+    np.testing.assert_allclose(knots, sorted([0.0, *(1.0 / t for t in grid)]))
+    assert not table[:, 1:].any()
+    for m, stored in enumerate(grid):
+        assert table[np.searchsorted(knots, 1.0 / stored), 0].tolist() == np.eye(len(grid) + 1)[m + 1].tolist()
 
 
 @pytest.mark.parametrize("grid", [(1.0,), (2.0, 1.0), *GRIDS])
@@ -165,7 +172,8 @@ class Teacher:
         """Mean and 99th percentile of the interpolation's error in nats."""
         exact, everything = (self.full, self.outcomes + self.head.shape[1]) if full else (self.tail, self.outcomes)
         values = np.stack([np.log(everything), *(exact(t) for t in grid)], 1)
-        error = np.abs(values @ table_weights(temperature, grid) - exact(temperature))
+        weights = (tail_weights if len(grid) >= OFF_GRID_NEEDS else polynomial_weights)(temperature, grid)
+        error = np.abs(values @ weights - exact(temperature))
         print(f"T={temperature} from {grid}{' (full)' if full else ''}: mean {error.mean():.4f}", end=" ")
         print(f"p99 {np.quantile(error, 0.99):.4f} max {error.max():.4f} nats")
         return float(error.mean()), float(np.quantile(error, 0.99))

@@ -113,6 +113,17 @@ def test_pinned_memory_reaches_the_device() -> None:
         ({"temperatures": (1.0, 1.0, 2.0, 4.0)}, "temperatures: found"),
         ({"draw_temperature": 0.0}, "draw_temperature"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": 50.0}, "vocab_size: found 50.0"),
+        ({"vocab_size": "a"}, "vocab_size: found 'a'"),
+        ({"draw_temperature": "a"}, "draw_temperature: found 'a'"),
+        ({"temperatures": None}, "temperatures: found None"),
+        ({"temperatures": "1.0"}, "temperatures: found '1.0'"),
+        ({"ids": [[1]]}, "targets.ids: found list"),
+        ({"logprobs": None}, "targets.logprobs: found NoneType"),
+        ({"logprobs": torch.zeros(9, 8, dtype=torch.complex64)}, "targets.logprobs: found torch.complex64"),
+        ({"index": torch.arange(9).bool()}, "targets.index: found torch.bool"),
+        ({"outcomes": "a"}, "targets.outcomes: found 'a'"),
+        ({"outcomes": 46.0}, "targets.outcomes: found 46.0"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict, says: str) -> None:

@@ -250,6 +250,16 @@ def test_every_path_draws_the_same(place, settings):
         assert keys[size:] == sorted(keys[size:])
 
 
+@pytest.mark.parametrize("vocab", [20, 129, 161, 2049, 49_152])
+def test_a_wide_tail_is_drawn_the_same(place, vocab):
+    logits = drawn(2, vocab, torch.float32)
+    logits[1, ::5] = -INF
+    for settings in ({"draws": 40, "draw_temperature": 3.0}, {"draws": 40, "mass": 0.05, "draw_temperature": 0.5}):
+        got, twin = on(place, logits, 8, **settings), topk_targets(logits, 8, impl="torch", **settings)
+        assert torch.equal(got.ids, twin.ids)
+        assert torch.equal(got.draws, twin.draws)
+
+
 def test_draws_do_not_depend_on_the_batch(place):
     logits, positions = drawn(4, 200, torch.float32), torch.tensor([5, 2, 10**10, 0])
     settings = {"draws": 3, "seed": 11}
@@ -361,6 +371,42 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
         assert torch.equal(getattr(got, name), getattr(want, name))
 
 
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Several blocks of rows, and two threads to share them."""
+    from fastkd.kernels import topk_torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setitem(topk_torch.BLOCK_BYTES, "cpu", 3000)
+    monkeypatch.setattr(topk_torch, "ROWS_DRAWN", 8)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_do_not_show(two_threads, inference):
+    logits = drawn(21, 200, torch.float32)
+    settings = {"draws": 3, "mass": 0.9, "softcap": 9.0}
+    logits.requires_grad_()
+    with torch.inference_mode(inference):
+        got = topk_targets(logits, 5, impl="torch", **settings)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    want = topk_targets(logits, 5, impl="torch", **settings)
+    for name in ("ids", "logprobs", "tail", "draws", "outcomes"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+
+
+def test_the_first_bad_row_is_named_by_any_thread(two_threads):
+    logits = drawn(21, 200, torch.float32)
+    logits[[7, 12, 20]] = math.nan
+    for _ in range(3):
+        with pytest.raises(KDError, match="row 7 has NaN"):
+            topk_targets(logits, 5, impl="torch")
+    assert topk_targets(logits[:7], 5, impl="torch").ids.shape == (7, 5)  # and the threads live on
+
+
 def test_from_logits_is_topk_targets():
     from fastkd.kernels.targets import SparseTargets
 
@@ -391,6 +437,55 @@ def test_bad_rows(place, value, word):
     check(targets[good], logits[good], 5, softcap=20.0)
 
 
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ([3e38, 1.0, -2.0], {"logit_scale": 10.0}),
+        ([3e38, 1.0, -2.0], {"logit_scale": 10.0, "softcap": 30.0}),
+        ([-3e38, -3e38, -3e38], {"logit_scale": 10.0}),
+        ([0.0, -3e38, -3e38], {"logit_scale": 10.0}),  # the tail
+        ([3e38, -3e38, -INF], {}),  # the difference is what float32 cannot hold
+    ],
+    ids=["scaled up", "scaled up and capped", "scaled down", "tail", "difference"],
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_that_leave_the_range_of_float32(place, row, settings, k):
+    logits = drawn(4, 300, torch.float32)
+    logits[2] = -INF
+    logits[2, 50:53] = torch.tensor(row)
+    if place[0] == "cpu":
+        with pytest.raises(KDError, match="row 2 has logits out of float32's range"):
+            on(place, logits, k, draws=2, **settings)
+        return
+    targets = on(place, logits, k, draws=2, **settings)
+    assert targets.logprobs[2].isnan().all()
+    assert targets.tail[2].isnan().all()
+    assert ((targets.ids >= 0) & (targets.ids < 300)).all()
+    good = torch.tensor([0, 1, 3])
+    check(targets[good], logits[good], k, **settings)
+
+
+def test_float64_logits_too_large_to_draw_from():
+    logits = drawn(3, 30, torch.float64)
+    logits[1] += 1e300
+    with pytest.raises(KDError, match="row 1 has logits out of float32's range"):
+        topk_targets(logits, 3, draws=2)
+
+
+def test_numpy_integers_are_integers():
+    np = pytest.importorskip("numpy")
+    logits = drawn(2, 30, torch.float32)
+    got = topk_targets(logits, np.int64(3), draws=np.uint8(2), seed=np.int32(7))
+    want = topk_targets(logits, 3, draws=2, seed=7)
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.draws, want.draws)
+    hidden, weight = torch.randn(3, 8), torch.randn(30, 8)
+    assert linear_topk_targets(hidden, weight, np.int32(4), chunk_tokens=np.int16(2)).ids.shape == (3, 4)
+    for name in ("k", "draws", "seed"):
+        with pytest.raises(KDError, match=f"{name}: found .*True"):
+            topk_targets(logits, **{"k": 3, name: np.bool_(True)})
+
+
 def test_bad_arguments():
     logits = torch.randn(4, 30)
     for word, settings in {
@@ -406,9 +501,22 @@ def test_bad_arguments():
         "temperatures:": {"temperatures": ()},
         r"temperatures: found \(1.0, 1.0": {"temperatures": (1.0, 1.0)},
         r"temperatures: found \(1.0, -2": {"temperatures": (1.0, -2.0)},
-        "draw_temperature:": {"draw_temperature": 0.0},
+        "draw_temperature: found 0.0": {"draw_temperature": 0.0},
+        "draw_temperature: found 1e-40": {"draw_temperature": 1e-40, "draws": 2},
+        "draw_temperature: found 0.0009": {"draw_temperature": 0.0009},
+        "draw_temperature: found 1e\\+40": {"draw_temperature": 1e40, "draws": 2},
+        "draw_temperature: found nan": {"draw_temperature": math.nan},
+        "draw_temperature: found 'warm'": {"draw_temperature": "warm"},
+        r"temperatures: found \(1.0, 1e-40": {"temperatures": (1.0, 1e-40)},
+        "temperatures: found None": {"temperatures": None},
+        "draws: found True": {"draws": True},
+        "mass: found 'half'": {"mass": "half"},
         "softcap:": {"softcap": -5.0},
+        "softcap: found 1e-40": {"softcap": 1e-40},
+        "softcap: found 1000000.0": {"softcap": 1e6},
         "logit_scale:": {"logit_scale": 0.0},
+        "logit_scale: found 1e-40": {"logit_scale": 1e-40},
+        "logit_scale: found 1e\\+40": {"logit_scale": 1e40},
         "seed:": {"seed": 0.5},
         "impl:": {"impl": "cuda"},
         "positions: found torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
@@ -437,16 +545,17 @@ def test_bad_arguments_of_the_head():
         ("chunk_tokens:", (hidden, weight), {"chunk_tokens": 0}),
         ("positions:", (hidden, weight), {"positions": torch.arange(5)}),
         ("k: found 0", (hidden, weight), {"k": 0}),
+        ("chunk_tokens: found True", (hidden, weight), {"chunk_tokens": True}),
     ):
         with pytest.raises(KDError, match=word):
             linear_topk_targets(*args, **{"k": 3, **settings})
 
 
 COMPILE = """
-import torch, triton
+import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastkd.kernels import topk_triton
+from fastkd.kernels import draws_triton, topk_triton
 from fastkd.kernels.topk import Rows, _plan
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
@@ -472,13 +581,14 @@ class Compiler:
             signature[name] = kind
         source = ASTSource(fn=self.kernel, signature={n: signature[n] for n in names}, constexprs=values)
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        ptx = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
         if not enable_fp_fusion:
             assert "fma" not in ptx, "the draws' arithmetic must round every operation"
         print(self.kernel.__name__)
 
-for name in ("_scan", "_pick", "_select", "_finish", "_weigh", "_invert"):
-    setattr(topk_triton, name, Compiler(getattr(topk_triton, name)))
+for module, names in ((topk_triton, ("_scan", "_pick", "_select", "_finish")), (draws_triton, ("_weigh", "_draw"))):
+    for name in names:
+        setattr(module, name, Compiler(getattr(module, name)))
 topk_triton.refuse = topk_triton.merge_drawn = lambda *args: None
 settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
 for k, mass, draws, softcap, scale in settings:
@@ -488,16 +598,19 @@ for k, mass, draws, softcap, scale in settings:
 """
 
 
-def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(tmp_path):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(tmp_path, capability):
     """What the interpreter lets pass, a compiler may not. Needs no GPU; runs where triton is not interpreting."""
     triton = pytest.importorskip("triton")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
         pytest.skip("the compiler's interface was another one before triton 3.5")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["_scan", "_pick", "_select", "_finish"] * 2 + ["_weigh", "_invert"]
+    assert done.stdout.split() == ["_scan", "_pick", "_select", "_finish"] * 2 + ["_weigh", "_draw"]
 
 
 def test_nothing_of_the_input_is_changed(place):

@@ -15,8 +15,8 @@ from .readonly import HttpStore, ZipStore
 __all__ = ["Entry", "FsspecStore", "HttpStore", "LocalStore", "MemoryStore", "Store", "ZipStore", "open_store"]
 
 TAKEN = (
-    "What is taken: a local folder, a .zip file, s3://, gs://, az://, http(s)://, file:// or memory:// URLs, an obstore "
-    "store, FsspecStore(fs, root), or any object with the methods of fastkd.cache.stores.Store"
+    "What is taken: a local folder, a .zip file, s3://, gs://, az://, http(s)://, file:// or memory:// URLs, an "
+    "obstore store, FsspecStore(fs, root), or any object with the methods of fastkd.cache.stores.Store"
 )
 OBSTORE = ("S3Store", "GCSStore", "AzureStore", "MemoryStore", "HTTPStore", "LocalStore")
 

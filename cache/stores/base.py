@@ -12,6 +12,11 @@ PROBE = f"{ATTEMPTS}/exclusive-create"
 PROBE_TEXT = b"fastkd asks with this object whether the store creates exclusively.\n"
 
 
+NO_LISTING = (
+    "{store}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be read from here: run "
+    "`fastkd seal` on it where it was written."
+)
+
 Names = list[str]  # inside a store's class, `list` is a method
 
 
@@ -127,7 +132,7 @@ def harmless(error: BaseException) -> BaseException:
 def refuse(
     store: Store, operation: str, key: str, error: BaseException, step: str, kind: type[StoreError] = StoreError
 ) -> NoReturn:
-    """Raise `kind` for a request that failed: the store, the operation, the object, the store's words, the next step."""
+    """Raise `kind` for a request that failed, naming store, operation, object, the error's words and the next step."""
     raise kind(f"{store.describe()}: {operation} of {key!r} failed: {words(error)}. {step}") from harmless(error)
 
 

@@ -2,12 +2,14 @@
 
 import inspect
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from ..errors import NotFound, ReadOnly
+from ..errors import NotFound, ReadOnly, StoreError
 from .base import (
     ATTEMPTS,
+    NO_LISTING,
     PROBE,
     PROBE_TEXT,
     BaseStore,
@@ -31,11 +33,11 @@ _memory_lock = threading.Lock()
 class FsspecStore(BaseStore):
     """Objects on an fsspec file system, below the folder `root`.
 
-    Written to only where the installed version creates exclusively and whole: fsspec's own local file system (through
-    LocalStore: fsspec itself shows partial files), its memory file system (among this process's FsspecStores), and
-    s3fs where `pipe_file` knows the mode "create" (probed first, as in ObstoreStore). Everything else is read-only:
-    fsspec's general `pipe_file(mode="create")` looks and then writes, and some file systems ignore the mode. Pickles
-    and forks as well as the file system does.
+    Written to only where the installed version creates exclusively and whole: fsspec's own local file system
+    (LocalStore does all of it: fsspec itself shows partial files and follows links out of the cache), its memory file
+    system (among this process's FsspecStores), and s3fs where `pipe_file` knows the mode "create" (probed first, as in
+    ObstoreStore). Everything else is read-only: fsspec's general `pipe_file(mode="create")` looks and then writes, and
+    some file systems ignore the mode. Pickles and forks as well as the file system does.
     """
 
     def __init__(self, fs: Any, root: str) -> None:
@@ -44,8 +46,11 @@ class FsspecStore(BaseStore):
         self._kind = _kind(fs)
         self._local = LocalStore(self._root or "/") if self._kind == "local" else None
         self._exclusive = self._kind != "s3fs"
+        self._http = "http" in fs.protocol
 
     def describe(self) -> str:
+        if self._local:
+            return self._local.describe()
         return f"fsspec {clean(self._fs.unstrip_protocol(self._root))}"
 
     @property
@@ -54,6 +59,8 @@ class FsspecStore(BaseStore):
 
     def get(self, key: str) -> bytes:
         check_key(self, key)
+        if self._local:
+            return self._local.get(key)
         try:
             return bytes(self._fs.cat_file(self._path(key)))
         except Exception as error:
@@ -63,13 +70,22 @@ class FsspecStore(BaseStore):
         """The last bytes; how many requests that takes is the file system's affair."""
         check_length(length)
         check_key(self, key)
+        if self._local:
+            return self._local.get_tail(key, length)
         try:
             return bytes(self._fs.cat_file(self._path(key), start=-length))
         except Exception as error:
+            # An empty object has no last byte, and a server may say so with an error.
+            if not isinstance(error, FileNotFoundError) and self._is_empty(key):
+                return b""
             self._refuse_reading(key, error)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folders = check_prefix(self, prefix)
+        if self._local:
+            return self._local.list(prefix)
+        if self._http:
+            raise StoreError(NO_LISTING.format(store=self.describe(), prefix=prefix))
         return self._entries("/".join(folders), prefix)
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
@@ -90,6 +106,8 @@ class FsspecStore(BaseStore):
         return self._local.sweep() if self._local else []
 
     def _path(self, key: str) -> str:
+        if self._http:
+            key = urllib.parse.quote(key)
         return f"{self._root}/{key}" if self._root else key
 
     def _entries(self, folder: str, prefix: str) -> Iterator[Entry]:
@@ -131,6 +149,12 @@ class FsspecStore(BaseStore):
                 "overwrite each other's shards. Write through obstore, or to another store; reading is safe."
             )
         self._exclusive = True
+
+    def _is_empty(self, key: str) -> bool:
+        try:
+            return bool(self._fs.size(self._path(key)) == 0)
+        except Exception:
+            return False  # the error that led here is the one to tell
 
     def _refuse_reading(self, key: str, error: Exception) -> NoReturn:
         if isinstance(error, FileNotFoundError):

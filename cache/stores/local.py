@@ -8,7 +8,7 @@ import stat
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..errors import NotFound
 from .base import ATTEMPTS, BaseStore, Entry, Names, check_key, check_length, check_prefix, flat, refuse
@@ -87,9 +87,10 @@ class LocalStore(BaseStore):
         try:
             for depth, name in enumerate(folders, 1):
                 path = tuple(folders[:depth])
+                if make and not _exists(name, folder):
+                    _mkdir(name, folder)
+                    self._durable.discard(path)
                 if make and path not in self._durable:
-                    if not _exists(name, folder):
-                        _mkdir(name, folder)
                     os.fsync(folder)
                     self._durable.add(path)
                 inner = os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
@@ -163,7 +164,11 @@ class LocalStore(BaseStore):
                     "that does (ext4, xfs, btrfs, NFS, tmpfs), or in an object store."
                 )
                 refuse(self, "creation", key, error, step)
-            os.fsync(target)
+            try:
+                os.fsync(target)
+            except OSError as error:
+                step = "The object is there, but might not outlast a power cut. Run again: that syncs it."
+                refuse(self, "creation", key, error, step)
         except BaseException as error:
             try:
                 os.unlink(temporary, dir_fd=attempts)
@@ -184,18 +189,18 @@ def make_folder(path: str) -> None:
         make_folder(parent)
     folder = os.open(parent, FOLDER)
     try:
+        _mkdir(name, folder)
         if not os.path.isdir(path):
-            _mkdir(name, folder)
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
 def _mkdir(name: str, folder: int) -> None:
-    try:
+    # Another writer may be quicker; if what it made is no folder, opening it says so.
+    with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
-    except FileExistsError:
-        pass  # another writer was quicker; if it is no folder, opening it says so
 
 
 def _exists(name: str, folder: int) -> bool:

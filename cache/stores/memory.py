@@ -42,7 +42,10 @@ class MemoryStore(BaseStore):
         check_key(self, key)
         copy = bytes(flat(data))
         with self._lock:
-            return self._objects.setdefault(key, copy) is copy
+            if key in self._objects:
+                return False
+            self._objects[key] = copy
+            return True
 
 
 _named: dict[str, MemoryStore] = {}

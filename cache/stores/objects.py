@@ -13,6 +13,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 from ..errors import CacheError, NotFound, ReadOnly, StoreError
 from .base import (
     ATTEMPTS,
+    NO_LISTING,
     PROBE,
     PROBE_TEXT,
     BaseStore,
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 # What one PUT takes: 5 GiB on S3 and Google, 5000 MiB on Azure.
 MAX_SIZE = 5000 << 20
 # obstore gives a request 30 seconds in all, too few for 100 MB over a slow line.
-CLIENT_OPTIONS: Any = {"timeout": "600s", "connect_timeout": "20s"}
+TIMEOUTS = {"timeout": "600s", "connect_timeout": "20s"}
+# Given any option of its HTTP client, obstore reads none from the environment; so these are read here.
+ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
+PAUSES = (0.0, 0.1, 0.4, 1.6)  # seconds before each try of a creation that met a conflict
 NEXT_STEP = "Check the address, the credentials (the provider's usual environment variables) and the connection."
 
 _user: int | None = None  # the process that has used obstore; its threads do not survive a fork
@@ -53,26 +58,29 @@ class ObstoreStore(BaseStore):
     is refused: start worker processes with "spawn" or "forkserver".
     """
 
-    def __init__(self, store: "ObjectStore") -> None:
+    def __init__(self, store: "ObjectStore", name: str = "") -> None:
         self._store = store
+        self._name = clean(name)
         self._http = isinstance(store, HTTPStore)
         self._exclusive = not isinstance(store, S3Store)
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self._store,)
+        return type(self), (self._store, self._name)
 
     def describe(self) -> str:
         store: Any = self._store
+        if self._name:
+            return self._name
         if isinstance(store, HTTPStore):
             return clean(store.url)
         config = dict(getattr(store, "config", None) or {})
         if isinstance(store, S3Store):
-            name = f"s3://{config.get('bucket', '?')}"
+            name = f"s3://{config.get('bucket', '(bucket)')}"
         elif isinstance(store, GCSStore):
-            name = f"gs://{config.get('bucket', '?')}"
+            name = f"gs://{config.get('bucket', '(bucket)')}"
         elif isinstance(store, AzureStore):
-            name = f"az://{config.get('account_name', '?')}/{config.get('container_name', '?')}"
+            name = f"az://{config.get('account_name', '(account)')}/{config.get('container_name', '(container)')}"
         else:
             return f"obstore.{type(store).__name__}"
         name += f"/{store.prefix}" if store.prefix else ""
@@ -96,31 +104,22 @@ class ObstoreStore(BaseStore):
         check_key(self, key)
         self._check_process()
         try:
-            if not isinstance(self._store, AzureStore):
-                try:
-                    options: Any = {"range": {"suffix": length}}
-                    return obstore.get(self._store, key, options=options).bytes().to_bytes()
-                except FileNotFoundError:
-                    raise
-                except Exception:
-                    # An empty object has no last byte, and each provider says so in its own way.
-                    if obstore.head(self._store, key)["size"]:
-                        raise
-                    return b""
-            size = obstore.head(self._store, key)["size"]
-            return (
-                obstore.get_range(self._store, key, start=max(0, size - length), end=size).to_bytes() if size else b""
-            )
+            if isinstance(self._store, AzureStore):
+                size = obstore.head(self._store, key)["size"]
+                start = max(0, size - length)
+                return obstore.get_range(self._store, key, start=start, end=size).to_bytes() if size else b""
+            options: Any = {"range": {"suffix": length}}
+            return obstore.get(self._store, key, options=options).bytes().to_bytes()
         except Exception as error:
+            # An empty object has no last byte, and each provider says so in its own way.
+            if not isinstance(error, FileNotFoundError) and self._is_empty(key):
+                return b""
             self._refuse_reading(key, error)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folders = check_prefix(self, prefix)
         if self._http:
-            raise StoreError(
-                f"{self.describe()}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be read "
-                "from here: run `fastkd seal` on it where it was written."
-            )
+            raise StoreError(NO_LISTING.format(store=self.describe(), prefix=prefix))
         self._check_process()
         return self._entries("/".join(folders), prefix)
 
@@ -128,7 +127,9 @@ class ObstoreStore(BaseStore):
         check_key(self, key)
         view = flat(data)
         if self._http:
-            raise ReadOnly(f"{self.describe()}: {key!r} cannot be created over HTTP. Write to s3://, gs:// or az://.")
+            raise ReadOnly(
+                f"{self.describe()}: {key!r} cannot be created over HTTP. Write the cache to s3://, gs:// or az://."
+            )
         if len(view) > MAX_SIZE:
             raise StoreError(
                 f"{self.describe()}: {key!r} has {len(view)} bytes, a single conditional request takes {MAX_SIZE}. "
@@ -142,7 +143,7 @@ class ObstoreStore(BaseStore):
         # 412 says that an object is there. 409 reads the same here, and says that another request for it is under way,
         # which may still fail: so look, and if nothing is there, try again.
         conflict: Exception | None = None
-        for pause in (0.0, 0.1, 0.4, 1.6):
+        for pause in PAUSES:
             time.sleep(pause)
             try:
                 obstore.put(self._store, key, view, mode="create", use_multipart=False)
@@ -187,6 +188,12 @@ class ObstoreStore(BaseStore):
         except Exception as error:
             refuse(self, "listing", prefix, error, NEXT_STEP)
 
+    def _is_empty(self, key: str) -> bool:
+        try:
+            return obstore.head(self._store, key)["size"] == 0
+        except Exception:
+            return False  # the error that led here is the one to tell
+
     def _refuse_reading(self, key: str, error: Exception) -> NoReturn:
         if isinstance(error, FileNotFoundError):
             refuse(self, "reading", key, error, "There is no such object, or no such bucket.", NotFound)
@@ -206,7 +213,10 @@ class ObstoreStore(BaseStore):
 
 def open_url(url: str) -> ObstoreStore:
     """The store behind an s3://, gs:// or az:// URL, with the environment's credentials. Raises CacheError."""
+    prefix = ENVIRONMENT[url.partition("://")[0].lower()]
+    given = {name: os.environ[prefix + name.upper()] for name in CLIENT if prefix + name.upper() in os.environ}
+    options: Any = TIMEOUTS | given
     try:
-        return ObstoreStore(obstore.store.from_url(url, client_options=CLIENT_OPTIONS))
+        return ObstoreStore(obstore.store.from_url(url, client_options=options), url)
     except Exception as error:
         raise CacheError(f"{clean(url)}: obstore cannot open it: {words(error)}. {NEXT_STEP}") from harmless(error)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import CacheError, NotFound, StoreError
-from .base import Entry, ReadOnlyStore, check_key, check_length, check_prefix, clean, refuse
+from .base import NO_LISTING, Entry, ReadOnlyStore, check_key, check_length, check_prefix, clean, refuse
 
 # Shards hardly compress. What claims to has been made to exhaust memory.
 MAX_UNPACKED, MAX_RATIO = 64 << 20, 50
@@ -60,8 +60,8 @@ class ZipStore(ReadOnlyStore):
 
     def list(self, prefix: str) -> Iterator[Entry]:
         check_prefix(self, prefix)
-        infos = self._archive().infolist()
-        return iter([Entry(i.filename, i.file_size) for i in infos if i.filename.startswith(prefix) and not i.is_dir()])
+        names = {name for name in self._archive().namelist() if name.startswith(prefix) and not name.endswith("/")}
+        return iter([Entry(name, self._archive().getinfo(name).file_size) for name in names])
 
     def _info(self, key: str) -> zipfile.ZipInfo:
         try:
@@ -70,8 +70,8 @@ class ZipStore(ReadOnlyStore):
             raise NotFound(f"{self.describe()}: there is no object {key!r}.") from None
         if info.file_size > max(MAX_UNPACKED, MAX_RATIO * info.compress_size):
             raise StoreError(
-                f"{self.describe()}: {key!r} claims {info.file_size} bytes, packed into {info.compress_size}. No object "
-                "of a cache compresses like that; the zip file is damaged or hostile."
+                f"{self.describe()}: {key!r} claims {info.file_size} bytes, packed into {info.compress_size}. No "
+                "object of a cache compresses like that; the zip file is damaged or hostile."
             )
         return info
 
@@ -126,10 +126,7 @@ class HttpStore(ReadOnlyStore):
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Refused. Raises StoreError."""
-        raise StoreError(
-            f"{self.describe()}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be read from "
-            "here: run `fastkd seal` on it where it was written."
-        )
+        raise StoreError(NO_LISTING.format(store=self.describe(), prefix=prefix))
 
     def _request(self, key: str, length: int | None) -> bytes:
         check_key(self, key)

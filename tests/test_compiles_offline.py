@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs on a machine that has none: what the interpreter accepts is not enough.
+"""The kernels compile for sm_80 and sm_90 on a machine that has neither: what the interpreter accepts is not enough.
 
 Runs in a process of its own, since kernels imported for the interpreter cannot be compiled.
 """
@@ -59,10 +59,10 @@ for arch in (80, 90):
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
 sizes["strided, capped, out of place"] = loss(90, "fp32", 0, 0, IN_PLACE=False, SOFTCAP=True, SCALED=True)
 sizes["evaluation, compact, no labels"] = loss(90, "bf16", 0, 0, WANT_GRAD=False, labels_ptr=None)
-sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, BLOCK=4096, BLOCK_M=8))
+sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8))
 sizes["prepare, floats"] = compiled(
     lt.prepare_kernel,
-    dict(M=4, OFF_GRID=True, SNAP=1e-6, BLOCK=4096, BLOCK_M=8, mask_ptr=None, index_ptr=None,
+    dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8, mask_ptr=None, index_ptr=None,
          num_items_ptr=None, upstream_ptr=None, alpha_ptr=None, temperature_ptr=None),
 )
 sizes["total"] = compiled(lt.total_kernel, dict(HARD=True, BLOCK=4096))
@@ -73,7 +73,7 @@ print(json.dumps(sizes))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
-def test_every_kernel_compiles_for_sm80_and_sm90(tmp_path) -> None:
+def test_every_kernel_compiles_without_a_gpu(tmp_path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=540
