@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .reader import Cache, open_cache
     from .spec import CODECS, CacheSpec, Codec
     from .stores import FsspecStore, open_store
-    from .verify import Problem, Report
-    from .writer import CacheWriter, Commit, create_cache
+    from .verify import Problem, Report, verify_cache
+    from .writer import CacheWriter, Commit, create_cache, open_writer
 
 _HOME = {
     "CODECS": "spec",
@@ -32,6 +32,8 @@ _HOME = {
     "create_cache": "writer",
     "open_cache": "reader",
     "open_store": "stores",
+    "open_writer": "writer",
+    "verify_cache": "verify",
 }
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "create_cache",
     "open_cache",
     "open_store",
+    "open_writer",
+    "verify_cache",
 ]
 
 

@@ -36,8 +36,11 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
         row["content_sha256"] = bytes.fromhex(attributes["content"])
         row["object_sha256"] = bytes.fromhex(object_sha256)
         row["attempt"] = attributes["attempt"]
-        if not all(type(row[name]) is int and row[name] >= 0 for name in ("shard", "written", *_COUNTS)):
+        if not all(type(row[name]) is int and 0 <= row[name] < 2**62 for name in ("shard", "written", *_COUNTS)):
             raise ValueError("a count is no natural number")
+        statistics = [row[f"{what}_{which}"] for what in ("mass", "entropy") for which in STATISTICS]
+        if not all(value is None or _is_number(value) for value in statistics):
+            raise ValueError("a statistic is no number")
         if len(row["content_sha256"]) != 32 or len(row["object_sha256"]) != 32 or not isinstance(row["attempt"], str):
             raise ValueError("a hash or the attempt is not what it should be")
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -97,6 +100,10 @@ def gaps(table: pa.Table) -> list[int]:
         if len(missing) >= 1000:
             break
     return missing
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**62  # neither NaN nor infinite
 
 
 def _digest(table: pa.Table, spec_hash: str) -> str:

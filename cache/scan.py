@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError
 from .manifest import row_of, table_of
@@ -61,10 +62,11 @@ def row(store: Store, spec: CacheSpec, index: int, size: int) -> dict[str, Any]:
         raise corrupt(store, index, error) from error
 
 
-def scan(store: Store, spec: CacheSpec, sizes: dict[int, int]) -> pa.Table:
-    """The manifest of these shards, from their ends: one small request each."""
+def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
+    """The manifest of these shards, from their ends: one small request each. progress: a bar on stderr."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        return table_of(list(pool.map(lambda item: row(store, spec, *item), sizes.items())))
+        rows = pool.map(lambda item: row(store, spec, *item), sizes.items())
+        return table_of(tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False))
 
 
 def corrupt(store: Store, index: int, error: Exception) -> CorruptShard:

@@ -102,13 +102,18 @@ def read_attributes(end: bytes) -> dict[str, Any]:
     return _attributes(_member(end, members[_ATTRIBUTES], check=True))
 
 
-def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes and arrays. Damage, naming the array, where the object is not what was written."""
+def check_bytes(data: bytes) -> None:
+    """Damage, naming the array, where the object differs from the hash it ends in."""
     if stored_digest(data) != digest(data):
         where = _first_bad_member(data)
         raise Damage(
             f"its bytes differ from its sha256{'' if where else ' (in its zip headers or the hash itself)'}", where
         )
+
+
+def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Attributes and arrays. Damage, naming the array, where the object is not what was written."""
+    check_bytes(data)
     members = _directory(data)
     if _ATTRIBUTES not in members:
         raise Damage("it has no zarr.json")

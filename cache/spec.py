@@ -192,7 +192,11 @@ class CacheSpec:
         values = document.get("spec")
         if not isinstance(values, dict):
             raise CacheError("spec.json: the member `spec` is missing.")
-        spec = cls(**{**_known(cls, values), "codec": Codec(**_known(Codec, values.get("codec")))})
+        given = {**_known(cls, values), "codec": Codec(**_known(Codec, values.get("codec")))}
+        try:
+            spec = cls(**given)
+        except CacheError as error:
+            raise CacheError(f"spec.json: {error}") from error
         if spec.hash != document.get("sha256"):
             raise CacheError(
                 "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "

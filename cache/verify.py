@@ -1,20 +1,20 @@
-"""Is every shard the one that was committed? Every byte is read; deep: every array is decoded as well."""
+"""Is every shard the one that was committed? Every byte is read and hashed; deep: every array is decoded as well."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .errors import CacheError, NotFound
+from .errors import CacheError, NotFound, StoreError
 from .manifest import gaps, overlaps, row_of, table_of
-from .scan import PREFIX, listed, shard_index, shard_key
+from .reader import Cache, open_cache
+from .scan import PREFIX, SPEC_KEY, read_spec, shard_index, shard_key
 from .shard import check_attributes, decode_shard
-from .shardfile import Damage, content_hash, digest, stored_digest, unpack
-
-if TYPE_CHECKING:
-    from .reader import Cache
+from .shardfile import Damage, check_bytes, content_hash, read_attributes, stored_digest, unpack
+from .stores import Entry, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `verify` found. Falsy where there is a problem."""
+    """What `verify` found. Falsy where there is a problem. unlisted: why a sealed cache's store could not be listed;
+    what lies there beside the shards of the manifest was then not looked for."""
 
     shards: int = 0
     positions: int = 0
     bytes: int = 0
     deep: bool = False
     sealed: bool = False
+    unlisted: str | None = None
     problems: list[Problem] = field(default_factory=list)
     missing: list[int] = field(
         default_factory=list
@@ -52,7 +54,32 @@ class Report:
         return self.ok
 
 
-def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Report:
+def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = False) -> Report:
+    """`verify` of a cache that may not even open: a spec or a manifest that cannot be read is a problem too.
+
+    Raises CacheError where there is no cache, and StoreError where the store fails.
+    """
+    store = open_store(path_or_store)
+    try:
+        return verify(open_cache(store), deep=deep, progress=progress)
+    except StoreError:
+        raise
+    except CacheError as error:
+        found = Problem(None, None, str(error).removeprefix(f"{store.describe()}: "))
+        if isinstance(error.__cause__, NotFound):
+            if not (there := _shards_without_spec(store)):
+                raise
+            found = Problem(None, None, f"{SPEC_KEY} is missing, and {there} objects in {PREFIX} are there; restore it")
+    report = Report(deep=deep)
+    # The shards need no manifest, and whoever mends it wants to know how they are. Where it is the spec that cannot be
+    # read, or there is no listing, the one problem says enough.
+    with suppress(CacheError):
+        report = verify(Cache(store, read_spec(store), None), deep=deep, progress=progress)
+    report.problems.insert(0, found)
+    return report
+
+
+def verify(cache: Cache, *, deep: bool = True, progress: bool = False) -> Report:
     """Check every shard of a cache.
 
     Each object is read whole and compared with its own hash, its name, the spec, and (sealed) the manifest. deep: its
@@ -61,10 +88,18 @@ def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Repo
     store fails.
     """
     report = Report(deep=deep, sealed=cache.sealed)
-    there = listed(cache.store)
+    entries: list[Entry] = []
+    try:
+        entries = list(cache.store.list(PREFIX))
+    except StoreError as error:  # HTTP has no listing
+        if not cache.sealed:
+            raise
+        report.unlisted = str(error)
+    numbers = {entry.key: shard_index(entry.key) for entry in entries}
+    there = {index for index in numbers.values() if index is not None}
     known = {row["shard"]: row for row in cache.manifest.to_pylist()} if cache.sealed else {}
     rows: list[dict[str, Any]] = []
-    indices = sorted(there.keys() | known.keys())
+    indices = sorted(there | known.keys())
     for index in tqdm(indices, unit="shard", disable=not progress, desc="verify"):
         for problem in _check(cache, index, known.get(index), deep, report, rows):
             report.problems.append(problem)
@@ -76,14 +111,13 @@ def verify(cache: "Cache", *, deep: bool = True, progress: bool = False) -> Repo
                 report.problems.append(Problem(index, None, "it is missing, between others that are there"))
     for one, other in overlaps(table):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
-    for entry in cache.store.list(PREFIX):
-        if shard_index(entry.key) is None:
-            report.problems.append(Problem(None, None, f"{entry.key} is no shard's name"))
+    for key in sorted(key for key, index in numbers.items() if index is None):
+        report.problems.append(Problem(None, None, f"{key} is no shard's name"))
     return report
 
 
 def _check(
-    cache: "Cache", index: int, known: dict[str, Any] | None, deep: bool, report: Report, rows: list[dict[str, Any]]
+    cache: Cache, index: int, known: dict[str, Any] | None, deep: bool, report: Report, rows: list[dict[str, Any]]
 ) -> Iterator[Problem]:
     try:
         data = cache.store.get(shard_key(index))
@@ -93,12 +127,16 @@ def _check(
     report.shards += 1
     report.bytes += len(data)
     try:
-        attributes, arrays = unpack(data)
+        if deep:
+            attributes, arrays = unpack(data)
+        else:
+            check_bytes(data)
+            attributes, arrays = read_attributes(data), {}
         check_attributes(attributes, cache.spec, index)
         row = row_of(attributes, len(data), stored_digest(data))
         if cache.sealed and known is None:
             yield Problem(index, None, "it is not in the manifest: it was written after the cache was sealed")
-        elif known is not None and known["object_sha256"] != bytes.fromhex(digest(data)):
+        elif known is not None and known["object_sha256"] != row["object_sha256"]:
             raise Damage("it is another object than the one that was sealed")
         elif known is not None and known != row:
             raise Damage("the manifest says something else of it")
@@ -111,6 +149,13 @@ def _check(
         return
     rows.append(row)
     report.positions += row["positions"]
+
+
+def _shards_without_spec(store: Store) -> int:
+    try:
+        return sum(1 for _ in store.list(PREFIX))
+    except StoreError:
+        return 0
 
 
 def _check_decoded(decoded: dict[str, Any], attributes: dict[str, Any]) -> None:

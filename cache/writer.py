@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .checks import check_inputs, check_lengths, check_number, check_sorted, check_targets
 from .codec import Targets, encode_targets
-from .errors import CacheError, CorruptShard, NotFound, StoreError
+from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
 from .manifest import KEY, from_parquet, overlaps, to_parquet
 from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
 from .shardfile import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
@@ -56,6 +56,18 @@ def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue
         spec = there
     store.sweep()
     return CacheWriter(store, spec, threads=int(threads), queue=int(queue))
+
+
+def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
+    """A writer for the cache that is there, with the settings it has. Arguments as in `create_cache`.
+
+    Raises CacheError where there is no cache, and ReadOnly where none can be written.
+    """
+    store = open_store(path_or_store)
+    spec = read_spec(store)
+    if store.readonly:
+        raise ReadOnly(f"{store.describe()}: this cache can only be read here. Write to it where it was made.")
+    return create_cache(store, spec, threads=threads, queue=queue)
 
 
 class CacheWriter:
@@ -158,14 +170,14 @@ class CacheWriter:
         future.add_done_callback(self._finished)
         return future
 
-    def seal(self) -> pa.Table:
+    def seal(self, *, progress: bool = False) -> pa.Table:
         """Write the manifest of a finished cache, and return it. From then on the cache opens with two requests.
 
+        progress: a bar on stderr while the shards are looked at.
         Raises CacheError where two shards hold the same sequences, or where a manifest of other shards is there.
         """
         self._wait()
-        self._sealed = True
-        table = scan(self.store, self.spec, listed(self.store))
+        table = scan(self.store, self.spec, listed(self.store), progress=progress)
         if pairs := overlaps(table):
             raise CacheError(
                 f"{self.store.describe()}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; "
@@ -178,6 +190,7 @@ class CacheWriter:
                     f"{self.store.describe()}: it was sealed with {len(sealed)} shards and now has {len(table)} or "
                     f"others: `fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
                 )
+        self._sealed = True
         return table
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def read_manifest(cache: Path, spec_hash: str) -> list[dict[str, Any]]:
             total.update("\0".join(values).encode())
         elif name in ("content_sha256", "object_sha256"):
             total.update(b"".join(values))
-        elif name == "written" or name.startswith(("mass_", "entropy_")):
+        elif name.startswith(("mass_", "entropy_")):
             total.update(b"".join(pack("<d", float("nan") if v is None else v) for v in values))
         else:
             total.update(b"".join(pack("<q", v) for v in values))

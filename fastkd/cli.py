@@ -1,0 +1,212 @@
+"""The command line: a frozen dataclass for each command, and one function that each of them calls.
+
+Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
+cache. Nothing heavy is imported before a command needs it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import tyro
+
+from . import __version__
+from .cache.errors import CacheError, NotFound, StoreError
+from .report_text import printable, ranges, report_text, size_text
+
+if TYPE_CHECKING:
+    from .cache.stores import Store
+
+Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a cache holds: from whom, how much, at what cost, and what is missing."""
+
+    cache: Place
+    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read every shard, compare its bytes with their hashes, and name each that is bad."""
+
+    cache: Place
+    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    deep: Flag = False
+    """Decode every array as well, and compare the contents."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Write the manifest of a finished cache: it opens with two requests from then on, and takes no more shards."""
+
+    cache: Place
+    """A folder, or a URL (s3://, gs://, az://)."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
+Command = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Seal, tyro.conf.subcommand("seal")]
+)
+
+
+class Outcome(NamedTuple):
+    """What a command found: as JSON, as text, as an exit status; and what a person has to know beside it."""
+
+    report: dict[str, Any]
+    text: str
+    status: int = 0
+    warning: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        _say(f"fastkd {__version__}")
+        return 0
+    try:
+        command = _parse(args or ["--help"])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        outcome = _COMMANDS[type(command)](command)
+    except CacheError as error:
+        outcome = _failure(error)
+    except KeyboardInterrupt:
+        _say("fastkd: interrupted", sys.stderr)
+        return 130
+    if outcome.warning:
+        _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
+    if command.json:
+        _say(json.dumps(outcome.report, allow_nan=False))
+    elif outcome.text:
+        _say(outcome.text)
+    return outcome.status
+
+
+def inspect(command: Inspect) -> Outcome:
+    """Describe the cache."""
+    from .cache import open_cache
+    from .inspect_cache import inspect_cache
+
+    report = inspect_cache(open_cache(_store(command.cache)), progress=_at_terminal())
+    return Outcome(report, report_text(report))
+
+
+def verify(command: Verify) -> Outcome:
+    """Check the cache; status 1 where there is a problem."""
+    from .cache import verify_cache
+
+    store = _store(command.cache)
+    found = verify_cache(store, deep=command.deep, progress=_at_terminal())
+    read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
+    count = len(found.problems)
+    verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
+    lines = [str(problem) for problem in found.problems]
+    lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
+    text = "\n".join(printable(line) for line in lines)
+    warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
+    report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
+    return Outcome(report, text, 0 if found.ok else 1, warning)
+
+
+def seal(command: Seal) -> Outcome:
+    """Seal the cache, or say that it is; a cache without shards is refused."""
+    from .cache import open_cache, open_writer
+    from .inspect_cache import gaps
+
+    cache = open_cache(_store(command.cache))
+    name = cache.store.describe()
+    if not cache.store.readonly and not cache.shards:
+        raise CacheError(f"{name}: there are no shards yet, and a sealed cache takes none. Nothing was written.")
+    with open_writer(cache.store) as writer:
+        table = writer.seal(progress=_at_terminal())
+    missing = gaps(table, "shard")
+    warning = (
+        f"{name}: shards {ranges(missing)} are missing, and a sealed cache takes no more. To write them, delete "
+        "manifest.parquet and seal again afterwards."
+    )
+    report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
+    report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
+    state = "was sealed already" if cache.sealed else "sealed"
+    text = f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"
+    return Outcome(report, printable(text), 0, warning if missing else "")
+
+
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {Inspect: inspect, Verify: verify, Seal: seal}
+
+
+class _NoStore(CacheError):
+    """What was given names nothing that a cache could lie in."""
+
+
+def _store(place: str) -> "Store":
+    from .cache import open_store
+
+    try:
+        return open_store(place)
+    except StoreError:
+        raise
+    except CacheError as error:
+        raise _NoStore(str(error)) from error
+
+
+def _failure(error: CacheError) -> Outcome:
+    from .cache.stores.base import clean
+
+    absent = isinstance(error, (NotFound, _NoStore)) or isinstance(error.__cause__, NotFound)
+    return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
+
+
+def _parse(args: list[str]) -> Inspect | Verify | Seal:
+    """The command. SystemExit after help, or after having said what is wrong with the arguments."""
+
+    def parse(args: list[str], *, aloud: bool) -> Inspect | Verify | Seal:
+        return tyro.cli(
+            Command,
+            prog="fastkd",
+            description="Look at a cache of teacher targets, check it, seal it. `fastkd --version` says which fastkd.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+            console_outputs=aloud,
+        )
+
+    try:
+        return parse(args, aloud=False)
+    except SystemExit as stop:
+        if stop.code:
+            from .cache.stores.base import clean
+
+            # the message quotes the arguments, and a URL among them may hold a password
+            args = [clean(arg) for arg in args]
+        parse(args, aloud=True)
+        raise
+
+
+def _at_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _say(text: str, stream: Any = None) -> None:
+    """Print, as far as the stream can show the text; to nobody, where whoever read it has gone."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
