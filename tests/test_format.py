@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import plain_reader
 import pytest
+from hypothesis import given, settings
+from test_codec import CALLS, caches
 
 from fastkd.cache import (
     CODECS,
@@ -89,6 +92,16 @@ def test_settings(tmp_path: Path, codec: str, draws: int, ragged: bool) -> None:
         assert "head/context_counts" in open_cache(tmp_path).raw_shard(0)
         assert len(open_cache(tmp_path).raw_shard(0)["head/context_tokens"]) > 2
     same(tmp_path)
+
+
+@given(caches())
+@settings(CALLS, max_examples=60)
+def test_any_cache(drawn: Any) -> None:
+    spec, arrays, tokens = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        with create_cache(folder, spec) as writer:
+            writer.write_shard(0, {"tokens": tokens}, **arrays)
+        same(Path(folder))
 
 
 def test_draws_alone_and_ties_without_order(tmp_path: Path) -> None:
