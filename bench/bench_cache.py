@@ -216,17 +216,18 @@ def shuffled(table: Table, data: Arrays, base: Arrays, place: Path, rounds: int)
 
 
 MEMORY = """
-import resource, sys
+import sys
 from fastkd.cache import open_cache
+def peak():
+    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) * 1024
 cache = open_cache(sys.argv[1])
 cache.manifest, cache.shards
 import fastkd.cache.codec
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-size = 0
+base = peak()
 for first in range(0, len(cache.shards) * 220, 700):
     arrays = cache.sequences(range(first, min(first + 8, len(cache.shards) * 220)))
 shard = sum(a.nbytes for a in cache.read_shard(0).values())
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / shard)
+print((peak() - base) / shard)
 """
 
 
@@ -267,18 +268,20 @@ def write(table: Table, data: Arrays, rounds: int) -> None:
 
 
 OPEN = """
-import resource, sys, time
+import sys, time
 import fastkd.cache, pyarrow.parquet
 from fastkd.cache import open_cache, open_store
 store = open_store(sys.argv[1])
 asked, get = [], store.get
 store.get = lambda key: (asked.append(key), get(key))[1]
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
+base = peak()
 start = time.perf_counter()
 cache = open_cache(store)
 assert len(cache.shards) == 100_000
 seconds = time.perf_counter() - start
-print(len(asked), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+print(len(asked), seconds, peak() - base)
 """
 
 

@@ -186,7 +186,7 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
             tied = np.flatnonzero(tied_B)
             free = np.flatnonzero(np.logical_not(tied_B, out=tied_B))
             ranks[free] = firsts[first_at[j] : first_at[j] + len(free)]
-            before = ranks_KB[j - 1, tied]
+            before = ranks_KB[j - 1].take(tied)
             before += one
             before += ties[tie_at[j] : tie_at[j] + len(tied)]
             ranks[tied] = before

@@ -13,7 +13,7 @@ from .errors import CacheError, NotFound
 from .manifest import KEY, from_parquet
 from .scan import corrupt, listed, read_spec, scan, shard_key
 from .shard import check_attributes, decode_shard, raw_shard
-from .shardfile import Damage, digest, unpack
+from .shardfile import Damage, stored_digest, unpack
 from .spec import CacheSpec
 from .stores import Store, open_store
 
@@ -155,8 +155,9 @@ class Cache:
                 row = int(np.searchsorted(numbers, index))
                 if row == len(numbers) or numbers[row] != index:
                     raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
-                if self.manifest.column("object_sha256")[row].as_py().hex() != digest(data):
+                if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(data):
                     raise Damage("it is another object than the one that was sealed")
+            del data  # what it is made into needs the room
             return make(self.spec, attributes, arrays)
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
