@@ -10,12 +10,14 @@ from .codec import Targets
 from .errors import CacheError
 from .grid import LOWEST
 from .ragged import BLOCK
+from .shardfile import LARGEST
 from .spec import CacheSpec
 
 Array = NDArray[Any]
 
 ROUNDING = 1e-4  # nats by which a log-probability may exceed 0: what float32 arithmetic leaves of log 1
 _HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
+_HIGHEST_TAIL_CODE = 2**30 - 1  # a difference of two is an int32
 
 
 def check_targets(
@@ -28,6 +30,9 @@ def check_targets(
         raise CacheError("ids: found no rows; a shard holds at least one position.")
     if n > spec.shard_positions:
         raise CacheError(f"ids: found {n} rows; a shard of this cache holds {spec.shard_positions} at most.")
+    if n * spec.width * 4 > LARGEST:
+        most = LARGEST // (4 * spec.width)
+        raise CacheError(f"ids: found {n} rows; with {spec.width} places a row a shard holds {most} at most.")
     if width > spec.width:
         raise CacheError(f"ids: found {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
     logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape)).astype(np.float32, copy=False)
@@ -50,7 +55,7 @@ def check_targets(
     if spec.draws and draws is not None:
         _check_draws(spec, draws, used_NK, drawn_NK, head_counts)
     _first(head_counts > spec.k, lambda i: f"ids: row {i}: found a head of {head_counts[i]} entries; k is {spec.k}.")
-    tail = _check_tail(tail, used_N)
+    tail = _check_tail(spec, tail, used_N)
     return Targets(
         ids=ids.astype(np.int32, copy=False),
         logprobs=logprobs,
@@ -88,8 +93,8 @@ def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> 
 
 def check_number(name: str, value: Any) -> int:
     """A number of a shard or a sequence."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= int(value) < 2**62:
-        raise CacheError(f"{name}: found {value!r}; an integer from 0 on is needed.")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= int(value) < 10**18:
+        raise CacheError(f"{name}: found {value!r}; an integer from 0 on, below 10^18, is needed.")
     return int(value)
 
 
@@ -186,7 +191,7 @@ def _check_sorted_block(start: int, logprobs: Array, draws: Array | None) -> Non
     )
 
 
-def _check_tail(tail: Array, used_N: Array) -> Array:
+def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
     bad = np.isnan(tail) | (tail == np.inf)
     _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; a log-partition is needed.")
     absent = tail == -np.inf
@@ -194,7 +199,7 @@ def _check_tail(tail: Array, used_N: Array) -> Array:
         absent.any(1) & ~absent.all(1),
         lambda i: f"tail: row {i}: found {tail[i]}; an empty tail is -inf at every temperature.",
     )
-    far = ~absent & (np.abs(tail) > _HIGHEST_TAIL)
+    far = ~absent & (np.abs(tail) > min(_HIGHEST_TAIL, _HIGHEST_TAIL_CODE * spec.settings.tail_step))
     _first(far, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; no teacher has such a tail.")
     # a row that does not count has no tail either: whatever stands there would only cost bytes
     return np.where((used_N == 0)[:, None], np.float32(-np.inf), tail)
@@ -202,9 +207,7 @@ def _check_tail(tail: Array, used_N: Array) -> Array:
 
 def _check_outcomes(spec: CacheSpec, outcomes: Any, tail: Array, used_N: Array, head_counts: Array) -> Array:
     rest = spec.vocab_size - head_counts
-    if outcomes is None:
-        return rest
-    array = np.asarray(outcomes)
+    array = np.asarray(rest if outcomes is None else outcomes)
     if array.dtype.kind not in "iu" or array.shape not in ((), rest.shape):
         raise CacheError(f"outcomes: found {array.dtype} of shape {array.shape}; an integer, or one a row, is needed.")
     array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)

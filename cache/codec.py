@@ -108,13 +108,14 @@ def _encode_part(
     used_NK = place < counts_N[:, None] if ragged else None
     lowest = logprobs_NK.min(initial=0, where=True if used_NK is None else used_NK)
     top = int(codes_of(np.array([lowest], np.float32), *grid)[0])
-    codes_NK = np.empty(ids_NK.shape, smallest_unsigned(top + 1))
+    codes_NK = np.empty(ids_NK.shape, smallest_unsigned(top + 2))
     for start in range(0, len(ids_NK), BLOCK):
         some = slice(start, start + BLOCK)
         block = logprobs_NK[some] if used_NK is None else np.where(used_NK[some], logprobs_NK[some], 0)
         codes = codes_of(block, *grid)
-        # exp need not be monotone to the last bit
+        # exp need not be monotone to the last bit: a code may be smaller than the one before, or larger than top
         codes_NK[some] = codes if codec.sort_ties else np.maximum.accumulate(codes, axis=1)
+    top = int(codes_NK.max(initial=0))
     sample = slice(None, None, -(-len(ids_NK) // ROWS_FOR_ORDER) or 1)
     counted = ids_NK[sample].ravel() if used_NK is None else ids_NK[sample][used_NK[sample]]
     counts_V = np.bincount(counted, minlength=spec.vocab_size)
@@ -126,7 +127,7 @@ def _encode_part(
         lists = learn_lists(tokens, ids_NK, used_NK, counts_V)
         ranks_NK = rank_in_context(tokens, ids_NK, lists, ranks_V)
         coded = encode_lists(lists, ranks_V)
-        tables = (lists.tokens.astype(np.uint32), lists.lengths.astype(np.uint16), *coded[:3])
+        tables: tuple[Array, ...] = (lists.tokens.astype(np.uint32), lists.lengths.astype(np.uint16), *coded[:3])
         streams |= {f"{part}/{name}": array for name, array in zip(CONTEXT_STREAMS, tables, strict=True)}
     else:
         ranks_NK = np.empty(ids_NK.shape, ranks_V.dtype)
@@ -160,6 +161,8 @@ def id_table(
         raise ValueError(f"{part}: {len(names)} contexts with {len(lengths)} lengths")
     if tokens is None:
         raise ValueError("the ids' contexts need the input column `tokens`")
+    if (np.diff(names.astype(np.int64)) <= 0).any():
+        raise ValueError(f"{part}/context_tokens: ascending numbers are needed")
     lists = decode_lists(Streams(values, firsts, ties, np.zeros(0, np.uint16)), lengths, order)
     begins_C = np.concatenate([[0], lengths.astype(np.int64).cumsum()])
     where = np.searchsorted(names, tokens.astype(np.int64)) if len(names) else np.zeros(len(tokens), np.int64)
@@ -168,6 +171,13 @@ def id_table(
         int(lengths.max(initial=0)),
         begins_C[where].astype(np.int32),
     )
+
+
+def _list_lengths(part: str, streams: Mapping[str, Array], tokens: Array) -> Array:
+    """The length of the list of each row's token `[n]`; 0 where there is none."""
+    names, lengths = streams[f"{part}/context_tokens"].astype(np.int64), streams[f"{part}/context_counts"]
+    where = np.minimum(np.searchsorted(names, tokens.astype(np.int64)), len(names) - 1)
+    return np.where(names[where] == tokens, lengths[where], 0).astype(lengths.dtype)
 
 
 def _decode_part(
@@ -181,7 +191,10 @@ def _decode_part(
 ) -> None:
     """Write a part's ids, log-probabilities (and draws) into out, each row from its offset on."""
     table, list_width, begins_N = id_table(part, streams, tokens, spec.vocab_size)
+    list_lengths_N = _list_lengths(part, streams, tokens) if list_width and tokens is not None else None
     grid = streams[f"{part}/grid"].astype(np.float32)
+    if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
+        raise ValueError(f"{part}/grid: log-probabilities of falling order are needed")
     capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
     if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:
         raise ValueError(f"{part}/counts: {counts_N.shape} rows with up to {counts_N.max(initial=0)} entries")
@@ -207,17 +220,24 @@ def _decode_part(
         if last < size or codes.dtype != codes_KB.dtype or ranks.dtype != ranks_KB.dtype:
             codes_KB[:, :size], ranks_KB[:, :size] = codes, ranks
             codes, ranks = codes_KB[:, :size], ranks_KB[:, :size]
+        if not size:
+            continue
+        if last < size:
+            highest = [(codes[j, :some].max(), ranks[j, :some].max()) for j, some in enumerate(block.lengths) if some]
             for j, length in enumerate(block.lengths):
                 codes[j, length:] = no_code
                 ranks[j, length:] = no_rank
-        if not size:
-            continue
-        if codes.max() > no_code or ranks.max() > no_rank:
+        else:
+            highest = [(codes.max(), ranks.max())]
+        if any(code >= no_code or rank >= no_rank for code, rank in highest):
             raise ValueError(f"{part}: a code or a rank outside its table")
         rows = block.rows
-        if list_width:
+        if list_lengths_N is not None:
+            listed = ranks < list_width
+            if (listed & (ranks >= list_lengths_N[rows][:size])).any():
+                raise ValueError(f"{part}: a rank beyond the list of its row's token")
             index = ranks.astype(np.int32)
-            index += np.where(ranks < list_width, begins_N[rows][:size], shift)
+            index += np.where(listed, begins_N[rows][:size], shift)
         else:
             index = ranks
         rows = slice(rows.start, rows.start + size) if isinstance(rows, slice) else rows[:size]

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 LOWEST = -32768.0  # nats; a log-probability below this is refused, so that a grid's table stays small
 
+_FLAT = 1e-4  # where growth·step is smaller, 1 − exp loses the codes in float32's rounding; expm1 is slower
+
 
 def _bend(step: float, growth: float, cap: float) -> tuple[float, float]:
     """Where the step reaches the cap: in nats, and as a code."""
@@ -34,8 +36,12 @@ def codes_of(logprobs: NDArray[np.float32], step: float, growth: float, cap: flo
         beyond *= np.float32(1 / cap)
         np.minimum(x, np.float32(bend), out=x)
         x *= np.float32(-growth)
-        np.exp(x, out=x)
-        np.subtract(np.float32(1), x, out=x)
+        if growth * step < _FLAT:
+            np.expm1(x, out=x)
+            np.negative(x, out=x)
+        else:
+            np.exp(x, out=x)
+            np.subtract(np.float32(1), x, out=x)
         x *= np.float32(1 / (growth * step))
         x += beyond
     return np.rint(x, out=x).astype(np.uint32)
@@ -46,7 +52,7 @@ def values_of(count: int, step: float, growth: float, cap: float) -> NDArray[np.
     code = np.arange(count, dtype=np.float64)
     bend, code_at_bend = _bend(step, growth, cap)
     if bend == 0:
-        return (-code * (cap if growth else step)).astype(np.float32)
+        return (0 - code * (cap if growth else step)).astype(np.float32)
     near = np.minimum(code, code_at_bend)
     x = -np.log1p(-growth * step * near) / growth + np.maximum(code - code_at_bend, 0) * cap
-    return (-x).astype(np.float32)
+    return (0 - x).astype(np.float32)

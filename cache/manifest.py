@@ -71,6 +71,8 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
         table = file.read()
+        if (np.diff(table.column("shard").to_numpy()) <= 0).any():
+            raise ValueError("its shards do not ascend")
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise CacheError(f"{KEY}: not readable as a manifest ({error}). {cure}") from error
     metadata = table.schema.metadata or {}

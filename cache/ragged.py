@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import CacheError
+
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
@@ -73,6 +75,8 @@ def encode_rows(
     bits = [int(c.max(initial=0)).bit_length() for c in columns]
     bits[0] = (int(codes_NK[:, :width].max(initial=0)) + 1).bit_length()  # room for a code above all others: no entry
     key_type: np.dtype[np.unsignedinteger] = np.dtype(np.uint32 if sum(bits) <= 32 else np.uint64)
+    if sort_ties and sum(bits) > 64:
+        raise CacheError(f"codes, ranks and draws: found numbers of {bits} bits; they fit into 64 with larger steps.")
     types = [smallest_unsigned((1 << b) - 1) for b in bits]
     placed_KN = [np.empty((width, rows + PITCH), t)[:, :rows] for t in types]
     place_K = np.arange(width)

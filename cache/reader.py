@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+_LENGTHS = ("sequence_lengths", "document_lengths")
 _KEPT = 2  # decoded shards a thread keeps for `sequences`
 
 
@@ -150,9 +151,11 @@ class Cache:
             attributes, arrays = unpack(data)
             check_attributes(attributes, self.spec, index)
             if self.sealed:
-                row = np.searchsorted(self.manifest.column("shard").to_numpy(), index)
-                hashes = self.manifest.column("object_sha256")
-                if row < len(hashes) and hashes[int(row)].as_py().hex() != stored_digest(data):
+                numbers = self.manifest.column("shard").to_numpy()
+                row = int(np.searchsorted(numbers, index))
+                if row == len(numbers) or numbers[row] != index:
+                    raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
+                if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(data):
                     raise Damage("it is another object than the one that was sealed")
             del data  # what it is made into needs the room
             return make(self.spec, attributes, arrays)
@@ -174,8 +177,6 @@ class Cache:
         pieces: dict[int, Arrays] = {}
         for key, number in zip(keys.tolist(), (numbers - int(arrays["first_sequence"])).tolist(), strict=True):
             some = slice(int(ends[number] - lengths[number]), int(ends[number]))
-            piece = {
-                n: a[some] for n, a in arrays.items() if a.ndim and len(a) == positions and not n.endswith("lengths")
-            }
+            piece = {n: a[some] for n, a in arrays.items() if a.ndim and len(a) == positions and n not in _LENGTHS}
             pieces[key] = piece | {"sequence_lengths": arrays["sequence_lengths"][number : number + 1]}
         return pieces

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec import decode_targets, id_table
-from .shardfile import Damage
-from .spec import CacheSpec
+from .shardfile import LARGEST, Damage
+from .spec import FORMAT, CacheSpec
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -17,6 +17,8 @@ _BAD = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # what stre
 
 def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
     """Damage where the attributes are those of another shard, or of another cache."""
+    if attributes.get("format") != FORMAT:
+        raise Damage(f"it is of format version {attributes.get('format')!r}; version {FORMAT} is read")
     if attributes.get("spec") != spec.hash:
         raise Damage("it belongs to a cache of other settings")
     if attributes.get("index") != index:
@@ -65,6 +67,8 @@ def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mappin
     n, sequences = attributes.get("positions"), attributes.get("sequences")
     if type(n) is not int or not 1 <= n <= spec.shard_positions or type(attributes.get("first_sequence")) is not int:
         raise Damage(f"it says that it holds {n!r} positions")
+    if n * spec.width * 4 > LARGEST:
+        raise Damage(f"its {n} positions of {spec.width} places are more than can be decoded")
     shapes: dict[str, tuple[Any, ...]] = {f"inputs/{name}": (n,) for name in spec.inputs}
     shapes |= {"tail": (len(spec.temperatures), n), "sequence_lengths": (sequences,)}
     shapes |= {f"{part}/counts": (n,) for part, there in (("head", spec.k), ("draws", spec.draws)) if there}

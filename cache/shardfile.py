@@ -35,7 +35,7 @@ _DTYPES = {
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
 }  # fmt: skip
 _BY_PCODEC = _DTYPES - {"bool", "int8", "uint8"}
-_LARGEST = 2**33  # bytes of one decoded array; a shard that needs more is refused
+LARGEST = 2**33  # bytes of all decoded streams together, and of one decoded array; a shard that needs more is refused
 
 
 class Damage(ValueError):
@@ -48,6 +48,8 @@ class Damage(ValueError):
 
 def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Codec, positions: int) -> bytes:
     """The object. arrays: by their path in the group, sorted into it by name; attributes: JSON."""
+    if (size := sum(array.nbytes for array in arrays.values())) > LARGEST:
+        raise CacheError(f"found {size} bytes of streams; {LARGEST} fit into a shard. Make the shards smaller.")
     buffer = io.BytesIO()
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -117,6 +119,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
         raise Damage("it has no zarr.json")
     attributes = _attributes(_member(data, members[_ATTRIBUTES]))
     arrays: dict[str, Array] = {}
+    left = LARGEST
     for path in sorted(members):
         name = path.removesuffix("/zarr.json")
         if name == path or path == _ATTRIBUTES:
@@ -124,7 +127,8 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
         try:
             meta = parse_json(bytes(_member(data, members[path])), path)
             if meta.get("node_type") != "group":
-                arrays[name] = _read_array(data, members, name, meta)
+                arrays[name] = _read_array(data, members, name, meta, left)
+                left -= arrays[name].nbytes
         except (CacheError, ValueError, RuntimeError, TypeError) as error:
             raise Damage(str(error), name) from error
     return attributes, arrays
@@ -135,8 +139,10 @@ def members(data: bytes) -> dict[str, bytes]:
     return {name: bytes(_member(data, member, check=True)) for name, member in _directory(data).items()}
 
 
-def _read_array(data: bytes, members: Mapping[str, zipfile.ZipInfo], name: str, meta: dict[str, Any]) -> Array:
-    shape, dtype, codecs = _array_meta(meta)
+def _read_array(
+    data: bytes, members: Mapping[str, zipfile.ZipInfo], name: str, meta: dict[str, Any], largest: int
+) -> Array:
+    shape, dtype, codecs = _array_meta(meta, largest)
     if 0 in shape:
         return np.zeros(shape, dtype)
     chunk = members.get(f"{name}/c/" + "/".join("0" * len(shape)))
@@ -208,7 +214,7 @@ def _zstd(level: int) -> list[dict[str, Any]]:
     ]
 
 
-def _array_meta(meta: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]]]:
+def _array_meta(meta: dict[str, Any], largest: int) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]]]:
     shape, dtype, codecs = meta.get("shape"), meta.get("data_type"), meta.get("codecs")
     if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
         raise ValueError("it is no Zarr v3 array")
@@ -216,7 +222,7 @@ def _array_meta(meta: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any], l
         raise ValueError(f"shape {shape!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"data type {dtype!r}")
-    if int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > _LARGEST:
+    if int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > largest:
         raise ValueError(f"shape {shape}: more than a shard can hold")
     names = (
         [c.get("name") for c in codecs] if isinstance(codecs, list) and all(isinstance(c, dict) for c in codecs) else []
@@ -224,7 +230,18 @@ def _array_meta(meta: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any], l
     if names not in (["numcodecs.pcodec"], ["bytes", "zstd"]):
         raise ValueError(f"codecs {codecs!r}: only numcodecs.pcodec, and bytes with zstd, are read")
     assert isinstance(codecs, list)
+    if names[0] == "bytes" and np.dtype(dtype).itemsize > 1 and _setting(codecs[0], "endian") != "little":
+        raise ValueError(f"codecs {codecs!r}: only little-endian bytes are read")
+    grid = meta.get("chunk_grid")
+    if not isinstance(grid, dict) or _setting(grid, "chunk_shape") != [max(s, 1) for s in shape]:
+        raise ValueError(f"chunk grid {grid!r}: an array has one chunk, of its own shape")
     return tuple(shape), np.dtype(dtype).newbyteorder("<"), codecs
+
+
+def _setting(of: Mapping[str, Any], name: str) -> Any:
+    """A member of the configuration of a codec or a chunk grid; None where there is none."""
+    configuration = of.get("configuration")
+    return configuration.get(name) if isinstance(configuration, dict) else None
 
 
 def _array(array: Array, codecs: list[dict[str, Any]]) -> dict[str, Any]:

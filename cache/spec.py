@@ -17,6 +17,9 @@ RESERVED = frozenset(
     {"ids", "logprobs", "tail", "draws", "outcomes", "sequence_lengths", "document_lengths", "first_sequence"}
 )
 COMPRESSORS = ("pcodec", "zstd")
+STEPS = ("step", "cap", "tail_step", "draw_step")
+MOST_COLUMNS = 64  # inputs, and temperatures: what a shard says of itself has to fit into its last 64 KiB
+LONGEST_TEXT = 2**16  # characters: spec.json stays below the size that a reader takes
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class CacheSpec:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise CacheError(f"{name}: found {value!r}; a sequence is needed.")
             object.__setattr__(self, name, tuple(value))
+            if len(getattr(self, name)) > MOST_COLUMNS:
+                raise CacheError(f"{name}: found {len(getattr(self, name))}; {MOST_COLUMNS} are possible.")
         for name, low, high in (
             ("vocab_size", 1, 2**26),
             ("k", 0, 2**16 - 1),
@@ -120,7 +125,9 @@ class CacheSpec:
         for name in ("teacher", "tokenizer", "dataset", "notes"):
             if not isinstance(getattr(self, name), str):
                 raise CacheError(f"{name}: found {getattr(self, name)!r}; text is needed.")
-        _check_codec(self.codec)
+            if len(getattr(self, name)) > LONGEST_TEXT:
+                raise CacheError(f"{name}: found {len(getattr(self, name))} characters; {LONGEST_TEXT} are possible.")
+        object.__setattr__(self, "codec", _checked(self.codec))
         if self.codec.contexts and "tokens" not in self.inputs:
             raise CacheError(
                 'codec: contexts need the input column "tokens"; use another setting, or name that column.'
@@ -238,23 +245,37 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError, TypeError):
+        raise CacheError(f"{name}: found {value!r}; a number is needed.") from None
+
+
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 < float(value) < math.inf:
+    number = _number(name, value)
+    if not 0 < number < math.inf:
         raise CacheError(f"{name}: found {value!r}; a positive number is needed.")
-    return float(value)
+    return number
 
 
-def _check_codec(codec: Codec) -> None:
-    for name in ("step", "cap", "tail_step", "draw_step"):
-        if not 1e-4 <= _positive(f"codec.{name}", getattr(codec, name)) <= 8:
-            raise CacheError(f"codec.{name}: found {getattr(codec, name)}; 0.0001 to 8 nats are possible.")
-    if isinstance(codec.growth, bool) or not isinstance(codec.growth, (int, float)) or not 0 <= codec.growth <= 1:
-        raise CacheError(f"codec.growth: found {codec.growth!r}; 0 to 1 is possible.")
-    if codec.cap < codec.step:
+def _checked(codec: Codec) -> Codec:
+    """The codec with its numbers as Python's own, so that equal codecs have one hash."""
+    numbers: dict[str, Any] = {name: _positive(f"codec.{name}", getattr(codec, name)) for name in STEPS}
+    for name, value in numbers.items():
+        if not 1e-4 <= value <= 8:
+            raise CacheError(f"codec.{name}: found {value}; 0.0001 to 8 nats are possible.")
+    numbers["growth"] = _number("codec.growth", codec.growth) + 0.0  # no −0
+    if numbers["growth"] and not 1e-4 <= numbers["growth"] <= 1:
+        raise CacheError(f"codec.growth: found {codec.growth!r}; 0, and 0.0001 to 1, are possible.")
+    if numbers["cap"] < numbers["step"]:
         raise CacheError(f"codec.cap: found {codec.cap}, below the step of {codec.step}.")
     for name in ("sort_ties", "contexts"):
         if not isinstance(getattr(codec, name), bool):
             raise CacheError(f"codec.{name}: found {getattr(codec, name)!r}; True or False is needed.")
     if codec.compressor not in COMPRESSORS:
         raise CacheError(f"codec.compressor: found {codec.compressor!r}; one of {', '.join(COMPRESSORS)} is needed.")
-    _integer("codec.level", codec.level, 0, 12 if codec.compressor == "pcodec" else 19)
+    level = _integer("codec.level", codec.level, 0, 12 if codec.compressor == "pcodec" else 19)
+    return replace(codec, level=level, **numbers)

@@ -127,9 +127,12 @@ def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
     """The ids of all lists, one after another. Raises ValueError where the streams do not fit the lengths."""
     lengths = lengths_C.astype(np.int64)
     width = int(lengths.max(initial=0))
-    ids_CL = np.zeros((len(lengths), width), np.int64)
+    if (lengths < 1).any():
+        raise ValueError("a list of no ids")
+    ranks_CL = np.zeros((len(lengths), width), np.int64)
     for block in decode_rows(streams, lengths, sort_ties=True):
-        size = block.lengths[0]
-        ranks = np.minimum(block.ranks_KB[:, :size].T.astype(np.int64), len(order_V) - 1)
-        ids_CL[block.rows] = order_V[ranks]
-    return ids_CL[np.arange(width) < lengths[:, None]]
+        ranks_CL[block.rows] = block.ranks_KB[:, : block.lengths[0]].T
+    ranks = ranks_CL[np.arange(width) < lengths[:, None]]
+    if int(ranks.max(initial=0)) >= len(order_V):
+        raise ValueError("a list with a rank outside the order")
+    return order_V[ranks]

@@ -237,7 +237,10 @@ class CacheWriter:
                 self._sealed = False
         if not self._sealed:
             return None
-        raise CacheError(f"{self.store.describe()}: the cache is sealed, and shard {index} is not among its shards.")
+        raise CacheError(
+            f"{self.store.describe()}: the cache is sealed, and shard {index} is not there. To write it, delete {KEY} "
+            "(no target is lost by that), and seal the cache again afterwards."
+        )
 
     def _attempt_there(self, index: int) -> str | None:
         """The attempt that committed the shard; None where there is none."""

@@ -1,0 +1,160 @@
+"""A reader of fastkd caches after cache/FORMAT.md, of zarr, numpy and pyarrow alone: nothing of fastkd, no speed."""
+
+import hashlib
+import json
+from math import inf, isnan
+from pathlib import Path
+from struct import pack
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import zarr
+from zarr.storage import ZipStore
+
+FEATURES = {"rows", "draws", "ties", "contexts", "pcodec", "zstd"}
+NO_TAIL = -(2**31)
+
+
+def read_spec(cache: Path) -> tuple[dict[str, Any], str]:
+    """The settings, and their hash."""
+    document = json.loads((cache / "spec.json").read_text())
+    assert document["format"] == "fastkd-cache"
+    assert document["version"] == 1
+    assert set(document["required"]) <= FEATURES
+    hashed = {**document["spec"], "notes": ""}
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == document["sha256"]
+    return document["spec"], document["sha256"]
+
+
+def read_manifest(cache: Path, spec_hash: str) -> list[dict[str, Any]]:
+    """The rows of manifest.parquet, its hash checked."""
+    table = pq.read_table(cache / "manifest.parquet")
+    assert table.schema.metadata[b"fastkd.spec"].decode() == spec_hash
+    total = hashlib.sha256(spec_hash.encode("ascii"))
+    for name in table.column_names:
+        values = table.column(name).to_pylist()
+        total.update(f"{name}:{len(values)};".encode("ascii"))
+        if name == "attempt":
+            total.update("\0".join(values).encode())
+        elif name in ("content_sha256", "object_sha256"):
+            total.update(b"".join(values))
+        elif name.startswith(("mass_", "entropy_")):
+            total.update(b"".join(pack("<d", float("nan") if v is None else v) for v in values))
+        else:
+            total.update(b"".join(pack("<q", v) for v in values))
+    assert table.schema.metadata[b"fastkd.sha256"].decode() == total.hexdigest()
+    return table.to_pylist()
+
+
+def open_shard(cache: Path, index: int, spec_hash: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The attributes and the arrays of a shard, both of its hashes checked."""
+    path = cache / f"shards/{index}.zarr.zip"
+    data = path.read_bytes()
+    assert data[-78:-64] == b"fastkd-sha256:"
+    assert data[-64:].decode("ascii") == hashlib.sha256(data[:-64]).hexdigest()
+    group = zarr.open_group(ZipStore(path, mode="r"), mode="r")
+    attributes = group.attrs["fastkd"]
+    assert (attributes["format"], attributes["spec"], attributes["index"]) == (1, spec_hash, index)
+    arrays = {name: node[...] for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        total.update(f"{name}:{array.dtype.name}:{','.join(str(s) for s in array.shape)};".encode("ascii"))
+        total.update(array.astype(array.dtype.newbyteorder("<")).tobytes(order="C"))
+    assert attributes["content"] == total.hexdigest()
+    return attributes, arrays
+
+
+def rows_of(counts: list[int], arrays: dict[str, list[int]], ties: bool) -> list[list[tuple[int, int, int]]]:
+    """(value code, rank, repeats) of every entry of every row, from values, firsts, ties and (maybe) repeats."""
+    longest_first = sorted(range(len(counts)), key=lambda i: -counts[i])  # stable
+    rows: list[list[tuple[int, int, int]]] = [[] for _ in counts]
+    value = first = tie = 0
+    for place in range(max(counts, default=0)):
+        for i in longest_first:
+            if counts[i] <= place:
+                continue
+            difference = arrays["values"][value]
+            code = difference + (rows[i][-1][0] if place else 0)
+            if ties and place and difference == 0:
+                rank = rows[i][-1][1] + 1 + arrays["ties"][tie]
+                tie += 1
+            else:
+                rank = arrays["firsts"][first]
+                first += 1
+            rows[i].append((code, rank, arrays["repeats"][value] if "repeats" in arrays else 0))
+            value += 1
+    assert (value, first, tie) == tuple(len(arrays[name]) for name in ("values", "firsts", "ties"))
+    return rows
+
+
+def read_part(
+    part: str, spec: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> list[list[tuple[int, np.float32, int]]]:
+    """(id, log-probability, repeats) of every entry of every row of the head or of the drawn entries."""
+    stream = {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
+    plain = {name: array.tolist() for name, array in stream.items()}
+    vocabulary = range(spec["vocab_size"])
+    order = sorted(vocabulary, key=lambda i: (-plain["classes"][i], i))
+    lists: dict[int, list[int]] = {}
+    width = 0
+    if spec["codec"]["contexts"]:
+        coded = {name: plain[f"context_{name}"] for name in ("values", "firsts", "ties")}
+        listed = rows_of(plain["context_counts"], coded, ties=True)
+        for token, row in zip(plain["context_tokens"], listed, strict=True):
+            lists[token] = [order[rank] for _, rank, _ in row]
+        width = max(plain["context_counts"], default=0)
+    rows = []
+    for i, row in enumerate(rows_of(plain["counts"], plain, spec["codec"]["sort_ties"])):
+        entries = []
+        for code, rank, repeats in row:
+            token_id = lists[int(arrays["inputs/tokens"][i])][rank] if rank < width else order[rank - width]
+            entries.append((token_id, stream["grid"][code], repeats))
+        rows.append(entries)
+    return rows
+
+
+def read_shard(cache: Path, index: int) -> dict[str, np.ndarray]:
+    """The arrays that FORMAT.md says a shard means, under the names that fastkd gives them."""
+    spec, spec_hash = read_spec(cache)
+    attributes, arrays = open_shard(cache, index, spec_hash)
+    n, vocabulary, temperatures = attributes["positions"], spec["vocab_size"], spec["temperatures"]
+    head = read_part("head", spec, arrays) if spec["k"] else [[] for _ in range(n)]
+    draws = read_part("draws", spec, arrays) if spec["draws"] else [[] for _ in range(n)]
+    width = min(spec["k"], vocabulary) + spec["draws"]
+    decoded = {
+        "ids": np.zeros((n, width), np.int32),
+        "logprobs": np.full((n, width), -inf, np.float32),
+        "draws": np.zeros((n, width), np.int32),
+        "tail": np.full((n, len(temperatures)), -inf, np.float32),
+        "outcomes": np.zeros(n, np.int32),
+    }
+    for i in range(n):
+        for place, (token_id, logprob, repeats) in enumerate(head[i] + draws[i]):
+            decoded["ids"][i, place] = token_id
+            decoded["logprobs"][i, place] = logprob
+            decoded["draws"][i, place] = repeats + 1 if place >= len(head[i]) else 0
+        code = 0
+        for m in range(len(temperatures)):
+            code += int(arrays["tail"][m, i])
+            if int(arrays["tail"][0, i]) != NO_TAIL:
+                decoded["tail"][i, m] = np.float32(code * spec["codec"]["tail_step"])
+        decoded["outcomes"][i] = arrays["outcomes"][i] if "outcomes" in arrays else vocabulary - len(head[i])
+    if not spec["draws"]:
+        del decoded["draws"]
+    for name in spec["inputs"]:
+        decoded[name] = arrays[f"inputs/{name}"]
+    for name in ("sequence_lengths", "document_lengths"):
+        if name in arrays:
+            decoded[name] = arrays[name]
+            assert int(arrays[name].sum()) == n
+    assert attributes["sequences"] == len(decoded["sequence_lengths"])
+    decoded["first_sequence"] = np.array(attributes["first_sequence"], np.int64)
+    used = decoded["logprobs"] > -inf
+    assert attributes["counted"] == int(used.any(axis=1).sum())
+    assert attributes["head_entries"] == sum(map(len, head))
+    assert attributes["draw_entries"] == sum(map(len, draws))
+    assert not any(isnan(x) for x in decoded["logprobs"].flat)
+    return decoded
