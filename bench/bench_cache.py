@@ -226,20 +226,27 @@ def peak():
     return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) * 1024
 cache = open_cache(sys.argv[1])
 cache.manifest, cache.shards
-import fastkd.cache.codec
-base = peak()
+if len(sys.argv) < 3:
+    import fastkd.cache.codec, numcodecs.pcodec
+    print(peak())
+    sys.exit()
+arrays = cache.sequences([0])
+shard = sum(a.nbytes for a in arrays.values()) / len(arrays["ids"]) * cache.manifest.column("positions")[0].as_py()
+del arrays
+base = int(sys.argv[2])
 for first in range(0, len(cache.shards) * 220, 700):
     arrays = cache.sequences(range(first, min(first + 8, len(cache.shards) * 220)))
-shard = sum(a.nbytes for a in cache.read_shard(0).values())
 print((peak() - base) / shard)
 """
 
 
 def memory(table: Table, place: Path) -> None:
     """What a worker that reads sequences holds, in decoded shards."""
-    out = subprocess.run([sys.executable, "-c", MEMORY, str(place)], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", MEMORY, str(place)]
+    before = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    out = subprocess.run([*command, before], check=True, capture_output=True, text=True).stdout
     table.row(
-        "memory of a worker over all shards, in decoded shards", float(out), "", "two kept, and one in the making"
+        "memory of a worker over all shards, in decoded shards", float(out), "", "the last one, and one in the making"
     )
 
 
