@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .spec import CODECS, CacheSpec, Codec
     from .stores import FsspecStore, open_store
     from .verify import Problem, Report, verify_cache
+    from .workspace import Workspace
     from .writer import CacheWriter, Commit, create_cache, open_writer
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "Problem": "verify",
     "ReadOnly": "errors",
     "Report": "verify",
+    "Workspace": "workspace",
     "StoreError": "errors",
     "create_cache": "writer",
     "open_cache": "reader",
@@ -51,6 +53,7 @@ __all__ = [
     "ReadOnly",
     "Report",
     "StoreError",
+    "Workspace",
     "create_cache",
     "open_cache",
     "open_store",

@@ -24,6 +24,7 @@ from .vocabulary import (
     rank_in_context,
     ranks_of,
 )
+from .workspace import Workspace, new_array
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -68,22 +69,30 @@ def encode_targets(spec: CacheSpec, targets: Targets, tokens: Array | None) -> A
     return streams
 
 
-def decode_targets(spec: CacheSpec, streams: Mapping[str, Array], tokens: Array | None) -> Arrays:
+def decode_targets(
+    spec: CacheSpec, streams: Mapping[str, Array], tokens: Array | None, into: Workspace | None = None
+) -> Arrays:
     """ids int32 and logprobs float32 `[n, K]`, tail float32 `[n, M]`, outcomes int32 `[n]`, and draws int32 `[n, K]`
-    where the spec has draws; K = spec.width. Raises ValueError where the streams contradict each other."""
+    where the spec has draws; K = spec.width. into: memory for the `[n, K]` arrays.
+
+    Raises ValueError where the streams contradict each other.
+    """
     rows = streams["tail"].shape[1]
     none = np.zeros(rows, np.int64)
     head_counts = streams["head/counts"].astype(np.int64) if spec.k else none
     full = not spec.draws and bool((head_counts == spec.width).all())  # every place will be written
-    ids = (np.empty if full else np.zeros)((rows, spec.width), np.int32)
-    logprobs = np.empty((rows, spec.width), np.float32)
+    allocate = new_array if into is None else into.array
+    ids = allocate("ids", (rows, spec.width), np.dtype(np.int32))
+    logprobs = allocate("logprobs", (rows, spec.width), np.dtype(np.float32))
     if not full:
+        ids.fill(0)
         logprobs.fill(-np.inf)
     arrays: Arrays = {"ids": ids, "logprobs": logprobs}
     if spec.k:
         _decode_part("head", spec, streams, tokens, head_counts, none, [ids, logprobs])
     if spec.draws:
-        arrays["draws"] = draws = np.zeros((rows, spec.width), np.int32)
+        arrays["draws"] = draws = allocate("draws", (rows, spec.width), np.dtype(np.int32))
+        draws.fill(0)
         counts = streams["draws/counts"].astype(np.int64)
         _decode_part("draws", spec, streams, tokens, counts, head_counts, [ids, logprobs, draws])
     arrays["tail"] = _decode_tail(streams["tail"], spec.settings.tail_step)

@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .shard import check_attributes, decode_shard, raw_shard
 from .shardfile import Damage, stored_digest, unpack
 from .spec import CacheSpec
 from .stores import Store, open_store
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     import zarr
@@ -53,13 +55,14 @@ class Cache:
         self.spec = spec
         self.sealed = manifest is not None
         self._manifest = manifest
+        self._order: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store, "spec": self.spec, "sealed": self.sealed, "_manifest": self._manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _order=None)
         self._local = threading.local()
 
     def __repr__(self) -> str:
@@ -80,16 +83,20 @@ class Cache:
         numbers: list[int] = self._manifest.column("shard").to_pylist()
         return numbers
 
-    def read_shard(self, index: int) -> Arrays:
+    def read_shard(self, index: int, *, into: Workspace | None = None) -> Arrays:
         """All of a shard of n positions, decoded.
 
         ids int32 and logprobs float32 `[n, K]` (unused places: 0 and −inf), tail float32 `[n, M]`, outcomes int32
         `[n]`, draws int32 `[n, K]` where the cache has draws, the input columns by their names `[n]`, sequence_lengths
         and (where given) document_lengths uint32 `[s]`, first_sequence int64 `[]`. K is the spec's width.
 
+        into: memory for the `[n, K]` arrays, which then hold until the next shard is read into it: for a reader of many
+        shards this is much faster than new memory. A thread that reads keeps memory for the streams of one shard.
+
         Raises CorruptShard, naming shard and array, where its bytes are not those that were committed.
         """
-        return self._made_of(index, decode_shard)
+        streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
+        return self._made_of(index, partial(decode_shard, into=into), streams)
 
     def raw_shard(self, index: int) -> Arrays:
         """The streams of a shard and the tables that turn them into targets, for a decoder on a device.
@@ -98,7 +105,7 @@ class Cache:
         ranks into ids), `<part>/list_width` and `<part>/list_begins`; and width, vocab_size, first_sequence, sort_ties,
         tail_step, temperatures and draw_temperature. Raises as `read_shard`.
         """
-        return self._made_of(index, raw_shard)
+        return self._made_of(index, raw_shard, None)
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
@@ -108,16 +115,14 @@ class Cache:
         wanted = np.asarray(list(numbers), np.int64)
         if not len(wanted):
             raise CacheError("numbers: found none; at least one sequence is needed.")
-        shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
-        by = np.argsort(first, kind="stable")
-        place = np.searchsorted(first[by], wanted, side="right") - 1
-        found = by[np.maximum(place, 0)] if len(by) else np.zeros(len(wanted), np.int64)
-        missing = (place < 0) | (wanted >= (first + count)[found]) if len(by) else np.ones(len(wanted), bool)
+        shard, first, stop = self._by_sequence()
+        place = np.searchsorted(first, wanted, side="right") - 1
+        missing = (place < 0) | (wanted >= stop[place]) if len(stop) else np.ones(len(wanted), bool)
         if missing.any():
             raise CacheError(f"numbers: found sequence {wanted[missing.argmax()]}, which no shard of {self!r} holds.")
         pieces: dict[int, Arrays] = {}
-        for index in dict.fromkeys(shard[found].tolist()):  # in the order asked for
-            here = np.flatnonzero(shard[found] == index)
+        for index in dict.fromkeys(shard[place].tolist()):  # in the order asked for
+            here = np.flatnonzero(shard[place] == index)
             pieces |= self._pieces(index, wanted[here], here)
         names = [n for n in pieces[0] if n not in ("first_sequence", "document_lengths")]
         return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
@@ -142,13 +147,15 @@ class Cache:
         )
         return zarr.open_group(store, mode="r")
 
-    def _made_of(self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays]) -> Arrays:
+    def _made_of(
+        self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays], streams: Workspace | None
+    ) -> Arrays:
         try:
             data = self.store.get(shard_key(index))
         except NotFound as error:
             raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
         try:
-            attributes, arrays = unpack(data)
+            attributes, arrays = unpack(data, streams)
             check_attributes(attributes, self.spec, index)
             if self.sealed:
                 numbers = self.manifest.column("shard").to_numpy()
@@ -162,21 +169,31 @@ class Cache:
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
 
+    def _by_sequence(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of the shards by their first sequences, and where each begins and ends."""
+        if self._order is None:
+            shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
+            by = np.argsort(first, kind="stable")
+            self._order = shard[by], first[by], (first + count)[by]
+        return self._order
+
     def _pieces(self, index: int, numbers: NDArray[np.int64], keys: NDArray[np.int64]) -> dict[int, Arrays]:
         """The arrays of some sequences of one shard, by key."""
-        kept: OrderedDict[int, Arrays] = self._local.__dict__.setdefault("shards", OrderedDict())
+        kept: OrderedDict[int, tuple[Arrays, Workspace]] = self._local.__dict__.setdefault("shards", OrderedDict())
         if index not in kept:
+            into = Workspace()
             while len(kept) >= _KEPT:
-                kept.popitem(last=False)
-            kept[index] = self.read_shard(index)
+                _, (_, into) = kept.popitem(last=False)
+            kept[index] = self.read_shard(index, into=into), into
         kept.move_to_end(index)
-        arrays = kept[index]
+        arrays, _ = kept[index]
         lengths = arrays["sequence_lengths"].astype(np.int64)
         ends = lengths.cumsum()
-        positions = len(arrays["ids"])
+        rows = {n: a for n, a in arrays.items() if a.ndim and len(a) == len(arrays["ids"]) and n not in _LENGTHS}
         pieces: dict[int, Arrays] = {}
         for key, number in zip(keys.tolist(), (numbers - int(arrays["first_sequence"])).tolist(), strict=True):
             some = slice(int(ends[number] - lengths[number]), int(ends[number]))
-            piece = {n: a[some] for n, a in arrays.items() if a.ndim and len(a) == positions and n not in _LENGTHS}
-            pieces[key] = piece | {"sequence_lengths": arrays["sequence_lengths"][number : number + 1]}
+            # copies: the next shard may be read into this one's memory
+            pieces[key] = {n: a[some].copy() for n, a in rows.items()}
+            pieces[key]["sequence_lengths"] = arrays["sequence_lengths"][number : number + 1]
         return pieces

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .codec import decode_targets, id_table
 from .shardfile import LARGEST, Damage
 from .spec import FORMAT, CacheSpec
+from .workspace import Workspace
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -25,11 +26,13 @@ def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int)
         raise Damage(f"it is shard {attributes.get('index')}, under another's name")
 
 
-def decode_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> Arrays:
+def decode_shard(
+    spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array], into: Workspace | None = None
+) -> Arrays:
     """The arrays of `Cache.read_shard`. Damage where the streams contradict each other, or the attributes."""
     _check_shapes(spec, attributes, arrays)
     try:
-        decoded: Arrays = decode_targets(spec, arrays, arrays.get("inputs/tokens"))
+        decoded: Arrays = decode_targets(spec, arrays, arrays.get("inputs/tokens"), into)
     except Damage:
         raise
     except _BAD as error:

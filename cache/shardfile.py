@@ -11,7 +11,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from pcodec import standalone
 
 from .errors import CacheError
 from .spec import Codec, parse_json
+from .workspace import Workspace, new_array
 
 Array = NDArray[Any]
 
@@ -111,8 +112,11 @@ def check_bytes(data: bytes) -> None:
         )
 
 
-def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes and arrays. Damage, naming the array, where the object is not what was written."""
+def unpack(data: bytes, streams: Workspace | None = None) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Attributes and arrays. Damage, naming the array, where the object is not what was written.
+
+    streams: memory for the streams (all but the inputs and the lengths, which belong to whoever reads).
+    """
     check_bytes(data)
     members = _directory(data)
     if _ATTRIBUTES not in members:
@@ -127,7 +131,9 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
         try:
             meta = parse_json(bytes(_member(data, members[path])), path)
             if meta.get("node_type") != "group":
-                arrays[name] = _read_array(data, members, name, meta, left)
+                own = streams is None or name.startswith("inputs/") or name.endswith("_lengths")
+                allocate = new_array if own or streams is None else streams.array
+                arrays[name] = _read_array(data, members, name, meta, left, allocate)
                 left -= arrays[name].nbytes
         except (CacheError, ValueError, RuntimeError, TypeError) as error:
             raise Damage(str(error), name) from error
@@ -140,7 +146,12 @@ def members(data: bytes) -> dict[str, bytes]:
 
 
 def _read_array(
-    data: bytes, members: Mapping[str, zipfile.ZipInfo], name: str, meta: dict[str, Any], largest: int
+    data: bytes,
+    members: Mapping[str, zipfile.ZipInfo],
+    name: str,
+    meta: dict[str, Any],
+    largest: int,
+    allocate: Callable[[str, tuple[int, ...], np.dtype[Any]], Array],
 ) -> Array:
     shape, dtype, codecs = _array_meta(meta, largest)
     if 0 in shape:
@@ -148,23 +159,22 @@ def _read_array(
     chunk = members.get(f"{name}/c/" + "/".join("0" * len(shape)))
     if chunk is None:
         raise ValueError("its chunk is missing")
-    return _decompress(_member(data, chunk), shape, dtype, codecs)
+    out = allocate(name, shape, dtype)
+    _decompress(_member(data, chunk), out.reshape(-1), codecs)
+    return out
 
 
-def _decompress(data: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any], codecs: list[dict[str, Any]]) -> Array:
-    out = np.empty(shape, dtype)
-    flat = out.reshape(-1)
+def _decompress(data: memoryview, flat: Array, codecs: list[dict[str, Any]]) -> None:
     if codecs[0]["name"] == "numcodecs.pcodec":
         # numcodecs would not say that fewer numbers came than were asked for
         progress = standalone.simple_decompress_into(bytes(data), flat)
         if progress.n_processed != flat.size or not progress.finished:
             raise ValueError(f"found {progress.n_processed} numbers or more where {flat.size} are declared")
-        return out
+        return
     size = _zstd_size(data)
     if size != flat.nbytes:
         raise ValueError(f"its frame holds {size} bytes where {flat.nbytes} are declared")
     Zstd().decode(data, out=flat.view(np.uint8))
-    return out
 
 
 def _zstd_size(frame: memoryview) -> int:

@@ -21,6 +21,7 @@ from fastkd.cache import (
     Codec,
     Commit,
     CorruptShard,
+    Workspace,
     create_cache,
     open_cache,
     open_store,
@@ -128,6 +129,22 @@ def test_sequences_across_shards_in_the_order_asked_for(tmp_path: Path) -> None:
     for missing in (12, -1):
         with pytest.raises(CacheError, match=f"sequence {missing}, which no shard"):
             cache.sequences([0, missing])
+
+
+@pytest.mark.parametrize("changes", [{}, {"k": 5, "draws": 4, "mass": 0.4}, {"k": 0, "draws": 6}])
+def test_reading_into_memory_used_before(tmp_path: Path, changes: dict[str, Any]) -> None:
+    spec = make_spec(**changes)
+    with create_cache(tmp_path, spec) as writer:
+        for i, positions in enumerate((96, 40, 200)):
+            writer.write_shard(i, **make_shard(spec, positions, seed=i), first_sequence=4 * i)
+    cache, space = open_cache(tmp_path), Workspace()
+    for i in (0, 1, 2, 1, 0):
+        fresh, again = open_cache(tmp_path).read_shard(i), cache.read_shard(i, into=space)
+        assert fresh.keys() == again.keys()
+        assert all(np.array_equal(fresh[name], again[name]) for name in fresh)
+    first, second = cache.read_shard(0, into=space), cache.read_shard(0)
+    assert np.shares_memory(first["ids"], again["ids"])
+    assert not any(np.shares_memory(first[name], second[name]) for name in first)
 
 
 def test_the_manifest_is_the_same_before_and_after_sealing(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Memory to be used again."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Workspace:
+    """Arrays by name, in memory that is kept. For one thread; asking for a name again gives up the array it had.
+
+    Touching a page of memory for the first time can cost more than decoding into it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array of this name, holding anything."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            # let go of the old one before asking for more
+            buffer = None
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = np.empty(size, np.uint8)
+        result: NDArray[Any] = buffer[:size].view(dtype).reshape(shape)
+        return result
+
+
+def new_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of its own, holding anything: what a `Workspace` gives, without one."""
+    return np.empty(shape, dtype)
