@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import decode_targets, id_table
+from .codec import decode_targets
+from .parts import id_table
 from .shardfile import LARGEST, Damage
 from .spec import FORMAT, CacheSpec
 from .workspace import Workspace

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastkd.cache import CODECS, CacheError, CacheSpec, Codec, codec, ragged, shardfile, vocabulary
+from fastkd.cache import CODECS, CacheError, CacheSpec, Codec, codec, parts, ragged, shardfile, vocabulary
 from fastkd.cache.checks import check_sorted, check_targets
 from fastkd.cache.grid import codes_of, values_of
 
@@ -25,7 +25,7 @@ def blocks(size: int) -> Iterator[None]:
     """Rows handled a few at a time, so that a handful of them crosses the borders between blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ragged, "BLOCK", size)
-        patch.setattr(codec, "BLOCK", size)
+        patch.setattr(parts, "BLOCK", size)
         yield
 
 
