@@ -17,6 +17,8 @@ Array = NDArray[Any]
 
 ROUNDING = 1e-4  # nats by which a log-probability may exceed 0: what float32 arithmetic leaves of log 1
 _HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
+# Nats, of a tail at T = 1, which is a probability: more than rounding explains, less than would spoil statistics.
+_HIGHEST_LOG_MASS = 8.0
 _HIGHEST_TAIL_CODE = 2**30 - 1  # a difference of two is an int32
 
 
@@ -35,19 +37,26 @@ def check_targets(
         raise CacheError(f"ids: found {n} rows; with {spec.width} places a row a shard holds {most} at most.")
     if width > spec.width:
         raise CacheError(f"ids: found {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
-    logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape)).astype(np.float32, copy=False)
+    logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape))
     tail = _array("tail", tail, "f", 2, like=("ids and temperatures", (n, len(spec.temperatures))))
-    tail = tail.astype(np.float32, copy=False)
     if draws is None and spec.draws:
         raise CacheError(f"draws: found None; the cache holds up to {spec.draws} drawn entries a row.")
     if draws is not None:
         draws = _array("draws", draws, "iu", 2, like=("ids", ids.shape))
         if not spec.draws and draws.any():
             raise CacheError("draws: found drawn entries; the cache was made with draws=0.")
+        # before they are narrowed, which would make small numbers of great ones
+        _first(
+            (draws < 0) | (draws > spec.draws),
+            lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]}; 0 to {spec.draws} is possible.",
+        )
         draws = draws.astype(np.int32) if spec.draws else None
     used_NK = logprobs > -np.inf
     drawn_NK = used_NK & (draws > 0) if draws is not None else np.zeros((n, 0), bool)
     used_N, draw_counts = used_NK.sum(1), drawn_NK.sum(1)
+    far = used_NK & (logprobs < LOWEST)
+    _first(far, lambda i, j: f"logprobs: row {i}, place {j}: found {logprobs[i, j]}; it is below {LOWEST} nats.")
+    logprobs = logprobs.astype(np.float32, copy=False)
     head_counts = used_N - draw_counts
     for start in range(0, n, BLOCK):
         some = slice(start, start + BLOCK)
@@ -61,7 +70,7 @@ def check_targets(
         logprobs=logprobs,
         tail=tail,
         draws=draws,
-        outcomes=_check_outcomes(spec, outcomes, tail, used_N, head_counts),
+        outcomes=_check_outcomes(spec, outcomes, tail, used_N, head_counts, draw_counts),
         head_counts=head_counts,
         draw_counts=draw_counts,
     )
@@ -85,7 +94,10 @@ def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Arra
 def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> NDArray[np.uint32]:
     """Lengths of consecutive pieces that cover all positions."""
     array = _array(name, lengths, "iu", 1)
-    _first(array < 1, lambda i: f"{name}: place {i}: found {array[i]}; at least one position is needed.")
+    _first(
+        (array < 1) | (array > positions),
+        lambda i: f"{name}: place {i}: found {array[i]}; 1 to {positions}, all positions of the shard, is possible.",
+    )
     if int(array.sum(dtype=np.int64)) != positions:
         raise CacheError(f"{name}: found a sum of {int(array.sum(dtype=np.int64))} for {positions} positions.")
     return array.astype(np.uint32)
@@ -98,15 +110,19 @@ def check_number(name: str, value: Any) -> int:
     return int(value)
 
 
-def _array(name: str, value: Any, kinds: str, ndim: int, like: tuple[str, tuple[int, ...]] | None = None) -> Array:
+def _array(
+    name: str, value: Any, kinds: str, ndim: int | None, like: tuple[str, tuple[int, ...]] | None = None
+) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise CacheError(f"{name}: found a masked array; a mask has no meaning here. Use `.filled(...)`.")
     try:
         array = np.asarray(value)
-    except ValueError as error:
-        raise CacheError(f"{name}: found what is no array ({error}).") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CacheError(f"{name}: found what is no NumPy array and cannot be made one ({error}).") from error
     wanted = {"iu": "integers", "f": "floating-point numbers"}.get(kinds, "numbers")
     if array.dtype.kind not in kinds and array.size:
         raise CacheError(f"{name}: found {array.dtype}; {wanted} are needed.")
-    if array.ndim != ndim:
+    if ndim is not None and array.ndim != ndim:
         raise CacheError(f"{name}: found shape {array.shape}; {ndim} dimension{'s' * (ndim > 1)} are needed.")
     if like is not None and array.shape != like[1]:
         raise CacheError(f"{name}: found shape {array.shape}; {like[1]}, as {like[0]}, is needed.")
@@ -137,8 +153,6 @@ def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: 
             ~good,
             lambda i, j: f"logprobs: row {start + i}, place {j}: found {logprobs[i, j]}; a log-probability is needed.",
         )
-    low = used & (logprobs < LOWEST)
-    _first(low, lambda i, j: f"logprobs: row {start + i}, place {j}: found {logprobs[i, j]}; below {LOWEST} nats.")
     if not whole:
         places = np.arange(ids.shape[1])
         _first(
@@ -160,7 +174,6 @@ def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: 
 
 
 def _check_draws(spec: CacheSpec, draws: Array, used: Array, drawn: Array, head_counts: Array) -> None:
-    _first((draws < 0), lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]}; 0 or more is needed.")
     _first(
         ~used & (draws != 0),
         lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]} in an unused place.",
@@ -192,6 +205,8 @@ def _check_sorted_block(start: int, logprobs: Array, draws: Array | None) -> Non
 
 
 def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
+    # a row that does not count has no tail: whatever stands there would only cost bytes
+    tail = np.where((used_N == 0)[:, None], -np.inf, tail)
     bad = np.isnan(tail) | (tail == np.inf)
     _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; a log-partition is needed.")
     absent = tail == -np.inf
@@ -199,21 +214,32 @@ def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
         absent.any(1) & ~absent.all(1),
         lambda i: f"tail: row {i}: found {tail[i]}; an empty tail is -inf at every temperature.",
     )
-    far = ~absent & (np.abs(tail) > min(_HIGHEST_TAIL, _HIGHEST_TAIL_CODE * spec.settings.tail_step))
-    _first(far, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; no teacher has such a tail.")
-    # a row that does not count has no tail either: whatever stands there would only cost bytes
-    return np.where((used_N == 0)[:, None], np.float32(-np.inf), tail)
+    highest = np.array([_HIGHEST_TAIL if t != 1.0 else _HIGHEST_LOG_MASS for t in spec.temperatures])
+    far = ~absent & ((tail > highest) | (tail < -min(_HIGHEST_TAIL, _HIGHEST_TAIL_CODE * spec.settings.tail_step)))
+    _first(
+        far,
+        lambda i, m: (
+            f"tail: row {i}, temperature {m}: found {tail[i, m]}; no teacher has such a tail (at T=1 it is the "
+            "log of a probability)."
+        ),
+    )
+    return tail.astype(np.float32)
 
 
-def _check_outcomes(spec: CacheSpec, outcomes: Any, tail: Array, used_N: Array, head_counts: Array) -> Array:
+def _check_outcomes(
+    spec: CacheSpec, outcomes: Any, tail: Array, used_N: Array, head_counts: Array, draw_counts: Array
+) -> Array:
     rest = spec.vocab_size - head_counts
-    array = np.asarray(rest if outcomes is None else outcomes)
-    if array.dtype.kind not in "iu" or array.shape not in ((), rest.shape):
-        raise CacheError(f"outcomes: found {array.dtype} of shape {array.shape}; an integer, or one a row, is needed.")
+    array = rest if outcomes is None else _array("outcomes", outcomes, "iu", None)
+    if array.shape not in ((), rest.shape):
+        raise CacheError(f"outcomes: found shape {array.shape}; one integer, or one a row, is needed.")
     array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)
     _first(
-        (array < 0) | (array > rest),
-        lambda i: f"outcomes: row {i}: found {array[i]}; 0 to {rest[i]}, what is outside the head, is possible.",
+        (array < draw_counts) | (array > rest),
+        lambda i: (
+            f"outcomes: row {i}: found {array[i]}; {draw_counts[i]} (the drawn entries) to {rest[i]} (what is outside "
+            "the head) is possible."
+        ),
     )
     _first(
         (array == 0) & (tail[:, 0] > -np.inf),

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ SCHEMA = pa.schema(
     + [pa.field("written", pa.int64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
 )
 _MOST_SHARDS = 2**26
+_ROW = 64  # bytes that a row takes at least, compressed: two hashes
+_ATTEMPT = re.compile("[0-9a-f]{32}")
 
 
 def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict[str, Any]:
@@ -41,7 +44,11 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
         statistics = [row[f"{what}_{which}"] for what in ("mass", "entropy") for which in STATISTICS]
         if not all(value is None or _is_number(value) for value in statistics):
             raise ValueError("a statistic is no number")
-        if len(row["content_sha256"]) != 32 or len(row["object_sha256"]) != 32 or not isinstance(row["attempt"], str):
+        if (
+            len(row["content_sha256"]) != 32
+            or len(row["object_sha256"]) != 32
+            or not _ATTEMPT.fullmatch(row["attempt"])
+        ):
             raise ValueError("a hash or the attempt is not what it should be")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CacheError(f"its attributes are not those of a shard ({error!r})") from error
@@ -49,7 +56,7 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """The manifest of these rows, by falling of no order but the shard's number."""
+    """The manifest of these rows, by number."""
     return pa.Table.from_pylist(sorted(rows, key=lambda r: r["shard"]), schema=SCHEMA)
 
 
@@ -65,22 +72,40 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
     """The table in manifest.parquet. CacheError where it is damaged or belongs to another cache."""
     cure = "Delete it and seal the cache again: it is made from the shards, and they are not touched by that."
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=2**26, thrift_container_size_limit=2**22)
-        if file.metadata.num_rows > _MOST_SHARDS:
-            raise ValueError(f"{file.metadata.num_rows} rows")
-        if file.schema_arrow.remove_metadata() != SCHEMA:
-            raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
+        file = pq.ParquetFile(
+            pa.BufferReader(data),
+            read_dictionary=["attempt"],  # one long text may stand for many rows, and is not multiplied so
+            thrift_string_size_limit=2**26,
+            thrift_container_size_limit=2**22,
+        )
+        if file.metadata.num_rows > min(_MOST_SHARDS, len(data) // _ROW):
+            raise ValueError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
         table = file.read()
+        metadata = table.schema.metadata or {}
+        table = _with_plain_attempts(table).replace_schema_metadata(None)
+        if table.schema != SCHEMA:
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
         if (np.diff(table.column("shard").to_numpy()) <= 0).any():
             raise ValueError("its shards do not ascend")
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        found = _digest(table, spec_hash)
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise CacheError(f"{KEY}: not readable as a manifest ({error}). {cure}") from error
-    metadata = table.schema.metadata or {}
     if metadata.get(b"fastkd.spec") != spec_hash.encode():
         raise CacheError(f"{KEY}: it belongs to a cache of other settings. {cure}")
-    if metadata.get(b"fastkd.sha256") != _digest(table, spec_hash).encode():
+    if metadata.get(b"fastkd.sha256") != found.encode():
         raise CacheError(f"{KEY}: its contents differ from its own hash. {cure}")
-    return table.replace_schema_metadata(None)
+    return table
+
+
+def _with_plain_attempts(table: pa.Table) -> pa.Table:
+    """The attempts as text, once it is known that they are short."""
+    column = table.column("attempt")
+    if pa.types.is_dictionary(column.type):
+        for chunk in column.chunks:
+            if chunk.dictionary.nbytes > 64 * (len(chunk.dictionary) + 1):
+                raise ValueError("its attempts are longer than an attempt's name")
+        column = column.cast(pa.string())
+    return table.set_column(table.schema.get_field_index("attempt"), SCHEMA.field("attempt"), column)
 
 
 def overlaps(table: pa.Table) -> list[tuple[int, int]]:

@@ -11,10 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import CacheError, NotFound
-from .manifest import KEY, from_parquet
+from .manifest import KEY, from_parquet, overlaps
 from .scan import corrupt, listed, read_spec, scan, shard_key
-from .shard import check_attributes, decode_shard, raw_shard
-from .shardfile import Damage, stored_digest, unpack
+from .shard import check_attributes, decode_shard, known_arrays, raw_shard
+from .shardfile import Damage, check_bytes, members, read_attributes, stored_digest, unpack
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -112,9 +112,7 @@ class Cache:
 
         sequence_lengths are those of the sequences asked for. Whole shards are read; the last two are kept a thread.
         """
-        wanted = np.asarray(list(numbers), np.int64)
-        if not len(wanted):
-            raise CacheError("numbers: found none; at least one sequence is needed.")
+        wanted = _numbers(numbers)
         shard, first, stop = self._by_sequence()
         place = np.searchsorted(first, wanted, side="right") - 1
         missing = (place < 0) | (wanted >= stop[place]) if len(stop) else np.ones(len(wanted), bool)
@@ -125,6 +123,12 @@ class Cache:
             here = np.flatnonzero(shard[place] == index)
             pieces |= self._pieces(index, wanted[here], here)
         names = [n for n in pieces[0] if n not in ("first_sequence", "document_lengths")]
+        for name in names:
+            if len(types := {piece[name].dtype for piece in pieces.values()}) > 1:
+                raise CacheError(
+                    f"numbers: found {name} of types {' and '.join(sorted(map(str, types)))} in these shards; read "
+                    "them apart, with read_shard."
+                )
         return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
 
     def verify(self, deep: bool = True, progress: bool = False) -> "Report":
@@ -134,29 +138,23 @@ class Cache:
         return verify(self, deep=deep, progress=progress)
 
     def zarr_group(self, index: int) -> "zarr.Group":
-        """A shard as a Zarr group in memory, read-only in effect: the streams as any Zarr reader sees them."""
+        """A shard as a Zarr group in memory: the streams as any Zarr reader sees them. Checked as by `read_shard`."""
         import zarr
         from zarr.core.buffer import default_buffer_prototype
 
-        from .shardfile import members
-
-        data = self.store.get(shard_key(index))
+        data, _ = self._object(index)
         make = default_buffer_prototype().buffer.from_bytes
-        store = zarr.storage.MemoryStore(
-            {name: make(content) for name, content in members(data).items()}, read_only=True
-        )
-        return zarr.open_group(store, mode="r")
+        contents = {name: make(content) for name, content in members(data).items()}
+        return zarr.open_group(zarr.storage.MemoryStore(contents, read_only=True), mode="r")
 
-    def _made_of(
-        self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays], streams: Workspace | None
-    ) -> Arrays:
+    def _object(self, index: int) -> tuple[bytes, dict[str, Any]]:
+        """A shard's object and its attributes: the bytes that were committed, of this shard of this cache."""
         try:
             data = self.store.get(shard_key(index))
         except NotFound as error:
             raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
         try:
-            attributes, arrays = unpack(data, streams)
-            check_attributes(attributes, self.spec, index)
+            check_bytes(data)
             if self.sealed:
                 numbers = self.manifest.column("shard").to_numpy()
                 row = int(np.searchsorted(numbers, index))
@@ -164,6 +162,19 @@ class Cache:
                     raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
                 if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(data):
                     raise Damage("it is another object than the one that was sealed")
+            attributes = read_attributes(data)
+            check_attributes(attributes, self.spec, index)
+        except Damage as damage:
+            raise corrupt(self.store, index, damage) from damage
+        return data, attributes
+
+    def _made_of(
+        self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays], streams: Workspace | None
+    ) -> Arrays:
+        """What `make` makes of a shard's streams, which are read into `streams`."""
+        data, attributes = self._object(index)
+        try:
+            arrays = unpack(data, known_arrays(self.spec, attributes), streams)
             del data  # what it is made into needs the room
             return make(self.spec, attributes, arrays)
         except Damage as damage:
@@ -173,6 +184,11 @@ class Cache:
         """Numbers of the shards by their first sequences, and where each begins and ends."""
         if self._order is None:
             shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
+            if pairs := overlaps(self.manifest):
+                raise CacheError(
+                    f"{self!r}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; first_sequence "
+                    "must come from one plan. Read them apart, with read_shard."
+                )
             by = np.argsort(first, kind="stable")
             self._order = shard[by], first[by], (first + count)[by]
         return self._order
@@ -197,3 +213,14 @@ class Cache:
             pieces[key] = {n: a[some].copy() for n, a in rows.items()}
             pieces[key]["sequence_lengths"] = arrays["sequence_lengths"][number : number + 1]
         return pieces
+
+
+def _numbers(numbers: Iterable[int]) -> NDArray[np.int64]:
+    """Numbers of sequences, `[s]`, at least one."""
+    try:
+        array = np.asarray(numbers if isinstance(numbers, np.ndarray) else list(numbers))
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"numbers: found {numbers!r}; numbers of sequences are needed.") from error
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu" or int(array.max()) >= 2**62:
+        raise CacheError(f"numbers: found {array.dtype} of shape {array.shape}; numbers of sequences are needed.")
+    return array.astype(np.int64)

@@ -7,7 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec import decode_targets
-from .parts import id_table
+from .errors import CacheError
+from .grid import LOWEST, codes_of
+from .manifest import row_of
+from .parts import CONTEXT_STREAMS, STREAMS, id_table
 from .shardfile import LARGEST, Damage
 from .spec import FORMAT, CacheSpec
 from .workspace import Workspace
@@ -25,6 +28,30 @@ def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int)
         raise Damage("it belongs to a cache of other settings")
     if attributes.get("index") != index:
         raise Damage(f"it is shard {attributes.get('index')}, under another's name")
+    try:
+        counts = row_of(attributes, 0, "00" * 32)
+    except CacheError as error:
+        raise Damage(str(error)) from error
+    n, sequences, entries = counts["positions"], counts["sequences"], counts["head_entries"] + counts["draw_entries"]
+    if not 1 <= n <= spec.shard_positions or n * spec.width * 4 > LARGEST:
+        raise Damage(f"it says that it holds {n} positions of {spec.width} places")
+    if not 1 <= sequences <= n or entries > n * spec.width or counts["counted"] > n:
+        raise Damage(f"it says that {n} positions hold {sequences} sequences and {entries} entries")
+
+
+def known_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str, int]:
+    """The arrays that a reader knows, and how many numbers each may hold at most. The attributes are checked before."""
+    n = attributes["positions"]
+    sizes = {f"inputs/{name}": n for name in spec.inputs}
+    sizes |= {"tail": len(spec.temperatures) * n, "outcomes": n, "sequence_lengths": n, "document_lengths": n}
+    codec = spec.settings
+    grids = {"head": (codec.step, codec.growth, codec.cap), "draws": (codec.draw_step, 0.0, codec.draw_step)}
+    for part, grid in grids.items():
+        entries = attributes["head_entries" if part == "head" else "draw_entries"]
+        most_codes = int(codes_of(np.array([LOWEST], np.float32), *grid)[0]) + 2
+        sizes |= {f"{part}/counts": n, f"{part}/classes": spec.vocab_size, f"{part}/grid": most_codes}
+        sizes |= {f"{part}/{name}": entries for name in (*STREAMS, *CONTEXT_STREAMS)}
+    return sizes
 
 
 def decode_shard(
@@ -34,8 +61,6 @@ def decode_shard(
     _check_shapes(spec, attributes, arrays)
     try:
         decoded: Arrays = decode_targets(spec, arrays, arrays.get("inputs/tokens"), into)
-    except Damage:
-        raise
     except _BAD as error:
         raise Damage(f"it cannot be decoded ({error})") from error
     for name, array in arrays.items():
@@ -68,11 +93,7 @@ def raw_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Arrays) ->
 
 def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
     """Damage where an array has another shape than the counts say: before anything is made of it."""
-    n, sequences = attributes.get("positions"), attributes.get("sequences")
-    if type(n) is not int or not 1 <= n <= spec.shard_positions or type(attributes.get("first_sequence")) is not int:
-        raise Damage(f"it says that it holds {n!r} positions")
-    if n * spec.width * 4 > LARGEST:
-        raise Damage(f"its {n} positions of {spec.width} places are more than can be decoded")
+    n, sequences = attributes["positions"], attributes["sequences"]
     shapes: dict[str, tuple[Any, ...]] = {f"inputs/{name}": (n,) for name in spec.inputs}
     shapes |= {"tail": (len(spec.temperatures), n), "sequence_lengths": (sequences,)}
     shapes |= {f"{part}/counts": (n,) for part, there in (("head", spec.k), ("draws", spec.draws)) if there}
@@ -84,5 +105,15 @@ def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mappin
         if arrays[name].shape != shape:
             raise Damage(f"found shape {arrays[name].shape} where {shape} is needed", name)
     for name in ("sequence_lengths", "document_lengths"):
-        if name in arrays and int(arrays[name].sum(dtype=np.int64)) != n:
+        if name not in arrays:
+            continue
+        lengths = arrays[name]
+        if (
+            lengths.dtype.kind not in "iu"
+            or lengths.ndim != 1
+            or lengths.min(initial=1) < 1
+            or lengths.max(initial=1) > n
+        ):
+            raise Damage("lengths of one position and more are needed", name)
+        if int(lengths.sum(dtype=np.int64)) != n:
             raise Damage(f"its sum is not the {n} positions", name)

@@ -112,32 +112,28 @@ def check_bytes(data: bytes) -> None:
         )
 
 
-def unpack(data: bytes, streams: Workspace | None = None) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes and arrays. Damage, naming the array, where the object is not what was written.
+def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = None) -> dict[str, Array]:
+    """The arrays of an object whose bytes were checked. Damage, naming the array, where one cannot be had.
 
+    known: the arrays to read, and how many numbers each holds at most; others are left alone.
     streams: memory for the streams (all but the inputs and the lengths, which belong to whoever reads).
     """
-    check_bytes(data)
     members = _directory(data)
-    if _ATTRIBUTES not in members:
-        raise Damage("it has no zarr.json")
-    attributes = _attributes(_member(data, members[_ATTRIBUTES]))
     arrays: dict[str, Array] = {}
     left = LARGEST
     for path in sorted(members):
         name = path.removesuffix("/zarr.json")
-        if name == path or path == _ATTRIBUTES:
+        if name == path or name not in known:
             continue
         try:
             meta = parse_json(bytes(_member(data, members[path])), path)
-            if meta.get("node_type") != "group":
-                own = streams is None or name.startswith("inputs/") or name.endswith("_lengths")
-                allocate = new_array if own or streams is None else streams.array
-                arrays[name] = _read_array(data, members, name, meta, left, allocate)
-                left -= arrays[name].nbytes
+            own = streams is None or name.startswith("inputs/") or name.endswith("_lengths")
+            allocate = new_array if own or streams is None else streams.array
+            arrays[name] = _read_array(data, members, name, meta, min(left, 8 * known[name]), allocate)
+            left -= arrays[name].nbytes
         except (CacheError, ValueError, RuntimeError, TypeError) as error:
             raise Damage(str(error), name) from error
-    return attributes, arrays
+    return arrays
 
 
 def members(data: bytes) -> dict[str, bytes]:
@@ -306,6 +302,8 @@ def _directory(end: bytes | memoryview) -> dict[str, zipfile.ZipInfo]:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise Damage(f"its member {member.filename!r} is compressed")
+        if member.filename.startswith("/") or not {"", ".", ".."}.isdisjoint(member.filename.split("/")):
+            raise Damage(f"its member {member.filename!r} climbs out of it")
         if member.filename in found:
             raise Damage(f"its member {member.filename!r} stands there twice")
         found[member.filename] = member

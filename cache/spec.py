@@ -91,8 +91,8 @@ class CacheSpec:
             raise CacheError(f"codec: found {self.codec!r}; one of {', '.join(CODECS)}, or a Codec, is needed.")
         for name in ("temperatures", "inputs"):
             value = getattr(self, name)
-            if isinstance(value, str) or not hasattr(value, "__iter__"):
-                raise CacheError(f"{name}: found {value!r}; a sequence is needed.")
+            if isinstance(value, (str, set, frozenset)) or not hasattr(value, "__iter__"):
+                raise CacheError(f"{name}: found {value!r}; a sequence, in an order of its own, is needed.")
             object.__setattr__(self, name, tuple(value))
             if len(getattr(self, name)) > MOST_COLUMNS:
                 raise CacheError(f"{name}: found {len(getattr(self, name))}; {MOST_COLUMNS} are possible.")
@@ -177,7 +177,7 @@ class CacheSpec:
         document = parse_json(data, "spec.json")
         if document.get("format") != "fastkd-cache":
             raise CacheError("spec.json: this is not the spec of a fastkd cache.")
-        if document.get("version") != FORMAT:
+        if type(document.get("version")) is not int or document["version"] != FORMAT:
             raise CacheError(
                 f"spec.json: found format version {document.get('version')!r}, this fastkd reads version {FORMAT}; "
                 "use the fastkd that wrote the cache, or a newer one."
@@ -197,6 +197,8 @@ class CacheSpec:
             spec = cls(**given)
         except CacheError as error:
             raise CacheError(f"spec.json: {error}") from error
+        if not set(spec.required) <= set(required):
+            raise CacheError(f"spec.json: required: found {required}; its settings need {list(spec.required)}.")
         if spec.hash != document.get("sha256"):
             raise CacheError(
                 "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "

@@ -12,7 +12,7 @@ from .errors import CacheError, NotFound, StoreError
 from .manifest import gaps, overlaps, row_of, table_of
 from .reader import Cache, open_cache
 from .scan import PREFIX, SPEC_KEY, read_spec, shard_index, shard_key
-from .shard import check_attributes, decode_shard
+from .shard import check_attributes, decode_shard, known_arrays
 from .shardfile import Damage, check_bytes, content_hash, read_attributes, stored_digest, unpack
 from .stores import Entry, Store, open_store
 
@@ -127,11 +127,8 @@ def _check(
     report.shards += 1
     report.bytes += len(data)
     try:
-        if deep:
-            attributes, arrays = unpack(data)
-        else:
-            check_bytes(data)
-            attributes, arrays = read_attributes(data), {}
+        check_bytes(data)
+        attributes = read_attributes(data)
         check_attributes(attributes, cache.spec, index)
         row = row_of(attributes, len(data), stored_digest(data))
         if cache.sealed and known is None:
@@ -141,6 +138,7 @@ def _check(
         elif known is not None and known != row:
             raise Damage("the manifest says something else of it")
         if deep:
+            arrays = unpack(data, known_arrays(cache.spec, attributes))
             if content_hash(arrays) != attributes.get("content"):
                 raise Damage("what it decodes to differs from the hash of it")
             _check_decoded(decode_shard(cache.spec, attributes, arrays), attributes)

@@ -1,9 +1,11 @@
 """Writing a cache: many shards at a time, each committed whole or not at all."""
 
+import os
 import time
+import traceback
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import StrEnum
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
@@ -17,7 +19,9 @@ from .checks import check_inputs, check_lengths, check_number, check_sorted, che
 from .codec import Targets, encode_targets
 from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
 from .manifest import KEY, from_parquet, overlaps, to_parquet
+from .ragged import BLOCK
 from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
+from .shard import check_attributes
 from .shardfile import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
 from .spec import FORMAT, CacheSpec, differences
 from .stores import Store, open_store
@@ -70,17 +74,38 @@ def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "Cac
     return create_cache(store, spec, threads=threads, queue=queue)
 
 
+class Submission(Future[Commit]):
+    """The future of a shard. It knows whether anybody has asked how it went."""
+
+    asked = False
+
+    def result(self, timeout: float | None = None) -> Commit:
+        """What became of the shard; raises what `write_shard` raised."""
+        self.asked = True
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `write_shard` raised, or None."""
+        self.asked = True
+        return super().exception(timeout)
+
+
 class CacheWriter:
-    """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads."""
+    """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads.
+
+    A process that was forked needs a writer of its own.
+    """
 
     def __init__(self, store: Store, spec: CacheSpec, *, threads: int, queue: int) -> None:
         self.store = store
         self.spec = spec
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-cache")
         self._room = BoundedSemaphore(threads + queue)
-        self._pending: set[Future[Commit]] = set()
-        self._sealed: bool | None = None  # not looked yet
         self._lock = Lock()
+        self._pending: set[Submission] = set()
+        self._failed: dict[int, Submission] = {}  # by shard, until the shard is written after all
+        self._closed = False
+        self._process = os.getpid()
 
     def write_shard(
         self,
@@ -110,6 +135,7 @@ class CacheWriter:
         Returns COMMITTED, or ALREADY_THERE where a shard of this number was committed before: that one stays. Raises
         CacheError, before anything is written, where the arrays are not what a teacher can have said.
         """
+        self._check_open()
         index = check_number("index", index)
         targets = check_targets(self.spec, ids, logprobs, tail, draws, outcomes)
         check_sorted(targets)
@@ -123,17 +149,17 @@ class CacheWriter:
         arrays["sequence_lengths"] = lengths
         if document_lengths is not None:
             arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, positions)
-        if (there := self._there(index)) is not None:
-            return there
+        mine = {"first_sequence": first, "sequences": len(lengths), "positions": positions}
+        if self._there(index, mine) is not None:
+            return self._written(index, Commit.ALREADY_THERE)
+        self._check_unsealed(index)
         arrays |= encode_targets(self.spec, targets, columns.get("tokens"))
         attempt = uuid.uuid4().hex
         attributes = {
             "format": FORMAT,
             "spec": self.spec.hash,
             "index": index,
-            "first_sequence": first,
-            "sequences": len(lengths),
-            "positions": positions,
+            **mine,
             "counted": int(((targets.head_counts + targets.draw_counts) > 0).sum()),
             "head_entries": int(targets.head_counts.sum()),
             "draw_entries": int(targets.draw_counts.sum()),
@@ -143,15 +169,23 @@ class CacheWriter:
             "written": int(time.time()),
         }
         data = pack(arrays, attributes, self.spec.settings, positions)
+        check_attributes(attributes, self.spec, index)  # what readers would refuse must not be committed
         try:
-            if self.store.create(shard_key(index), data):
-                return Commit.COMMITTED
+            created = self.store.create(shard_key(index), data)
         except StoreError:
             # Maybe the answer was lost, not the object: whose is there?
-            if self._attempt_there(index) == attempt:
-                return Commit.COMMITTED
-            raise
-        return Commit.COMMITTED if self._attempt_there(index) == attempt else Commit.ALREADY_THERE
+            if self._there(index, mine) != attempt:
+                raise
+            created = True
+        if created:
+            return self._written(index, Commit.COMMITTED)
+        # An attempt of our own may have been made twice by the store's client. Nothing there: it was deleted meanwhile.
+        if (there := self._there(index, mine)) is None:
+            raise StoreError(
+                f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; write the "
+                "shard again."
+            )
+        return self._written(index, Commit.COMMITTED if there == attempt else Commit.ALREADY_THERE)
 
     def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
         """`write_shard` on a thread of the writer's own; returns at once while its queue has room, else when it has.
@@ -159,25 +193,36 @@ class CacheWriter:
         The arrays must not be changed before the future is done. Its error, if nobody asks for it, is raised by
         `close`.
         """
+        self._check_open()
         self._room.acquire()
-        try:
-            future = self._pool.submit(self.write_shard, index, *args, **kwargs)
-        except BaseException:
-            self._room.release()
-            raise
+        future = Submission()
         with self._lock:
             self._pending.add(future)
-        future.add_done_callback(self._finished)
+        try:
+            self._pool.submit(self._run, future, index, [args, kwargs])
+        except BaseException:
+            self._done(future)
+            raise
         return future
 
     def seal(self, *, progress: bool = False) -> pa.Table:
         """Write the manifest of a finished cache, and return it. From then on the cache opens with two requests.
 
         progress: a bar on stderr while the shards are looked at.
-        Raises CacheError where two shards hold the same sequences, or where a manifest of other shards is there.
+        Raises CacheError where there is no shard, where one failed and was not written since, where two hold the same
+        sequences, or where a manifest of other shards is there.
         """
+        self._check_open()
         self._wait()
+        if self._failed:
+            index, future = next(iter(self._failed.items()))
+            raise CacheError(
+                f"{self.store.describe()}: {len(self._failed)} shards failed and were not written since; shard "
+                f"{index}: {future.exception()} Write them before sealing."
+            ) from future.exception()
         table = scan(self.store, self.spec, listed(self.store), progress=progress)
+        if not len(table):
+            raise CacheError(f"{self.store.describe()}: there is no shard to seal.")
         if pairs := overlaps(table):
             raise CacheError(
                 f"{self.store.describe()}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; "
@@ -190,13 +235,25 @@ class CacheWriter:
                     f"{self.store.describe()}: it was sealed with {len(sealed)} shards and now has {len(table)} or "
                     f"others: `fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
                 )
-        self._sealed = True
         return table
 
     def close(self) -> None:
-        """Wait for everything submitted; raise the first error that nobody asked for."""
-        self._wait()
+        """Wait for everything submitted; raise the first error that nobody asked for, with the others as notes."""
+        if self._closed or self._process != os.getpid():
+            return
+        try:
+            self._wait()
+        except BaseException:  # an interrupt: what has not begun is dropped
+            self._closed = True
+            self._pool.shutdown(cancel_futures=True)
+            raise
+        self._closed = True
         self._pool.shutdown()
+        errors = [error for f in self._failed.values() if not f.asked and (error := f.exception()) is not None]
+        for other in errors[1:]:
+            errors[0].add_note(f"and: {other}")
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -207,59 +264,77 @@ class CacheWriter:
         if error is None:
             self.close()
         else:
+            self._closed = True
             self._pool.shutdown(cancel_futures=True)
 
-    def _finished(self, future: "Future[Commit]") -> None:
-        self._room.release()
-        if not future.cancelled() and future.exception() is None:
+    def _run(self, future: Submission, index: int, call: list[Any]) -> None:
+        """On a thread of the pool: `write_shard`, into its future."""
+        try:
+            if not future.set_running_or_notify_cancel():
+                return
+            args, kwargs = call
+            call.clear()
+            future.set_result(self.write_shard(index, *args, **kwargs))
+        except BaseException as error:
+            # An error keeps its frames, and the frames that called them: none of them may keep the shard's arrays.
+            traceback.clear_frames(error.__traceback__)
+            args = kwargs = None
             with self._lock:
-                self._pending.discard(future)
+                self._failed[index] = future
+            future.set_exception(error)
+        finally:
+            self._done(future)
+
+    def _done(self, future: Submission) -> None:
+        with self._lock:
+            self._pending.discard(future)
+        self._room.release()
 
     def _wait(self) -> None:
         with self._lock:
             pending = list(self._pending)
-        for future in pending:
-            try:
-                future.result()
-            finally:
-                with self._lock:
-                    self._pending.discard(future)
+        wait(pending)
 
-    def _there(self, index: int) -> Commit | None:
-        """ALREADY_THERE where the shard is; None where it is not. A sealed cache takes no more."""
-        if self._attempt_there(index) is not None:
-            return Commit.ALREADY_THERE
-        if self._sealed is None:
-            try:
-                self.store.get_tail(KEY, 8)
-                self._sealed = True
-            except NotFound:
-                self._sealed = False
-        if not self._sealed:
-            return None
+    def _written(self, index: int, commit: Commit) -> Commit:
+        with self._lock:
+            self._failed.pop(index, None)
+        return commit
+
+    def _check_open(self) -> None:
+        if self._process != os.getpid():
+            raise CacheError(f"{self.store.describe()}: this writer belongs to another process; make one in this one.")
+        if self._closed:
+            raise CacheError(f"{self.store.describe()}: this writer is closed; make another.")
+
+    def _check_unsealed(self, index: int) -> None:
+        # asked for every shard: another process may seal the cache at any time
+        try:
+            self.store.get_tail(KEY, 8)
+        except NotFound:
+            return
         raise CacheError(
             f"{self.store.describe()}: the cache is sealed, and shard {index} is not there. To write it, delete {KEY} "
             "(no target is lost by that), and seal the cache again afterwards."
         )
 
-    def _attempt_there(self, index: int) -> str | None:
-        """The attempt that committed the shard; None where there is none."""
+    def _there(self, index: int, mine: Mapping[str, int]) -> str | None:
+        """The attempt that committed the shard; None where it is not there. CacheError where it is not what we mean."""
         try:
             end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
         except NotFound:
             return None
+        cure = f"Delete {shard_key(index)} and write it again."
         try:
             attributes = read_attributes(end)
+            check_attributes(attributes, self.spec, index)
         except Damage as damage:
-            raise CorruptShard(
-                f"shard {index} of {self.store.describe()}: {damage}. Delete {shard_key(index)} and write it again."
-            ) from damage
-        if attributes.get("spec") != self.spec.hash:
-            raise CorruptShard(
-                f"shard {index} of {self.store.describe()}: it belongs to a cache of other settings. Delete "
-                f"{shard_key(index)} and write it again."
+            raise CorruptShard(f"shard {index} of {self.store.describe()}: {damage}. {cure}") from damage
+        if others := [f"{name} {attributes[name]} and {v}" for name, v in mine.items() if attributes[name] != v]:
+            raise CacheError(
+                f"shard {index} of {self.store.describe()}: the one that is there is of another plan "
+                f"({', '.join(others)}). Write to another cache, or, if it is wrong: {cure}"
             )
-        return str(attributes.get("attempt"))
+        return str(attributes["attempt"])
 
 
 def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | None]]:
@@ -267,8 +342,8 @@ def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | Non
     head = np.arange(targets.ids.shape[1]) < targets.head_counts[:, None]
     mass, entropy = np.empty(len(head)), np.empty(len(head))
     tail = targets.tail[:, spec.temperatures.index(1.0)].astype(np.float64)
-    for start in range(0, len(head), 8192):
-        some = slice(start, start + 8192)
+    for start in range(0, len(head), BLOCK):
+        some = slice(start, start + BLOCK)
         x = np.where(head[some], targets.logprobs[some], -np.inf)
         p = np.exp(x)
         mass[some] = p.sum(1)

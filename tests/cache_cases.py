@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastkd.cache import CacheSpec
+from fastkd.cache import CacheSpec, shardfile
 
 Arrays = dict[str, Any]
 
@@ -57,6 +57,16 @@ def make_shard(
         "sequence_lengths": np.diff(np.concatenate([[0], cuts, [n]])),
     }
     return shard | ({"draws": draws} if spec.draws else {})
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Any], Arrays]:
+    """Attributes and all arrays of an object whose bytes are checked."""
+    shardfile.check_bytes(data)
+    files = shardfile.members(data)
+    names = [
+        n.removesuffix("/zarr.json") for n, text in files.items() if b'"node_type":"array"' in text.replace(b" ", b"")
+    ]
+    return shardfile.read_attributes(data), shardfile.unpack(data, dict.fromkeys(names, 2**30))
 
 
 def as_sets(ids: NDArray[Any], logprobs: NDArray[Any]) -> list[dict[int, float]]:

@@ -1,11 +1,13 @@
 """What goes into a cache comes out of it, and what must not go in is refused before anything is written."""
 
+import gc
 import json
 import multiprocessing
 import os
 import pickle
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from fastkd.cache import (
     Codec,
     Commit,
     CorruptShard,
+    StoreError,
     Workspace,
     create_cache,
     open_cache,
     open_store,
 )
+from fastkd.cache.stores import MemoryStore
 
 SHAPES: dict[str, dict[str, Any]] = {
     "head": {},
@@ -205,7 +209,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "another column": (lambda s: s["inputs"].update(more=np.zeros(96)), r"inputs: found \['more', 'tokens'\]"),
     "sequences too short": (lambda s: s.update(sequence_lengths=[90]), r"sequence_lengths: found a sum of 90 for 96"),
     "empty sequence": (lambda s: s.update(sequence_lengths=[96, 0]), r"sequence_lengths: place 1: found 0"),
-    "documents too long": (lambda s: s.update(document_lengths=[97]), r"document_lengths: found a sum of 97"),
+    "documents too long": (lambda s: s.update(document_lengths=[97]), r"document_lengths: place 0: found 97"),
     "draws nobody asked for": (lambda s: s.update(draws=np.ones((96, 8), int)), r"draws: found drawn entries"),
     "too many outcomes": (lambda s: s.update(outcomes=600), r"outcomes: row 0: found 600"),
     "float ids": (lambda s: s.update(ids=s["ids"].astype(float)), r"ids: found float64; integers"),
@@ -215,7 +219,18 @@ BAD: dict[str, tuple[Any, str]] = {
     "first sequence": (lambda s: s.update(first_sequence=-1), r"first_sequence: found -1"),
     "logits": (lambda s: s.update(logprobs=s["logprobs"] + 9), r"logprobs: row \d+, place 0"),
     "abyss": (lambda s: s["logprobs"].__setitem__((5, 7), -1e9), r"logprobs: row 5, place 7.*below"),
-    "ragged list": (lambda s: s.update(ids=[[1], [1, 2]]), r"ids: found what is no array"),
+    "tail above one": (lambda s: s["tail"].__setitem__((5, 0), 45.0), r"tail: row 5, temperature 0: found 45"),
+    "lengths that wrap around": (
+        lambda s: s.update(sequence_lengths=np.array([2**62] * 4 + [96])),
+        r"sequence_lengths: place 0",
+    ),
+    "entries that vanish in float32": (
+        lambda s: s.update(logprobs=np.where(np.arange(8) == 7, -1e300, s["logprobs"].astype(np.float64))),
+        r"logprobs: row 0, place 7: found -1e\+300",
+    ),
+    "masked": (lambda s: s.update(logprobs=np.ma.masked_array(s["logprobs"])), r"logprobs: found a masked array"),
+    "ragged outcomes": (lambda s: s.update(outcomes=[[1], [1, 2]]), r"outcomes: found what is no NumPy array"),
+    "ragged list": (lambda s: s.update(ids=[[1], [1, 2]]), r"ids: found what is no NumPy array"),
 }
 
 
@@ -231,8 +246,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, case: s
         future = writer.submit_shard(1, **shard)
         with pytest.raises(CacheError, match=message):
             future.result()
-        with pytest.raises(CacheError, match=message):
-            writer.close()
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "spec.json"]
 
 
@@ -241,7 +254,9 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, case: s
     [
         (lambda s: s["draws"].__setitem__((5, 6), -1), r"draws: row 5, place 6: found -1"),
         (lambda s: s["draws"].__setitem__((5, 0), 1), r"draws: row 5, place 0.*before the head's last"),
-        (lambda s: s["draws"].__setitem__((5, 5), 40), r"draws: row 5: found \d+ draws"),
+        (lambda s: s["draws"].__setitem__((5, 5), 40), r"draws: row 5, place 5: found 40"),
+        (lambda s: s.update(draws=s["draws"].astype(np.int64) + (s["draws"] > 0) * 2**32), r"draws: row 0, place 5"),
+        (lambda s: s.update(outcomes=0), r"outcomes: row 0: found 0"),
         (lambda s: s.pop("draws"), r"draws: found None"),
     ],
 )
@@ -274,6 +289,7 @@ def test_bad_draws_are_refused(tmp_path: Path, spoil: Any, message: str) -> None
         ({"inputs": ("ids",)}, "inputs: found 'ids'"),
         ({"inputs": ("../up",)}, "inputs: found '../up'"),
         ({"inputs": ("a", "a")}, "inputs"),
+        ({"inputs": {"tokens", "loss_mask"}}, "inputs: found {"),
         ({"inputs": "tokens"}, "inputs: found 'tokens'"),
         ({"codec": "smallest", "inputs": ("example",)}, "contexts need"),
         ({"shard_positions": 0}, "shard_positions"),
@@ -412,6 +428,119 @@ def test_umask_is_honoured(tmp_path: Path) -> None:
         os.umask(before)
     for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_an_error_that_nobody_asked_for_comes_with_the_close_and_spoils_the_seal(tmp_path: Path) -> None:
+    spec = make_spec()
+    bad = make_shard(spec)
+    bad["ids"][5, 2] = -1
+    writer = create_cache(tmp_path, spec)
+    asked = writer.submit_shard(0, **bad)
+    with pytest.raises(CacheError, match="row 5"):
+        asked.result()
+    writer.submit_shard(1, **bad)
+    writer.submit_shard(2, **bad)
+    writer.write_shard(3, **make_shard(spec), first_sequence=12)
+    with pytest.raises(CacheError, match=r"3 shards failed .* shard 0: ids: row 5"):
+        writer.seal()
+    assert writer.submit_shard(0, **make_shard(spec)).result() == Commit.COMMITTED
+    with pytest.raises(CacheError, match="row 5") as raised:
+        writer.close()
+    assert len(getattr(raised.value, "__notes__", [])) <= 1
+    assert open_cache(tmp_path).shards == [0, 3]
+    writer.close()
+    for call in (writer.write_shard, writer.submit_shard):
+        with pytest.raises(CacheError, match="closed"):
+            call(1, **make_shard(spec))
+
+
+def test_failed_shards_are_let_go_of(tmp_path: Path) -> None:
+    spec = make_spec()
+    with create_cache(tmp_path, spec) as writer:
+        bad = make_shard(spec)
+        bad["ids"] = bad["ids"].copy()
+        bad["ids"][5, 2] = -1
+        alive = weakref.ref(bad["ids"])
+        with pytest.raises(CacheError):
+            writer.submit_shard(0, **bad).result()
+        del bad
+        for _ in range(100):  # the pool lets go a moment after the answer
+            gc.collect()
+            if alive() is None:
+                break
+            time.sleep(0.02)
+        assert alive() is None
+
+
+def test_nothing_is_added_to_a_cache_that_another_sealed(tmp_path: Path) -> None:
+    spec = make_spec()
+    one, other = create_cache(tmp_path, spec), create_cache(tmp_path, spec)
+    one.write_shard(0, **make_shard(spec))
+    other.seal()
+    with pytest.raises(CacheError, match="the cache is sealed"):
+        one.write_shard(1, **make_shard(spec), first_sequence=4)
+    assert open_cache(tmp_path).shards == [0]
+    with pytest.raises(CacheError, match="no shard to seal"):
+        create_cache(tmp_path / "empty", spec).seal()
+
+
+def test_the_same_number_for_other_sequences_is_refused(tmp_path: Path) -> None:
+    spec = make_spec()
+    with create_cache(tmp_path, spec) as writer:
+        writer.write_shard(1, **make_shard(spec), first_sequence=4)
+        with pytest.raises(CacheError, match=r"another plan \(first_sequence 4 and 8\)"):
+            writer.write_shard(1, **make_shard(spec), first_sequence=8)
+
+
+def test_an_object_that_is_there_and_then_gone_is_not_there(tmp_path: Path) -> None:
+    spec = make_spec()
+    store = MemoryStore()
+    with create_cache(store, spec) as writer:
+        store.create = lambda key, data: False  # type: ignore[method-assign]
+        with pytest.raises(StoreError, match="was there and is gone"):
+            writer.write_shard(0, **make_shard(spec))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_writer_says_that_it_was_forked(tmp_path: Path) -> None:
+    writer = create_cache(tmp_path, make_spec())
+    child = os.fork()
+    if not child:
+        try:
+            writer.submit_shard(0, **make_shard(make_spec()))
+        except CacheError as error:
+            os._exit(7 if "another process" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    writer.close()
+
+
+@pytest.mark.parametrize("numbers", [[1.9], ["2"], [True], [], 3, [[1]], [2**63], [float("nan")]])
+def test_numbers_of_sequences_are_numbers(tmp_path: Path, numbers: Any) -> None:
+    sealed(tmp_path, 1)
+    with pytest.raises(CacheError, match="numbers: found"):
+        open_cache(tmp_path).sequences(numbers)
+
+
+def test_sequences_that_two_shards_claim_are_refused(tmp_path: Path) -> None:
+    spec = make_spec()
+    with create_cache(tmp_path, spec) as writer:
+        for i in range(2):
+            writer.write_shard(i, **make_shard(spec, seed=i))
+    with pytest.raises(CacheError, match="shards 0 and 1 hold some of the same sequences"):
+        open_cache(tmp_path).sequences([0])
+
+
+def test_columns_of_two_types_are_not_mixed(tmp_path: Path) -> None:
+    spec = make_spec()
+    with create_cache(tmp_path, spec) as writer:
+        for i, kind in enumerate((np.uint64, np.int64)):
+            shard = make_shard(spec, seed=i)
+            shard["inputs"]["tokens"] = shard["inputs"]["tokens"].astype(kind)
+            writer.write_shard(i, **shard, first_sequence=4 * i)
+    with pytest.raises(CacheError, match="tokens of types int64 and uint64"):
+        open_cache(tmp_path).sequences([0, 4])
 
 
 def test_a_damaged_shard_is_not_taken_for_a_committed_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_shard, make_spec
+from numcodecs.zstd import Zstd
 
 from fastkd.cache import Cache, CacheError, Commit, CorruptShard, StoreError, create_cache, open_cache, open_store
-from fastkd.cache.shardfile import HASH_LENGTH, digest, unpack
+from fastkd.cache.shardfile import HASH_LENGTH, check_bytes, digest
 from fastkd.cache.stores import MemoryStore
 
 ASIDE = ["object_sha256", "written", "attempt"]  # of a manifest: what differs between two runs that did the same
@@ -589,8 +591,104 @@ def test_nothing_here_unpickles() -> None:
         assert "np.load" not in text, path
 
 
+def test_a_group_for_zarr_is_checked_too(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    shards = [tmp_path / "shards" / f"{i}.zarr.zip" for i in range(2)]
+    shards[0].write_bytes(shards[1].read_bytes())
+    with pytest.raises(CorruptShard, match="shard 0"):
+        open_cache(tmp_path).zarr_group(0)
+    with pytest.raises(CacheError, match="shard 7"):
+        open_cache(tmp_path).zarr_group(7)
+
+
+def test_arrays_that_nobody_knows_are_left_alone(tmp_path: Path) -> None:
+    """A small object can hold a gigabyte of zeros."""
+    write(tmp_path, 1, seal=False)
+    path = tmp_path / "shards" / "0.zarr.zip"
+    meta = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [2**27],
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**27]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 1, "checksum": True}}],
+    }
+    bomb = Zstd(level=1, checksum=True).encode(np.zeros(2**27, np.uint8))
+    assert len(bomb) < 2**17
+    truth = open_cache(tmp_path).read_shard(0)
+    extra = {"junk/zarr.json": json.dumps(meta).encode(), "junk/c/0": bomb}
+    path.write_bytes(rezip(path.read_bytes(), lambda m, c: c, extra))
+    tracemalloc.start()
+    try:
+        assert same(open_cache(tmp_path).read_shard(0), truth)
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+    # the same under a name that is known: more numbers than the shard can have
+    extra = {"outcomes/zarr.json": json.dumps(meta).encode(), "outcomes/c/0": bomb}
+    path.write_bytes(rezip(path.read_bytes(), lambda m, c: c, extra))
+    with pytest.raises(CorruptShard, match='array "outcomes"'):
+        open_cache(tmp_path).read_shard(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("first_sequence", 10**30),
+        ("first_sequence", -5),
+        ("attempt", "\ud800"),
+        ("attempt", "x" * 10**6),
+        ("sequences", 0),
+        ("sequences", 10**9),
+        ("head_entries", 10**12),
+        ("written", -1),
+        ("statistics", {}),
+    ],
+)
+def test_forged_attributes_are_refused_by_every_reader(tmp_path: Path, name: str, value: Any) -> None:
+    write(tmp_path, 1, seal=False)
+    path = tmp_path / "shards" / "0.zarr.zip"
+    path.write_bytes(rezip(path.read_bytes(), edited("zarr.json", lambda d: own(d).update({name: value}))))
+    cache = open_cache(tmp_path)
+    calls: list[Callable[[], Any]] = [
+        lambda: cache.read_shard(0),
+        lambda: cache.raw_shard(0),
+        lambda: cache.zarr_group(0),
+        lambda: cache.manifest,
+        lambda: cache.sequences([0]),
+    ]
+    for call in calls:
+        with pytest.raises(CacheError, match="shard 0"):
+            call()
+    assert not cache.verify().ok
+
+
+def test_a_manifest_that_multiplies_one_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    table = open_cache(tmp_path).manifest
+    rows = table.to_pylist() * 1500
+    for i, row in enumerate(rows):
+        row |= {"shard": i, "attempt": "a" * 2**20}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "manifest.parquet", compression="zstd")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheError, match=r"manifest\.parquet: not readable"):
+            open_cache(tmp_path)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", [{"required": []}, {"version": True}])
+def test_a_spec_that_hides_what_it_needs_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    document = json.loads(make_spec(codec="smallest").to_json()) | change
+    (tmp_path / "spec.json").write_text(json.dumps(document))
+    with pytest.raises(CacheError, match=r"spec\.json"):
+        open_cache(tmp_path)
+
+
 def test_the_hash_covers_every_byte_before_it(tmp_path: Path) -> None:
     write(tmp_path, 1)
     data = (tmp_path / "shards" / "0.zarr.zip").read_bytes()
     assert data[-HASH_LENGTH:].decode() == digest(data)
-    unpack(data)
+    check_bytes(data)

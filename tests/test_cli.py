@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_cases import unpacked
 
 from fastkd import __version__, cli, inspect_cache
 from fastkd.cache import CacheSpec, CacheWriter, create_cache, open_cache, open_writer
 from fastkd.cache.scan import shard_key
-from fastkd.cache.shardfile import pack, unpack
+from fastkd.cache.shardfile import pack
 from fastkd.report_text import printable, ranges, size_text, without_credentials
 
 VOCAB = 60
@@ -348,7 +349,7 @@ def test_inspect_where_nothing_counts(tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify", "seal"])
 def test_a_shard_that_lies_about_itself(cache: Path, run: Any, command: str, statistics: object) -> None:
     path = shard_file(cache, 1)
-    attributes, arrays = unpack(path.read_bytes())
+    attributes, arrays = unpacked(path.read_bytes())
     attributes["statistics"] = statistics
     path.write_bytes(pack(arrays, attributes, open_cache(cache).spec.settings, POSITIONS[1]))
     status, out, err = run(command, cache)
@@ -442,7 +443,7 @@ def test_verify_names_shard_and_array(cache: Path, run: Any, run_json: Any, seal
 
 def test_verify_decodes_only_when_asked(cache: Path, run: Any) -> None:
     path = shard_file(cache, 1)
-    attributes, arrays = unpack(path.read_bytes())
+    attributes, arrays = unpacked(path.read_bytes())
     arrays["head/firsts"] = arrays["head/firsts"].copy()
     arrays["head/firsts"][0] ^= 1
     path.write_bytes(pack(arrays, attributes, open_cache(cache).spec.settings, POSITIONS[1]))
