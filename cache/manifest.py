@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from .errors import CacheError
 
@@ -116,15 +117,11 @@ def overlaps(table: pa.Table) -> list[tuple[int, int]]:
     return [(int(shard[by][i]), int(shard[by][i + 1])) for i in late]
 
 
-def gaps(table: pa.Table) -> list[int]:
-    """The numbers of shards between the first, 0, and the last that are not there (the first thousand of them)."""
-    shard = np.concatenate([[-1], table.column("shard").to_numpy()])
-    missing: list[int] = []
-    for i in np.flatnonzero(np.diff(shard) > 1):
-        missing += range(int(shard[i]) + 1, min(int(shard[i + 1]), int(shard[i]) + 1 + 1000 - len(missing)))
-        if len(missing) >= 1000:
-            break
-    return missing
+def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1) -> list[list[int]]:
+    """The numbers that nothing covers below the last that something does: [from, to], both included."""
+    by = np.argsort(starts, kind="stable")
+    covered = np.concatenate([[0], np.maximum.accumulate((starts + counts)[by])])
+    return [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]
 
 
 def _is_number(value: Any) -> bool:

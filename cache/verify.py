@@ -42,9 +42,8 @@ class Report:
     sealed: bool = False
     unlisted: str | None = None
     problems: list[Problem] = field(default_factory=list)
-    missing: list[int] = field(
-        default_factory=list
-    )  # of an unsealed cache: numbers below the highest that are not there
+    # Of an unsealed cache: numbers below the highest that are not there, as [from, to].
+    missing: list[list[int]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -105,10 +104,11 @@ def verify(cache: Cache, *, deep: bool = True, progress: bool = False) -> Report
             report.problems.append(problem)
     table = table_of(rows)
     if not cache.sealed:
-        report.missing = [index for index in gaps(table) if index not in there]
-        for index in report.missing:
-            if index > indices[0]:
-                report.problems.append(Problem(index, None, "it is missing, between others that are there"))
+        report.missing = gaps(np.array(indices, np.int64))
+        for first, last in report.missing:
+            if first > 0:  # what comes before the first may be another writer's, who has not begun
+                what = "it is missing" if first == last else f"it and all up to {last} are missing"
+                report.problems.append(Problem(first, None, f"{what}, between others that are there"))
     for one, other in overlaps(table):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for key in sorted(key for key, index in numbers.items() if index is None):

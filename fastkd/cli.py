@@ -117,6 +117,8 @@ def verify(command: Verify) -> Outcome:
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
+    if found.missing:
+        lines.append(f"not there (not written yet?): shards {ranges(found.missing)}")
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
     text = "\n".join(printable(line) for line in lines)
     warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
@@ -127,7 +129,7 @@ def verify(command: Verify) -> Outcome:
 def seal(command: Seal) -> Outcome:
     """Seal the cache, or say that it is; a cache without shards is refused."""
     from .cache import open_cache, open_writer
-    from .inspect_cache import gaps
+    from .cache.manifest import gaps
 
     cache = open_cache(_store(command.cache))
     name = cache.store.describe()
@@ -135,7 +137,7 @@ def seal(command: Seal) -> Outcome:
         raise CacheError(f"{name}: there are no shards yet, and a sealed cache takes none. Nothing was written.")
     with open_writer(cache.store) as writer:
         table = writer.seal(progress=_at_terminal())
-    missing = gaps(table, "shard")
+    missing = gaps(table.column("shard").to_numpy())
     warning = (
         f"{name}: shards {ranges(missing)} are missing, and a sealed cache takes no more. To write them, delete "
         "manifest.parquet and seal again afterwards."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache.errors import NotFound, StoreError
-from .cache.manifest import STATISTICS, overlaps
+from .cache.manifest import STATISTICS, gaps, overlaps
 from .cache.scan import PREFIX, corrupt, scan, shard_index, shard_key
 from .cache.shard import check_attributes
 from .cache.shardfile import TAIL_LENGTH, Damage, read_attributes
@@ -62,8 +62,8 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "mass": _statistics(table, "mass"),
         "entropy": _statistics(table, "entropy"),
         "missing": {
-            "shards": gaps(table, "shard"),
-            "sequences": gaps(table, "first_sequence", "sequences"),
+            "shards": gaps(table.column("shard").to_numpy()),
+            "sequences": gaps(*(table.column(name).to_numpy() for name in ("first_sequence", "sequences"))),
             "objects": runs(gone | (known - there.keys() if sizes is not None else set())),
             "listed": sizes is not None,
         },
@@ -123,12 +123,3 @@ def runs(numbers: Collection[int]) -> list[list[int]]:
         else:
             found.append([number, number])
     return found
-
-
-def gaps(table: "pa.Table", first: str, count: str | None = None) -> list[list[int]]:
-    """The numbers that none of the shards covers below the last that one does: [from, to], both included."""
-    starts = table.column(first).to_numpy()
-    ends = starts + (table.column(count).to_numpy() if count else 1)
-    by = np.argsort(starts, kind="stable")
-    covered = np.concatenate([[0], np.maximum.accumulate(ends[by])])
-    return [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]

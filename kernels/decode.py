@@ -55,7 +55,8 @@ def decode_targets(raw: Mapping[str, Tensor], *, compact: bool = False, impl: st
     of 8192 rows (CPU) or 2^17 rows (GPU) at a time.
 
     Streams that contradict each other (a cache's reader refuses a shard whose bytes were changed) raise KDError where
-    their sizes say so, and on the CPU also where their contents do. On a GPU an entry outside its table has the id −1
+    their sizes say so, and on the CPU also where an entry lies outside its table (that a rank lies in the list of its
+    own row's token is `read_shard`'s to check). On a GPU an entry outside its table has the id −1
     or the log-probability NaN, all entries have NaN where the ties cannot be told apart, and a loss is NaN then;
     nothing is read or written out of bounds.
     """
