@@ -153,7 +153,7 @@ def capture(settings: DemoSettings, teacher: Teacher, tokens: Array, clock: Cloc
         cache = open_cache(settings.out / "cache")
         missing = missing_shards(len(tokens), settings.shard_windows, cache.shards)
         if there := len(cache.shards):
-            clock.say(f"capture: {there} shards are there from before, {len(missing)} are missing")
+            clock.say(f"capture: {there} of {there + len(missing)} shards are there from before")
         if missing and cache.sealed:
             raise CacheError(f"{settings.out / 'cache'}: sealed without shard {missing[0][0]}. {AGAIN}")
         if missing:
