@@ -199,6 +199,15 @@ class Documents:
             named = f"{column.where(first + row)}, column {column.name!r}" if column.name else column.where(first + row)
             return named + ": "
 
+        if isinstance(values, pa.Array):
+            try:
+                # damaged offsets would be followed anywhere
+                values.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise DataError(
+                    f"{where(0)}this row or one of the {len(values) - 1} after it is damaged ({error}). Fetch the file "
+                    "again."
+                ) from error
         mask: list[bool] | None = None
         if self._tokenizer is None:
             tokens, lengths = _arrow_ids(values, where) if isinstance(values, pa.Array) else _list_ids(values, where)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Lengths = NDArray[np.int32]
+_BLOCK = 2**18  # documents at a time, where each takes several temporary words
 
 
 def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -17,7 +18,11 @@ def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArra
     if not fraction:
         return np.zeros(len(documents), bool)
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-    keys = _mixed(documents.astype(np.uint64) ^ _mixed(np.array([seed], np.uint64)))
+    key = _mixed(np.array([seed], np.uint64))
+    keys = np.empty(len(documents), np.uint64)
+    for start in range(0, len(keys), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        keys[some] = _mixed(documents[some].astype(np.uint64) ^ key)
     smallest: NDArray[np.bool_] = keys <= np.partition(keys, count - 1)[count - 1]
     return smallest
 
@@ -33,19 +38,25 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values
 
 
-def piece_counts(lengths: Lengths, context: int, overlap: int) -> NDArray[np.int32]:
+def piece_counts(lengths: Lengths, context: int, overlap: int) -> Lengths:
     """Pieces of each document, `[documents]`: each new one adds context − overlap tokens, the first adds context."""
     return np.maximum((lengths - (overlap + 1)) // (context - overlap) + 1, 1)
 
 
-def piece_lengths(lengths: Lengths, first_piece: Ints, context: int, overlap: int) -> Lengths:
+def piece_lengths(lengths: Lengths, counts: Lengths, context: int, overlap: int) -> Lengths:
     """Positions of each piece, `[pieces]`. All but a document's last have `context`; that one too if it is truncated.
 
-    first_piece: `[documents + 1]`, where each document's pieces begin.
+    counts: pieces of each document, `[documents]`.
     """
-    pieces = np.full(int(first_piece[-1]), context, np.int32)
-    last = lengths - (np.diff(first_piece) - 1) * (context - overlap)
-    pieces[first_piece[1:] - 1] = np.minimum(last, context)
+    pieces = np.full(int(counts.sum(dtype=np.int64)), context, np.int32)
+    done = 0
+    for start in range(0, len(lengths), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        ends = done + np.cumsum(counts[some], dtype=np.int64)
+        # 32 bits suffice: a document's last piece begins inside it
+        last = lengths[some] - (counts[some] - 1) * np.int32(context - overlap)
+        pieces[ends - 1] = np.minimum(last, context)
+        done = int(ends[-1])
     return pieces
 
 

@@ -144,24 +144,29 @@ class Plan:
 
     @cached_property
     def totals(self) -> dict[str, int]:
-        """What a person wants to know: documents, how many are skipped, held out, long; positions, tokens cut off."""
-        kept = self.lengths[self.order]
-        long = int(np.count_nonzero(kept > self.settings.context))
-        tokens = int(kept.sum(dtype=np.int64))
-        positions = int(
-            piece_lengths(kept, self.first_piece, self.settings.context, self.settings.overlap).sum(dtype=np.int64)
-        )
-        counted = positions - self.settings.overlap * (int(self.first_piece[-1]) - len(kept))
+        """What a person wants to know.
+
+        documents, and how many of them are skipped, held out, long; windows, shards. positions: all of them, context
+        included. tokens: those that are kept, each in one position that is no context (a loss mask may take from
+        them). dropped_tokens: what truncation takes away.
+        """
+        settings = self.settings
+        all_tokens = int(self.lengths.sum(dtype=np.int64))
+        tokens = all_tokens
+        if settings.on_long == "truncate":
+            tokens = int(np.minimum(self.lengths, settings.context).sum(dtype=np.int64))
+        kept, pieces = len(self.order), int(self.first_piece[-1])
+        train = int(np.searchsorted(self.first_piece, self.shard_pieces[self.train_shards]))
         return {
             "documents": len(self.lengths),
             "skipped": self.skipped,
-            "held_out": len(kept) - int(np.searchsorted(self.first_piece, self.shard_pieces[self.train_shards])),
-            "long": long,
+            "held_out": kept - train,
+            "long": int(np.count_nonzero(self.lengths > settings.context)),
             "windows": self.windows,
             "shards": self.shards,
-            "positions": positions,
-            "counted": counted,
-            "dropped_tokens": tokens - counted,
+            "positions": tokens + settings.overlap * (pieces - kept),
+            "tokens": tokens,
+            "dropped_tokens": all_tokens - tokens,
         }
 
     @cached_property
@@ -288,10 +293,15 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
     out = held_out(kept, settings.held_out, settings.seed)
     order = np.concatenate([kept[~out], kept[out]])
     train_documents = len(kept) - int(np.count_nonzero(out))
-    first_piece = np.arange(len(order) + 1)
+    del kept, out
+    ordered = lengths[order]
+    counts = np.ones(len(order), np.int32)
     if settings.on_long == "split":
-        np.cumsum(piece_counts(lengths[order], settings.context, settings.overlap), out=first_piece[1:])
-    pieces = piece_lengths(lengths[order], first_piece, settings.context, settings.overlap)
+        counts = piece_counts(ordered, settings.context, settings.overlap)
+    pieces = piece_lengths(ordered, counts, settings.context, settings.overlap)
+    first_piece = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(counts, out=first_piece[1:])
+    del ordered, counts
     train = shard_begins(pieces[: first_piece[train_documents]], settings.shard_positions)
     rest = shard_begins(pieces[first_piece[train_documents] :], settings.shard_positions)
     begins = np.concatenate([train, rest[1:] + train[-1]])

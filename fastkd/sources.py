@@ -77,6 +77,9 @@ def open_column(source: Any, column: str | None) -> tuple[list[Column], list[Pat
         return _open_files([source], column)
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, Path) for s in source):
         return _open_files(source, column)
+    if isinstance(source, (list, tuple)) and source and isinstance(source[0], str) and _is_file(source[0]):
+        # as text, the names themselves would become tokens
+        raise DataError(f"source: found a list of texts of which the first, {source[0]!r}, is a file. Give Paths.")
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
         if isinstance(source.column_names, dict):
             raise DataError(f"found several splits ({', '.join(source.column_names)}). Choose one: dataset[split].")
@@ -94,6 +97,10 @@ def open_column(source: Any, column: str | None) -> tuple[list[Column], list[Pat
 def _open_files(places: Sequence[str | Path], column: str | None) -> tuple[list[Column], list[Path]]:
     paths = [path for place in places for path in _expanded(place)]
     return [_open_file(path, column) for path in paths], paths
+
+
+def _is_file(text: str) -> bool:
+    return len(text) < 1000 and Path(text).suffix.lower() in _SUFFIXES and "\0" not in text and Path(text).is_file()
 
 
 def _expanded(place: str | Path) -> list[Path]:

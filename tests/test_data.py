@@ -359,6 +359,19 @@ def test_a_damaged_page_is_named(tmp_path: Path) -> None:
         documents.lengths()
 
 
+def test_damaged_values_are_named(tmp_path: Path) -> None:
+    """Offsets that lead outside, and text that is none: Arrow takes both from a file unseen."""
+    path = arrow(tmp_path / "a.arrow", pa.table({"ids": pa.array([[1, 2], [3, 4, 5]], pa.list_(pa.int32()))}))
+    offsets = np.array([0, 2, 5], np.int32).tobytes()
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 2**30, 5], np.int32).tobytes()))
+    with pytest.raises(DataError, match=r"a\.arrow, row 0 .*damaged"):
+        open_documents(path).lengths()
+    texts = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"a\xff\xfe"))
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": texts}))
+    with pytest.raises(DataError, match=r"a\.parquet, row 0 .*one of the 1 after it is damaged .*UTF8"):
+        open_documents(path, **TEXT).lengths()
+
+
 def test_lines_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = b'{"documents": [1]}\n'
@@ -422,6 +435,8 @@ def test_what_is_no_single_dataset(tmp_path: Path) -> None:
     splits.column_names = {"train": ["a"], "test": ["a"]}  # type: ignore[assignment]
     with pytest.raises(DataError, match=r"several splits \(train, test\)"):
         open_documents(splits)
+    with pytest.raises(DataError, match=r"a\.txt', is a file. Give Paths"):
+        open_documents([str(_written(tmp_path / "a.txt", "x"))], **TEXT)
     with pytest.raises(DataError, match="plain text has no columns"):
         open_documents(_written(tmp_path / "a.txt", "x"), column="text", **TEXT)
 

@@ -71,8 +71,9 @@ def test_every_token_is_in_one_counted_place(plan: Plan) -> None:
     kept = settings.context if settings.on_long == "truncate" else 10**9
     assert all(times == (token < kept) for (_, token), times in counted.items())
     totals = plan.totals
-    assert totals["counted"] == sum(counted.values())
-    assert totals["dropped_tokens"] == len(counted) - totals["counted"]
+    assert totals["tokens"] == sum(counted.values())
+    assert totals["dropped_tokens"] == len(counted) - totals["tokens"]
+    assert totals["positions"] == sum(plan.shard(i).window_lengths.sum() for i in range(plan.shards))
     assert totals["skipped"] == plan.skipped == int((plan.lengths == 0).sum())
     assert totals["long"] == int((plan.lengths > settings.context).sum())
 
