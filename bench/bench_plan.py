@@ -1,0 +1,127 @@
+"""Ten million documents planned, against the limits of 60 seconds and 1 GB; each figure from a process of its own.
+
+    python bench/bench_plan.py            # --documents 10000000
+
+The first part plans from given lengths (some 600 tokens a document). The second starts from a Parquet file of ids (some
+64 tokens a document, 2.6 GB in a temporary folder): it is opened, hashed, measured and planned, then shards are read.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from harness import Table
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+VOCAB = 49152
+
+CHILD = """
+import json, sys, time
+import numpy as np
+from fastkd.data import open_documents
+from fastkd.plan import PlanSettings, make_plan
+from fastkd.rows import rows
+place, settings = sys.argv[1], json.loads(sys.argv[2])
+figures = {}
+def timed(name, run):
+    start = time.perf_counter()
+    result = run()
+    figures[name] = time.perf_counter() - start
+    return result
+if place.endswith(".npy"):
+    fingerprint, lengths = "none", np.load(place)
+else:
+    documents = timed("opened", lambda: open_documents(place, vocab_size=49152))
+    fingerprint = timed("hashed", documents.fingerprint)
+    lengths = timed("measured", documents.lengths)
+plan = timed("planned", lambda: make_plan(lengths, PlanSettings(**settings), fingerprint))
+timed("written", plan.to_json)
+figures["all"] = sum(figures.values())
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+figures["GB"] = int(peak.split()[1]) * 1024 / 1e9
+figures["fill"] = plan.totals["positions"] / plan.windows / plan.settings.context
+figures["windows"], figures["shards"] = plan.windows, plan.shards
+if not place.endswith(".npy"):
+    train, held_out = range(0, plan.train_shards, max(1, plan.train_shards // 4)), range(plan.train_shards, plan.shards)
+    for name, some in (("train", train), ("held out", held_out[:2])):
+        read = timed(name, lambda: sum(len(rows(plan, documents, i).tokens) for i in some))
+        figures[name] = read / figures[name] / 1e6
+print(json.dumps(figures))
+"""
+
+
+def lengths_of(documents: int, mean: float) -> NDArray[np.int32]:
+    """Lognormal lengths, as those of web text are; one in a thousand is empty."""
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(generator.lognormal(np.log(mean) - 0.5, 1.0, documents), 1e6).astype(np.int32)
+    lengths[::1000] = 0
+    return lengths
+
+
+def write_parquet(path: Path, lengths: NDArray[np.int32]) -> None:
+    """A file of random ids, in row groups of 100,000 documents."""
+    generator = np.random.default_rng(1)
+    schema = pa.schema([("input_ids", pa.list_(pa.uint16()))])
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for start in tqdm(range(0, len(lengths), 100_000), desc="documents", leave=False):
+            some = lengths[start : start + 100_000]
+            offsets = np.concatenate([[0], np.cumsum(some)]).astype(np.int32)
+            ids = generator.integers(0, VOCAB, int(offsets[-1]), np.uint16)
+            writer.write_table(pa.table([pa.ListArray.from_arrays(offsets, ids)], schema=schema))
+
+
+def figures(place: Path, **settings: object) -> dict[str, float]:
+    """What a fresh process finds."""
+    command = [sys.executable, "-c", CHILD, str(place), json.dumps(settings)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def report(table: Table, name: str, found: dict[str, float]) -> None:
+    """The rows of one run."""
+    for part in ("opened", "hashed", "measured", "planned"):
+        if part in found:
+            table.row(f"{name}: {part}, seconds", found[part])
+    table.row(f"{name}: seconds in all", found["all"], "<= 60")
+    table.row(f"{name}: peak memory, GB", found["GB"], "<= 1", "the interpreter and its libraries included")
+    table.row(f"{name}: share of the windows' places in use", found["fill"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args()
+    table = Table("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "lengths.npy"
+        np.save(place, lengths_of(args.documents, 600))
+        table.title(f"{args.documents:,} documents of some 600 tokens, from their lengths")
+        for name, settings in (
+            ("pack, context 2048", {"context": 2048, "overlap": 64}),
+            ("pack, context 512", {"context": 512, "overlap": 64}),
+            ("pack, context 131072", {"context": 131072}),
+            ("keep, context 2048", {"context": 2048, "packing": "keep"}),
+        ):
+            report(table, name, figures(place, held_out=0.01, **settings))
+        place = Path(folder) / "ids.parquet"
+        table.title(f"{args.documents:,} documents of some 64 tokens, from a Parquet file")
+        start = time.perf_counter()
+        write_parquet(place, lengths_of(args.documents, 64))
+        print(f"  (made in {time.perf_counter() - start:.0f} s, {place.stat().st_size / 1e9:.2f} GB)")
+        found = figures(place, context=2048, held_out=0.01)
+        report(table, "Parquet", found)
+        for split in ("train", "held out"):
+            table.row(f"Parquet: rows of {split} shards, million positions a second", found[split])
+    table.save(args.json)
+
+
+if __name__ == "__main__":
+    main()

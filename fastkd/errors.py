@@ -1,0 +1,8 @@
+"""What capture raises about its input."""
+
+
+class DataError(Exception):
+    """A dataset, or the way it is to be cut up: the file and row, what was found, and what to do next.
+
+    Not a CacheError: that one speaks of what was written, and catching it must not hide a fault in what was read.
+    """
