@@ -6,7 +6,7 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help demo test check soak bench-loss clean
+.PHONY: help demo test check soak bench-loss bench-cache clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -46,6 +46,9 @@ check: $(STAMP)  ## lint, format and types
 
 bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is one, else on the CPU
 	$(BIN)/python bench/bench_loss.py
+
+bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench/make_targets.py
+	$(BIN)/python bench/bench_cache.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
