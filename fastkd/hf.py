@@ -70,7 +70,7 @@ class SmolLM2:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not self.ready:
-            _convert(_gguf(), folder)
+            _convert(find_gguf(), folder)
 
     @property
     def ready(self) -> bool:
@@ -99,7 +99,7 @@ class SmolLM2:
         return HFModel(models.from_pretrained(self.folder, dtype=torch.float32).eval())
 
 
-def _gguf() -> Path:
+def find_gguf() -> Path:
     """The weights inside the package. It is found, not imported: importing it needs what would run them."""
     spec = importlib.util.find_spec(PACKAGE)
     files = [f for place in (spec.submodule_search_locations or []) for f in Path(place).glob("*.gguf")] if spec else []
