@@ -26,9 +26,9 @@ VOCAB = 49152
 CHILD = """
 import json, sys, time
 import numpy as np
-from fastkd.data import open_documents
-from fastkd.plan import PlanSettings, make_plan
-from fastkd.rows import rows
+from fastkd.data.documents import open_documents
+from fastkd.teacher.plan import PlanSettings, make_plan
+from fastkd.teacher.rows import rows
 place, settings = sys.argv[1], json.loads(sys.argv[2])
 figures = {}
 def timed(name, run):

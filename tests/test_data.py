@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkd.chat import NotChat, chat_tokens
-from fastkd.data import Documents, load_lengths, open_documents, save_lengths
+from fastkd.data.chat import NotChat, chat_tokens
+from fastkd.data.documents import Documents, load_lengths, open_documents, save_lengths
 from fastkd.errors import DataError
 
 generator = np.random.default_rng(0)

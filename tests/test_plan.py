@@ -17,11 +17,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fastkd.cache import CacheSpec, create_cache, open_cache
-from fastkd.data import open_documents
+from fastkd.data.documents import open_documents
 from fastkd.errors import DataError
-from fastkd.packing import pack
-from fastkd.plan import Plan, PlanSettings, make_plan
-from fastkd.rows import rows
+from fastkd.teacher.packing import pack
+from fastkd.teacher.plan import Plan, PlanSettings, make_plan
+from fastkd.teacher.rows import rows
 
 
 @st.composite

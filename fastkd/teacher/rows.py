@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import Documents
-from .errors import DataError
+from ..data.documents import Documents
+from ..errors import DataError
 from .plan import Plan
 
 

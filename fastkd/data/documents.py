@@ -20,9 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..errors import DataError
 from .chat import NotChat, Template, Tokenizer, chat_tokens
 from .columns import Column, Values, rows_at_a_time
-from .errors import DataError
 from .sources import open_column
 
 LARGEST_ID = 2**31 - 1

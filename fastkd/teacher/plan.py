@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .errors import DataError
+from ..errors import DataError
 from .packing import held_out, pack, piece_counts, piece_lengths, shard_begins
 
 VERSION = 1  # of the rules below: other rules make another plan, which must not pass for the same

@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..errors import DataError
 from .columns import ArrowColumn, Column, LinesColumn, ParquetColumn, Values, choose_column, joined
-from .errors import DataError
 
 _SUFFIXES = {
     ".parquet": "parquet",

@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .errors import DataError
+from ..errors import DataError
 
 Values: TypeAlias = "pa.Array | list[Any]"
 
