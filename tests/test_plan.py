@@ -21,7 +21,7 @@ from fastkd.data.documents import open_documents
 from fastkd.errors import DataError
 from fastkd.teacher.packing import pack
 from fastkd.teacher.plan import Plan, PlanSettings, make_plan
-from fastkd.teacher.rows import rows
+from fastkd.teacher.rows import TEXT, rows, teacher_inputs
 
 
 @st.composite
@@ -140,9 +140,10 @@ def test_shards_and_batches_are_partitions(plan: Plan) -> None:
         if index != plan.train_shards:
             assert shard.document.min() >= documents
         documents = shard.document.max()
+        pieces = shard.stop - shard.start
         batches = plan.batches(index)
-        assert sorted(np.concatenate(batches).tolist()) == list(range(windows, windows + len(lengths)))
-        sizes = [lengths[batch - windows] for batch in batches]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(pieces)))
+        sizes = [pieces[batch] for batch in batches]
         for size in sizes:
             assert len(size) == 1 or len(size) * size.max() <= settings.batch_tokens
         assert all((np.diff(np.concatenate(sizes)) <= 0).tolist())
@@ -180,7 +181,7 @@ def test_rows_are_the_windows(plan: Plan, random: Any) -> None:
     for index in order:
         found = rows(plan, source, index)
         count = len(plan.shard(index).window_lengths)
-        expected: dict[str, list[Any]] = {"tokens": [], "mask": [], "positions": [], "sequences": [], "documents": []}
+        expected: dict[str, list[Any]] = {"tokens": [], "mask": [], "numbers": [], "sequences": [], "documents": []}
         for number in range(found.first_sequence, found.first_sequence + count):
             expected["sequences"].append(0)
             for piece in plan.window(number):
@@ -189,19 +190,25 @@ def test_rows_are_the_windows(plan: Plan, random: Any) -> None:
                 expected["mask"] += [not piece.is_context] * length
                 expected["sequences"][-1] += length
                 # a piece and the context before it are one
+                expected["numbers"] += [(piece.document << 31) + t for t in range(piece.start, piece.stop)]
                 if piece.is_context or piece.start == 0 or not plan.settings.overlap:
-                    expected["positions"] += range(length)
                     expected["documents"].append(length)
                 else:
-                    expected["positions"] += range(plan.settings.overlap, plan.settings.overlap + length)
                     expected["documents"][-1] += length
-        assert found.tokens.tolist() == expected["tokens"]
-        assert found.loss_mask.tolist() == expected["mask"]
-        assert found.positions.tolist() == expected["positions"]
+        tokens = found.inputs["tokens"]
+        assert tokens.tolist() == expected["tokens"]
+        assert found.counts.tolist() == found.inputs["loss_mask"].tolist() == expected["mask"]
+        assert found.numbers(np.arange(len(found))).tolist() == expected["numbers"]
+        assert found.inputs["document"].tolist() == [n >> 31 for n in expected["numbers"]]
         assert found.sequence_lengths.tolist() == expected["sequences"]
         assert found.document_lengths.tolist() == expected["documents"]
         begins = np.cumsum(found.document_lengths) - found.document_lengths
-        assert (found.tokens[begins] == 1000 * found.document + found.start).all()
+        assert (tokens[begins] == 1000 * found.document + found.start).all()
+        for places in plan.batches(index):
+            padded = teacher_inputs(found, source, places)
+            for row, place in zip(padded.tolist(), places.tolist(), strict=True):
+                piece = tokens[begins[place] :][: found.document_lengths[place]].tolist()
+                assert row == piece + [0] * (len(row) - len(piece))
 
 
 @some
@@ -230,7 +237,7 @@ WINDOWS = [
     [(3, 0, 16, False)],
     [(8, 0, 11, False)],
 ]
-BATCHES = [[0, 1], [2], [3], [4, 5], [6], [7, 8]]
+BATCHES = [[0, 3], [1, 4, 2, 5], [0], [0, 1], [2], [0, 1]]
 GOLDEN = PlanSettings(16, overlap=3, shard_positions=40, batch_tokens=33, held_out=0.3, seed=5)
 
 
@@ -376,14 +383,14 @@ def test_shards_of_a_plan_make_a_cache(tmp_path: Path) -> None:
     )
     settings = PlanSettings(30, overlap=4, shard_positions=64)
     plan = make_plan(source.lengths(), settings, source.fingerprint())
-    spec = CacheSpec(vocab_size=256, k=1, temperatures=(1.0,), shard_positions=64, inputs=("tokens", "loss_mask"))
+    spec = CacheSpec(vocab_size=256, k=1, temperatures=(1.0,), shard_positions=64, inputs=TEXT)
     with create_cache(tmp_path / "cache", spec) as writer:
         for index in range(plan.shards):
             some_rows = rows(plan, source, index)
-            counts = some_rows.loss_mask[:, None]
+            counts = some_rows.counts[:, None]
             writer.write_shard(
                 index,
-                {"tokens": some_rows.tokens, "loss_mask": some_rows.loss_mask},
+                some_rows.inputs,
                 ids=np.zeros((len(counts), 1), np.int32),
                 logprobs=np.where(counts, np.float32(-0.5), -np.inf),
                 tail=np.where(counts, np.float32(np.log(1 - np.exp(-0.5))), 0),

@@ -1,9 +1,11 @@
-"""The arithmetic of a plan: what is held out, where documents are cut, what makes up a shard, what shares a window."""
+"""The arithmetic of a plan: what is held out, where documents are cut, and what shares a shard, a window, a batch."""
 
 from bisect import bisect_left, insort
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..mixing import mixed
 
 Ints = NDArray[np.int64]
 Lengths = NDArray[np.int32]
@@ -18,24 +20,13 @@ def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArra
     if not fraction:
         return np.zeros(len(documents), bool)
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-    key = _mixed(np.array([seed], np.uint64))
+    key = mixed(np.array([seed], np.uint64))
     keys = np.empty(len(documents), np.uint64)
     for start in range(0, len(keys), _BLOCK):
         some = slice(start, start + _BLOCK)
-        keys[some] = _mixed(documents[some].astype(np.uint64) ^ key)
+        keys[some] = mixed(documents[some].astype(np.uint64) ^ key)
     smallest: NDArray[np.bool_] = keys <= np.partition(keys, count - 1)[count - 1]
     return smallest
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64: one to one, so that no two documents tie."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values
 
 
 def piece_counts(lengths: Lengths, context: int, overlap: int) -> Lengths:
@@ -97,3 +88,18 @@ def pack(lengths: Lengths, context: int) -> tuple[Ints, int]:
             insort(rooms, room << 32 | window)
     windows[order[full:]] = chosen
     return windows, count
+
+
+def batches(lengths: Ints, batch_tokens: int) -> list[Ints]:
+    """Places of the pieces in each batch, longest first, of equal ones in their order.
+
+    lengths: positions of each piece, `[pieces]`, from 1 on. A batch, padded to its longest piece, has up to
+    `batch_tokens` positions; a piece that is longer is a batch alone.
+    """
+    by = np.argsort(-lengths.astype(np.int64), kind="stable")
+    found, begin = [], 0
+    while begin < len(by):
+        end = begin + max(1, batch_tokens // int(lengths[by[begin]]))
+        found.append(by[begin:end])
+        begin = end
+    return found

@@ -5,6 +5,8 @@ the context is cut into pieces, any other is one piece. Consecutive pieces of on
 packing="pack" the pieces of a shard share windows (best fit; no shorter document is ever cut), with "keep" each is a
 window of its own. A window is one sequence of the cache, and window numbers are its sequence numbers.
 
+The teacher is run on pieces, not on windows: none sees another, whatever kind of model it is, and no mask is needed.
+
 Nothing depends on who computes it, or on how many share the work.
 """
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DataError
-from .packing import held_out, pack, piece_counts, piece_lengths, shard_begins
+from .packing import batches, held_out, pack, piece_counts, piece_lengths, shard_begins
 
 VERSION = 1  # of the rules below: other rules make another plan, which must not pass for the same
 Ints = NDArray[np.int64]
@@ -33,8 +35,8 @@ class PlanSettings:
     on_long: what becomes of documents longer than the context: "split" into pieces; "truncate", only the first
         `context` tokens are kept; "error".
     overlap: with "split", tokens before a piece that are repeated at its start as context, and do not count.
-    shard_positions: positions a shard, at most. batch_tokens: positions a batch, pads included, at most; a window that
-        is longer is a batch alone.
+    shard_positions: positions a shard, at most. batch_tokens: positions a batch of the teacher's, pads included, at
+        most; a piece that is longer is a batch alone.
     held_out: the fraction of the documents that is held out (rounded; at least one unless it is 0). seed: which ones.
     """
 
@@ -222,17 +224,9 @@ class Plan:
         return pieces
 
     def batches(self, index: int) -> list[Ints]:
-        """The numbers of the windows in each batch of a shard, longest first."""
+        """The teacher's batches of a shard: the places of each one's pieces in the shard, longest first."""
         shard = self.shard(index)
-        lengths = shard.window_lengths
-        by = np.argsort(-lengths, kind="stable")
-        found, begin = [], 0
-        while begin < len(by):
-            # padded to its longest window, which is its first
-            end = begin + max(1, self.settings.batch_tokens // int(lengths[by[begin]]))
-            found.append(by[begin:end] + shard.first_window)
-            begin = end
-        return found
+        return batches(shard.stop - shard.start, self.settings.batch_tokens)
 
     def to_json(self) -> bytes:
         """All that is needed, beside the lengths, to make the plan again and know that it is the same."""
@@ -242,6 +236,7 @@ class Plan:
             "settings": asdict(self.settings),
             "dataset": self.dataset,
             "totals": self.totals,
+            "train_shards": self.train_shards,
             "sha256": self.hash,
         }
         return json.dumps(document, indent=2).encode() + b"\n"

@@ -1,0 +1,99 @@
+"""Single examples (images, say) that a classifier is run on, each as often as it is augmented."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import DataError
+from ..mixing import mixed
+
+Augment = Callable[[Tensor, NDArray[np.int64]], Tensor]
+"""(examples `[b, ...]`, their seeds `[b]`) to what the model is given `[b, ...]`; a pure function of both."""
+_BLOCK = 1024  # examples hashed at a time
+
+
+class Examples:
+    """Examples by number, and their augmentations by seed: `read(numbers, seeds)` is the same whenever it is asked.
+
+    inputs: a tensor, an array, or a sequence of either, one entry an example, all of one shape.
+    augment: changes some examples by their seeds; with fingerprint, which says which function it is.
+    copies: how many differently augmented copies of each example the teacher sees. seed: of all the seeds.
+    """
+
+    def __init__(
+        self, inputs: Any, *, augment: Augment | None = None, fingerprint: str = "", copies: int = 1, seed: int = 0
+    ) -> None:
+        if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__") or isinstance(inputs, (str, dict)):
+            raise DataError(f"inputs: found {type(inputs).__name__}; a tensor, an array or a sequence is needed.")
+        if (augment is None) != (not fingerprint):
+            raise DataError(
+                f"fingerprint: found {fingerprint!r} {'with' if augment else 'without'} augment; what says which "
+                "function it is belongs to it, so that a cache is never continued with another."
+            )
+        for name, value, least in (("copies", copies, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**31:
+                raise DataError(f"{name}: found {value!r}; an integer from {least} on, below 2^31, is needed.")
+        if copies > 1 and augment is None:
+            raise DataError(f"copies: found {copies} without augment; all copies would be the same.")
+        self.copies = int(copies)
+        self._inputs, self._augment, self._seed, self._named = inputs, augment, int(seed), fingerprint
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def lengths(self, *, progress: bool = False) -> NDArray[np.int32]:
+        """Positions of each example, `[examples]`: its copies."""
+        return np.full(len(self), self.copies, np.int32)
+
+    def fingerprint(self, *, progress: bool = False) -> str:
+        """sha256 of the examples' values and of what augments them."""
+        whole = hashlib.sha256(json.dumps(["examples", self._named, self.copies, self._seed]).encode())
+        for start in tqdm(range(0, len(self), _BLOCK), desc="fingerprint", disable=not progress):
+            block = self._stacked(range(start, min(start + _BLOCK, len(self))))
+            whole.update(json.dumps([str(block.dtype), list(block.shape)]).encode())
+            whole.update(block.contiguous().view(torch.uint8).numpy().data)
+        return whole.hexdigest()
+
+    def seeds(self, example: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What augments copy number `copy` of each example, `[b]`: 63 well-mixed bits."""
+        words = np.stack([np.full(len(example), self._seed, np.int64), example, copy], 1)
+        state = np.zeros(len(example), np.uint64)
+        for column in words.astype(np.uint64).T:
+            state = mixed(state ^ column)
+        return (state >> np.uint64(1)).astype(np.int64)
+
+    def read(self, numbers: Sequence[int] | NDArray[Any], seeds: NDArray[np.int64]) -> Tensor:
+        """What the model is given for these examples, augmented by these seeds: `[b, ...]`."""
+        examples = self._stacked(np.asarray(numbers, np.int64).tolist())
+        if self._augment is None:
+            return examples
+        try:
+            changed = self._augment(examples, np.asarray(seeds, np.int64))
+        except Exception as error:
+            raise DataError(f"{self.where(int(numbers[0]))} and on: augment failed: {error!r}") from error
+        if not isinstance(changed, Tensor) or len(changed) != len(examples):
+            raise DataError(f"augment: found {type(changed).__name__}; a tensor of {len(examples)} examples is needed.")
+        return changed
+
+    def where(self, number: int) -> str:
+        """An example, as a person finds it."""
+        return f"example {number} (from 0)"
+
+    def _stacked(self, numbers: Sequence[int]) -> Tensor:
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
+            raise DataError(f"example {max(numbers)}: there are {len(self)}, numbered from 0.")
+        if isinstance(self._inputs, Tensor):
+            return self._inputs[torch.as_tensor(numbers)].cpu()
+        if isinstance(self._inputs, np.ndarray):
+            return torch.from_numpy(self._inputs[np.asarray(numbers, np.int64)])
+        try:
+            return torch.stack([torch.as_tensor(np.asarray(self._inputs[i])) for i in numbers])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DataError(f"{self.where(numbers[0])} and on: no tensors of one shape ({error}).") from error
