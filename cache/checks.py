@@ -1,5 +1,6 @@
 """What is refused before anything is written: which argument, which row, what was found, what would be right."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from .spec import CacheSpec
 
 Array = NDArray[Any]
 
+LONGEST_RECORD = 2**14  # characters: what a shard says of itself has to fit into its last 64 KiB
 ROUNDING = 1e-4  # nats by which a log-probability may exceed 0: what float32 arithmetic leaves of log 1
 _HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
 # Nats, of a tail at T = 1, which is a probability: more than rounding explains, less than would spoil statistics.
@@ -108,6 +110,20 @@ def check_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= int(value) < 10**18:
         raise CacheError(f"{name}: found {value!r}; an integer from 0 on, below 10^18, is needed.")
     return int(value)
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """What a shard says of how it came about, as JSON gives it back."""
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CacheError(f"record: found what is no JSON ({error}).") from error
+    if not isinstance(record, Mapping) or len(text) > LONGEST_RECORD:
+        raise CacheError(
+            f"record: found {len(text)} characters of JSON; an object of up to {LONGEST_RECORD} is needed."
+        )
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _array(

@@ -14,7 +14,7 @@ from .errors import CacheError, NotFound
 from .manifest import KEY, from_parquet, overlaps
 from .scan import corrupt, listed, read_spec, scan, shard_key
 from .shard import check_attributes, decode_shard, known_arrays, raw_shard
-from .shardfile import Damage, check_bytes, members, read_attributes, stored_digest, unpack
+from .shardfile import TAIL_LENGTH, Damage, check_bytes, members, read_attributes, stored_digest, unpack
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -106,6 +106,17 @@ class Cache:
         tail_step, temperatures and draw_temperature. Raises as `read_shard`.
         """
         return self._made_of(index, raw_shard, None)
+
+    def attributes(self, index: int) -> dict[str, Any]:
+        """What a shard says of itself (FORMAT.md, "Attributes"), from its last bytes."""
+        try:
+            attributes = read_attributes(self.store.get_tail(shard_key(index), TAIL_LENGTH))
+            check_attributes(attributes, self.spec, index)
+        except NotFound as error:
+            raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
+        except Damage as damage:
+            raise corrupt(self.store, index, damage) from damage
+        return attributes
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.

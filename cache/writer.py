@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .checks import check_inputs, check_lengths, check_number, check_sorted, check_targets
+from .checks import check_inputs, check_lengths, check_number, check_record, check_sorted, check_targets
 from .codec import Targets, encode_targets
 from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
 from .manifest import KEY, from_parquet, overlaps, to_parquet
@@ -119,6 +119,7 @@ class CacheWriter:
         sequence_lengths: Sequence[int] | Array | None = None,
         document_lengths: Sequence[int] | Array | None = None,
         first_sequence: int = 0,
+        record: Mapping[str, Any] | None = None,
     ) -> Commit:
         """Check, encode and commit a shard of n positions; returns when it is durable.
 
@@ -128,6 +129,8 @@ class CacheWriter:
             all places). outcomes defaults to all of the vocabulary outside the head.
         sequence_lengths: of consecutive sequences that make up the shard (default: one). document_lengths: of the
             documents in them, likewise. first_sequence: the number of the first sequence in the whole cache.
+        record: how the shard came about, for people and tools: JSON of up to 16 KiB, kept among its attributes and no
+            part of its contents.
 
         Log-probabilities and tails are rounded to the steps of the spec's codec, and entries that fall on one step are
         put in an order of their own.
@@ -150,6 +153,7 @@ class CacheWriter:
         if document_lengths is not None:
             arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, positions)
         mine = {"first_sequence": first, "sequences": len(lengths), "positions": positions}
+        recorded = {} if record is None else {"record": check_record(record)}
         if self._there(index, mine) is not None:
             return self._written(index, Commit.ALREADY_THERE)
         self._check_unsealed(index)
@@ -167,6 +171,7 @@ class CacheWriter:
             "content": content_hash(arrays),
             "attempt": attempt,
             "written": int(time.time()),
+            **recorded,
         }
         data = pack(arrays, attributes, self.spec.settings, positions)
         check_attributes(attributes, self.spec, index)  # what readers would refuse must not be committed

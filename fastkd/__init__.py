@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         set_debug,
         topk_targets,
     )
+    from .teacher.capture import capture
 
 __version__ = "0.1.0.dev0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "KDError": "kernels",
     "KDLoss": "kernels",
     "SparseTargets": "kernels",
+    "capture": "teacher.capture",
     "kd_loss": "kernels",
     "linear_kd_loss": "kernels",
     "linear_topk_targets": "kernels",
@@ -42,6 +44,7 @@ __all__ = [
     "KDLoss",
     "SparseTargets",
     "__version__",
+    "capture",
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_targets",

@@ -92,10 +92,12 @@ def refuse(fine_n: Tensor, top_x: Tensor, first_row: int) -> None:
     if math.isfinite(top):
         raise KDError(
             f"logits: row {first_row + row} has logits out of float32's range, after logit_scale or relative to the "
-            f"row's best (as given {top:g}); smaller numbers are needed, or -inf for tokens that are no outcomes."
+            f"row's best (as given {top:g}); smaller numbers are needed, or -inf for tokens that are no outcomes.",
+            row=first_row + row,
         )
     found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
     raise KDError(
         f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "
-        "outcomes, and at least one token must be an outcome."
+        "outcomes, and at least one token must be an outcome.",
+        row=first_row + row,
     )

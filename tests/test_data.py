@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.data.chat import NotChat, chat_tokens
-from fastkd.data.documents import Documents, load_lengths, open_documents, save_lengths
+from fastkd.data.documents import Documents, open_documents
+from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
 
 generator = np.random.default_rng(0)
@@ -246,19 +247,15 @@ def test_the_fingerprint_of_memory_is_of_its_values() -> None:
     assert open_documents(["a"], **TEXT).fingerprint() != open_documents(["b"], **TEXT).fingerprint()
 
 
-def test_lengths_are_kept(tmp_path: Path) -> None:
-    path = tmp_path / "lengths.npz"
+def test_lengths_are_kept() -> None:
     lengths = open_documents(IDS).lengths()
-    save_lengths(path, "one", lengths)
-    assert load_lengths(path, "one").tolist() == lengths.tolist()
-    assert [p.name for p in tmp_path.iterdir()] == ["lengths.npz"]
-    with pytest.raises(DataError, match="the lengths of the dataset one"):
-        load_lengths(path, "two")
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"lengths\.npz: no lengths can be read"):
-        load_lengths(path, "one")
-    with pytest.raises(DataError, match="no lengths can be read"):
-        load_lengths(tmp_path / "absent", "one")
+    kept = lengths_to_npz(lengths, "one")
+    assert lengths_from_npz(kept, "one", "there").tolist() == lengths.tolist()
+    with pytest.raises(DataError, match="there: these are the lengths of the dataset one"):
+        lengths_from_npz(kept, "two", "there")
+    for broken in (kept[:40], b"", b"no zip"):
+        with pytest.raises(DataError, match="there: no lengths can be read"):
+            lengths_from_npz(broken, "one", "there")
 
 
 def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,7 @@ def test_shards_and_batches_are_partitions(plan: Plan) -> None:
         shard = plan.shard(index)
         lengths = shard.window_lengths
         assert shard.first_window == windows
+        assert lengths.sum() == plan.shard_rows[index + 1] - plan.shard_rows[index]
         assert 0 < lengths.sum() <= settings.shard_positions
         assert lengths.min() > 0
         # shards follow the order of the documents, so that a shard is read from one stretch of a file

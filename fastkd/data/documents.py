@@ -7,8 +7,6 @@ some = docs.read([3, 4, 10])  # tokens, lengths, loss_mask
 
 import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,6 +109,12 @@ class Documents:
         self._vocab_size = vocab_size
         self._begins = np.cumsum([0, *(len(column) for column in columns)])
 
+    @property
+    def tokenization(self) -> str:
+        """What makes tokens of the documents, and which of them count; empty where they are ids."""
+        named = ", ".join(f"{name} {value}" for name, value in self._settings.items() if value)
+        return named if self._tokenizer else ""
+
     def __len__(self) -> int:
         return int(self._begins[-1])
 
@@ -131,7 +135,7 @@ class Documents:
         """Tokens of each document, `[documents]`, in one pass over all of them that checks every value.
 
         progress: a bar on stderr. Ids are measured by Arrow's offsets; text has to be tokenised for it, which
-        `save_lengths` keeps from being done twice.
+        `lengths.py` keeps from being done twice.
         """
         found = np.zeros(len(self), np.int32)
         done = 0
@@ -241,30 +245,6 @@ class Documents:
         except Exception as error:
             who = "template or tokenizer" if self._template else "tokenizer"
             raise DataError(f"{where()}the {who} failed: {type(error).__name__}: {error}") from error
-
-
-def save_lengths(path: str | Path, fingerprint: str, lengths: NDArray[np.int32]) -> None:
-    """Keep the lengths of a dataset of this fingerprint in a small .npz file."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, fingerprint=np.array(fingerprint), lengths=lengths)
-    os.replace(temporary, path)
-
-
-def load_lengths(path: str | Path, fingerprint: str) -> NDArray[np.int32]:
-    """The lengths that `save_lengths` kept. DataError where they are not there, or are another dataset's."""
-    try:
-        # np.load leaves a file that it opened, and cannot read, open
-        with open(path, "rb") as file, np.load(file) as arrays:
-            found, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no lengths can be read from it ({error}). Delete it; they are found anew.") from error
-    if found != fingerprint:
-        raise DataError(
-            f"{path}: these are the lengths of the dataset {found[:12]}…, not of {fingerprint[:12]}…. Delete the file "
-            "if the dataset, the tokenizer or the template has changed."
-        )
-    return lengths
 
 
 def _arrow_ids(values: pa.Array, where: Callable[[int], str]) -> tuple[NDArray[Any], NDArray[np.int64]]:

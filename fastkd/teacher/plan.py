@@ -116,7 +116,7 @@ class Plan:
 
     dataset: the fingerprint of the documents. lengths: int32 `[documents]`.
     order: the documents that are kept, those of the training split first. first_piece: `[kept + 1]`, in that order.
-    shard_pieces, shard_windows: `[shards + 1]`, where each shard's pieces and windows begin.
+    shard_pieces, shard_windows, shard_rows: `[shards + 1]`, where each shard's pieces, windows and rows begin.
     train_shards: how many shards the training split has; those after them are held out.
     """
 
@@ -127,6 +127,7 @@ class Plan:
     first_piece: Ints
     shard_pieces: Ints
     shard_windows: Ints
+    shard_rows: Ints
     train_shards: int
 
     @property
@@ -300,6 +301,8 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
     train = shard_begins(pieces[: first_piece[train_documents]], settings.shard_positions)
     rest = shard_begins(pieces[first_piece[train_documents] :], settings.shard_positions)
     begins = np.concatenate([train, rest[1:] + train[-1]])
+    shard_rows = np.zeros(len(begins), np.int64)
+    np.cumsum(np.add.reduceat(pieces, begins[:-1], dtype=np.int64), out=shard_rows[1:])
     if settings.packing == "pack":
         windows = np.zeros(len(begins), np.int64)
         for index in tqdm(range(len(begins) - 1), desc="plan", unit="shard", disable=not progress):
@@ -307,7 +310,7 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
         np.cumsum(windows, out=windows)
     else:
         windows = begins.copy()
-    return Plan(settings, dataset, lengths, order, first_piece, begins, windows, len(train) - 1)
+    return Plan(settings, dataset, lengths, order, first_piece, begins, windows, shard_rows, len(train) - 1)
 
 
 def _check_long(lengths: NDArray[np.int32], settings: PlanSettings) -> None:

@@ -1,0 +1,301 @@
+"""The job: shards of a plan, run and committed one after the other, by any number of workers that may die.
+
+Each worker takes its own share first (shard i is worker i mod world_size's), then what others have left. Claims keep
+two from doing the same; where they do it all the same, the first commit wins and the other is told.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from .. import __version__
+from ..cache import CacheError, CacheWriter, Commit, NotFound, StoreError, open_cache
+from ..cache.scan import listed, shard_key
+from ..cache.stores import Store
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..inspect_cache import runs
+from ..progress import Progress
+from .claims import Claims
+from .pipeline import Runner, Stopped
+from .plan import Plan
+from .rows import Rows, rows
+
+DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, on which schedulers requeue
+_POLL_SECONDS = 5.0
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The processes that make up one worker; one of them leads."""
+
+    @property
+    def leader(self) -> bool:
+        """Whether this one does."""
+        ...
+
+    def share(self, value: T) -> T:
+        """The leader's value, in each of them. All have to call it."""
+        ...
+
+
+class Alone:
+    """A worker that is one process."""
+
+    leader = True
+
+    def share(self, value: T) -> T:
+        """The value."""
+        return value
+
+
+@dataclass
+class Stop:
+    """Asks a job to stop: its shard is dropped after the present batch, and what is finished is committed."""
+
+    asked: bool = False
+
+    def __call__(self, *signal: Any) -> None:
+        self.asked = True
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture did.
+
+    complete: every shard of the plan is there, and the cache is sealed. missing: shards, [from, to]. plan: see
+    `Plan.totals`. What this worker did, now: shards_written, positions_captured, bytes_written, seconds, teacher_busy
+    (share of them in which the teacher ran), batches_halved (which did not fit into memory).
+    """
+
+    cache: str
+    complete: bool
+    missing: list[list[int]]
+    plan: dict[str, int]
+    shards_written: int = 0
+    positions_captured: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    teacher_busy: float = 0.0
+    batches_halved: int = 0
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 where the cache is complete, 75 where work remains."""
+        return DONE if self.complete else WORK_REMAINS
+
+    def to_json(self) -> dict[str, Any]:
+        """The report, for a machine."""
+        return {**asdict(self), "status": self.status}
+
+
+class Job:
+    """One worker's part in filling a cache whose spec and plan are there. For one `run`.
+
+    progress_mode: see `Progress`. sleep: waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        data: Documents | Examples,
+        plan: Plan,
+        store: Store,
+        claims: Claims,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        group: Group | None = None,
+        stop: Stop | None = None,
+        progress_mode: str = "none",
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._data, self._plan, self._store, self._claims = data, plan, store, claims
+        self._rank, self._world_size = rank, world_size
+        self._group, self._stop, self._sleep = group or Alone(), stop or Stop(), sleep
+        self._runner = replace(runner, on_batch=self._on_batch, should_stop=lambda: self._group.share(self._stop.asked))
+        there = set(listed(store)) if self._group.leader else set()
+        if strange := sorted(there - set(range(plan.shards))):
+            raise CacheError(
+                f"{store.describe()}: shard {strange[0]} is there, and the plan has {plan.shards}: it is of something "
+                "else. Write to another place."
+            )
+        # its own shards in order, then those of others from their ends: where those are taken up last
+        own, others = range(rank, plan.shards, world_size), reversed(range(plan.shards))
+        order = [*own, *(i for i in others if i % world_size != rank)]
+        self._todo = [i for i in order if i not in there]
+        self._submitted: dict[int, Future[Commit]] = {}
+        self._ahead: tuple[int, Future[Rows]] | None = None
+        self._busy = 0.0
+        self._partial = 0  # positions of a shard that is not committed yet
+        self._report = CaptureReport(store.describe(), False, [], plan.totals)
+        self._progress = Progress(
+            plan.totals["positions"],
+            unit="position",
+            already=sum(map(self._positions, there)),
+            shares=("teacher_busy",),
+            workers=world_size,
+            mode=progress_mode if self._group.leader else "none",
+        )
+
+    def run(self, writer: CacheWriter | None) -> CaptureReport:
+        """Work until every shard is there, or a stop is asked for. writer: the leader's; None in the others.
+
+        Raises what a stage of the work raised: DataError, TeacherError, CacheError, or StoreError where a store failed.
+        """
+        begun = time.perf_counter()
+        try:
+            if writer is None:
+                self._follow()
+            else:
+                self._lead(writer)
+        finally:
+            self._progress.close()
+        seconds = time.perf_counter() - begun
+        missing = set(range(self._plan.shards)) - set(listed(self._store))
+        if not missing and writer is not None:
+            cache = open_cache(self._store)
+            if not cache.sealed or len(cache.manifest) != self._plan.shards:
+                writer.seal()
+        busy = self._busy / seconds if seconds else 0.0
+        return replace(self._report, complete=not missing, missing=runs(missing), seconds=seconds, teacher_busy=busy)
+
+    def _lead(self, writer: CacheWriter) -> None:
+        with ThreadPoolExecutor(1, "fastkd-rows") as pool:
+            try:
+                for index in self._taken():
+                    self._group.share(index)
+                    some = self._rows(index, pool)
+                    self._collect(wait=False)
+                    self._run(index, some, writer)
+                self._group.share(None)
+                self._collect(wait=True)
+            except Stopped:
+                self._group.share(None)
+                self._collect(wait=True)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                with suppress(StoreError):
+                    for name in self._claims.held:
+                        self._claims.drop(name)
+
+    def _follow(self) -> None:
+        while (index := self._group.share(-1)) is not None:
+            some = rows(self._plan, self._data, index)
+            with suppress(Stopped):
+                self._runner.run(some, self._plan.batches(index), self._data, index)
+
+    def _taken(self) -> Iterator[int]:
+        """The shards that this worker is to do, one at a time; waits where others may still be at theirs."""
+        waiting = False
+        while self._todo:
+            if self._stop.asked:
+                raise Stopped
+            left = float("inf")
+            for index in list(self._todo):
+                if self._is_there(index):
+                    self._todo.remove(index)
+                    self._progress.found(self._positions(index))
+                    continue
+                seconds = self._claims.take(str(index))
+                if not seconds:
+                    waiting = False
+                    self._todo.remove(index)
+                    yield index
+                    break  # from the first again: what another left may have come free
+                left = min(left, seconds)
+            else:
+                self._collect(wait=False)
+                if self._todo:
+                    if not waiting:
+                        self._progress.say(f"{len(self._todo)} shards are with other workers; waiting for them")
+                    waiting = True
+                    self._sleep(min(left, _POLL_SECONDS))
+
+    def _rows(self, index: int, pool: ThreadPoolExecutor) -> Rows:
+        """The rows of a shard, read ahead where it was foreseen; then the next one's are read ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            some = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].exception()  # one reader at a time
+            some = rows(self._plan, self._data, index)
+        if self._todo:
+            following = self._todo[0]
+            self._ahead = following, pool.submit(rows, self._plan, self._data, following)
+        return some
+
+    def _run(self, index: int, some: Rows, writer: CacheWriter) -> None:
+        """Have a shard, and give it to the writer."""
+        self._partial = 0
+        try:
+            arrays, halved = self._runner.run(some, self._plan.batches(index), self._data, index)
+        except BaseException:
+            self._progress.found(-self._partial)
+            raise
+        device = self._runner.teacher.device
+        record = {
+            "fastkd": __version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "batch_tokens": self._plan.settings.batch_tokens,
+            "halved": halved,
+        }
+        self._report = replace(
+            self._report,
+            positions_captured=self._report.positions_captured + len(some),
+            batches_halved=self._report.batches_halved + len(halved),
+        )
+        self._submitted[index] = writer.submit_shard(
+            index,
+            some.inputs,
+            **arrays,
+            sequence_lengths=some.sequence_lengths,
+            document_lengths=some.document_lengths,
+            first_sequence=some.first_sequence,
+            record=record,
+        )
+
+    def _collect(self, *, wait: bool) -> None:
+        """What became of the shards that the writer has; raises what it raised."""
+        for index, future in list(self._submitted.items()):
+            if not (wait or future.done()):
+                continue
+            commit = future.result()
+            del self._submitted[index]
+            self._claims.done(str(index))
+            if commit is Commit.ALREADY_THERE:
+                self._progress.say(f"shard {index}: another worker was faster")
+                continue
+            size = sum(open_cache(self._store).attributes(index)["bytes"].values())
+            self._report = replace(
+                self._report,
+                shards_written=self._report.shards_written + 1,
+                bytes_written=self._report.bytes_written + size,
+            )
+            each = size / self._positions(index)
+            self._progress.figure("bytes_per_position", each, f"{each:.1f} B each")
+            self._progress.event("shard", shard=index, positions=self._positions(index), bytes=size)
+
+    def _on_batch(self, positions: int, seconds: float) -> None:
+        self._busy += seconds
+        self._partial += positions
+        self._progress.add(positions, teacher_busy=seconds)
+        if self._group.leader:
+            self._claims.keep()
+
+    def _is_there(self, index: int) -> bool:
+        try:
+            self._store.get_tail(shard_key(index), 1)
+        except NotFound:
+            return False
+        return True
+
+    def _positions(self, index: int) -> int:
+        return int(self._plan.shard_rows[index + 1] - self._plan.shard_rows[index])

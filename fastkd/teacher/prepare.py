@@ -1,0 +1,221 @@
+"""Before the first shard: the plan and the spec of a capture, kept in its cache; and what may not be continued."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import CacheError, CacheSpec, NotFound
+from ..cache.scan import read_spec
+from ..cache.spec import differences
+from ..cache.stores import Store
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..data.lengths import lengths_from_npz, lengths_to_npz
+from ..errors import TeacherError
+from ..settings import CaptureSettings
+from .claims import Claims
+from .plan import Plan, PlanSettings, make_plan
+from .protocol import Teacher
+from .rows import EXAMPLES, TEXT
+
+PLAN_KEY = "plan.json"
+LENGTHS_KEY = "lengths.npz"
+DEFAULT_CONTEXT = 2048
+_WAIT_SECONDS = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The plan of a capture, and the spec of its cache."""
+
+    plan: Plan
+    spec: CacheSpec
+
+
+def prepare(
+    teacher: Teacher,
+    data: Documents | Examples,
+    settings: CaptureSettings,
+    store: Store | None = None,
+    claims: Claims | None = None,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    notes: str = "",
+) -> Prepared:
+    """Measure the data and plan. With a store, lengths that are kept there are taken, and others are kept there.
+
+    progress: bars on stderr. say: told what is waited for.
+    Raises CacheError where the store holds the cache of another teacher, other data or other settings, naming which.
+    """
+    dataset = data.fingerprint(progress=progress)
+    there = _plan_there(store) if store is not None else {}
+    if store is not None and there and there.get("dataset") != dataset:
+        raise _refusal(store, _other_data(store, teacher, data, str(there.get("dataset")), dataset))
+    if store is None or claims is None:
+        lengths = data.lengths(progress=progress)
+    else:
+        lengths = _lengths(data, dataset, store, claims, progress=progress, say=say)
+    plan = make_plan(lengths, plan_settings(settings, data, teacher, lengths), dataset, progress=progress)
+    spec = spec_of(teacher, data, settings, plan, notes)
+    if store is not None:
+        _check_same(store, plan, spec, there)
+    return Prepared(plan, spec)
+
+
+def keep_plan(store: Store, plan: Plan) -> None:
+    """Write the plan beside the spec, unless it is there."""
+    if not store.create(PLAN_KEY, plan.to_json()):
+        Plan.from_json(store.get(PLAN_KEY), plan.lengths)
+
+
+def plan_settings(
+    settings: CaptureSettings, data: Documents | Examples, teacher: Teacher, lengths: NDArray[np.int32]
+) -> PlanSettings:
+    """How the data are cut up: the settings, with numbers in the places of None."""
+    kept = int(np.count_nonzero(lengths))
+    held_out = settings.held_out if settings.held_out is not None else 0.01 * (kept > 1)
+    shard_positions = settings.shard_positions
+    if shard_positions is None:
+        shard_positions = min(max(-(-int(lengths.sum(dtype=np.int64)) // 64), 2**14), 2**20)
+    if isinstance(data, Examples):
+        return PlanSettings(
+            context=data.copies,
+            packing="keep",
+            shard_positions=max(shard_positions, data.copies),
+            batch_tokens=settings.batch_tokens,
+            held_out=held_out,
+            seed=settings.seed,
+        )
+    longest = teacher.max_positions
+    context = settings.context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    elif longest is not None and context > longest:
+        raise TeacherError(f"context: found {context}; this teacher takes {longest} positions at most.")
+    return PlanSettings(
+        context=context,
+        packing=settings.packing,
+        on_long=settings.on_long,
+        overlap=settings.overlap,
+        shard_positions=max(shard_positions, context) if settings.shard_positions is None else shard_positions,
+        batch_tokens=settings.batch_tokens,
+        held_out=held_out,
+        seed=settings.seed,
+    )
+
+
+def spec_of(
+    teacher: Teacher, data: Documents | Examples, settings: CaptureSettings, plan: Plan, notes: str = ""
+) -> CacheSpec:
+    """The spec of the cache that this capture fills."""
+    return CacheSpec(
+        vocab_size=teacher.vocab_size,
+        k=settings.k,
+        draws=settings.draws,
+        draw_temperature=settings.draw_temperature,
+        mass=settings.mass,
+        temperatures=settings.temperatures,
+        shard_positions=plan.settings.shard_positions,
+        codec=settings.codec,
+        inputs=EXAMPLES if isinstance(data, Examples) else TEXT,
+        teacher=teacher.fingerprint,
+        tokenizer=_tokenization(data),
+        dataset=f"sha256 {plan.dataset}, plan {plan.hash}, draws of seed {settings.seed}",
+        notes=notes,
+    )
+
+
+def _plan_there(store: Store) -> dict[str, Any]:
+    """The plan that a cache has, as JSON; empty where there is none."""
+    try:
+        found = json.loads(store.get(PLAN_KEY))
+    except NotFound:
+        return {}
+    except ValueError as error:
+        raise CacheError(
+            f"{store.describe()}: {PLAN_KEY} is damaged ({error}). Delete it; it is made again from the same data."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _lengths(
+    data: Documents | Examples,
+    dataset: str,
+    store: Store,
+    claims: Claims,
+    *,
+    progress: bool,
+    say: Callable[[str], None],
+) -> NDArray[np.int32]:
+    """The documents' lengths: those in the store; or measured, by one worker for all."""
+    said = False
+    while True:
+        with suppress(NotFound):
+            return lengths_from_npz(store.get(LENGTHS_KEY), dataset, f"{store.describe()}, {LENGTHS_KEY}")
+        left = claims.take("lengths")
+        if not left:
+            break
+        if not said:
+            say("another worker measures the data")
+            said = True
+        time.sleep(min(left, _WAIT_SECONDS))
+    with claims.kept():
+        lengths = data.lengths(progress=progress)
+    store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
+    claims.done("lengths")
+    return lengths
+
+
+def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, theirs: str, ours: str) -> list[str]:
+    """What differs where the data do: of what makes tokens of them the dataset's fingerprint speaks, too."""
+    spec = _spec_there(store)
+    found = []
+    if spec is not None:
+        pairs = {"teacher": (spec.teacher, teacher.fingerprint), "tokenizer": (spec.tokenizer, _tokenization(data))}
+        found = [f"{name}: {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]
+    if not any(text.startswith("tokenizer") for text in found):
+        found.append(f"data: sha256 {theirs[:12]}… and {ours[:12]}…")
+    return found
+
+
+def _check_same(store: Store, plan: Plan, spec: CacheSpec, there: dict[str, Any]) -> None:
+    """CacheError where the store holds another capture's cache, naming what differs."""
+    theirs = _spec_there(store)
+    if theirs is None or theirs.hash == spec.hash:
+        return
+    different = []
+    planned = there.get("settings")
+    if isinstance(planned, dict):
+        ours = asdict(plan.settings)
+        different = [f"{n}: {planned.get(n)!r} and {value!r}" for n, value in ours.items() if planned.get(n) != value]
+    others = differences(theirs, spec)
+    # the plan's settings, where they differ, say it better than its hash
+    different += [text for text in others if not (different and text.startswith(("dataset:", "shard_positions:")))]
+    raise _refusal(store, different)
+
+
+def _spec_there(store: Store) -> CacheSpec | None:
+    try:
+        return read_spec(store)
+    except CacheError as error:
+        if isinstance(error.__cause__, NotFound):
+            return None
+        raise
+
+
+def _tokenization(data: Documents | Examples) -> str:
+    return "" if isinstance(data, Examples) else data.tokenization
+
+
+def _refusal(store: Store, different: list[str]) -> CacheError:
+    return CacheError(
+        f"{store.describe()}: the cache there is not what is asked for now ({'; '.join(different)}). Write to another "
+        "place, or capture with what it was begun with."
+    )
