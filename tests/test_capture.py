@@ -413,7 +413,7 @@ X = {"fingerprint": "x"}
         (
             lambda ids: torch.zeros(2, 3),
             {"fingerprint": "x", "vocab_size": 3},
-            r"an output of shape \(9, 3\) for inputs",
+            r"an output of shape \(2, 3\) for inputs",
         ),
         (
             lambda ids: torch.zeros(*ids.shape, 5),
