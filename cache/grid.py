@@ -56,3 +56,10 @@ def values_of(count: int, step: float, growth: float, cap: float) -> NDArray[np.
     near = np.minimum(code, code_at_bend)
     x = -np.log1p(-growth * step * near) / growth + np.maximum(code - code_at_bend, 0) * cap
     return (0 - x).astype(np.float32)
+
+
+def steps_at(logprobs: NDArray[np.float64], step: float, growth: float, cap: float) -> NDArray[np.float64]:
+    """The local step, in nats, at each log-probability, of the same shape: rounding moves one by half of it at most."""
+    if growth == 0:
+        return np.full(np.shape(logprobs), step)
+    return step * np.exp(np.clip(-growth * logprobs, 0, math.log(cap / step)))

@@ -54,7 +54,7 @@ def size_text(size: float) -> str:
     return f"{size:.{0 if power == 0 or size >= 99.95 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
-def _line(label: str, text: str) -> list[str]:
+def labelled(label: str, text: str) -> list[str]:
     """A label and its text, the text wrapped beside it."""
     wrapped = textwrap.wrap(" ".join(text.split()), _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(wrapped or ["-"])]
@@ -62,9 +62,9 @@ def _line(label: str, text: str) -> list[str]:
 
 def _identity(report: Report) -> list[str]:
     state = "sealed" if report["sealed"] else "not sealed"
-    lines = _line("  state", f"{state}, format {report['format']}, spec {report['spec_sha256'][:12]}")
+    lines = labelled("  state", f"{state}, format {report['format']}, spec {report['spec_sha256'][:12]}")
     for name in TEXTS:
-        lines += _line(f"  {name}", report[name])
+        lines += labelled(f"  {name}", report[name])
     return lines
 
 
@@ -81,14 +81,14 @@ def _settings(settings: Report) -> list[str]:
     steps += f", draws {_step(codec['draw_step'])}" if settings["draws"] else ""
     return [
         "Settings",
-        *_line("  vocabulary", f"{settings['vocab_size']:,}"),
-        *_line("  head", head),
-        *_line("  draws", draws),
-        *_line("  tails at T =", ", ".join(f"{t:g}" for t in settings["temperatures"])),
-        *_line("  inputs", ", ".join(settings["inputs"]) or "none"),
-        *_line("  codec", f"{codec['name']} ({', '.join(traits)})"),
-        *_line("  steps in nats", steps),
-        *_line("  a shard", f"{settings['shard_positions']:,} positions at most"),
+        *labelled("  vocabulary", f"{settings['vocab_size']:,}"),
+        *labelled("  head", head),
+        *labelled("  draws", draws),
+        *labelled("  tails at T =", ", ".join(f"{t:g}" for t in settings["temperatures"])),
+        *labelled("  inputs", ", ".join(settings["inputs"]) or "none"),
+        *labelled("  codec", f"{codec['name']} ({', '.join(traits)})"),
+        *labelled("  steps in nats", steps),
+        *labelled("  a shard", f"{settings['shard_positions']:,} positions at most"),
     ]
 
 
@@ -134,9 +134,9 @@ def _missing(report: Report) -> list[str]:
     missing, lines = report["missing"], ["Missing"]
     for label, pairs in (("shards", missing["shards"]), ("sequences", missing["sequences"])):
         if pairs:
-            lines += _line(f"  {label}", f"{ranges(pairs)} ({sum(b - a + 1 for a, b in pairs):,} in all)")
+            lines += labelled(f"  {label}", f"{ranges(pairs)} ({sum(b - a + 1 for a, b in pairs):,} in all)")
     if gone := missing["objects"]:
-        lines += _line("  objects", f"of shards {ranges(gone)}: in the manifest, and not there")
+        lines += labelled("  objects", f"of shards {ranges(gone)}: in the manifest, and not there")
     if not report["shards"]:
         lines.append("  everything: there are no shards yet")
     if len(lines) == 1:
@@ -144,13 +144,13 @@ def _missing(report: Report) -> list[str]:
     if not missing["listed"]:
         lines.append("  The store cannot be listed: this is what the manifest says.")
     for one, other in report["overlaps"][:_MOST_LISTED]:
-        lines += _line("Overlap", f"shards {one:,} and {other:,} hold some of the same sequences")
+        lines += labelled("Overlap", f"shards {one:,} and {other:,} hold some of the same sequences")
     if (more := len(report["overlaps"]) - _MOST_LISTED) > 0:
-        lines += _line("", f"and {more:,} more pairs")
+        lines += labelled("", f"and {more:,} more pairs")
     if late := report["not_in_manifest"]:
-        lines += _line("Not sealed in", f"shards {ranges(late)}: written after the cache was sealed")
+        lines += labelled("Not sealed in", f"shards {ranges(late)}: written after the cache was sealed")
     for key in report["foreign"][:_MOST_LISTED]:
-        lines += _line("Foreign", f"{key} is no shard's name")
+        lines += labelled("Foreign", f"{key} is no shard's name")
     if (more := len(report["foreign"]) - _MOST_LISTED) > 0:
-        lines += _line("", f"and {more:,} more names")
+        lines += labelled("", f"and {more:,} more names")
     return lines

@@ -132,8 +132,7 @@ def linear_topk_targets(
     use_triton = _use_triton(impl, hidden, plan)
     rows = positions_N.numel()
     if chunk_tokens is None:
-        on_cpu = hidden.device.type == "cpu"
-        chunk_tokens = max(1, CHUNK_BYTES // (vocab * hidden.element_size())) if on_cpu else CHUNK_TOKENS
+        chunk_tokens = default_chunk(hidden, vocab)
     out = Rows.empty(rows, plan, hidden.device)
     buffer = torch.empty((min(chunk_tokens, rows), vocab), dtype=hidden.dtype, device=hidden.device)
     start = 0
@@ -151,6 +150,13 @@ def linear_topk_targets(
                 _fill(logits_CV, out[some], plan, positions_N[some], start, use_triton)
                 start = some.stop
     return _targets(out, plan)
+
+
+def default_chunk(hidden: Tensor, vocab_size: int) -> int:
+    """How many tokens' logits `linear_topk_targets` makes at a time of these hidden states."""
+    if hidden.device.type != "cpu":
+        return CHUNK_TOKENS
+    return max(1, CHUNK_BYTES // (vocab_size * hidden.element_size()))
 
 
 def _fill(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int, use_triton: bool) -> None:

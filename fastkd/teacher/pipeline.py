@@ -23,7 +23,7 @@ from .rows import Rows, teacher_inputs
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 FIELDS = ("ids", "logprobs", "tail", "outcomes", "draws")
-_ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
+ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
 
 
 class Stopped(Exception):
@@ -139,15 +139,10 @@ class Runner:
     @torch.inference_mode()
     def _issue(self, some: Rows, places: Ints, data: Documents | Examples | None, shard: int) -> _Pending:
         """Give a batch to the device; what it says is on its way to the host when this returns."""
-        at, within = some.of_pieces(places)
-        lengths = some.document_lengths[places].astype(np.int64)
-        flat = np.arange(len(at))
-        if "tokens" in some.inputs:
-            flat = np.repeat(np.arange(len(places)) * int(lengths.max()), lengths) + within
-        counts = some.counts[at]
-        rows, flat = at[counts], flat[counts]
+        rows, flat = some.counted(places)
+        positions = int(some.document_lengths[places].sum(dtype=np.int64))
         if not len(rows):
-            return _Pending(rows, len(at), {}, None, None, 0.0)
+            return _Pending(rows, positions, {}, None, None, 0.0)
         device = self.teacher.device
         inputs, flat_M, numbers_M = (
             _to(tensor, device)
@@ -168,7 +163,7 @@ class Runner:
             raise _bad_row(some, int(rows[error.row]), data, shard, str(error)) from error
         host = {name: t for name in FIELDS if (t := getattr(targets, name)) is not None}
         if device.type != "cuda":
-            return _Pending(rows, len(at), host, None, None, time.perf_counter() - begun)
+            return _Pending(rows, positions, host, None, None, time.perf_counter() - begun)
         done = _event(device)
         assert done is not None
         if self._stream is None:
@@ -180,7 +175,7 @@ class Runner:
                 host[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._stream)
             copied = _event(device, self._stream)
-        return _Pending(rows, len(at), host, copied, start, 0.0)
+        return _Pending(rows, positions, host, copied, start, 0.0)
 
     def _collect(
         self, pending: _Pending, arrays: dict[str, Array], some: Rows, data: Documents | Examples | None, shard: int
@@ -217,19 +212,7 @@ def targets_of(
         "draw_temperature": ask.draw_temperature,
         "seed": ask.seed,
     }
-    values = output.states if isinstance(output, Hidden) else output.values
-    leading = tuple(values.shape[:-1])
-    if leading != tuple(shape[: len(leading)]) or len(leading) not in (1, 2):
-        raise TeacherError(
-            f"teacher: found an output of shape {tuple(values.shape)} for inputs {tuple(shape)}; one row a position "
-            "(of text), or one an example, is needed."
-        )
-    width = values.shape[-1]
-    if isinstance(output, Hidden) and isinstance(output.head, Head):
-        width = output.head.weight.shape[0]
-    if width != vocab_size and not (isinstance(output, Hidden) and not isinstance(output.head, Head)):
-        raise TeacherError(f"teacher: found logits of {width} tokens; vocab_size is {vocab_size}.")
-    rows_MX = values.reshape(-1, values.shape[-1])
+    rows_MX = rows_of(output, shape, vocab_size)
     if isinstance(output, Hidden) and isinstance(output.head, Head):
         head = output.head
         return linear_topk_targets(
@@ -243,8 +226,8 @@ def targets_of(
             **options,
         )
     parts = []
-    for start in range(0, len(flat_M), _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(flat_M), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
         chunk = rows_MX[flat_M[some]]
         if isinstance(output, Hidden):
             assert not isinstance(output.head, Head)
@@ -256,6 +239,23 @@ def targets_of(
                 raise
             raise KDError(str(error), row=start + error.row) from error
     return joined(parts)
+
+
+def rows_of(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
+    """All rows of a teacher's output, `[B·L, D or V]`. shape: the inputs'. TeacherError where it does not fit."""
+    values = output.states if isinstance(output, Hidden) else output.values
+    leading = tuple(values.shape[:-1])
+    if leading != tuple(shape[: len(leading)]) or len(leading) not in (1, 2):
+        raise TeacherError(
+            f"teacher: found an output of shape {tuple(values.shape)} for inputs {tuple(shape)}; one row a position "
+            "(of text), or one an example, is needed."
+        )
+    width = values.shape[-1]
+    if isinstance(output, Hidden) and isinstance(output.head, Head):
+        width = output.head.weight.shape[0]
+    if width != vocab_size and not (isinstance(output, Hidden) and not isinstance(output.head, Head)):
+        raise TeacherError(f"teacher: found logits of {width} tokens; vocab_size is {vocab_size}.")
+    return values.reshape(-1, values.shape[-1])
 
 
 def joined(parts: list[SparseTargets]) -> SparseTargets:

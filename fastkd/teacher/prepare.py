@@ -1,6 +1,7 @@
 """Before the first shard: the plan and the spec of a capture, kept in its cache; and what may not be continued."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..data.lengths import lengths_from_npz, lengths_to_npz
-from ..errors import TeacherError
+from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
 from .claims import Claims
 from .plan import Plan, PlanSettings, make_plan
@@ -28,6 +29,8 @@ PLAN_KEY = "plan.json"
 LENGTHS_KEY = "lengths.npz"
 DEFAULT_CONTEXT = 2048
 _WAIT_SECONDS = 2.0
+_DATASET = "sha256 {}, plan {}, draws of seed {}"  # what the spec says of the data
+_PLANNED = re.compile(_DATASET.format("(.+)", "([0-9a-f]{64})", "([0-9]+)"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,22 @@ def keep_plan(store: Store, plan: Plan) -> None:
     """Write the plan beside the spec, unless it is there."""
     if not store.create(PLAN_KEY, plan.to_json()):
         Plan.from_json(store.get(PLAN_KEY), plan.lengths)
+
+
+def kept_plan(store: Store, spec: CacheSpec) -> tuple[Plan, int]:
+    """The plan that a cache was captured by, and the seed of its draws. DataError where they are not to be had."""
+    said = _PLANNED.fullmatch(spec.dataset)
+    if said is None:
+        raise DataError("its spec names no plan: it was not made by fastkd.capture.")
+    dataset, expected, seed = said.groups()
+    try:
+        plan_json, lengths_npz = store.get(PLAN_KEY), store.get(LENGTHS_KEY)
+    except NotFound as error:
+        raise DataError(f"{PLAN_KEY} or {LENGTHS_KEY} is not in it.") from error
+    plan = Plan.from_json(plan_json, lengths_from_npz(lengths_npz, dataset, LENGTHS_KEY))
+    if plan.hash != expected:
+        raise DataError(f"{PLAN_KEY} is another plan than the one its spec names.")
+    return plan, int(seed)
 
 
 def plan_settings(
@@ -127,7 +146,7 @@ def spec_of(
         inputs=EXAMPLES if isinstance(data, Examples) else TEXT,
         teacher=teacher.fingerprint,
         tokenizer=_tokenization(data),
-        dataset=f"sha256 {plan.dataset}, plan {plan.hash}, draws of seed {settings.seed}",
+        dataset=_DATASET.format(plan.dataset, plan.hash, settings.seed),
         notes=notes,
     )
 

@@ -51,6 +51,30 @@ class Rows:
         within = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
         return np.repeat(begins[places], some) + within, within
 
+    def counted(self, places: Ints) -> tuple[Ints, Ints]:
+        """The rows of some pieces that count, `[m]`, and where the teacher speaks of each when it is given these pieces
+        as `teacher_inputs` has them: `[m]`, among all places of `[pieces, L]`, or of examples."""
+        at, within = self.of_pieces(places)
+        flat = np.arange(len(at))
+        if "tokens" in self.inputs:
+            lengths = self.document_lengths[places].astype(np.int64)
+            flat = np.repeat(np.arange(len(places)) * int(lengths.max()), lengths) + within
+        counts = self.counts[at]
+        return at[counts], flat[counts]
+
+    def part(self, places: Ints) -> "Rows":
+        """The rows of some pieces alone, each piece a window."""
+        at, _ = self.of_pieces(places)
+        return Rows(
+            inputs={name: column[at] for name, column in self.inputs.items()},
+            counts=self.counts[at],
+            sequence_lengths=self.document_lengths[places],
+            document_lengths=self.document_lengths[places],
+            document=self.document[places],
+            start=self.start[places],
+            first_sequence=0,
+        )
+
     def numbers(self, rows: Ints) -> Ints:
         """The number of each row in the data set, `[m]`, whatever the plan: document · 2^31 + place in the document."""
         ends = np.cumsum(self.document_lengths, dtype=np.int64)
