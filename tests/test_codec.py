@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from fastkd.cache import CODECS, CacheError, CacheSpec, Codec, codec, parts, ragged, shardfile, vocabulary
 from fastkd.cache.checks import check_sorted, check_targets
-from fastkd.cache.grid import codes_of, values_of
+from fastkd.cache.grid import codes_of, steps_at, values_of
 
 CALLS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=150)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -63,6 +63,9 @@ def test_grid(grid: tuple[float, float, float], x: np.ndarray) -> None:
     np.testing.assert_array_equal(x, before)
     values = values_of(int(codes.max(initial=0)) + 1, *grid)
     within(values[codes], x, grid)
+    np.testing.assert_allclose(
+        steps_at(x.astype(np.float64), *grid), local_step(np.maximum(-x, 0).astype(np.float64), *grid)
+    )
     assert values[0] == 0
     assert not np.signbit(values[0])
     assert (np.diff(values) < 0).all()

@@ -36,10 +36,8 @@ def check_text(report: "TeacherCheck") -> str:
     elif "drawn" in report.differences:
         lines += labelled("  draws", f"not drawn again: {report.not_drawn}")
     if report.kl is not None:
-        lines += labelled(
-            "  KL in nats",
-            f"{report.kl:.3g} on average, {report.kl_largest:.3g} at most, of the teacher from the cache",
-        )
+        kl = f"KL(teacher || cache) {report.kl:.3g} on average, {report.kl_largest:.3g} at most"
+        lines += labelled("  divergence", kl)
     return "\n".join(printable(line) for line in [*lines, "", *_verdict(report)])
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..cache import CacheSpec
 from ..kernels import KDError, SparseTargets
@@ -86,8 +87,12 @@ def choices(
     base: tuple[float, float],
     clock: Clock,
     seconds: float,
+    progress: bool = False,
 ) -> list[Choice]:
-    """A row for each of the settings, the one asked for first. base: seconds a position, of running and of encoding."""
+    """A row for each of the settings, the one asked for first.
+
+    base: seconds a position, of running and of encoding. seconds: to spend, about, but for 1024 rows at least.
+    """
     if not found.kept:
         return []
     asked = Keeping(settings.k, settings.draws, settings.mass)
@@ -104,7 +109,7 @@ def choices(
     total, positions = sum(of_all.values()), plan.totals["positions"]
     targets = sum(size for name, size in of_all.items() if name.startswith(TARGETS))
     found_so: list[Choice] = []
-    for keeping in keepings:
+    for keeping in tqdm(keepings, desc="other settings", disable=not progress):
         tried = first if keeping == asked else _tried(teacher, spec, settings, keeping, kept, shard)
         size = total + targets * (tried.bytes / first.bytes - 1)
         run, encode = (

@@ -13,7 +13,8 @@ from .live import Live, Stored
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_ROUNDING = 1e-5, 1e-6  # nats, and for each nat of the number: what float32 adds to the codec's error
+# What float32 adds to the codec's error: nats, for each nat of the number, and for each nat of the bound.
+_ROUNDING = 1e-5, 1e-6, 2e-3
 
 
 class Apart(NamedTuple):
@@ -106,7 +107,8 @@ def divergence(spec: CacheSpec, stored: Stored, live: Live) -> Floats:
 
 def _apart(row: Ints, difference: Floats, bound: Floats, value: Floats) -> Apart:
     difference = np.where(np.isnan(difference), np.inf, np.abs(difference))
-    allowed = bound + _ROUNDING[0] + _ROUNDING[1] * np.abs(value)
+    nats, of_value, of_bound = _ROUNDING
+    allowed = bound * (1 + of_bound) + nats + of_value * np.abs(value)
     return Apart(row, difference, bound, np.maximum(difference - allowed, 0))
 
 

@@ -88,7 +88,7 @@ def estimate(
     """What a capture of these settings will take: the data are measured and planned, and a slice is run.
 
     seconds: how long batches are run, about; at least two are. others: whether the top-k of some of their rows is
-        repeated for other settings; that takes about as long again, and the teacher is not run for it.
+        repeated for other settings, without the teacher: about as long again, longer on a slow CPU.
     price_per_hour: of one worker's machine. workers: of the same kind, each with shards of its own.
     progress: bars on stderr.
 
@@ -112,7 +112,7 @@ def estimate(
     hours = clock.hours(each)
     found_so = []
     if others:
-        found_so = choices(teacher, spec, settings, found, plan, of_all, (run, sizes.seconds), clock, seconds)
+        found_so = choices(teacher, spec, settings, found, plan, of_all, (run, sizes.seconds), clock, seconds, progress)
     rates = sorted(positions / busy for positions, busy in found.parts if busy > 0) or [0.0]
     return Estimate(
         teacher=teacher.fingerprint,
