@@ -1,4 +1,4 @@
-"""What capture raises about its input."""
+"""What capture raises about its input and its teacher."""
 
 
 class DataError(Exception):
@@ -6,3 +6,7 @@ class DataError(Exception):
 
     Not a CacheError: that one speaks of what was written, and catching it must not hide a fault in what was read.
     """
+
+
+class TeacherError(Exception):
+    """A teacher, or its tokenizer: where it lies, what it is, or what it says; and what to do next."""

@@ -29,3 +29,11 @@ def _quiet_interpreter():
     """The interpreter is numpy, which warns of the infinities and NaN that the kernels mean."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory):
+    """What is remembered between runs must not pass from one run of the tests to the next, nor from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
