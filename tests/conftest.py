@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# nothing is fetched in a test; transformers would try, and wait
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import numpy as np
 import pytest
 
