@@ -30,6 +30,11 @@ class Place:
     gguf: str | None = None
 
     @property
+    def path(self) -> Path:
+        """The folder, or the file."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
     def arguments(self) -> dict[str, str]:
         """What `from_pretrained(folder, ...)` has to be told."""
         return {"gguf_file": self.gguf} if self.gguf else {}

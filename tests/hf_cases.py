@@ -7,6 +7,13 @@ import torch
 
 from fastkd.hub import load_transformers
 
+SPECIAL = ["<|end|>", "<|begin|>", "<|turn|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+WORDS = "the quick brown fox jumps over the lazy dog and the other dogs, user assistant system " * 3
+
 VOCAB = 96
 USUAL = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -57,3 +64,21 @@ def saved(folder: Path, name: str, **arguments: Any) -> Path:
     """The folder of such a model."""
     model_of(name, **arguments).save_pretrained(folder / name)
     return folder / name
+
+
+def tokenizer_of(*, bos: bool = False, words: str = WORDS, template: str | None = TEMPLATE, **changes: Any) -> Any:
+    """A byte-level tokenizer of some 290 ids; bos: it puts <|begin|> before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([words], trainer)
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    given = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": template} | changes
+    return load_transformers().PreTrainedTokenizerFast(tokenizer_object=raw, **given)

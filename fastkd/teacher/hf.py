@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..errors import TeacherError
 from ..fingerprints import files_sha256
 from ..hub import Place, brief, load_transformers, resolve
@@ -70,6 +71,10 @@ class HFTeacher:
             return Logits(self.model(input_ids=inputs, use_cache=False).logits)
         states = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         return Hidden(states.to(self._found.dtype), self._found.head)
+
+    def tokenizer(self, *, append_eos: bool = True, template: str | Path | None = None) -> Tokenizer:
+        """The tokenizer that lies beside it; see `load_tokenizer`."""
+        return load_tokenizer(self._place.path, append_eos=append_eos, template=template, trust_remote_code=self._code)
 
     @cached_property
     def fingerprint(self) -> str:
