@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
@@ -133,35 +133,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def capture(command: Capture) -> Outcome:
     """Fill the cache; status 75 where work remains."""
-    from .progress import duration, mode_for
+    from .cache.stores.base import clean
+    from .progress import mode_for
     from .teacher.capture import capture as run
     from .teacher.job import WORK_REMAINS
     from .teacher.load import load
+    from .teacher.pipeline import Stopped
     from .teacher.signals import stopping
+    from .teacher.text import capture_text
 
-    with stopping() as stop:
-        teacher, data, place = load(command, command, parallel=command.teacher_parallel, rank=command.rank, world_size=command.world_size)
-        settings = CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
-        try:
-            found = run(
-                teacher,
-                data,
+    try:
+        with stopping() as stop:
+            loaded = load(
+                command,
+                command,
+                rank=command.rank,
+                world_size=command.world_size,
+                parallel=command.teacher_parallel,
+                progress=_at_terminal(),
+            )
+            report = run(
+                loaded.teacher,
+                loaded.data,
                 command.out,
-                settings,
-                rank=place.worker,
-                world_size=place.workers,
-                group=place.group,
+                CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)}),
+                rank=loaded.place.worker,
+                world_size=loaded.place.workers,
+                group=loaded.place.group,
                 threads=command.threads,
                 stop=stop,
                 progress=mode_for(events=command.json),
-                notes=f"teacher {command.teacher}",
+                notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
             )
-        except (ReadOnly, NotFound):
-            raise
-        except StoreError as error:
-            text = clean(f"{error} What was committed stays: the same command goes on from there.")
-            return Outcome({"event": "stopped", "error": text}, "", WORK_REMAINS, text)
-    return Outcome({"event": "done", **found.to_json()}, capture_text(found), found.status)
+    except Stopped:
+        text = "stopped before the first shard. The same command again goes on."
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    except (ReadOnly, NotFound):
+        raise
+    except StoreError as error:
+        text = clean(f"{error} What was committed stays: the same command goes on from there.")
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 
 def inspect(command: Inspect) -> Outcome:
@@ -227,7 +239,13 @@ def demo(command: Demo) -> Outcome:
     return Outcome(report, text_of(report))
 
 
-_COMMANDS: dict[type, Callable[[Any], Outcome]] = {Inspect: inspect, Verify: verify, Seal: seal, Demo: demo}
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    Capture: capture,
+    Inspect: inspect,
+    Verify: verify,
+    Seal: seal,
+    Demo: demo,
+}
 
 
 class _NoStore(CacheError):
@@ -245,21 +263,21 @@ def _store(place: str) -> "Store":
         raise _NoStore(str(error)) from error
 
 
-def _failure(error: CacheError) -> Outcome:
+def _failure(error: Exception) -> Outcome:
     from .cache.stores.base import clean
 
     absent = isinstance(error, (NotFound, _NoStore)) or isinstance(error.__cause__, NotFound)
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 
-def _parse(args: list[str]) -> Inspect | Verify | Seal | Demo:
+def _parse(args: list[str]) -> Capture | Inspect | Verify | Seal | Demo:
     """The command. SystemExit after help, or after having said what is wrong with the arguments."""
 
-    def parse(args: list[str], *, aloud: bool) -> Inspect | Verify | Seal | Demo:
+    def parse(args: list[str], *, aloud: bool) -> Capture | Inspect | Verify | Seal | Demo:
         return tyro.cli(
             Command,
             prog="fastkd",
-            description="A cache of teacher targets: look at it, check it, seal it. And all of fastkd in one demo. "
+            description="A teacher runs once, and a cache keeps what it said: fill one, look at it, check it, seal it. "
             "`fastkd --version` says which fastkd.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),

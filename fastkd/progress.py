@@ -95,7 +95,8 @@ class Progress:
         elapsed = max(self._clock() - then, 1e-9)
         rate = (self._mine - units) / elapsed
         found = {f"{self.unit}s": float(self.done), "total": float(self.total), f"{self.unit}s_per_second": rate}
-        found |= {name: (value - shares[name]) / elapsed for name, value in self._shares.items()}
+        # seconds are told when they are over: some of the window's first may lie before it
+        found |= {name: min(1.0, (value - shares[name]) / elapsed) for name, value in self._shares.items()}
         found |= {name: value for name, value in self._figures.items() if isinstance(value, float)}
         if rate > 0:
             found["seconds_left"] = max(0, self.total - self.done) / (rate * self._workers)

@@ -176,16 +176,16 @@ class Job:
     def _lead(self, writer: CacheWriter) -> None:
         with ThreadPoolExecutor(1, "fastkd-rows") as pool:
             try:
-                for index in self._taken():
+                for index in self._taken(writer):
                     self._group.share(index)
                     some = self._rows(index, pool)
-                    self._collect(wait=False)
+                    self._collect(writer, wait=False)
                     self._run(index, some, writer)
                 self._group.share(None)
-                self._collect(wait=True)
+                self._collect(writer, wait=True)
             except Stopped:
                 self._group.share(None)
-                self._collect(wait=True)
+                self._collect(writer, wait=True)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 with suppress(StoreError):
@@ -198,7 +198,7 @@ class Job:
             with suppress(Stopped):
                 self._runner.run(some, self._plan.batches(index), self._data, index)
 
-    def _taken(self) -> Iterator[int]:
+    def _taken(self, writer: CacheWriter) -> Iterator[int]:
         """The shards that this worker is to do, one at a time; waits where others may still be at theirs."""
         waiting = False
         while self._todo:
@@ -218,7 +218,7 @@ class Job:
                     break  # from the first again: what another left may have come free
                 left = min(left, seconds)
             else:
-                self._collect(wait=False)
+                self._collect(writer, wait=False)
                 if self._todo:
                     if not waiting:
                         self._progress.say(f"{len(self._todo)} shards are with other workers; waiting for them")
@@ -270,7 +270,7 @@ class Job:
             record=record,
         )
 
-    def _collect(self, *, wait: bool) -> None:
+    def _collect(self, writer: CacheWriter, *, wait: bool) -> None:
         """What became of the shards that the writer has; raises what it raised."""
         for index, future in list(self._submitted.items()):
             if not (wait or future.done()):
@@ -281,7 +281,7 @@ class Job:
             if commit is Commit.ALREADY_THERE:
                 self._progress.say(f"shard {index}: another worker was faster")
                 continue
-            size = sum(open_cache(self._store).attributes(index)["bytes"].values())
+            size = writer.sizes[index]
             self._report = replace(
                 self._report,
                 shards_written=self._report.shards_written + 1,
