@@ -6,3 +6,7 @@ class DataError(Exception):
 
     Not a CacheError: that one speaks of what was written, and catching it must not hide a fault in what was read.
     """
+
+
+class StreamError(ValueError):
+    """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""
