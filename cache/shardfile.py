@@ -141,7 +141,8 @@ def length_of_end(attributes: Mapping[str, Any], name: str) -> int:
     sizes = attributes.get("bytes")
     if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
         raise Damage("it does not say how large its arrays are")
-    return TAIL_LENGTH + sum(size + 4096 for other, size in sizes.items() if other >= name)
+    after: int = sum(size + 4096 for other, size in sizes.items() if other >= name)
+    return TAIL_LENGTH + after
 
 
 def unpack_end(end: bytes, name: str, most: int) -> Array:

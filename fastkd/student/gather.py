@@ -54,10 +54,10 @@ def gather(
     shards = [shard for shard, _ in sequences]
     parts, windows = [], []
     for number, (shard, some) in enumerate(sequences):
-        which = shard.pieces_of(some)
-        begin = shard.piece_begins[which]
-        parts.append(Pieces(np.full(len(which), number), begin, shard.piece_begins[which + 1] - begin))
-        windows.append(np.diff(shard.first_piece)[some] if len(some) else some)
+        which = shard.inputs.pieces_of(some)
+        begin = shard.inputs.piece_begins[which]
+        parts.append(Pieces(np.full(len(which), number), begin, shard.inputs.piece_begins[which + 1] - begin))
+        windows.append(np.diff(shard.inputs.first_piece)[some] if len(some) else some)
     pieces = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     return [_micro_batch(shards, Pieces(*(c[at] for c in pieces)), spec, shape, device)
             for at in _cut(pieces.length, np.concatenate(windows), shape)]  # fmt: skip
@@ -94,10 +94,10 @@ def _micro_batch(
         places.reshape(size)[:] = np.arange(longest)
     taken = np.empty(n, np.int32)
     for shard, a, b in runs:
-        tokens[flat[a:b]] = shards[shard].tokens[rows[a:b]]
-        taken[a:b] = shards[shard].labels[rows[a:b]]
+        tokens[flat[a:b]] = shards[shard].inputs.tokens[rows[a:b]]
+        taken[a:b] = shards[shard].inputs.labels[rows[a:b]]
         if shape.layout == "packed":
-            places[a:b] = shards[shard].places[rows[a:b]]
+            places[a:b] = shards[shard].inputs.places[rows[a:b]]
     labels[flat] = taken
     kept = np.flatnonzero(taken != IGNORED)
     bounds = np.searchsorted(kept, [0, *(b for _, _, b in runs)])
@@ -107,7 +107,9 @@ def _micro_batch(
     index.numpy()[:] = flat[kept]
     take = _on_device if shards[0].targets is not None else _on_host
     return MicroBatch(
-        *columns,
+        input_ids=columns[0],
+        labels=columns[1],
+        position_ids=columns[2],
         cu_seqlens=cu_seqlens,
         targets=take(wanted, index, spec, shape, allocate),
         max_seqlen=longest,

@@ -52,7 +52,8 @@ def permutation(count: int, *numbers: int) -> Ints:
     for number in numbers:
         key = mixed(key ^ np.array([number], np.uint64))
     # no two keys are equal, so every way of sorting finds the same order
-    return np.argsort(mixed(key + np.arange(count, dtype=np.uint64))).astype(np.int64, copy=False)
+    keys: NDArray[np.uint64] = np.arange(count, dtype=np.uint64) + key
+    return np.argsort(mixed(keys)).astype(np.int64, copy=False)
 
 
 def order(sequences: Ints, seed: int, epoch: int, *, shards_open: int = 8, shuffle: bool = True) -> "Epoch":
@@ -119,8 +120,8 @@ class Epoch:
                     self._permuted[place] = self._permutation(int(self._sizes[place]), _SEQUENCES, place)
                 parts.append(self._permuted[place][begin:end])
             by = self._permutation(int((ends - begins).sum()), _SLOT, slot)
-            place = np.repeat(places, ends - begins)[by]
-            taken = Taken(self.shards[place], np.concatenate(parts)[by], place % self.open)
+            at = np.repeat(places, ends - begins)[by]
+            taken = Taken(self.shards[at], np.concatenate(parts)[by], at % self.open)
             while len(self._worked_out) >= _KEPT:
                 del self._worked_out[next(iter(self._worked_out))]
             self._worked_out[slot] = taken

@@ -64,7 +64,10 @@ class Run:
     def __init__(self, setup: Setup, progress: Progress, epochs: int | None) -> None:
         self._setup = setup
         self._spaces: list[Workspace] = []
-        self._stream = torch.cuda.Stream(setup.device) if setup.device.type == "cuda" else None
+        # what is done on a GPU ahead of time is done beside what the student does there
+        self._stream: Any = None
+        if setup.device.type == "cuda":
+            self._stream = torch.cuda.Stream(setup.device)  # type: ignore[no-untyped-call]
         lengths = Lengths(setup.tables, 2 * setup.most_shards)
         plans = shares(
             setup.stream,
@@ -159,8 +162,7 @@ class Run:
             batches = [batch.to(setup.device, non_blocking=True) for batch in batches]
             if self._stream is None:
                 return _Made(share, batches, None)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
+            copied = self._stream.record_event()
         return _Made(share, batches, copied)
 
     def _release(self, shard: OpenShard) -> None:

@@ -20,14 +20,12 @@ ENTRIES = ("ids", "logprobs", "draws", "tail", "outcomes")
 
 
 @dataclass(frozen=True, eq=False)
-class OpenShard:
-    """The n rows of a shard.
+class Inputs:
+    """What belongs to the n rows of a shard beside their targets.
 
     tokens, labels, places `[n]`: the input, what comes after it in its piece (IGNORED: nothing, or it does not count),
         and its place in the piece.
     piece_begins `[pieces + 1]`: where pieces begin. first_piece `[sequences + 1]`: the first piece of each sequence.
-    rows: ids, logprobs, tail, outcomes (and draws), `[n, ...]`, on the host; or `targets`, on a device.
-    space: the memory that the rows are in, to be used again.
     """
 
     tokens: Array
@@ -35,14 +33,22 @@ class OpenShard:
     places: Array
     piece_begins: Ints
     first_piece: Ints
-    rows: dict[str, Array] = field(default_factory=dict)
-    targets: SparseTargets | None = None
-    space: Workspace | None = None
 
     def pieces_of(self, sequences: Ints) -> Ints:
         """The pieces of some sequences, one after another."""
         begins = self.first_piece[sequences]
         return ranges(begins, self.first_piece[sequences + 1] - begins)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A shard in memory: its targets on the host (rows: ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`), or on
+    a device (targets). space: the memory that the rows are in, to be used again."""
+
+    inputs: Inputs
+    rows: dict[str, Array] = field(default_factory=dict)
+    targets: SparseTargets | None = None
+    space: Workspace | None = None
 
 
 def ranges(begins: Ints, lengths: Ints) -> Ints:
@@ -57,7 +63,7 @@ def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard:
     # entries come first in a row: one that does not count has none in its first place
     counts = arrays["logprobs"][:, 0] > -np.inf
     rows = {name: arrays[name] for name in ENTRIES if name in arrays}
-    return OpenShard(**_pieces(cache, arrays, counts), rows=rows, space=space)
+    return OpenShard(_inputs(cache, arrays, counts), rows=rows, space=space)
 
 
 def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard:
@@ -67,9 +73,8 @@ def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard:
     for part in ("head", "draws"):
         if f"{part}/counts" in raw:
             counts |= raw[f"{part}/counts"] > 0
-    inputs = {name.removeprefix("inputs/"): array for name, array in raw.items()}
-    targets = targets_from_raw(raw, device=device)
-    return OpenShard(**_pieces(cache, inputs, counts), targets=targets)
+    columns = {name.removeprefix("inputs/"): array for name, array in raw.items()}
+    return OpenShard(_inputs(cache, columns, counts), targets=targets_from_raw(raw, device=device))
 
 
 def check_inputs(cache: Cache) -> None:
@@ -81,8 +86,8 @@ def check_inputs(cache: Cache) -> None:
         )
 
 
-def _pieces(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> dict[str, Array]:
-    """The fields of an open shard that follow from its inputs and lengths."""
+def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs:
+    """From a shard's columns and lengths. counts `[n]`: which rows have targets; it is changed."""
     tokens = arrays["tokens"]
     n = len(tokens)
     if "loss_mask" in cache.spec.inputs:
@@ -100,13 +105,7 @@ def _pieces(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -
     labels[~counts] = IGNORED
     places = np.arange(n, dtype=np.int32)
     places -= np.repeat(piece_begins[:-1].astype(np.int32), np.diff(piece_begins))
-    return {
-        "tokens": tokens,
-        "labels": labels,
-        "places": places,
-        "piece_begins": piece_begins,
-        "first_piece": np.searchsorted(piece_begins, sequence_begins),
-    }
+    return Inputs(tokens, labels, places, piece_begins, np.searchsorted(piece_begins, sequence_begins))
 
 
 def _begins(lengths: Array) -> Ints:

@@ -1,7 +1,7 @@
 """Which sequences of a cache a loader reads: the split fixed at capture, all of it or some, and what is missing."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def open_split(
         digest.update(column.astype("<i8").tobytes())
     kept = np.isin(shard, table.shard)
     digest.update(b"".join(c for c, k in zip(content, kept.tolist(), strict=True) if k))
-    return Table(cache, table.shard, table.first, table.sequences, table.positions, digest.hexdigest())
+    return replace(table, content=digest.hexdigest())
 
 
 def _plan(cache: Cache) -> dict[str, int] | None:
@@ -170,8 +170,13 @@ def _up_to(table: Table, max_positions: int) -> Table:
 
 
 def _rows(table: Table, some: slice) -> Table:
-    columns = (table.shard, table.first, table.sequences, table.positions)
-    return Table(table.cache, *(column[some].copy() for column in columns), table.content)
+    shard, first, sequences, positions = (
+        table.shard[some],
+        table.first[some],
+        table.sequences[some],
+        table.positions[some],
+    )
+    return replace(table, shard=shard, first=first, sequences=sequences, positions=positions)
 
 
 def _with(table: Table, place: int, begin: int, end: int) -> Table:
@@ -180,7 +185,7 @@ def _with(table: Table, place: int, begin: int, end: int) -> Table:
     first, sequences, of = table.first.copy(), table.sequences.copy(), table.positions.copy()
     first[place] += begin
     sequences[place], of[place] = end - begin, positions
-    return Table(table.cache, table.shard, first, sequences, of, table.content)
+    return replace(table, first=first, sequences=sequences, positions=of)
 
 
 def describe(table: Table) -> dict[str, Any]:
