@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .order import DEAL, Epoch, order, permutation
 
 Ints = NDArray[np.int64]
-_BLOCK = 1024  # places a block; more where a share is smaller than that
+_BLOCK = 64  # places a block; more where a share is smaller than that
 SMALLEST_SHARE = Fraction(1, 2**20)
 
 
@@ -42,7 +42,7 @@ class Stream:
         self._sizes, self._seed, self._open, self._shuffle = sizes, seed, shards_open, shuffle
         self.totals = [int(s.sum()) for s in sizes]
         self._until = [sum(shares[:j], Fraction(0)) for j in range(len(sizes) + 1)]
-        self._block = max(_BLOCK, *(-(-share.denominator // share.numerator) for share in shares))
+        self.block = max(_BLOCK, *(-(-share.denominator // share.numerator) for share in shares))
         self._epochs: dict[tuple[int, int], Epoch] = {}
 
     def __len__(self) -> int:
@@ -89,27 +89,27 @@ class Stream:
 
     def _quotas(self, block: int) -> list[int]:
         """The places that each source has in all blocks before this one."""
-        ends = [int(until * self._block * block) for until in self._until]
+        ends = [int(until * self.block * block) for until in self._until]
         return [b - a for a, b in pairwise(ends)]
 
     def _labels(self, block: int) -> Ints:
         """The source of each place of a block."""
         before, after = self._quotas(block), self._quotas(block + 1)
         counts = [b - a for a, b in zip(before, after, strict=True)]
-        return np.repeat(np.arange(len(counts)), counts)[permutation(self._block, self._seed, DEAL, block)]
+        return np.repeat(np.arange(len(counts)), counts)[permutation(self.block, self._seed, DEAL, block)]
 
     def _deal(self, start: int, stop: int) -> Ints:
         """The source of each place."""
         if len(self._sizes) == 1:
             return np.zeros(stop - start, np.int64)
-        first, last = start // self._block, (stop - 1) // self._block
+        first, last = start // self.block, (stop - 1) // self.block
         labels = np.concatenate([self._labels(b) for b in range(first, last + 1)])
-        return labels[start - first * self._block : stop - first * self._block]
+        return labels[start - first * self.block : stop - first * self.block]
 
     def _before(self, place: int) -> list[int]:
         """How many places each source has before this one."""
         if len(self._sizes) == 1:
             return [place]
-        block, rest = divmod(place, self._block)
+        block, rest = divmod(place, self.block)
         some = np.bincount(self._labels(block)[:rest], minlength=len(self._sizes)).tolist()
         return [a + b for a, b in zip(self._quotas(block), some, strict=True)]

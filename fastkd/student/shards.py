@@ -42,8 +42,8 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class OpenShard:
-    """A shard in memory: its targets on the host (rows: ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`), or on
-    a device (targets). space: the memory that the rows are in, to be used again."""
+    """A shard in memory: its targets on the host (rows: ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`), or
+    on a device (targets). space: the memory that the rows are in, to be used again."""
 
     inputs: Inputs
     rows: dict[str, Array] = field(default_factory=dict)

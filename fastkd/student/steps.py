@@ -14,13 +14,14 @@ Ints = NDArray[np.int64]
 def step_end(lengths: Ints, done: int, batch_tokens: int) -> int | None:
     """How many of the coming sequences belong to the step that begins after `done` positions of the epoch.
 
-    Step t takes what is left up to the sequence that brings the epoch to (t + 1) · batch_tokens positions or more, so
-    that steps have batch_tokens on the average, to within a sequence each, and their number follows from the epoch's
-    positions. lengths: of the coming sequences, `[m]`, none above batch_tokens. None: these do not fill the step.
+    Step t takes the sequences that end within the first (t + 1) · batch_tokens positions of the epoch and belong to no
+    step before. So steps have batch_tokens on the average, to within a sequence each, and their number follows from the
+    epoch's positions alone. lengths: of the coming sequences, `[m]`, none above batch_tokens. None: these do not fill
+    the step.
     """
-    target = (done // batch_tokens + 1) * batch_tokens - done
-    found = int(np.searchsorted(np.cumsum(lengths), target))
-    return found + 1 if found < len(lengths) else None
+    number = -(-done // batch_tokens)
+    found = int(np.searchsorted(np.cumsum(lengths), (number + 1) * batch_tokens - done, side="right"))
+    return found if found < len(lengths) else None
 
 
 def ranks(lanes: Ints, weights: Ints, world_size: int) -> list[Ints]:
