@@ -131,6 +131,7 @@ class DistillLoader:
             threads=threads,
             ahead=ahead,
             most_shards=sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + threads,
+            spaces=[],
         )
         self._progress = Progress()
         self._run: Run | None = None

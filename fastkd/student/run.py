@@ -24,7 +24,8 @@ Reduce = Callable[[list[int]], Callable[[], list[int]]]
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a pass is made with; see `DistillLoader`. spec: of the first cache. most_shards: in memory, decoded."""
+    """What a pass is made with; see `DistillLoader`. spec: of the first cache. most_shards: in memory, decoded.
+    spaces: the memory they lie in."""
 
     tables: Sequence[Table]
     stream: Stream
@@ -39,6 +40,7 @@ class Setup:
     threads: int
     ahead: int
     most_shards: int
+    spaces: list[Workspace]
 
 
 class _Made(NamedTuple):
@@ -63,7 +65,8 @@ class Run:
 
     def __init__(self, setup: Setup, progress: Progress, epochs: int | None) -> None:
         self._setup = setup
-        self._spaces: list[Workspace] = []
+        # memory that was touched before is much faster to decode into: it is kept for the next pass
+        self._free = list(setup.spaces)
         # what is done on a GPU ahead of time is done beside what the student does there
         self._stream: Any = None
         if setup.device.type == "cuda":
@@ -121,7 +124,6 @@ class Run:
         """End the threads, and drop what they made."""
         self._ahead.close()
         self._fetched.clear()
-        self._spaces.clear()
 
     def _fetch(self) -> "_Fetched | BaseException | None":
         """The next step of this rank, its sums begun; or the error that hindered it, to be raised in its turn."""
@@ -146,7 +148,11 @@ class Run:
         if self._setup.on_device:
             with torch.cuda.stream(self._stream):
                 return open_on_device(table.cache, index, self._setup.device)
-        space = self._spaces.pop() if self._spaces else Workspace()
+        try:
+            space = self._free.pop()
+        except IndexError:
+            space = Workspace()
+            self._setup.spaces.append(space)
         return open_shard(table.cache, index, space)
 
     def _assemble(self, share: Share, shards: Mapping[Any, OpenShard]) -> "_Made":
@@ -167,7 +173,7 @@ class Run:
 
     def _release(self, shard: OpenShard) -> None:
         if shard.space is not None:
-            self._spaces.append(shard.space)
+            self._free.append(shard.space)
 
 
 def summed_over(group: Any = None) -> Reduce:
