@@ -10,3 +10,7 @@ class DataError(Exception):
 
 class TeacherError(Exception):
     """A teacher, or its tokenizer: where it lies, what it is, or what it says; and what to do next."""
+
+
+class StreamError(ValueError):
+    """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""
