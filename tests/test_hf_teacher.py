@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import VOCAB, model_of, saved
+from hf_cases import VOCAB, model_of, saved, tokenizer_of, write_gguf
 from torch import Tensor
 
 from fastkd import linear_topk_targets, topk_targets
@@ -298,6 +298,36 @@ def test_the_network_is_forbidden_by_the_demo_alone(monkeypatch: pytest.MonkeyPa
     assert "HF_HUB_OFFLINE" not in os.environ
     hf.load_transformers()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path) -> None:
+    words = tokenizer_of()
+    model = model_of("llama", vocab_size=len(words))
+    path = write_gguf(tmp_path / "tiny-f32.gguf", model, words)
+    teacher = load_hf(path)
+    tokens = some_tokens(2, 15)
+    torch.testing.assert_close(said(teacher, tokens), model(tokens).logits, atol=1e-5, rtol=1e-4)
+    assert (teacher.vocab_size, teacher.name) == (len(words), "tiny-f32")
+    assert teacher.fingerprint.endswith(", GGUF")
+    assert load_hf(path.rename(tmp_path / "renamed.gguf")).fingerprint == teacher.fingerprint
+    own = load_hf(tmp_path / "renamed.gguf").tokenizer()
+    text = "the quick brown fox, Ärger 🐈"
+    assert own.encode(text) == [*words(text)["input_ids"], words.eos_token_id]
+    assert own.template([{"role": "user", "content": "hi"}], True) == "<|turn|>user\nhi<|end|>\n<|turn|>assistant\n"
+
+
+@pytest.mark.soak
+def test_a_real_teacher_reads_english() -> None:
+    """SmolLM2-135M-Instruct as its package has it, of quantised weights."""
+    from fastkd.hf import find_gguf
+
+    teacher = load_hf(find_gguf())
+    assert (teacher.vocab_size, teacher.max_positions, teacher.notes) == (49152, 8192, [])
+    ids = torch.tensor(
+        [teacher.tokenizer(append_eos=False).encode("The capital of France is Paris. The capital of Italy is")]
+    )
+    targets = topk_targets(said(teacher, ids)[0], 5)
+    assert teacher.tokenizer().encode(" Rome")[0] == int(targets.ids[-1, 0])
 
 
 def test_places_that_hold_no_teacher(tmp_path: Path) -> None:
