@@ -106,12 +106,13 @@ def test_a_cap_that_the_config_does_not_name_is_noticed(tmp_path: Path) -> None:
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: 15 * torch.tanh(output / 15))
     teacher = HFTeacher(model, resolve(saved(tmp_path, "llama")), name="capped", notes=[])
-    # the module of the head has it, where its matrix would not
     tokens = some_tokens(2, 6)
     torch.testing.assert_close(said(teacher, tokens), model(tokens).logits, atol=1e-6, rtol=1e-5)
     with torch.inference_mode():
         output = teacher(tokens)
-    assert not isinstance(output, Hidden) or not isinstance(output.head, Head)
+    # the head's module has it, where its matrix has not
+    assert isinstance(output, Hidden)
+    assert not isinstance(output.head, Head)
 
 
 def test_a_head_wider_than_the_tokenizer_or_the_logits(tmp_path: Path) -> None:
@@ -288,6 +289,31 @@ def test_a_name_that_is_not_to_be_had(hub: Path) -> None:
     for name, revision in (("someone/tiny", None), ("someone/tiny", "v2"), ("gpt99", None)):
         with pytest.raises(TeacherError, match=r"^[^\n]*not to be had.*HF_HUB_OFFLINE[^\n]*hf download \S+`\)\.$"):
             load_hf(name, revision=revision)
+
+
+def test_of_the_hub_only_what_is_loaded_is_fetched(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    tree = ["config.json", "tokenizer.json", "pytorch_model.bin", "onnx/model.onnx", "original/a.safetensors", "a.gguf"]
+    asked: list[set[str]] = []
+
+    def fetched(name: str, *, revision: Any, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        kept = huggingface_hub.utils.filter_repo_objects(
+            tree, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked.append(set(kept))
+        for file in asked[-1]:
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    resolve("someone/tiny")
+    # pickled weights where there are no others
+    assert asked == [{"config.json", "tokenizer.json"}, {"config.json", "tokenizer.json", "pytorch_model.bin"}]
+    place = resolve("someone/tiny/a.gguf")
+    assert (asked[2:], place.path, place.name) == ([{"a.gguf"}], tmp_path / "a.gguf", "a")
+    with pytest.raises(TeacherError, match=r"there is no file b\.gguf in someone/tiny"):
+        resolve("someone/tiny/b.gguf")
 
 
 def test_the_network_is_forbidden_by_the_demo_alone(monkeypatch: pytest.MonkeyPatch) -> None:

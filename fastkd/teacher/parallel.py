@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous as meet
 
 from ..errors import TeacherError
 from ..hub import brief
@@ -105,10 +107,10 @@ def join_group(
             )
         return group
     try:
-        store, _, _ = next(iter(dist.rendezvous(rendezvous, rank, world_size, timeout=PATIENCE)))
+        store, _, _ = next(iter(meet(rendezvous, rank, world_size, timeout=PATIENCE)))
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            store=dist.PrefixStore(f"fastkd/worker {group.worker}", store),
+            store=PrefixStore(f"fastkd/worker {group.worker}", store),
             rank=rank % n,
             world_size=n,
             timeout=PATIENCE,
