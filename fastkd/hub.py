@@ -74,13 +74,13 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     """The folder of a Hub repository's files in the Hub's own cache on this machine."""
     load_transformers()
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
-    except (OSError, ValueError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the name, the Hub, the network, a proxy, the disk: each library has its own
         asked = f"{name} at revision {revision}" if revision else name
         if isinstance(error, RevisionNotFoundError):
             why = "the Hugging Face Hub has it, but not that revision"

@@ -1,8 +1,10 @@
 """Tiny models of transformers with random weights, saved as anyone's are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastkd.hub import load_transformers
@@ -48,7 +50,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config_of(name: str, **changes: Any) -> Any:
     kind, arguments = CONFIGS[name]
-    return getattr(load_transformers(), f"{kind}Config")(**arguments, **changes)
+    return getattr(load_transformers(), f"{kind}Config")(**(arguments | changes))
 
 
 def model_of(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -82,3 +84,44 @@ def tokenizer_of(*, bos: bool = False, words: str = WORDS, template: str | None 
         raw.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
     given = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": template} | changes
     return load_transformers().PreTrainedTokenizerFast(tokenizer_object=raw, **given)
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
+    """A Llama model and a byte-level tokenizer as llama.cpp's converter writes them."""
+    import gguf
+
+    config, vocabulary = model.config, tokenizer.get_vocab()
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        array = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:  # it rotates neighbours where transformers rotates halves
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
+            array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import VOCAB, model_of, saved
+from hf_cases import VOCAB, model_of, saved, tokenizer_of, write_gguf
 from torch import Tensor
 
 from fastkd import linear_topk_targets, topk_targets
@@ -106,12 +106,13 @@ def test_a_cap_that_the_config_does_not_name_is_noticed(tmp_path: Path) -> None:
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: 15 * torch.tanh(output / 15))
     teacher = HFTeacher(model, resolve(saved(tmp_path, "llama")), name="capped", notes=[])
-    # the module of the head has it, where its matrix would not
     tokens = some_tokens(2, 6)
     torch.testing.assert_close(said(teacher, tokens), model(tokens).logits, atol=1e-6, rtol=1e-5)
     with torch.inference_mode():
         output = teacher(tokens)
-    assert not isinstance(output, Hidden) or not isinstance(output.head, Head)
+    # the head's module has it, where its matrix has not
+    assert isinstance(output, Hidden)
+    assert not isinstance(output.head, Head)
 
 
 def test_a_head_wider_than_the_tokenizer_or_the_logits(tmp_path: Path) -> None:
@@ -290,6 +291,31 @@ def test_a_name_that_is_not_to_be_had(hub: Path) -> None:
             load_hf(name, revision=revision)
 
 
+def test_of_the_hub_only_what_is_loaded_is_fetched(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    tree = ["config.json", "tokenizer.json", "pytorch_model.bin", "onnx/model.onnx", "original/a.safetensors", "a.gguf"]
+    asked: list[set[str]] = []
+
+    def fetched(name: str, *, revision: Any, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        kept = huggingface_hub.utils.filter_repo_objects(
+            tree, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked.append(set(kept))
+        for file in asked[-1]:
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    resolve("someone/tiny")
+    # pickled weights where there are no others
+    assert asked == [{"config.json", "tokenizer.json"}, {"config.json", "tokenizer.json", "pytorch_model.bin"}]
+    place = resolve("someone/tiny/a.gguf")
+    assert (asked[2:], place.path, place.name) == ([{"a.gguf"}], tmp_path / "a.gguf", "a")
+    with pytest.raises(TeacherError, match=r"there is no file b\.gguf in someone/tiny"):
+        resolve("someone/tiny/b.gguf")
+
+
 def test_the_network_is_forbidden_by_the_demo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkd import hf
 
@@ -298,6 +324,36 @@ def test_the_network_is_forbidden_by_the_demo_alone(monkeypatch: pytest.MonkeyPa
     assert "HF_HUB_OFFLINE" not in os.environ
     hf.load_transformers()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path) -> None:
+    words = tokenizer_of()
+    model = model_of("llama", vocab_size=len(words))
+    path = write_gguf(tmp_path / "tiny-f32.gguf", model, words)
+    teacher = load_hf(path)
+    tokens = some_tokens(2, 15)
+    torch.testing.assert_close(said(teacher, tokens), model(tokens).logits, atol=1e-5, rtol=1e-4)
+    assert (teacher.vocab_size, teacher.name) == (len(words), "tiny-f32")
+    assert teacher.fingerprint.endswith(", GGUF")
+    assert load_hf(path.rename(tmp_path / "renamed.gguf")).fingerprint == teacher.fingerprint
+    own = load_hf(tmp_path / "renamed.gguf").tokenizer()
+    text = "the quick brown fox, Ärger 🐈"
+    assert own.encode(text) == [*words(text)["input_ids"], words.eos_token_id]
+    assert own.template([{"role": "user", "content": "hi"}], True) == "<|turn|>user\nhi<|end|>\n<|turn|>assistant\n"
+
+
+@pytest.mark.soak
+def test_a_real_teacher_reads_english() -> None:
+    """SmolLM2-135M-Instruct as its package has it, of quantised weights."""
+    from fastkd.hf import find_gguf
+
+    teacher = load_hf(find_gguf())
+    assert (teacher.vocab_size, teacher.max_positions, teacher.notes) == (49152, 8192, [])
+    ids = torch.tensor(
+        [teacher.tokenizer(append_eos=False).encode("The capital of France is Paris. The capital of Italy is")]
+    )
+    targets = topk_targets(said(teacher, ids)[0], 5)
+    assert teacher.tokenizer().encode(" Rome")[0] == int(targets.ids[-1, 0])
 
 
 def test_places_that_hold_no_teacher(tmp_path: Path) -> None:

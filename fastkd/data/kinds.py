@@ -71,8 +71,10 @@ def documents_of(
 
 
 def kind_of(columns: Sequence[Column]) -> str | None:
-    """ "ids", "text" or "messages"; None where nothing among the first rows shows it. What is none of them is ids,
-    which says what is wrong when it is read."""
+    """What the first rows are: "ids", "text" or "messages"; None where they do not show it.
+
+    Whatever is none of these counts as ids, which says what is wrong when it is read.
+    """
     for column in columns:
         values = column.read(0, min(_LOOKED_AT, len(column)))
         if isinstance(values, pa.Array) and (known := _of_type(values.type)) is not None:

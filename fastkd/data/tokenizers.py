@@ -39,7 +39,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Its ids lie below this."""
-        return max(self._backend.get_vocab().values()) + 1
+        return int(max(self._backend.get_vocab().values())) + 1
 
     def encode(self, text: str) -> list[int]:
         """A document's ids: with the special tokens that this tokenizer adds, and an end-of-document token (its

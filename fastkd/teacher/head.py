@@ -71,9 +71,9 @@ def find_head(model: Any, tokens: Tensor) -> Found | None:
     tried = [(states * factor, _logits(model, module, tokens, factor)) for factor in factors]
     width = tried[0][1].shape[-1]
     for reading in readings(model.config):
-        head = _matrix(module, reading, width) or _project(module, reading, width)
-        if all(_same(logits_of(louder.to(dtype), head), logits, dtype) for louder, logits in tried):
-            return Found(head, dtype)
+        for head in (_matrix(module, reading, width), _project(module, reading, width)):
+            if head and all(_same(logits_of(louder.to(dtype), head), logits, dtype) for louder, logits in tried):
+                return Found(head, dtype)
     return None
 
 
@@ -86,7 +86,11 @@ def logits_of(states: Tensor, head: Head | Project) -> Tensor:
 
 def _logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Tensor:
     """The model's own logits, of what it puts into its head times a factor."""
-    hook = module.register_forward_pre_hook(lambda _, arguments: (arguments[0] * factor, *arguments[1:]))
+
+    def louder(_: Any, arguments: tuple[Any, ...]) -> Any:
+        return (arguments[0] * factor, *arguments[1:]) if arguments else None
+
+    hook = module.register_forward_pre_hook(louder)
     try:
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
@@ -96,11 +100,11 @@ def _logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Tensor:
 
 def _matrix(module: Any, reading: Reading, width: int) -> Head | None:
     """A head that is one matrix of floating-point numbers, of which some models use the first rows only."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight: Any = getattr(module, "weight", None)
     if type(module) is not torch.nn.Linear or isinstance(weight, DTensor) or not weight.is_floating_point():
         return None
-    some = None if bias is None else bias.detach()[:width]
-    return Head(weight.detach()[:width], some, reading.softcap, reading.scale)
+    bias = None if module.bias is None else module.bias.detach()[:width]
+    return Head(weight.detach()[:width], bias, reading.softcap, reading.scale)
 
 
 def _project(module: Any, reading: Reading, width: int) -> Project:

@@ -48,9 +48,15 @@ class HFTeacher:
         self._place, self._code, self._progress = place, code, progress
         self.device: torch.device = model.device
         self.max_positions = _max_positions(model.config, notes)
+        tokens = _some_tokens(model, self.max_positions).to(self.device)
         with torch.inference_mode():
-            tokens = _some_tokens(model, self.max_positions).to(self.device)
-            logits = model(input_ids=tokens, use_cache=False).logits
+            try:
+                logits = model(input_ids=tokens, use_cache=False).logits
+            except Exception as error:
+                raise TeacherError(
+                    f"{name}: {type(model).__name__} is there, but fails on {tokens.numel()} tokens ({brief(error)}). "
+                    "Try another attention implementation, dtype or device."
+                ) from error
             _check_causal(model, tokens, logits, name)
             self._found = find_head(model, tokens)
         self.vocab_size = int(logits.shape[-1])
@@ -111,7 +117,8 @@ def load_hf(
     attention: an attention implementation of transformers ("eager", "sdpa", "flash_attention_2"...); None: its choice.
     device: default: the GPU where there is one.
     trust_remote_code: run the Python code that comes with the model.
-    parallel: the processes over which its layers are divided; each of them loads it so, and calls it alike.
+    parallel: the processes over which its layers are divided. All of them load it so, and make the same calls of it,
+        and of the head that it gives, in the same order.
     progress: a bar on stderr while the weights are hashed.
 
     Raises TeacherError where it cannot be loaded, is no causal language model, or lacks weights.
@@ -145,6 +152,8 @@ def load_hf(
         ) from error
     notes: list[str] = []
     _check_weights(place, info, notes)
+    if parallel is not None:
+        parallel.check(place, model)
     model.eval().requires_grad_(False)
     return HFTeacher(model, found, name=found.name, notes=notes, code=trust_remote_code, progress=progress)
 

@@ -3,12 +3,16 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous as meet
 
 from ..errors import TeacherError
+from ..hub import brief
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # for the slowest process, when all are to do something together
@@ -38,10 +42,31 @@ class ParallelGroup:
         return found
 
     def plan(self) -> Any:
-        """What `from_pretrained` divides a model by."""
-        from transformers.distributed import DistributedConfig
+        """What `from_pretrained` divides a model by. TeacherError where transformers cannot."""
+        try:
+            from transformers.distributed import DistributedConfig
 
-        return DistributedConfig(tp_size=self.size)
+            return DistributedConfig(tp_size=self.size)
+        except (ImportError, TypeError) as error:
+            raise TeacherError(
+                f"teacher parallel: this transformers ({brief(error)}) cannot divide a model. Use a newer one."
+            ) from error
+
+    def check(self, place: str | Path, model: Any) -> None:
+        """Refuse a model whose heads of attention would be cut through."""
+        text = model.config.get_text_config()
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            heads, what = getattr(text, key, None), key.removeprefix("num_").replace("_", " ")
+            if isinstance(heads, int) and heads % self.size:
+                raise TeacherError(
+                    f"{place}: its {heads} {what} cannot be divided over {self.size} processes. Choose a number that "
+                    "divides them."
+                )
+
+    def leave(self) -> None:
+        """End what `join_group` began."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def join_group(
@@ -81,12 +106,18 @@ def join_group(
                 f"teacher is divided over all of them, and {n} were asked for. Start it after this, or with {n}."
             )
         return group
-    store, _, _ = next(iter(dist.rendezvous(rendezvous, rank, world_size, timeout=PATIENCE)))
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=dist.PrefixStore(f"fastkd/worker {group.worker}", store),
-        rank=rank % n,
-        world_size=n,
-        timeout=PATIENCE,
-    )
+    try:
+        store, _, _ = next(iter(meet(rendezvous, rank, world_size, timeout=PATIENCE)))
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=PrefixStore(f"fastkd/worker {group.worker}", store),
+            rank=rank % n,
+            world_size=n,
+            timeout=PATIENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TeacherError(
+            f"teacher parallel: the processes do not find each other at {rendezvous} ({brief(error)}). Start them with "
+            "torchrun, or set MASTER_ADDR and MASTER_PORT."
+        ) from error
     return group
