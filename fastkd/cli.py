@@ -1,7 +1,7 @@
 """The command line: a frozen dataclass for each command, and one function that each of them calls.
 
 Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
-cache. Nothing heavy is imported before a command needs it.
+cache; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command needs it.
 """
 
 import json
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from . import __version__
-from .cache.errors import CacheError, NotFound, StoreError
+from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
+from .errors import DataError, TeacherError
 from .report_text import printable, ranges, report_text, size_text
-from .settings import DemoSettings
+from .settings import CaptureSettings, DataSettings, DemoSettings, TeacherSettings
 
 if TYPE_CHECKING:
     from .cache.stores import Store
@@ -57,6 +58,27 @@ class Seal:
     """Print one JSON object instead of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capture(CaptureSettings, DataSettings, TeacherSettings):
+    """Run a teacher once over a dataset, and keep what it says. The same command again goes on where it stopped.
+
+    Exit status 0: the cache is complete. 75: work remains (after SIGTERM, or with a full disk): requeue it.
+    """
+
+    out: str
+    """The cache: a folder, or a URL (s3://, gs://, az://)."""
+    rank: int | None = None
+    """Which of several workers this is, from 0. None: torchrun's or SLURM's variables say so, else there is one."""
+    world_size: int | None = None
+    """How many workers there are. Any of them takes over what others leave undone."""
+    teacher_parallel: int = 1
+    """So many ranks make up one worker: for a teacher larger than one device."""
+    threads: int = 1
+    """Threads that encode and write."""
+    json: Flag = False
+    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
@@ -66,7 +88,8 @@ class Demo(DemoSettings):
 
 
 Command = (
-    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Capture, tyro.conf.subcommand("capture")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -94,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except CacheError as error:
+    except (CacheError, DataError, TeacherError) as error:
         outcome = _failure(error)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
@@ -106,6 +129,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif outcome.text:
         _say(outcome.text)
     return outcome.status
+
+
+def capture(command: Capture) -> Outcome:
+    """Fill the cache; status 75 where work remains."""
+    from .progress import duration, mode_for
+    from .teacher.capture import capture as run
+    from .teacher.job import WORK_REMAINS
+    from .teacher.load import load
+    from .teacher.signals import stopping
+
+    with stopping() as stop:
+        teacher, data, place = load(command, command, parallel=command.teacher_parallel, rank=command.rank, world_size=command.world_size)
+        settings = CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
+        try:
+            found = run(
+                teacher,
+                data,
+                command.out,
+                settings,
+                rank=place.worker,
+                world_size=place.workers,
+                group=place.group,
+                threads=command.threads,
+                stop=stop,
+                progress=mode_for(events=command.json),
+                notes=f"teacher {command.teacher}",
+            )
+        except (ReadOnly, NotFound):
+            raise
+        except StoreError as error:
+            text = clean(f"{error} What was committed stays: the same command goes on from there.")
+            return Outcome({"event": "stopped", "error": text}, "", WORK_REMAINS, text)
+    return Outcome({"event": "done", **found.to_json()}, capture_text(found), found.status)
 
 
 def inspect(command: Inspect) -> Outcome:

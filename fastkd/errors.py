@@ -9,4 +9,4 @@ class DataError(Exception):
 
 
 class TeacherError(Exception):
-    """What a teacher is, or what it said: where, what was found, and what to do next."""
+    """A teacher, or its tokenizer: where it lies, what it is, or what it says; and what to do next."""

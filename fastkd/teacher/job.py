@@ -56,9 +56,13 @@ class Alone:
 
 @dataclass
 class Stop:
-    """Asks a job to stop: its shard is dropped after the present batch, and what is finished is committed."""
+    """Asks a job to stop: its shard is dropped after the present batch, and what is finished is committed.
+
+    gentle: whether a job is at work that will do so.
+    """
 
     asked: bool = False
+    gentle: bool = False
 
     def __call__(self, *signal: Any) -> None:
         self.asked = True
@@ -69,8 +73,9 @@ class CaptureReport:
     """What a capture did.
 
     complete: every shard of the plan is there, and the cache is sealed. missing: shards, [from, to]. plan: see
-    `Plan.totals`. What this worker did, now: shards_written, positions_captured, bytes_written, seconds, teacher_busy
-    (share of them in which the teacher ran), batches_halved (which did not fit into memory).
+    `Plan.totals`. What this worker did, now: shards_written, with positions_written and bytes_written;
+    positions_captured, those included that another worker wrote first; seconds; teacher_busy (share of them in which
+    the teacher ran); batches_halved (which did not fit into memory).
     """
 
     cache: str
@@ -78,6 +83,7 @@ class CaptureReport:
     missing: list[list[int]]
     plan: dict[str, int]
     shards_written: int = 0
+    positions_written: int = 0
     positions_captured: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
@@ -149,12 +155,14 @@ class Job:
         Raises what a stage of the work raised: DataError, TeacherError, CacheError, or StoreError where a store failed.
         """
         begun = time.perf_counter()
+        self._stop.gentle = True
         try:
             if writer is None:
                 self._follow()
             else:
                 self._lead(writer)
         finally:
+            self._stop.gentle = False
             self._progress.close()
         seconds = time.perf_counter() - begun
         missing = set(range(self._plan.shards)) - set(listed(self._store))
@@ -277,6 +285,7 @@ class Job:
             self._report = replace(
                 self._report,
                 shards_written=self._report.shards_written + 1,
+                positions_written=self._report.positions_written + self._positions(index),
                 bytes_written=self._report.bytes_written + size,
             )
             each = size / self._positions(index)

@@ -1,0 +1,35 @@
+"""Teachers and data as the command line names them."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..errors import DataError, TeacherError
+from ..settings import DataSettings, TeacherSettings
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_factory(name: str) -> bool:
+    """Whether a name is module:factory, and no file."""
+    return bool(_FACTORY.fullmatch(name)) and not Path(name).exists()
+
+
+def made_by(name: str, error: type[Exception]) -> Any:
+    """What module:factory returns. Modules are looked for where this was started, too."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as problem:
+        raise error(f"{name}: {problem}. A module that can be imported from here, and a function in it, are needed.") from (
+            problem
+        )
+    return factory()
