@@ -15,6 +15,7 @@ from ..cache.stores import open_store
 from ..data.documents import Documents, open_documents
 from ..data.examples import Examples
 from ..errors import TeacherError
+from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
 from .claims import Claims
 from .job import CaptureReport, Group, Job, Stop
@@ -62,6 +63,8 @@ def capture(
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
+    if progress not in MODES:
+        raise ValueError(f"progress: found {progress!r}; one of {', '.join(MODES)} is needed.")
     settings = replace(settings, **changes)
     rank, world_size = place(rank, world_size)
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
@@ -94,8 +97,15 @@ def capture(
     )
     if group is not None and not group.leader:
         return job.run(None)
-    with create_cache(store, prepared.spec, threads=threads, queue=1) as writer:
+    try:
+        # before the spec: where two begin at once with other settings, the plan names them
         keep_plan(store, prepared.plan)
+        writer = create_cache(store, prepared.spec, threads=threads, queue=1)
+    except BaseException:
+        if group is not None:
+            group.share(None)  # the others wait to be told of a shard
+        raise
+    with writer:
         return job.run(writer)
 
 
@@ -131,6 +141,7 @@ def place(
 
 def _teller(progress: str) -> Callable[[str], None]:
     """What says a line to a person, where one reads."""
+    stream: Any = Lenient(sys.stderr)
     if progress in ("bar", "lines"):
-        return lambda text: print(text, file=sys.stderr, flush=True)
+        return lambda text: print(text, file=stream, flush=True)
     return lambda text: None
