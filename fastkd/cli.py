@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def capture(command: Capture) -> Outcome:
     """Fill the cache; status 75 where work remains."""
+    from .cache import open_store
     from .cache.stores.base import clean
     from .progress import mode_for
     from .teacher.capture import capture as run
@@ -142,6 +143,7 @@ def capture(command: Capture) -> Outcome:
     from .teacher.signals import stopping
     from .teacher.text import capture_text
 
+    store = open_store(command.out, create=True)
     try:
         with stopping() as stop:
             loaded = load(
@@ -155,7 +157,7 @@ def capture(command: Capture) -> Outcome:
             report = run(
                 loaded.teacher,
                 loaded.data,
-                command.out,
+                store,
                 CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)}),
                 rank=loaded.place.worker,
                 world_size=loaded.place.workers,

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from ..cache import create_cache
 from ..cache.stores import open_store
+from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
 from .claims import Claims
 from .job import CaptureReport, Group, Job, Stop
@@ -59,6 +61,8 @@ def capture(
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
+    if progress not in MODES:
+        raise ValueError(f"progress: found {progress!r}; one of {', '.join(MODES)} is needed.")
     settings = replace(settings, **changes)
     rank, world_size = place_of(rank, world_size)
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
@@ -66,16 +70,12 @@ def capture(
     store = open_store(out, create=True)
     claims = Claims(store, rank, world_size)
 
-    def say(text: str, event: str = "note", **more: Any) -> None:
-        if progress == "events":
-            print(json.dumps({"event": event, "text": text, **more}), flush=True)
-        elif progress != "none" and (group is None or group.leader):
-            print(text, file=sys.stderr, flush=True)
+    tell = _teller(progress if group is None or group.leader else "none")
 
     for note in getattr(model, "notes", []):
-        say(f"teacher: {note}")
-    prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=say, notes=notes)
-    say(plan_text(prepared.plan), "plan", **prepared.plan.totals)
+        tell(f"teacher: {note}")
+    prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+    tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
     ask = Ask(
         k=settings.k,
         draws=settings.draws,
@@ -98,6 +98,26 @@ def capture(
     )
     if group is not None and not group.leader:
         return job.run(None)
-    with create_cache(store, prepared.spec, threads=threads, queue=1) as writer:
+    try:
+        # before the spec: where two begin at once with other settings, the plan names them
         keep_plan(store, prepared.plan)
+        writer = create_cache(store, prepared.spec, threads=threads, queue=1)
+    except BaseException:
+        if group is not None:
+            group.share(None)  # the others wait to be told of a shard
+        raise
+    with writer:
         return job.run(writer)
+
+
+def _teller(progress: str) -> Callable[..., None]:
+    """What says a line to whoever reads: tell(text, event, **fields)."""
+    stream: Any = Lenient(sys.stdout if progress == "events" else sys.stderr)
+
+    def tell(text: str, event: str = "note", **fields: Any) -> None:
+        if progress == "events":
+            print(json.dumps({"event": event, "text": text, **fields}), file=stream, flush=True)
+        elif progress != "none":
+            print(text, file=stream, flush=True)
+
+    return tell
