@@ -381,7 +381,9 @@ def test_leaving_the_loop_ends_the_threads(cache: Cache) -> None:
     steps = iter(loader)
     next(steps)
     loader.close()
+    state = loader.state_dict()
     assert list(steps) == []
+    assert loader.state_dict() == state
 
 
 def test_an_interrupted_consumer_leaves_no_thread(cache: Cache) -> None:

@@ -172,7 +172,8 @@ class DistillLoader:
                 step, after = item
                 self._progress = after
                 yield step
-            self._progress = Progress(self._progress.epoch + 1)
+            if self._run is run:  # it came to its end, and was not ended by another
+                self._progress = Progress(self._progress.epoch + 1)
         finally:
             run.close()
 
