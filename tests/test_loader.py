@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -381,7 +382,18 @@ def test_leaving_the_loop_ends_the_threads(cache: Cache) -> None:
     steps = iter(loader)
     next(steps)
     loader.close()
+    state = loader.state_dict()
     assert list(steps) == []
+    assert loader.state_dict() == state
+
+
+def test_a_step_that_is_dropped_is_gone(cache: Cache) -> None:
+    steps = iter(DistillLoader(cache, batch_size=1))
+    step = next(steps)
+    dropped = weakref.ref(step)
+    del step
+    assert dropped() is None
+    next(steps)
 
 
 def test_an_interrupted_consumer_leaves_no_thread(cache: Cache) -> None:

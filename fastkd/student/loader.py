@@ -169,10 +169,11 @@ class DistillLoader:
         run = self._run = Run(self._setup, self._progress, epochs)
         try:
             while (item := run.next()) is not None:
-                step, after = item
-                self._progress = after
-                yield step
-            self._progress = Progress(self._progress.epoch + 1)
+                step, self._progress = [item[0]], item[1]
+                del item
+                yield step.pop()  # whoever asked holds it alone, so that its memory is free when it is dropped
+            if self._run is run:  # it came to its end, and was not ended by another
+                self._progress = Progress(self._progress.epoch + 1)
         finally:
             run.close()
 
