@@ -52,7 +52,7 @@ figures["windows"], figures["shards"] = plan.windows, plan.shards
 if not place.endswith(".npy"):
     train, held_out = range(0, plan.train_shards, max(1, plan.train_shards // 4)), range(plan.train_shards, plan.shards)
     for name, some in (("train", train), ("held out", held_out[:2])):
-        read = timed(name, lambda: sum(len(rows(plan, documents, i).tokens) for i in some))
+        read = timed(name, lambda: sum(len(rows(plan, documents, i)) for i in some))
         figures[name] = read / figures[name] / 1e6
 print(json.dumps(figures))
 """

@@ -136,6 +136,31 @@ def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = No
     return arrays
 
 
+def length_of_end(attributes: Mapping[str, Any], name: str) -> int:
+    """Bytes of the object's end that surely hold an array whole: members go by name, so those after it count."""
+    sizes = attributes.get("bytes")
+    if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise Damage("it does not say how large its arrays are")
+    after: int = sum(size + 4096 for other, size in sizes.items() if other >= name)
+    return TAIL_LENGTH + after
+
+
+def unpack_end(end: bytes, name: str, most: int) -> Array:
+    """One array, of at most so many numbers, from an object's end. Damage where it is not there, or not whole."""
+    members = _directory(end)
+    path = f"{name}/zarr.json"
+    try:
+        if path not in members:
+            raise ValueError("it is missing")
+        meta = parse_json(bytes(_member(end, members[path], check=True)), path)
+        for member in members:
+            if member.startswith(f"{name}/c/"):
+                _member(end, members[member], check=True)  # the seal is of the whole object
+        return _read_array(end, members, name, meta, 8 * most, new_array)
+    except (CacheError, ValueError, RuntimeError, TypeError) as error:
+        raise Damage(str(error), name) from error
+
+
 def members(data: bytes) -> dict[str, bytes]:
     """The files in the object, by their names. Damage where they cannot be told apart."""
     return {name: bytes(_member(data, member, check=True)) for name, member in _directory(data).items()}

@@ -94,6 +94,8 @@ class CacheWriter:
     """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads.
 
     A process that was forked needs a writer of its own.
+
+    sizes: bytes of each shard that this writer has committed, by its number.
     """
 
     def __init__(self, store: Store, spec: CacheSpec, *, threads: int, queue: int) -> None:
@@ -103,6 +105,7 @@ class CacheWriter:
         self._room = BoundedSemaphore(threads + queue)
         self._lock = Lock()
         self._pending: set[Submission] = set()
+        self.sizes: dict[int, int] = {}
         self._failed: dict[int, Submission] = {}  # by shard, until the shard is written after all
         self._closed = False
         self._process = os.getpid()
@@ -183,6 +186,7 @@ class CacheWriter:
                 raise
             created = True
         if created:
+            self.sizes[index] = len(data)
             return self._written(index, Commit.COMMITTED)
         # An attempt of our own may have been made twice by the store's client. Nothing there: it was deleted meanwhile.
         if (there := self._there(index, mine)) is None:
@@ -190,7 +194,10 @@ class CacheWriter:
                 f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; write the "
                 "shard again."
             )
-        return self._written(index, Commit.COMMITTED if there == attempt else Commit.ALREADY_THERE)
+        if there != attempt:
+            return self._written(index, Commit.ALREADY_THERE)
+        self.sizes[index] = len(data)
+        return self._written(index, Commit.COMMITTED)
 
     def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
         """`write_shard` on a thread of the writer's own; returns at once while its queue has room, else when it has.

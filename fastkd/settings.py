@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class CaptureSettings:
     """Cut each head once it holds so much of the probability."""
     temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
     """Where the tail's mass is stored; 1 among them."""
-    codec: str = "default"
-    """How targets become bytes: fast, default, smallest or portable."""
+    codec: Literal["fast", "default", "smallest", "portable"] = "default"
+    """How targets become bytes: smaller ones are slower to read; portable ones need no pcodec."""
     context: int | None = None
     """Tokens a window, at most. None: 2048, or what the teacher takes where that is less."""
-    packing: str = "pack"
+    packing: Literal["pack", "keep"] = "pack"
     """pack: documents share windows, without seeing each other. keep: each is a sequence of its own."""
-    on_long: str = "split"
-    """What becomes of documents longer than the context: split, truncate or error."""
+    on_long: Literal["split", "truncate", "error"] = "split"
+    """What becomes of documents longer than the context."""
     overlap: int = 0
     """With split: tokens before each further part that it sees again, without a target."""
     held_out: float | None = None
@@ -68,3 +69,42 @@ class CaptureSettings:
     """Positions a batch of the teacher's, pads included, at most."""
     seed: int = 0
     """Of the draws and of the held-out split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """Which teacher, and how it is run."""
+
+    teacher: str
+    """A folder or a GGUF file, a name on the Hugging Face Hub, or module:factory of your own (called without
+    arguments, it returns a Teacher or a torch module)."""
+    revision: str | None = None
+    """Of a teacher on the Hub: branch, tag or commit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the model's own on a GPU, float32 on a CPU."""
+    attention: str | None = None
+    """Which of transformers' attention implementations: eager, sdpa, flash_attention_2, ..."""
+    device: str | None = None
+    """cpu, cuda, cuda:1. None: this worker's GPU, or the CPU where there is none."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which data, and what makes tokens of them."""
+
+    data: tuple[str, ...]
+    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), plain text (a document a line). Or
+    module:factory of your own (it returns Documents, Examples, a Dataset or a list)."""
+    column: str | None = None
+    """Which column. None: the only one, or the only one of input_ids, tokens, text, messages. Integers are taken as
+    ids, text is tokenised, messages are put through the chat template first."""
+    tokenizer: str | None = None
+    """A folder, a GGUF file or a name. None: the teacher's own."""
+    allow_other_tokenizer: bool = False
+    """Take a tokenizer that is not the teacher's."""
+    template: Path | None = None
+    """A file with the chat template. None: the tokenizer's own."""
+    loss_on: Literal["assistant", "all"] = "all"
+    """Which positions of conversations count."""

@@ -28,7 +28,7 @@ class Causal(nn.Module):
 
     def forward(self, tokens: Tensor) -> Any:
         self.calls.append(tuple(tokens.shape))
-        state, states = torch.zeros(len(tokens), WIDTH), []
+        state, states = self.embedding.new_zeros(len(tokens), WIDTH), []
         for embedded in self.embedding[tokens].unbind(1):
             state = torch.tanh(0.7 * state + embedded)
             states.append(state)

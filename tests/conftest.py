@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# nothing is fetched in a test; transformers would try, and wait
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import numpy as np
 import pytest
 
@@ -28,4 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _quiet_interpreter():
     """The interpreter is numpy, which warns of the infinities and NaN that the kernels mean."""
     with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory):
+    """What is remembered between runs must not pass from one run of the tests to the next, nor from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

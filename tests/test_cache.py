@@ -563,3 +563,26 @@ def test_the_manifest_is_plain_parquet(tmp_path: Path) -> None:
     assert table.column("counted").to_pylist() == [
         int((open_cache(tmp_path).read_shard(i)["logprobs"] > -np.inf).any(1).sum()) for i in range(3)
     ]
+
+
+@pytest.mark.parametrize("codec", ["default", "portable"])
+def test_sequence_lengths_come_from_the_end_of_a_shard(tmp_path: Path, codec: str) -> None:
+    """Of a shard larger than what is read at once, too; what is read there is checked, and nothing else is needed."""
+    spec = make_spec(vocab_size=40, k=3, codec=codec, shard_positions=2**16)
+    shards = [make_shard(spec, n, seed=n, sequences=s) for n, s in ((12, 3), (25_000, 700))]
+    with create_cache(tmp_path / "c", spec) as writer:
+        for index, shard in enumerate(shards):
+            writer.write_shard(index, **shard, first_sequence=index * 3)
+        writer.seal()
+    cache = open_cache(tmp_path / "c")
+    for index, shard in enumerate(shards):
+        assert cache.sequence_lengths(index).tolist() == shard["sequence_lengths"].tolist()
+    place = tmp_path / "c" / "shards" / "0.zarr.zip"
+    data = bytearray(place.read_bytes())
+    at = data.index(b"sequence_lengths/c/0") + len("sequence_lengths/c/0")
+    data[at + 2] ^= 1
+    place.write_bytes(data)
+    with pytest.raises(CorruptShard, match=r'shard 0 of .*, array "sequence_lengths"'):
+        cache.sequence_lengths(0)
+    with pytest.raises(CacheError, match=r"shard 7: .* has none of this number"):
+        cache.sequence_lengths(7)

@@ -18,8 +18,8 @@ from fastkd.data.documents import open_documents
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
-from fastkd.teacher.capture import place
 from fastkd.teacher.job import Stop
+from fastkd.teacher.load import place_of
 from fastkd.teacher.modules import ModuleTeacher
 
 # a fine grid, so that what is read is what was said
@@ -406,7 +406,7 @@ X = {"fingerprint": "x"}
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("text", {}, "found 'text'"),
+        ("absent", {}, "absent: no file or folder here"),
         (3, {}, "a module or a callable is needed"),
         (lambda ids: ids, {}, "fingerprint: found none"),
         (lambda ids: ids, X, "found Tensor from the model; logits"),
@@ -459,8 +459,8 @@ def test_settings_may_be_given_whole(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_knows_its_place(environment: dict[str, str], expected: tuple[int, int]) -> None:
-    assert place(environment=environment) == expected
-    assert place(3, 5, environment) == (3, 5)
+    assert place_of(environment=environment) == expected
+    assert place_of(3, 5, environment) == (3, 5)
 
 
 @pytest.mark.parametrize("given", [(1, 1), (-1, 2), (1, None), (None, 2)])
@@ -490,7 +490,7 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     capture(tmp_path)
     good = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(good[:50])
-    with pytest.raises(CacheError, match=r"plan\.json is damaged"):
+    with pytest.raises(CacheError, match=r"plan\.json: not readable as JSON.*Delete it"):
         capture(tmp_path)
     (tmp_path / "plan.json").unlink()
     assert capture(tmp_path).complete

@@ -19,7 +19,8 @@ from fastkd.data.documents import Documents, open_documents
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
-from fastkd.teacher.costs import Clock, host_bytes
+from fastkd.teacher.claims import Claims
+from fastkd.teacher.costs import Clock, host_bytes, objects, requests
 from fastkd.teacher.estimate import Estimate, _relative_error, estimate
 from fastkd.teacher.estimate_text import estimate_text
 from fastkd.teacher.measure import halvings
@@ -197,6 +198,20 @@ def test_requests_are_those_of_the_capture() -> None:
         cache.read_shard(index)
     assert store.asked["GET"] == report.requests["epoch"]["GET"]
     assert store.asked.total() == sum(report.requests["epoch"].values())
+
+
+@pytest.mark.parametrize("seconds", [10, 31, 200, 3000, 20_000])
+def test_claims_are_renewed_as_often_as_is_said(seconds: int) -> None:
+    now = [0.0]
+    store = Counting()
+    claims = Claims(store, 0, 1, clock=lambda: now[0])
+    claims.take("0")
+    while now[0] < seconds - 1:
+        now[0] += 0.25
+        claims.keep()
+    said = requests(1, hours=seconds / 3600)["capture"]["PUT"] - requests(1)["capture"]["PUT"]
+    assert abs(store.asked["PUT"] - 1 - said) <= 1
+    assert objects(1, hours=seconds / 3600) == 7 + said
 
 
 def test_the_teacher_is_run_once_on_each_batch() -> None:

@@ -33,6 +33,12 @@ def test_fastkd_is_lazy() -> None:
     assert not {"torch", "triton", "zarr", "numpy"} & set(loaded)
 
 
+def test_fastkd_stream_is_lazy() -> None:
+    """The order needs NumPy alone."""
+    code = "import fastkd.stream; fastkd.stream.order([3, 4], 0, 0).take(0, 7); print(*sys.modules)"
+    assert "numpy" in python(code, blocked=("torch", "triton", "zarr")).split()
+
+
 def test_every_name_is_there_and_no_other() -> None:
     import fastkd
 

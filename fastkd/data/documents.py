@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..fingerprints import files_sha256
 from .chat import NotChat, Template, Tokenizer, chat_tokens
 from .columns import Column, Values, rows_at_a_time
 from .sources import open_column
 
 LARGEST_ID = 2**31 - 1
-_BLOCK = 2**22  # bytes hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,23 +148,14 @@ class Documents:
 
     def fingerprint(self, *, progress: bool = False) -> str:
         """sha256 of all that decides the tokens: names (without folders), sizes and contents of the files, column,
-        tokenizer, template, loss_on. Reads everything once. Of what is not in files, the documents' values are hashed.
+        tokenizer, template, loss_on. Reads files that are not known yet; of what is in none, the values are hashed.
         """
         named = {"columns": [column.name for column in self._columns], **self._settings}
         whole = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
-        total = sum(path.stat().st_size for path in self._files) if self._files else None
-        with tqdm(
-            total=total, desc="fingerprint", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-        ) as bar:
-            for path in self._files:
-                digest = hashlib.sha256()
-                with open(path, "rb") as file:
-                    while block := file.read(_BLOCK):
-                        digest.update(block)
-                        bar.update(len(block))
-                    entry = [path.name, file.tell(), digest.hexdigest()]
-                whole.update(json.dumps(entry).encode())
-            if not self._files:
+        for path, (digest, size) in zip(self._files, files_sha256(self._files, progress=progress), strict=True):
+            whole.update(json.dumps([path.name, size, digest]).encode())
+        if not self._files:
+            with tqdm(desc="fingerprint", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
                 for block in self._contents():
                     whole.update(block)
                     bar.update(len(block))

@@ -1,6 +1,7 @@
 """Which columns a source has: files, a Hugging Face Dataset, or what is in memory."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,18 @@ class HuggingFaceColumn:
         return f"the Dataset, row {row} (from 0)"
 
 
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A source that was opened before, to look at what it holds."""
+
+    columns: list[Column]
+    files: list[Path]
+
+
 def open_column(source: Any, column: str | None) -> tuple[list[Column], list[Path]]:
     """The columns that make up a source, one after the other, and their files (none, where it is in memory)."""
+    if isinstance(source, Opened):
+        return source.columns, source.files
     if isinstance(source, (str, Path)):
         return _open_files([source], column)
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, Path) for s in source):

@@ -7,19 +7,19 @@ import torch
 
 from ..cache import CacheSpec
 from ..data.lengths import lengths_to_npz
+from .claims import FIRST_SECONDS, LONGEST_SECONDS
 from .plan import Plan
 
-RENEWAL_SECONDS = 30.0  # between the renewals of a claim that is held
 _PAGE = 1000  # objects that a listing names at a time
 _CLAIM_BYTES = 200
 _MANIFEST_BYTES = 7000, 190  # and for each shard
 _ENCODING_BYTES = 20, 40  # of an entry, while a shard is encoded: measured; with contexts
 
 
-def objects(shards: int) -> int:
-    """Objects in the store when a capture is done: spec, plan, lengths, manifest; of each shard, itself and a claim on
-    it; and the claim on the lengths."""
-    return 2 * shards + 5
+def objects(shards: int, workers: int = 1, hours: float = 0.0) -> int:
+    """Objects in the store when a capture is done: spec, plan, lengths, manifest; of each shard, itself and the claims
+    on it; and the claim on the lengths. hours: by the clock."""
+    return 5 + shards * (2 + _renewals(hours * 3600 * workers / shards))
 
 
 def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dict[str, int]]:
@@ -30,11 +30,12 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dic
     """
     pages = max(1, math.ceil(shards / _PAGE))
     seal = {"PUT": 1, "GET": shards, "LIST": pages}
-    renewals = shards * int(hours * 3600 * workers / shards / RENEWAL_SECONDS)
-    # a worker looks for plan, lengths and spec; at its end for spec and manifest; and whether others' shards are there
+    renewals = shards * _renewals(hours * 3600 * workers / shards)
+    # each worker looks for plan, lengths, spec and manifest, at its end for the last two again; and, shard by shard,
+    # whether another was faster: before it is run, before it is encoded, and whether the cache is sealed meanwhile
     capture = {
         "PUT": 2 + 2 * workers + 2 * shards + renewals,
-        "GET": workers * 5 + 6 * shards + (workers - 1) * shards,
+        "GET": 6 * workers + 3 * shards + (workers - 1) * shards,
         "LIST": 1 + 2 * workers * pages + shards,
     }
     return {
@@ -42,6 +43,15 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dic
         "seal": {**seal, "GET": shards + 2},
         "epoch": {"PUT": 0, "GET": shards + 2, "LIST": 0},
     }
+
+
+def _renewals(seconds: float) -> int:
+    """How often a claim is renewed that is held for so long: half-way to its end, and each time for longer."""
+    count, at = 0, FIRST_SECONDS / 2
+    while at < seconds:
+        count += 1
+        at += (min(at, LONGEST_SECONDS - FIRST_SECONDS) + FIRST_SECONDS) / 2
+    return count
 
 
 def other_bytes(plan: Plan, spec: CacheSpec) -> float:

@@ -145,7 +145,7 @@ def estimate(
         by_array={name: size / n for name, size in sorted(of_all.items(), key=lambda item: -item[1])},
         once_a_shard=sizes.once_a_shard,
         other_bytes=other_bytes(plan, spec),
-        objects=objects(plan.shards),
+        objects=objects(plan.shards, workers, hours),
         requests=requests(plan.shards, workers, hours),
         workers=workers,
         hours=hours,

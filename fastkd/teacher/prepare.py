@@ -1,6 +1,5 @@
 """Before the first shard: the plan and the spec of a capture, kept in its cache; and what may not be continued."""
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..cache import CacheError, CacheSpec, NotFound
 from ..cache.scan import read_spec
-from ..cache.spec import differences
+from ..cache.spec import differences, parse_json
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
@@ -73,9 +72,15 @@ def prepare(
 
 
 def keep_plan(store: Store, plan: Plan) -> None:
-    """Write the plan beside the spec, unless it is there."""
+    """Write the plan, unless it is there. CacheError where another one is, naming what differs."""
     if not store.create(PLAN_KEY, plan.to_json()):
-        Plan.from_json(store.get(PLAN_KEY), plan.lengths)
+        there = _plan_there(store)
+        if there.get("sha256") != plan.hash:
+            different = _other_settings(there, plan)
+            different += [f"data: {there.get('dataset')!r} and {plan.dataset!r}"] * (
+                there.get("dataset") != plan.dataset
+            )
+            raise _refusal(store, different or [f"plan: {there.get('sha256')!r} and {plan.hash!r}"])
 
 
 def kept_plan(store: Store, spec: CacheSpec) -> tuple[Plan, int]:
@@ -154,14 +159,16 @@ def spec_of(
 def _plan_there(store: Store) -> dict[str, Any]:
     """The plan that a cache has, as JSON; empty where there is none."""
     try:
-        found = json.loads(store.get(PLAN_KEY))
+        data = store.get(PLAN_KEY)
     except NotFound:
         return {}
-    except ValueError as error:
-        raise CacheError(
-            f"{store.describe()}: {PLAN_KEY} is damaged ({error}). Delete it; it is made again from the same data."
-        ) from error
-    return found if isinstance(found, dict) else {}
+    try:
+        found = parse_json(data, f"{store.describe()}: {PLAN_KEY}")
+        if not isinstance(found.get("settings"), dict):
+            raise CacheError(f"{store.describe()}: {PLAN_KEY}: this is no plan.")
+        return found
+    except CacheError as error:
+        raise CacheError(f"{error} Delete it; it is made again from the same data.") from error
 
 
 def _lengths(
@@ -177,7 +184,7 @@ def _lengths(
     said = False
     while True:
         with suppress(NotFound):
-            return lengths_from_npz(store.get(LENGTHS_KEY), dataset, f"{store.describe()}, {LENGTHS_KEY}")
+            return _kept_lengths(store, data, dataset)
         left = claims.take("lengths")
         if not left:
             break
@@ -185,11 +192,35 @@ def _lengths(
             say("another worker measures the data")
             said = True
         time.sleep(min(left, _WAIT_SECONDS))
-    with claims.kept():
-        lengths = data.lengths(progress=progress)
-    store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
+    try:
+        with claims.kept():
+            lengths = data.lengths(progress=progress)
+        kept = store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
+    except BaseException:
+        claims.drop("lengths")
+        raise
     claims.done("lengths")
+    # another was faster: all plan by the same
+    return lengths if kept else _kept_lengths(store, data, dataset)
+
+
+def _kept_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDArray[np.int32]:
+    """The lengths in the store."""
+    where = f"{store.describe()}, {LENGTHS_KEY}"
+    lengths = lengths_from_npz(store.get(LENGTHS_KEY), dataset, where)
+    if len(lengths) != len(data):
+        raise DataError(
+            f"{where}: found the lengths of {len(lengths)} documents, where there are {len(data)}. Delete it; they are "
+            "found anew."
+        )
     return lengths
+
+
+def _other_settings(there: dict[str, Any], plan: Plan) -> list[str]:
+    """What differs between the settings of the plan that is there, as JSON, and ours."""
+    theirs = there.get("settings", {})
+    ours = asdict(plan.settings)
+    return [f"{n}: {theirs.get(n)!r} and {v!r}" for n, v in ours.items() if theirs.get(n) != v]
 
 
 def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, theirs: str, ours: str) -> list[str]:
@@ -209,11 +240,7 @@ def _check_same(store: Store, plan: Plan, spec: CacheSpec, there: dict[str, Any]
     theirs = _spec_there(store)
     if theirs is None or theirs.hash == spec.hash:
         return
-    different = []
-    planned = there.get("settings")
-    if isinstance(planned, dict):
-        ours = asdict(plan.settings)
-        different = [f"{n}: {planned.get(n)!r} and {value!r}" for n, value in ours.items() if planned.get(n) != value]
+    different = _other_settings(there, plan) if there else []
     others = differences(theirs, spec)
     # the plan's settings, where they differ, say it better than its hash
     different += [text for text in others if not (different and text.startswith(("dataset:", "shard_positions:")))]

@@ -1,0 +1,292 @@
+"""Capture against the bare teacher: the same batches through the model and its head, and nothing kept.
+
+    python bench/bench_capture.py [--device cuda] [--rounds N] [--workers] [--json PATH]
+
+On a CPU with SmolLM2-135M (see teacher.py) over real text; on a GPU with teachers of random weights, 1B-class and 135M.
+Capture is the whole of it: planning, reading, running, top-k with four tails and draws, encoding, writing, sealing.
+--workers: two processes of one core each against one (CPU).
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Table, interleaved, peak_bytes
+from torch import Tensor
+
+import fastkd
+from fastkd.cache import create_cache, open_cache
+from fastkd.cache.stores import MemoryStore
+from fastkd.data.documents import Documents, open_documents
+from fastkd.kernels import linear_topk_targets
+from fastkd.settings import CaptureSettings
+from fastkd.teacher.pipeline import Ask, Runner
+from fastkd.teacher.prepare import prepare
+from fastkd.teacher.protocol import Head, Hidden
+from fastkd.teacher.rows import rows, teacher_inputs
+
+
+class Decoder:
+    """A decoder of transformers as a teacher."""
+
+    max_positions = None
+
+    def __init__(self, model: Any, fingerprint: str) -> None:
+        self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
+        self.head = Head(model.get_output_embeddings().weight)
+        self.vocab_size = len(self.head.weight)
+        self.device = self.head.weight.device
+
+    def __call__(self, inputs: Tensor) -> Hidden:
+        return Hidden(self.model.base_model(inputs, use_cache=False).last_hidden_state, self.head)
+
+
+def buffer_for(teacher: Decoder) -> Tensor:
+    """Room for a chunk of logits, of the size that `linear_topk_targets` takes."""
+    weight = teacher.head.weight
+    tokens = 2048 if weight.is_cuda else max(1, (64 << 20) // (weight.element_size() * teacher.vocab_size))
+    return torch.empty((tokens, teacher.vocab_size), dtype=weight.dtype, device=weight.device)
+
+
+def project(teacher: Decoder, states: Tensor, buffer: Tensor) -> None:
+    """The head's product, chunk by chunk into the same room."""
+    for some in states.split(len(buffer)):
+        torch.mm(some, teacher.head.weight.T, out=buffer[: len(some)])
+
+
+@torch.inference_mode()
+def bare(teacher: Decoder, batches: list[Tensor], buffer: Tensor) -> None:
+    """The model and its head on every batch."""
+    for inputs in batches:
+        project(teacher, teacher(inputs.to(teacher.device, non_blocking=True)).states.flatten(0, 1), buffer)
+
+
+def bench(
+    table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, limit: float, rounds: int
+) -> None:
+    """One teacher's rows."""
+    device = teacher.device.type
+    plan = prepare(teacher, data, settings).plan
+    batches = [teacher_inputs(rows(plan, data, i), data, p) for i in range(plan.shards) for p in plan.batches(i)]
+    positions, buffer = plan.totals["positions"], buffer_for(teacher)
+    table.title(
+        f"{teacher.fingerprint}: {positions:,} positions, {len(batches)} batches of {tuple(batches[0].shape)}, "
+        f"{plan.shards} shards; k={settings.k} draws={settings.draws} T={settings.temperatures}"
+    )
+    one = device == "cpu" and torch.get_num_threads() == 1
+    ms = interleaved(
+        {
+            "bare": lambda: bare(teacher, batches, buffer),
+            "capture": lambda: fastkd.capture(teacher, data, MemoryStore(), settings),
+        },
+        device=device,
+        rounds=rounds,
+        warmup=1,
+        core_time=one,
+    )
+    if one:
+        print("  one thread: time is the core's, which other processes do not add to")
+    table.row("bare teacher, positions a second", positions / ms["bare"] * 1e3)
+    table.row("capture, positions a second", positions / ms["capture"] * 1e3)
+    table.row("capture over the bare teacher", ms.ratio("capture", "bare"), f"<= {limit}", f"{rounds} rounds")
+    spread = sorted(a / b for a, b in zip(ms.rounds["capture"], ms.rounds["bare"], strict=True))
+    table.row("  least and greatest of the rounds: least", spread[0])
+    table.row("  greatest", spread[-1])
+    parts(table, teacher, data, settings, ms["bare"] / positions * 1e3)
+    if device == "cuda":
+        alone = peak_bytes(lambda: bare(teacher, batches, buffer) or [], "cuda") + buffer.nbytes
+        del buffer
+        ours = peak_bytes(lambda: fastkd.capture(teacher, data, MemoryStore(), settings) and [], "cuda")
+        table.row("peak device memory over the bare teacher's, weights apart", ours / alone, "<= 1.1")
+
+
+@torch.inference_mode()
+def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, bare_us: float) -> None:
+    """What the overhead is made of, each part timed alone: microseconds a position, and as a share of the teacher's."""
+    device, prepared = teacher.device.type, prepare(teacher, data, settings)
+    plan, some = prepared.plan, rows(prepared.plan, data, 0)
+    places = plan.batches(0)[0]
+    inputs = teacher_inputs(some, data, places).to(teacher.device)
+    states, buffer = teacher(inputs).states.flatten(0, 1), buffer_for(teacher)
+    asked: dict[str, Any] = {"mass": settings.mass, "temperatures": settings.temperatures}
+
+    def targets(draws: int) -> Callable[[], object]:
+        return lambda: linear_topk_targets(states, teacher.head.weight, settings.k, draws=draws, **asked)
+
+    ask = Ask(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
+    runner = Runner(teacher, ask)
+    arrays, _ = runner.run(some, plan.batches(0), data, 0)
+    pending = runner._issue(some, places, data, 0)
+
+    def write() -> None:
+        with create_cache(MemoryStore(), prepared.spec) as writer:
+            writer.write_shard(
+                0,
+                some.inputs,
+                **arrays,
+                sequence_lengths=some.sequence_lengths,
+                document_lengths=some.document_lengths,
+            )
+
+    ms = interleaved(
+        {
+            "head": lambda: project(teacher, states, buffer),
+            "targets": targets(0),
+            "with draws": targets(settings.draws),
+        },
+        device=device,
+        rounds=7,
+        warmup=2,
+        core_time=device == "cpu" and torch.get_num_threads() == 1,
+    )
+    host = interleaved(
+        {
+            "read": lambda: [teacher_inputs(rows(plan, data, 0), data, p) for p in plan.batches(0)],
+            "collect": lambda: runner._collect(pending, arrays, some, data, 0),
+            "write": write,
+        },
+        device="cpu",
+        rounds=7,
+        warmup=2,
+        core_time=torch.get_num_threads() == 1,
+    )
+    batch, shard = len(states), len(some)
+    figures = {
+        "head of the distribution and tails": (ms["targets"] - ms["head"]) / batch,
+        "draws": (ms["with draws"] - ms["targets"]) / batch if settings.draws else 0.0,
+        "reading rows and making batches": host["read"] / shard,
+        "putting targets in their rows": host["collect"] / max(1, len(pending.rows)),
+        "encoding and committing, on a thread beside": host["write"] / shard,
+    }
+    table.row("the teacher, microseconds a position", bare_us)
+    for name, value in figures.items():
+        table.row(f"  {name}", value * 1e3, note=f"{value * 1e3 / bare_us:.2%} of the teacher")
+
+
+WORKER = """
+import sys, json, torch
+torch.set_num_threads(int(sys.argv[4]))
+sys.path.insert(0, sys.argv[5])
+from bench_capture import smollm2, settings_cpu
+import fastkd
+teacher, data = smollm2(int(sys.argv[6]))
+print("ready", flush=True)
+sys.stdin.readline()
+fastkd.capture(teacher, data, sys.argv[1], settings_cpu(), rank=int(sys.argv[2]), world_size=int(sys.argv[3]))
+"""
+
+
+def bench_workers(table: Table, positions: int) -> None:
+    """One process of one core, and two: the same cache, and how much sooner."""
+    table.title(f"processes of one core each, {positions:,} positions")
+    seconds, found = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1, 2):
+            place = str(Path(folder) / str(count))
+            started = [
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-c",
+                        WORKER,
+                        place,
+                        str(r),
+                        str(count),
+                        "1",
+                        str(Path(__file__).parent),
+                        str(positions),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for r in range(count)
+            ]
+            for process in started:
+                assert process.stdout is not None
+                process.stdout.readline()
+            begun = time.perf_counter()
+            for process in started:
+                process.communicate("go\n")
+            seconds[count] = time.perf_counter() - begun
+            if any(process.returncode for process in started):
+                sys.exit("a worker failed")
+            found[count] = open_cache(place).manifest.column("content_sha256").to_pylist()
+    table.row("two processes over one, times as fast", seconds[1] / seconds[2])
+    table.row("shards that differ", float(sum(a != b for a, b in zip(found[1], found[2], strict=True))), "<= 0")
+
+
+def settings_cpu() -> CaptureSettings:
+    """Of the CPU's table."""
+    return CaptureSettings(context=512, held_out=0.0, shard_positions=4096, batch_tokens=2048)
+
+
+def smollm2(positions: int) -> tuple[Decoder, Documents]:
+    """The real teacher, and so many positions of real text in documents of 512."""
+    from teacher import load_teacher, text_ids
+
+    folder = Path(__file__).parent.parent / "demo" / "teacher"
+    model, tokenizer = load_teacher(folder if folder.exists() else None)
+    ids = text_ids(tokenizer)[:positions].numpy().astype(np.int32)
+    return Decoder(model, "SmolLM2-135M"), open_documents([ids[i : i + 512] for i in range(0, len(ids), 512)])
+
+
+def random_teacher(name: str) -> tuple[Decoder, Documents]:
+    """A Llama of random weights on the GPU, and random ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, dict[str, int]] = {
+        "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+        "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+    }
+    heads, vocab = {"1B": 8, "135M": 3}[name], {"1B": 128_256, "135M": 49_152}[name]
+    config = LlamaConfig(
+        **sizes[name],
+        num_key_value_heads=heads,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    ids = np.random.default_rng(0).integers(0, vocab, (256, 2048), np.int32)
+    return Decoder(model, f"{name}-class Llama, random weights, bfloat16"), open_documents(list(ids))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--positions", type=int, default=8192, help="of the CPU's table")
+    parser.add_argument("--threads", type=int, help="of the teacher (CPU); 1: core time is compared, on a busy machine")
+    parser.add_argument("--workers", action="store_true", help="two processes against one, too (CPU)")
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    table = Table(args.device)
+    if args.device == "cpu":
+        teacher, data = smollm2(args.positions)
+        bench(table, teacher, data, settings_cpu(), 1.08, args.rounds)
+        if args.workers:
+            bench_workers(table, args.positions)
+    else:
+        for name, limit in (("1B", 1.05), ("135M", 1.10)):
+            teacher, data = random_teacher(name)
+            settings = CaptureSettings(context=2048, held_out=0.0, shard_positions=2**17, batch_tokens=8192)
+            bench(table, teacher, data, settings, limit, args.rounds)
+            del teacher
+            torch.cuda.empty_cache()
+    table.save(args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a student is given: micro-batches of tokens, labels, document boundaries and targets, and steps made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import SparseTargets
+
+LAYOUTS = ("padded", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Pieces of documents that one forward takes; none may see another.
+
+    layout="padded": a row a piece, `[B, L]`, pads at the end. A causal model needs no mask, whatever it is made of.
+    layout="packed": the pieces one after another, `[1, n]`. Who runs it has to keep them apart, by `cu_seqlens`,
+        `position_ids` or `packing_mask()`.
+
+    input_ids `[B, L]` int64; pads are 0.
+    labels `[B, L]` int64: what the logits at each position predict, so nothing has to be shifted. −100 at a piece's
+        last position, where the teacher said nothing, and at pads.
+    position_ids `[B, L]` int64: places in the piece (they go on through pads).
+    cu_seqlens `[P + 1]` int32: where the pieces begin and end when they lie one after another without pads.
+    max_seqlen: positions of the longest piece.
+    targets: compact; `targets.index` ascends and names flattened positions of `[B, L]`: those with a label, no other.
+    positions: positions without pads.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    targets: SparseTargets
+    max_seqlen: int
+    positions: int
+    layout: str
+
+    @property
+    def count(self) -> int:
+        """Positions that count: they have a label and a target."""
+        return len(self.targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.input_ids.device
+
+    def padding_mask(self) -> Tensor:
+        """`[B, L]` bool: False at pads. A causal model does not need it."""
+        if self.layout == "packed":
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.position_ids < self.cu_seqlens.diff()[:, None]
+
+    def packing_mask(self) -> Tensor:
+        """`[B, 1, L, L]` bool: who may be seen by whom, the same piece up to the same place. For attention without
+        `cu_seqlens`; n² bytes."""
+        causal = self.position_ids[:, :, None] >= self.position_ids[:, None, :]
+        if self.layout == "padded":
+            return (causal & self.padding_mask()[:, None, :])[:, None]
+        piece = (self.position_ids == 0).cumsum(1)
+        return (causal & (piece[:, :, None] == piece[:, None, :]))[:, None]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
+        """The micro-batch on another device."""
+        return self._map(
+            lambda x: x.to(device, non_blocking=non_blocking),
+            lambda t: t.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "MicroBatch":
+        """The micro-batch in page-locked memory, from which a copy to a device can run ahead."""
+        return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        own = [getattr(self, f.name) for f in fields(self)]
+        theirs = [getattr(self.targets, f.name) for f in fields(self.targets)]
+        return [x for x in own + theirs if isinstance(x, Tensor)]
+
+    def _map(
+        self, function: Callable[[Tensor], Tensor], targets: Callable[[SparseTargets], SparseTargets]
+    ) -> "MicroBatch":
+        changed: dict[str, Any] = {
+            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+        }
+        return replace(self, targets=targets(self.targets), **changed)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One rank's share of an optimizer step.
+
+    micro_batches: as many on every rank; where a rank has fewer of its own, the last ones are of one position that does
+        not count, so that all ranks run forward and backward equally often.
+    count: positions that count in the whole step, on all ranks: what the loss's sum is divided by (`num_items`).
+    positions, sequences: in the whole step, on all ranks; pads are no positions.
+    epoch, number: which step of which epoch, from 0 on.
+    """
+
+    micro_batches: list[MicroBatch]
+    count: int
+    positions: int
+    sequences: int
+    epoch: int
+    number: int
+
+
+def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch:
+    """A micro-batch of one position that does not count. like: targets of the same cache."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids=token,
+        labels=token - 100,
+        position_ids=token.clone(),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        targets=like,
+        max_seqlen=1,
+        positions=0,
+        layout=layout,
+    )

@@ -1,0 +1,60 @@
+"""What a loader is given to read: one cache or a mixture, and whether its caches can share a student."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ..cache.reader import Cache, open_cache
+from ..errors import StreamError
+from .mixture import SMALLEST_SHARE
+from .shards import check_inputs
+from .split import Table
+
+
+def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
+    """The caches and their weights."""
+    if not isinstance(cache, (list, tuple)):
+        return [_open(cache)], [Fraction(1)]
+    weights = []
+    for entry in cache:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise StreamError(f"cache: found {entry!r} in a mixture; pairs of a cache and its weight are needed.")
+        weight = entry[1]
+        if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__") or not 0 < float(weight) < math.inf:
+            raise StreamError(f"cache: found the weight {weight!r} for {entry[0]!r}; a positive number is needed.")
+        weights.append(Fraction(float(weight)))
+    if not weights:
+        raise StreamError("cache: found a mixture of nothing; a cache, or pairs of cache and weight, are needed.")
+    return [_open(entry[0]) for entry in cache], weights
+
+
+def _open(cache: Any) -> Cache:
+    return cache if isinstance(cache, Cache) else open_cache(cache)
+
+
+def check_alike(caches: Sequence[Cache]) -> None:
+    """StreamError where caches cannot share a student."""
+    for cache in caches:
+        check_inputs(cache)
+        for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
+            ours, theirs = (getattr(c.spec, name) for c in (cache, caches[0]))
+            if ours != theirs:
+                raise StreamError(
+                    f"cache: {caches[0]!r} and {cache!r} cannot be mixed: {name} is {theirs!r} in one, {ours!r} in the "
+                    "other. Capture one of them anew."
+                )
+
+
+def shares_of(tables: Sequence[Table], weights: Sequence[Fraction]) -> list[Fraction]:
+    """The part of the sequences that each source takes, so that positions are shared by the weights."""
+    per_sequence = [
+        weight * int(t.sequences.sum()) / int(t.positions.sum()) for t, weight in zip(tables, weights, strict=True)
+    ]
+    found = [part / sum(per_sequence, Fraction(0)) for part in per_sequence]
+    for table, share in zip(tables, found, strict=True):
+        if share < SMALLEST_SHARE:
+            raise StreamError(
+                f"cache: the weight of {table.cache!r} makes for {float(share):.1e} of the sequences; 1e-6 is possible."
+            )
+    return found

@@ -1,0 +1,197 @@
+"""From what people name or have at hand to a teacher, its data, and this process's place among the workers."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..cache.errors import CacheError
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..data.kinds import documents_of, kind_of
+from ..data.sources import Opened, open_column
+from ..data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
+from ..errors import DataError, TeacherError
+from ..settings import DataSettings, TeacherSettings
+from .hf import HFTeacher, load_hf
+from .job import Alone, Group
+from .modules import ModuleTeacher
+from .parallel import join_group
+from .protocol import Teacher
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_MEMBERS = ("vocab_size", "fingerprint", "device", "max_positions")  # of a Teacher
+
+
+class Place(NamedTuple):
+    """Which of how many workers this process is of, and the processes that make that worker up."""
+
+    worker: int
+    workers: int
+    group: Group
+
+
+class Loaded(NamedTuple):
+    """A teacher, its data (None where none were asked for), and this process's place."""
+
+    teacher: Teacher
+    data: Documents | Examples | None
+    place: Place
+
+
+def load(
+    teacher: TeacherSettings,
+    data: DataSettings | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    parallel: int = 1,
+    progress: bool = False,
+) -> Loaded:
+    """What the settings name.
+
+    rank, world_size: as `place_of` takes them; of processes, `parallel` of which make up one worker.
+    progress: a bar on stderr while weights are hashed.
+    Raises TeacherError and DataError, naming what cannot be had.
+    """
+    rank, world_size = place_of(rank, world_size)
+    device = teacher.device or _device(os.environ)
+    # a file that is not there is missed before the teacher is read, which takes a while
+    source = None if data is None else _source(data)
+    place, group = Place(rank, world_size, Alone()), None
+    if parallel > 1:
+        group = join_group(rank, world_size, parallel, device=device.partition(":")[0])
+        place = Place(group.worker, group.workers, group)
+    if is_factory(teacher.teacher):
+        model = as_teacher(made_by(teacher.teacher, TeacherError), source)
+    else:
+        model = load_hf(
+            teacher.teacher,
+            dtype=teacher.dtype,
+            attention=teacher.attention,
+            device=None if group is not None else device,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            parallel=group,
+            progress=progress,
+        )
+    if data is None:
+        return Loaded(model, None, place)
+    named = None
+    if data.tokenizer is not None:
+        named = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=teacher.trust_remote_code)
+    found = as_data(
+        source,
+        model,
+        tokenizer=named,
+        template=data.template,
+        allow_other_tokenizer=data.allow_other_tokenizer,
+        loss_on=data.loss_on,
+    )
+    return Loaded(model, found, place)
+
+
+def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_size: int | None = None) -> Teacher:
+    """A `Teacher` as it is; a folder, a GGUF file or a name on the Hub, loaded; a module or a callable as a teacher.
+
+    data, fingerprint, vocab_size: for the last; see `ModuleTeacher`.
+    """
+    if isinstance(teacher, (str, Path)):
+        return load_hf(teacher)
+    if all(hasattr(teacher, name) for name in _MEMBERS):
+        return teacher  # type: ignore[no-any-return]
+    probe = torch.zeros((1, 1), dtype=torch.int64)
+    if isinstance(data, Examples) and len(data):
+        first = np.zeros(1, np.int64)
+        probe = data.read(first, data.seeds(first, first))
+    return ModuleTeacher(teacher, vocab_size=vocab_size, probe=probe, fingerprint=fingerprint)
+
+
+def as_data(
+    source: Any,
+    teacher: Teacher,
+    *,
+    column: str | None = None,
+    tokenizer: Any = None,
+    template: str | Path | None = None,
+    allow_other_tokenizer: bool = False,
+    loss_on: str = "all",
+) -> Documents | Examples:
+    """`Documents` and `Examples` as they are; of anything else, the documents in it.
+
+    source, column: as `open_documents` takes them.
+    tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own. template:
+        a file with a chat template, in place of the tokenizer's.
+    """
+    if isinstance(source, (Documents, Examples)):
+        return source
+    opened = Opened(*open_column(source, column))
+    if kind_of(opened.columns) not in ("text", "messages"):
+        return documents_of(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer, template=template)
+    own = None
+    if isinstance(teacher, HFTeacher) and not (tokenizer is not None and allow_other_tokenizer):
+        own = teacher.tokenizer(template=template)
+    chosen = choose_tokenizer(tokenizer, own, allow_other_tokenizer=allow_other_tokenizer)
+    return documents_of(opened, tokenizer=chosen, loss_on=loss_on, vocab_size=teacher.vocab_size)
+
+
+def place_of(
+    rank: int | None = None, world_size: int | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
+    """Which of how many processes this is: as said, else by torchrun's variables, else SLURM's, else 0 of 1."""
+    if (rank is None) != (world_size is None):
+        raise CacheError(f"rank, world_size: found {rank} and {world_size}; both are needed, or neither.")
+    if rank is None or world_size is None:
+        rank, world_size = 0, 1
+        for mine, all_of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if mine in environment and all_of in environment:
+                rank, world_size = int(environment[mine]), int(environment[all_of])
+                break
+    if not 0 <= rank < world_size:
+        raise CacheError(f"rank: found {rank} of a world_size of {world_size}; 0 to {world_size - 1} is needed.")
+    return rank, world_size
+
+
+def is_factory(name: str) -> bool:
+    """Whether a name is module:factory, and no file."""
+    return bool(_FACTORY.fullmatch(name)) and not Path(name).exists()
+
+
+def made_by(name: str, error: type[Exception]) -> Any:
+    """What module:factory returns. Modules are looked for where this was started, too. Raises `error`."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as problem:
+        raise error(
+            f"{name}: {problem}. A module that can be imported from here, and a function in it, are needed."
+        ) from problem
+    return factory()
+
+
+def _source(data: DataSettings) -> Any:
+    """The data, opened."""
+    source: Any = [Path(name) for name in data.data] if len(data.data) > 1 else data.data[0]
+    if len(data.data) == 1 and is_factory(data.data[0]):
+        source = made_by(data.data[0], DataError)
+    if isinstance(source, (Documents, Examples)):
+        return source
+    return Opened(*open_column(source, data.column))
+
+
+def _device(environment: Mapping[str, str]) -> str:
+    """This process's GPU, by torchrun's or SLURM's numbers; or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = next((environment[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), "0")
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
