@@ -17,10 +17,11 @@ from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
 from .errors import DataError, TeacherError
 from .report_text import printable, ranges, report_text, size_text
-from .settings import CaptureSettings, DataSettings, DemoSettings, TeacherSettings
+from .settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings, TeacherSettings
 
 if TYPE_CHECKING:
     from .cache.stores import Store
+    from .teacher.check import TeacherCheck
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -36,14 +37,25 @@ class Inspect:
     """Print one JSON object instead of text."""
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Read every shard, compare its bytes with their hashes, and name each that is bad."""
+@dataclass(frozen=True, kw_only=True)
+class Verify(ModelSettings):
+    """Read every shard, compare its bytes with their hashes, and name each that is bad.
+
+    With a teacher: run it again on a random sample of the cache's batches, and compare with what is stored.
+    """
 
     cache: Place
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
     deep: Flag = False
     """Decode every array as well, and compare the contents."""
+    teacher: str | None = None
+    """As `fastkd capture` takes it, with the same dtype and attention."""
+    examples: str | None = None
+    """Of a cache of examples: the module:factory that returns them."""
+    positions: int = 4096
+    """With a teacher: how many positions to compare, at least."""
+    sample: int | None = None
+    """With a teacher: the seed of the sample. None: another each time."""
     json: Flag = False
     """Print one JSON object instead of text."""
 
@@ -79,6 +91,25 @@ class Capture(CaptureSettings, DataSettings, TeacherSettings):
     """Print events, one JSON object a line, instead of a bar; the last one is the report."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan(CaptureSettings, DataSettings, TeacherSettings):
+    """Run a slice, and say what a capture would take: positions, shards, bytes, hours; and what other settings would.
+
+    Nothing is written.
+    """
+
+    seconds: float = 20.0
+    """How long the slice is run, about; the other settings take about as long again."""
+    workers: int = 1
+    """How many machines like this one would share the work."""
+    price_per_hour: float | None = None
+    """Of one of them."""
+    others: bool = True
+    """Say what other k, mass and draws would cost, too."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
 @dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
@@ -89,6 +120,7 @@ class Demo(DemoSettings):
 
 Command = (
     Annotated[Capture, tyro.conf.subcommand("capture")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
@@ -147,6 +179,7 @@ def capture(command: Capture) -> Outcome:
     try:
         with stopping() as stop:
             loaded = load(
+                command.teacher,
                 command,
                 command,
                 rank=command.rank,
@@ -158,7 +191,7 @@ def capture(command: Capture) -> Outcome:
                 loaded.teacher,
                 loaded.data,
                 store,
-                CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)}),
+                _capture_settings(command),
                 rank=loaded.place.worker,
                 world_size=loaded.place.workers,
                 group=loaded.place.group,
@@ -178,6 +211,31 @@ def capture(command: Capture) -> Outcome:
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 
+def plan(command: Plan) -> Outcome:
+    """Estimate a capture from a slice of it."""
+    from .teacher.estimate import estimate
+    from .teacher.estimate_text import estimate_text
+    from .teacher.load import load
+
+    loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
+    assert loaded.data is not None
+    found = estimate(
+        loaded.teacher,
+        loaded.data,
+        _capture_settings(command),
+        seconds=command.seconds,
+        price_per_hour=command.price_per_hour,
+        workers=command.workers,
+        others=command.others,
+        progress=_at_terminal(),
+    )
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(getattr(loaded.teacher, "notes", [])))
+
+
+def _capture_settings(command: Capture | Plan) -> CaptureSettings:
+    return CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
+
+
 def inspect(command: Inspect) -> Outcome:
     """Describe the cache."""
     from .cache import open_cache
@@ -190,6 +248,7 @@ def inspect(command: Inspect) -> Outcome:
 def verify(command: Verify) -> Outcome:
     """Check the cache; status 1 where there is a problem."""
     from .cache import verify_cache
+    from .teacher.check_text import check_text
 
     store = _store(command.cache)
     found = verify_cache(store, deep=command.deep, progress=_at_terminal())
@@ -203,7 +262,31 @@ def verify(command: Verify) -> Outcome:
     text = "\n".join(printable(line) for line in lines)
     warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
-    return Outcome(report, text, 0 if found.ok else 1, warning)
+    if command.teacher is None or not found.ok:
+        return Outcome(report, text, 0 if found.ok else 1, warning)
+    live = _live(command, command.teacher, store)
+    report |= {"ok": live.ok, "teacher": live.to_json()}
+    return Outcome(report, f"{text}\n\n{check_text(live)}", 0 if live.ok else 1, warning)
+
+
+def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
+    """The cache against its teacher, run again."""
+    from .cache import open_cache
+    from .data.examples import Examples
+    from .teacher.check import check_teacher
+    from .teacher.load import load
+
+    data = None if command.examples is None else DataSettings(data=(command.examples,))
+    loaded = load(teacher, command, data, rank=0, world_size=1, progress=_at_terminal())
+    examples = loaded.data if isinstance(loaded.data, Examples) else None
+    return check_teacher(
+        open_cache(store),
+        loaded.teacher,
+        positions=command.positions,
+        seed=command.sample,
+        data=examples,
+        progress=_at_terminal(),
+    )
 
 
 def seal(command: Seal) -> Outcome:
@@ -243,6 +326,7 @@ def demo(command: Demo) -> Outcome:
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Capture: capture,
+    Plan: plan,
     Inspect: inspect,
     Verify: verify,
     Seal: seal,
@@ -272,10 +356,10 @@ def _failure(error: Exception) -> Outcome:
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 
-def _parse(args: list[str]) -> Capture | Inspect | Verify | Seal | Demo:
+def _parse(args: list[str]) -> Capture | Plan | Inspect | Verify | Seal | Demo:
     """The command. SystemExit after help, or after having said what is wrong with the arguments."""
 
-    def parse(args: list[str], *, aloud: bool) -> Capture | Inspect | Verify | Seal | Demo:
+    def parse(args: list[str], *, aloud: bool) -> Capture | Plan | Inspect | Verify | Seal | Demo:
         return tyro.cli(
             Command,
             prog="fastkd",

@@ -72,12 +72,9 @@ class CaptureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherSettings:
-    """Which teacher, and how it is run."""
+class ModelSettings:
+    """How a teacher is loaded and run."""
 
-    teacher: str
-    """A folder or a GGUF file, a name on the Hugging Face Hub, or module:factory of your own (called without
-    arguments, it returns a Teacher or a torch module)."""
     revision: str | None = None
     """Of a teacher on the Hub: branch, tag or commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -88,6 +85,15 @@ class TeacherSettings:
     """cpu, cuda, cuda:1. None: this worker's GPU, or the CPU where there is none."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(ModelSettings):
+    """Which teacher, and how it is run."""
+
+    teacher: str
+    """A folder or a GGUF file, a name on the Hugging Face Hub, or module:factory of your own (called without
+    arguments, it returns a Teacher or a torch module)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,3 +294,31 @@ def test_a_teacher_that_says_nan_names_the_document(tmp_path: Path, run: Any) ->
     # attention multiplies what it must not see by 0, which leaves NaN what it is: all of the document is lost
     assert "a.jsonl, line 2, position 0: the teacher failed there" in told
     assert not list((tmp_path / "cache").glob("shards/*"))
+
+
+def test_a_cache_against_its_teacher(teacher: Path, tmp_path: Path, run: Any, capfd: Any) -> None:
+    data = lines(tmp_path / "a.jsonl", TEXTS, "text")
+    cache = tmp_path / "cache"
+    assert run("--teacher", teacher, "--data", data, "--out", cache, *SMALL)[0] == 0
+    assert cli.main(["verify", str(cache), "--teacher", str(teacher), "--positions", "100"]) == 0
+    assert "ok: what this teacher says, to within the codec's error" in capfd.readouterr().out
+    other = saved(tmp_path, "llama", vocab_size=300, seed=1)
+    assert cli.main(["verify", str(cache), "--teacher", str(other), "--json"]) == 1
+    found = json.loads(capfd.readouterr().out)
+    assert found["problems"] == []  # of the bytes
+    assert found["ok"] is found["teacher"]["ok"] is False
+
+
+def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = lines(tmp_path / "a.jsonl", TEXTS, "text")
+    monkeypatch.chdir(tmp_path)
+    given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--seconds", "0.1"]
+    assert cli.main(["plan", *given, "--price-per-hour", "3", "--workers", "2"]) == 0
+    out = capfd.readouterr().out
+    for word in ("positions", "Requests", "cost", "with 2 workers", "Other settings"):
+        assert word in out
+    assert cli.main(["plan", *given, "--no-others", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["plan"]["documents"] == 12
+    assert found["choices"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -13,8 +13,8 @@ from ..settings import CaptureSettings
 from .claims import Claims
 from .job import CaptureReport, Group, Job, Stop
 from .load import as_data, as_teacher, place_of
-from .pipeline import Ask, Runner
-from .prepare import keep_plan, prepare
+from .pipeline import Runner
+from .prepare import ask_for, keep_plan, prepare
 from .text import plan_text
 
 DEFAULTS = CaptureSettings()
@@ -76,16 +76,8 @@ def capture(
         tell(f"teacher: {note}")
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
-    ask = Ask(
-        k=settings.k,
-        draws=settings.draws,
-        draw_temperature=settings.draw_temperature,
-        mass=settings.mass,
-        temperatures=settings.temperatures,
-        seed=settings.seed,
-    )
     job = Job(
-        Runner(model, ask),
+        Runner(model, ask_for(settings)),
         data,
         prepared.plan,
         store,

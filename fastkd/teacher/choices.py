@@ -15,6 +15,7 @@ from .costs import Clock
 from .measure import Kept, Said, Slice
 from .pipeline import FIELDS, Ask, joined, targets_of
 from .plan import Plan
+from .prepare import ask_for
 from .protocol import Hidden, Logits, Teacher
 from .rows import Rows
 from .sizes import TARGETS, measure_sizes
@@ -52,19 +53,6 @@ class Choice:
     topk_seconds: float
     hours: float
     cost: float | None
-
-
-def ask_for(settings: CaptureSettings, keeping: Keeping | None = None) -> Ask:
-    """What is kept of each row: by the settings, or by what replaces three of them."""
-    k, draws, mass = keeping or (settings.k, settings.draws, settings.mass)
-    return Ask(
-        k=k,
-        draws=draws,
-        draw_temperature=settings.draw_temperature,
-        mass=mass,
-        temperatures=settings.temperatures,
-        seed=settings.seed,
-    )
 
 
 def _others(asked: Keeping, vocab_size: int) -> list[Keeping]:

@@ -11,10 +11,10 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import DataError
 from ..settings import CaptureSettings
-from .choices import Choice, ask_for, choices
+from .choices import Choice, choices
 from .costs import Clock, host_bytes, objects, other_bytes, requests
 from .measure import run_slice
-from .prepare import prepare
+from .prepare import ask_for, prepare
 from .protocol import Teacher
 from .sizes import joined_said, measure_sizes
 

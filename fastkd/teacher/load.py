@@ -18,7 +18,7 @@ from ..data.kinds import documents_of, kind_of
 from ..data.sources import Opened, open_column
 from ..data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from ..errors import DataError, TeacherError
-from ..settings import DataSettings, TeacherSettings
+from ..settings import DataSettings, ModelSettings
 from .hf import HFTeacher, load_hf
 from .job import Alone, Group
 from .modules import ModuleTeacher
@@ -46,7 +46,8 @@ class Loaded(NamedTuple):
 
 
 def load(
-    teacher: TeacherSettings,
+    teacher: str,
+    settings: ModelSettings,
     data: DataSettings | None = None,
     *,
     rank: int | None = None,
@@ -54,30 +55,30 @@ def load(
     parallel: int = 1,
     progress: bool = False,
 ) -> Loaded:
-    """What the settings name.
+    """A teacher by name (see `TeacherSettings`), and the data that the settings name.
 
     rank, world_size: as `place_of` takes them; of processes, `parallel` of which make up one worker.
     progress: a bar on stderr while weights are hashed.
     Raises TeacherError and DataError, naming what cannot be had.
     """
     rank, world_size = place_of(rank, world_size)
-    device = teacher.device or _device(os.environ)
+    device = settings.device or _device(os.environ)
     # a file that is not there is missed before the teacher is read, which takes a while
     source = None if data is None else _source(data)
     place, group = Place(rank, world_size, Alone()), None
     if parallel > 1:
         group = join_group(rank, world_size, parallel, device=device.partition(":")[0])
         place = Place(group.worker, group.workers, group)
-    if is_factory(teacher.teacher):
-        model = as_teacher(made_by(teacher.teacher, TeacherError), source)
+    if is_factory(teacher):
+        model = as_teacher(made_by(teacher, TeacherError), source)
     else:
         model = load_hf(
-            teacher.teacher,
-            dtype=teacher.dtype,
-            attention=teacher.attention,
+            teacher,
+            dtype=settings.dtype,
+            attention=settings.attention,
             device=None if group is not None else device,
-            revision=teacher.revision,
-            trust_remote_code=teacher.trust_remote_code,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
             parallel=group,
             progress=progress,
         )
@@ -85,7 +86,7 @@ def load(
         return Loaded(model, None, place)
     named = None
     if data.tokenizer is not None:
-        named = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=teacher.trust_remote_code)
+        named = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=settings.trust_remote_code)
     found = as_data(
         source,
         model,

@@ -20,6 +20,7 @@ from ..data.lengths import lengths_from_npz, lengths_to_npz
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
 from .claims import Claims
+from .pipeline import Ask
 from .plan import Plan, PlanSettings, make_plan
 from .protocol import Teacher
 from .rows import EXAMPLES, TEXT
@@ -131,6 +132,19 @@ def plan_settings(
         shard_positions=max(shard_positions, context) if settings.shard_positions is None else shard_positions,
         batch_tokens=settings.batch_tokens,
         held_out=held_out,
+        seed=settings.seed,
+    )
+
+
+def ask_for(settings: CaptureSettings, keeping: tuple[int, int, float | None] | None = None) -> Ask:
+    """What is kept of each row: by the settings, or by k, draws and mass in place of theirs."""
+    k, draws, mass = keeping or (settings.k, settings.draws, settings.mass)
+    return Ask(
+        k=k,
+        draws=draws,
+        draw_temperature=settings.draw_temperature,
+        mass=mass,
+        temperatures=settings.temperatures,
         seed=settings.seed,
     )
 
