@@ -21,7 +21,7 @@ from .settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
 
 if TYPE_CHECKING:
     from .cache.stores import Store
-    from .teacher.check import TeacherCheck
+    from .teacher.checking.check import TeacherCheck
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -213,8 +213,8 @@ def capture(command: Capture) -> Outcome:
 
 def plan(command: Plan) -> Outcome:
     """Estimate a capture from a slice of it."""
-    from .teacher.estimate import estimate
-    from .teacher.estimate_text import estimate_text
+    from .teacher.estimating.estimate import estimate
+    from .teacher.estimating.text import estimate_text
     from .teacher.load import load
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
@@ -248,7 +248,7 @@ def inspect(command: Inspect) -> Outcome:
 def verify(command: Verify) -> Outcome:
     """Check the cache; status 1 where there is a problem."""
     from .cache import verify_cache
-    from .teacher.check_text import check_text
+    from .teacher.checking.text import check_text
 
     store = _store(command.cache)
     found = verify_cache(store, deep=command.deep, progress=_at_terminal())
@@ -273,7 +273,7 @@ def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
     """The cache against its teacher, run again."""
     from .cache import open_cache
     from .data.examples import Examples
-    from .teacher.check import check_teacher
+    from .teacher.checking.check import check_teacher
     from .teacher.load import load
 
     data = None if command.examples is None else DataSettings(data=(command.examples,))

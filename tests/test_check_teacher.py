@@ -15,9 +15,9 @@ from fastkd.cache import CacheError, CacheSpec, create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
-from fastkd.teacher import live
-from fastkd.teacher.check import check_teacher
-from fastkd.teacher.check_text import check_text
+from fastkd.teacher.checking import live
+from fastkd.teacher.checking.check import check_teacher
+from fastkd.teacher.checking.text import check_text
 from fastkd.teacher.modules import ModuleTeacher
 from fastkd.teacher.protocol import Head, Hidden
 

@@ -20,10 +20,10 @@ from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
 from fastkd.teacher.claims import Claims
-from fastkd.teacher.costs import Clock, host_bytes, objects, requests
-from fastkd.teacher.estimate import Estimate, _relative_error, estimate
-from fastkd.teacher.estimate_text import estimate_text
-from fastkd.teacher.measure import halvings
+from fastkd.teacher.estimating.costs import Clock, host_bytes, objects, requests
+from fastkd.teacher.estimating.estimate import Estimate, _relative_error, estimate
+from fastkd.teacher.estimating.measure import halvings
+from fastkd.teacher.estimating.text import estimate_text
 from fastkd.teacher.modules import ModuleTeacher
 from fastkd.teacher.plan import PlanSettings, make_plan
 from fastkd.teacher.protocol import Head, Hidden

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import torch
 
-from ..cache import CacheSpec
-from ..data.lengths import lengths_to_npz
-from .claims import FIRST_SECONDS, LONGEST_SECONDS
-from .plan import Plan
+from ...cache import CacheSpec
+from ...data.lengths import lengths_to_npz
+from ..claims import FIRST_SECONDS, LONGEST_SECONDS
+from ..plan import Plan
 
 _PAGE = 1000  # objects that a listing names at a time
 _CLAIM_BYTES = 200

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cache import CacheSpec
-from ..errors import TeacherError
-from ..kernels import KDError, topk_targets
-from ..kernels.draws import exact_transform
-from ..kernels.topk import default_chunk
-from .pipeline import ROWS_AT_ONCE, rows_of
-from .protocol import Head, Hidden, Output
+from ...cache import CacheSpec
+from ...errors import TeacherError
+from ...kernels import KDError, topk_targets
+from ...kernels.draws import exact_transform
+from ...kernels.topk import default_chunk
+from ..pipeline import ROWS_AT_ONCE, rows_of
+from ..protocol import Head, Hidden, Output
 
 Array = NDArray[Any]
 _BLOCK_BYTES = {"cpu": 16 << 20}  # of float32 logits at a time

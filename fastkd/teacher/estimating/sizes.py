@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheSpec, create_cache, open_cache
-from ..cache.scan import listed
-from ..cache.stores import MemoryStore
+from ...cache import CacheSpec, create_cache, open_cache
+from ...cache.scan import listed
+from ...cache.stores import MemoryStore
+from ..packing import pack
+from ..rows import Rows
 from .measure import Said
-from .packing import pack
-from .rows import Rows
 
 Array = NDArray[Any]
 

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..cache import Cache, CacheError, CacheSpec, Workspace
-from ..data.examples import Examples
-from ..errors import DataError, TeacherError
-from ..kernels import KDError
+from ...cache import Cache, CacheError, CacheSpec, Workspace
+from ...data.examples import Examples
+from ...errors import DataError, TeacherError
+from ...kernels import KDError
+from ..packing import batches
+from ..plan import Plan
+from ..prepare import kept_plan
+from ..protocol import Hidden, Teacher
+from ..rows import Ints, Rows, teacher_inputs
 from .compare import Difference, Floats, apart, divergence
 from .live import Live, Stored, live_rows
-from .packing import batches
-from .plan import Plan
-from .prepare import kept_plan
-from .protocol import Hidden, Teacher
-from .rows import Ints, Rows, teacher_inputs
 
 Array = NDArray[Any]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheSpec
-from ..cache.grid import steps_at
+from ...cache import CacheSpec
+from ...cache.grid import steps_at
 from .live import Live, Stored
 
 Ints = NDArray[np.int64]

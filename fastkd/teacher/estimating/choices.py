@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..cache import CacheSpec
-from ..kernels import KDError, SparseTargets
-from ..settings import CaptureSettings
+from ...cache import CacheSpec
+from ...kernels import KDError, SparseTargets
+from ...settings import CaptureSettings
+from ..pipeline import FIELDS, Ask, joined, targets_of
+from ..plan import Plan
+from ..prepare import ask_for
+from ..protocol import Hidden, Logits, Teacher
+from ..rows import Rows
 from .costs import Clock
 from .measure import Kept, Said, Slice
-from .pipeline import FIELDS, Ask, joined, targets_of
-from .plan import Plan
-from .prepare import ask_for
-from .protocol import Hidden, Logits, Teacher
-from .rows import Rows
 from .sizes import TARGETS, measure_sizes
 
 KS, MASSES, DRAWS, DRAWS_ALONE = (16, 32, 48, 64, 128), (0.9, 0.95, 0.99), (0, 16, 32), (16, 32, 50)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..report_text import labelled, printable, without_credentials
+from ...report_text import labelled, printable, without_credentials
 
 if TYPE_CHECKING:
     from .check import TeacherCheck

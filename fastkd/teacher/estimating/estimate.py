@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.documents import Documents
-from ..data.examples import Examples
-from ..errors import DataError
-from ..settings import CaptureSettings
+from ...data.documents import Documents
+from ...data.examples import Examples
+from ...errors import DataError
+from ...settings import CaptureSettings
+from ..prepare import ask_for, prepare
+from ..protocol import Teacher
 from .choices import Choice, choices
 from .costs import Clock, host_bytes, objects, other_bytes, requests
 from .measure import run_slice
-from .prepare import ask_for, prepare
-from .protocol import Teacher
 from .sizes import joined_said, measure_sizes
 
 _Z = 2.0  # standard errors either side

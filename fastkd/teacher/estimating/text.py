@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..progress import duration
-from ..report_text import labelled, printable, size_text, without_credentials
+from ...progress import duration
+from ...report_text import labelled, printable, size_text, without_credentials
 
 if TYPE_CHECKING:
     from .choices import Choice

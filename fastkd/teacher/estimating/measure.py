@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.documents import Documents
-from ..data.examples import Examples
-from .pipeline import Ask, Runner, rows_of
-from .plan import Plan
-from .protocol import Hidden, Logits, Output, Teacher
-from .rows import Ints, Rows, rows
+from ...data.documents import Documents
+from ...data.examples import Examples
+from ..pipeline import Ask, Runner, rows_of
+from ..plan import Plan
+from ..protocol import Hidden, Logits, Output, Teacher
+from ..rows import Ints, Rows, rows
 
 Array = NDArray[Any]
 

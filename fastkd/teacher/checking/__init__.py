@@ -1,0 +1,1 @@
+"""A cache against its teacher, run again on a sample."""

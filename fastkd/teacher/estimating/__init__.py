@@ -1,0 +1,1 @@
+"""What a capture will take, from a slice of it."""
