@@ -6,7 +6,7 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help demo test check soak bench-loss bench-cache clean
+.PHONY: help demo test check soak bench-loss bench-cache bench-capture clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -49,6 +49,9 @@ bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is on
 
 bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench/make_targets.py
 	$(BIN)/python bench/bench_cache.py
+
+bench-capture: $(STAMP) $(DEMO_STAMP)  ## capture against the bare teacher
+	$(BIN)/python bench/bench_capture.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
