@@ -49,9 +49,11 @@ def open_cache(path_or_store: Any) -> "Cache":
     store = open_store(path_or_store)
     spec = read_spec(store)
     try:
-        manifest = from_parquet(store.get(KEY), spec.hash)
+        data = store.get(KEY)
     except NotFound:
-        manifest = None
+        return Cache(store, spec, None)
+    try:
+        manifest = from_parquet(data, spec.hash)
     except CacheError as error:
         raise CacheError(f"{store.describe()}: {error}") from error
     return Cache(store, spec, manifest)

@@ -389,7 +389,7 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
         open_documents(text, **TEXT).lengths()
     documents = open_documents(_written(text, "one\ntwo\n"), **TEXT)
     _written(text, "one\n")
-    with pytest.raises(DataError, match="shorter than when it was opened"):
+    with pytest.raises(DataError, match="changed after it was opened"):
         documents[1]
 
 

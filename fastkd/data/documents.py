@@ -7,7 +7,8 @@ some = docs.read([3, 4, 10])  # tokens, lengths, loss_mask
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,7 @@ class Documents:
         self._settings = settings
         self._vocab_size = vocab_size
         self._begins = np.cumsum([0, *(len(column) for column in columns)])
+        self._opened = [_state(path) for path in files]
 
     @property
     def tokenization(self) -> str:
@@ -129,7 +131,9 @@ class Documents:
         # consecutive rows are read at one go
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         runs = np.split(wanted, cuts) if len(wanted) else []
-        return _concatenated([part for run in runs for part in self._range(int(run[0]), int(run[-1]) + 1)])
+        files = np.unique(np.searchsorted(self._begins, wanted, side="right") - 1).tolist() if self._files else []
+        with self._unchanged(files):
+            return _concatenated([part for run in runs for part in self._range(int(run[0]), int(run[-1]) + 1)])
 
     def lengths(self, *, progress: bool = False) -> NDArray[np.int32]:
         """Tokens of each document, `[documents]`, in one pass over all of them that checks every value.
@@ -139,7 +143,8 @@ class Documents:
         """
         found = np.zeros(len(self), np.int32)
         done = 0
-        with tqdm(total=len(self), desc="lengths", unit="doc", unit_scale=True, disable=not progress) as bar:
+        bar = tqdm(total=len(self), desc="lengths", unit="doc", unit_scale=True, disable=not progress)
+        with bar, self._unchanged(range(len(self._files))):
             for part in self._range(0, len(self)):
                 found[done : done + len(part.lengths)] = part.lengths
                 done += len(part.lengths)
@@ -152,7 +157,9 @@ class Documents:
         """
         named = {"columns": [column.name for column in self._columns], **self._settings}
         whole = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
-        for path, (digest, size) in zip(self._files, files_sha256(self._files, progress=progress), strict=True):
+        with self._unchanged(range(len(self._files))):
+            hashes = files_sha256(self._files, progress=progress)
+        for path, (digest, size) in zip(self._files, hashes, strict=True):
             whole.update(json.dumps([path.name, size, digest]).encode())
         if not self._files:
             with tqdm(desc="fingerprint", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
@@ -165,6 +172,24 @@ class Documents:
         """Where a document lies: its file and row."""
         index = int(np.searchsorted(self._begins, number, side="right")) - 1
         return self._columns[index].where(number - int(self._begins[index]))
+
+    @contextmanager
+    def _unchanged(self, files: Iterable[int]) -> Iterator[None]:
+        """DataError where one of these files is not what it was when it was opened: before anything is read (a file
+        that is mapped into memory and cut off kills the process), and afterwards, so that nothing else was read."""
+        files = list(files)
+        self._check_unchanged(files)
+        yield
+        self._check_unchanged(files)
+
+    def _check_unchanged(self, files: list[int]) -> None:
+        for index in files:
+            path = self._files[index]
+            if _state(path) != self._opened[index]:
+                raise DataError(
+                    f"{path}: the file was changed after it was opened. Start again when it is at rest; a capture that "
+                    "was begun goes on only with the data it was begun with."
+                )
 
     def _range(self, start: int, stop: int) -> Iterator[Tokens]:
         """Documents start to stop, a few megabytes at a time."""
@@ -236,6 +261,15 @@ class Documents:
         except Exception as error:
             who = "template or tokenizer" if self._template else "tokenizer"
             raise DataError(f"{where()}the {who} failed: {type(error).__name__}: {error}") from error
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be found any more ({error.strerror}). Bring it back.") from error
+    return found.st_size, found.st_mtime_ns
 
 
 def _arrow_ids(values: pa.Array, where: Callable[[int], str]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -1,7 +1,9 @@
 """The lengths of a dataset's documents, kept so that text is not tokenised only to be measured again."""
 
 import io
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,10 @@ def lengths_from_npz(data: bytes, fingerprint: str, where: str) -> NDArray[np.in
     try:
         with np.load(io.BytesIO(data)) as arrays:
             found, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, KeyError, ValueError, EOFError, MemoryError, NotImplementedError, RuntimeError),
+        *(SyntaxError, struct.error, zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise DataError(
             f"{where}: no lengths can be read from it ({error}). Delete it; they are found anew."
         ) from error

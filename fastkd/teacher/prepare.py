@@ -68,7 +68,7 @@ def prepare(
     plan = make_plan(lengths, plan_settings(settings, data, teacher, lengths), dataset, progress=progress)
     spec = spec_of(teacher, data, settings, plan, notes)
     if store is not None:
-        _check_same(store, plan, spec, there)
+        _check_same(store, plan, spec)
     return Prepared(plan, spec)
 
 
@@ -249,11 +249,12 @@ def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, thei
     return found
 
 
-def _check_same(store: Store, plan: Plan, spec: CacheSpec, there: dict[str, Any]) -> None:
+def _check_same(store: Store, plan: Plan, spec: CacheSpec) -> None:
     """CacheError where the store holds another capture's cache, naming what differs."""
     theirs = _spec_there(store)
     if theirs is None or theirs.hash == spec.hash:
         return
+    there = _plan_there(store)
     different = _other_settings(there, plan) if there else []
     others = differences(theirs, spec)
     # the plan's settings, where they differ, say it better than its hash
