@@ -1,6 +1,7 @@
 """A student's loss is that of its own logits, whatever it is made of and however its micro-batches are laid out."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def expected(logits_of: Any, batch: MicroBatch) -> Tensor:
     index = batch.targets.index
     assert index is not None
     width = batch.input_ids.shape[1]
-    for number, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
+    for number, (begin, end) in enumerate(pairwise(begins)):
         first = number * width if batch.layout == "padded" else begin
         at = slice(first, first + end - begin)
         logits = logits_of(batch.input_ids.flatten()[at][None])[0]

@@ -32,8 +32,8 @@ def make_student(source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULT
     """The student that is to learn from a cache, on the CPU, weights in float32 (a module's: as they are).
 
     source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
-        config: the weights are then new, by the settings' seed; a `nn.Module` (a copy of it is trained); or a callable that
-        returns a module; or module:factory, which returns any of these.
+        config: the weights are then new, by the settings' seed; a `nn.Module` (a copy of it is trained); a callable
+        that returns a module; or module:factory, which returns any of these.
     Raises TrainError where it cannot be had, or does not fit the cache: its head is smaller than the teacher's, or its
     tokenizer another.
     """

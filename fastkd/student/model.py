@@ -185,8 +185,8 @@ def of_module(model: nn.Module, name: str) -> Student:
             raise
         except Exception as error:
             raise TrainError(
-                f"{name}: {type(model).__name__} fails on token ids of shape (1, 4) ({brief(error)}). A module that maps "
-                "them to logits, or to hidden states and a head, is needed."
+                f"{name}: {type(model).__name__} fails on token ids of shape (1, 4) ({brief(error)}). A module that "
+                "maps them to logits, or to hidden states and a head, is needed."
             ) from error
         packs = takes and _keeps_apart(lambda input_ids, **more: _first(_output(model(input_ids, **more), name)), probe)
         if isinstance(said, Logits):
@@ -257,7 +257,7 @@ def _output(found: Any, name: str) -> Output:
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
         shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise TrainError(
-            f"{name}: found {type(found).__name__}{shape} from the model; logits [B, L, V], an object with `logits`, or "
-            "fastkd.teacher.protocol.Hidden is needed."
+            f"{name}: found {type(found).__name__}{shape} from the model; logits [B, L, V], an object with `logits`, "
+            "or fastkd.teacher.protocol.Hidden is needed."
         )
     return Logits(logits)
