@@ -80,3 +80,7 @@ def make_cache(folder: Path, data: Any = None, **changes: Any) -> Cache:
     teacher = Tiny(seed=7)
     fastkd.capture(teacher, documents() if data is None else data, folder, **{**CAPTURE, **changes})
     return open_cache(folder)
+
+
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True)

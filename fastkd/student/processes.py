@@ -108,12 +108,11 @@ class Wrapped:
             register_fsdp_forward_method(student, "logits")
         else:
             on_gpu = processes.device.type == "cuda"
-            self._module = DistributedDataParallel(
-                student,
-                device_ids=[processes.device] if on_gpu else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+            self._module = module = DistributedDataParallel(
+                student, device_ids=[processes.device] if on_gpu else None, gradient_as_bucket_view=True
             )
+            # alike from the start; the argument of this name is deprecated, and what replaces it is not in torch 2.6
+            module.broadcast_buffers = False
 
     def forward_backward(self, batch: MicroBatch, *, last: bool, **settings: Any) -> KDLoss:
         """Loss of a micro-batch, and its gradients added to what is there. last: of the step; then they are summed over

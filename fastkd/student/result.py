@@ -87,7 +87,7 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
         else:
             save_file(plain, place / "model.safetensors")
             (place / "README.txt").write_text(
-                f"model.safetensors: the parameters and buffers of {type(model).__module__}.{type(model).__qualname__}.\n"
+                f"model.safetensors: parameters and buffers of {type(model).__module__}.{type(model).__qualname__}.\n"
                 "Load them into such a module with load_state_dict(safetensors.torch.load_file(...), strict=False).\n"
             )
         if tokenizer is not None:

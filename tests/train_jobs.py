@@ -1,0 +1,103 @@
+"""What the processes of the tests of training do. They are forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.student.train", "fastkd.student.evaluate"])
+
+
+def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
+    """A job in some processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running: list[BaseProcess] = [
+        SERVER.Process(target=_begin, args=(job, arguments, rank, ranks, port)) for rank in range(ranks)
+    ]
+    for process in running:
+        process.start()
+    return running
+
+
+def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:
+    """Their exit statuses."""
+    for process in running:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running]
+
+
+def run(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
+    """A job that has to end well."""
+    assert finish(start(job, *arguments, ranks=ranks)) == [0] * ranks
+
+
+def _begin(job: Callable[..., None], arguments: tuple[Any, ...], rank: int, ranks: int, port: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job(*arguments)
+
+
+def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """To the end."""
+    import fastkd
+
+    assert fastkd.train(student, cache, out, **changes).status == 0
+
+
+def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
+    """Several, one after another, in one process group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for arguments in runs:
+        train(*arguments)
+    dist.destroy_process_group()
+
+
+def train_and_stop(student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int) -> None:
+    """Up to a step, where a stop is asked for: on the last process alone, as signals are not told to all at once."""
+    import fastkd
+    from fastkd.teacher.job import Stop
+
+    stop, last = Stop(), os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def measure(student: Any) -> dict[str, float]:
+        if last:
+            stop()
+        return {"cross_entropy": 0.0}
+
+    report = fastkd.train(
+        student, cache, out, stop=stop, evaluate=measure, **{**changes, "evaluate_every": step, "best": "cross_entropy"}
+    )
+    assert report.status == 75
+    assert step < report.step <= step + 2
+
+
+def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """The positions that count of this rank in each step."""
+    import torch.distributed as dist
+
+    from fastkd import DistillLoader
+    from fastkd.student.run import summed_over
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    loader = DistillLoader(
+        cache, batch_tokens=changes["batch_tokens"], rank=rank, world_size=dist.get_world_size(), reduce=summed_over()
+    )
+    counts = [sum(b.count for b in step.micro_batches) for step in loader]
+    (out / f"counts-{rank}").write_text(" ".join(map(str, counts)))
+    dist.destroy_process_group()
