@@ -1,5 +1,6 @@
 """What a run leaves: a student that others load, run.json, and the report that `fastkd.train` returns."""
 
+import math
 import os
 import platform
 import sys
@@ -69,6 +70,29 @@ class TrainReport:
             found["control"] = self.control.to_json()
             found["difference"] = {n: v - theirs[n] for n, v in self.evaluation.items() if n in theirs}
         return found
+
+
+def report_of(report: TrainReport) -> str:
+    """The report for a person."""
+    if not report.complete:
+        part = report.control or report
+        return f"{part.out}: stopped after step {part.step} of {part.steps}. The same command again goes on."
+    speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
+    lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
+    lines += [f"note: {note}" for note in report.notes]
+    columns = {"student": report.evaluation} | ({"control": report.control.evaluation} if report.control else {})
+    if report.evaluation:
+        difference = report.to_json().get("difference")
+        columns |= {"difference": difference} if difference else {}
+        lines.append(f"{'held out':<16}" + "".join(f"{name:>12}" for name in columns))
+        for name in report.evaluation:
+            lines.append(f"{name:<16}" + "".join(f"{column.get(name, math.nan):>12.4f}" for column in columns.values()))
+    return "\n".join([*lines, f"the student: {report.student}"])
+
+
+def stopped_text(out: Path) -> str:
+    """What a person is told of a run that was stopped before its first step."""
+    return f"{out}: stopped before a step was made. The same command again goes on."
 
 
 def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
