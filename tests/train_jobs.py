@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,15 @@ def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[Bas
 
 
 def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:
-    """Their exit statuses."""
+    """Their exit statuses; where one fails the others are killed, as torchrun does."""
+    waited = list(running)
+    while waited:
+        ready = wait([process.sentinel for process in waited], seconds)
+        waited = [process for process in waited if process.sentinel not in ready]
+        if not ready or any(process.exitcode for process in running):
+            for process in waited:
+                process.kill()
     for process in running:
-        process.join(seconds)
-        process.kill()
         process.join()
     return [process.exitcode for process in running]
 
@@ -101,3 +108,51 @@ def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
     counts = [sum(b.count for b in step.micro_batches) for step in loader]
     (out / f"counts-{rank}").write_text(" ".join(map(str, counts)))
     dist.destroy_process_group()
+
+
+def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
+    """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
+    changes what lies on the disk."""
+    from fastkd.student import checkpoint, metrics
+    from fastkd.student.train import Trainer
+
+    left = moment
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return run
+
+    if int(os.environ.get("RANK", "0")) == of:
+        for owner, name in (
+            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (checkpoint, "save_file"),
+            (checkpoint.shutil, "rmtree"), (metrics.MetricsLog, "write"), (Trainer, "_make"),
+        ):  # fmt: skip
+            setattr(owner, name, dying(getattr(owner, name)))
+    train(student, cache, out, changes)
+
+
+def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """As the command does it, with time between steps for a signal to come in; ends with the report's status."""
+    import sys
+    import time
+
+    import fastkd
+    from fastkd.student.train import Trainer
+    from fastkd.teacher.signals import stopping
+
+    make = Trainer._make
+
+    def slow(self: Any, step: Any) -> Any:
+        time.sleep(0.05)
+        return make(self, step)
+
+    Trainer._make = slow  # type: ignore[method-assign]
+    with stopping() as stop:
+        report = fastkd.train(student, cache, out, stop=stop, **changes)
+    sys.exit(report.status)

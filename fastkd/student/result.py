@@ -153,5 +153,9 @@ def machine(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def command_line() -> list[str]:
-    """How this process was started."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
+    """How this process was started; empty where it was not by a command."""
+    if not sys.argv or not sys.argv[0]:
+        return []
+    path = Path(sys.argv[0])
+    begin = ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
+    return [*begin, *sys.argv[1:]]
