@@ -156,3 +156,18 @@ def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) 
     with stopping() as stop:
         report = fastkd.train(student, cache, out, stop=stop, **changes)
     sys.exit(report.status)
+
+
+def refused(student: Any, cache: Path, out: Path, changes: dict[str, Any], message: str) -> None:
+    """Every process is told why."""
+    import re
+
+    import fastkd
+    from fastkd.errors import StreamError, TrainError
+
+    try:
+        fastkd.train(student, cache, out, **changes)
+    except (StreamError, TrainError) as error:
+        assert re.search(message, str(error)), error
+        return
+    raise AssertionError("nothing was refused")

@@ -6,6 +6,7 @@ A checkpoint is written into a folder with a leading dot, every file and the fol
 holds the size and the sha256 of the other files, so that a damaged one is known for what it is.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -116,6 +117,24 @@ def prune(run: Path, *, keep: int, best: int | None, last: int) -> None:
     kept = [step for step in steps if step <= last][-keep:]
     for step in set(steps) - {best, *kept}:
         remove_folder(run / FOLDER / f"step-{step:08d}")
+
+
+def lock(run: Path) -> int:
+    """Keep others from training into a folder, until what is returned is closed (os.close), or this process ends.
+
+    Raises TrainError where another does already. Where the file system has no locks, there is none.
+    """
+    folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise TrainError(
+            f"{run}: another process trains into it. Wait for it, or train into another folder."
+        ) from error
+    except OSError:
+        pass
+    return folder
 
 
 def clean(run: Path) -> None:

@@ -141,7 +141,11 @@ def checkpoint_layers(student: Student) -> None:
     """
     model: Any = student.model
     if getattr(model, "supports_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if (enable := getattr(model, "activation_checkpointing_enable", None)) is not None:
+            enable(activation_checkpointing_kwargs=options)
+        else:  # what older ones call it
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return
     for layer in _layers(student, "activation_checkpointing"):
         run = layer.forward

@@ -10,6 +10,7 @@ to the same weights as one that was not.
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ..progress import Progress
 from ..settings import TrainSettings
 from ..teacher.job import Stop
 from .batch import Step
-from .checkpoint import Checkpoint, clean, newest, prune, read, write, write_text
+from .checkpoint import Checkpoint, clean, lock, newest, prune, read, write, write_text
 from .checks import check_same, check_settings, deciding
 from .loader import DistillLoader
 from .make import Made, make_student
@@ -185,12 +186,14 @@ class Trainer:
         self._positions, self._seconds, self._waited = 0, 0.0, 0.0
         self._mode = progress if processes.first else "none"
         self._log: MetricsLog | None = None
+        self._lock: int | None = None
         self._progress: Progress | None = None
 
     def resume(self) -> None:
         """Go to the newest checkpoint, if there is one. TrainError where it is of another training."""
         if self._processes.first:
             self._out.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self._out)
             clean(self._out)
         found = newest(self._out, self._say) if self._processes.first else None
         step = self._processes.agree(found.step if found else 0)
@@ -204,9 +207,7 @@ class Trainer:
         self.resumed = self._checkpointed = self.step
         if self._processes.first:
             self._log = MetricsLog(self._out, self.step)
-        self._progress = Progress(
-            self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode
-        )  # fmt: skip
+        self._progress = Progress(self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode)
         for note in self.student.notes:
             self._say(f"student: {note}")
 
@@ -218,10 +219,10 @@ class Trainer:
         while self.step < self.steps:
             step = next(steps)
             arrived = clock()
-            done = self._make(step)
+            self._undone.append(done := self._make(step))
             self._settle(but=1)
             ended = clock()
-            self._keep(done, step, waited=arrived - begun, seconds=ended - begun)
+            self._note(done, step, waited=arrived - begun, seconds=ended - begun)
             begun = ended
             # one step late where there are several processes: none waits for another's answer
             answer = flags()
@@ -277,6 +278,8 @@ class Trainer:
         self._loader.close()
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            os.close(self._lock)
         if self._progress is not None:
             self._progress.close()
 
@@ -301,6 +304,8 @@ class Trainer:
                 )
                 figures[:3] += torch.stack(out)
         except KDError as error:
+            self._settle()
+            # on the CPU the loss itself refuses logits that are not finite
             raise self._stopped_by(str(error), self.step + 1, _name(step)) from error
         self._processes.sum_(figures)
         figures[3] = clip_(self.student.parameters(), settings.clip)
@@ -321,8 +326,8 @@ class Trainer:
                                    schedule=settings.temperature_schedule),
         }  # fmt: skip
 
-    def _keep(self, done: StepDone, step: Step, *, waited: float, seconds: float) -> None:
-        """Note what is known of a step; its figures are read when the next one is under way."""
+    def _note(self, done: StepDone, step: Step, *, waited: float, seconds: float) -> None:
+        """What is known of a step at once; its figures are read when the next one is under way."""
         done.known.update(
             positions=step.positions,
             sequences=step.sequences,
@@ -330,7 +335,6 @@ class Trainer:
             seconds=seconds,
             waiting=waited / seconds,
         )
-        self._undone.append(done)
         self._positions += step.positions
         self._seconds += seconds
         self._waited += waited
@@ -435,8 +439,8 @@ class Trainer:
             f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint was made"
         )
         return TrainError(
-            f"step {step}: {what} (batch: {batch}). {kept} in {self._out}. Lower the rate, warm up for longer, or clip "
-            "gradients lower, and train into another folder; nothing was written after the last checkpoint."
+            f"step {step}: {what} (batch: {batch}). {kept} in {self._out}, and nothing after it. Where the student has "
+            "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder."
         )
 
     def _say(self, text: str) -> None:
