@@ -214,7 +214,8 @@ class Trainer:
     def run(self, stop: Stop) -> None:
         """Make the steps that are left, up to a stop."""
         clock = time.perf_counter
-        flags, saved = (lambda: [0, 0]), clock()
+        flags: Callable[[], list[int]] = lambda: [0, 0]
+        saved = clock()
         begun, steps = clock(), self._loader.steps()
         while self.step < self.steps:
             step = next(steps)
