@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     )
     from .student.batch import MicroBatch, Step
     from .student.loader import DistillLoader
+    from .student.result import TrainReport
+    from .student.train import train
     from .teacher.capture import capture
 
 __version__ = "0.1.0.dev0"
@@ -41,6 +43,8 @@ _HOME = {
     "targets_from_arrays": "decoding",
     "targets_from_raw": "decoding",
     "topk_targets": "kernels",
+    "train": "student.train",
+    "TrainReport": "student.result",
 }
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "MicroBatch",
     "SparseTargets",
     "Step",
+    "TrainReport",
     "__version__",
     "capture",
     "kd_loss",
@@ -60,6 +65,7 @@ __all__ = [
     "targets_from_arrays",
     "targets_from_raw",
     "topk_targets",
+    "train",
 ]
 
 

@@ -9,15 +9,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, TeacherError
+from .errors import DataError, StreamError, TeacherError, TrainError
 from .report_text import printable, ranges, report_text, size_text
-from .settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings, TeacherSettings
+from .settings import (
+    CaptureSettings,
+    DataSettings,
+    DemoSettings,
+    ModelSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 
 if TYPE_CHECKING:
     from .cache.stores import Store
@@ -110,6 +118,26 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
     """Print one JSON object instead of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainSettings):
+    """Train a student from a cache. The same command again goes on where it stopped; under torchrun, on all processes.
+
+    Exit status 0: all steps are made. 75: work remains (after SIGTERM; there is a checkpoint): requeue it.
+    """
+
+    student: str
+    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
+    are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
+    cache: str
+    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    out: Path
+    """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
+    control: Flag = False
+    """Afterwards train the same student on hard labels alone, in the same order, and set the two side by side."""
+    json: Flag = False
+    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
@@ -124,6 +152,7 @@ Command = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -149,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except (CacheError, DataError, TeacherError) as error:
+    except (CacheError, DataError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
@@ -312,6 +341,36 @@ def seal(command: Seal) -> Outcome:
     return Outcome(report, printable(text), 0, warning if missing else "")
 
 
+def train(command: Train) -> Outcome:
+    """Train the student; status 75 where work remains."""
+    from .progress import mode_for
+    from .student.result import report_of, stopped_text
+    from .student.train import train as run
+    from .teacher.job import WORK_REMAINS
+    from .teacher.pipeline import Stopped
+    from .teacher.signals import stopping
+
+    store = _store(command.cache)
+    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    try:
+        with stopping() as stop:
+            report = run(
+                command.student,
+                store,
+                command.out,
+                settings,
+                control=command.control,
+                stop=stop,
+                progress=mode_for(events=command.json),
+            )
+    except Stopped:
+        text = stopped_text(command.out)
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    if os.environ.get("RANK", "0") != "0":  # what one process says is enough
+        return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
+    return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+
+
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
     from .demo import Clock, demo_text, run_demo, text_of
@@ -330,6 +389,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Inspect: inspect,
     Verify: verify,
     Seal: seal,
+    Train: train,
     Demo: demo,
 }
 
@@ -356,10 +416,10 @@ def _failure(error: Exception) -> Outcome:
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 
-def _parse(args: list[str]) -> Capture | Plan | Inspect | Verify | Seal | Demo:
-    """The command. SystemExit after help, or after having said what is wrong with the arguments."""
+def _parse(args: list[str]) -> Any:
+    """The command, one of the classes above. SystemExit after help, or after having said what is wrong."""
 
-    def parse(args: list[str], *, aloud: bool) -> Capture | Plan | Inspect | Verify | Seal | Demo:
+    def parse(args: list[str], *, aloud: bool) -> Any:
         return tyro.cli(
             Command,
             prog="fastkd",

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .cache import Cache, CacheError, open_cache, verify_cache
-from .healing import Arrays, CausalModel, Scores, evaluate, heal, interval, kept_layers, paired
+from .healing import Arrays, CausalModel, Scores, evaluate, heal, kept_layers, paired
+from .intervals import interval
 from .progress import mode_for
 from .settings import DemoSettings
 from .teacher.capture import capture

@@ -1,4 +1,4 @@
-"""What capture raises about its input and its teacher."""
+"""What is raised about input: data, teachers, students and how they are trained."""
 
 
 class DataError(Exception):
@@ -14,3 +14,7 @@ class TeacherError(Exception):
 
 class StreamError(ValueError):
     """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""
+
+
+class TrainError(Exception):
+    """A student, its training or what was left of an earlier one: the thing, what was found, and what to do next."""

@@ -5,7 +5,6 @@ It knows a model as hidden states and a head, and a cache as the arrays that wer
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import CacheSpec
+from .intervals import Interval, interval
 from .kernels import SparseTargets, kd_loss, linear_kd_loss
 
 Arrays = dict[str, NDArray[Any]]
@@ -49,13 +49,6 @@ class Scores(NamedTuple):
     cross_entropy: list[float]
     kl: list[float]
     agreement: list[float]
-
-
-class Interval(NamedTuple):
-    """A mean, and half the width of its 95% interval."""
-
-    mean: float
-    half: float
 
 
 def kept_layers(count: int, every: int) -> list[int]:
@@ -139,32 +132,9 @@ def evaluate(model: CausalModel, spec: CacheSpec, arrays: Arrays, *, length: int
     return scores
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% interval (Student's t) of independent values."""
-    n = len(values)
-    if n < 2:
-        return Interval(fmean(values), float("inf"))
-    return Interval(fmean(values), t_quantile(n - 1) * stdev(values) / n**0.5)
-
-
 def paired(ours: Scores, theirs: Scores) -> dict[str, Interval]:
     """Our scores minus theirs, window by window."""
     return {
         name: interval([a - b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)])
         for name in Scores._fields
     }
-
-
-def t_quantile(df: int) -> float:
-    """The 97.5% quantile of Student's t."""
-    z = NormalDist().inv_cdf(0.975)
-    if df < 3:
-        return {1: 12.706, 2: 4.303}[df]
-    # Cornish-Fisher: right to 0.02 at 3 degrees of freedom, to 1e-3 from 6 on
-    series = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return float(sum(term / df**power for power, term in enumerate(series)))

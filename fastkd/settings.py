@@ -114,3 +114,108 @@ class DataSettings:
     """A file with the chat template. None: the tokenizer's own."""
     loss_on: Literal["assistant", "all"] = "all"
     """Which positions of conversations count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a student is trained from a cache."""
+
+    steps: int | None = None
+    """Optimizer steps. None: as many as `epochs` has."""
+    epochs: float = 1.0
+    """How often the cache is read, where `steps` does not say."""
+    batch_tokens: int = 16384
+    """Positions an optimizer step, on all processes together, on the average."""
+    batch_size: int | None = None
+    """Sequences an optimizer step, on all processes together, in place of batch_tokens."""
+    micro_tokens: int = 8192
+    """Positions a micro-batch of one process, pads included, at most; gradients are accumulated over them."""
+    layout: Literal["padded", "packed"] = "padded"
+    """Micro-batches of rows with pads behind, or of pieces one after another (for students that keep these apart)."""
+    rate: float = 3e-4
+    """The highest learning rate."""
+    rate_schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up. wsd: it stays, and falls in a straight line at the end."""
+    rate_floor: float = 0.1
+    """The part of the rate that it falls to."""
+    warmup: float = 0.02
+    """The part of the steps in which the rate rises."""
+    decay: float = 0.2
+    """The part of the steps in which it falls; of wsd."""
+    alpha: float = 0.5
+    """Weight of the hard labels: 0 is the teacher alone, 1 the labels alone."""
+    alpha_end: float | None = None
+    """What alpha is at the last step. None: what it was at the first."""
+    alpha_schedule: Literal["linear", "cosine"] = "linear"
+    """How it gets there."""
+    temperature: float = 1.0
+    """Of the soft loss; the cache says which it can serve."""
+    temperature_end: float | None = None
+    """What the temperature is at the last step. None: what it was at the first."""
+    temperature_schedule: Literal["linear", "cosine"] = "linear"
+    """How it gets there."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    """Of the student from the teacher."""
+    treatment: Literal["auto", "bucket", "sampled", "renormalize"] = "auto"
+    """Of the teacher's mass outside the head; see `kd_loss`."""
+    beta: float = 0.5
+    """Of the divergence jsd."""
+    skew: float = 0.1
+    """Of the divergence skew_kl."""
+    weight_decay: float = 0.1
+    """AdamW's; none for embeddings, biases and norms."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    adam_eps: float = 1e-8
+    """AdamW's."""
+    clip: float | None = 1.0
+    """The largest norm of a step's gradient. None: any."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights stay as they are. auto: bfloat16 on a GPU that has it, else float32."""
+    seed: int = 0
+    """Of new weights, the order of the data, and dropout."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several processes (torchrun's): each has the whole student, or each has a part of it (FSDP2)."""
+    activation_checkpointing: bool = False
+    """Keep only what goes in and out of each layer, and compute the rest again: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each layer."""
+    device: str | None = None
+    """cpu, cuda, cuda:1. None: this process's GPU, or the CPU where there is none."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations on the held-out split; one more at the end. 0: never. None: ten times a run, or
+    never where nothing was held out."""
+    evaluate_positions: int | None = None
+    """Evaluate on so many positions of it. None: all."""
+    best: str = "cross_entropy"
+    """The measure by which a checkpoint is the best: the lowest, but of agreement and accuracy the highest."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints. None: by the clock alone."""
+    checkpoint_minutes: float = 15.0
+    """Minutes between two checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept, beside the best."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights are the result."""
+    max_positions: int | None = None
+    """Read only the first whole sequences of the cache, up to so many positions."""
+    skip: int = 0
+    """Leave out so many sequences at its beginning."""
+    shards_open: int = 8
+    """Shards among which sequences are shuffled: a better shuffle, and more memory."""
+    threads: int = 2
+    """That read and decode."""
+    decode: Literal["host", "device"] = "host"
+    """Where targets are decoded."""
+    allow_partial: bool = False
+    """Train from a cache of which shards are missing."""
+    tokenizer: str | None = None
+    """A folder or a name: saved beside the student. None: what lies with the student, if anything."""
+    allow_other_tokenizer: bool = False
+    """Train although the student's tokenizer is not the cache's."""
+    revision: str | None = None
+    """Of a student on the Hub: branch, tag or commit."""
+    attention: str | None = None
+    """Which of transformers' attention implementations: eager, sdpa, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a student."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastkd import cli, demo, linear_topk_targets
 from fastkd.cache import CacheError, CacheSpec, open_cache
 from fastkd.cache.scan import shard_key
-from fastkd.healing import CausalModel, Scores, interval, kept_layers, paired, t_quantile, targets_of
+from fastkd.healing import CausalModel, Scores, kept_layers, paired, targets_of
+from fastkd.intervals import interval, t_quantile
 from fastkd.settings import DemoSettings
 
 VOCAB, WIDTH, LAYERS = 80, 16, 5

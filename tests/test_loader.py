@@ -54,6 +54,13 @@ def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, decod
         assert step.count == sum(b.count for b in step.micro_batches)
         assert step.positions == sum(b.positions for b in step.micro_batches)
         assert step.sequences == len({expected[t].sequence for t in tokens(step)})
+        numbered = {
+            (int(number), expected[piece[0]].sequence)
+            for batch in step.micro_batches
+            for number, piece in zip(batch.sequences, pieces(batch), strict=True)
+        }
+        assert sorted(number for number, _ in numbered) == list(range(step.sequences))
+        assert len({sequence for _, sequence in numbered}) == step.sequences
     train = [t for t, row in expected.items() if row.sequence[0] < TRAIN_SHARDS]
     assert tokens(*steps) == train
     assert len(loader) == len(steps) > 5

@@ -87,6 +87,10 @@ class Tokenizer:
             )
         return text
 
+    def save(self, folder: Path) -> None:
+        """Write its files into a folder, for whoever loads a tokenizer of transformers from there."""
+        self._backend.save_pretrained(folder)
+
     @cached_property
     def identity(self) -> str:
         """sha256 of the tokenizer itself and its special tokens; neither of where it lies nor of what is appended."""

@@ -25,6 +25,7 @@ class MicroBatch:
         last position, where the teacher said nothing, and at pads.
     position_ids `[B, L]` int64: places in the piece (they go on through pads).
     cu_seqlens `[P + 1]` int32: where the pieces begin and end when they lie one after another without pads.
+    sequences `[P]` int32: which of this rank's sequences of the step each piece is of, from 0 on.
     max_seqlen: positions of the longest piece.
     targets: compact; `targets.index` ascends and names flattened positions of `[B, L]`: those with a label, no other.
     positions: positions without pads.
@@ -34,6 +35,7 @@ class MicroBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    sequences: Tensor
     targets: SparseTargets
     max_seqlen: int
     positions: int
@@ -117,6 +119,7 @@ def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch
         labels=token - 100,
         position_ids=token.clone(),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        sequences=torch.zeros(1, dtype=torch.int32, device=device),
         targets=like,
         max_seqlen=1,
         positions=0,

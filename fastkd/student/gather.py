@@ -38,10 +38,11 @@ class Shape:
 
 
 class Pieces(NamedTuple):
-    """Pieces, `[p]` each: which of the open shards they are of, their first rows there, and their lengths. Those of one
-    shard lie together."""
+    """Pieces, `[p]` each: which of the open shards and of the sequences they are of, their first rows in the shard, and
+    their lengths. Those of one shard lie together."""
 
     shard: Ints
+    sequence: Ints
     begin: Ints
     length: Ints
 
@@ -52,12 +53,15 @@ def gather(
     """The micro-batches of these sequences, by shard. They are on the host, page-locked if the device is a GPU; but
     targets that were decoded on the device are there."""
     shards = [shard for shard, _ in sequences]
-    parts, windows = [], []
+    parts, windows, done = [], [], 0
     for number, (shard, some) in enumerate(sequences):
         which = shard.inputs.pieces_of(some)
         begin = shard.inputs.piece_begins[which]
-        parts.append(Pieces(np.full(len(which), number), begin, shard.inputs.piece_begins[which + 1] - begin))
         windows.append(np.diff(shard.inputs.first_piece)[some] if len(some) else some)
+        sequence = done + np.repeat(np.arange(len(some)), windows[-1])
+        length = shard.inputs.piece_begins[which + 1] - begin
+        parts.append(Pieces(np.full(len(which), number), sequence, begin, length))
+        done += len(some)
     pieces = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     return [_micro_batch(shards, Pieces(*(c[at] for c in pieces)), spec, shape, device)
             for at in _cut(pieces.length, np.concatenate(windows), shape)]  # fmt: skip
@@ -104,6 +108,8 @@ def _micro_batch(
     wanted = [(shards[s], rows[kept[i:j]]) for (s, _, _), i, j in zip(runs, bounds[:-1], bounds[1:], strict=True)]
     cu_seqlens, index = allocate(count + 1, dtype=torch.int32), allocate(len(kept), dtype=torch.int64)
     cu_seqlens.numpy()[:] = np.append(0, ends)
+    sequences = allocate(count, dtype=torch.int32)
+    sequences.numpy()[:] = pieces.sequence
     index.numpy()[:] = flat[kept]
     take = _on_device if shards[0].targets is not None else _on_host
     return MicroBatch(
@@ -111,6 +117,7 @@ def _micro_batch(
         labels=columns[1],
         position_ids=columns[2],
         cu_seqlens=cu_seqlens,
+        sequences=sequences,
         targets=take(wanted, index, spec, shape, allocate),
         max_seqlen=longest,
         positions=n,

@@ -47,8 +47,8 @@ class HFTeacher:
         self.notes = notes
         self._place, self._code, self._progress = place, code, progress
         self.device: torch.device = model.device
-        self.max_positions = _max_positions(model.config, notes)
-        tokens = _some_tokens(model, self.max_positions).to(self.device)
+        self.max_positions = max_positions(model.config, notes)
+        tokens = some_tokens(model, self.max_positions).to(self.device)
         with torch.inference_mode():
             try:
                 logits = model(input_ids=tokens, use_cache=False).logits
@@ -57,7 +57,7 @@ class HFTeacher:
                     f"{name}: {type(model).__name__} is there, but fails on {tokens.numel()} tokens ({brief(error)}). "
                     "Try another attention implementation, dtype or device."
                 ) from error
-            _check_causal(model, tokens, logits, name)
+            check_causal(model, tokens, logits, name)
             self._found = find_head(model, tokens)
         self.vocab_size = int(logits.shape[-1])
         if self._found is None:
@@ -151,7 +151,7 @@ def load_hf(
             "that its files are whole, and that this machine has what the settings ask for."
         ) from error
     notes: list[str] = []
-    _check_weights(place, info, notes)
+    check_weights(place, info, notes)
     if parallel is not None:
         parallel.check(place, model)
     model.eval().requires_grad_(False)
@@ -171,7 +171,7 @@ def _device(device: str | torch.device | None, parallel: ParallelGroup | None) -
         raise TeacherError(f"device: found {device!r} ({brief(error, 80)}); cpu, cuda or cuda:N is needed.") from error
 
 
-def _check_weights(place: str | Path, info: dict[str, Any], notes: list[str]) -> None:
+def check_weights(place: str | Path, info: dict[str, Any], notes: list[str]) -> None:
     """Refuse a model of which a part would have been drawn at random."""
     if lacking := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):
         raise TeacherError(
@@ -183,7 +183,7 @@ def _check_weights(place: str | Path, info: dict[str, Any], notes: list[str]) ->
         notes.append(f"{len(unused)} of the weights in its files are no part of the model: {listed}.")
 
 
-def _check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None:
+def check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None:
     """Refuse a model that looks ahead: pads behind a piece would change what it says of the piece."""
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % int(tokens.max() + 1)
@@ -199,14 +199,14 @@ def _check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None
         )
 
 
-def _some_tokens(model: Any, longest: int | None) -> Tensor:
+def some_tokens(model: Any, longest: int | None) -> Tensor:
     """Tokens to try a model on, the same in every process."""
     rows, length = _PROBE[0], min(_PROBE[1], longest or _PROBE[1])
     ids = model.get_input_embeddings().weight.shape[0]
     return torch.randint(0, ids, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def _max_positions(config: Any, notes: list[str]) -> int | None:
+def max_positions(config: Any, notes: list[str]) -> int | None:
     """The longest piece that a model takes."""
     text = config.get_text_config()
     if getattr(text, "alibi", False):

@@ -1,0 +1,263 @@
+"""Student: a model whose forward takes a micro-batch and returns its loss, which is all that a wrapper sees of it.
+
+student = make_student(config, cache.spec).student
+loss = student(batch, alpha=alpha, temperature=temperature, num_items=step.count).loss
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainError
+from ..hub import brief
+from ..kernels import KDLoss, kd_loss, linear_kd_loss
+from ..teacher.head import Found, find_head, logits_of
+from ..teacher.hf import check_causal, max_positions, some_tokens
+from ..teacher.protocol import Head, Hidden, Logits, Output
+from .batch import MicroBatch
+
+
+class Student(nn.Module):
+    """A model to be trained; `of_transformers` and `of_module` make one.
+
+    model: the model itself, the only submodule. name: for people. notes: what they should know, a line each.
+    vocab_size: V, the width of its head. max_positions: the longest piece it takes, None where it is not known.
+    autocast: the type of its matrix products; None: that of its weights.
+
+    DDP's and FSDP2's parameters are whole only within `forward` (and, of FSDP2, `logits`, which has to be registered):
+    head and loss are therefore inside.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        said: Callable[..., Output],
+        *,
+        name: str,
+        vocab_size: int,
+        max_positions: int | None = None,
+        packs: bool = False,
+        notes: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.name, self.vocab_size, self.max_positions = name, vocab_size, max_positions
+        self.notes = [] if notes is None else notes
+        self.autocast: torch.dtype | None = None
+        self._said, self._packs = said, packs
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        alpha: float | Tensor = 0.5,
+        temperature: float | Tensor = 1.0,
+        num_items: int | Tensor | None = None,
+        **settings: Any,
+    ) -> KDLoss:
+        """The loss of the positions of a micro-batch that count, their sum divided by num_items: the count of the whole
+        optimizer step. settings: others of `kd_loss`, as divergence, treatment, beta, skew.
+
+        Only hidden states at `batch.targets.index` go through the head, in chunks that are fused with the loss, where
+        the head is one matrix. Raises TrainError where the micro-batch is not one that the model takes, KDError where
+        its logits are not finite (of a GPU, the loss is NaN).
+        """
+        settings |= {"alpha": alpha, "temperature": temperature, "num_items": num_items}
+        labels, targets = batch.labels.flatten(), batch.targets
+        with self._autocast(batch.device):
+            said = self._run(batch)
+            if isinstance(said, Logits):
+                return kd_loss(said.values.flatten(0, -2), targets, labels, **settings)
+            states, head = said.states.flatten(0, -2), said.head
+            if isinstance(head, Head):
+                return linear_kd_loss(
+                    self._alike(states, head), head.weight, targets, labels, bias=head.bias, softcap=head.softcap,
+                    logit_scale=head.logit_scale, **settings,
+                )  # fmt: skip
+            assert targets.index is not None
+            logits = head(states[targets.index])
+            return kd_loss(logits, replace(targets, index=None), labels[targets.index], **settings)
+
+    def logits(self, batch: MicroBatch, rows: Tensor | None = None) -> Tensor:
+        """Logits `[m, V]` of the flattened positions asked for; None: of those that count."""
+        rows = batch.targets.index if rows is None else rows
+        assert rows is not None
+        with self._autocast(batch.device):
+            said = self._run(batch)
+            if isinstance(said, Logits):
+                return said.values.flatten(0, -2)[rows]
+            states = said.states.flatten(0, -2)[rows]
+            return logits_of(self._alike(states, said.head) if isinstance(said.head, Head) else states, said.head)
+
+    @property
+    def parameters_and_bytes(self) -> tuple[int, int]:
+        """How many numbers it is made of, each once, and their bytes."""
+        found = list(self.parameters())
+        return sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its layers: what its longest list of modules of one class holds; none where there is no such list."""
+        lists = [
+            list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+        ]
+        return max(lists, key=len, default=[])
+
+    def _run(self, batch: MicroBatch) -> Output:
+        if self.max_positions is not None and batch.max_seqlen > self.max_positions:
+            raise TrainError(
+                f"{self.name}: found a piece of {batch.max_seqlen} tokens in the cache; this student takes "
+                f"{self.max_positions}. Use a student of a longer context, or capture with context={self.max_positions}"
+                " or less."
+            )
+        if batch.layout == "packed" and not self._packs:
+            raise TrainError(
+                f"{self.name}: packed micro-batches are for models that keep the pieces apart by their position_ids, "
+                "and this one does not. Use layout='padded'."
+            )
+        return self._said(self.model, batch)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _alike(self, states: Tensor, head: Head) -> Tensor:
+        """Hidden states in the head's type, where nothing else brings the two together."""
+        return states if self.autocast is not None else states.to(head.weight.dtype)
+
+
+def of_transformers(model: Any, name: str) -> Student:
+    """A causal model of transformers as a student; where its head can be read from its config, and the reading is
+    proven right, it is fused with the loss.
+
+    Raises TrainError where it cannot be run, or looks ahead.
+    """
+    notes: list[str] = []
+    longest = max_positions(model.config, notes)
+    tokens = some_tokens(model, longest).to(model.device)
+    model.eval()  # what is drawn by dropout would differ from what is read
+    with torch.no_grad():
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        except Exception as error:
+            raise TrainError(
+                f"{name}: {type(model).__name__} is there, but fails on {tokens.numel()} tokens ({brief(error)}). Try "
+                "another attention implementation."
+            ) from error
+        check_causal(model, tokens, logits, name)
+        found = find_head(model, tokens)
+        packs = _keeps_apart(lambda **inputs: model(use_cache=False, **inputs).logits, tokens)
+    model.train()
+    if found is None or not isinstance(found.head, Head):
+        notes.append(
+            f"{type(model).__name__}: its head is not one matrix of which its config says how it is used, so [positions"
+            ", V] logits are held for every micro-batch, which costs memory and time."
+        )
+    width = int(logits.shape[-1])
+    return Student(
+        model, _said_by_transformers(found, width), name=name, vocab_size=width, max_positions=longest, packs=packs,
+        notes=notes,
+    )  # fmt: skip
+
+
+def of_module(model: nn.Module, name: str) -> Student:
+    """A module of one's own as a student: it maps token ids `[B, L]` to logits `[B, L, V]`, to an object with `logits`,
+    or to `Hidden` (states and a head), and what it says at a position must not depend on later ones.
+
+    For packed micro-batches its forward takes `position_ids`, and keeps the pieces apart by them.
+    Raises TrainError where it returns something else.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
+    probe = torch.zeros((1, 4), dtype=torch.int64, device=parameter.device)
+    notes: list[str] = []
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        try:
+            said = _output(model(probe), name)
+        except TrainError:
+            raise
+        except Exception as error:
+            raise TrainError(
+                f"{name}: {type(model).__name__} fails on token ids of shape (1, 4) ({brief(error)}). A module that "
+                "maps them to logits, or to hidden states and a head, is needed."
+            ) from error
+        packs = takes and _keeps_apart(lambda input_ids, **more: _first(_output(model(input_ids, **more), name)), probe)
+        if isinstance(said, Logits):
+            width = said.values.shape[-1]
+        elif isinstance(said.head, Head):
+            width = len(said.head.weight)
+        else:
+            width = said.head(said.states.flatten(0, -2)[:1]).shape[-1]
+    model.train(training)
+    if isinstance(said, Logits) or not isinstance(said.head, Head):
+        notes.append(
+            f"{type(model).__name__} returns logits, so [positions, V] of them are held for every micro-batch, which "
+            "costs memory and time. Return fastkd.teacher.protocol.Hidden (states and a Head) instead."
+        )
+
+    def says(module: nn.Module, batch: MicroBatch) -> Output:
+        return _output(module(batch.input_ids, **_places(batch)), name)
+
+    return Student(model, says, name=name, vocab_size=int(width), packs=packs, notes=notes)
+
+
+def _said_by_transformers(found: Found | None, width: int) -> Callable[[Any, MicroBatch], Output]:
+    def says(model: Any, batch: MicroBatch) -> Output:
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, **_places(batch)}
+        if found is None:
+            return Logits(model(**inputs).logits)
+        states = model.base_model(**inputs).last_hidden_state
+        if not isinstance(found.head, Head):
+            return Hidden(states, found.head)
+        # asked for anew each time: what a wrapper puts in the parameters' place is there
+        module = model.get_output_embeddings()
+        weight, bias = module.weight, module.bias
+        if len(weight) != width:
+            weight, bias = weight[:width], None if bias is None else bias[:width]
+        return Hidden(states, Head(weight, bias, found.head.softcap, found.head.logit_scale))
+
+    return says
+
+
+def _places(batch: MicroBatch) -> dict[str, Tensor]:
+    """What keeps pieces apart; rows with pads behind are apart."""
+    return {"position_ids": batch.position_ids} if batch.layout == "packed" else {}
+
+
+def _keeps_apart(run: Callable[..., Tensor], tokens: Tensor) -> bool:
+    """Whether a model says the same of a piece that follows another in one row, told by its position_ids."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device)[None]
+    other = (tokens[:1] + 1) % (int(tokens.max()) + 2)
+    try:
+        alone = run(input_ids=tokens[:1], position_ids=places)
+        packed = run(input_ids=torch.cat([other, tokens[:1]], 1), position_ids=torch.cat([places, places], 1))
+    except Exception:  # it takes no position_ids, or not such: then it is not run so
+        return False
+    bound = max(1e-5, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+    return bool(((packed[:, length:] - alone).abs() <= bound).all())
+
+
+def _first(said: Output) -> Tensor:
+    return said.values if isinstance(said, Logits) else said.states
+
+
+def _output(found: Any, name: str) -> Output:
+    """What a module returned, as what it means."""
+    if isinstance(found, (Hidden, Logits)):
+        return found
+    logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise TrainError(
+            f"{name}: found {type(found).__name__}{shape} from the model; logits [B, L, V], an object with `logits`, "
+            "or fastkd.teacher.protocol.Hidden is needed."
+        )
+    return Logits(logits)

@@ -1,0 +1,86 @@
+"""Tiny caches and students for the tests of training, importable by the processes that these start."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hf_cases import VOCAB, config_of
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.cache import Cache, open_cache
+from fastkd.teacher.protocol import Head, Hidden
+
+WIDTH = 12
+# eight shards and more, of pieces of many lengths
+CAPTURE: dict[str, Any] = {"k": 6, "draws": 3, "context": 16, "shard_positions": 48, "held_out": 0.2}
+SMALL: dict[str, Any] = {"batch_tokens": 60, "micro_tokens": 32, "steps": 10, "rate": 0.01, "evaluate_every": 0}
+
+
+class Tiny(nn.Module):
+    """A causal model: each position sees a decaying sum of all up to it. Hidden states and a head, or logits."""
+
+    def __init__(
+        self, *, vocab: int = VOCAB, seed: int = 0, logits: bool = False, dropout: float = 0.0, bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
+
+        self.embedding = nn.Embedding(vocab, WIDTH, _weight=drawn(vocab, WIDTH).data)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, dtype=dtype) for _ in range(3))
+        for layer in self.layers:
+            layer.weight, layer.bias = drawn(WIDTH, WIDTH), drawn(WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, dtype=dtype)
+        self.head = drawn(vocab, WIDTH)
+        self.head_bias = drawn(vocab) if bias else None
+        self.dropout = nn.Dropout(dropout)
+        self.gives_logits = logits
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            mixed = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None].to(x.dtype).sqrt()
+            x = x + self.dropout(torch.tanh(layer(mixed) / 4))
+        x = self.norm(x)
+        if self.gives_logits:
+            z: Tensor = x @ self.head.T
+            return z if self.head_bias is None else z + self.head_bias
+        return Hidden(x, Head(self.head, self.head_bias))
+
+
+def tiny() -> Tiny:
+    """What module:factory names."""
+    return Tiny(seed=1)
+
+
+def double() -> Tiny:
+    return Tiny(seed=1, dtype=torch.float64)
+
+
+def dropping() -> Tiny:
+    return Tiny(seed=1, dropout=0.2)
+
+
+def llama(**changes: Any) -> Any:
+    return config_of("llama", **changes)
+
+
+def documents(count: int = 60, longest: int = 30, seed: int = 0) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, int(n)).tolist() for n in random.integers(2, longest, count)]
+
+
+def make_cache(folder: Path, data: Any = None, **changes: Any) -> Cache:
+    """What a teacher of the same kind says of some documents."""
+    teacher = Tiny(seed=7)
+    fastkd.capture(teacher, documents() if data is None else data, folder, **{**CAPTURE, **changes})
+    return open_cache(folder)
+
+
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True)

@@ -1,0 +1,173 @@
+"""What the processes of the tests of training do. They are forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.student.train", "fastkd.student.evaluate"])
+
+
+def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
+    """A job in some processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running: list[BaseProcess] = [
+        SERVER.Process(target=_begin, args=(job, arguments, rank, ranks, port)) for rank in range(ranks)
+    ]
+    for process in running:
+        process.start()
+    return running
+
+
+def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:
+    """Their exit statuses; where one fails the others are killed, as torchrun does."""
+    waited = list(running)
+    while waited:
+        ready = wait([process.sentinel for process in waited], seconds)
+        waited = [process for process in waited if process.sentinel not in ready]
+        if not ready or any(process.exitcode for process in running):
+            for process in waited:
+                process.kill()
+    for process in running:
+        process.join()
+    return [process.exitcode for process in running]
+
+
+def run(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
+    """A job that has to end well."""
+    assert finish(start(job, *arguments, ranks=ranks)) == [0] * ranks
+
+
+def _begin(job: Callable[..., None], arguments: tuple[Any, ...], rank: int, ranks: int, port: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job(*arguments)
+
+
+def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """To the end."""
+    import fastkd
+
+    assert fastkd.train(student, cache, out, **changes).status == 0
+
+
+def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
+    """Several, one after another, in one process group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for arguments in runs:
+        train(*arguments)
+    dist.destroy_process_group()
+
+
+def train_and_stop(student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int) -> None:
+    """Up to a step, where a stop is asked for: on the last process alone, as signals are not told to all at once."""
+    import fastkd
+    from fastkd.teacher.job import Stop
+
+    stop, last = Stop(), os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def measure(student: Any) -> dict[str, float]:
+        if last:
+            stop()
+        return {"cross_entropy": 0.0}
+
+    report = fastkd.train(
+        student, cache, out, stop=stop, evaluate=measure, **{**changes, "evaluate_every": step, "best": "cross_entropy"}
+    )
+    assert report.status == 75
+    assert step < report.step <= step + 2
+
+
+def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """The positions that count of this rank in each step."""
+    import torch.distributed as dist
+
+    from fastkd import DistillLoader
+    from fastkd.student.run import summed_over
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    loader = DistillLoader(
+        cache, batch_tokens=changes["batch_tokens"], rank=rank, world_size=dist.get_world_size(), reduce=summed_over()
+    )
+    counts = [sum(b.count for b in step.micro_batches) for step in loader]
+    (out / f"counts-{rank}").write_text(" ".join(map(str, counts)))
+    dist.destroy_process_group()
+
+
+def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
+    """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
+    changes what lies on the disk."""
+    from fastkd.student import checkpoint, metrics
+    from fastkd.student.train import Trainer
+
+    left = moment
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return run
+
+    if int(os.environ.get("RANK", "0")) == of:
+        for owner, name in (
+            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (checkpoint, "save_file"),
+            (checkpoint.shutil, "rmtree"), (metrics.MetricsLog, "write"), (Trainer, "_make"),
+        ):  # fmt: skip
+            setattr(owner, name, dying(getattr(owner, name)))
+    train(student, cache, out, changes)
+
+
+def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """As the command does it, with time between steps for a signal to come in; ends with the report's status."""
+    import sys
+    import time
+
+    import fastkd
+    from fastkd.student.train import Trainer
+    from fastkd.teacher.signals import stopping
+
+    make = Trainer._make
+
+    def slow(self: Any, step: Any) -> Any:
+        time.sleep(0.05)
+        return make(self, step)
+
+    Trainer._make = slow  # type: ignore[method-assign]
+    with stopping() as stop:
+        report = fastkd.train(student, cache, out, stop=stop, **changes)
+    sys.exit(report.status)
+
+
+def refused(student: Any, cache: Path, out: Path, changes: dict[str, Any], message: str) -> None:
+    """Every process is told why."""
+    import re
+
+    import fastkd
+    from fastkd.errors import StreamError, TrainError
+
+    try:
+        fastkd.train(student, cache, out, **changes)
+    except (StreamError, TrainError) as error:
+        assert re.search(message, str(error)), error
+        return
+    raise AssertionError("nothing was refused")
