@@ -117,11 +117,12 @@ def overlaps(table: pa.Table) -> list[tuple[int, int]]:
     return [(int(shard[by][i]), int(shard[by][i + 1])) for i in late]
 
 
-def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1) -> list[list[int]]:
-    """The numbers that nothing covers below the last that something does: [from, to], both included."""
+def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end: int = 0) -> list[list[int]]:
+    """The numbers that nothing covers below the last that something does, and below `end`: [from, to], both included."""
     by = np.argsort(starts, kind="stable")
     covered = np.concatenate([[0], np.maximum.accumulate((starts + counts)[by])])
-    return [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]
+    found = [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]
+    return found + [[int(covered[-1]), end - 1]] * (end > covered[-1])
 
 
 def _is_number(value: Any) -> bool:

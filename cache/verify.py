@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .errors import CacheError, NotFound, StoreError
 from .manifest import gaps, overlaps, row_of, table_of
 from .reader import Cache, open_cache
-from .scan import PREFIX, SPEC_KEY, read_spec, shard_index, shard_key
+from .scan import PREFIX, SPEC_KEY, planned_shards, read_spec, shard_index, shard_key
 from .shard import check_attributes, decode_shard, known_arrays
 from .shardfile import Damage, check_bytes, content_hash, read_attributes, stored_digest, unpack
 from .stores import Entry, Store, open_store
@@ -104,9 +104,11 @@ def verify(cache: Cache, *, deep: bool = True, progress: bool = False) -> Report
             report.problems.append(problem)
     table = table_of(rows)
     if not cache.sealed:
-        report.missing = gaps(np.array(indices, np.int64))
+        report.missing = gaps(np.array(indices, np.int64), end=planned_shards(cache.store))
         for first, last in report.missing:
-            if first > 0:  # what comes before the first may be another writer's, who has not begun
+            if (
+                0 < first < max(indices, default=0)
+            ):  # what comes before the first may be another writer's, who has not begun
                 what = "it is missing" if first == last else f"it and all up to {last} are missing"
                 report.problems.append(Problem(first, None, f"{what}, between others that are there"))
     for one, other in overlaps(table):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -26,6 +27,7 @@ from .settings import (
     TeacherSettings,
     TrainSettings,
 )
+from .stopping import WORK_REMAINS, Stop, Stopped, stopping
 
 if TYPE_CHECKING:
     from .cache.stores import Store
@@ -194,44 +196,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def capture(command: Capture) -> Outcome:
     """Fill the cache; status 75 where work remains."""
+    return _stoppable(partial(_captured, command), "stopped before the first shard. The same command again goes on.")
+
+
+def _captured(command: Capture, stop: Stop) -> Outcome:
     from .cache import open_store
     from .cache.stores.base import clean
     from .progress import mode_for
+    from .teacher.asked import check_asked
+
+    check_asked(_capture_settings(command))
+    store = open_store(command.out, create=True)
+    _note(f"loading {command.teacher}", events=command.json)
     from .teacher.capture import capture as run
-    from .teacher.job import WORK_REMAINS
     from .teacher.load import load
-    from .teacher.pipeline import Stopped
-    from .teacher.signals import stopping
     from .teacher.text import capture_text
 
-    store = open_store(command.out, create=True)
     try:
-        with stopping() as stop:
-            loaded = load(
-                command.teacher,
-                command,
-                command,
-                rank=command.rank,
-                world_size=command.world_size,
-                parallel=command.teacher_parallel,
-                progress=_at_terminal(),
-            )
-            report = run(
-                loaded.teacher,
-                loaded.data,
-                store,
-                _capture_settings(command),
-                rank=loaded.place.worker,
-                world_size=loaded.place.workers,
-                group=loaded.place.group,
-                threads=command.threads,
-                stop=stop,
-                progress=mode_for(events=command.json),
-                notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
-            )
-    except Stopped:
-        text = "stopped before the first shard. The same command again goes on."
-        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+        loaded = load(
+            command.teacher,
+            command,
+            command,
+            rank=command.rank,
+            world_size=command.world_size,
+            parallel=command.teacher_parallel,
+            progress=_at_terminal(),
+        )
+        report = run(
+            loaded.teacher,
+            loaded.data,
+            store,
+            _capture_settings(command),
+            rank=loaded.place.worker,
+            world_size=loaded.place.workers,
+            group=loaded.place.group,
+            threads=command.threads,
+            stop=stop,
+            progress=mode_for(events=command.json),
+            notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
+        )
     except (ReadOnly, NotFound):
         raise
     except StoreError as error:
@@ -242,12 +245,17 @@ def capture(command: Capture) -> Outcome:
 
 def plan(command: Plan) -> Outcome:
     """Estimate a capture from a slice of it."""
+    from .teacher.asked import check_asked
+
+    check_asked(_capture_settings(command))
+    _note(f"loading {command.teacher}", events=False)
     from .teacher.estimating.estimate import estimate
     from .teacher.estimating.text import estimate_text
     from .teacher.load import load
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
+    _note(f"measuring the data, then a slice: some {command.seconds:g} s, two batches at least", events=False)
     found = estimate(
         loaded.teacher,
         loaded.data,
@@ -285,8 +293,15 @@ def verify(command: Verify) -> Outcome:
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
+    if any(problem.shard is not None for problem in found.problems):
+        sealed = " and manifest.parquet" if found.sealed else ""
+        lines.append(
+            f"To mend it, delete the bad shards{sealed}, and run the same capture again: it writes what is missing."
+        )
     if found.missing:
-        lines.append(f"not there (not written yet?): shards {ranges(found.missing)}")
+        lines.append(
+            f"not there (not written yet?): shards {ranges(found.missing)}. The same capture again writes them."
+        )
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
     text = "\n".join(printable(line) for line in lines)
     warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
@@ -343,29 +358,25 @@ def seal(command: Seal) -> Outcome:
 
 def train(command: Train) -> Outcome:
     """Train the student; status 75 where work remains."""
-    from .progress import mode_for
-    from .student.result import report_of, stopped_text
-    from .student.train import train as run
-    from .teacher.job import WORK_REMAINS
-    from .teacher.pipeline import Stopped
-    from .teacher.signals import stopping
+    from .student.result import stopped_text
 
-    store = _store(command.cache)
-    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
-    try:
-        with stopping() as stop:
-            report = run(
-                command.student,
-                store,
-                command.out,
-                settings,
-                control=command.control,
-                stop=stop,
-                progress=mode_for(events=command.json),
-            )
-    except Stopped:
-        text = stopped_text(command.out)
-        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    return _stoppable(partial(_trained, command), stopped_text(command.out))
+
+
+def _trained(command: Train, stop: Stop) -> Outcome:
+    from .progress import mode_for
+    from .student.result import report_of
+    from .student.train import train as run
+
+    report = run(
+        command.student,
+        _store(command.cache),
+        command.out,
+        TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+        control=command.control,
+        stop=stop,
+        progress=mode_for(events=command.json),
+    )
     if os.environ.get("RANK", "0") != "0":  # what one process says is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
@@ -381,6 +392,15 @@ def demo(command: Demo) -> Outcome:
         teacher = SmolLM2(command.out / "teacher")
     report = run_demo(command, teacher, demo_text(), clock)
     return Outcome(report, text_of(report))
+
+
+def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
+    """What a long command does; where a signal stops it before it has anything to drop, that text and 75."""
+    try:
+        with stopping() as stop:
+            return run(stop)
+    except Stopped:
+        return Outcome({"event": "stopped", "text": stopped}, "", WORK_REMAINS, stopped)
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
@@ -440,6 +460,14 @@ def _parse(args: list[str]) -> Any:
             args = [clean(arg) for arg in args]
         parse(args, aloud=True)
         raise
+
+
+def _note(text: str, *, events: bool) -> None:
+    """Tell a person, or a scheduler, what takes a while."""
+    if events:
+        _say(json.dumps({"event": "note", "text": text}))
+    else:
+        _say(printable(f"fastkd: {text}"), sys.stderr)
 
 
 def _at_terminal() -> bool:

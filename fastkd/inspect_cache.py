@@ -8,7 +8,7 @@ import numpy as np
 
 from .cache.errors import NotFound, StoreError
 from .cache.manifest import STATISTICS, gaps, overlaps
-from .cache.scan import PREFIX, corrupt, scan, shard_index, shard_key
+from .cache.scan import PREFIX, corrupt, planned_shards, scan, shard_index, shard_key
 from .cache.shard import check_attributes
 from .cache.shardfile import TAIL_LENGTH, Damage, read_attributes
 from .cache.spec import CODECS, FORMAT
@@ -62,7 +62,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "mass": _statistics(table, "mass"),
         "entropy": _statistics(table, "entropy"),
         "missing": {
-            "shards": gaps(table.column("shard").to_numpy()),
+            "shards": gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store)),
             "sequences": gaps(*(table.column(name).to_numpy() for name in ("first_sequence", "sequences"))),
             "objects": runs(gone | (known - there.keys() if sizes is not None else set())),
             "listed": sizes is not None,

@@ -19,9 +19,8 @@ import torch
 from capture_cases import Causal, documents
 from torch import Tensor
 
+from fastkd.stopping import Stopped, stopping
 from fastkd.teacher.capture import capture
-from fastkd.teacher.pipeline import Stopped
-from fastkd.teacher.signals import stopping
 
 # some twelve shards of some three batches
 ASKED: dict[str, Any] = {

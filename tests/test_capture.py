@@ -18,7 +18,7 @@ from fastkd.data.documents import open_documents
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
-from fastkd.teacher.job import Stop
+from fastkd.stopping import Stop
 from fastkd.teacher.load import place_of
 from fastkd.teacher.modules import ModuleTeacher
 
@@ -413,7 +413,7 @@ X = {"fingerprint": "x"}
         (
             lambda ids: torch.zeros(2, 3),
             {"fingerprint": "x", "vocab_size": 3},
-            r"an output of shape \(2, 3\) for inputs",
+            r"an output of shape \(2, 3\); \(1, 3, V\), a row for each position",
         ),
         (
             lambda ids: torch.zeros(*ids.shape, 5),

@@ -21,11 +21,11 @@ from fastkd.cli import main
 from fastkd.errors import StreamError, TrainError
 from fastkd.hub import load_transformers
 from fastkd.settings import TrainSettings
+from fastkd.stopping import Stop
 from fastkd.student.checkpoint import newest, read, steps_of
 from fastkd.student.metrics import read_metrics
 from fastkd.student.model import Student
 from fastkd.student.schedule import rate_at
-from fastkd.teacher.job import Stop
 from fastkd.teacher.protocol import Head, Hidden
 
 

@@ -77,7 +77,7 @@ def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
 def train_and_stop(student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int) -> None:
     """Up to a step, where a stop is asked for: on the last process alone, as signals are not told to all at once."""
     import fastkd
-    from fastkd.teacher.job import Stop
+    from fastkd.stopping import Stop
 
     stop, last = Stop(), os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 
@@ -143,8 +143,8 @@ def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) 
     import time
 
     import fastkd
+    from fastkd.stopping import stopping
     from fastkd.student.train import Trainer
-    from fastkd.teacher.signals import stopping
 
     make = Trainer._make
 

@@ -10,8 +10,9 @@ from ..cache import create_cache
 from ..cache.stores import open_store
 from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
+from ..stopping import Stop
 from .claims import Claims
-from .job import CaptureReport, Group, Job, Stop
+from .job import CaptureReport, Group, Job
 from .load import as_data, as_teacher, place_of
 from .pipeline import Runner
 from .prepare import ask_for, keep_plan, prepare

@@ -22,12 +22,12 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..inspect_cache import runs
 from ..progress import Progress
+from ..stopping import DONE, WORK_REMAINS, Stop, Stopped
 from .claims import Claims
-from .pipeline import Runner, Stopped
+from .pipeline import Runner
 from .plan import Plan
 from .rows import Rows, rows
 
-DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, on which schedulers requeue
 _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # between two looks at what others do; each is twice as long as the last
 T = TypeVar("T")
 
@@ -53,20 +53,6 @@ class Alone:
     def share(self, value: T) -> T:
         """The value."""
         return value
-
-
-@dataclass
-class Stop:
-    """Asks a job to stop: its shard is dropped after the present batch, and what is finished is committed.
-
-    gentle: whether a job is at work that will do so.
-    """
-
-    asked: bool = False
-    gentle: bool = False
-
-    def __call__(self, *signal: Any) -> None:
-        self.asked = True
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def load(
     """
     rank, world_size = place_of(rank, world_size)
     device = settings.device or _device(os.environ)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TeacherError(f"device: found {device}, and torch finds no GPU here. Leave it out to use the CPU.")
     # a file that is not there is missed before the teacher is read, which takes a while
     source = None if data is None else _source(data)
     place, group = Place(rank, world_size, Alone()), None
@@ -70,7 +72,10 @@ def load(
         group = join_group(rank, world_size, parallel, device=device.partition(":")[0])
         place = Place(group.worker, group.workers, group)
     if is_factory(teacher):
-        model = as_teacher(made_by(teacher, TeacherError), source)
+        made = made_by(teacher, TeacherError)
+        if not callable(made):
+            raise TeacherError(f"{teacher}: returned {type(made).__name__}; a Teacher or a torch module is needed.")
+        model = as_teacher(made, source)
     else:
         model = load_hf(
             teacher,
@@ -177,11 +182,18 @@ def made_by(name: str, error: type[Exception]) -> Any:
         raise error(
             f"{name}: {problem}. A module that can be imported from here, and a function in it, are needed."
         ) from problem
-    return factory()
+    try:
+        return factory()
+    except Exception as problem:
+        raise error(
+            f"{name}: the function raised {type(problem).__name__}: {problem}. It is called without arguments."
+        ) from (problem)
 
 
 def _source(data: DataSettings) -> Any:
     """The data, opened."""
+    if not data.data:
+        raise DataError("--data: found no file. Name at least one, or a folder, a pattern, or module:factory.")
     source: Any = [Path(name) for name in data.data] if len(data.data) > 1 else data.data[0]
     if len(data.data) == 1 and is_factory(data.data[0]):
         source = made_by(data.data[0], DataError)

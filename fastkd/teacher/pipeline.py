@@ -17,6 +17,7 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
 from ..kernels import KDError, SparseTargets, linear_topk_targets, topk_targets
+from ..stopping import Stopped
 from .protocol import Head, Hidden, Output, Teacher
 from .rows import Rows, teacher_inputs
 
@@ -24,10 +25,6 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 FIELDS = ("ids", "logprobs", "tail", "outcomes", "draws")
 ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
-
-
-class Stopped(Exception):
-    """The job was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,8 @@ class Runner:
         start = _event(device)
         output = self.teacher(inputs)
         try:
-            targets = targets_of(output, flat_M, numbers_M, self.ask, inputs.shape, self.teacher.vocab_size)
+            leading = inputs.shape[: 2 if "tokens" in some.inputs else 1]
+            targets = targets_of(output, flat_M, numbers_M, self.ask, leading, self.teacher.vocab_size)
         except KDError as error:
             if error.row is None:
                 raise
@@ -202,7 +200,7 @@ def targets_of(
     """The targets of some rows of a teacher's output.
 
     flat_M: int64 `[m]`, the rows, among all of `[B, L]` (or `[B]`). numbers_M: int64 `[m]`, their numbers in the data
-    set, which the draws depend on. shape: of the inputs. Raises TeacherError where the output is of another shape, and
+    set, which the draws depend on. shape: `[B, L]` or `[B]`. Raises TeacherError where the output is of another shape, and
     KDError (with `row`, of the m) where a row is not finite, on the CPU.
     """
     options: dict[str, Any] = {
@@ -242,13 +240,14 @@ def targets_of(
 
 
 def rows_of(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
-    """All rows of a teacher's output, `[B·L, D or V]`. shape: the inputs'. TeacherError where it does not fit."""
+    """All rows of a teacher's output, `[B·L, D or V]`. shape: `[B, L]` of text, `[B]` of examples. TeacherError where
+    the output has not a row for each."""
     values = output.states if isinstance(output, Hidden) else output.values
-    leading = tuple(values.shape[:-1])
-    if leading != tuple(shape[: len(leading)]) or len(leading) not in (1, 2):
+    if tuple(values.shape[:-1]) != tuple(shape):
+        needed = ", ".join(map(str, shape))
         raise TeacherError(
-            f"teacher: found an output of shape {tuple(values.shape)} for inputs {tuple(shape)}; one row a position "
-            "(of text), or one an example, is needed."
+            f"teacher: found an output of shape {tuple(values.shape)}; ({needed}, V), a row for each "
+            f"{'position' if len(shape) == 2 else 'example'}, is needed."
         )
     width = values.shape[-1]
     if isinstance(output, Hidden) and isinstance(output.head, Head):

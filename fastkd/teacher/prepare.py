@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import CacheError, CacheSpec, NotFound
-from ..cache.scan import read_spec
+from ..cache.scan import PLAN_KEY, read_spec
 from ..cache.spec import differences, parse_json
 from ..cache.stores import Store
 from ..data.documents import Documents
@@ -25,7 +25,6 @@ from .plan import Plan, PlanSettings, make_plan
 from .protocol import Teacher
 from .rows import EXAMPLES, TEXT
 
-PLAN_KEY = "plan.json"
 LENGTHS_KEY = "lengths.npz"
 DEFAULT_CONTEXT = 2048
 _WAIT_SECONDS = 2.0
@@ -94,7 +93,10 @@ def kept_plan(store: Store, spec: CacheSpec) -> tuple[Plan, int]:
         plan_json, lengths_npz = store.get(PLAN_KEY), store.get(LENGTHS_KEY)
     except NotFound as error:
         raise DataError(f"{PLAN_KEY} or {LENGTHS_KEY} is not in it.") from error
-    plan = Plan.from_json(plan_json, lengths_from_npz(lengths_npz, dataset, LENGTHS_KEY))
+    lengths = lengths_from_npz(lengths_npz, dataset, LENGTHS_KEY)
+    if lengths is None:
+        raise DataError(f"{LENGTHS_KEY} in it is of other data.")
+    plan = Plan.from_json(plan_json, lengths)
     if plan.hash != expected:
         raise DataError(f"{PLAN_KEY} is another plan than the one its spec names.")
     return plan, int(seed)
@@ -198,7 +200,10 @@ def _lengths(
     said = False
     while True:
         with suppress(NotFound):
-            return _kept_lengths(store, data, dataset)
+            if (found := _kept_lengths(store, data, dataset)) is not None:
+                return found
+            # a run that came to nothing left those of other data, and nothing was planned by them
+            return data.lengths(progress=progress)
         left = claims.take("lengths")
         if not left:
             break
@@ -215,13 +220,16 @@ def _lengths(
         raise
     claims.done("lengths")
     # another was faster: all plan by the same
-    return lengths if kept else _kept_lengths(store, data, dataset)
+    found = None if kept else _kept_lengths(store, data, dataset)
+    return lengths if found is None else found
 
 
-def _kept_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDArray[np.int32]:
-    """The lengths in the store."""
+def _kept_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDArray[np.int32] | None:
+    """The lengths in the store; None where they are of other data."""
     where = f"{store.describe()}, {LENGTHS_KEY}"
     lengths = lengths_from_npz(store.get(LENGTHS_KEY), dataset, where)
+    if lengths is None:
+        return None
     if len(lengths) != len(data):
         raise DataError(
             f"{where}: found the lengths of {len(lengths)} documents, where there are {len(data)}. Delete it; they are "
@@ -277,6 +285,6 @@ def _tokenization(data: Documents | Examples) -> str:
 
 def _refusal(store: Store, different: list[str]) -> CacheError:
     return CacheError(
-        f"{store.describe()}: the cache there is not what is asked for now ({'; '.join(different)}). Write to another "
-        "place, or capture with what it was begun with."
+        f"{store.describe()}: the cache there is not what is asked for now (there, and now: {'; '.join(different)}). "
+        "Write to another place, or capture with what it was begun with."
     )

@@ -319,7 +319,7 @@ def _compare(
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     try:
         output = teacher(inputs)
-        live = live_rows(output, flat, inputs.shape, stored, found.spec)
+        live = live_rows(output, flat, inputs.shape[: 2 if "tokens" in some.inputs else 1], stored, found.spec)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
             f"shard {shard}: a batch of {inputs.numel()} positions does not fit into the device's memory, and capture "

@@ -66,7 +66,7 @@ class Live:
 def live_rows(output: Output, flat: Array, shape: torch.Size, stored: Stored, spec: CacheSpec) -> Live:
     """Look the stored entries up in a teacher's output.
 
-    flat: int64 `[m]`, where the rows are among all of `[B, L]` (or `[B]`). shape: of the inputs. No more than a few
+    flat: int64 `[m]`, where the rows are among all of `[B, L]` (or `[B]`), which is shape. No more than a few
     rows' logits are ever there in float32. Raises TeacherError where the output is of another shape, and KDError (with
     `row`, of the m) where a row has NaN, +inf or no finite number.
     """

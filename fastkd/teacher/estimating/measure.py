@@ -241,7 +241,7 @@ def _kept(some: Rows, output: Output, vocab_size: int) -> Kept:
     at, flat = some.counted(places)
     lengths = some.document_lengths.astype(np.int64)
     values = output.states if isinstance(output, Hidden) else output.values
-    shape = values.shape if "tokens" in some.inputs else torch.Size([int(lengths.sum())])
+    shape = values.shape[:2] if "tokens" in some.inputs else torch.Size([int(lengths.sum())])
     rows_MX = rows_of(output, shape, vocab_size)
     size = rows_MX.shape[1] * rows_MX.element_size()
     most = max(1, min(len(at), _KEPT_ROWS, _KEPT_BYTES // size))

@@ -1,20 +1,37 @@
-"""SIGTERM and SIGINT ask a job to stop."""
+"""SIGTERM and SIGINT ask a job to stop. Imports nothing heavy: it is the first thing that a command does."""
 
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from .job import Stop
-from .pipeline import Stopped
-
+DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, on which schedulers requeue
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A job was asked to stop. Like KeyboardInterrupt, it is no failure of whatever it comes through."""
+
+
+@dataclass
+class Stop:
+    """Asks a job to stop: what it has begun is dropped after the present batch, what is finished is kept.
+
+    gentle: whether a job is at work that will do so.
+    """
+
+    asked: bool = False
+    gentle: bool = False
+
+    def __call__(self, *signal: Any) -> None:
+        self.asked = True
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """A `Stop` that the first SIGTERM or SIGINT asks; at once (`Stopped` is raised) while there is no shard to drop.
+    """A `Stop` that the first SIGTERM or SIGINT asks; at once (`Stopped` is raised) while there is nothing to drop.
 
     A second SIGINT interrupts as usual. To be entered in the main thread.
     """
