@@ -6,7 +6,7 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help demo test check soak bench-loss bench-cache bench-capture clean
+.PHONY: help demo test check soak bench-loss bench-cache bench-capture bench-train clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -52,6 +52,9 @@ bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench
 
 bench-capture: $(STAMP) $(DEMO_STAMP)  ## capture against the bare teacher
 	$(BIN)/python bench/bench_capture.py
+
+bench-train: $(STAMP)  ## a step against cross-entropy alone and against the teacher at hand
+	$(BIN)/python bench/bench_train.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

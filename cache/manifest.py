@@ -118,7 +118,7 @@ def overlaps(table: pa.Table) -> list[tuple[int, int]]:
 
 
 def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end: int = 0) -> list[list[int]]:
-    """The numbers that nothing covers below the last that something does, and below `end`: [from, to], both included."""
+    """The numbers that nothing covers below the last that something does, and below `end`: [from, to], inclusive."""
     by = np.argsort(starts, kind="stable")
     covered = np.concatenate([[0], np.maximum.accumulate((starts + counts)[by])])
     found = [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]

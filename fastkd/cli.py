@@ -17,7 +17,7 @@ import tyro
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, StreamError, TeacherError, TrainError
+from .errors import DataError, StreamError, TeacherError, TrainError, WorkRemains
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -358,25 +358,30 @@ def seal(command: Seal) -> Outcome:
 
 def train(command: Train) -> Outcome:
     """Train the student; status 75 where work remains."""
-    from .student.result import stopped_text
-
-    return _stoppable(partial(_trained, command), stopped_text(command.out))
+    return _stoppable(partial(_trained, command), f"{command.out}: stopped. The same command again goes on.")
 
 
 def _trained(command: Train, stop: Stop) -> Outcome:
+    from .cache.stores.base import clean
     from .progress import mode_for
     from .student.result import report_of
     from .student.train import train as run
 
-    report = run(
-        command.student,
-        _store(command.cache),
-        command.out,
-        TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
-        control=command.control,
-        stop=stop,
-        progress=mode_for(events=command.json),
-    )
+    try:
+        report = run(
+            command.student,
+            _store(command.cache),
+            command.out,
+            TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            control=command.control,
+            stop=stop,
+            progress=mode_for(events=command.json),
+        )
+    except (ReadOnly, NotFound):
+        raise
+    except (StoreError, WorkRemains) as error:
+        text = clean(str(error))
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     if os.environ.get("RANK", "0") != "0":  # what one process says is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)

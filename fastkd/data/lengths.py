@@ -19,7 +19,7 @@ def lengths_to_npz(lengths: NDArray[np.int32], fingerprint: str) -> bytes:
 
 
 def lengths_from_npz(data: bytes, fingerprint: str, where: str) -> NDArray[np.int32] | None:
-    """The lengths again; None where they are another dataset's. DataError, naming `where`, where there are none in it."""
+    """The lengths again; None where they are another dataset's. DataError, naming `where`, where there are none."""
     try:
         with np.load(io.BytesIO(data)) as arrays:
             found, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)

@@ -128,6 +128,13 @@ class Wrapped:
                 return self._both(batch, settings)
         return self._both(batch, settings)
 
+    def evaluated(self) -> None:
+        """To be called after `logits`, which leaves FSDP2's outermost parameters whole: back to parts, as an optimizer
+        and a checkpoint know them."""
+        for module in self.student.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _both(self, batch: MicroBatch, settings: dict[str, Any]) -> KDLoss:
         out: KDLoss = self._module(batch, **settings)
         loss = out.loss * self._world if self._world > 1 else out.loss

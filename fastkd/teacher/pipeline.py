@@ -200,8 +200,8 @@ def targets_of(
     """The targets of some rows of a teacher's output.
 
     flat_M: int64 `[m]`, the rows, among all of `[B, L]` (or `[B]`). numbers_M: int64 `[m]`, their numbers in the data
-    set, which the draws depend on. shape: `[B, L]` or `[B]`. Raises TeacherError where the output is of another shape, and
-    KDError (with `row`, of the m) where a row is not finite, on the CPU.
+    set, which the draws depend on. shape: `[B, L]` or `[B]`. Raises TeacherError where the output is of another shape,
+    and KDError (with `row`, of the m) where a row is not finite, on the CPU.
     """
     options: dict[str, Any] = {
         "temperatures": ask.temperatures,
