@@ -1,5 +1,9 @@
-"""Small teachers for the tests of capture, and what a cache of theirs must hold."""
+"""Small teachers for the tests of capture, what a cache of theirs must hold, and what may happen to a capture."""
 
+import re
+import threading
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fastkd
 from fastkd import topk_targets
-from fastkd.cache import open_cache
+from fastkd.cache import StoreError, open_cache, verify_cache
+from fastkd.cache.stores import MemoryStore
+from fastkd.teacher.claims import Claims
+from fastkd.teacher.job import CaptureReport
 from fastkd.teacher.protocol import Head, Hidden
 
 VOCAB, WIDTH = 97, 8
@@ -65,7 +73,95 @@ def reference(data: list[list[int]], context: int, overlap: int = 0, **ask: Any)
     return found
 
 
-def contents(folder: Path) -> dict[int, str]:
+def contents(folder: Any) -> dict[int, str]:
     """The hash of what each shard holds."""
-    cache = open_cache(folder)
-    return {row["shard"]: row["content_sha256"].hex() for row in cache.manifest.to_pylist()}
+    return {row["shard"]: row["content_sha256"].hex() for row in open_cache(folder).manifest.to_pylist()}
+
+
+# --- captures that something happens to ------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "k": 5,
+    "draws": 3,
+    "context": 16,
+    "shard_positions": 64,
+    "batch_tokens": 40,
+    "held_out": 0.2,
+    "fingerprint": "the same",
+}
+
+
+def capture(out: Any, data: Any = None, teacher: Any = None, **changes: Any) -> CaptureReport:
+    return fastkd.capture(teacher or Causal(), documents() if data is None else data, out, **{**SMALL, **changes})
+
+
+@cache
+def uninterrupted() -> dict[int, str]:
+    """What an uninterrupted capture holds."""
+    store: Any = MemoryStore()
+    assert capture(store).complete
+    return contents(store)
+
+
+def consistent(store: Any, whole: dict[int, str]) -> int:
+    """What is there after a failure is right, and no thread goes on with it; how many shards there are."""
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fastkd") and "topk" not in t.name]
+    if not any(entry.key == "spec.json" for entry in store.list("")):
+        assert not list(store.list("shards/"))
+        return 0
+    problems = verify_cache(store, deep=True).problems
+    assert [problem for problem in problems if "it is missing" not in problem.what] == []
+    there = contents(store)
+    assert there.items() <= whole.items()
+    return len(there)
+
+
+def nobody_waits(store: Any) -> None:
+    """What is not written may be taken by a worker on another machine, at once."""
+    names = {entry.key.split("/")[1] for entry in store.list("claims/")}
+    there = {Path(entry.key).name.split(".")[0] for entry in store.list("shards/")}
+    if any(entry.key == "lengths.npz" for entry in store.list("")):
+        there.add("lengths")
+    other = Claims(store, 7, 8)
+    other._me["host"] = "elsewhere"
+    assert {name: other.take(name) for name in names - there} == dict.fromkeys(names - there, 0.0)
+    for name in other.held:
+        other.drop(name)
+
+
+def completes(store: Any, whole: dict[int, str], **changes: Any) -> None:
+    """A later call writes what is missing, and the cache is the one that nobody interrupted."""
+    before = len(list(store.list("shards/")))
+    report = capture(store, **changes)
+    assert report.complete
+    assert report.shards_written == len(whole) - before
+    assert contents(store) == whole
+    assert verify_cache(store, deep=True).ok
+    assert open_cache(store).sealed
+
+
+class Then(Causal):
+    """Does something at its n-th batch."""
+
+    def __init__(self, after: int, action: Callable[[], Any]) -> None:
+        super().__init__()
+        self.after, self.action = after, action
+
+    def forward(self, tokens: Tensor) -> Any:
+        if len(self.calls) == self.after:
+            self.action()
+        return super().forward(tokens)
+
+
+class Without(MemoryStore):
+    """Has no room for objects of these names, as long as it is full."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.pattern, self.full, self.refused = re.compile(pattern), True, 0
+
+    def create(self, key: str, data: Any) -> bool:
+        if self.full and self.pattern.fullmatch(key):
+            self.refused += 1
+            raise StoreError(f"memory: creation of {key!r} failed: No space left on device.")
+        return super().create(key, data)

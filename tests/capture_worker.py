@@ -16,22 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from capture_cases import Causal, documents
+from capture_cases import SMALL, Causal, documents
 from torch import Tensor
 
 from fastkd.stopping import Stopped, stopping
 from fastkd.teacher.capture import capture
 
-# some twelve shards of some three batches
-ASKED: dict[str, Any] = {
-    "k": 5,
-    "draws": 3,
-    "context": 16,
-    "shard_positions": 64,
-    "batch_tokens": 40,
-    "held_out": 0.2,
-    "fingerprint": "the same",
-}
 CALLS = ("open", "write", "fsync", "link", "unlink", "mkdir")
 _write = os.write
 
@@ -55,7 +45,7 @@ class Slow(Causal):
 
 def run(folder: Path, *, pause: float = 0.0, **place: Any) -> Any:
     """A worker's part."""
-    return capture(Slow(pause), documents(), folder, **ASKED, **place)
+    return capture(Slow(pause), documents(), folder, **SMALL, **place)
 
 
 def die_at(step: int) -> None:

@@ -109,7 +109,7 @@ def whole_again(server: Server, folder: Path, whole: Whole) -> None:
 
 
 def interrupted(
-    server: Server, folder: Path, seed: int, *, workers: int = 1, restarted: int | None = None, pause: float = 0.01
+    server: Server, folder: Path, seed: int, *, workers: int = 1, restarted: int | None = None, pause: float = 0.02
 ) -> int:
     """Kill workers at random instants, starting those of ranks below `restarted` again, until all end by themselves.
 
