@@ -14,3 +14,11 @@ class TeacherError(Exception):
 
 class StreamError(ValueError):
     """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""
+
+
+class ReportError(Exception):
+    """What a report is to be made of: the file and the line, what was found, and what to do next."""
+
+
+class NoRun(ReportError):
+    """What was given is no run's folder."""

@@ -113,8 +113,12 @@ class Evaluation:
             )
         try:
             return cls(
-                **{name: str(data[name]) for name in ("split", "spec", "content", "device")},
-                **{name: int(data[name]) for name in ("positions", "timed_positions")},
+                split=str(data["split"]),
+                spec=str(data["spec"]),
+                content=str(data["content"]),
+                device=str(data["device"]),
+                positions=int(data["positions"]),
+                timed_positions=int(data["timed_positions"]),
                 seconds=float(data["seconds"]),
                 student=Windows.from_json(data["student"]),
                 teacher=Windows.from_json(data["teacher"]),
@@ -270,7 +274,7 @@ def _evaluating(student: Any) -> Iterator[None]:
 def _logits_of(student: Any) -> LogitsOf:
     logits = getattr(student, "logits", None)
     if logits is not None:
-        return lambda batch: logits(batch, rows=_index(batch))  # type: ignore[no-any-return]
+        return lambda batch: logits(batch, rows=_index(batch))
     if not callable(student):
         raise StreamError(f"student: found {type(student).__name__}; a module with `logits`, or a function, is needed.")
     return student  # type: ignore[no-any-return]
