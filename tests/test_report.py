@@ -110,6 +110,12 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "healed")
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are not drawn: for tests of all else."""
+    monkeypatch.setattr("fastkd.report.html.svg", lambda chart: "")
+
+
 def page(*folders: Path) -> Reader:
     text = to_html(page_of(read_runs(folders), command="fastkd report healed"))
     asks_nothing(text)
@@ -149,18 +155,21 @@ def test_a_run_beside_its_control(run: Path) -> None:
     assert sum(1 for tag in page(run).tags if tag == "figure") == 12
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_worse_is_said(tmp_path: Path) -> None:
     found = page(write_run(tmp_path / "bad", CONTROL, control=STUDENT)).text
     assert "worse: +0.11" in found
     assert "better: " not in found
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_missing_control(tmp_path: Path) -> None:
     found = page(write_run(tmp_path / "alone", control=None)).text
     assert "control" not in found
     assert "All 13 settings" in found
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_runs(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a" / "run"),
@@ -174,6 +183,7 @@ def test_several_runs(tmp_path: Path) -> None:
         read_runs([runs[0], runs[0]])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(content="other").to_json()))
@@ -183,6 +193,7 @@ def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
     assert found.count("from its cached rows") == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
@@ -204,6 +215,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     assert "12.2" in found  # its perplexity
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_windows_unknown_the_measures_are_shown(tmp_path: Path) -> None:
     found = page(write_run(tmp_path / "run", evaluated=False)).text
     assert "0.654 ± 0.038" in found
@@ -211,6 +223,7 @@ def test_windows_unknown_the_measures_are_shown(tmp_path: Path) -> None:
     assert "teacher, at least" not in found
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_cache(tmp_path: Path) -> None:
     spec = make_spec(notes=f"see https://user:secret@host/x?signature=abc {EVIL}", draws=3)
     with create_cache(tmp_path / "cache", spec) as writer:
