@@ -87,7 +87,8 @@ def held_out(runs: Sequence[Run]) -> Section:
     columns = [Column("parameters"), Column("size"), Column("speed", "positions/s ↑")]
     found, caption = _evaluated(runs), ""
     if found is not None:
-        caption = f"{whole(found.count)} positions in {whole(found.windows)} windows that no student was trained on."
+        seen = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
+        caption = f"{whole(found.count)} positions in {whole(found.windows)} windows {seen}."
     blocks: list[Block] = [Table("", [*columns, *(m.column for m in known), PERPLEXITY], rows, caption)]
     if differences := _differences(runs, known):
         blocks.append(differences)
