@@ -64,6 +64,7 @@ def write_run(
     steps: int = 240,
     seed: int = 0,
     place: str = "",
+    spec: str = "",
     evaluated: bool = True,
     notes: str = "",
     **settings: Any,
@@ -77,18 +78,17 @@ def write_run(
         "rate": 3e-4, "alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "treatment": "auto", "seed": 0,
         "batch_tokens": 1024, "optimizer": {"betas": [0.9, 0.95], "weight_decay": 0.1}, "schedule": "cosine",
     }  # fmt: skip
-    document = {
-        "command": command,
+    noted = [notes] if notes else []
+    document: dict[str, Any] = {
+        "format": "fastkd-run",
+        "version": 1,
         "settings": chosen | settings,
-        "cache": {"place": place, "spec": found.spec} if place else {},
-        "parameters": 113_240_000,
-        "bytes": 452_960_000,
+        "student": {"name": "SmolLM2, cut", "parameters": 113_240_000, "bytes": 452_960_000, "notes": noted},
         "teacher": {"parameters": 134_515_008, "bytes": 538_060_032},
-        "versions": {"fastkd": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-        "hardware": "x86_64, 2 threads",
-        "metrics": found.summary(),
-        "seconds": 171.3,
-        "notes": notes,
+        "caches": [{"place": place, "spec": spec or found.spec}] if place else [],
+        "machine": {"fastkd": "0.1.0", "torch": "2.13.0", "machine": "x86_64", "threads": 2, "processes": 1},
+        "command": command,
+        "report": {"evaluation": {name: value.mean for name, value in found.intervals().items()}},
     }
     (folder / "run.json").write_text(json.dumps(document))
     random = np.random.default_rng(seed)
@@ -123,7 +123,8 @@ def write_run(
         (folder / "evaluation.json").write_text(json.dumps(found.to_json()))
     if control is not None:
         write_run(
-            folder / "control", control, control=None, steps=steps, seed=seed + 1, place=place, evaluated=evaluated,
+            folder / "control", control, control=None, steps=steps, seed=seed + 1, place=place, spec=spec,
+            evaluated=evaluated,
             **(settings | {"alpha": 1.0}),
         )  # fmt: skip
     return folder

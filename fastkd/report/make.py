@@ -65,7 +65,10 @@ def page_of(
         cache_section(caches, notes),
         reproduce(runs, command),
     ]
-    parts = [f"{run.name} ({prefixed(n)} parameters)" if (n := run.number("parameters")) else run.name for run in runs]
+    parts = [
+        f"{run.name} ({prefixed(n)} parameters)" if (n := run.number("student", "parameters")) else run.name
+        for run in runs
+    ]
     controls = sum(run.control is not None for run in runs)
     lead = "Distilled from a cache of what the teacher said: " + ", ".join(parts) + "."
     if controls:
@@ -83,9 +86,9 @@ def caches(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
     seen: set[str] = set()
-    for run, _ in students(runs):
-        place, spec = run.text("cache", "place"), run.text("cache", "spec")
-        if not place or (spec or place) in seen:
+    everyone = [(run, *cache) for run, _ in students(runs) for cache in run.caches]
+    for run, place, spec in everyone:
+        if (spec or place) in seen:
             continue
         seen.add(spec or place)
         shown = without_credentials(place)

@@ -54,7 +54,7 @@ def cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
     if measure.key not in found:
         return Cell(DASH, tone="aside")
     mean, half = with_half(*found[measure.key], scale=measure.scale)
-    return Cell(mean, f"±{THIN}{half}")
+    return Cell(mean, f"±{THIN}{half}" if half else "")
 
 
 def perplexity(found: Mapping[str, Interval]) -> Cell:
@@ -63,7 +63,7 @@ def perplexity(found: Mapping[str, Interval]) -> Cell:
         return Cell(DASH, tone="aside")
     value = found["cross_entropy"]
     if not isfinite(value.half) or value.high > 100:
-        return Cell(figures(exp(min(value.mean, 700.0))), f"±{THIN}?")
+        return Cell(figures(exp(min(value.mean, 700.0))))
     count = places(exp(value.mean), 3)
     low, high = (decimals(exp(x), count) for x in (value.low, value.high))
     return Cell(decimals(exp(value.mean), count), f"{low}{DASH}{high}")
@@ -86,4 +86,4 @@ def difference_cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
     value = found[measure.key]
     mean, half = with_half(*value, scale=measure.scale, sign=True)
     tone = verdict(measure, value)
-    return Cell(mean, f"±{THIN}{half}", tone, WORDS[tone])
+    return Cell(mean, f"±{THIN}{half or '∞'}", tone, WORDS[tone])

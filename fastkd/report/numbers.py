@@ -44,10 +44,11 @@ def whole(value: int) -> str:
 
 
 def with_half(mean: float, half: float, *, scale: float = 1.0, sign: bool = False) -> tuple[str, str]:
-    """A mean and half its interval, both to the place where the half has two figures: ("3.016", "0.051")."""
+    """A mean and half its interval, both to the place where the half has two figures: ("3.016", "0.051"). Where the
+    half is not known, it is empty."""
     mean, half = mean * scale, half * scale
     if not math.isfinite(half):
-        return figures(mean, sign=sign), "?"
+        return figures(mean, sign=sign), ""
     # rounding of sums leaves a half that is not quite 0
     count = min(places(half, 2), 4) if half > 1e-9 * abs(mean) else places(mean, 3)
     return decimals(mean, count, sign=sign), decimals(half, count)

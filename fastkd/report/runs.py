@@ -1,8 +1,9 @@
 """A run's folder, read for its report.
 
-    run.json          what was run: settings, cache (place, spec), parameters, bytes, versions, hardware, command,
-                      notes, metrics (the last held-out ones), teacher (parameters, bytes, positions_per_second),
-                      seconds (of training), positions_per_second (of inference, where it was measured by itself)
+    run.json          format "fastkd-run": settings, student (name, parameters, bytes, notes), caches (of each place and
+                      spec), machine (versions and hardware), command, report (evaluation, the last held-out measures);
+                      and where somebody measured them: teacher (parameters, bytes, positions_per_second), and of the
+                      student positions_per_second of inference
     metrics.jsonl     an object a step: step, loss, hard, soft, rate, ..., waiting (the share of its time that the step
                       waited for data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
     evaluation.json   the last evaluation, window by window (`Evaluation.to_json`): what pairs are made of
@@ -25,6 +26,7 @@ from ..intervals import Interval
 from ..student.evaluate import Evaluation
 
 Json = dict[str, Any]
+FORMAT, VERSION = "fastkd-run", 1
 _LINE = 80  # columns of a command on one line
 
 
@@ -51,24 +53,45 @@ class Run:
     evaluation: Evaluation | None = None
     control: "Run | None" = None
 
-    def number(self, *path: str) -> float | None:
-        """A number of run.json, by its keys; None where it is not there."""
+    def part(self, *path: str) -> Any:
+        """What run.json has under these keys, one within another; None where it has nothing."""
         value: Any = self.document
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        return finite(value)
+        return value
 
-    def text(self, *path: str) -> str:
-        """Text of run.json, by its keys; empty where it is not there."""
-        value: Any = self.document
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value if isinstance(value, str) else ""
+    def number(self, *path: str) -> float | None:
+        """A number of run.json; None where there is none."""
+        return finite(self.part(*path))
+
+    @property
+    def caches(self) -> list[tuple[str, str]]:
+        """Of each cache its place, and the hash of its spec."""
+        found = self.part("caches")
+        entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+        return [(str(entry["place"]), str(entry.get("spec", ""))) for entry in entries if "place" in entry]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was noted of the student."""
+        found = self.part("student", "notes")
+        return [str(note) for note in found] if isinstance(found, list) else []
+
+    @property
+    def hardware(self) -> str:
+        """What it was trained on; empty where that was not kept."""
+        machine = {n: self.part("machine", n) for n in ("gpu", "machine", "threads", "processes")}
+        words = [str(machine["gpu"] or machine["machine"] or "")]
+        if machine["threads"] and not machine["gpu"]:
+            words.append(f"{machine['threads']} threads")
+        if (finite(machine["processes"]) or 1) > 1:
+            words.append(f"{machine['processes']} processes")
+        return ", ".join(filter(None, words))
 
     @property
     def command(self) -> str:
         """What was typed, an option a line where it is long; empty where that was not kept."""
-        found = self.document.get("command")
+        found = self.part("command")
         return in_lines(list(map(str, found))) if isinstance(found, list) else found if isinstance(found, str) else ""
 
     def logged(self, name: str) -> tuple[list[int], list[float]]:
@@ -88,13 +111,21 @@ def read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise NoRun(f"{folder}: there is no run.json in it; the folder that `fastkd train` wrote is needed.")
     document = _document(path)
+    made_by = document.get("format", FORMAT), document.get("version", VERSION)
+    if made_by != (FORMAT, VERSION):
+        raise ReportError(
+            f"{path}: found format {made_by[0]!r}, version {made_by[1]!r}; this fastkd reads {FORMAT} {VERSION}. Use "
+            "the fastkd that wrote it."
+        )
     steps, points = _metrics(folder / "metrics.jsonl")
     evaluation = _evaluation(folder / "evaluation.json")
-    measures: Mapping[str, Interval] = measured(document.get("metrics"))
     if evaluation is not None:
-        measures = evaluation.intervals()
-    elif not measures and points:
+        measures: Mapping[str, Interval] = evaluation.intervals()
+    elif points:
         measures = points[-1].measures
+    else:
+        report = document.get("report")
+        measures = measured(report.get("evaluation") if isinstance(report, Mapping) else None)
     control = folder / "control"
     return Run(
         name=name,

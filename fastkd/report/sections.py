@@ -62,7 +62,9 @@ def headline(run: Run, title: str = "") -> Section | None:
             continue
         mean, half = with_half(*run.measures[key], scale=measure.scale)
         unit = f"{THIN}%" if measure.unit == "%" else ""
-        more, tone = f"±{THIN}{half}{unit}, {measure.unit}" if not unit else f"±{THIN}{half}{unit}", ""
+        more, tone = (f"±{THIN}{half}{unit or ' ' + measure.unit}" if half else ""), ""
+        if run.control is not None and key in run.control.measures and not pairs:
+            more = f"its control: {cell(measure, run.control.measures).text}{unit}"
         if key in pairs:
             tone = verdict(measure, pairs[key])
             difference = " ± ".join(with_half(*pairs[key], scale=measure.scale, sign=True)).replace(" ", THIN)
@@ -92,6 +94,9 @@ def held_out(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = [Table("", [*columns, *(m.column for m in known), PERPLEXITY], rows, caption)]
     if differences := _differences(runs, known):
         blocks.append(differences)
+    elif len(students(runs)) > 1:
+        text = "Differences have no intervals here: that takes an evaluation.json of each, of the same windows."
+        blocks.append(Paragraph(text, aside=True))
     blocks.append(Notes(_reading(runs, known), "How to read these figures, and which of them are bounds"))
     return Section("Held-out data", blocks)
 
@@ -108,10 +113,10 @@ def paired(ours: Run, theirs: Run | None) -> dict[str, Interval]:
 
 def _size(run: Run) -> list[Cell]:
     """Parameters, bytes, and the speed of inference: as measured by itself, or as the evaluation ran."""
-    speed = run.number("positions_per_second")
+    speed = run.number("student", "positions_per_second")
     if speed is None and run.evaluation is not None and run.evaluation.timed_positions:
         speed = finite(run.evaluation.positions_per_second)
-    numbers = [(run.number("parameters"), ""), (run.number("bytes"), "B"), (speed, "")]
+    numbers = [(run.number("student", "parameters"), ""), (run.number("student", "bytes"), "B"), (speed, "")]
     return [UNKNOWN if n is None else Cell(prefixed(n, unit)) for n, unit in numbers]
 
 
@@ -281,20 +286,19 @@ def speed(runs: Sequence[Run]) -> Section | None:
             continue
         waiting, rate, each = (run.logged(name)[1] for name in ("waiting", "positions_per_second", "seconds"))
         positions = sum(run.logged("positions")[1])
-        total = run.number("seconds")
         cells = [
             Cell(whole(len(run.steps))),
             Cell(prefixed(positions)) if positions else UNKNOWN,
             Cell(prefixed(median(rate))) if rate else UNKNOWN,
             Cell(percent(fmean(waiting), 2)) if waiting else UNKNOWN,
-            Cell(seconds(total if total is not None else sum(each))) if each or total is not None else UNKNOWN,
-            Cell(run.text("hardware") or _plain(run.document.get("hardware")) or DASH, tone="aside"),
+            Cell(seconds(sum(each))) if each else UNKNOWN,
+            Cell(run.hardware or DASH, tone="aside"),
         ]
         rows.append(Row(run.name, cells, series=series))
     if not rows:
         return None
     columns = [
-        Column("steps"), Column("positions", "counted"), Column("speed", "positions/s ↑, median"),
+        Column("steps"), Column("positions"), Column("speed", "positions/s ↑, median"),
         Column("waiting", "share of time ↓"), Column("time"), Column("hardware", text=True),
     ]  # fmt: skip
     caption = "Waiting: the share of a step's time in which the next batch was not there yet; the aim is below 1%."
@@ -304,14 +308,12 @@ def speed(runs: Sequence[Run]) -> Section | None:
 def settings(runs: Sequence[Run]) -> Section:
     """The settings that differ, and on demand all of them."""
     everyone = [run for run, _ in students(runs)]
-    flat = [dict(_flat(run.document.get("settings"))) for run in everyone]
-    for run, found in zip(everyone, flat, strict=True):
-        for name in ("versions", "cache.spec"):
-            value: Any = run.document
-            for key in name.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if value is not None:
-                found |= dict(_flat(value, name))
+    flat = [
+        dict(_flat(run.part("settings")))
+        | dict(_flat({"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}))
+        | dict(_flat(run.part("machine"), "machine"))
+        for run in everyone
+    ]
     names = list(dict.fromkeys(name for found in flat for name in found))
     if not names:
         return Section("Settings", [Paragraph("No settings were kept in these runs.")])
@@ -324,7 +326,7 @@ def settings(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     if differ:
         blocks.append(Table("setting", columns, [row(n, True) for n in differ], "What differs between the columns."))
-    elif len(everyone) > 1:
+    elif len(everyone) > 1 and names:
         blocks.append(Paragraph("All runs have the same settings."))
     same = [name for name in names if name not in differ]
     if same:
@@ -348,8 +350,8 @@ def reproduce(runs: Sequence[Run], command: str = "") -> Section:
         blocks.append(Paragraph(f"No command was kept of: {', '.join(missing)}.", aside=True))
     if command:
         blocks.append(Code(command, "this page"))
-    notes = [(run.name, run.text("notes")) for run, _ in students(runs) if run.text("notes")]
-    blocks += [Paragraph(f"{name}: {without_credentials(text)}", aside=True) for name, text in notes]
+    notes = [(run.name, note) for run, _ in students(runs) for note in run.notes]
+    blocks += [Paragraph(f"{name}: {without_credentials(note)}", aside=True) for name, note in notes]
     return Section("To do it again", blocks)
 
 
@@ -358,7 +360,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
+    elif prefix and value not in (None, []):
         yield prefix, _plain(value)
 
 
