@@ -402,6 +402,13 @@ def test_steps_that_were_logged_twice_count_once(run: Path) -> None:
     assert 201 not in steps
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_waiting_is_weighed_by_time(run: Path) -> None:
+    steps = [{"step": 1, "waiting": 0.5, "seconds": 9.0}, {"step": 2, "waiting": 0.1, "seconds": 1.0}, {"step": 3}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    assert "waiting for data 46 %" in page(run).text
+
+
 def test_summaries() -> None:
     found = measured(
         {"a": 1, "b": {"mean": 2.0, "low": 1.5, "high": 2.5}, "c": None, "d": True, "perplexity": 3, "e": {}}

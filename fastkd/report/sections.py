@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from ..errors import StreamError
@@ -70,9 +70,8 @@ def headline(run: Run, title: str = "") -> Section | None:
             difference = " ± ".join(with_half(*pairs[key], scale=measure.scale, sign=True)).replace(" ", THIN)
             more = f"{WORDS[tone]}: {difference}{' points' if unit else ''} against the control"
         cards.append(Card(measure.name, mean + unit, more, tone))
-    waiting = run.logged("waiting")[1]
-    if waiting:
-        cards.append(Card("waiting for data", percent(fmean(waiting), 2), "of the time of training; lower is better"))
+    if (waiting := _waiting(run)) is not None:
+        cards.append(Card("waiting for data", percent(waiting, 2), "of the time of training; lower is better"))
     return Section(title, [Cards(cards)]) if cards else None
 
 
@@ -234,7 +233,9 @@ def curves(runs: Sequence[Run]) -> Section:
         if not lines:
             continue
         unit = measure.unit
-        caption = f"Held out; {measure.arrow}. Bands: 95% intervals of each alone, wider than those of the pairs."
+        caption = f"Held out; {measure.arrow}."
+        if any(line.band is not None for line in lines):
+            caption += " Bands: 95% intervals of each alone, wider than those of the pairs."
         level = _teacher_level(runs, measure)
         title = f"Held out: {measure.short}"
         charts.append(Chart(f"held-out-{measure.key}", title, caption, "step", unit, lines, level))
@@ -284,13 +285,13 @@ def speed(runs: Sequence[Run]) -> Section | None:
     for run, series in students(runs):
         if not run.steps:
             continue
-        waiting, rate, each = (run.logged(name)[1] for name in ("waiting", "positions_per_second", "seconds"))
+        rate, each = (run.logged(name)[1] for name in ("positions_per_second", "seconds"))
         positions = sum(run.logged("positions")[1])
         cells = [
             Cell(whole(len(run.steps))),
             Cell(prefixed(positions)) if positions else UNKNOWN,
             Cell(prefixed(median(rate))) if rate else UNKNOWN,
-            Cell(percent(fmean(waiting), 2)) if waiting else UNKNOWN,
+            UNKNOWN if (waiting := _waiting(run)) is None else Cell(percent(waiting, 2)),
             Cell(seconds(sum(each))) if each else UNKNOWN,
             Cell(run.hardware or DASH, tone="aside"),
         ]
@@ -303,6 +304,14 @@ def speed(runs: Sequence[Run]) -> Section | None:
     ]  # fmt: skip
     caption = "Waiting: the share of a step's time in which the next batch was not there yet; the aim is below 1%."
     return Section("Speed of training", [Table("", columns, rows, caption)])
+
+
+def _waiting(run: Run) -> float | None:
+    """The share of the steps' time in which there was no batch; None where it was not logged."""
+    pairs = [(w, s) for step in run.steps if (w := finite(step.get("waiting"))) is not None
+             and (s := finite(step.get("seconds"))) is not None]  # fmt: skip
+    total = sum(s for _, s in pairs)
+    return sum(w * s for w, s in pairs) / total if total > 0 else None
 
 
 def settings(runs: Sequence[Run]) -> Section:
