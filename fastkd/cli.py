@@ -309,16 +309,14 @@ def verify(command: Verify) -> Outcome:
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
-    if any(problem.shard is not None for problem in found.problems):
-        sealed = " and manifest.parquet" if found.sealed else ""
-        lines.append(
-            f"To mend it, delete the bad shards{sealed}, and run the same capture again: it writes what is missing."
-        )
     if found.missing:
         lines.append(
             f"not there (not written yet?): shards {ranges(found.missing)}. The same capture again writes them."
         )
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
+    if any(problem.shard is not None for problem in found.problems):
+        sealed = " and manifest.parquet" if found.sealed else ""
+        lines.append(f"To mend it, delete what is bad{sealed}, and run the same capture again.")
     text = "\n".join(printable(line) for line in lines)
     warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}

@@ -150,7 +150,8 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
         axes.set_xlim(left=0)
     axes.locator_params(axis="both", nbins=6)
     if all(float(x).is_integer() for line in chart.lines for x in line.x):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator: Any = axes.xaxis.get_major_locator()
+        locator.set_params(integer=True)
     if chart.level is not None:
         axes.text(
             0.995, chart.level[0], chart.level[1], transform=axes.get_yaxis_transform(), ha="right", va="bottom",
