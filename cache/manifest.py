@@ -122,7 +122,7 @@ def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end:
     by = np.argsort(starts, kind="stable")
     covered = np.concatenate([[0], np.maximum.accumulate((starts + counts)[by])])
     found = [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]
-    return found + [[int(covered[-1]), end - 1]] * (end > covered[-1])
+    return found + [[int(covered[-1]), end - 1]] * bool(end > covered[-1])
 
 
 def _is_number(value: Any) -> bool:
