@@ -1,7 +1,8 @@
 """The command line: a frozen dataclass for each command, and one function that each of them calls.
 
 Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
-cache; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command needs it.
+cache or run; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command
+needs it.
 """
 
 import json
@@ -17,7 +18,7 @@ import tyro
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, StreamError, TeacherError, TrainError, WorkRemains
+from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -141,6 +142,20 @@ class Train(TrainSettings):
 
 
 @dataclass(frozen=True)
+class Report:
+    """Set runs side by side on one page of HTML: curves, the table of students, and what differs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """The folders that training wrote."""
+    out: Path | None = None
+    """The page. None: report.html in the first run's folder."""
+    png: Flag = False
+    """Write each plot as a PNG beside the page as well."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
 
@@ -155,6 +170,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -180,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except (CacheError, DataError, StreamError, TeacherError, TrainError) as error:
+    except (CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
@@ -293,16 +309,14 @@ def verify(command: Verify) -> Outcome:
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
-    if any(problem.shard is not None for problem in found.problems):
-        sealed = " and manifest.parquet" if found.sealed else ""
-        lines.append(
-            f"To mend it, delete the bad shards{sealed}, and run the same capture again: it writes what is missing."
-        )
     if found.missing:
         lines.append(
             f"not there (not written yet?): shards {ranges(found.missing)}. The same capture again writes them."
         )
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
+    if any(problem.shard is not None for problem in found.problems):
+        sealed = " and manifest.parquet" if found.sealed else ""
+        lines.append(f"To mend it, delete what is bad{sealed}, and run the same capture again.")
     text = "\n".join(printable(line) for line in lines)
     warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
@@ -387,6 +401,14 @@ def _trained(command: Train, stop: Stop) -> Outcome:
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
 
 
+def report(command: Report) -> Outcome:
+    """Write the page."""
+    from .report.make import make_report
+
+    found = make_report(command.runs, command.out, pngs=command.png)
+    return Outcome(found, printable(", ".join(found["files"])))
+
+
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
     from .demo import Clock, demo_text, run_demo, text_of
@@ -415,6 +437,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Verify: verify,
     Seal: seal,
     Train: train,
+    Report: report,
     Demo: demo,
 }
 
@@ -437,7 +460,7 @@ def _store(place: str) -> "Store":
 def _failure(error: Exception) -> Outcome:
     from .cache.stores.base import clean
 
-    absent = isinstance(error, (NotFound, _NoStore)) or isinstance(error.__cause__, NotFound)
+    absent = isinstance(error, (NotFound, NoRun, _NoStore)) or isinstance(error.__cause__, NotFound)
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 

@@ -22,3 +22,11 @@ class TrainError(Exception):
 
 class WorkRemains(TrainError):
     """What hindered a training that the same call goes on with afterwards: a full disk, say."""
+
+
+class ReportError(Exception):
+    """What a report is to be made of: the file and the line, what was found, and what to do next."""
+
+
+class NoRun(ReportError):
+    """What was given is no run's folder."""

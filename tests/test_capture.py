@@ -245,7 +245,7 @@ def test_a_piece_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 6}, r"\(k: 5 and 6\)"),
+        ({"k": 6}, r"\(there, and now: k: 5 and 6\)"),
         ({"draw_temperature": 2.0}, "draw_temperature: 1.0 and 2.0"),
         ({"seed": 4}, "seed: 0 and 4"),
         ({"context": 15}, "context: 16 and 15"),
@@ -273,10 +273,10 @@ def test_another_tokenizer_or_template_is_another_cache(tmp_path: Path) -> None:
 
     capture(tmp_path, text("one"))
     with pytest.raises(
-        CacheError, match=r"\(tokenizer: 'tokenizer one, loss_on all' and 'tokenizer two, loss_on all'\)"
+        CacheError, match=r"now: tokenizer: 'tokenizer one, loss_on all' and 'tokenizer two, loss_on all'\)"
     ):
         capture(tmp_path, text("two"))
-    with pytest.raises(CacheError, match=r"\(teacher: .*; tokenizer: "):
+    with pytest.raises(CacheError, match=r"now: teacher: .*; tokenizer: "):
         capture(tmp_path, text("two"), Causal(seed=1))
     assert open_cache(tmp_path).spec.tokenizer == "tokenizer one, loss_on all"
 

@@ -89,7 +89,7 @@ def test_conversations(teacher: Path, tmp_path: Path, run: Any) -> None:
     template.write_text("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
     status, _, told = run(*given, "--out", tmp_path / "all", "--template", template)
     assert status == 1
-    assert "(tokenizer: " in told
+    assert "now: tokenizer: " in told
 
 
 def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None:
@@ -97,10 +97,10 @@ def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None
     given = ("--teacher", teacher, "--data", data, "--out", tmp_path / "cache", *SMALL, "--json")
     status, out, _ = run(*given)
     events = [json.loads(line) for line in out.splitlines()]
-    assert (status, events[0]["event"], events[-1]["event"]) == (0, "plan", "done")
+    assert (status, [e["event"] for e in events[:2]], events[-1]["event"]) == (0, ["note", "plan"], "done")
     assert events[-1]["complete"] is True
     assert events[-1]["status"] == 0
-    assert sum(e["event"] == "shard" for e in events) == events[0]["shards"] == events[-1]["shards_written"]
+    assert sum(e["event"] == "shard" for e in events) == events[1]["shards"] == events[-1]["shards_written"]
     status, out, _ = run(*given)
     assert (status, json.loads(out.splitlines()[-1])["shards_written"]) == (0, 0)
 
@@ -112,16 +112,16 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
     other = saved(tmp_path, "llama", vocab_size=300, seed=1)
     tokenizer_of().save_pretrained(other)
     for changes, named in (
-        (("--k", 9), "(k: 8 and 9)"),
-        (("--teacher", other), "(teacher: "),
+        (("--k", 9), "(there, and now: k: 8 and 9)"),
+        (("--teacher", other), "now: teacher: "),
         (("--dtype", "bfloat16"), "float32, attention"),
         (("--attention", "eager"), "attention sdpa"),
-        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "(data: sha256"),
+        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: data: sha256"),
     ):
         status, out, told = run(*given, *changes)
         assert (status, out) == (1, "")
         assert named in told
-        assert told.rstrip().count("\n") <= 1  # the plan, and the error
+        assert told.rstrip().count("\n") <= 2  # what is loaded, the plan, and the error
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--teacher", "json:absent"), "json:absent: module 'json' has no attribute 'absent'"),
         (("--column", "absent"), "there is no column 'absent'. It has 'text'"),
         (("--tokenizer", "{folder}/other"), "is not that of the teacher"),
-        (("--context", "5000"), "context: found 5000; this teacher takes 2048"),
+        (("--context", "5000", "--shard-positions", "8192"), "context: found 5000; this teacher takes 2048"),
         (("--mass", "2"), "mass: found 2.0"),
         (("--rank", "3", "--world-size", "2"), "rank: found 3 of a world_size of 2"),
         (("--loss-on", "assistant"), "only messages say whose turn it is"),

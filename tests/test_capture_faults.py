@@ -233,7 +233,7 @@ def test_a_file_that_changes_between_planning_and_reading(suffix: str, change: s
     assert consistent(store, whole) < len(whole)
     nobody_waits(store)
     if change == "other":
-        with pytest.raises(CacheError, match=r"now: data: sha256 "):
+        with pytest.raises(CacheError, match="now: data: sha256 "):
             capture(store, path)
     path.write_bytes(good)
     completes(store, whole, data=path)

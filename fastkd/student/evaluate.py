@@ -30,6 +30,8 @@ from .measures import Windows, student_rows, teacher_rows
 FORMAT = "fastkd-evaluation"
 VERSION = 1
 _LOGITS = 2**27  # numbers of a micro-batch's logits, at most, where one window has no more
+_ALWAYS = {"cross_entropy", "accuracy"}  # measured of every student
+_ALWAYS_KNOWN = {"label_known", "cross_entropy_at_least", "tail_mass"}  # of every teacher
 
 LogitsOf = Callable[[MicroBatch], Tensor]
 """From a micro-batch to the logits `[m, V]` of the positions that count, `micro_batch.targets.index`."""
@@ -112,14 +114,24 @@ class Evaluation:
                 f"evaluation: found version {data.get('version')!r}, this fastkd reads {VERSION}; evaluate again."
             )
         try:
-            return cls(
-                **{name: str(data[name]) for name in ("split", "spec", "content", "device")},
-                **{name: int(data[name]) for name in ("positions", "timed_positions")},
+            found = cls(
+                split=str(data["split"]),
+                spec=str(data["spec"]),
+                content=str(data["content"]),
+                device=str(data["device"]),
+                positions=int(data["positions"]),
+                timed_positions=int(data["timed_positions"]),
                 seconds=float(data["seconds"]),
                 student=Windows.from_json(data["student"]),
                 teacher=Windows.from_json(data["teacher"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            for windows, names in ((found.student, _ALWAYS), (found.teacher, _ALWAYS_KNOWN)):
+                if missing := sorted(names - windows.sums.keys()):
+                    raise ValueError(f"it has no {', '.join(missing)}")
+            if not np.array_equal(found.student.counts, found.teacher.counts):
+                raise ValueError("student and teacher have other counts")
+            return found
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StreamError(f"evaluation: damaged ({type(error).__name__}: {error}); evaluate again.") from error
 
 
@@ -270,7 +282,7 @@ def _evaluating(student: Any) -> Iterator[None]:
 def _logits_of(student: Any) -> LogitsOf:
     logits = getattr(student, "logits", None)
     if logits is not None:
-        return lambda batch: logits(batch, rows=_index(batch))  # type: ignore[no-any-return]
+        return lambda batch: logits(batch, rows=_index(batch))
     if not callable(student):
         raise StreamError(f"student: found {type(student).__name__}; a module with `logits`, or a function, is needed.")
     return student  # type: ignore[no-any-return]

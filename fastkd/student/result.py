@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..cache.reader import Cache
 from ..data.tokenizers import Tokenizer
-from ..teacher.job import DONE, WORK_REMAINS
+from ..stopping import DONE, WORK_REMAINS
 from .checkpoint import write_folder
 from .model import Student
 

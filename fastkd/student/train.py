@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,11 @@ from .sources import open_sources
 from .split import open_split
 from .trainer import Evaluate, Trainer
 
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
 DEFAULTS = TrainSettings()
+EVALUATION = "evaluation.json"
 
 
 def train(
@@ -92,6 +96,8 @@ def _run(
     settings: TrainSettings,
 ) -> TrainReport:
     """One training."""
+    if isinstance(evaluate, HeldOut):
+        evaluate.last = None  # another run's
     made = make_student(student, caches[0].spec, settings)
     loader = DistillLoader(
         cache,
@@ -120,6 +126,9 @@ def _run(
         report = trainer.report()
         if processes.first:
             trainer.write_run(caches, report)
+            if isinstance(evaluate, HeldOut) and evaluate.last is not None:
+                # by window, so that runs can be compared in pairs
+                write_text(out / EVALUATION, json.dumps(evaluate.last.to_json()) + "\n")
         processes.wait()
         return report
     finally:
@@ -140,20 +149,29 @@ def _held_out(settings: TrainSettings, caches: Sequence[Cache], weights: Sequenc
         if settings.evaluate_every is None:
             return None
         raise TrainError(f"evaluate_every: found {settings.evaluate_every}, and {error}") from error
-    from .evaluate import evaluate
+    return HeldOut(settings, caches, weights)
 
-    def measures(student: Student) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for cache, weight in zip(caches, weights, strict=True):
+
+class HeldOut:
+    """Measures a student on the held-out split, by the name of each. last: the whole evaluation, of a single cache."""
+
+    def __init__(self, settings: TrainSettings, caches: Sequence[Cache], weights: Sequence[float]) -> None:
+        self._settings, self._caches, self._weights = settings, caches, weights
+        self.last: Evaluation | None = None
+
+    def __call__(self, student: Student) -> dict[str, float]:
+        from .evaluate import evaluate
+
+        settings, total = self._settings, dict[str, float]()
+        for cache, weight in zip(self._caches, self._weights, strict=True):
             found = evaluate(
                 student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions
-            ).summary()
-            for name, value in found.items():
+            )
+            self.last = found if len(self._caches) == 1 else None
+            for name, value in found.summary().items():
                 if (mean := value["mean"]) is not None:
-                    total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
+                    total[name] = total.get(name, 0.0) + mean * weight / sum(self._weights)
         return total
-
-    return measures
 
 
 def _note_control(out: Path, report: TrainReport) -> None:

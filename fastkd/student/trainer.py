@@ -24,7 +24,7 @@ from ..errors import TrainError, WorkRemains
 from ..kernels import KDError
 from ..progress import Progress
 from ..settings import TrainSettings
-from ..teacher.job import Stop
+from ..stopping import Stop
 from .batch import Step
 from .checkpoint import Checkpoint, clean, lock, newest, prune, read, write, write_text
 from .checks import check_same, deciding

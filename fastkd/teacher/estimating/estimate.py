@@ -27,7 +27,7 @@ class Estimate:
 
     plan: see `Plan.totals`. measured: of the slice: batches, positions, seconds, shards, batches_halved.
     positions_per_second: of one worker on this device, all stages together; low and high: two standard errors of the
-        mean over batches; None of a single batch. slowest_batch, fastest_batch: of teacher and top-k alone.
+        mean over batches; None of fewer than five. slowest_batch, fastest_batch: of teacher and top-k alone.
     seconds_per_position: "run" (teacher, top-k, copies), "topk" (head and top-k: a part of that), "encode" (a core's).
     bytes: of the shards, and bytes_per_position; by_array: bytes a position. once_a_shard: bytes of a shard, whatever
         its positions. other_bytes: of all other objects.
@@ -161,9 +161,10 @@ def estimate(
 
 
 def _relative_error(parts: list[tuple[int, float]]) -> float | None:
-    """The standard error of the mean seconds a position over these batches, as a part of it; None of fewer than two."""
+    """The standard error of the mean seconds a position over these batches, as a part of it; None of fewer than five,
+    which would mean nothing."""
     positions, seconds = np.array(parts, np.float64).T
-    if len(positions) < 2 or not seconds.sum():
+    if len(positions) < 5 or not seconds.sum():
         return None
     each = seconds.sum() / positions.sum()
     rest = seconds - each * positions
