@@ -21,7 +21,7 @@ from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
 from .claims import Claims
 from .pipeline import Ask
-from .plan import Plan, PlanSettings, make_plan
+from .plan import VERSION, Plan, PlanSettings, make_plan
 from .protocol import Teacher
 from .rows import EXAMPLES, TEXT
 
@@ -76,11 +76,9 @@ def keep_plan(store: Store, plan: Plan) -> None:
     if not store.create(PLAN_KEY, plan.to_json()):
         there = _plan_there(store)
         if there.get("sha256") != plan.hash:
-            different = _other_settings(there, plan)
-            different += [f"data: {there.get('dataset')!r} and {plan.dataset!r}"] * (
-                there.get("dataset") != plan.dataset
-            )
-            raise _refusal(store, different or [f"plan: {there.get('sha256')!r} and {plan.hash!r}"])
+            # the same settings and data make another plan by other rules
+            versions = f"version of the plan: {there.get('version')!r} and {VERSION}"
+            raise _refusal(store, _other_plan(there, plan) or [versions])
 
 
 def kept_plan(store: Store, spec: CacheSpec) -> tuple[Plan, int]:
@@ -238,11 +236,15 @@ def _kept_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDA
     return lengths
 
 
-def _other_settings(there: dict[str, Any], plan: Plan) -> list[str]:
-    """What differs between the settings of the plan that is there, as JSON, and ours."""
-    theirs = there.get("settings", {})
-    ours = asdict(plan.settings)
-    return [f"{n}: {theirs.get(n)!r} and {v!r}" for n, v in ours.items() if theirs.get(n) != v]
+def _other_plan(there: dict[str, Any], plan: Plan) -> list[str]:
+    """What differs between the plan that is there, as JSON, and ours: settings and data."""
+    theirs, dataset = there.get("settings", {}), there.get("dataset")
+    found = [f"{n}: {theirs.get(n)!r} and {v!r}" for n, v in asdict(plan.settings).items() if theirs.get(n) != v]
+    return found if dataset == plan.dataset else [*found, _two_data(str(dataset), plan.dataset)]
+
+
+def _two_data(theirs: str, ours: str) -> str:
+    return f"data: sha256 {theirs[:12]}… and {ours[:12]}…"
 
 
 def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, theirs: str, ours: str) -> list[str]:
@@ -253,7 +255,7 @@ def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, thei
         pairs = {"teacher": (spec.teacher, teacher.fingerprint), "tokenizer": (spec.tokenizer, _tokenization(data))}
         found = [f"{name}: {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]
     if not any(text.startswith("tokenizer") for text in found):
-        found.append(f"data: sha256 {theirs[:12]}… and {ours[:12]}…")
+        found.append(_two_data(theirs, ours))
     return found
 
 
@@ -263,9 +265,9 @@ def _check_same(store: Store, plan: Plan, spec: CacheSpec) -> None:
     if theirs is None or theirs.hash == spec.hash:
         return
     there = _plan_there(store)
-    different = _other_settings(there, plan) if there else []
+    different = _other_plan(there, plan) if there else []
     others = differences(theirs, spec)
-    # the plan's settings, where they differ, say it better than its hash
+    # the plan, where it differs, says it better than its hash
     different += [text for text in others if not (different and text.startswith(("dataset:", "shard_positions:")))]
     raise _refusal(store, different)
 
