@@ -46,16 +46,26 @@ class Timings(dict[str, float]):
 
 
 def interleaved(
-    runs: dict[str, Run], *, device: str, rounds: int, warmup: int = 2, before: dict[str, Run] | None = None
+    runs: dict[str, Run],
+    *,
+    device: str,
+    rounds: int,
+    warmup: int = 2,
+    before: dict[str, Run] | None = None,
+    core_time: bool = False,
 ) -> Timings:
-    """Milliseconds of each run, taken in turns (A B A B ...). `before[name]` is done, untimed, ahead of each."""
+    """Milliseconds of each run, taken in turns (A B A B ...). `before[name]` is done, untimed, ahead of each.
+
+    core_time: of the cores that this process used, on all its threads, instead of the clock (CPU): on one thread what
+    other processes do to the machine is then no part of it.
+    """
     before = before or {}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
         for name, run in runs.items():
             if name in before:
                 before[name]()
-            elapsed = _once_cuda(run) if device == "cuda" else _once_cpu(run)
+            elapsed = _once_cuda(run) if device == "cuda" else _once_cpu(run, core_time=core_time)
             if number >= warmup:
                 times[name].append(elapsed)
     return Timings(times)
@@ -70,10 +80,11 @@ def _once_cuda(run: Run) -> float:
     return start.elapsed_time(stop)
 
 
-def _once_cpu(run: Run) -> float:
-    start = time.perf_counter()
+def _once_cpu(run: Run, *, core_time: bool = False) -> float:
+    clock = time.process_time if core_time else time.perf_counter
+    start = clock()
     run()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def peak_bytes(run: Callable[[], list[torch.Tensor]], device: str) -> int:

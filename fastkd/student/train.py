@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,11 +43,14 @@ from .sources import open_sources
 from .split import open_split
 from .state import load_model, load_optimizer, model_tensors, optimizer_tensors
 
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
 DEFAULTS = TrainSettings()
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Measures of a student, by name. Every process calls it, in the same order."""
 _EVALUATIONS = 10  # of a run that does not say how many
-_HIGHER_IS_BETTER = ("agreement", "accuracy")
+HIGHER_IS_BETTER = ("agreement", "accuracy")
 
 
 def train(
@@ -87,7 +90,7 @@ def train(
     with together(settings.device) as processes, ExitStack() as stack:
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        measure = evaluate or _held_out(settings, caches, [float(w) for w in weights])
+        measure = evaluate or held_out(settings, caches, [float(w) for w in weights])
         run = partial(_run, cache, caches, processes, measure, stop, progress)
         report = run(student, Path(out), settings)
         if control and report.complete:
@@ -111,7 +114,27 @@ def _run(
 ) -> TrainReport:
     """One training."""
     made = make_student(student, caches[0].spec, settings)
-    loader = DistillLoader(
+    loader = make_loader(cache, settings, processes)
+    trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
+    try:
+        trainer.resume()
+        if stop is not None:
+            stop.gentle = True
+        trainer.run(stop or Stop())
+        report = trainer.report()
+        if processes.first:
+            trainer.write_run(caches, report)
+        processes.wait()
+        return report
+    finally:
+        if stop is not None:
+            stop.gentle = False
+        trainer.close()
+
+
+def make_loader(cache: Any, settings: TrainSettings, processes: Processes) -> DistillLoader:
+    """What a training of these settings reads. Raises StreamError and CacheError."""
+    return DistillLoader(
         cache,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens if settings.batch_size is None else None,
@@ -129,21 +152,10 @@ def _run(
         threads=settings.threads,
         allow_partial=settings.allow_partial,
     )
-    trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
-    try:
-        trainer.resume()
-        if stop is not None:
-            stop.gentle = True
-        trainer.run(stop or Stop())
-        report = trainer.report()
-        if processes.first:
-            trainer.write_run(caches, report)
-        processes.wait()
-        return report
-    finally:
-        if stop is not None:
-            stop.gentle = False
-        trainer.close()
+
+
+class Diverged(TrainError):
+    """A loss or a gradient that is not finite."""
 
 
 class Trainer:
@@ -218,24 +230,28 @@ class Trainer:
         begun, steps = clock(), self._loader.steps()
         while self.step < self.steps:
             step = next(steps)
-            arrived = clock()
-            self._undone.append(done := self._make(step))
-            self._settle(but=1)
-            ended = clock()
-            self._note(done, step, waited=arrived - begun, seconds=ended - begun)
-            begun = ended
+            begun = self.take(step, waited=clock() - begun)
             # one step late where there are several processes: none waits for another's answer
             answer = flags()
             due = clock() - saved >= 60 * self._settings.checkpoint_minutes
             flags = self._processes.begin_sum([int(stop.asked), int(due and self._processes.first)])
             stopped, timed = flags() if self._processes.world_size == 1 else answer
-            if self._turn(stopped=bool(stopped), timed=bool(timed)):
+            if self.turn(stopped=bool(stopped), timed=bool(timed)):
                 saved = begun = clock()
             if stopped:
                 break
         flags()
         self._settle()
         steps.close()  # type: ignore[attr-defined]
+
+    def take(self, step: Step, *, waited: float) -> float:
+        """Make an optimizer step that was waited for so many seconds; the time when it was made."""
+        begun = time.perf_counter()
+        self._undone.append(done := self._make(step))
+        self._settle(but=1)
+        ended = time.perf_counter()
+        self._note(done, step, waited=waited, seconds=waited + ended - begun)
+        return ended
 
     def report(self) -> TrainReport:
         """What was done; where nothing is left to do, the result is written first."""
@@ -357,7 +373,7 @@ class Trainer:
                 speed = record["positions_per_second"]
                 self._progress.figure("positions_per_second", speed, f"{speed:,.0f} positions/s")
 
-    def _turn(self, *, stopped: bool, timed: bool) -> bool:
+    def turn(self, *, stopped: bool, timed: bool) -> bool:
         """After a step: evaluate and write a checkpoint, where either is due. Whether anything was."""
         last = self.step == self.steps
         every = self._evaluate_every
@@ -381,7 +397,7 @@ class Trainer:
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
             raise TrainError(f"best: found {name!r}; the evaluation has {', '.join(found)}.")
-        sign = -1 if name in _HIGHER_IS_BETTER else 1
+        sign = -1 if name in HIGHER_IS_BETTER else 1
         better = before is None or sign * found[name] < sign * before
         # each process has measured; where they differ in the last digit, one has to decide
         better = bool(self._processes.agree(int(better)))
@@ -434,11 +450,11 @@ class Trainer:
             tensors = best.tensors("model")
         write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
 
-    def _stopped_by(self, what: str, step: int, batch: str) -> TrainError:
+    def _stopped_by(self, what: str, step: int, batch: str) -> Diverged:
         kept = (
             f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint was made"
         )
-        return TrainError(
+        return Diverged(
             f"step {step}: {what} (batch: {batch}). {kept} in {self._out}, and nothing after it. Where the student has "
             "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder."
         )
@@ -450,9 +466,14 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
 
-def _held_out(settings: TrainSettings, caches: Sequence[Cache], weights: Sequence[float]) -> Evaluate | None:
+def held_out(
+    settings: TrainSettings,
+    caches: Sequence[Cache],
+    weights: Sequence[float],
+    keep: Callable[[list["Evaluation"]], object] = lambda found: None,
+) -> Evaluate | None:
     """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
-    is asked for; TrainError where one is, and nothing was held out."""
+    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache."""
     if settings.evaluate_every == 0:
         return None
     try:
@@ -465,17 +486,24 @@ def _held_out(settings: TrainSettings, caches: Sequence[Cache], weights: Sequenc
     from .evaluate import evaluate
 
     def measures(student: Student) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for cache, weight in zip(caches, weights, strict=True):
-            found = evaluate(
-                student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions
-            ).summary()
-            for name, value in found.items():
-                if (mean := value["mean"]) is not None:
-                    total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
-        return total
+        found = [
+            evaluate(student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions)
+            for cache in caches
+        ]
+        keep(found)
+        return means(found, weights)
 
     return measures
+
+
+def means(found: Sequence["Evaluation"], weights: Sequence[float]) -> dict[str, float]:
+    """Each measure, the mean over caches by their weights."""
+    total: dict[str, float] = {}
+    for one, weight in zip(found, weights, strict=True):
+        for name, value in one.summary().items():
+            if (mean := value["mean"]) is not None:
+                total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
+    return total
 
 
 def _note_control(out: Path, report: TrainReport) -> None:
