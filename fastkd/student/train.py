@@ -154,6 +154,11 @@ def make_loader(cache: Any, settings: TrainSettings, processes: Processes) -> Di
     )
 
 
+def total_steps(settings: TrainSettings, loader: DistillLoader) -> int:
+    """Optimizer steps of a training."""
+    return settings.steps or max(1, math.ceil(settings.epochs * len(loader)))
+
+
 class Diverged(TrainError):
     """A loss or a gradient that is not finite."""
 
@@ -174,7 +179,7 @@ class Trainer:
     ) -> None:
         self.student, self._tokenizer = made
         self._loader, self._processes, self._settings, self._out = loader, processes, settings, out
-        self.steps = settings.steps or max(1, math.ceil(settings.epochs * len(loader)))
+        self.steps = total_steps(settings, loader)
         self.step = self.resumed = 0
         device = processes.device
         self.student.to(device).train()
