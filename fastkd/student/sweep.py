@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..cache.reader import Cache
 from ..errors import TrainError
@@ -187,7 +188,8 @@ class _Sweep:
 
     def _member(self, arm: Arm, folder: Path, settings: TrainSettings, loader: DistillLoader) -> Member:
         made = make_student(self._student, self._caches[0].spec, settings)
-        if hasattr(made.student.model, _MARK):
+        if hasattr(made.student.model, _MARK) and not isinstance(self._student, nn.Module):
+            delattr(made.student.model, _MARK)
             raise TrainError(
                 "student: found the same module each time that one was asked for; the arms would share their weights. "
                 "Return a new one each time, or give the module itself, which is copied."

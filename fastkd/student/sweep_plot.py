@@ -40,6 +40,8 @@ def plot(report: "SweepReport", path: Path) -> None:
     key = "dot: a seed   bar: mean over seeds"
     if any(_half(arm) for arm in arms):
         key += "   line: 95% interval of the distance to the best, of seeds or of windows, the wider"
+    if report.alike:
+        key += "   blue: not distinguishable"
     figure.supxlabel(key, fontsize=8, x=0.01, ha="left", color="#666666")
     figure.savefig(path, format="png")
 
