@@ -6,7 +6,7 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help demo test check soak bench-loss bench-cache clean
+.PHONY: help demo test check soak bench-loss bench-cache bench-train clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -49,6 +49,9 @@ bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is on
 
 bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench/make_targets.py
 	$(BIN)/python bench/bench_cache.py
+
+bench-train: $(STAMP)  ## a step against cross-entropy alone and against the teacher at hand
+	$(BIN)/python bench/bench_train.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -16,7 +16,7 @@ import tyro
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, StreamError, TeacherError, TrainError
+from .errors import DataError, StreamError, TeacherError, TrainError, WorkRemains
 from .report_text import printable, ranges, report_text, size_text
 from .settings import CaptureSettings, DataSettings, DemoSettings, TeacherSettings, TrainSettings
 
@@ -285,8 +285,9 @@ def seal(command: Seal) -> Outcome:
 
 def train(command: Train) -> Outcome:
     """Train the student; status 75 where work remains."""
+    from .cache.stores.base import clean
     from .progress import mode_for
-    from .student.result import report_of, stopped_text
+    from .student.result import report_of
     from .student.train import train as run
     from .teacher.job import WORK_REMAINS
     from .teacher.pipeline import Stopped
@@ -306,7 +307,12 @@ def train(command: Train) -> Outcome:
                 progress=mode_for(events=command.json),
             )
     except Stopped:
-        text = stopped_text(command.out)
+        text = f"{command.out}: stopped. The same command again goes on."
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    except (ReadOnly, NotFound):
+        raise
+    except (StoreError, WorkRemains) as error:
+        text = clean(str(error))
         return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     if os.environ.get("RANK", "0") != "0":  # what one process says is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
@@ -315,9 +321,9 @@ def train(command: Train) -> Outcome:
 
 def sweep(command: Sweep) -> Outcome:
     """Train the arms; status 75 where work remains."""
+    from .cache.stores.base import clean
     from .progress import mode_for
     from .student.arms import FIELDS
-    from .student.result import stopped_text
     from .student.sweep import sweep as run
     from .student.sweep_result import sweep_text
     from .teacher.job import WORK_REMAINS
@@ -339,7 +345,12 @@ def sweep(command: Sweep) -> Outcome:
                 progress=mode_for(events=command.json),
             )
     except Stopped:
-        text = stopped_text(command.out)
+        text = f"{command.out}: stopped. The same command again goes on."
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    except (ReadOnly, NotFound):
+        raise
+    except (StoreError, WorkRemains) as error:
+        text = clean(str(error))
         return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
 

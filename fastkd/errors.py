@@ -18,3 +18,7 @@ class StreamError(ValueError):
 
 class TrainError(Exception):
     """A student, its training or what was left of an earlier one: the thing, what was found, and what to do next."""
+
+
+class WorkRemains(TrainError):
+    """What hindered a training that the same call goes on with afterwards: a full disk, say."""

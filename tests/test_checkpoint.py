@@ -108,9 +108,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="No space"):
             write(tmp_path, 4, tensors(4), {})
     assert steps_of(tmp_path) == [3]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] != ["step-00000003"]
-    clean(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, 3, tensors(3), {})
+    for name in (".step-00000004.part", ".step-00000002.gone.part"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_text("half")
+    (tmp_path / ".run.json.part").write_text("half")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    clean(tmp_path)
+    assert not list(tmp_path.rglob(".*"))
+    assert steps_of(tmp_path) == [3]
 
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

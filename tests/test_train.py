@@ -330,6 +330,32 @@ def test_a_checkpoint_at_the_step_itself_is_not_written(cache: Cache, tmp_path: 
     assert steps_of(tmp_path) == [2]
 
 
+def test_a_full_disk_leaves_work(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written before is kept, and gone on from."""
+    from fastkd.errors import WorkRemains
+    from fastkd.student import checkpoint
+
+    save = checkpoint.save_file
+    left = iter([True] * 4)  # two files a checkpoint
+
+    def full(*arguments: Any) -> None:
+        if not next(left, False):
+            raise OSError(28, "No space left on device")
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(WorkRemains, match=r"checkpoint of step 6 cannot be written .*No space.* make room"):
+            train(cache, tmp_path, checkpoint_every=2)
+    assert steps_of(tmp_path) == [2, 4]
+    assert train(cache, tmp_path, checkpoint_every=2).resumed == 4
+
+
+def test_nothing_to_train(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="none of its parameters requires a gradient"):
+        train(cache, tmp_path, Tiny().requires_grad_(False))
+
+
 def test_an_incomplete_cache(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", held_out=0.0)
     (tmp_path / "cache" / "manifest.parquet").unlink()
@@ -409,7 +435,7 @@ def test_a_student_without_layers(cache: Cache, tmp_path: Path) -> None:
 def test_losses_are_read_a_step_late(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for a step before the next one is under way."""
     from fastkd.student import metrics
-    from fastkd.student.train import Trainer
+    from fastkd.student.trainer import Trainer
 
     events: list[str] = []
     make, record = Trainer._make, metrics.StepDone.record
@@ -442,7 +468,7 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "rate: 0.0003 there, 1.0 here" in capsys.readouterr().err
     assert main([*arguments[:3], "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastkd.student.train.Trainer._make", _killed(patch))
+        patch.setattr("fastkd.student.trainer.Trainer._make", _killed(patch))
         assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 75
     assert "stopped after step 1 of 4. The same command again goes on." in capsys.readouterr().out
     assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 0
@@ -453,7 +479,7 @@ def _killed(patch: pytest.MonkeyPatch) -> Any:
     import os
     import signal
 
-    from fastkd.student.train import Trainer
+    from fastkd.student.trainer import Trainer
 
     make = Trainer._make
 

@@ -11,6 +11,7 @@ from train_cases import SMALL, make_cache
 
 from fastkd.hub import load_transformers
 from fastkd.student.checkpoint import newest
+from fastkd.student.metrics import read_metrics
 
 TINY = "train_cases:double"
 
@@ -52,6 +53,23 @@ def test_ddp_and_fsdp(place: Path) -> None:
     assert sum(a != b for a, b in zip(*counts, strict=True)) > 5
     for kind in ("ddp", "fsdp"):
         assert_same(place / kind, place / "one", 1e-9)
+
+
+def test_evaluations_of_parts(place: Path) -> None:
+    """FSDP2's processes evaluate together what each has a part of."""
+    changes = SMALL | {"evaluate_every": 5}
+    train_jobs.run(train_jobs.train, TINY, place / "cache", place / "one-measured", changes)
+    runs = [
+        (TINY, place / "cache", place / f"{kind}-measured", changes | {"parallel": kind}) for kind in ("ddp", "fsdp")
+    ]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    ours, *others = (
+        [line["evaluation"] for line in read_metrics(place / f"{kind}-measured") if "evaluation" in line]
+        for kind in ("one", "ddp", "fsdp")
+    )
+    assert len(ours) == 2
+    for theirs in others:
+        assert [pytest.approx(line, rel=1e-6) for line in ours] == theirs
 
 
 def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> None:

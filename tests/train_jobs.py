@@ -114,7 +114,7 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
     """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
     changes what lies on the disk."""
     from fastkd.student import checkpoint, metrics
-    from fastkd.student.train import Trainer
+    from fastkd.student.trainer import Trainer
 
     left = moment
 
@@ -143,7 +143,7 @@ def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) 
     import time
 
     import fastkd
-    from fastkd.student.train import Trainer
+    from fastkd.student.trainer import Trainer
     from fastkd.teacher.signals import stopping
 
     make = Trainer._make

@@ -47,8 +47,11 @@ class Checkpoint:
 
 
 def write(run: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint; one of this step that is there is replaced. tensors: by name, on the CPU, none of which
-    shares memory. state: what JSON can hold. Returns its folder; OSError where it cannot be written."""
+    """Write a checkpoint; one of this step that is there is replaced. Returns its folder.
+
+    tensors: by name, on the CPU, none of which shares memory. state: what JSON can hold. Raises OSError or
+    SafetensorError where it cannot be written.
+    """
     final = run / FOLDER / f"step-{step:08d}"
 
     def fill(folder: Path) -> None:
@@ -151,10 +154,14 @@ def write_folder(final: Path, fill: Callable[[Path], object]) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    fill(temporary)
-    for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
+    try:
+        fill(temporary)
+        for path in temporary.rglob("*"):
+            _sync(path)
+        _sync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a full disk it is the last that should be kept
+        raise
     remove_folder(final)
     os.rename(temporary, final)
     # else a power cut could take the new name back

@@ -84,9 +84,11 @@ def _check_teacher(settings: TrainSettings, spec: CacheSpec) -> None:
         raise TrainError("treatment: found 'sampled', and the cache holds no draws. Use auto, or capture with draws.")
 
 
-def deciding(settings: TrainSettings, steps: int) -> dict[str, Any]:
-    """The settings that decide what a student becomes, as JSON has them. steps: in all."""
+def deciding(settings: TrainSettings, steps: int, autocast: Any) -> dict[str, Any]:
+    """The settings that decide what a student becomes, as JSON has them. steps: in all. autocast: the type that
+    `precision` comes to on this machine, or None."""
     found = {name: value for name, value in asdict(settings).items() if name not in INDIFFERENT}
+    found["precision"] = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {"steps": steps} | {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import TrainError
 from ..settings import TrainSettings
 
 
@@ -23,8 +24,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW of the settings; the rate is set at every step."""
+    """AdamW of the settings; the rate is set at every step. TrainError where no parameter is to be trained."""
     groups = decay_groups(model, settings.weight_decay)
+    if not groups:
+        raise TrainError("student: none of its parameters requires a gradient; there is nothing to train.")
     return torch.optim.AdamW(
         groups, lr=settings.rate, betas=settings.adam_betas, eps=settings.adam_eps, fused=device.type == "cuda"
     )

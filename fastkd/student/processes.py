@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -101,7 +102,7 @@ class Wrapped:
         if self._world == 1:
             return
         if parallel == "fsdp":
-            mesh = dist.init_device_mesh(processes.device.type, (self._world,))
+            mesh = init_device_mesh(processes.device.type, (self._world,))
             for layer in student.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(student, mesh=mesh)
@@ -123,9 +124,16 @@ class Wrapped:
             module.set_requires_gradient_sync(last)
             return self._both(batch, settings)
         if isinstance(module, DistributedDataParallel) and not last:
-            with module.no_sync():  # type: ignore[no-untyped-call]
+            with module.no_sync():
                 return self._both(batch, settings)
         return self._both(batch, settings)
+
+    def evaluated(self) -> None:
+        """To be called after `logits`, which leaves FSDP2's outermost parameters whole: back to parts, as an optimizer
+        and a checkpoint know them."""
+        for module in self.student.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _both(self, batch: MicroBatch, settings: dict[str, Any]) -> KDLoss:
         out: KDLoss = self._module(batch, **settings)
@@ -155,7 +163,7 @@ def checkpoint_layers(student: Student) -> None:
 def compile_layers(student: Student) -> None:
     """torch.compile each layer: they are alike, so one compilation serves them. TrainError where there are none."""
     for layer in _layers(student, "compile"):
-        layer.compile()  # type: ignore[no-untyped-call]
+        layer.compile()
 
 
 def _layers(student: Student, setting: str) -> list[nn.Module]:

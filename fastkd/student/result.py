@@ -90,11 +90,6 @@ def report_of(report: TrainReport) -> str:
     return "\n".join([*lines, f"the student: {report.student}"])
 
 
-def stopped_text(out: Path) -> str:
-    """What a person is told of a run that was stopped before its first step."""
-    return f"{out}: stopped before a step was made. The same command again goes on."
-
-
 def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
     """The student as others load it: a model of transformers with its config (and tokenizer), for
     `AutoModelForCausalLM.from_pretrained`; a module as model.safetensors, the names being its state's.

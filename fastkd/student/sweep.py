@@ -38,7 +38,8 @@ from .processes import Processes, together
 from .sources import open_sources
 from .state import load_model
 from .sweep_result import EVALUATION, EVALUATIONS, FAILED, SWEEP, Result, SweepReport, make_report, read_result
-from .train import DEFAULTS, Diverged, Evaluate, Trainer, held_out, make_loader, total_steps
+from .train import DEFAULTS, held_out, make_loader
+from .trainer import Diverged, Evaluate, Trainer, autocast_of, total_steps
 
 _MARK = "_fastkd_arm"
 
@@ -217,7 +218,9 @@ class _Sweep:
                 f"{folder}: it was trained with another student, or its checkpoints are gone. Sweep into another "
                 "folder, or delete it to train it again."
             )
-        check_same(found.state["settings"], deciding(settings, total_steps(settings, loader)), str(folder))
+        autocast = autocast_of(settings.precision, self._processes.device)
+        ours = deciding(settings, total_steps(settings, loader), autocast)
+        check_same(found.state["settings"], ours, str(folder))
         loader.load_state_dict(found.state["loader"])
         return bool(done.evaluations) or held_out(settings, self._caches, self.weights) is None
 
@@ -275,7 +278,10 @@ class Together:
         took = [member for member in self.members if member.trainer.step == self.at]
         for member in took:
             began = clock()
-            self._unless_diverged(member, partial(member.trainer.take, step, waited=waited / len(took)))
+            share = waited / len(took)
+            # each has waited for its part of the time
+            take = partial(member.trainer.take, step, begun=began - share, waited=share)
+            self._unless_diverged(member, take)
             self.step_seconds += clock() - began
         self.at += 1
         self.waited += waited

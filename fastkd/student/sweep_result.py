@@ -29,7 +29,8 @@ from .arms import Arm
 from .evaluate import Evaluation, compare
 from .measures import Windows
 from .result import RUN
-from .train import HIGHER_IS_BETTER, means
+from .train import means
+from .trainer import HIGHER_IS_BETTER
 
 SWEEP, FAILED, PLOT = "sweep.json", "diverged.json", "sweep.png"
 EVALUATION, EVALUATIONS = "evaluation.json", "evaluations.json"  # of one cache; a list, of a mixture

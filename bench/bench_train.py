@@ -1,0 +1,264 @@
+"""A distillation step against one of cross-entropy alone, and against one with the teacher at hand; and the share of a
+training's time in which it waits for data.
+
+    python bench/bench_train.py                   # --sections step memory live waiting; three minutes on two cores
+
+A step is forward, backward, clipping and AdamW of one student on one batch. Of cross-entropy alone there are two, both
+in chunks of the same size through the same head: the engine's own, given no targets (`fused`), and one written out in
+plain PyTorch (`plain`). With the teacher at hand (`live`), a step runs it on the same tokens, and takes the dense KL
+divergence of all outcomes, in the same chunks. On a GPU: a 135M-class student, 16,384 positions a step, and a teacher
+of a billion parameters, random; elsewhere smaller ones.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases import known_targets
+from harness import Table, interleaved, peak_bytes
+from torch import Tensor
+
+import fastkd
+from fastkd import SparseTargets
+from fastkd.hub import load_transformers
+from fastkd.kernels.linear import default_chunk
+from fastkd.settings import TrainSettings
+from fastkd.student.batch import MicroBatch
+from fastkd.student.metrics import read_metrics
+from fastkd.student.model import Student, of_transformers
+from fastkd.student.optimizer import clip_, make_optimizer
+
+VOCAB = 49152
+# hidden, layers, heads, key-value heads, inner
+SIZES = {
+    "cpu": {"student": (288, 6, 6, 3, 768), "teacher": (576, 30, 9, 3, 1536), "rows": 4, "length": 256},
+    "cuda": {"student": (576, 30, 9, 3, 1536), "teacher": (2048, 16, 32, 8, 8192), "rows": 16, "length": 1024},
+}
+
+
+def model_of(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama with random weights; its head is its embedding."""
+    hidden, layers, heads, kv, inner = size
+    transformers = load_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).to(device, dtype)
+
+
+def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> MicroBatch:
+    """Rows of random tokens; all positions but the last of each row count."""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (rows, length), generator=random).to(device)
+    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+    index = (labels.flatten() >= 0).nonzero()[:, 0]
+    fields = {name: getattr(targets, name) for name in ("vocab_size", "temperatures", "draw_temperature")}
+    some = targets[: len(index)]
+    compact = SparseTargets(
+        ids=some.ids, logprobs=some.logprobs, tail=some.tail, outcomes=some.outcomes, draws=some.draws, index=index,
+        **fields,
+    )  # fmt: skip
+    places = torch.arange(length, device=device).expand(rows, -1).contiguous()
+    bounds = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+    sequences = torch.arange(rows, device=device)
+    return MicroBatch(tokens, labels, places, bounds, sequences, compact, length, rows * length, "padded")
+
+
+class Steps:
+    """The steps that are compared; each begins with the same weights' shapes, not their values."""
+
+    def __init__(self, device: str, temperature: float) -> None:
+        size = SIZES[device]
+        self.device, self.size = device, size
+        self.student: Student = of_transformers(model_of(size["student"], device), "student")
+        self.student.autocast = torch.bfloat16 if device == "cuda" else None
+        self.optimizer = make_optimizer(self.student, TrainSettings(), torch.device(device))
+        n = size["rows"] * size["length"]
+        targets = known_targets(n, VOCAB, 48, 16, device)
+        none = SparseTargets(
+            ids=targets.ids[:, :0], logprobs=targets.logprobs[:, :0], tail=targets.tail, outcomes=targets.outcomes,
+            vocab_size=VOCAB, temperatures=targets.temperatures,
+        )  # fmt: skip
+        self.batch = batch_of(size["rows"], size["length"], targets, device)
+        self.labels_only = batch_of(size["rows"], size["length"], none, device)
+        self.temperature = torch.tensor(temperature, device=device)
+        self.alpha, self.one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
+        self._teacher: Any = None
+
+    def distil(self) -> list[Tensor]:
+        """On cached targets: 48 exact entries and 16 drawn."""
+        return self._step(
+            lambda: (
+                self.student(
+                    self.batch, alpha=self.alpha, temperature=self.temperature, num_items=self.batch.count
+                ).loss
+            )
+        )
+
+    def fused(self) -> list[Tensor]:
+        """Cross-entropy by the same engine."""
+        return self._step(
+            lambda: (
+                self.student(self.labels_only, alpha=self.one, temperature=self.one, num_items=self.batch.count).loss
+            )
+        )
+
+    def plain(self) -> list[Tensor]:
+        """Cross-entropy written out: chunks of rows, gradients in the forward."""
+        return self._step(lambda: self._chunked(self.batch, None))
+
+    def live(self) -> list[Tensor]:
+        """With the teacher run on the same tokens, and all of its outcomes."""
+        if self._teacher is None:
+            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+            self._teacher = model_of(self.size["teacher"], self.device, dtype).eval().requires_grad_(False)
+        return self._step(lambda: self._chunked(self.batch, self._teacher))
+
+    def _step(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        loss().backward()
+        norm = clip_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return [norm]
+
+    def _chunked(self, batch: MicroBatch, teacher: Any) -> Tensor:
+        """Loss over the rows that count of the student's states, a chunk of logits at a time."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            model: Any = self.student.model
+            states = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            theirs = None
+            if teacher is not None:
+                with torch.no_grad():
+                    theirs = teacher.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                theirs = theirs.flatten(0, 1)[batch.targets.index]
+            rows, labels = states.flatten(0, 1)[batch.targets.index], batch.labels.flatten()[batch.targets.index]
+            weight = model.get_output_embeddings().weight
+            return Chunks.apply(rows, weight, labels, theirs, None if teacher is None else teacher.lm_head.weight)
+
+
+class Chunks(torch.autograd.Function):
+    """Mean cross-entropy of logits in chunks; with a teacher half of it, and half the KL divergence from it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, theirs: Any, their_weight: Any) -> Tensor:
+        dtype = torch.bfloat16 if rows.is_cuda else rows.dtype
+        chunk, n = default_chunk(rows.device, len(weight), dtype.itemsize), len(rows)
+        head = weight.to(dtype)
+        d_rows, d_weight = torch.empty_like(rows), torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), device=rows.device)
+        for at in (slice(i, i + chunk) for i in range(0, n, chunk)):
+            x = rows[at].to(dtype)
+            z = (x @ head.t()).float()
+            log_p = F.log_softmax(z, -1)
+            total += F.nll_loss(log_p, labels[at], reduction="sum") * (1.0 if theirs is None else 0.5)
+            p = log_p.exp()
+            gradient = p.clone() if theirs is not None else p
+            gradient[torch.arange(len(x), device=x.device), labels[at]] -= 1.0
+            if theirs is not None:
+                log_q = F.log_softmax((theirs[at] @ their_weight.t()).float(), -1)
+                q = log_q.exp()
+                total += 0.5 * (q * (log_q - log_p)).sum()
+                gradient = 0.5 * gradient + 0.5 * (p - q)
+            gradient = (gradient / n).to(dtype)
+            d_rows[at] = (gradient @ head).to(d_rows.dtype)
+            d_weight += (gradient.t() @ x).float()
+        ctx.save_for_backward(d_rows, d_weight.to(weight.dtype))
+        return total / n
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        d_rows, d_weight = ctx.saved_tensors
+        return d_rows * upstream, d_weight * upstream, None, None, None
+
+
+def step(table: Table, device: str, rounds: int) -> None:
+    """Time of a step."""
+    for temperature in (1.0, 2.0):
+        steps = Steps(device, temperature)
+        runs = {name: getattr(steps, name) for name in ("distil", "fused", "plain")}
+        times = interleaved(runs, device=device, rounds=rounds)
+        table.title(f"a step of {steps.batch.positions} positions, V = {VOCAB}, T = {temperature:g}")
+        for name, value in times.items():
+            table.row(f"{name}: milliseconds", value)
+        table.row("distil / fused cross-entropy", times.ratio("distil", "fused"), "<= 1.05")
+        table.row("distil / plain cross-entropy", times.ratio("distil", "plain"), "<= 1.05")
+
+
+def memory(table: Table, device: str) -> None:
+    """Peak memory of a step beyond weights, optimizer's state and batch."""
+    for temperature in (1.0, 2.0):
+        steps = Steps(device, temperature)
+        steps.distil()  # the optimizer's state is there afterwards
+        table.title(f"peak memory of a step, T = {temperature:g}")
+        peaks = {name: peak_bytes(getattr(steps, name), device) for name in ("distil", "fused", "plain")}
+        for name, peak in peaks.items():
+            table.row(f"{name}: MB", peak / 1e6)
+        for name in ("fused", "plain"):
+            table.row(f"distil / {name} cross-entropy", peaks["distil"] / peaks[name], "<= 1.05")
+
+
+def live(table: Table, device: str, rounds: int) -> None:
+    """What the teacher costs where it is run in every step."""
+    steps = Steps(device, 1.0)
+    runs = {"distil": steps.distil, "live": steps.live}
+    times = interleaved(runs, device=device, rounds=rounds, warmup=1)
+    size = sum(p.numel() for p in steps._teacher.parameters()) / 1e6
+    table.title(f"against a teacher of {size:.0f}M parameters at hand")
+    for name, value in times.items():
+        table.row(f"{name}: milliseconds", value)
+    table.row("live / distil", times.ratio("live", "distil"))
+
+
+def waiting(table: Table, device: str) -> None:
+    """A training from a cache: the steps after the first two."""
+    size = SIZES[device]
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, VOCAB, int(n)) for n in random.integers(20, 512, 120)]
+    teacher = model_of((64, 1, 2, 1, 128), device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        fastkd.capture(
+            lambda tokens: teacher(input_ids=tokens, use_cache=False).logits, documents, place / "cache",
+            vocab_size=VOCAB, fingerprint="random", context=512, held_out=0, shard_positions=4096, batch_tokens=2048,
+        )  # fmt: skip
+        positions = size["rows"] * size["length"]
+        student = model_of(size["student"], device)
+        fastkd.train(
+            student, place / "cache", place / "run", steps=14, epochs=10, batch_tokens=positions, evaluate_every=0
+        )
+        lines = read_metrics(place / "run")[2:]
+    seconds = sum(line["seconds"] for line in lines)
+    table.title(f"a training, {positions} positions a step")
+    table.row("positions a second", sum(line["positions"] for line in lines) / seconds)
+    table.row("share of waiting", sum(x["waiting"] * x["seconds"] for x in lines) / seconds, "<= 0.01")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", default=["step", "memory", "live", "waiting"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = Table(device)
+    if "step" in args.sections:
+        step(table, device, args.rounds)
+    if "memory" in args.sections:
+        memory(table, device)
+    if "live" in args.sections:
+        live(table, device, max(2, args.rounds // 2))
+    if "waiting" in args.sections:
+        waiting(table, device)
+    table.save(args.json)
+
+
+if __name__ == "__main__":
+    main()
