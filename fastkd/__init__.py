@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .student.batch import MicroBatch, Step
     from .student.loader import DistillLoader
     from .student.result import TrainReport
+    from .student.sweep import sweep
+    from .student.sweep_result import SweepReport
     from .student.train import train
     from .teacher.capture import capture
 
@@ -34,12 +36,14 @@ _HOME = {
     "KDLoss": "kernels",
     "MicroBatch": "student.batch",
     "SparseTargets": "kernels",
+    "SweepReport": "student.sweep_result",
     "capture": "teacher.capture",
     "Step": "student.batch",
     "kd_loss": "kernels",
     "linear_kd_loss": "kernels",
     "linear_topk_targets": "kernels",
     "set_debug": "kernels",
+    "sweep": "student.sweep",
     "targets_from_arrays": "decoding",
     "targets_from_raw": "decoding",
     "topk_targets": "kernels",
@@ -55,6 +59,7 @@ __all__ = [
     "MicroBatch",
     "SparseTargets",
     "Step",
+    "SweepReport",
     "TrainReport",
     "__version__",
     "capture",
@@ -62,6 +67,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_targets",
     "set_debug",
+    "sweep",
     "targets_from_arrays",
     "targets_from_raw",
     "topk_targets",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -141,6 +141,39 @@ class Train(TrainSettings):
     """Print events, one JSON object a line, instead of a bar; the last one is the report."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sweep(TrainSettings):
+    """Train several students from one read of a cache: the grid of the values given of alpha, temperature, divergence,
+    treatment and rate. All other settings are shared. The same command again goes on where it stopped.
+
+    Exit status 0: all arms are trained. 75: work remains (after SIGTERM; every arm has a checkpoint): requeue it.
+    """
+
+    student: str
+    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
+    are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
+    cache: str
+    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    out: Path
+    """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
+    alpha: tuple[float, ...] = ()  # type: ignore[assignment]
+    """Weights of the hard labels: 0 is the teacher alone, 1 the labels alone."""
+    temperature: tuple[float, ...] = ()  # type: ignore[assignment]
+    """Of the soft loss; the cache says which it can serve."""
+    divergence: tuple[Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"], ...] = ()  # type: ignore[assignment]
+    """Of the student from the teacher."""
+    treatment: tuple[Literal["auto", "bucket", "sampled", "renormalize"], ...] = ()  # type: ignore[assignment]
+    """Of the teacher's mass outside the head."""
+    rate: tuple[float, ...] = ()  # type: ignore[assignment]
+    """The highest learning rates."""
+    seeds: int = 2
+    """Trainings of each arm, from `--seed` on, a read of the cache each: what differences are held against."""
+    at_once: int | None = None
+    """Arms in memory at once; each further pass reads the cache again. None: all of a seed's."""
+    json: Flag = False
+    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Set runs side by side on one page of HTML: curves, the table of students, and what differs."""
@@ -170,6 +203,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Seal, tyro.conf.subcommand("seal")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
@@ -401,6 +435,39 @@ def _trained(command: Train, stop: Stop) -> Outcome:
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
 
 
+def sweep(command: Sweep) -> Outcome:
+    """Train the arms; status 75 where work remains."""
+    return _stoppable(partial(_swept, command), f"{command.out}: stopped. The same command again goes on.")
+
+
+def _swept(command: Sweep, stop: Stop) -> Outcome:
+    from .cache.stores.base import clean
+    from .progress import mode_for
+    from .student.arms import FIELDS
+    from .student.sweep import sweep as run
+    from .student.sweep_result import sweep_text
+
+    shared = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
+    try:
+        report = run(
+            command.student,
+            _store(command.cache),
+            command.out,
+            {name: getattr(command, name) for name in FIELDS},
+            TrainSettings(**shared),
+            seeds=command.seeds,
+            at_once=command.at_once,
+            stop=stop,
+            progress=mode_for(events=command.json),
+        )
+    except (ReadOnly, NotFound):
+        raise
+    except (StoreError, WorkRemains) as error:
+        text = clean(str(error))
+        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+    return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
 def report(command: Report) -> Outcome:
     """Write the page."""
     from .report.make import make_report
@@ -437,6 +504,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Verify: verify,
     Seal: seal,
     Train: train,
+    Sweep: sweep,
     Report: report,
     Demo: demo,
 }

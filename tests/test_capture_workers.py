@@ -29,10 +29,11 @@ from fastkd.cache.stores import MemoryStore
 from fastkd.data.documents import open_documents
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
+from fastkd.stopping import Stop
 from fastkd.teacher import claims as claims_module
 from fastkd.teacher import job as job_module
 from fastkd.teacher.claims import Claims
-from fastkd.teacher.job import CaptureReport, Job, Stop
+from fastkd.teacher.job import CaptureReport, Job
 from fastkd.teacher.modules import ModuleTeacher
 from fastkd.teacher.pipeline import Ask, Runner
 from fastkd.teacher.prepare import keep_plan, prepare

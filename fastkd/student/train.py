@@ -4,7 +4,7 @@ RUN/  run.json  metrics.jsonl  checkpoints/  student/  control/ (the same again)
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -72,9 +72,14 @@ def train(
     with together(settings.device) as processes, ExitStack() as stack:
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        measure = evaluate or _held_out(settings, caches, [float(w) for w in weights])
+        kept: list[Evaluation] = []
+
+        def keep(found: list["Evaluation"]) -> None:
+            kept[:] = found
+
+        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep)
         source = caches[0] if len(caches) == 1 else list(zip(caches, weights, strict=True))
-        run = partial(_run, source, caches, processes, measure, stop, progress)
+        run = partial(_run, source, caches, processes, measure, kept, stop, progress)
         report = run(student, Path(out), settings)
         if control and report.complete:
             plain = replace(settings, alpha=1.0, alpha_end=None)
@@ -89,17 +94,39 @@ def _run(
     caches: Sequence[Cache],
     processes: Processes,
     evaluate: Evaluate | None,
+    kept: list["Evaluation"],
     stop: Stop | None,
     progress: str,
     student: Any,
     out: Path,
     settings: TrainSettings,
 ) -> TrainReport:
-    """One training."""
-    if isinstance(evaluate, HeldOut):
-        evaluate.last = None  # another run's
+    """One training. kept: the last evaluations, one of each cache."""
+    kept.clear()  # another run's
     made = make_student(student, caches[0].spec, settings)
-    loader = DistillLoader(
+    loader = make_loader(cache, settings, processes)
+    trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
+    try:
+        trainer.resume()
+        if stop is not None:
+            stop.gentle = True
+        trainer.run(stop or Stop())
+        report = trainer.report()
+        if processes.first:
+            trainer.write_run(caches, report)
+            if len(kept) == 1:  # by window, so that runs can be compared in pairs
+                write_text(out / EVALUATION, json.dumps(kept[0].to_json()) + "\n")
+        processes.wait()
+        return report
+    finally:
+        if stop is not None:
+            stop.gentle = False
+        trainer.close()
+
+
+def make_loader(cache: Any, settings: TrainSettings, processes: Processes) -> DistillLoader:
+    """What a training of these settings reads. Raises StreamError and CacheError."""
+    return DistillLoader(
         cache,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens if settings.batch_size is None else None,
@@ -117,29 +144,16 @@ def _run(
         threads=settings.threads,
         allow_partial=settings.allow_partial,
     )
-    trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
-    try:
-        trainer.resume()
-        if stop is not None:
-            stop.gentle = True
-        trainer.run(stop or Stop())
-        report = trainer.report()
-        if processes.first:
-            trainer.write_run(caches, report)
-            if isinstance(evaluate, HeldOut) and evaluate.last is not None:
-                # by window, so that runs can be compared in pairs
-                write_text(out / EVALUATION, json.dumps(evaluate.last.to_json()) + "\n")
-        processes.wait()
-        return report
-    finally:
-        if stop is not None:
-            stop.gentle = False
-        trainer.close()
 
 
-def _held_out(settings: TrainSettings, caches: Sequence[Cache], weights: Sequence[float]) -> Evaluate | None:
+def held_out(
+    settings: TrainSettings,
+    caches: Sequence[Cache],
+    weights: Sequence[float],
+    keep: Callable[[list["Evaluation"]], object] = lambda found: None,
+) -> Evaluate | None:
     """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
-    is asked for; TrainError where one is, and nothing was held out."""
+    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache."""
     if settings.evaluate_every == 0:
         return None
     try:
@@ -149,29 +163,27 @@ def _held_out(settings: TrainSettings, caches: Sequence[Cache], weights: Sequenc
         if settings.evaluate_every is None:
             return None
         raise TrainError(f"evaluate_every: found {settings.evaluate_every}, and {error}") from error
-    return HeldOut(settings, caches, weights)
+    from .evaluate import evaluate
+
+    def measures(student: Student) -> dict[str, float]:
+        found = [
+            evaluate(student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions)
+            for cache in caches
+        ]
+        keep(found)
+        return means(found, weights)
+
+    return measures
 
 
-class HeldOut:
-    """Measures a student on the held-out split, by the name of each. last: the whole evaluation, of a single cache."""
-
-    def __init__(self, settings: TrainSettings, caches: Sequence[Cache], weights: Sequence[float]) -> None:
-        self._settings, self._caches, self._weights = settings, caches, weights
-        self.last: Evaluation | None = None
-
-    def __call__(self, student: Student) -> dict[str, float]:
-        from .evaluate import evaluate
-
-        settings, total = self._settings, dict[str, float]()
-        for cache, weight in zip(self._caches, self._weights, strict=True):
-            found = evaluate(
-                student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions
-            )
-            self.last = found if len(self._caches) == 1 else None
-            for name, value in found.summary().items():
-                if (mean := value["mean"]) is not None:
-                    total[name] = total.get(name, 0.0) + mean * weight / sum(self._weights)
-        return total
+def means(found: Sequence["Evaluation"], weights: Sequence[float]) -> dict[str, float]:
+    """Each measure, the mean over caches by their weights."""
+    total: dict[str, float] = {}
+    for one, weight in zip(found, weights, strict=True):
+        for name, value in one.summary().items():
+            if (mean := value["mean"]) is not None:
+                total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
+    return total
 
 
 def _note_control(out: Path, report: TrainReport) -> None:

@@ -41,7 +41,11 @@ from .state import load_model, load_optimizer, model_tensors, optimizer_tensors
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Measures of a student, by name. Every process calls it, in the same order."""
 _EVALUATIONS = 10  # of a run that does not say how many
-_HIGHER_IS_BETTER = ("agreement", "accuracy")
+HIGHER_IS_BETTER = ("agreement", "accuracy")
+
+
+class Diverged(TrainError):
+    """A loss or a gradient that is not finite."""
 
 
 class Trainer:
@@ -60,11 +64,11 @@ class Trainer:
     ) -> None:
         self.student, self._tokenizer = made
         self._loader, self._processes, self._settings, self._out = loader, processes, settings, out
-        self.steps = settings.steps or max(1, math.ceil(settings.epochs * len(loader)))
+        self.steps = total_steps(settings, loader)
         self.step = self.resumed = 0
         device = processes.device
         self.student.to(device).train()
-        self.student.autocast = _autocast(settings.precision, device)
+        self.student.autocast = autocast_of(settings.precision, device)
         if settings.activation_checkpointing:
             checkpoint_layers(self.student)
         if settings.compile:
@@ -286,7 +290,7 @@ class Trainer:
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
             raise TrainError(f"best: found {name!r}; the evaluation has {', '.join(found)}.")
-        sign = -1 if name in _HIGHER_IS_BETTER else 1
+        sign = -1 if name in HIGHER_IS_BETTER else 1
         better = before is None or sign * found[name] < sign * before
         # each process has measured; where they differ in the last digit, one has to decide
         better = bool(self._processes.agree(int(better)))
@@ -345,11 +349,11 @@ class Trainer:
             tensors = best.tensors("model")
         write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
 
-    def _stopped_by(self, what: str, step: int, batch: str) -> TrainError:
+    def _stopped_by(self, what: str, step: int, batch: str) -> Diverged:
         kept = (
             f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint was made"
         )
-        return TrainError(
+        return Diverged(
             f"step {step}: {what} (batch: {batch}). {kept} in {self._out}, and nothing after it. Where the student has "
             "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder."
         )
@@ -369,7 +373,13 @@ def _every(every: int | None, steps: int) -> int:
     return max(1, steps // _EVALUATIONS) if every is None else every
 
 
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+def total_steps(settings: TrainSettings, loader: DistillLoader) -> int:
+    """Optimizer steps of a training."""
+    return settings.steps or max(1, math.ceil(settings.epochs * len(loader)))
+
+
+def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type of matrix products that a precision comes to on a device; None: that of the weights."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
