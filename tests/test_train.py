@@ -250,6 +250,7 @@ def test_activation_checkpointing_changes_nothing(student: Any, cache: Cache, tm
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_layers_change_nothing(cache: Cache, tmp_path: Path) -> None:
     for name in ("plain", "compile"):
         train(cache, tmp_path / name, Tiny(seed=1, dtype=torch.float64), steps=3, compile=name == "compile")
