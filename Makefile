@@ -6,7 +6,7 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help demo test check soak bench-loss bench-cache bench-capture bench-train clean
+.PHONY: help demo test check soak bench-loss bench-cache bench-capture bench-train bench-sweep clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -55,6 +55,9 @@ bench-capture: $(STAMP) $(DEMO_STAMP)  ## capture against the bare teacher
 
 bench-train: $(STAMP)  ## a step against cross-entropy alone and against the teacher at hand
 	$(BIN)/python bench/bench_train.py
+
+bench-sweep: $(STAMP)  ## four arms from one read against their own steps
+	$(BIN)/python bench/bench_sweep.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
