@@ -8,7 +8,8 @@ needs it.
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -251,7 +252,6 @@ def capture(command: Capture) -> Outcome:
 
 def _captured(command: Capture, stop: Stop) -> Outcome:
     from .cache import open_store
-    from .cache.stores.base import clean
     from .progress import mode_for
     from .teacher.asked import check_asked
 
@@ -262,7 +262,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
     from .teacher.load import load
     from .teacher.text import capture_text
 
-    try:
+    with _work_remains(StoreError, more=" What was committed stays: the same command goes on from there."):
         loaded = load(
             command.teacher,
             command,
@@ -285,11 +285,6 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
             progress=mode_for(events=command.json),
             notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
         )
-    except (ReadOnly, NotFound):
-        raise
-    except StoreError as error:
-        text = clean(f"{error} What was committed stays: the same command goes on from there.")
-        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 
@@ -410,12 +405,11 @@ def train(command: Train) -> Outcome:
 
 
 def _trained(command: Train, stop: Stop) -> Outcome:
-    from .cache.stores.base import clean
     from .progress import mode_for
     from .student.result import report_of
     from .student.train import train as run
 
-    try:
+    with _work_remains(StoreError, WorkRemains):
         report = run(
             command.student,
             _store(command.cache),
@@ -425,11 +419,6 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             stop=stop,
             progress=mode_for(events=command.json),
         )
-    except (ReadOnly, NotFound):
-        raise
-    except (StoreError, WorkRemains) as error:
-        text = clean(str(error))
-        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     if os.environ.get("RANK", "0") != "0":  # what one process says is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
@@ -441,14 +430,13 @@ def sweep(command: Sweep) -> Outcome:
 
 
 def _swept(command: Sweep, stop: Stop) -> Outcome:
-    from .cache.stores.base import clean
     from .progress import mode_for
     from .student.arms import FIELDS
     from .student.sweep import sweep as run
     from .student.sweep_result import sweep_text
 
     shared = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
-    try:
+    with _work_remains(StoreError, WorkRemains):
         report = run(
             command.student,
             _store(command.cache),
@@ -460,11 +448,6 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
             stop=stop,
             progress=mode_for(events=command.json),
         )
-    except (ReadOnly, NotFound):
-        raise
-    except (StoreError, WorkRemains) as error:
-        text = clean(str(error))
-        return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
 
 
@@ -489,12 +472,33 @@ def demo(command: Demo) -> Outcome:
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
-    """What a long command does; where a signal stops it before it has anything to drop, that text and 75."""
+    """What a long command does. Status 75 where a signal stops it before it has anything to drop, with that text; and
+    where something hinders it (`_work_remains`)."""
     try:
         with stopping() as stop:
             return run(stop)
     except Stopped:
-        return Outcome({"event": "stopped", "text": stopped}, "", WORK_REMAINS, stopped)
+        text = stopped
+    except _Hindered as hindered:
+        text = str(hindered)
+    return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+
+
+class _Hindered(Exception):
+    """What hinders a command that can be given again, as text without credentials."""
+
+
+@contextmanager
+def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
+    """Make `_Hindered` of these errors; but not of a store that is not there, or only to be read."""
+    from .cache.stores.base import clean
+
+    try:
+        yield
+    except (ReadOnly, NotFound):
+        raise
+    except errors as error:
+        raise _Hindered(clean(f"{error}{more}")) from error
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from ..cache.errors import NotFound
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache
+from ..cache.scan import PLAN_KEY
 from ..cache.spec import parse_json
 from ..errors import StreamError
 
 Ints = NDArray[np.int64]
-PLAN = "plan.json"
 SPLITS = ("train", "held_out")
 
 
@@ -87,9 +87,9 @@ def open_split(
 
 def _plan(cache: Cache) -> dict[str, int] | None:
     """Shards, and shards to train on, as planned; None for a cache without a plan."""
-    where = f"{PLAN} of {cache.store.describe()}"
+    where = f"{PLAN_KEY} of {cache.store.describe()}"
     try:
-        data = cache.store.get(PLAN)
+        data = cache.store.get(PLAN_KEY)
     except NotFound:
         return None
     document = parse_json(data, where)
@@ -110,8 +110,8 @@ def _shards_of(cache: Cache, plan: dict[str, int] | None, split: str) -> tuple[i
     if plan is None:
         if split == "held_out":
             raise StreamError(
-                f"split: found 'held_out', and {cache!r} has no {PLAN}: no documents were held out when it was made. "
-                "Keep some of it apart with skip and max_positions."
+                f"split: found 'held_out', and {cache!r} has no {PLAN_KEY}: no documents were held out when it was "
+                "made. Keep some of it apart with skip and max_positions."
             )
         return 0, 2**62
     if split == "train":
