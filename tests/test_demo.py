@@ -204,12 +204,14 @@ def test_a_second_run_never_runs_the_teacher(settings: DemoSettings, capfd: pyte
 def test_an_interrupted_capture_goes_on(settings: DemoSettings, tmp_path: Path, committed: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(settings, TinyTeacher(dies_after=committed))
-    assert len(shards(settings)) == committed
+    # a shard that the teacher was done with may still have waited to be written
+    there = {int(name.split(".")[0]) for name in shards(settings)}
+    assert there <= set(range(committed))
     teacher = TinyTeacher()
     report = run(settings, teacher)
     # ten windows to train on and five held out, four a shard
-    there = sum((4, 4, 2, 4, 1)[:committed]) * 16
-    assert sum(teacher.seen) == (15 + 5) * 16 - there
+    left = sum((4, 4, 2, 4, 1)[shard] for shard in there) * 16
+    assert sum(teacher.seen) == (15 + 5) * 16 - left
     whole = run(replace(settings, out=tmp_path / "whole"))
     assert report["windows"] == whole["windows"]
 
