@@ -191,7 +191,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Demo(DemoSettings):
-    """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
+    """A real teacher's cache, and from it students: the teacher with layers removed, healed, beside a control.
+
+    The same command again goes on where it stopped. Exit status 0: all is there. 75: work remains (after SIGTERM or
+    an interruption).
+    """
 
     json: Flag = False
     """Print one JSON object instead of text."""
@@ -460,10 +464,14 @@ def report(command: Report) -> Outcome:
 
 
 def demo(command: Demo) -> Outcome:
-    """Run the demo, or what is missing of it."""
+    """Run the demo, or what is missing of it; status 75 where work remains."""
+    return _stoppable(partial(_demo, command), "stopped. The same command again goes on.")
+
+
+def _demo(command: Demo, stop: Stop) -> Outcome:
     from .demo import run_demo
 
-    return Outcome(*run_demo(command))
+    return Outcome(*run_demo(command, stop))
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
