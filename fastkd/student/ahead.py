@@ -4,7 +4,7 @@
                      └ steps ─▶  assembly (a thread): waits for a step's shards ─▶ steps that are ready ─▶ who asks
 
 Memory is bounded: by `shards` that are read or being read (one step alone may need more), by `steps` that are ready,
-and by the steps that are planned. An error of any thread is raised, as it is, where the step that it hindered is asked for.
+and by `MOST_PLANNED`. An error of any thread is raised, as it is, where the step that it hindered is asked for.
 """
 
 import threading
