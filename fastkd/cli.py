@@ -311,7 +311,8 @@ def plan(command: Plan) -> Outcome:
         others=command.others,
         progress=_at_terminal(),
     )
-    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(getattr(loaded.teacher, "notes", [])))
+    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 
 def _capture_settings(command: Capture | Plan) -> CaptureSettings:
