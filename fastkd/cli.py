@@ -20,6 +20,7 @@ import tyro
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
 from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
+from .places import check_cache_place, check_demo_place
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -257,6 +258,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
     check_asked(_capture_settings(command))
     store = open_store(command.out, create=True)
+    check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
     from .teacher.capture import capture as run
     from .teacher.load import load
@@ -465,6 +467,7 @@ def demo(command: Demo) -> Outcome:
     from .demo import Clock, demo_text, run_demo, text_of
     from .hf import SmolLM2
 
+    check_demo_place(command.out)
     clock = Clock()
     with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
         teacher = SmolLM2(command.out / "teacher")

@@ -10,6 +10,7 @@ from ..cache import create_cache
 from ..cache.stores import open_store
 from ..data.documents import Documents
 from ..data.understood import understood
+from ..places import check_cache_place
 from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
 from ..stopping import Stop
@@ -61,8 +62,8 @@ def capture(
     progress: "none", "bar", "lines" or "events". notes: free text for the cache, no part of what must be equal.
 
     Returns what was done; `complete` says whether anything is left. Raises DataError for the data, TeacherError for the
-    teacher (NaN in its logits, say), CacheError where the cache is another's, and StoreError where a store failed
-    (a full disk, say): what was committed stays, and the same call goes on from there.
+    teacher (NaN in its logits, say), CacheError where the cache is another's, or what is there is no cache, and
+    StoreError where a store failed (a full disk, say): what was committed stays, and the same call goes on from there.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
@@ -73,6 +74,7 @@ def capture(
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
     data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
     store = open_store(out, create=True)
+    check_cache_place(store)
     claims = Claims(store, rank, world_size)
 
     tell = _teller(progress if group is None or group.leader else "none")
