@@ -478,14 +478,9 @@ def report(command: Report) -> Outcome:
 
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
-    from .demo import Clock, demo_text, run_demo, text_of
-    from .hf import SmolLM2
+    from .demo import run_demo
 
-    clock = Clock()
-    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
-        teacher = SmolLM2(command.out / "teacher")
-    report = run_demo(command, teacher, demo_text(), clock)
-    return Outcome(report, text_of(report))
+    return Outcome(*run_demo(command))
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:

@@ -526,7 +526,7 @@ def test_states_of_others_are_refused(cache: Cache, tmp_path: Path) -> None:
 def test_a_hugging_face_student_sees_one_piece_at_a_time(cache: Cache) -> None:
     """Padded with nothing but ids; packed with position_ids and use_cache=False, or with the mask."""
     pytest.importorskip("transformers")
-    from fastkd.hf import load_transformers
+    from fastkd.hub import load_transformers
 
     transformers = load_transformers()
     config = transformers.LlamaConfig(
