@@ -135,6 +135,8 @@ class Train(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
     control: Flag = False
@@ -156,6 +158,8 @@ class Sweep(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]
@@ -418,6 +422,7 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             _store(command.cache),
             command.out,
             TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            data=_examples(command.data),
             control=command.control,
             stop=stop,
             progress=mode_for(events=command.json),
@@ -446,12 +451,24 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
             command.out,
             {name: getattr(command, name) for name in FIELDS},
             TrainSettings(**shared),
+            data=_examples(command.data),
             seeds=command.seeds,
             at_once=command.at_once,
             stop=stop,
             progress=mode_for(events=command.json),
         )
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
+def _examples(factory: str | None) -> Any:
+    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    from .teacher.load import is_factory, made_by
+
+    if factory is None:
+        return None
+    if not is_factory(factory):
+        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+    return made_by(factory, DataError)
 
 
 def report(command: Report) -> Outcome:
