@@ -119,6 +119,8 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
     """Of one of them."""
     others: bool = True
     """Say what other k, mass and draws would cost, too."""
+    student_rate: float = 100_000.0
+    """Positions a second at which one GPU will train a student: what readers are reckoned for."""
     json: Flag = False
     """Print one JSON object instead of text."""
 
@@ -315,6 +317,7 @@ def plan(command: Plan) -> Outcome:
         price_per_hour=command.price_per_hour,
         workers=command.workers,
         others=command.others,
+        student_rate=command.student_rate,
         progress=_at_terminal(),
     )
     told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
