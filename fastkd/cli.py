@@ -237,6 +237,7 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             _store(command.cache),
             command.out,
             TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            data=_examples(command.data),
             control=command.control,
             stop=stop,
             progress=mode_for(events=command.json),
@@ -265,12 +266,24 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
             command.out,
             {name: getattr(command, name) for name in FIELDS},
             TrainSettings(**shared),
+            data=_examples(command.data),
             seeds=command.seeds,
             at_once=command.at_once,
             stop=stop,
             progress=mode_for(events=command.json),
         )
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
+def _examples(factory: str | None) -> Any:
+    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    from .teacher.load import is_factory, made_by
+
+    if factory is None:
+        return None
+    if not is_factory(factory):
+        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+    return made_by(factory, DataError)
 
 
 def report(command: Report) -> Outcome:
@@ -283,15 +296,10 @@ def report(command: Report) -> Outcome:
 
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
-    from .demo import Clock, demo_text, run_demo, text_of
-    from .hf import SmolLM2
+    from .demo import run_demo
 
     check_demo_place(command.out)
-    clock = Clock()
-    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
-        teacher = SmolLM2(command.out / "teacher")
-    report = run_demo(command, teacher, demo_text(), clock)
-    return Outcome(report, text_of(report))
+    return Outcome(*run_demo(command))
 
 
 def completion(command: Completion) -> Outcome:

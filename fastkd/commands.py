@@ -119,6 +119,8 @@ class Train(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
     control: bool = False
@@ -141,6 +143,8 @@ class Sweep(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]

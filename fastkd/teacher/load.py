@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..cache.errors import CacheError
@@ -114,8 +113,7 @@ def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_s
         return teacher  # type: ignore[no-any-return]
     probe = torch.zeros((1, 1), dtype=torch.int64)
     if isinstance(data, Examples) and len(data):
-        first = np.zeros(1, np.int64)
-        probe = data.read(first, data.seeds(first, first))
+        probe = data.first()
     return ModuleTeacher(teacher, vocab_size=vocab_size, probe=probe, fingerprint=fingerprint)
 
 
