@@ -121,7 +121,7 @@ def plan(command: Plan) -> Outcome:
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
-    _note(f"measuring the data, then a slice: some {command.seconds:g} s, two batches at least", events=False)
+    _note(f"measuring the data, then a slice: {command.seconds:g} s, or a batch where that takes longer", events=False)
     found = estimate(
         loaded.teacher,
         loaded.data,

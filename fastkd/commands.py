@@ -95,7 +95,7 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
     """
 
     seconds: float = 20.0
-    """How long the slice is run, about; the other settings take about as long again."""
+    """How long to measure, about, warm-up included; half of it goes to other settings. One batch is run at least."""
     workers: int = 1
     """How many machines like this one would share the work."""
     price_per_hour: float | None = None
