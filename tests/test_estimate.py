@@ -21,6 +21,8 @@ from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
 from fastkd.teacher.claims import Claims
+from fastkd.teacher.estimating import choices, measure
+from fastkd.teacher.estimating import estimate as estimating
 from fastkd.teacher.estimating.costs import Clock, host_bytes, manifest_bytes, objects, requests
 from fastkd.teacher.estimating.estimate import Estimate, _relative_error, estimate
 from fastkd.teacher.estimating.measure import halvings
@@ -79,7 +81,7 @@ def answers() -> Documents:
 def estimated(data: Any = None, model: Any = None, settings: CaptureSettings = SETTINGS, **options: Any) -> Estimate:
     """By two batches, and without other choices, unless more is asked for."""
     teacher = ModuleTeacher(model or Zipf(), vocab_size=VOCAB, fingerprint="it")
-    return estimate(teacher, data or prose(), settings, **{"seconds": 0, "others": False, **options})
+    return estimate(teacher, data or prose(), settings, **{"seconds": 0, "batches": 2, "others": False, **options})
 
 
 def taken(data: Any, settings: CaptureSettings, **changes: Any) -> tuple[int, Any, Any]:
@@ -124,7 +126,8 @@ def test_small_slices_are_not_believed_to_the_letter() -> None:
     assert abs(report.bytes / size - 1) < 0.04
 
 
-def test_other_choices_cost_what_they_then_cost() -> None:
+def test_other_choices_cost_what_they_then_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_LEAST_ROWS", 1024)  # whatever the time
     report = estimated(prose(120), others=True)
     assert [c.asked for c in report.choices].count(True) == 1
     assert report.choices[0].bytes == report.bytes
@@ -218,11 +221,41 @@ def test_claims_are_renewed_as_often_as_is_said(seconds: int) -> None:
 def test_the_teacher_is_run_once_on_each_batch() -> None:
     model = Zipf()
     report = estimated(prose(40), model, others=True)
-    # one piece twice and perhaps a batch before, to warm up
-    assert 2 <= len(model.calls) - report.measured["batches"] <= 3
-    assert model.calls[0] == model.calls[1]
+    # one piece, where there is no time for more, to warm up
+    assert len(model.calls) - report.measured["batches"] == 1
     assert model.calls[0][0] == 1
     assert len(report.choices) == 15
+
+
+class Slow(Zipf):
+    """Takes a millisecond a position of a clock that nothing else moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.now += 1e-3 * tokens.numel()
+        return super().forward(tokens)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 6.0, 9.0, 30.0, 55.0])
+def test_the_time_that_is_asked_for_is_kept_to(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Slow()
+    monkeypatch.setattr(measure, "time", model)
+    monkeypatch.setattr(estimating, "time", model)
+    report = estimated(model=model, batches=1, seconds=seconds)
+    found, batch = report.measured, 4.1  # seconds of one, at most; the data have some nine
+    assert found["seconds_spent"] == pytest.approx(model.now)
+    assert found["seconds_spent"] <= max(seconds + batch / 2, 1.6 * batch)
+    if seconds <= report.plan["positions"] * 1e-3:
+        assert found["seconds_spent"] >= seconds - batch / 2
+    text = " ".join(estimate_text(report).split())
+    assert (found["batches"] == 1) == (seconds < 7)
+    assert (f"where {seconds:g} were asked for: a batch is the least that is run" in text) == (seconds < 4)
 
 
 def test_states_and_logits_come_to_the_same() -> None:

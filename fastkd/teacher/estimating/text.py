@@ -53,6 +53,11 @@ def _measured(report: "Estimate") -> str:
     found = report.measured
     text = f"{found['batches']:,} batches of shards {', '.join(map(str, found['shards']))}: {found['positions']:,} "
     text += f"positions in {found['seconds']:.3g} s"
+    if found["batches"] == 1 and found["seconds_spent"] > found["seconds_asked"]:
+        text += (
+            f"; in all {found['seconds_spent']:.3g} s, where {found['seconds_asked']:g} were asked for: a batch is the "
+            "least that is run (--batch-tokens makes it smaller)"
+        )
     if found["batches_halved"]:
         text += f"; {found['batches_halved']:,} of the batches did not fit into memory and were halved"
     return text
