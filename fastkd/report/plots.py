@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ReportError
+from .numbers import prefixed
 from .page import Chart, Line, Series
 
 # light, dark: blue, vermilion, green, purple, orange, sky
@@ -148,8 +149,11 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
     if chart.from_zero:
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-    axes.locator_params(axis="both", nbins=6)
-    if all(float(x).is_integer() for line in chart.lines for x in line.x):
+    if chart.log:
+        _logarithmic(axes, chart)
+    else:
+        axes.locator_params(axis="both", nbins=6)
+    if not chart.log and all(float(x).is_integer() for line in chart.lines for x in line.x):
         locator: Any = axes.xaxis.get_major_locator()
         locator.set_params(integer=True)
     if chart.level is not None:
@@ -163,6 +167,21 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
             # a long name may stick out, and must not squeeze the plot
             axes.legend(frameon=False, fontsize=9, labelcolor=ink).set_in_layout(False)
     return figure
+
+
+def _logarithmic(axes: Any, chart: Chart) -> None:
+    """Both axes; along the lower one each point has its number."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    at = sorted({float(x) for line in chart.lines for x in line.x})
+    axes.set_xticks(at, labels=[prefixed(x) for x in at])
+    axes.yaxis.set_major_formatter(lambda value, _: prefixed(value))
+    values = [float(y) for line in chart.lines for y in line.y]
+    # labels between the powers of ten where there are few of these
+    axes.yaxis.set_minor_formatter(lambda value, _: prefixed(value) if max(values) < 30 * min(values) else "")
+    axes.tick_params(which="minor", length=0, labelsize=9.5, colors=axes.xaxis.label.get_color())
+    axes.minorticks_on()
+    axes.xaxis.set_minor_locator(axes.xaxis.get_minor_locator().__class__(subs=()))
 
 
 def _thinned(line: Line) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
