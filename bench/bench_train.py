@@ -73,7 +73,10 @@ def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> Mic
     places = torch.arange(length, device=device).expand(rows, -1).contiguous()
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
     sequences = torch.arange(rows, device=device)
-    return MicroBatch(tokens, labels, places, bounds, sequences, compact, length, rows * length, "padded")
+    return MicroBatch(
+        input_ids=tokens, labels=labels, position_ids=places, cu_seqlens=bounds, sequences=sequences, targets=compact,
+        max_seqlen=length, positions=rows * length, layout="padded",
+    )  # fmt: skip
 
 
 class Steps:

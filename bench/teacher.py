@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.cache import CacheError
-from fastkd.hf import find_gguf, load_transformers
+from fastkd.demo.smollm2 import find_gguf, load_transformers
 
 CONVERTED = Path("demo/teacher")  # what `fastkd demo` made of the GGUF file, which takes longer to load
 

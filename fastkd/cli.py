@@ -30,6 +30,7 @@ from .errors import (
     TrainError,
     WorkRemains,
 )
+from .places import check_cache_place, check_demo_place
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -144,6 +145,8 @@ class Train(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
     control: Flag = False
@@ -165,6 +168,8 @@ class Sweep(TrainSettings):
     are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
     cache: str
     """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    data: str | None = None
+    """Of a cache of examples: the module:factory that returns them, with their labels."""
     out: Path
     """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]
@@ -303,6 +308,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
     check_asked(_capture_settings(command))
     store = open_store(command.out, create=True)
+    check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
     from .teacher.capture import capture as run
     from .teacher.load import load
@@ -357,7 +363,8 @@ def plan(command: Plan) -> Outcome:
         others=command.others,
         progress=_at_terminal(),
     )
-    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(getattr(loaded.teacher, "notes", [])))
+    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 
 def _capture_settings(command: Capture | Plan) -> CaptureSettings:
@@ -461,6 +468,7 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             _store(command.cache),
             command.out,
             TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            data=_examples(command.data),
             control=command.control,
             stop=stop,
             progress=mode_for(events=command.json),
@@ -489,12 +497,24 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
             command.out,
             {name: getattr(command, name) for name in FIELDS},
             TrainSettings(**shared),
+            data=_examples(command.data),
             seeds=command.seeds,
             at_once=command.at_once,
             stop=stop,
             progress=mode_for(events=command.json),
         )
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
+def _examples(factory: str | None) -> Any:
+    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    from .teacher.load import is_factory, made_by
+
+    if factory is None:
+        return None
+    if not is_factory(factory):
+        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+    return made_by(factory, DataError)
 
 
 def report(command: Report) -> Outcome:
@@ -515,14 +535,10 @@ def bench(command: Bench) -> Outcome:
 
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
-    from .demo import Clock, demo_text, run_demo, text_of
-    from .hf import SmolLM2
+    from .demo import run_demo
 
-    clock = Clock()
-    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
-        teacher = SmolLM2(command.out / "teacher")
-    report = run_demo(command, teacher, demo_text(), clock)
-    return Outcome(report, text_of(report))
+    check_demo_place(command.out)
+    return Outcome(*run_demo(command))
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd import cli, demo, linear_topk_targets
+from fastkd import cli, linear_topk_targets
 from fastkd.cache import CacheError, CacheSpec, open_cache
 from fastkd.cache.scan import shard_key
+from fastkd.demo import language as demo
+from fastkd.demo import smollm2
 from fastkd.healing import CausalModel, Scores, kept_layers, paired, targets_of
 from fastkd.intervals import interval, t_quantile
 from fastkd.settings import DemoSettings
@@ -260,9 +262,7 @@ def test_training_settings_leave_the_cache_alone(settings: DemoSettings) -> None
 
 
 def test_command(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    from fastkd import hf
-
-    monkeypatch.setattr(hf, "SmolLM2", lambda folder: TinyTeacher())
+    monkeypatch.setattr(smollm2, "SmolLM2", lambda folder: TinyTeacher())
     monkeypatch.setattr(demo, "demo_text", lambda: TEXT)
     sizes = {"window": 16, "train-windows": 10, "held-out": 5, "k": 6, "draws": 4, "steps": 2}
     args = [f"--{name}={value}" for name, value in sizes.items()]
@@ -283,7 +283,7 @@ def test_help_names_every_setting(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_hugging_face_models_fit(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra hf")
-    from fastkd.hf import HFModel, load_transformers
+    from fastkd.demo.smollm2 import HFModel, load_transformers
 
     transformers = load_transformers()
 

@@ -317,12 +317,12 @@ def test_of_the_hub_only_what_is_loaded_is_fetched(tmp_path: Path, hub: Path, mo
 
 
 def test_the_network_is_forbidden_by_the_demo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd import hf
+    from fastkd.demo import smollm2
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     load_transformers()
     assert "HF_HUB_OFFLINE" not in os.environ
-    hf.load_transformers()
+    smollm2.load_transformers()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
@@ -345,7 +345,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_a_real_teacher_reads_english() -> None:
     """SmolLM2-135M-Instruct as its package has it, of quantised weights."""
-    from fastkd.hf import find_gguf
+    from fastkd.demo.smollm2 import find_gguf
 
     teacher = load_hf(find_gguf())
     assert (teacher.vocab_size, teacher.max_positions, teacher.notes) == (49152, 8192, [])

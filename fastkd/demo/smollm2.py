@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import hub
-from .cache.errors import CacheError
-from .errors import TeacherError
-from .fingerprints import file_sha256
-from .healing import CausalModel
+from .. import hub
+from ..cache.errors import CacheError
+from ..errors import TeacherError
+from ..fingerprints import file_sha256
+from ..healing import CausalModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import __version__
-from .cache import Cache, CacheError, open_cache, verify_cache
-from .healing import Arrays, CausalModel, Scores, evaluate, heal, kept_layers, paired
-from .intervals import interval
-from .progress import mode_for
-from .settings import DemoSettings
-from .teacher.capture import capture
-from .teacher.protocol import Head, Hidden
+from .. import __version__
+from ..cache import Cache, CacheError, open_cache, verify_cache
+from ..healing import Arrays, CausalModel, Scores, evaluate, heal, kept_layers, paired
+from ..intervals import interval
+from ..progress import mode_for
+from ..settings import DemoSettings
+from ..teacher.capture import capture
+from ..teacher.protocol import Head, Hidden
+from . import Done, smollm2
 
 Array = NDArray[Any]
 Report = dict[str, Any]
@@ -79,6 +80,15 @@ def chosen_windows(ids: Array, settings: DemoSettings) -> Array:
         )
     chosen = np.random.default_rng(settings.seed).permutation(count)[: train + held_out]
     return ids[: count * length].reshape(-1, length)[np.sort(chosen)]
+
+
+def run(settings: DemoSettings) -> Done:
+    """The demo with its own teacher and text."""
+    clock = Clock()
+    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
+        teacher = smollm2.SmolLM2(settings.out / "teacher")
+    report = run_demo(settings, teacher, demo_text(), clock)
+    return Done(report, text_of(report))
 
 
 def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) -> Report:
