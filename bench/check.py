@@ -76,8 +76,9 @@ def recorded(found: Sequence[Recording], path: Path | None = None) -> list[Recor
     return same
 
 
-def text(before: Sequence[Recording], moves: Sequence[Move]) -> str:
-    """What moved, what is worse first; and on what."""
+def text(before: Sequence[Recording], after: Sequence[Recording]) -> str:
+    """What moved, what is worse first; what is not there any more; and on what it was recorded."""
+    moves = compare(before, after)
     moved = sorted((m for m in moves if m.moved), key=lambda m: (not m.worse, -abs(math.log(m.change or 1))))
     machines = "; ".join(sorted({named(dict(recording.hardware)) for recording in before}))
     bad = sum(move.worse for move in moved)
@@ -88,6 +89,8 @@ def text(before: Sequence[Recording], moves: Sequence[Move]) -> str:
             f"  {word} {move.old:.4g} -> {move.new:.4g} ({move.change - 1:+.1%}, noise {move.noise:.1%})  "
             f"{move.suite}: {move.case}: {move.name}"
         )
+    if gone := unmatched(before, after):
+        lines.append(f"  not measured any more: {'; '.join(gone)}")
     return "\n".join(lines)
 
 

@@ -84,4 +84,4 @@ def _checked(command: "Bench", ask: Ask, found: "list[Recording]") -> "tuple[lis
         again, _ = run_suites([SUITES[name] for name in suspects], ask, say=to_stderr)
         found = [*found, *again]
         moves = compare(before, found)
-    return found, text(before, moves), worse(moves)
+    return found, text(before, found), worse(moves)

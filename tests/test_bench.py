@@ -182,12 +182,13 @@ class TestCheck:
         assert check.unmatched(before, [recording(row(2.0), suite="head")]) == []
 
     def test_it_says_what_is_worse_first(self) -> None:
-        before = [recording(row(1.0), row(1.0, name="better"), row(1.0, name="same"))]
+        before = [recording(row(1.0), row(1.0, name="better"), row(1.0, name="same"), row(1.0, name="gone"))]
         after = [recording(row(1.5), row(0.5, name="better"), row(1.0, name="same"))]
-        lines = check.text(before, check.compare(before, after)).splitlines()
+        lines = check.text(before, after).splitlines()
         assert lines[0] == "against what was recorded on made up, 2 cores: 3 rows, 2 moved, 1 of them worse"
         assert "WORSE  1 -> 1.5 (+50.0%, noise 2.0%)  loss: N=1: ours" in lines[1]
         assert "better" in lines[2]
+        assert lines[3].endswith("not measured any more: N=1: gone")
 
     def test_what_comes_with_fastkd_is_of_some_hardware(self) -> None:
         with pytest.raises(NoSuite, match=r"no recording of made up, 2 cores; there are: .*--against FILE"):
