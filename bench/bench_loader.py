@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd.bench.bench_cache import TARGETS, Arrays, load, one_core, repeated, shard_of, spec_of, targets
+from fastkd.bench.cache_targets import TARGETS, Arrays, load, one_core, repeated, shard_of, spec_of, targets
 from fastkd.bench.harness import Run, interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Ask, Case
@@ -198,7 +198,7 @@ def cases(ask: Ask) -> Sequence[Case]:
     if ask.full:
         found = sections(partial(targets, ask), 24, 4, ask.times(5, 5), (30, 100, 300), 30)
     else:
-        found = sections(partial(targets, ask), 8, 2, ask.times(3, 3), (100,), 8)
+        found = sections(partial(targets, ask), 20, 2, ask.times(3, 3), (100,), 8)
     return list(found.values())
 
 

@@ -29,7 +29,15 @@ def bench(command: "Bench") -> tuple[str, int]:
     if command.use:
         found = _taken(command.use, suites)
     else:
-        found, failed = run_suites(suites, ask, runs=command.runs, say=to_stderr)
+        path = command.json
+
+        def keep(found: "Sequence[Recording]") -> None:
+            if path is not None:
+                save(found, path)
+
+        found, failed = run_suites(suites, ask, runs=command.runs, say=to_stderr, keep=keep)
+    if not found:
+        raise BenchError(f"{', '.join(failed)}: nothing was measured; what hindered it is said above.")
     lines, worse = [], False
     if command.check:
         found, text, worse = _checked(command, ask, found)

@@ -27,9 +27,9 @@ LIMIT = "limit"
 _COLOURS = 6
 _AXES = {"N": "positions N", "D": "width D", "V": "vocabulary V", "k": "entries k"}
 _KINDS = {
-    "GB/s": "higher is better; the logits' bytes over the time",
-    "TFLOP/s": "higher is better; the products' operations over the time",
-    "MiB": "lower is better; peak beyond inputs and gradients",
+    "GB/s": "Higher is better; the logits' bytes over the time",
+    "TFLOP/s": "Higher is better; the products' operations over the time",
+    "MiB": "Lower is better; peak beyond inputs and gradients",
 }
 
 

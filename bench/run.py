@@ -16,8 +16,16 @@ from fastkd.progress import duration
 Say = Callable[[str], None]
 
 
-def run_suites(suites: Sequence[Suite], ask: Ask, *, runs: int = 1, say: Say) -> tuple[list[Recording], list[str]]:
-    """Recordings, and the names of suites that failed. runs: how often each is measured, in turns."""
+def run_suites(
+    suites: Sequence[Suite],
+    ask: Ask,
+    *,
+    runs: int = 1,
+    say: Say,
+    keep: Callable[[Sequence[Recording]], None] = lambda found: None,
+) -> tuple[list[Recording], list[str]]:
+    """Recordings, and the names of suites that failed. runs: how often each is measured, in turns. keep: is given what
+    there is after each suite, so that little is lost with a process that is stopped."""
     turns = [suite for _ in range(runs) for suite in suites]
     if len(turns) == 1:
         return [run_suite(turns[0], ask, say)], []
@@ -28,6 +36,7 @@ def run_suites(suites: Sequence[Suite], ask: Ask, *, runs: int = 1, say: Say) ->
         say(progress(number, len(turns), "suite", suite.name, time.monotonic() - begun))
         recordings = _apart(suite, ask)
         found += recordings
+        keep(found)
         failed += [] if recordings else [suite.name]
     return found, failed
 

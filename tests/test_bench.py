@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,31 @@ class TestSuites:
         assert (found.suite, found.size, [row.name for row in found.rows]) == ("fake", "small", ["a"])
         assert said[0] == "fake case 1 of 2 (0%, 0 s so far): one"
         assert said[1].startswith("fake case 2 of 2 (50%, 0 s so far, some 0 s left): two")
+
+    def test_one_that_fails_takes_no_other_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each has a process of its own; what is there is kept after each."""
+        commands: list[list[str]] = []
+
+        def process(command: list[str]) -> SimpleNamespace:
+            commands.append(command)
+            fails = "head" in command
+            if not fails:
+                save([recording(row(1.0), suite=command[4])], Path(command[command.index("--json") + 1]))
+            return SimpleNamespace(returncode=int(fails))
+
+        monkeypatch.setattr(run.subprocess, "run", process)
+        kept: list[int] = []
+        found, failed = run.run_suites(
+            named(["loss", "head", "topk"]),
+            Ask("cpu", full=True, peers=True, rounds=3),
+            say=lambda text: None,
+            keep=lambda found: kept.append(len(found)),
+        )
+        assert [one.suite for one in found] == ["loss", "topk"]
+        assert failed == ["head"]
+        assert kept == [1, 1, 2]
+        assert [command[4] for command in commands] == ["loss", "head", "topk"]
+        assert all(command[-4:] == ["--full", "--peers", "--rounds", "3"] for command in commands)
 
     def test_how_far(self) -> None:
         assert run.progress(3, 4, "suite", "x", 90.0) == "suite 4 of 4 (75%, 90 s so far, some 30 s left): x"

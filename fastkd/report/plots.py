@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ReportError
-from .numbers import prefixed
 from .page import Chart, Line, Series
 
 # light, dark: blue, vermilion, green, purple, orange, sky
@@ -170,18 +169,17 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
 
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
-    """Both axes; along the lower one each point has its number."""
+    """Both axes: along the lower one each point has its number, along the other 1, 2, 5 and 10 have theirs."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
     at = sorted({float(x) for line in chart.lines for x in line.x})
-    axes.set_xticks(at, labels=[prefixed(x) for x in at])
-    axes.yaxis.set_major_formatter(lambda value, _: prefixed(value))
-    values = [float(y) for line in chart.lines for y in line.y]
-    # labels between the powers of ten where there are few of these
-    axes.yaxis.set_minor_formatter(lambda value, _: prefixed(value) if max(values) < 30 * min(values) else "")
-    axes.tick_params(which="minor", length=0, labelsize=9.5, colors=axes.xaxis.label.get_color())
-    axes.minorticks_on()
-    axes.xaxis.set_minor_locator(axes.xaxis.get_minor_locator().__class__(subs=()))
+    axes.set_xticks(at, labels=[f"{x:g}" for x in at])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
 
 
 def _thinned(line: Line) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
