@@ -195,7 +195,7 @@ def cases(ask: Ask, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
             add(sizes, compiled=True, rounds=rounds)
         return found
     bounds = {OURS: "<= 1.15", "/eager": "<= 0.75", "memory": "<= 0.15"}
-    add(CPU_MAIN, rounds=ask.times(3, 11), bounds=bounds, compiled=ask.full)
+    add(CPU_MAIN, rounds=ask.times(5, 11), bounds=bounds, compiled=ask.full)
     for sizes in CPU_SIZES:
         add(sizes, rounds=ask.times(5, 11), compiled=ask.full or sizes == CPU_BASE)
     return found

@@ -100,7 +100,8 @@ def _rows(recordings: Sequence[Recording]) -> dict[tuple[str, str, str, str], li
     for recording in recordings:
         for row in recording.rows:
             if row.better and row.figure is not None:
-                found.setdefault((recording.suite, recording.size, row.case, row.name), []).append(row)
+                name = f"{row.name}, over {row.over}" if row.over else row.name  # one run may have several ratios
+                found.setdefault((recording.suite, recording.size, row.case, name), []).append(row)
     return found
 
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastkd import cli
-from fastkd.bench import check, run
+from fastkd.bench import bench_head, bench_loss, check, peers, run
+from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import Figure, Rotation, copies, figure, interleaved
 from fastkd.bench.page import charts_of
 from fastkd.bench.results import markdown
@@ -60,6 +62,52 @@ class TestHarness:
         others = copies(size, cache) - 1
         assert others >= 1
         assert others * size >= cache
+
+
+class TestProblems:
+    """What is set side by side computes the same thing, on inputs that the run before did not leave behind."""
+
+    @pytest.fixture(autouse=True)
+    def _few_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Three, however small they are."""
+        for module in (bench_head, bench_loss):
+            monkeypatch.setattr(module, "rotation", lambda make, size, device: Rotation([make() for _ in range(3)]))
+
+    def test_the_head(self) -> None:
+        problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
+        rest = peers.eager_on(problem.targets, problem.labels, problem.temperature)
+        ours, eager = problem.ours(), problem.step(lambda hidden, weight: peers.eager_head(hidden, weight, *rest))
+        found = []
+        for step in (ours, eager):
+            problem.ring = Rotation(problem.ring.inputs)  # both get the first
+            found.append(step())
+        for one, other in zip(*found, strict=True):
+            assert one is not None
+            assert one.any()
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert all(x.grad is None for pair in problem.ring.inputs for x in pair)
+
+    def test_the_logits(self) -> None:
+        problem = bench_loss.LogitsProblem("cpu", 6, 60, 4)
+        rest = peers.eager_on(problem.bucket, problem.labels, problem.temperature)
+        settings = {"treatment": "bucket", "temperature": problem.temperature}
+        kept = problem.ours(inplace=False, **settings)()
+        eager = problem.step(lambda leaf: eager_kd_loss(leaf, *rest))()
+        (one,), (other,) = kept, eager
+        assert one is not None
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert problem.ours(inplace=True, **settings)() == []  # its gradient is no memory more
+        torch.testing.assert_close(problem.ring.last, one)
+        problem.restore()
+        problem.copy()
+        assert all(torch.equal(logits, problem.pristine) for logits in problem.ring.inputs)
+
+    def test_peers_that_need_a_gpu_say_so(self) -> None:
+        problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
+        found = peers.of_head(problem)
+        assert [(peer.name, peer.run, peer.why) for peer in found] == [
+            (name, None, "needs a GPU") for name in peers.HEAD_NAMES
+        ]
 
 
 class TestSuites:
@@ -195,6 +243,14 @@ class TestCheck:
         before = [recording(row(1.0)), recording(row(1.2))]
         assert not check.compare(before, [recording(row(1.15))])[0].moved
         assert check.compare(before, [recording(row(1.3))])[0].worse
+
+    def test_ratios_over_several_runs_are_told_apart(self) -> None:
+        before = [recording(row(1.0, over="a copy"), row(3.0, over="eager"))]
+        after = [recording(row(1.0, over="a copy"), row(6.0, over="eager"))]
+        assert [(m.name, m.moved) for m in check.compare(before, after)] == [
+            ("ours, over a copy", False),
+            ("ours, over eager", True),
+        ]
 
     def test_times_are_not_compared(self) -> None:
         time = Row("a", "N=1", value=3.0, unit="ms")
