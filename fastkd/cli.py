@@ -20,6 +20,7 @@ import tyro
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
 from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
+from .places import check_cache_place, check_demo_place
 from .report_text import printable, ranges, report_text, size_text
 from .settings import (
     CaptureSettings,
@@ -261,6 +262,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
     check_asked(_capture_settings(command))
     store = open_store(command.out, create=True)
+    check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
     from .teacher.capture import capture as run
     from .teacher.load import load
@@ -315,7 +317,8 @@ def plan(command: Plan) -> Outcome:
         others=command.others,
         progress=_at_terminal(),
     )
-    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(getattr(loaded.teacher, "notes", [])))
+    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 
 def _capture_settings(command: Capture | Plan) -> CaptureSettings:
@@ -480,6 +483,7 @@ def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
     from .demo import run_demo
 
+    check_demo_place(command.out)
     return Outcome(*run_demo(command))
 
 

@@ -104,11 +104,13 @@ class DataSettings:
     """Which data, and what makes tokens of them."""
 
     data: tuple[str, ...]
-    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), plain text (a document a line). Or
+    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), or text (see text-documents). Or
     module:factory of your own (it returns Documents, Examples, a Dataset or a list)."""
     column: str | None = None
     """Which column. None: the only one, or the only one of input_ids, tokens, text, messages. Integers are taken as
     ids, text is tokenised, messages are put through the chat template first."""
+    text_documents: Literal["line", "blank-line", "file"] = "line"
+    """What makes up a document of a text file: a line; lines up to a blank line (a paragraph); the whole file."""
     tokenizer: str | None = None
     """A folder, a GGUF file or a name. None: the teacher's own."""
     allow_other_tokenizer: bool = False

@@ -97,10 +97,10 @@ def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None
     given = ("--teacher", teacher, "--data", data, "--out", tmp_path / "cache", *SMALL, "--json")
     status, out, _ = run(*given)
     events = [json.loads(line) for line in out.splitlines()]
-    assert (status, [e["event"] for e in events[:2]], events[-1]["event"]) == (0, ["note", "plan"], "done")
+    assert (status, [e["event"] for e in events[:3]], events[-1]["event"]) == (0, ["note", "note", "plan"], "done")
     assert events[-1]["complete"] is True
     assert events[-1]["status"] == 0
-    assert sum(e["event"] == "shard" for e in events) == events[1]["shards"] == events[-1]["shards_written"]
+    assert sum(e["event"] == "shard" for e in events) == events[2]["shards"] == events[-1]["shards_written"]
     status, out, _ = run(*given)
     assert (status, json.loads(out.splitlines()[-1])["shards_written"]) == (0, 0)
 

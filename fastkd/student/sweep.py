@@ -24,6 +24,7 @@ from torch import nn
 from ..cache.reader import Cache
 from ..data.examples import Examples
 from ..errors import TrainError
+from ..places import check_sweep_place
 from ..progress import Progress
 from ..report_text import size_text
 from ..settings import TrainSettings
@@ -93,6 +94,7 @@ def sweep(
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise TrainError(f"{name}: found {number!r}; an integer from 1 on is needed.")
     settings, out = replace(settings, **changes), Path(out)
+    check_sweep_place(out)
     caches, weights = open_sources(cache)
     check_data(caches, data)
     chosen, notes = make_arms(arms, settings, caches[0].spec)

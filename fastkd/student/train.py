@@ -16,6 +16,7 @@ import torch
 from ..cache.reader import Cache
 from ..data.examples import Examples
 from ..errors import StreamError, TrainError
+from ..places import check_run_place
 from ..settings import TrainSettings
 from ..stopping import Stop
 from .checkpoint import write_text
@@ -66,12 +67,14 @@ def train(
     progress: "none", "bar", "lines" or "events".
 
     Under torchrun, or in a process group that is there, all processes call it alike; the first one writes.
-    Returns what was done; `status` is 75 where work remains. Raises TrainError for the student, the settings, the
-    checkpoints and for a loss or a gradient that is not finite; StreamError and CacheError for the cache.
+    Returns what was done; `status` is 75 where work remains. Raises TrainError for the student, the settings, a folder
+    that is no run's, the checkpoints, and for a loss or a gradient that is not finite; StreamError and CacheError for
+    the cache.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
         raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
     settings = replace(settings, **changes)
+    check_run_place(Path(out))
     caches, weights = open_sources(cache)
     check_data(caches, data)
     check_settings(settings, caches[0].spec)

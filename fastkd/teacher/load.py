@@ -122,6 +122,7 @@ def as_data(
     teacher: Teacher,
     *,
     column: str | None = None,
+    text_documents: str = "line",
     tokenizer: Any = None,
     template: str | Path | None = None,
     allow_other_tokenizer: bool = False,
@@ -129,13 +130,13 @@ def as_data(
 ) -> Documents | Examples:
     """`Documents` and `Examples` as they are; of anything else, the documents in it.
 
-    source, column: as `open_documents` takes them.
+    source, column, text_documents: as `open_documents` takes them.
     tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own. template:
         a file with a chat template, in place of the tokenizer's.
     """
     if isinstance(source, (Documents, Examples)):
         return source
-    opened = Opened(*open_column(source, column))
+    opened = Opened(*open_column(source, column, text_documents))
     if kind_of(opened.columns) not in ("text", "messages"):
         return documents_of(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
@@ -197,7 +198,7 @@ def _source(data: DataSettings) -> Any:
         source = made_by(data.data[0], DataError)
     if isinstance(source, (Documents, Examples)):
         return source
-    return Opened(*open_column(source, data.column))
+    return Opened(*open_column(source, data.column, data.text_documents))
 
 
 def _device(environment: Mapping[str, str]) -> str:

@@ -36,7 +36,8 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dic
     capture = {
         "PUT": 2 + 2 * workers + 2 * shards + renewals,
         "GET": 6 * workers + 3 * shards + (workers - 1) * shards,
-        "LIST": 1 + 2 * workers * pages + shards,
+        # each worker looks first whether anything else lies there
+        "LIST": 1 + workers + 2 * workers * pages + shards,
     }
     return {
         "capture": {name: count + seal[name] for name, count in capture.items()},

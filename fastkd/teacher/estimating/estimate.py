@@ -9,6 +9,7 @@ import torch
 
 from ...data.documents import Documents
 from ...data.examples import Examples
+from ...data.understood import understood
 from ...errors import DataError
 from ...settings import CaptureSettings
 from ..prepare import ask_for, prepare
@@ -25,6 +26,7 @@ _Z = 2.0  # standard errors either side
 class Estimate:
     """What `estimate` found.
 
+    understood: what the data were taken for, a line each; see `understood`.
     plan: see `Plan.totals`. measured: of the slice: batches, positions, seconds, shards, batches_halved.
     positions_per_second: of one worker on this device, all stages together; low and high: two standard errors of the
         mean over batches; None of fewer than five. slowest_batch, fastest_batch: of teacher and top-k alone.
@@ -43,6 +45,7 @@ class Estimate:
     teacher: str
     device: str
     settings: dict[str, Any]
+    understood: list[str]
     plan: dict[str, int]
     measured: dict[str, Any]
     positions_per_second: float
@@ -122,6 +125,7 @@ def estimate(
             "context": plan.settings.context,
             "shard_positions": plan.settings.shard_positions,
         },
+        understood=understood(data, plan.lengths) if isinstance(data, Documents) else [],
         plan=plan.totals,
         measured={
             "batches": found.batches,

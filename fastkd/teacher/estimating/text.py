@@ -64,6 +64,7 @@ def _data(report: "Estimate") -> list[str]:
     tokens = f"{plan['tokens']:,}" + (f"; {plan['dropped_tokens']:,} are cut off" if plan["dropped_tokens"] else "")
     return [
         "Plan",
+        *(labelled("  data", report.understood[0]) if report.understood else ()),
         *labelled("  documents", documents),
         *labelled("  tokens", tokens),
         *labelled("  positions", f"{plan['positions']:,}, in {plan['windows']:,} windows"),
