@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+DIGITS_STAMP := $(VENV)/.installed-digits
 
-.PHONY: help demo test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train bench-sweep clean
+.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train bench-sweep clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -29,6 +30,13 @@ $(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
 
 demo: $(DEMO_STAMP)  ## a real teacher, its cache, and students healed from it: minutes on two cores
 	$(BIN)/fastkd demo
+
+$(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits]'
+	touch $@
+
+demo-digits: $(DIGITS_STAMP)  ## the same of a classifier of handwritten digits: under a minute
+	$(BIN)/fastkd demo --task digits
 
 test: $(STAMP)  ## the test suite, on all cores; kernels are interpreted where there is no GPU
 	$(BIN)/python -m pytest -n auto -m "not soak"

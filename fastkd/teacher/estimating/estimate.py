@@ -109,8 +109,13 @@ def estimate(
 
     Raises what `capture` would: DataError, TeacherError, CacheError for settings that no cache can have.
     """
-    numbers = {"workers": (workers, 1), "batches": (batches, 1), "seconds": (seconds, 0)}
-    numbers |= {"price_per_hour": (price_per_hour, 0), "student_rate": (student_rate, 0)}
+    numbers: dict[str, tuple[float | None, int]] = {
+        "workers": (workers, 1),
+        "batches": (batches, 1),
+        "seconds": (seconds, 0),
+        "price_per_hour": (price_per_hour, 0),
+        "student_rate": (student_rate, 0),
+    }
     for name, (value, least) in numbers.items():
         if value is not None and not least <= value < math.inf:
             raise DataError(f"{name}: found {value}; a number from {least} on is needed.")
