@@ -66,6 +66,7 @@ _ALL = (
     Suite("head", "bench_head", "the loss fused with the head, against its three matrix products"),
     Suite("topk", "bench_topk", "top-k, tails and draws of a teacher's logits, against one read of them"),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
+    Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
     Suite("loader", "bench_loader", "ready batches against plain reads, and how well they are shuffled", ("cpu",)),
     Suite("train", "bench_train", "a step of distillation against one of cross-entropy, and with the teacher live"),
