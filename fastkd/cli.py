@@ -16,8 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .commands import Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
-from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
+from .commands import Bench, Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
+from .errors import (
+    BenchError,
+    DataError,
+    NoRun,
+    NoSuite,
+    ReportError,
+    StreamError,
+    TeacherError,
+    TrainError,
+    WorkRemains,
+)
 from .flags import in_flags
 from .parsing import completion_script, flags, parse
 from .places import check_cache_place, check_demo_place
@@ -51,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except (CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
+    except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error, command)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
         return 130
     if outcome.warning:
         _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
-    if command.json:
+    if command.json is True:
         _say(json.dumps(outcome.report, allow_nan=False))
     elif outcome.text:
         _say(outcome.text)
@@ -131,6 +141,7 @@ def plan(command: Plan) -> Outcome:
         price_per_hour=command.price_per_hour,
         workers=command.workers,
         others=not command.no_others,
+        student_rate=command.student_rate,
         progress=_at_terminal(),
     )
     told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
@@ -296,6 +307,14 @@ def report(command: Report) -> Outcome:
     return Outcome(found, printable(", ".join(found["files"])))
 
 
+def bench(command: Bench) -> Outcome:
+    """Measure, compare, and write what is asked for."""
+    from .bench.command import bench as run
+
+    text, status = run(command)
+    return Outcome({}, text, status)
+
+
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it."""
     from .demo import run_demo
@@ -348,6 +367,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Train: train,
     Sweep: sweep,
     Report: report,
+    Bench: bench,
     Demo: demo,
     Completion: completion,
 }
@@ -371,7 +391,7 @@ def _store(place: str) -> "Store":
 def _failure(error: Exception, command: Any) -> Outcome:
     from .cache.stores.base import clean
 
-    absent = isinstance(error, (NotFound, NoRun, _NoStore)) or isinstance(error.__cause__, NotFound)
+    absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
     text = clean(in_flags(str(error), flags(command)))
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 

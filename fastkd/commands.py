@@ -102,6 +102,8 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
     """Of one of them."""
     no_others: bool = False
     """Leave out what other k, mass and draws would cost."""
+    student_rate: float = 100_000.0
+    """Positions a second at which one GPU will train a student: what readers are reckoned for."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -185,6 +187,41 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure fastkd against its limits, and its peers.
+
+    No suite named: all of them, one after another. Exit status 1: a suite failed, or with --check something got worse.
+    """
+
+    suites: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SUITE ...]")] = ()
+    """Which; --list says what there is."""
+    list: bool = False
+    """Say what each suite measures, and measure nothing."""
+    device: str | None = None
+    """cpu or cuda. Default: a GPU where there is one."""
+    peers: bool = False
+    """Liger-Kernel and Cut Cross-Entropy too (pip install 'fastkd[peers]'); eager and torch.compile always are."""
+    full: bool = False
+    """The sizes that figures are published at: up to an hour, not minutes."""
+    rounds: int | None = None
+    """Of every run. Default: each suite's own."""
+    runs: int = 1
+    """How often each suite is measured: two are what --check knows noise from."""
+    json: Path | None = None
+    """Write the rows here."""
+    use: tuple[Path, ...] = ()
+    """Measure nothing: take the rows that --json wrote."""
+    check: bool = False
+    """Compare ratios and bytes with recorded ones; what seems worse is measured again."""
+    against: Path | None = None
+    """With --check: what to compare with. Default: the recording of this hardware that comes with fastkd."""
+    page: Path | None = None
+    """Write a page of HTML with plots here."""
+    markdown: Path | None = None
+    """Write the tables here."""
+
+
+@dataclass(frozen=True)
 class Demo(DemoSettings):
     """The whole on real input: a cache, students, a report.
 
@@ -218,6 +255,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "sweep": Sweep,
     "report": Report,
+    "bench": Bench,
     "demo": Demo,
     "completion": Completion,
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.cache import CacheSpec, open_cache
+from fastkd.cache.manifest import STATISTICS, table_of, to_parquet
 from fastkd.cache.scan import listed
 from fastkd.cache.stores import MemoryStore
 from fastkd.data.documents import Documents, open_documents
@@ -22,7 +23,7 @@ from fastkd.settings import CaptureSettings
 from fastkd.teacher.claims import Claims
 from fastkd.teacher.estimating import choices, measure
 from fastkd.teacher.estimating import estimate as estimating
-from fastkd.teacher.estimating.costs import Clock, host_bytes, objects, requests
+from fastkd.teacher.estimating.costs import Clock, host_bytes, manifest_bytes, objects, requests
 from fastkd.teacher.estimating.estimate import Estimate, _relative_error, estimate
 from fastkd.teacher.estimating.measure import halvings
 from fastkd.teacher.estimating.text import estimate_text
@@ -315,6 +316,36 @@ def test_hours_and_cost_follow_from_the_slice() -> None:
     assert report.choices[0].cost == pytest.approx(report.cost)
 
 
+def test_other_amounts_of_data_follow_from_the_slice() -> None:
+    report = estimated(prose(60), price_per_hour=1.5, student_rate=5e4)
+    assert [scale.positions for scale in report.scales] == [10**9, 10**11, 10**12]
+    for scale in report.scales:
+        assert scale.worker_hours == pytest.approx(scale.positions / report.positions_per_second / 3600)
+        assert scale.cost == pytest.approx(1.5 * scale.worker_hours)
+        assert scale.shards == math.ceil(scale.positions / 2**20)
+        assert scale.objects >= 2 * scale.shards  # and a claim on each
+        # tables are shared by more positions there than here
+        assert 0.5 * report.bytes_per_position < scale.bytes / scale.positions < report.bytes_per_position
+    decode = report.seconds_per_position["decode"]
+    assert decode
+    assert report.readers == {gpus: max(1, math.ceil(gpus * 5e4 * decode)) for gpus in (8, 64, 512)}
+
+
+def test_the_manifest_is_as_large_as_is_said() -> None:
+    """Of records alone, which differ in what differs in real ones."""
+    random = np.random.default_rng(0)
+    count = 3000
+    rows: list[dict[str, Any]] = [
+        {"shard": i, "first_sequence": 512 * i, "sequences": 512, "positions": 2**20, "counted": 2**20 - i}
+        | {"head_entries": 48 * 2**20, "draw_entries": 15_000_000 + i, "bytes": 103_000_000 + 7 * i, "written": i}
+        | {f"{a}_{b}": float(random.random()) for a in ("mass", "entropy") for b in STATISTICS}
+        | {"content_sha256": random.bytes(32), "object_sha256": random.bytes(32), "attempt": random.bytes(16).hex()}
+        for i in range(count)
+    ]
+    size = len(to_parquet(table_of(rows), "x"))
+    assert abs(manifest_bytes(count) / size - 1) < 0.1
+
+
 def test_the_error_of_the_speed_is_that_of_a_mean() -> None:
     random = np.random.default_rng(0)
     means, errors = [], []
@@ -400,6 +431,8 @@ def test_the_text() -> None:
     assert f"{report.plan['positions']:,}, in {report.plan['windows']:,} windows" in said
     assert "at 2.5 an hour" in said
     assert "with 3 workers" in said
+    assert "1,000 billion positions" in said
+    assert "100,000 positions/s each" in said
     assert text.count("\n* ") == 1
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["plan"] == report.plan
     assert "cost" not in estimate_text(estimated(model=Limited()))
@@ -411,6 +444,7 @@ def test_the_text() -> None:
         ({"workers": 0}, "workers: found 0"),
         ({"seconds": -1}, "seconds: found -1"),
         ({"price_per_hour": math.inf}, "price_per_hour: found inf"),
+        ({"student_rate": -1}, "student_rate: found -1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..settings import DemoSettings
+    from ..stopping import Stop
 
 
 class Done(NamedTuple):
@@ -13,8 +14,12 @@ class Done(NamedTuple):
     text: str
 
 
-def run_demo(settings: "DemoSettings") -> Done:
-    """Run the demo, or what is missing of it."""
+def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> Done:
+    """Run the demo, or what is missing of it. `Stopped` where a stop was asked for."""
+    if settings.task == "digits":
+        from . import digits
+
+        return digits.run(settings, stop)
     from . import language
 
     return language.run(settings)

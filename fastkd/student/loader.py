@@ -48,7 +48,7 @@ class DistillLoader:
     device: where micro-batches are. decode: "host", or "device": the cache's streams are decoded there.
     threads: that read and decode. ahead: steps that are made ahead of time.
     allow_partial: read a cache of which shards are missing.
-    data: of a cache of examples, the labelled `Examples` that it was captured from (of a mixture, all of its caches).
+    data: of a cache of examples, the labelled `Examples` that it was captured from (of a mixture, each of its caches).
         Micro-batches are then `ExampleBatch`es: the inputs are augmented by the stored seeds, so that the student sees
         what the teacher saw. A sequence is an example, its copies are its positions; layout is of no account.
 
