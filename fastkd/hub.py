@@ -117,6 +117,6 @@ def load_transformers() -> Any:
         raise TeacherError(f"the teacher: {error}. Use `{INSTALL}`.") from error
     transformers.utils.logging.disable_progress_bar()
     # of its bars this one does not hear of that; at a terminal it is welcome, as it takes a while
-    loader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     loader.tqdm = partial(tqdm, disable=None)
     return transformers
