@@ -128,6 +128,7 @@ def plan(command: Plan) -> Outcome:
     from .teacher.estimating.estimate import estimate
     from .teacher.estimating.text import estimate_text
     from .teacher.load import load
+    from .teacher.text import beyond_text
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
@@ -144,6 +145,7 @@ def plan(command: Plan) -> Outcome:
         progress=_at_terminal(),
     )
     told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size)
     return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 

@@ -278,6 +278,7 @@ def test_a_gguf_file(teacher: Path, tmp_path: Path, run: Any) -> None:
     data = lines(tmp_path / "a.jsonl", TEXTS, "text")
     status, _, told = run("--teacher", file, "--data", data, "--out", tmp_path / "cache", *SMALL)
     assert status == 0, told
+    assert "%|" not in told  # no bar where there is no terminal
     assert "GGUF" in open_cache(tmp_path / "cache").spec.teacher
 
 
@@ -307,6 +308,18 @@ def test_a_cache_against_its_teacher(teacher: Path, tmp_path: Path, run: Any, ca
     found = json.loads(capfd.readouterr().out)
     assert found["problems"] == []  # of the bytes
     assert found["ok"] is found["teacher"]["ok"] is False
+
+
+def test_more_entries_than_outcomes(teacher: Path, tmp_path: Path, run: Any, capfd: Any) -> None:
+    data = lines(tmp_path / "a.jsonl", TEXTS[:2], "text")
+    given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--k", "301"]
+    status, text, told = run(*given, "--out", tmp_path / "cache")
+    said = "k = 301 is more than the teacher's 300 outcomes: every target holds all of them exactly, and the 4 draws"
+    assert (status, said in told, "complete and sealed" in text) == (0, True, True)
+    assert open_cache(tmp_path / "cache").sealed
+    assert cli.main(["plan", *given, "--seconds", "0", "--no-others"]) == 0
+    assert said in capfd.readouterr().err
+    assert "outcomes" not in run(*given, "--k", 300, "--out", tmp_path / "whole")[2]
 
 
 def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from .job import CaptureReport, Group, Job
 from .load import as_data, as_teacher, place_of
 from .pipeline import Runner
 from .prepare import ask_for, keep_plan, prepare
-from .text import plan_text
+from .text import beyond_text, plan_text
 
 DEFAULTS = CaptureSettings()
 
@@ -81,6 +81,8 @@ def capture(
 
     for note in getattr(model, "notes", []):
         tell(f"teacher: {note}")
+    for line in beyond_text(settings.k, settings.draws, model.vocab_size):
+        tell(line)
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     if isinstance(data, Documents):
         for line in understood(data, prepared.plan.lengths):
