@@ -89,7 +89,7 @@ def test_conversations(teacher: Path, tmp_path: Path, run: Any) -> None:
     template.write_text("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
     status, _, told = run(*given, "--out", tmp_path / "all", "--template", template)
     assert status == 1
-    assert "now: tokenizer: " in told
+    assert "now: --tokenizer: " in told
 
 
 def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None:
@@ -112,11 +112,11 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
     other = saved(tmp_path, "llama", vocab_size=300, seed=1)
     tokenizer_of().save_pretrained(other)
     for changes, named in (
-        (("--k", 9), "(there, and now: k: 8 and 9)"),
-        (("--teacher", other), "now: teacher: "),
+        (("--k", 9), "(there, and now: --k: 8 and 9)"),
+        (("--teacher", other), "now: --teacher: "),
         (("--dtype", "bfloat16"), "float32, attention"),
         (("--attention", "eager"), "attention sdpa"),
-        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: data: sha256"),
+        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: --data: sha256"),
     ):
         status, out, told = run(*given, *changes)
         assert (status, out) == (1, "")
@@ -133,11 +133,11 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--teacher", "json:absent"), "json:absent: module 'json' has no attribute 'absent'"),
         (("--column", "absent"), "there is no column 'absent'. It has 'text'"),
         (("--tokenizer", "{folder}/other"), "is not that of the teacher"),
-        (("--context", "5000", "--shard-positions", "8192"), "context: found 5000; this teacher takes 2048"),
-        (("--mass", "2"), "mass: found 2.0"),
-        (("--rank", "3", "--world-size", "2"), "rank: found 3 of a world_size of 2"),
+        (("--context", "5000", "--shard-positions", "8192"), "--context 5000: this teacher takes 2048"),
+        (("--mass", "2"), "--mass 2.0: "),
+        (("--rank", "3", "--world-size", "2"), "--rank: found 3 of a --world-size of 2"),
         (("--loss-on", "assistant"), "only messages say whose turn it is"),
-        (("--device", "abacus"), "device: found 'abacus'"),
+        (("--device", "abacus"), "--device: found 'abacus'"),
     ],
 )
 def test_bad_input_is_one_line_and_1(

@@ -58,8 +58,13 @@ def _renewals(seconds: float) -> int:
 def other_bytes(plan: Plan, spec: CacheSpec) -> float:
     """Bytes of all objects that are no shards."""
     lengths = len(lengths_to_npz(plan.lengths, plan.dataset))
-    manifest = _MANIFEST_BYTES[0] + _MANIFEST_BYTES[1] * plan.shards
-    return float(len(spec.to_json()) + len(plan.to_json()) + lengths + manifest + _CLAIM_BYTES * (plan.shards + 1))
+    written = len(spec.to_json()) + len(plan.to_json()) + lengths + manifest_bytes(plan.shards)
+    return float(written + _CLAIM_BYTES * (plan.shards + 1))
+
+
+def manifest_bytes(shards: int) -> int:
+    """Bytes of the manifest of a sealed cache."""
+    return _MANIFEST_BYTES[0] + _MANIFEST_BYTES[1] * shards
 
 
 def host_bytes(spec: CacheSpec, plan: Plan) -> int:
