@@ -9,7 +9,7 @@ from fastkd.errors import BenchError
 
 if TYPE_CHECKING:
     from fastkd.bench.table import Recording
-    from fastkd.cli import Bench
+    from fastkd.commands import Bench
 
 
 def bench(command: "Bench") -> tuple[str, int]:
