@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+DIGITS_STAMP := $(VENV)/.installed-digits
 
-.PHONY: help demo test check soak bench-loss bench-cache bench-capture bench-train bench-sweep clean
+.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train bench-sweep clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to type
@@ -30,6 +31,13 @@ $(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
 demo: $(DEMO_STAMP)  ## a real teacher, its cache, and students healed from it: minutes on two cores
 	$(BIN)/fastkd demo
 
+$(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits]'
+	touch $@
+
+demo-digits: $(DIGITS_STAMP)  ## the same of a classifier of handwritten digits: under a minute
+	$(BIN)/fastkd demo --task digits
+
 test: $(STAMP)  ## the test suite, on all cores; kernels are interpreted where there is no GPU
 	$(BIN)/python -m pytest -n auto -m "not soak"
 
@@ -43,6 +51,18 @@ check: $(STAMP)  ## lint, format and types
 	# mypy follows installed files, not the name mapping of an editable install
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-compile --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
+
+RESULTS := bench/results
+
+bench: $(STAMP) $(DEMO_STAMP)  ## every measurement at a small size, with tables and a page: a quarter of an hour on two cores
+	$(BIN)/fastkd bench --json $(RESULTS)/bench.json --markdown $(RESULTS)/RESULTS.md --page $(RESULTS)/bench.html
+
+bench-check: $(STAMP) $(DEMO_STAMP)  ## the same, and whether a ratio is worse than the one that was recorded
+	$(BIN)/fastkd bench --check --json $(RESULTS)/check.json
+
+bench-micro: $(STAMP)  ## small pieces on a CPU, against the last run; SAVE=name keeps this one
+	$(BIN)/python -m pytest -q -p no:xdist bench/test_micro.py --benchmark-columns=min,median,iqr,rounds \
+		$(if $(SAVE),--benchmark-save=$(SAVE),--benchmark-autosave) $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
 bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is one, else on the CPU
 	$(BIN)/python bench/bench_loss.py

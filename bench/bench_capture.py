@@ -12,22 +12,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from harness import Table, interleaved, peak_bytes
 from torch import Tensor
 
 import fastkd
+from fastkd.bench.harness import interleaved, peak_bytes
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.data.documents import Documents, open_documents
 from fastkd.kernels import linear_topk_targets
 from fastkd.settings import CaptureSettings
-from fastkd.teacher.pipeline import Ask, Runner
+from fastkd.teacher.pipeline import Ask as Targets
+from fastkd.teacher.pipeline import Runner
 from fastkd.teacher.prepare import prepare
 from fastkd.teacher.protocol import Head, Hidden
 from fastkd.teacher.rows import rows, teacher_inputs
@@ -93,18 +98,22 @@ def bench(
     )
     if one:
         print("  one thread: time is the core's, which other processes do not add to")
-    table.row("bare teacher, positions a second", positions / ms["bare"] * 1e3)
-    table.row("capture, positions a second", positions / ms["capture"] * 1e3)
-    table.row("capture over the bare teacher", ms.ratio("capture", "bare"), f"<= {limit}", f"{rounds} rounds")
+    for name in ("bare", "capture"):
+        table.value(name, ms.time(name).inverse(positions * 1e3), "positions/s")
     spread = sorted(a / b for a, b in zip(ms.rounds["capture"], ms.rounds["bare"], strict=True))
-    table.row("  least and greatest of the rounds: least", spread[0])
-    table.row("  greatest", spread[-1])
+    note = f"{rounds} rounds of {spread[0]:.3f} to {spread[-1]:.3f}"
+    table.ratio("capture", ms.ratio("capture", "bare"), "the bare teacher", f"<= {limit}", note=note)
     parts(table, teacher, data, settings, ms["bare"] / positions * 1e3)
     if device == "cuda":
         alone = peak_bytes(lambda: bare(teacher, batches, buffer) or [], "cuda") + buffer.nbytes
         del buffer
-        ours = peak_bytes(lambda: fastkd.capture(teacher, data, MemoryStore(), settings) and [], "cuda")
-        table.row("peak device memory over the bare teacher's, weights apart", ours / alone, "<= 1.1")
+
+        def capture() -> list[Tensor]:
+            fastkd.capture(teacher, data, MemoryStore(), settings)
+            return []
+
+        ours = peak_bytes(capture, "cuda")
+        table.ratio("capture: peak device memory, weights apart", ours / alone, "the bare teacher's", "<= 1.1")
 
 
 @torch.inference_mode()
@@ -120,8 +129,8 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     def targets(draws: int) -> Callable[[], object]:
         return lambda: linear_topk_targets(states, teacher.head.weight, settings.k, draws=draws, **asked)
 
-    ask = Ask(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
-    runner = Runner(teacher, ask)
+    asked_for = Targets(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
+    runner = Runner(teacher, asked_for)
     arrays, _ = runner.run(some, plan.batches(0), data, 0)
     pending = runner._issue(some, places, data, 0)
 
@@ -130,7 +139,7 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
             writer.write_shard(
                 0,
                 some.inputs,
-                **arrays,
+                **cast(dict[str, Any], arrays),
                 sequence_lengths=some.sequence_lengths,
                 document_lengths=some.document_lengths,
             )
@@ -165,18 +174,17 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
         "putting targets in their rows": host["collect"] / max(1, len(pending.rows)),
         "encoding and committing, on a thread beside": host["write"] / shard,
     }
-    table.row("the teacher, microseconds a position", bare_us)
+    table.value("the teacher, a position", bare_us, "us")
     for name, value in figures.items():
-        table.row(f"  {name}", value * 1e3, note=f"{value * 1e3 / bare_us:.2%} of the teacher")
+        table.value(f"{name}, a position", value * 1e3, "us", note=f"{value * 1e3 / bare_us:.2%} of the teacher")
 
 
 WORKER = """
 import sys, json, torch
 torch.set_num_threads(int(sys.argv[4]))
-sys.path.insert(0, sys.argv[5])
-from bench_capture import smollm2, settings_cpu
+from fastkd.bench.bench_capture import smollm2, settings_cpu
 import fastkd
-teacher, data = smollm2(int(sys.argv[6]))
+teacher, data = smollm2(int(sys.argv[5]))
 print("ready", flush=True)
 sys.stdin.readline()
 fastkd.capture(teacher, data, sys.argv[1], settings_cpu(), rank=int(sys.argv[2]), world_size=int(sys.argv[3]))
@@ -200,7 +208,6 @@ def bench_workers(table: Table, positions: int) -> None:
                         str(r),
                         str(count),
                         "1",
-                        str(Path(__file__).parent),
                         str(positions),
                     ],
                     stdin=subprocess.PIPE,
@@ -219,8 +226,9 @@ def bench_workers(table: Table, positions: int) -> None:
             if any(process.returncode for process in started):
                 sys.exit("a worker failed")
             found[count] = open_cache(place).manifest.column("content_sha256").to_pylist()
-    table.row("two processes over one, times as fast", seconds[1] / seconds[2])
-    table.row("shards that differ", float(sum(a != b for a, b in zip(found[1], found[2], strict=True))), "<= 0")
+    table.ratio("two processes: speed", seconds[1] / seconds[2], "one process", better="higher")
+    differ = sum(a != b for a, b in zip(found[1], found[2], strict=True))
+    table.value("shards that differ", differ, "shards", "<= 0", better="lower")
 
 
 def settings_cpu() -> CaptureSettings:
@@ -230,10 +238,9 @@ def settings_cpu() -> CaptureSettings:
 
 def smollm2(positions: int) -> tuple[Decoder, Documents]:
     """The real teacher, and so many positions of real text in documents of 512."""
-    from teacher import load_teacher, text_ids
+    from fastkd.bench.teacher import load_teacher, text_ids
 
-    folder = Path(__file__).parent.parent / "demo" / "teacher"
-    model, tokenizer = load_teacher(folder if folder.exists() else None)
+    model, tokenizer = load_teacher(None)
     ids = text_ids(tokenizer)[:positions].numpy().astype(np.int32)
     return Decoder(model, "SmolLM2-135M"), open_documents([ids[i : i + 512] for i in range(0, len(ids), 512)])
 
@@ -261,6 +268,37 @@ def random_teacher(name: str) -> tuple[Decoder, Documents]:
     return Decoder(model, f"{name}-class Llama, random weights, bfloat16"), open_documents(list(ids))
 
 
+def on_cpu(table: Table, positions: int, rounds: int) -> None:
+    """SmolLM2-135M over real text."""
+    teacher, data = smollm2(positions)
+    bench(table, teacher, data, settings_cpu(), 1.08, rounds)
+
+
+def on_cuda(table: Table, name: str, limit: float, rounds: int) -> None:
+    """A teacher of random weights."""
+    teacher, data = random_teacher(name)
+    settings = CaptureSettings(context=2048, held_out=0.0, shard_positions=2**17, batch_tokens=8192)
+    bench(table, teacher, data, settings, limit, rounds)
+
+
+def sections(device: str, positions: int, rounds: int, *, workers: bool = False) -> list[Case]:
+    """A case a teacher; workers: two processes against one, too (CPU)."""
+    if device == "cuda":
+        return [
+            Case(f"{name}-class teacher", partial(on_cuda, name=name, limit=limit, rounds=rounds))
+            for name, limit in (("1B", 1.05), ("135M", 1.10))
+        ]
+    found = [Case("SmolLM2-135M", partial(on_cpu, positions=positions, rounds=rounds))]
+    if workers:
+        found.append(Case("two processes", partial(bench_workers, positions=positions)))
+    return found
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """2,048 positions of the CPU's teacher, or 8,192 and two processes."""
+    return sections(ask.device, ask.size(2048, 8192), ask.times(3, 5), workers=ask.full)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
@@ -272,19 +310,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    table = Table(args.device)
-    if args.device == "cpu":
-        teacher, data = smollm2(args.positions)
-        bench(table, teacher, data, settings_cpu(), 1.08, args.rounds)
-        if args.workers:
-            bench_workers(table, args.positions)
-    else:
-        for name, limit in (("1B", 1.05), ("135M", 1.10)):
-            teacher, data = random_teacher(name)
-            settings = CaptureSettings(context=2048, held_out=0.0, shard_positions=2**17, batch_tokens=8192)
-            bench(table, teacher, data, settings, limit, args.rounds)
-            del teacher
-            torch.cuda.empty_cache()
+    table = Table(args.device, "capture")
+    run_cases(sections(args.device, args.positions, args.rounds, workers=args.workers), table, to_stderr)
     table.save(args.json)
 
 

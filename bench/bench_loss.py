@@ -1,22 +1,27 @@
-"""The loss against its limits: the memory's or the matrix products' floor, and what others use instead.
+"""The loss on given logits against one read and one write of them, and against what others use instead.
 
-    .venv/bin/python bench/bench_loss.py --device cpu
+    fastkd bench loss [--device cuda] [--peers] [--full]
+    .venv/bin/python bench/bench_loss.py --device cpu       # sections logits, linear (bench_head.py), topk on a GPU
     .venv/bin/python bench/bench_loss.py --device cuda [--sections logits linear topk] [--tune] [--json results.json]
 
-Every figure is a ratio within one run. Lines say `ok` or `MISSED`; nothing here fails.
+Every ratio is of runs of one process, in turns. Lines say `ok` or `MISSED`; nothing here fails.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import bench_topk
 import torch
-from cases import eager_kd_loss, known_targets, student_logits
-from harness import Table, interleaved, peak_bytes
 from torch import Tensor
 
-from fastkd import kd_loss, linear_kd_loss
+from fastkd import kd_loss
+from fastkd.bench import limits, peers
+from fastkd.bench.cases import eager_kd_loss, known_targets, student_logits
+from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 
 CELLS = (
     ("forward_kl", "bucket"),
@@ -27,310 +32,206 @@ CELLS = (
     ("skew_kl", "bucket"),
     ("tvd", "bucket"),
 )
+FLOOR = "one read and one write"
+_AGAINST = {"torch.compile": "<= 0.333", "Liger cross-entropy": "<= 0.6"}  # on a GPU
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-class LogitsCase:
-    """Buffers for one width: the logits, a pristine copy to restore them from, targets and labels."""
+class LogitsProblem:
+    """Logits of one size, so many that no cache holds them, restored from a pristine copy; targets and labels."""
 
-    def __init__(self, n: int, v: int, *, certain: bool = False) -> None:
-        self.targets = known_targets(n, v, 64, 16, "cuda")
-        self.bucket = known_targets(n, v, 64, 0, "cuda")
-        self.pristine = student_logits(n, v, self.bucket, "cuda", torch.bfloat16, certain=certain)
-        self.work = self.pristine.clone()
-        self.other = torch.empty_like(self.work)
-        self.labels = torch.randint(v, (n,), device="cuda")
+    temperature = 2.0
+
+    def __init__(self, device: str, n: int, v: int, k: int = 64, *, certain: bool = False) -> None:
+        self.device, self.n, self.v, self.k = device, n, v, k
+        self.targets, self.bucket = (known_targets(n, v, k, draws, device) for draws in (16, 0))
+        dtype = DTYPES[device]
+        self.pristine = student_logits(n, v, self.bucket, device, dtype, certain=certain)
+        self.bytes = self.pristine.numel() * dtype.itemsize
+        self.ring = rotation(self.pristine.clone, self.bytes, device)
+        self.labels = torch.randint(v, (n,), device=device)
 
     def restore(self) -> None:
-        self.work.copy_(self.pristine)
+        """What the last run wrote over; the next one takes others, that are in no cache."""
+        self.ring.last.copy_(self.pristine)
 
-    def run(self, upstream: float = 1.0, inplace: bool = True, **settings: Any) -> Callable[[], object]:
+    def copy(self) -> None:
+        """The limit."""
+        self.ring.take().copy_(self.ring.take())
+
+    def step(self, loss: Callable[[Tensor], Tensor], upstream: float = 1.0) -> Callable[[], list[Tensor | None]]:
+        """Forward and backward of a loss, on the next logits."""
+        one = torch.tensor(upstream, device=self.device)
+
+        def run() -> list[Tensor | None]:
+            leaf = self.ring.take().detach().requires_grad_()
+            loss(leaf).backward(one)
+            # a gradient that lies where the logits did is no memory more
+            return [] if leaf.grad is not None and leaf.grad.data_ptr() == leaf.data_ptr() else [leaf.grad]
+
+        return run
+
+    def ours(self, upstream: float = 1.0, inplace: bool = True, **settings: Any) -> Callable[[], list[Tensor | None]]:
+        """kd_loss."""
         targets = self.targets if settings.get("treatment") == "sampled" else self.bucket
-        one = torch.tensor(upstream, device="cuda")
+        return self.step(lambda leaf: kd_loss(leaf, targets, self.labels, inplace=inplace, **settings).loss, upstream)
 
-        def step() -> None:
-            leaf = self.work.detach().requires_grad_()
-            kd_loss(leaf, targets, self.labels, inplace=inplace, **settings).loss.backward(one)
+    @property
+    def name(self) -> str:
+        """The case."""
+        return f"logits: N={self.n} V={self.v} k={self.k} {str(self.pristine.dtype)[6:]} T={self.temperature:g}"
 
-        return step
-
-
-def logits_cuda(table: Table, rounds: int, peers: bool) -> None:
-    """The loss on given logits: N = 8192, k = 64, bfloat16."""
-    n = 8192
-    for v in (49152, 128256, 151936):
-        table.title(f"logits: N={n} V={v} k=64 bf16, over the time of one read and one write (1R1W)")
-        case = LogitsCase(n, v)
-        runs: dict[str, Callable[[], object]] = {"1R1W": lambda c=case: c.other.copy_(c.work)}
-        runs["2R1W"] = lambda c=case: torch.add(c.work, c.pristine, out=c.other)
-        limits = {}
-        at_2 = "<= 1.10" if v == 49152 else "<= 1.20"
-        for divergence, treatment in CELLS:
-            for t in (1.0, 2.0, 3.3) if divergence == "forward_kl" else (2.0,):
-                name = f"in place {divergence} {treatment} T={t}"
-                runs[name] = case.run(divergence=divergence, treatment=treatment, temperature=t)
-                limits[name] = at_2 if t == 2.0 else "<= 1.40"
-        runs["in place, upstream 3"] = case.run(3.0, temperature=2.0, treatment="bucket")
-        limits["in place, upstream 3"] = "<= 2.20"
-        times = interleaved(runs, device="cuda", rounds=rounds, before=dict.fromkeys(runs, case.restore))
-        floor = times["1R1W"]
-        table.row("1R1W, ms", floor)
-        for name, limit in limits.items():
-            table.row(name, times[name] / floor, limit)
-        for divergence, _ in CELLS[3:]:
-            name = f"in place {divergence} bucket T=2.0"
-            table.row(
-                f"{divergence} / forward_kl bucket", times[name] / times["in place forward_kl bucket T=2.0"], "<= 1.15"
-            )
-        out = {"2R1W": runs["2R1W"]}
-        for t in (1.0, 2.0, 3.3):
-            out[f"out of place bucket T={t}"] = case.run(inplace=False, treatment="bucket", temperature=t)
-        times2 = interleaved(out, device="cuda", rounds=rounds, before=dict.fromkeys(out, case.restore))
-        for name in list(out)[1:]:
-            table.row(f"{name}, over 2R1W", times2[name] / times2["2R1W"], "<= 1.25")
-        if peers:
-            _peers_logits(table, case, times["in place forward_kl bucket T=2.0"], rounds=max(3, rounds // 3))
-        del case, runs, out
-        torch.cuda.empty_cache()
-        certain = LogitsCase(n, v, certain=True)
-        runs = {"1R1W": lambda c=certain: c.other.copy_(c.work)}
-        for t in (1.0, 2.0):
-            runs[f"certain student, in place bucket T={t}"] = certain.run(treatment="bucket", temperature=t)
-            runs[f"certain student, out of place bucket T={t}"] = certain.run(
-                inplace=False, treatment="bucket", temperature=t
-            )
-        runs["certain student, in place sampled T=1.0"] = certain.run(treatment="sampled")
-        times = interleaved(runs, device="cuda", rounds=rounds, before=dict.fromkeys(runs, certain.restore))
-        for name in list(runs)[1:]:
-            table.row(name, times[name] / times["1R1W"])
-        del certain, runs
-        torch.cuda.empty_cache()
+    @property
+    def at(self) -> dict[str, float]:
+        """The sizes."""
+        return {"N": self.n, "V": self.v, "k": self.k}
 
 
-def _peers_logits(table: Table, case: LogitsCase, ours: float, rounds: int) -> None:
-    at = case.bucket.at(2.0, "bucket")
-    ids = case.bucket.ids.long()
-
-    def dense(function: Callable[..., Tensor]) -> Callable[[], object]:
-        def step() -> None:
-            leaf = case.work.detach().requires_grad_()
-            function(leaf, ids, at.log_q, at.log_q_tail, case.labels, 0.5, 2.0).backward()
-
-        return step
-
-    torch._dynamo.reset()
-    runs = {"torch.compile of the same loss": dense(torch.compile(eager_kd_loss)), "eager": dense(eager_kd_loss)}
-    limits = {"torch.compile of the same loss": ">= 3.0", "eager": ""}
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError:
-        print("  (liger-kernel is not installed: not compared)")
-    else:
-
-        def liger() -> None:
-            leaf = case.work.detach().requires_grad_()
-            liger_cross_entropy(leaf, case.labels).backward()
-
-        runs["Liger cross-entropy alone"] = liger
-    times = interleaved(runs, device="cuda", rounds=rounds, before=dict.fromkeys(runs, case.restore))
-    for name, limit in limits.items():
-        table.row(f"times faster than {name}", times[name] / ours, limit, f"{times[name]:.2f} ms")
-    if "Liger cross-entropy alone" in times:
-        liger_ms = times["Liger cross-entropy alone"]
-        table.row("over Liger cross-entropy alone", ours / liger_ms, "<= 0.6", f"{liger_ms:.2f} ms")
+def timed(problem: LogitsProblem, runs: dict[str, Run], rounds: int, **more: Any) -> Any:
+    """Runs in turns, each on fresh logits."""
+    return interleaved(runs, device=problem.device, rounds=rounds, before=dict.fromkeys(runs, problem.restore), **more)
 
 
-def linear_cuda(table: Table, rounds: int, peers: bool, chunks: tuple[int | None, ...] = (None,)) -> None:
-    """The fused head: N = 8192, k = 64, bfloat16, all three gradients' products, dW accumulated in float32."""
-    n = 8192
-    shapes = ((4096, 128256, 0.93), (2048, 128256, 0.88), (896, 151936, 0.80), (576, 49152, 0.72))
-    for d, v, least in shapes:
-        table.title(f"fused head: N={n} D={d} V={v} k=64 bf16")
-        targets = known_targets(n, v, 64, 16, "cuda")
-        labels = torch.randint(v, (n,), device="cuda")
-        hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weight = (torch.randn(v, d, device="cuda") / d**0.5).bfloat16().requires_grad_()
-        g_logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
-
-        def gemms(hidden: Tensor = hidden, weight: Tensor = weight, g: Tensor = g_logits) -> None:
-            with torch.no_grad():
-                torch.mm(hidden, weight.t(), out=g)
-                torch.mm(g, weight)
-                torch.mm(g.t(), hidden)
-
-        runs: dict[str, Callable[[], object]] = {"three GEMMs": gemms}
-        for chunk in chunks:
-            for treatment in ("bucket", "sampled"):
-
-                def step(
-                    treatment: str = treatment,
-                    chunk: int | None = chunk,
-                    hidden: Tensor = hidden,
-                    weight: Tensor = weight,
-                    targets: Any = targets,
-                    labels: Tensor = labels,
-                ) -> list[Tensor]:
-                    hidden.grad = weight.grad = None
-                    linear_kd_loss(
-                        hidden, weight, targets, labels, treatment=treatment, temperature=2.0, chunk_tokens=chunk
-                    ).loss.backward()
-                    return [hidden.grad, weight.grad]
-
-                runs[f"{treatment} chunk={chunk or 'default'}"] = step
-        times = interleaved(runs, device="cuda", rounds=rounds)
-        table.row("three GEMMs, ms", times["three GEMMs"])
-        for name in list(runs)[1:]:
-            table.row(
-                f"three GEMMs / {name}", times["three GEMMs"] / times[name], f">= {least}", f"{times[name]:.2f} ms"
-            )
-        del g_logits
-        runs["three GEMMs"] = lambda: None
-        hidden.grad = weight.grad = None
-        peak = peak_bytes(step, "cuda")
-        allowed = 2 * 2048 * v + 4 * v * d + 64e6
-        table.row("peak memory over 2CV + 4VD + 64 MB", peak / allowed, "<= 1.0", f"{peak / 2**30:.2f} GiB")
-        if peers:
-            _peers_linear(table, hidden, weight, labels, times["bucket chunk=default"])
-        del runs, step, hidden, weight
-        torch.cuda.empty_cache()
-
-
-def _peers_linear(table: Table, hidden: Tensor, weight: Tensor, labels: Tensor, ours: float) -> None:
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        print("  (liger-kernel is not installed: not compared)")
-        return
-
-    def liger() -> None:
-        hidden.grad = weight.grad = None
-        liger_fused_linear_cross_entropy(hidden, weight, labels).backward()
-
-    times = interleaved({"liger": liger}, device="cuda", rounds=3, warmup=1)
-    table.row(
-        "times faster than Liger's fused linear cross-entropy", times["liger"] / ours, "", f"{times['liger']:.2f} ms"
-    )
-
-
-def tune_cuda(table: Table, rounds: int) -> None:
-    """Blocks and warps of the sweeps, in place and out of place."""
-    from fastkd.kernels import loss_triton
-
-    chosen = loss_triton.sweep_settings
-    n = 8192
-    for v in (49152, 128256, 151936):
-        for certain in (False, True):
-            table.title(f"tune: V={v} bf16 {'certain' if certain else 'fresh'} student, over 1R1W")
-            case = LogitsCase(n, v, certain=certain)
-            floor = interleaved(
-                {"f": lambda c=case: c.other.copy_(c.work)}, device="cuda", rounds=rounds, before={"f": case.restore}
-            )["f"]
-            for name, settings in candidates(v).items():
-                loss_triton.sweep_settings = lambda *_, found=settings: dict(found)
-                runs = {
-                    f"{'in ' if inplace else 'out'} T={t}": case.run(inplace=inplace, treatment="bucket", temperature=t)
-                    for inplace, t in ((True, 1.0), (True, 2.0), (True, 3.3), (False, 2.0))
-                    if not certain or t < 3
-                }
-                times = interleaved(
-                    runs, device="cuda", rounds=rounds, warmup=1, before=dict.fromkeys(runs, case.restore)
-                )
-                line = "  ".join(f"{name} {ms / floor:.3f}" for name, ms in times.items())
-                table.rows.append({"v": v, "certain": certain, "settings": settings, "floor": floor, "ms": times})
-                print(f"  {name:<28} {line}", flush=True)
-            del case
-            torch.cuda.empty_cache()
-    loss_triton.sweep_settings = chosen
-
-
-def candidates(v: int) -> dict[str, dict[str, Any]]:
-    """What `--tune` tries: the defaults, other cache hints, and other shares of a multiprocessor for a row."""
-    from fastkd.kernels.sweeps import sweep_settings
-
-    default = sweep_settings(v, 2)
-    found = {"default": default}
-    for keep, done in (("", ""), ("", "evict_first"), ("evict_last", "")):
-        found[f"hints {keep or '-'} {done or '-'}"] = {**default, "KEEP": keep, "DONE": done}
-    for warps in (32, 16, 8):
-        for tile in (32 * warps * 32, 32 * warps * 16):
-            settings = {**default, "BLOCK": tile, "THREADS": 32 * warps, "num_warps": warps}
-            found[f"tile {tile} warps {warps}"] = settings
-    found["tile 32768 warps 16 regs 128"] = {
-        **default,
-        "BLOCK": 32768,
-        "THREADS": 512,
-        "num_warps": 16,
-        "maxnreg": 128,
+def size(table: Table, ask: Ask, n: int, v: int, k: int, *, compiled: bool) -> None:
+    """One size: kd_loss and what others use, in time and memory. compiled: with torch.compile, which takes a while."""
+    problem = LogitsProblem(table.device, n, v, k)
+    table.title(problem.name)
+    t = problem.temperature
+    ours: dict[str, Callable[[], list[Tensor | None]]] = {
+        "kd_loss in place": problem.ours(treatment="bucket", temperature=t),
+        "kd_loss": problem.ours(inplace=False, treatment="bucket", temperature=t),
     }
+    rest = peers.eager_on(problem.bucket, problem.labels, t)
+    others = peers.own(table.device, eager_kd_loss, lambda loss: problem.step(lambda leaf: loss(leaf, *rest)))
+    others = others if compiled else others[:1]
+    if ask.peers:
+        others += peers.of_logits(problem)
+    runs: dict[str, Run] = {FLOOR: problem.copy, **ours}
+    runs |= {peer.name: peer.run for peer in others if peer.run is not None}
+    rounds = ask.times(7, 15) * (3 if problem.bytes < 32 << 20 else 1)  # short runs scatter more
+    times = timed(problem, runs, rounds)
+    moved = 2 * problem.bytes / 1e6
+    table.value(FLOOR, times.time(FLOOR).inverse(moved), "GB/s", line="limit", at=problem.at)
+    for name in list(runs)[1:]:
+        limit = ""
+        if table.device == "cuda" and name == "kd_loss in place":
+            limit = "<= 1.10" if v == 49152 else "<= 1.20"
+        table.ratio(
+            name, times.ratio(name, FLOOR), FLOOR, limit, value=moved / times[name], unit="GB/s", line=name,
+            at=problem.at, note=f"{times[name]:.2f} ms", better="lower" if name in ours else "",
+        )  # fmt: skip
+    for peer in others:
+        if peer.run is None:
+            table.absent(peer.name, peer.why, line=peer.name, at=problem.at)
+            continue
+        limit = _AGAINST.get(peer.name, "") if table.device == "cuda" else ""
+        table.ratio(
+            f"kd_loss in place against {peer.name}", times.ratio("kd_loss in place", peer.name), peer.name, limit
+        )
+    for name in runs:
+        if name != FLOOR:
+            problem.restore()
+            run: Any = runs[name]
+            peak = peak_bytes(run, table.device)
+            table.ratio(
+                f"{name}: peak memory beyond logits and gradient", peak / problem.bytes, "the logits",
+                value=peak / 2**20, unit="MiB", line=name, at=problem.at, better="lower" if name in ours else "",
+            )  # fmt: skip
+
+
+def cells(table: Table, ask: Ask, n: int, v: int) -> None:
+    """Every divergence and treatment, at several temperatures, over one read and one write."""
+    problem = LogitsProblem(table.device, n, v)
+    table.title(f"divergences and treatments: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
+    gpu = table.device == "cuda"
+    runs: dict[str, Run] = {FLOOR: problem.copy}
+    bounds = {}
+    at_2 = "<= 1.10" if v == 49152 else "<= 1.20"
+    for divergence, treatment in CELLS:
+        for t in (1.0, 2.0, 3.3) if divergence == "forward_kl" else (2.0,):
+            name = f"in place {divergence} {treatment} T={t}"
+            runs[name] = problem.ours(divergence=divergence, treatment=treatment, temperature=t)
+            bounds[name] = at_2 if t == 2.0 else "<= 1.40"
+    runs["in place, upstream 3"] = problem.ours(3.0, temperature=2.0, treatment="bucket")
+    bounds["in place, upstream 3"] = "<= 2.20"
+    times = timed(problem, runs, ask.times(5, 15))
+    for name, bound in bounds.items():
+        table.ratio(name, times.ratio(name, FLOOR), FLOOR, bound if gpu else "")
+    for divergence, _ in CELLS[3:]:
+        name, other = f"in place {divergence} bucket T=2.0", "in place forward_kl bucket T=2.0"
+        table.ratio(f"{divergence} bucket", times.ratio(name, other), "forward_kl bucket", "<= 1.15" if gpu else "")
+
+
+def out_of_place(table: Table, ask: Ask, n: int, v: int) -> None:
+    """With the logits kept: two reads and one write are the limit."""
+    problem = LogitsProblem(table.device, n, v)
+    table.title(f"out of place: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
+    floor, out = "two reads and one write", torch.empty_like(problem.pristine)
+    runs: dict[str, Run] = {floor: lambda: torch.add(problem.ring.take(), problem.pristine, out=out)}
+    for t in (1.0, 2.0, 3.3):
+        runs[f"out of place bucket T={t}"] = problem.ours(inplace=False, treatment="bucket", temperature=t)
+    times = timed(problem, runs, ask.times(5, 15))
+    for name in list(runs)[1:]:
+        table.ratio(name, times.ratio(name, floor), floor, "<= 1.25" if table.device == "cuda" else "")
+
+
+def certain_student(table: Table, ask: Ask, n: int, v: int) -> None:
+    """A student that puts most of its mass on the head."""
+    problem = LogitsProblem(table.device, n, v, certain=True)
+    table.title(f"a certain student: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
+    runs: dict[str, Run] = {FLOOR: problem.copy}
+    for t in (1.0, 2.0):
+        for inplace in (True, False):
+            place = "in place" if inplace else "out of place"
+            runs[f"{place} bucket T={t}"] = problem.ours(inplace=inplace, treatment="bucket", temperature=t)
+    runs["in place sampled T=1.0"] = problem.ours(treatment="sampled")
+    times = timed(problem, runs, ask.times(5, 15))
+    for name in list(runs)[1:]:
+        table.ratio(name, times.ratio(name, FLOOR), FLOOR)
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """The limits, sizes one after another, then every divergence."""
+    n, v = (8192, 128256) if ask.device == "cuda" else (256, 49152)
+    if ask.device == "cuda":
+        sizes = [(n, 49152, 64), (n, v, 64), (n, 151936, 64)]
+        sizes += [(2048, v, 64), (16384, v, 64), (n, v, 16), (n, v, 256)] if ask.full else []
+    else:
+        sizes = [(n, 8192, 64), (n, v, 64), (n, 128256, 64), (64, v, 64), (1024, v, 64), (n, v, 16), (n, v, 256)]
+    first = sizes[0] if ask.device == "cuda" else (n, v, 64)
+    found = [Case("limits", lambda table: limits.measure(table, "copy"))]
+    for n_, v_, k in sizes:
+        run = partial(size, ask=ask, n=n_, v=v_, k=k, compiled=ask.full or (n_, v_, k) == first)
+        found.append(Case(f"N={n_} V={v_} k={k}", run))
+    others = ((cells, "divergences"), (out_of_place, "out of place"), (certain_student, "a certain student"))
+    for vocab in (49152, 128256, 151936) if ask.device == "cuda" else (v,):
+        for part, name in others if ask.device == "cuda" or ask.full else others[:1]:
+            found.append(Case(f"{name}, V={vocab}", partial(part, ask=ask, n=n, v=vocab)))
     return found
 
 
-def cpu(table: Table, rounds: int) -> None:
-    """The fused head on a CPU: N=1024, D=576, V=49152, k=64, T=2."""
-    n, d, v = 1024, 576, 49152
-    targets = known_targets(n, v, 64, 0, "cpu")
-    labels = torch.randint(v, (n,))
-    hidden = torch.randn(n, d, requires_grad=True)
-    weight = (torch.randn(v, d) / d**0.5).requires_grad_()
-    at, ids = targets.at(2.0, "bucket"), targets.ids.long()
-
-    def fused() -> list[Tensor]:
-        hidden.grad = weight.grad = None
-        linear_kd_loss(hidden, weight, targets, labels, temperature=2.0, treatment="bucket").loss.backward()
-        return [hidden.grad, weight.grad]
-
-    def eager() -> list[Tensor]:
-        hidden.grad = weight.grad = None
-        eager_kd_loss(hidden @ weight.T, ids, at.log_q, at.log_q_tail, labels, 0.5, 2.0).backward()
-        return [hidden.grad, weight.grad]
-
-    from fastkd.kernels.linear import default_chunk
-
-    chunk = default_chunk(hidden.device, v, 4)
-    buffer, d_hidden, d_weight = torch.empty(chunk, v), torch.empty(n, d), torch.empty(v, d)
-
-    def gemms() -> None:
-        with torch.no_grad():
-            d_weight.zero_()
-            for first in range(0, n, chunk):
-                rows = slice(first, min(first + chunk, n))
-                x = buffer[: rows.stop - first]
-                torch.mm(hidden[rows], weight.t(), out=x)
-                torch.mm(x, weight, out=d_hidden[rows])
-                d_weight.addmm_(x.t(), hidden[rows])
-
-    table.title(f"CPU, fused head: N={n} D={d} V={v} k=64 T=2 float32, chunks of {chunk}")
-    times = interleaved({"fused": fused, "gemms": gemms, "eager": eager}, device="cpu", rounds=rounds, warmup=1)
-    table.row("three GEMMs in the same chunks, ms", times["gemms"])
-    table.row("linear_kd_loss forward + backward over the three GEMMs", times.ratio("fused", "gemms"), "<= 1.15")
-    table.row("linear_kd_loss over the eager loss", times.ratio("fused", "eager"), "<= 0.75")
-    peak, other = peak_bytes(fused, "cpu"), peak_bytes(eager, "cpu")
-    note = f"{peak / 2**20:.0f} MiB against {other / 2**20:.0f}"
-    table.row("peak memory beyond inputs and gradients, over eager's", peak / other, "<= 0.15", note)
-
-
 def main() -> None:
+    from fastkd.bench import bench_head, bench_topk, tune_loss
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sections", nargs="+", default=["logits", "linear", "topk"], help="of the GPU's")
-    parser.add_argument("--rounds", type=int, default=0, help="timed repeats of each run")
+    parser.add_argument("--sections", nargs="+", choices=("logits", "linear", "topk"))
+    parser.add_argument("--rounds", type=int, help="timed repeats of each run")
     parser.add_argument("--tune", action="store_true", help="also try blocks and warps (GPU)")
-    parser.add_argument("--chunks", type=int, nargs="+", help="chunk sizes to try for the fused head (GPU)")
+    parser.add_argument("--chunks", type=int, nargs="+", help="chunk sizes to try for the fused head")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    table = Table(args.device)
-    if args.device == "cpu":
-        cpu(table, args.rounds or 11)
-    else:
-        rounds = args.rounds or 15
-        if args.tune:
-            tune_cuda(table, min(rounds, 7))
-        if "logits" in args.sections:
-            logits_cuda(table, rounds, not args.no_peers)
-        if "linear" in args.sections:
-            linear_cuda(table, max(5, rounds // 2), not args.no_peers, (None, *(args.chunks or ())))
-        if "topk" in args.sections:
-            bench_topk.bench_cuda(table)
+    if args.tune and args.device != "cuda":
+        parser.error("--tune needs a GPU")
+    ask = Ask(args.device, full=True, peers=not args.no_peers and args.device == "cuda", rounds=args.rounds)
+    sections = args.sections or (["linear"] if args.device == "cpu" else ["logits", "linear", "topk"])
+    found = tune_loss.cases(ask) if args.tune else []
+    found += cases(ask) if "logits" in sections else []
+    found += bench_head.cases(ask, tuple(args.chunks or ())) if "linear" in sections else []
+    found += bench_topk.cases(ask) if "topk" in sections else []
+    table = Table(args.device, "loss")
+    run_cases(found, table, to_stderr)
     table.save(args.json)
 
 

@@ -12,14 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from harness import Table
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 
 VOCAB = 49152
 
@@ -71,7 +76,7 @@ def write_parquet(path: Path, lengths: NDArray[np.int32]) -> None:
     generator = np.random.default_rng(1)
     schema = pa.schema([("input_ids", pa.list_(pa.uint16()))])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for start in tqdm(range(0, len(lengths), 100_000), desc="documents", leave=False):
+        for start in tqdm(range(0, len(lengths), 100_000), desc="documents", leave=False, disable=None):
             some = lengths[start : start + 100_000]
             offsets = np.concatenate([[0], np.cumsum(some)]).astype(np.int32)
             ids = generator.integers(0, VOCAB, int(offsets[-1]), np.uint16)
@@ -88,10 +93,53 @@ def report(table: Table, name: str, found: dict[str, float]) -> None:
     """The rows of one run."""
     for part in ("opened", "hashed", "measured", "planned"):
         if part in found:
-            table.row(f"{name}: {part}, seconds", found[part])
-    table.row(f"{name}: seconds in all", found["all"], "<= 60")
-    table.row(f"{name}: peak memory, GB", found["GB"], "<= 1", "the interpreter and its libraries included")
-    table.row(f"{name}: share of the windows' places in use", found["fill"])
+            table.value(f"{name}: {part}", found[part], "s")
+    table.value(f"{name}: in all", found["all"], "s", "<= 60")
+    table.value(f"{name}: peak memory", found["GB"], "GB", "<= 1", note="the interpreter and its libraries included")
+    table.value(f"{name}: the windows' places in use", found["fill"], "share", better="higher")
+
+
+def from_lengths(table: Table, documents: int) -> None:
+    """Planned from given lengths."""
+    table.title(f"{documents:,} documents of some 600 tokens, from their lengths")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "lengths.npy"
+        np.save(place, lengths_of(documents, 600))
+        kinds: dict[str, dict[str, object]] = {
+            "pack, context 2048": {"context": 2048, "overlap": 64},
+            "pack, context 512": {"context": 512, "overlap": 64},
+            "pack, context 131072": {"context": 131072},
+            "keep, context 2048": {"context": 2048, "packing": "keep"},
+        }
+        for name, settings in kinds.items():
+            report(table, name, figures(place, held_out=0.01, **settings))
+
+
+def from_parquet(table: Table, documents: int) -> None:
+    """Opened, hashed, measured, planned; then shards are read."""
+    table.title(f"{documents:,} documents of some 64 tokens, from a Parquet file")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "ids.parquet"
+        start = time.perf_counter()
+        write_parquet(place, lengths_of(documents, 64))
+        print(f"  (made in {time.perf_counter() - start:.0f} s, {place.stat().st_size / 1e9:.2f} GB)")
+        found = figures(place, context=2048, held_out=0.01)
+    report(table, "Parquet", found)
+    for split in ("train", "held out"):
+        table.value(f"Parquet: rows of {split} shards", found[split], "M positions/s")
+
+
+def sections(documents: int) -> list[Case]:
+    """Both parts."""
+    return [
+        Case("from lengths", partial(from_lengths, documents=documents)),
+        Case("from Parquet", partial(from_parquet, documents=documents)),
+    ]
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """Ten million documents, or 300,000."""
+    return sections(ask.size(300_000, 10_000_000))
 
 
 def main() -> None:
@@ -99,27 +147,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    table = Table("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "lengths.npy"
-        np.save(place, lengths_of(args.documents, 600))
-        table.title(f"{args.documents:,} documents of some 600 tokens, from their lengths")
-        for name, settings in (
-            ("pack, context 2048", {"context": 2048, "overlap": 64}),
-            ("pack, context 512", {"context": 512, "overlap": 64}),
-            ("pack, context 131072", {"context": 131072}),
-            ("keep, context 2048", {"context": 2048, "packing": "keep"}),
-        ):
-            report(table, name, figures(place, held_out=0.01, **settings))
-        place = Path(folder) / "ids.parquet"
-        table.title(f"{args.documents:,} documents of some 64 tokens, from a Parquet file")
-        start = time.perf_counter()
-        write_parquet(place, lengths_of(args.documents, 64))
-        print(f"  (made in {time.perf_counter() - start:.0f} s, {place.stat().st_size / 1e9:.2f} GB)")
-        found = figures(place, context=2048, held_out=0.01)
-        report(table, "Parquet", found)
-        for split in ("train", "held out"):
-            table.row(f"Parquet: rows of {split} shards, million positions a second", found[split])
+    table = Table("cpu", "plan")
+    run_cases(sections(args.documents), table, to_stderr)
     table.save(args.json)
 
 

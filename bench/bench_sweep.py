@@ -11,18 +11,22 @@ ratio, and what they differ by from round to round is most of its spread; the se
 """
 
 import argparse
-import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_train import VOCAB, model_of
-from cases import GRID, known_targets
-from harness import Table, interleaved
 
+from fastkd.bench.bench_train import VOCAB, model_of
+from fastkd.bench.cases import GRID, known_targets
+from fastkd.bench.harness import figure, interleaved
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.cache import Cache, CacheSpec, create_cache, open_cache
 from fastkd.settings import TrainSettings
 from fastkd.student.arms import make_arms
@@ -44,7 +48,7 @@ def make(place: Path) -> Cache:
     """A cache of known targets, 48 exact entries and 16 drawn."""
     spec = CacheSpec(
         vocab_size=VOCAB, k=48, draws=16, temperatures=GRID, teacher="known", tokenizer="none", dataset="none",
-        inputs={"tokens": "int32", "loss_mask": "bool"}, shard_positions=WINDOW * WINDOWS,
+        inputs=("tokens", "loss_mask"), shard_positions=WINDOW * WINDOWS,
     )  # fmt: skip
     random = np.random.default_rng(0)
     with create_cache(place, spec) as writer:
@@ -120,20 +124,33 @@ def compare(table: Table, name: str, size: tuple[int, ...], cache: Cache, folder
 
     runs = {"read": read, "one read": one_read, "own": own, "four reads": four_reads}
     found = interleaved(runs, device="cpu", rounds=rounds, warmup=1, core_time=True)
-    spread = statistics.quantiles(
-        [a / b for a, b in zip(found.rounds["one read"], found.rounds["own"], strict=True)], n=4
-    )
     count = sum(p.numel() for p in members[0].trainer.student.parameters())
     per = found["own"] / len(held) / len(members)
-    table.title(
-        f"{name}: {count / 1e6:.1f} M parameters, {len(held)} steps of {STEP} positions, {per:.0f} ms each arm's"
-    )
-    note = f"quartiles {spread[0]:.3f} to {spread[2]:.3f} of {rounds} rounds"
-    table.row("four arms from one read / the sum of their own steps", found.ratio("one read", "own"), "<= 1.02", note)
-    table.row("1 + the read alone / the sum of their own steps", 1 + found.ratio("read", "own"), "<= 1.02")
-    table.row("four arms from four reads / the sum of their own steps", found.ratio("four reads", "own"))
+    table.title(f"{name}: {count / 1e6:.1f} M parameters, {len(held)} steps of {STEP} positions")
+    floor, note = "the sum of their own steps", f"{per:.0f} ms each arm's step"
+    table.ratio("four arms from one read", found.ratio("one read", "own"), floor, "<= 1.02", note=note)
+    read_alone = figure([1 + a / b for a, b in zip(found.rounds["read"], found.rounds["own"], strict=True)])
+    table.ratio("own steps and the read alone", read_alone, floor, "<= 1.02")
+    table.ratio("four arms from four reads", found.ratio("four reads", "own"), floor)
     for member in members:
         member.trainer.close()
+
+
+def student(table: Table, name: str, rounds: int) -> None:
+    """One student, from a cache made for it."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(table, name, STUDENTS[name], make(Path(folder) / "cache"), Path(folder) / "runs", rounds)
+
+
+def sections(names: Sequence[str], rounds: int) -> list[Case]:
+    """A case a student."""
+    return [Case(name, partial(student, name=name, rounds=rounds)) for name in names]
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """The small student, where a read weighs most; in full both."""
+    return sections(list(STUDENTS)[: ask.size(1, 2)], ask.times(3, 5))
 
 
 def main() -> None:
@@ -142,11 +159,8 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        cache = make(Path(folder) / "cache")
-        for name, size in STUDENTS.items():
-            compare(table, name, size, cache, Path(folder) / name, args.rounds)
+    table = Table("cpu", "sweep")
+    run_cases(sections(list(STUDENTS), args.rounds), table, to_stderr)
     table.save(args.json)
 
 

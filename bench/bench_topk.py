@@ -1,50 +1,50 @@
 """The teacher side: top-k, four tails and draws against one read of the logits, and against torch.topk + logsumexp.
 
+    fastkd bench topk [--device cuda] [--full]
     python bench/bench_topk.py [--device cuda] [--tune] [--json PATH]
 
-On a GPU everything is measured in one process on rotating buffers larger than its L2 cache. On a CPU: microseconds a
-position.
+Everything is measured on logits in turns, more than the last-level cache holds.
 """
 
 import argparse
 import math
-import sys
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from harness import Table, interleaved, peak_bytes
 from torch import Tensor
 
+from fastkd.bench import limits
+from fastkd.bench.cases import GRID
+from fastkd.bench.harness import Rotation, Run, interleaved, peak_bytes, rotation
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.kernels.topk import linear_topk_targets, topk_targets
 
-GRID = (1.0, 1.5, 2.0, 4.0)
 K = 64
 READ_LIMIT = 2.5  # times one read of the logits
-PEER_LIMIT = 8.0  # times as fast as torch.topk and a logsumexp for every temperature
+PEER_LIMIT = 0.125  # of the time of torch.topk and a logsumexp for every temperature
 CPU_LIMIT = 150.0  # microseconds a position at V = 49,152 on two cores
 
 
-def peer(logits_NV: Tensor) -> list[Tensor]:
+def peer(logits_NV: Tensor, k: int = K) -> list[Tensor]:
     """What is written without fastkd: the k best and the full log-partition at every temperature."""
-    best = logits_NV.topk(K, dim=1)
+    best = logits_NV.topk(k, dim=1)
     partitions = [torch.logsumexp(logits_NV if t == 1 else logits_NV / t, 1) for t in GRID]
     return [best.values, best.indices, *partitions]
 
 
-def drawn_logits(rows: int, vocab: int, dtype: torch.dtype, device: str, copies: int = 1) -> list[Tensor]:
-    """Normal logits, block by block: float32 noise of the whole would not fit beside them."""
-    out = [torch.empty((rows, vocab), dtype=dtype, device=device) for _ in range(copies)]
-    for logits in out:
+def drawn_logits(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Rotation[Tensor]:
+    """Normal logits in turns, each filled block by block: float32 noise of the whole would not fit beside them."""
+
+    def make() -> Tensor:
+        logits = torch.empty((rows, vocab), dtype=dtype, device=device)
         for block in logits.split(256):
             block.copy_(torch.randn(block.shape, device=device) * 3)
-    return out
+        return logits
 
-
-def rotating(function: Callable[[Tensor], object], buffers: list[Tensor]) -> Callable[[], object]:
-    """A call on the next buffer each time."""
-    turn = cycle(buffers)
-    return lambda: function(next(turn))
+    return rotation(make, rows * vocab * dtype.itemsize, device)
 
 
 def returned(targets: object) -> list[Tensor]:
@@ -52,79 +52,118 @@ def returned(targets: object) -> list[Tensor]:
     return [t for t in vars(targets).values() if isinstance(t, Tensor)]
 
 
-def one_read(rows: int, vocab: int, buffers: list[Tensor]) -> Callable[[], object]:
-    """The limit: a kernel that reads every logit once and adds them up."""
+def one_read(rows: int, vocab: int, buffers: Rotation[Tensor]) -> Run:
+    """The limit: every logit is read once. On a GPU a kernel that adds them up, on a CPU torch's maximum of the same
+    bytes as float32: that of bfloat16 is no faster than the conversion, and no limit."""
+    if not buffers.last.is_cuda:
+        return buffers.run(lambda x: x.view(torch.float32).amax())
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def read(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    @triton.jit  # type: ignore[untyped-decorator]
+    def read(x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + at, mask=at < count, other=0.0)
         tl.store(out_ptr + tl.program_id(0), tl.sum(x.to(tl.float32), axis=0))
 
     block = 8192
     programs = triton.cdiv(rows * vocab, block)
-    out = torch.empty(programs, device=buffers[0].device)
-    return rotating(lambda x: read[(programs,)](x, out, rows * vocab, BLOCK=block, num_warps=8), buffers)
+    out = torch.empty(programs, device=buffers.last.device)
+    return buffers.run(lambda x: read[(programs,)](x, out, rows * vocab, BLOCK=block, num_warps=8))
 
 
-def bench_logits(table: Table, rows: int, vocab: int) -> None:
-    """Targets of given logits on a GPU."""
-    buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda", copies=2)
-    runs = {
-        "read": one_read(rows, vocab, buffers),
-        "fastkd": rotating(lambda x: topk_targets(x, K, temperatures=GRID), buffers),
-        "one temperature": rotating(lambda x: topk_targets(x, K, temperatures=(1.0,)), buffers),
-        "mass": rotating(lambda x: topk_targets(x, K, temperatures=GRID, mass=0.95), buffers),
-        "draws": rotating(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16), buffers),
-        "softcap": rotating(lambda x: topk_targets(x, K, temperatures=GRID, softcap=30.0), buffers),
-        "peer": rotating(peer, buffers),
+def bench_logits(table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds: int, k: int = K) -> None:
+    """Targets of given logits."""
+    buffers = drawn_logits(rows, vocab, dtype, table.device)
+    gpu, floor, theirs = table.device == "cuda", "one read of the logits", "torch.topk + logsumexp a temperature"
+    runs: dict[str, Run] = {
+        floor: one_read(rows, vocab, buffers),
+        "fastkd": buffers.run(lambda x: topk_targets(x, k, temperatures=GRID)),
+        theirs: buffers.run(lambda x: peer(x if gpu else x.float(), k)),
     }
-    ms = interleaved(runs, device="cuda", rounds=15, warmup=3)
-    table.title(f"N={rows} V={vocab} bfloat16 k={K} T={GRID}")
-    gigabytes = rows * vocab * buffers[0].element_size() / 1e9
-    table.row("one read of the logits, ms", ms["read"], note=f"{gigabytes / ms['read']:.2f} TB/s")
-    table.row("fastkd, ms", ms["fastkd"])
-    table.row("  times one read", ms["fastkd"] / ms["read"], f"<= {READ_LIMIT}")
-    table.row("torch.topk + logsumexp a temperature, ms", ms["peer"])
-    table.row("  times fastkd", ms["peer"] / ms["fastkd"], f">= {PEER_LIMIT}")
-    for name in ("one temperature", "mass", "softcap", "draws"):
-        note = "48 entries and 16 draws" if name == "draws" else ""
-        table.row(f"fastkd, {name}, times one read", ms[name] / ms["read"], note=note)
-    memory = peak_bytes(lambda: returned(topk_targets(buffers[0], K, temperatures=GRID)), "cuda") / 2**20
-    table.row("fastkd, peak memory beyond logits and result, MiB", memory)
+    if k == K:
+        runs |= {
+            "fastkd, 48 entries": buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID)),
+            "fastkd, 48 entries and 16 draws": buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16)),
+            "fastkd, one temperature": buffers.run(lambda x: topk_targets(x, K, temperatures=(1.0,))),
+            "fastkd, cut at 0.95 of the mass": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, mass=0.95)),
+            "fastkd, softcap": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, softcap=30.0)),
+        }
+    times = interleaved(runs, device=table.device, rounds=rounds)
+    table.title(f"top-k: N={rows} V={vocab} k={k} {str(dtype)[6:]} T={GRID}")
+    at = {"N": rows, "V": vocab, "k": k, "bits": dtype.itemsize * 8}
+    moved = rows * vocab * dtype.itemsize / 1e6
+    table.value(floor, times.time(floor).inverse(moved), "GB/s", line="limit", at=at)
+    for name in list(runs)[1:]:
+        table.ratio(
+            name, times.ratio(name, floor), floor, f"<= {READ_LIMIT}" if gpu and name == "fastkd" else "",
+            value=moved / times[name], unit="GB/s", line=name, at=at, better="" if name == theirs else "lower",
+            note=f"{times[name]:.2f} ms",
+        )  # fmt: skip
+    table.ratio(f"fastkd against {theirs}", times.ratio("fastkd", theirs), theirs, f"<= {PEER_LIMIT}" if gpu else "")
+    if k == K:
+        drawn, alone = "fastkd, 48 entries and 16 draws", "fastkd, 48 entries"
+        table.ratio("16 draws beside 48 entries", times.ratio(drawn, alone), alone)
+        if not gpu:
+            limit = f"<= {CPU_LIMIT}" if vocab == 49_152 and table.hardware["threads"] > 1 else ""
+            for name in ("fastkd", drawn):
+                table.value(f"{name}: time a position", times.time(name).scaled(1e3 / rows), "us", limit)
+    for name, run in (
+        ("fastkd", lambda: returned(topk_targets(buffers.take(), k, temperatures=GRID))),
+        (theirs, lambda: peer(buffers.take(), k)),
+    ):
+        memory = peak_bytes(run, table.device)
+        table.ratio(
+            f"{name}: peak memory beyond logits and result", memory / (moved * 1e6), "the logits",
+            value=memory / 2**20, unit="MiB", line=name, at=at, better="" if name == theirs else "lower",
+        )  # fmt: skip
 
 
-def bench_head(table: Table, rows: int, width: int, vocab: int) -> None:
-    """Targets of hidden states on a GPU, beside the product that they cannot do without."""
-    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) * (3 / math.sqrt(width))
-    buffer = torch.empty((rows, vocab), dtype=torch.bfloat16, device="cuda")
-    runs: dict[str, Callable[[], object]] = {
-        "gemm": lambda: torch.mm(hidden, weight.t(), out=buffer),
-        "linear": lambda: linear_topk_targets(hidden, weight, K, temperatures=GRID),
+def bench_head(table: Table, rows: int, width: int, vocab: int, rounds: int) -> None:
+    """Targets of hidden states, beside the product that they cannot do without."""
+    gpu = table.device == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    hidden = torch.randn(rows, width, device=table.device).to(dtype)
+    weight = (torch.randn(vocab, width, device=table.device) * (3 / math.sqrt(width))).to(dtype)
+    buffer = torch.empty((rows, vocab), dtype=dtype, device=table.device)
+    floor, ours = "the head's product", "linear_topk_targets"
+    runs: dict[str, Run] = {
+        floor: lambda: torch.mm(hidden, weight.t(), out=buffer),
+        ours: lambda: linear_topk_targets(hidden, weight, K, temperatures=GRID),
     }
-    ms = interleaved(runs, device="cuda", rounds=10)
-    table.title(f"head and targets in one: N={rows} D={width} V={vocab} bfloat16")
-    table.row("the head's product alone, ms", ms["gemm"])
-    table.row("linear_topk_targets, ms", ms["linear"])
-    memory = peak_bytes(lambda: returned(linear_topk_targets(hidden, weight, K)), "cuda") / 2**20
-    table.row("peak memory beyond inputs and result, MiB", memory)
+    times = interleaved(runs, device=table.device, rounds=rounds)
+    table.title(f"head and targets in one: N={rows} D={width} V={vocab} k={K} {str(dtype)[6:]}")
+    work = 2 * rows * width * vocab / 1e9
+    table.value(floor, times.time(floor).inverse(work), "TFLOP/s")
+    table.ratio(ours, times.ratio(ours, floor), floor, value=work / times[ours], unit="TFLOP/s")
+    memory = peak_bytes(lambda: returned(linear_topk_targets(hidden, weight, K)), table.device)
+    table.ratio(
+        f"{ours}: peak memory beyond inputs and result", memory / buffer.nbytes, "the logits",
+        value=memory / 2**20, unit="MiB",
+    )  # fmt: skip
 
 
-def bench_cuda(table: Table, rows: int = 8192) -> None:
-    """The table of the GPU."""
-    for vocab in (49_152, 128_256, 151_936):
-        bench_logits(table, rows, vocab)
-    bench_head(table, rows, 2048, 128_256)
+def cases(ask: Ask) -> Sequence[Case]:
+    """Widths, then numbers of entries, then the head in one."""
+    gpu = ask.device == "cuda"
+    rows, rounds = (8192, ask.times(9, 15)) if gpu else (256, ask.times(5, 9))
+    sizes = [(49_152, torch.bfloat16, K), (128_256, torch.bfloat16, K)]
+    sizes += [(151_936, torch.bfloat16, K)] if gpu else [(8_192, torch.bfloat16, K), (49_152, torch.float32, K)]
+    sizes += [(49_152, torch.bfloat16, k) for k in (16, 256)]
+    found = [Case("limits", lambda table: limits.measure(table, "copy", "product"))]
+    for vocab, dtype, k in sizes:
+        run = partial(bench_logits, rows=rows, vocab=vocab, dtype=dtype, rounds=rounds, k=k)
+        found.append(Case(f"V={vocab} k={k} {str(dtype)[6:]}", run))
+    width, vocab = (2048, 128_256) if gpu else (576, 49_152)
+    found.append(Case("head", partial(bench_head, rows=rows, width=width, vocab=vocab, rounds=rounds)))
+    return found
 
 
 def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     """A handful of sizes, each kernel's own time in microseconds beside the whole."""
     from fastkd.kernels import draws_triton, topk_triton
 
-    buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda", copies=2)
+    buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda")
     read = interleaved({"read": one_read(rows, vocab, buffers)}, device="cuda", rounds=15, warmup=3)["read"]
     table.title(f"tuning: N={rows} V={vocab} bfloat16 k={K}; one read {read:.3f} ms")
     settings: list[dict[str, int]] = [{}]
@@ -136,8 +175,8 @@ def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     settings += [{"select_tokens": n, "select_tile": t} for n in (512, 1024, 2048) for t in (1024, 2048, 4096)]
     settings += [{"group": 64, "select_tokens": n, "select_tile": t} for n in (512, 1024) for t in (1024, 2048, 4096)]
     settings += [{"pick_warps": w} for w in (1, 2, 8)]
-    run = rotating(lambda x: topk_targets(x, K, temperatures=GRID), buffers)
-    with_draws = rotating(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16), buffers)
+    run = buffers.run(lambda x: topk_targets(x, K, temperatures=GRID))
+    with_draws = buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16))
     draw_settings: list[dict[str, int]] = [{}]
     draw_settings += [
         {"group": g, "block": b, "warps": w}
@@ -155,9 +194,9 @@ def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
             try:
                 ms = interleaved({"it": call}, device="cuda", rounds=9, warmup=2)["it"]
             except Exception as problem:  # a size that this card cannot launch is a line of the table
-                table.row(f"{name} {choice}", math.nan, note=str(problem)[:60])
+                table.absent(f"{name} {choice}", str(problem)[:60])
                 continue
-            table.row(f"{name} {choice}", ms / read, note=" ".join(kernel_times(call)))
+            table.ratio(f"{name} {choice}", ms / read, "one read", note=" ".join(kernel_times(call)))
         for key, value in default.items():
             setattr(tuning, key, value)
 
@@ -173,46 +212,21 @@ def kernel_times(call: Callable[[], object]) -> list[str]:
     return [f"{k[1:]}={events[k]:.0f}" for k in ours if k in events] + [f"other={rest:.0f}"]
 
 
-def bench_cpu(table: Table, rows: int = 512) -> None:
-    """The table of the CPU."""
-    for vocab, dtype in ((49_152, torch.bfloat16), (49_152, torch.float32), (128_256, torch.bfloat16)):
-        (logits,) = drawn_logits(rows, vocab, dtype, "cpu")
-        runs = {
-            "fastkd": lambda: topk_targets(logits, K, temperatures=GRID),  # noqa: B023
-            "48": lambda: topk_targets(logits, 48, temperatures=GRID),  # noqa: B023
-            "draws": lambda: topk_targets(logits, 48, temperatures=GRID, draws=16),  # noqa: B023
-            "peer": lambda: peer(logits.float()),  # noqa: B023
-        }
-        times = interleaved(runs, device="cpu", rounds=9, warmup=2)
-        us = {name: ms * 1e3 / rows for name, ms in times.items()}
-        table.title(f"N={rows} V={vocab} {str(dtype)[6:]} k={K} T={GRID}; microseconds a position")
-        limit = f"<= {CPU_LIMIT}" if vocab == 49_152 else ""
-        table.row("fastkd", us["fastkd"], limit)
-        table.row("fastkd, 48 entries and 16 draws", us["draws"], limit)
-        table.row("  times 48 entries alone", times.ratio("draws", "48"))
-        table.row("torch.topk + logsumexp a temperature", us["peer"])
-        table.row("  times fastkd", times.ratio("peer", "fastkd"))
-
-
-def main(device: str, *, tuning: bool = False, json_path: str | None = None) -> None:
-    """Measure on "cuda" or "cpu" and print the table."""
-    torch.manual_seed(0)
-    table = Table(device)
-    if device == "cuda":
-        if tuning:
-            tune(table)
-        bench_cuda(table)
-    else:
-        bench_cpu(table)
-    table.save(json_path)
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--tune", action="store_true", help="time a handful of sizes first (GPU)")
     parser.add_argument("--json", help="write the table here, too")
-    arguments = parser.parse_args()
-    if arguments.tune and arguments.device != "cuda":
-        sys.exit("--tune needs a GPU")
-    main(arguments.device, tuning=arguments.tune, json_path=arguments.json)
+    args = parser.parse_args()
+    if args.tune and args.device != "cuda":
+        parser.error("--tune needs a GPU")
+    torch.manual_seed(0)
+    table = Table(args.device, "topk")
+    if args.tune:
+        tune(table)
+    run_cases(cases(Ask(args.device, full=True)), table, to_stderr)
+    table.save(args.json)
+
+
+if __name__ == "__main__":
+    main()

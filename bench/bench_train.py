@@ -12,19 +12,23 @@ of a billion parameters, random; elsewhere smaller ones.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import known_targets
-from harness import Table, interleaved, peak_bytes
 from torch import Tensor
 
 import fastkd
 from fastkd import SparseTargets
+from fastkd.bench.cases import known_targets
+from fastkd.bench.harness import interleaved, peak_bytes
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 from fastkd.hub import load_transformers
 from fastkd.kernels.linear import default_chunk
 from fastkd.settings import TrainSettings
@@ -35,7 +39,7 @@ from fastkd.student.optimizer import clip_, make_optimizer
 
 VOCAB = 49152
 # hidden, layers, heads, key-value heads, inner
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"student": (288, 6, 6, 3, 768), "teacher": (576, 30, 9, 3, 1536), "rows": 4, "length": 256},
     "cuda": {"student": (576, 30, 9, 3, 1536), "teacher": (2048, 16, 32, 8, 8192), "rows": 16, "length": 1024},
 }
@@ -69,7 +73,10 @@ def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> Mic
     places = torch.arange(length, device=device).expand(rows, -1).contiguous()
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
     sequences = torch.arange(rows, device=device)
-    return MicroBatch(tokens, labels, places, bounds, sequences, compact, length, rows * length, "padded")
+    return MicroBatch(
+        input_ids=tokens, labels=labels, position_ids=places, cu_seqlens=bounds, sequences=sequences, targets=compact,
+        max_seqlen=length, positions=rows * length, layout="padded",
+    )  # fmt: skip
 
 
 class Steps:
@@ -174,51 +181,52 @@ class Chunks(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         d_rows, d_weight = ctx.saved_tensors
         return d_rows * upstream, d_weight * upstream, None, None, None
 
 
-def step(table: Table, device: str, rounds: int) -> None:
+def step(table: Table, rounds: int, temperatures: Sequence[float] = (1.0, 2.0)) -> None:
     """Time of a step."""
-    for temperature in (1.0, 2.0):
-        steps = Steps(device, temperature)
+    for temperature in temperatures:
+        steps = Steps(table.device, temperature)
         runs = {name: getattr(steps, name) for name in ("distil", "fused", "plain")}
-        times = interleaved(runs, device=device, rounds=rounds)
+        times = interleaved(runs, device=table.device, rounds=rounds)
         table.title(f"a step of {steps.batch.positions} positions, V = {VOCAB}, T = {temperature:g}")
-        for name, value in times.items():
-            table.row(f"{name}: milliseconds", value)
-        table.row("distil / fused cross-entropy", times.ratio("distil", "fused"), "<= 1.05")
-        table.row("distil / plain cross-entropy", times.ratio("distil", "plain"), "<= 1.05")
+        for name in times:
+            table.value(name, times.time(name), "ms")
+        for name in ("fused", "plain"):
+            table.ratio("distil", times.ratio("distil", name), f"{name} cross-entropy", "<= 1.05")
 
 
-def memory(table: Table, device: str) -> None:
+def memory(table: Table, temperatures: Sequence[float] = (1.0, 2.0)) -> None:
     """Peak memory of a step beyond weights, optimizer's state and batch."""
-    for temperature in (1.0, 2.0):
-        steps = Steps(device, temperature)
+    for temperature in temperatures:
+        steps = Steps(table.device, temperature)
         steps.distil()  # the optimizer's state is there afterwards
         table.title(f"peak memory of a step, T = {temperature:g}")
-        peaks = {name: peak_bytes(getattr(steps, name), device) for name in ("distil", "fused", "plain")}
+        peaks = {name: peak_bytes(getattr(steps, name), table.device) for name in ("distil", "fused", "plain")}
         for name, peak in peaks.items():
-            table.row(f"{name}: MB", peak / 1e6)
+            table.value(name, peak / 1e6, "MB")
         for name in ("fused", "plain"):
-            table.row(f"distil / {name} cross-entropy", peaks["distil"] / peaks[name], "<= 1.05")
+            table.ratio("distil", peaks["distil"] / peaks[name], f"{name} cross-entropy", "<= 1.05")
 
 
-def live(table: Table, device: str, rounds: int) -> None:
+def live(table: Table, rounds: int) -> None:
     """What the teacher costs where it is run in every step."""
-    steps = Steps(device, 1.0)
+    steps = Steps(table.device, 1.0)
     runs = {"distil": steps.distil, "live": steps.live}
-    times = interleaved(runs, device=device, rounds=rounds, warmup=1)
+    times = interleaved(runs, device=table.device, rounds=rounds, warmup=1)
     size = sum(p.numel() for p in steps._teacher.parameters()) / 1e6
     table.title(f"against a teacher of {size:.0f}M parameters at hand")
-    for name, value in times.items():
-        table.row(f"{name}: milliseconds", value)
-    table.row("live / distil", times.ratio("live", "distil"))
+    for name in times:
+        table.value(name, times.time(name), "ms")
+    table.ratio("distil", times.ratio("distil", "live"), "the teacher at hand")
 
 
-def waiting(table: Table, device: str) -> None:
+def waiting(table: Table) -> None:
     """A training from a cache: the steps after the first two."""
+    device = table.device
     size = SIZES[device]
     random = np.random.default_rng(0)
     documents = [random.integers(0, VOCAB, int(n)) for n in random.integers(20, 512, 120)]
@@ -237,8 +245,23 @@ def waiting(table: Table, device: str) -> None:
         lines = read_metrics(place / "run")[2:]
     seconds = sum(line["seconds"] for line in lines)
     table.title(f"a training, {positions} positions a step")
-    table.row("positions a second", sum(line["positions"] for line in lines) / seconds)
-    table.row("share of waiting", sum(x["waiting"] * x["seconds"] for x in lines) / seconds, "<= 0.01")
+    table.value("positions a second", sum(line["positions"] for line in lines) / seconds, "a second")
+    table.value("waiting", sum(x["waiting"] * x["seconds"] for x in lines) / seconds, "share of time", "<= 0.01")
+
+
+def sections(rounds: int, temperatures: Sequence[float] = (1.0, 2.0)) -> dict[str, Case]:
+    """By name."""
+    return {
+        "step": Case("a step", partial(step, rounds=rounds, temperatures=temperatures)),
+        "memory": Case("memory", partial(memory, temperatures=temperatures)),
+        "live": Case("the teacher at hand", partial(live, rounds=max(2, rounds // 2))),
+        "waiting": Case("waiting", waiting),
+    }
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """All sections."""
+    return list(sections(ask.times(3, 5), ask.size((1.0,), (1.0, 2.0))).values())
 
 
 def main() -> None:
@@ -247,16 +270,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = Table(device)
-    if "step" in args.sections:
-        step(table, device, args.rounds)
-    if "memory" in args.sections:
-        memory(table, device)
-    if "live" in args.sections:
-        live(table, device, max(2, args.rounds // 2))
-    if "waiting" in args.sections:
-        waiting(table, device)
+    table = Table("cuda" if torch.cuda.is_available() else "cpu", "train")
+    found = sections(args.rounds)
+    run_cases([found[name] for name in found if name in args.sections], table, to_stderr)
     table.save(args.json)
 
 

@@ -1,5 +1,6 @@
 """What a treatment does to the student's gradient: error of one cache, and what is left of it on average over caches.
 
+    fastkd bench treatments                                 # --synthetic, and fewer draw sets
     .venv/bin/python bench/bench_treatments.py --synthetic
     .venv/bin/python bench/bench_treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
 
@@ -15,16 +16,18 @@ the head in float64. The student is an earlier layer of the teacher's own, throu
 """
 
 import argparse
-import json
-import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import hardware
 from torch import Tensor
 
 from fastkd import SparseTargets, linear_kd_loss
+from fastkd.bench.run import run_cases, to_stderr
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
 
 CELLS = ((1.0, 1.0), (1.0, 2.0), (1.0, 4.0), (1.5, 1.0), (1.5, 1.5), (1.5, 2.0))  # (T_d, T)
 SYNTHETIC = {"n": 64, "v": 8192, "d": 128}
@@ -52,7 +55,8 @@ def synthetic(n: int, v: int, d: int) -> Problem:
 @torch.no_grad()
 def real(path: Path | None, rows: int, layer: int, noise: float | None) -> Problem:
     """A model's logits over a text; its own hidden states after `layer` layers, or its last ones and a noisy head."""
-    from make_tail_fixture import load_teacher, places, text_windows
+    from fastkd.bench.make_tail_fixture import places, text_windows
+    from fastkd.bench.teacher import load_teacher
 
     model, tokenizer = load_teacher(path)
     at, last, earlier = places(8), [], []
@@ -140,6 +144,29 @@ def run(problem: Problem, k: int, draws: int, sets: int) -> list[dict[str, Any]]
     return sorted(rows, key=lambda row: row["T"])
 
 
+def bench(table: Table, make: Callable[[], Problem], what: str, k: int, draws: int, sets: int) -> None:
+    """A row a treatment and temperature."""
+    problem = make()
+    n, v = problem.teacher_NV.shape
+    last = None
+    for row in run(problem, k, draws, sets):
+        if row["T"] != last:
+            last = row["T"]
+            head = problem.teacher_NV.div(last).softmax(1).topk(k).values.sum(1).mean()
+            table.title(f"{what}, N={n} V={v} D={problem.weight_VD.shape[1]}, {sets} draw sets, T={last:g}")
+            note = f"mass outside the top {k}: {1 - head:.3f}"
+            table.value("KL from the teacher to the student", row["kl"], "nats", note=note)
+        note = ", ".join(f"{key} {row[key]:.4f}" for key in ("mean", "chance", "bias"))
+        table.value(f"{row['targets']}: error of one", row["one"], "of the gradient", better="lower", note=note)
+
+
+def cases(ask: Ask) -> Sequence[Case]:
+    """The synthetic teacher."""
+    make = partial(synthetic, **SYNTHETIC)
+    sets = ask.size(8, 64)
+    return [Case("synthetic", partial(bench, make=make, what="synthetic teacher", k=48, draws=16, sets=sets))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthetic", action="store_true", help="a random teacher: needs no model")
@@ -154,28 +181,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.sets < 2 or args.rows < 1:
         parser.error("--sets must be at least 2, --rows at least 1")
-    print("  ".join(f"{key}={value}" for key, value in hardware("cpu").items()), flush=True)
-    begun = time.perf_counter()
-    problem = synthetic(**SYNTHETIC) if args.synthetic else real(args.teacher, args.rows, args.layer, args.noise)
-    n, v = problem.teacher_NV.shape
     student = f"layer {args.layer}" if args.noise is None else f"the teacher with noise {args.noise:g} in its head"
     what = "synthetic teacher" if args.synthetic else f"student: {student}"
-    print(f"{what}, N = {n}, V = {v}, D = {problem.weight_VD.shape[1]}, R = {args.sets} draw sets", flush=True)
-    rows = run(problem, args.k, args.draws, args.sets)
-    last = None
-    for row in rows:
-        if row["T"] != last:
-            last = row["T"]
-            head = problem.teacher_NV.div(last).softmax(1).topk(args.k).values.sum(1).mean()
-            print(
-                f"\nT = {last:g}: KL to the teacher {row['kl']:.3f} nats, mass outside the top {args.k} {1 - head:.3f}"
-            )
-            print(f"  {'relative error of the gradient':<34} {'one':>8} {'mean':>8} {'chance':>8} {'bias':>8}")
-        print(f"  {row['targets']:<34} " + " ".join(f"{row[key]:8.4f}" for key in ("one", "mean", "chance", "bias")))
-    print(f"\n{time.perf_counter() - begun:.0f} s")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"hardware": hardware("cpu"), "what": what, "rows": rows}, indent=1))
+    make = partial(synthetic, **SYNTHETIC) if args.synthetic else partial(
+        real, args.teacher, args.rows, args.layer, args.noise
+    )  # fmt: skip
+    table = Table("cpu", "treatments")
+    run_cases(
+        [Case(what, partial(bench, make=make, what=what, k=args.k, draws=args.draws, sets=args.sets))], table, to_stderr
+    )
+    table.save(args.json)
 
 
 if __name__ == "__main__":

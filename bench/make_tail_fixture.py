@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from teacher import load_teacher, text_ids
 from torch import Tensor
 
+from fastkd.bench.teacher import load_teacher, text_ids
 from fastkd.kernels.tail import tail_weights
 
 OUT = Path(__file__).parent.parent / "tests" / "data" / "smollm2_tail_histograms.npz"
@@ -93,7 +93,7 @@ def main() -> None:
     report(logprobs)
     arrays = histograms(logprobs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out, **arrays)
+    np.savez_compressed(args.out, **arrays)  # type: ignore[arg-type]
     print(f"{args.out.name}: {args.out.stat().st_size / 1024:.0f} KiB")
 
 

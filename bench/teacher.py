@@ -13,12 +13,14 @@ from torch import Tensor
 from fastkd.cache import CacheError
 from fastkd.demo.smollm2 import find_gguf, load_transformers
 
+CONVERTED = Path("demo/teacher")  # what `fastkd demo` made of the GGUF file, which takes longer to load
+
 
 def load_teacher(path: Path | None) -> tuple[Any, Any]:
-    """The model (float32, in evaluation mode) and the tokenizer of a folder or of a GGUF file."""
+    """The model (float32, in evaluation mode) and the tokenizer of a folder or of a GGUF file; None: SmolLM2's."""
     try:
         transformers = load_transformers()
-        path = path or find_gguf()
+        path = path or (CONVERTED if CONVERTED.exists() else find_gguf())
     except CacheError as error:
         raise SystemExit(f"{error} Or name a teacher with --teacher: a folder, or a GGUF file.") from error
     if not path.exists():

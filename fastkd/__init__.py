@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         set_debug,
         topk_targets,
     )
-    from .student.batch import MicroBatch, Step
+    from .student.batch import ExampleBatch, MicroBatch, Step
     from .student.loader import DistillLoader
     from .student.result import TrainReport
     from .student.sweep import sweep
@@ -34,6 +34,7 @@ _HOME = {
     "DistillationLoss": "kernels",
     "KDError": "kernels",
     "KDLoss": "kernels",
+    "ExampleBatch": "student.batch",
     "MicroBatch": "student.batch",
     "SparseTargets": "kernels",
     "SweepReport": "student.sweep_result",
@@ -54,6 +55,7 @@ _HOME = {
 __all__ = [
     "DistillLoader",
     "DistillationLoss",
+    "ExampleBatch",
     "KDError",
     "KDLoss",
     "MicroBatch",

@@ -1,4 +1,4 @@
-"""The command line: a frozen dataclass for each command, and one function that each of them calls.
+"""The command line: one function for each command of commands.py.
 
 Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
 cache or run; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command
@@ -10,208 +10,34 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-import tyro
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .cache.errors import CacheError, NotFound, ReadOnly, StoreError
-from .errors import DataError, NoRun, ReportError, StreamError, TeacherError, TrainError, WorkRemains
-from .report_text import printable, ranges, report_text, size_text
-from .settings import (
-    CaptureSettings,
-    DataSettings,
-    DemoSettings,
-    ModelSettings,
-    TeacherSettings,
-    TrainSettings,
+from .commands import Bench, Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
+from .errors import (
+    BenchError,
+    DataError,
+    NoRun,
+    NoSuite,
+    ReportError,
+    StreamError,
+    TeacherError,
+    TrainError,
+    WorkRemains,
 )
+from .flags import in_flags
+from .parsing import completion_script, flags, parse
+from .places import check_cache_place, check_demo_place
+from .report_text import printable, ranges, report_text, size_text
+from .settings import CaptureSettings, DataSettings, TrainSettings
 from .stopping import WORK_REMAINS, Stop, Stopped, stopping
 
 if TYPE_CHECKING:
     from .cache.stores import Store
     from .teacher.checking.check import TeacherCheck
-
-Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
-Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Say what a cache holds: from whom, how much, at what cost, and what is missing."""
-
-    cache: Place
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify(ModelSettings):
-    """Read every shard, compare its bytes with their hashes, and name each that is bad.
-
-    With a teacher: run it again on a random sample of the cache's batches, and compare with what is stored.
-    """
-
-    cache: Place
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
-    deep: Flag = False
-    """Decode every array as well, and compare the contents."""
-    teacher: str | None = None
-    """As `fastkd capture` takes it, with the same dtype and attention."""
-    examples: str | None = None
-    """Of a cache of examples: the module:factory that returns them."""
-    positions: int = 4096
-    """With a teacher: how many positions to compare, at least."""
-    sample: int | None = None
-    """With a teacher: the seed of the sample. None: another each time."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-@dataclass(frozen=True)
-class Seal:
-    """Write the manifest of a finished cache: it opens with two requests from then on, and takes no more shards."""
-
-    cache: Place
-    """A folder, or a URL (s3://, gs://, az://)."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capture(CaptureSettings, DataSettings, TeacherSettings):
-    """Run a teacher once over a dataset, and keep what it says. The same command again goes on where it stopped.
-
-    Exit status 0: the cache is complete. 75: work remains (after SIGTERM, or with a full disk): requeue it.
-    """
-
-    out: str
-    """The cache: a folder, or a URL (s3://, gs://, az://)."""
-    rank: int | None = None
-    """Which of several workers this is, from 0. None: torchrun's or SLURM's variables say so, else there is one."""
-    world_size: int | None = None
-    """How many workers there are. Any of them takes over what others leave undone."""
-    teacher_parallel: int = 1
-    """So many ranks make up one worker: for a teacher larger than one device."""
-    threads: int = 1
-    """Threads that encode and write."""
-    json: Flag = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(CaptureSettings, DataSettings, TeacherSettings):
-    """Run a slice, and say what a capture would take: positions, shards, bytes, hours; and what other settings would.
-
-    Nothing is written.
-    """
-
-    seconds: float = 20.0
-    """How long the slice is run, about; the other settings take about as long again."""
-    workers: int = 1
-    """How many machines like this one would share the work."""
-    price_per_hour: float | None = None
-    """Of one of them."""
-    others: bool = True
-    """Say what other k, mass and draws would cost, too."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train(TrainSettings):
-    """Train a student from a cache. The same command again goes on where it stopped; under torchrun, on all processes.
-
-    Exit status 0: all steps are made. 75: work remains (after SIGTERM; there is a checkpoint): requeue it.
-    """
-
-    student: str
-    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
-    are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
-    cache: str
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
-    out: Path
-    """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
-    control: Flag = False
-    """Afterwards train the same student on hard labels alone, in the same order, and set the two side by side."""
-    json: Flag = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep(TrainSettings):
-    """Train several students from one read of a cache: the grid of the values given of alpha, temperature, divergence,
-    treatment and rate. All other settings are shared. The same command again goes on where it stopped.
-
-    Exit status 0: all arms are trained. 75: work remains (after SIGTERM; every arm has a checkpoint): requeue it.
-    """
-
-    student: str
-    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
-    are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
-    cache: str
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
-    out: Path
-    """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
-    alpha: tuple[float, ...] = ()  # type: ignore[assignment]
-    """Weights of the hard labels: 0 is the teacher alone, 1 the labels alone."""
-    temperature: tuple[float, ...] = ()  # type: ignore[assignment]
-    """Of the soft loss; the cache says which it can serve."""
-    divergence: tuple[Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"], ...] = ()  # type: ignore[assignment]
-    """Of the student from the teacher."""
-    treatment: tuple[Literal["auto", "bucket", "sampled", "renormalize"], ...] = ()  # type: ignore[assignment]
-    """Of the teacher's mass outside the head."""
-    rate: tuple[float, ...] = ()  # type: ignore[assignment]
-    """The highest learning rates."""
-    seeds: int = 2
-    """Trainings of each arm, from `--seed` on, a read of the cache each: what differences are held against."""
-    at_once: int | None = None
-    """Arms in memory at once; each further pass reads the cache again. None: all of a seed's."""
-    json: Flag = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Set runs side by side on one page of HTML: curves, the table of students, and what differs."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """The folders that training wrote."""
-    out: Path | None = None
-    """The page. None: report.html in the first run's folder."""
-    png: Flag = False
-    """Write each plot as a PNG beside the page as well."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-@dataclass(frozen=True)
-class Demo(DemoSettings):
-    """A real teacher's cache, and from it students: the teacher with layers removed, healed, beside a control.
-
-    The same command again goes on where it stopped. Exit status 0: all is there. 75: work remains (after SIGTERM or
-    an interruption).
-    """
-
-    json: Flag = False
-    """Print one JSON object instead of text."""
-
-
-Command = (
-    Annotated[Capture, tyro.conf.subcommand("capture")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Seal, tyro.conf.subcommand("seal")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
 
 
 class Outcome(NamedTuple):
@@ -230,19 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"fastkd {__version__}")
         return 0
     try:
-        command = _parse(args or ["--help"])
+        command = parse(args)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         outcome = _COMMANDS[type(command)](command)
-    except (CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
-        outcome = _failure(error)
+    except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
+        outcome = _failure(error, command)
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
         return 130
     if outcome.warning:
         _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
-    if command.json:
+    if command.json is True:
         _say(json.dumps(outcome.report, allow_nan=False))
     elif outcome.text:
         _say(outcome.text)
@@ -261,6 +87,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
     check_asked(_capture_settings(command))
     store = open_store(command.out, create=True)
+    check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
     from .teacher.capture import capture as run
     from .teacher.load import load
@@ -301,10 +128,11 @@ def plan(command: Plan) -> Outcome:
     from .teacher.estimating.estimate import estimate
     from .teacher.estimating.text import estimate_text
     from .teacher.load import load
+    from .teacher.text import beyond_text
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
-    _note(f"measuring the data, then a slice: some {command.seconds:g} s, two batches at least", events=False)
+    _note(f"measuring the data, then a slice: {command.seconds:g} s, or a batch where that takes longer", events=False)
     found = estimate(
         loaded.teacher,
         loaded.data,
@@ -312,10 +140,13 @@ def plan(command: Plan) -> Outcome:
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
         workers=command.workers,
-        others=command.others,
+        others=not command.no_others,
+        student_rate=command.student_rate,
         progress=_at_terminal(),
     )
-    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(getattr(loaded.teacher, "notes", [])))
+    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size)
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 
 def _capture_settings(command: Capture | Plan) -> CaptureSettings:
@@ -419,6 +250,7 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             _store(command.cache),
             command.out,
             TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            data=_examples(command.data),
             control=command.control,
             stop=stop,
             progress=mode_for(events=command.json),
@@ -447,12 +279,24 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
             command.out,
             {name: getattr(command, name) for name in FIELDS},
             TrainSettings(**shared),
+            data=_examples(command.data),
             seeds=command.seeds,
             at_once=command.at_once,
             stop=stop,
             progress=mode_for(events=command.json),
         )
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
+def _examples(factory: str | None) -> Any:
+    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    from .teacher.load import is_factory, made_by
+
+    if factory is None:
+        return None
+    if not is_factory(factory):
+        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+    return made_by(factory, DataError)
 
 
 def report(command: Report) -> Outcome:
@@ -463,6 +307,14 @@ def report(command: Report) -> Outcome:
     return Outcome(found, printable(", ".join(found["files"])))
 
 
+def bench(command: Bench) -> Outcome:
+    """Measure, compare, and write what is asked for."""
+    from .bench.command import bench as run
+
+    text, status = run(command)
+    return Outcome({}, text, status)
+
+
 def demo(command: Demo) -> Outcome:
     """Run the demo, or what is missing of it; status 75 where work remains."""
     return _stoppable(partial(_demo, command), "stopped. The same command again goes on.")
@@ -471,7 +323,13 @@ def demo(command: Demo) -> Outcome:
 def _demo(command: Demo, stop: Stop) -> Outcome:
     from .demo import run_demo
 
+    check_demo_place(command.out)
     return Outcome(*run_demo(command, stop))
+
+
+def completion(command: Completion) -> Outcome:
+    """The script."""
+    return Outcome({}, completion_script(command.shell))
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
@@ -513,7 +371,9 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Train: train,
     Sweep: sweep,
     Report: report,
+    Bench: bench,
     Demo: demo,
+    Completion: completion,
 }
 
 
@@ -532,37 +392,12 @@ def _store(place: str) -> "Store":
         raise _NoStore(str(error)) from error
 
 
-def _failure(error: Exception) -> Outcome:
+def _failure(error: Exception, command: Any) -> Outcome:
     from .cache.stores.base import clean
 
-    absent = isinstance(error, (NotFound, NoRun, _NoStore)) or isinstance(error.__cause__, NotFound)
-    return Outcome({"error": clean(str(error))}, "", 2 if absent else 1, clean(str(error)))
-
-
-def _parse(args: list[str]) -> Any:
-    """The command, one of the classes above. SystemExit after help, or after having said what is wrong."""
-
-    def parse(args: list[str], *, aloud: bool) -> Any:
-        return tyro.cli(
-            Command,
-            prog="fastkd",
-            description="A teacher runs once, and a cache keeps what it said: fill one, look at it, check it, seal it. "
-            "`fastkd --version` says which fastkd.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-            console_outputs=aloud,
-        )
-
-    try:
-        return parse(args, aloud=False)
-    except SystemExit as stop:
-        if stop.code:
-            from .cache.stores.base import clean
-
-            # the message quotes the arguments, and a URL among them may hold a password
-            args = [clean(arg) for arg in args]
-        parse(args, aloud=True)
-        raise
+    absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
+    text = clean(in_flags(str(error), flags(command)))
+    return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 
 def _note(text: str, *, events: bool) -> None:

@@ -30,3 +30,11 @@ class ReportError(Exception):
 
 class NoRun(ReportError):
     """What was given is no run's folder."""
+
+
+class BenchError(Exception):
+    """What a measurement needs: the thing, what was found, and what to do next."""
+
+
+class NoSuite(BenchError):
+    """What was asked for is no suite of measurements, or there is nothing to compare it with."""

@@ -7,8 +7,11 @@ import importlib.util
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from . import kernels
 from .errors import TeacherError
@@ -101,7 +104,8 @@ def brief(error: BaseException, limit: int = 160) -> str:
 
 
 def load_transformers() -> Any:
-    """The package transformers, importable where we stand, without bars of its own. TeacherError where it is not."""
+    """The package transformers, importable where we stand, without bars of its own, but for one of GGUF files at a
+    terminal. TeacherError where it is not."""
     # it asks for a package named kernels, and in the root of this repository finds the folder of ours
     spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
     if spec is not None and spec.origin == kernels.__file__:
@@ -112,4 +116,7 @@ def load_transformers() -> Any:
     except ImportError as error:
         raise TeacherError(f"the teacher: {error}. Use `{INSTALL}`.") from error
     transformers.utils.logging.disable_progress_bar()
+    # of its bars this one does not hear of that; at a terminal it is welcome, as it takes a while
+    loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    loader.tqdm = partial(tqdm, disable=None)
     return transformers

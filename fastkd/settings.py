@@ -9,6 +9,9 @@ from typing import Literal
 class DemoSettings:
     """A real teacher's cache, and from it students: the teacher with layers removed, healed; with a control."""
 
+    task: Literal["language", "digits"] = "language"
+    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own:
+    of what follows, it takes `out` and `seed` alone."""
     out: Path = Path("demo")
     """The folder for teacher, cache, students and report. What is there of the same settings is used."""
     scale: Literal["cpu", "gpu"] = "cpu"
@@ -60,7 +63,7 @@ class CaptureSettings:
     codec: Literal["fast", "default", "smallest", "portable"] = "default"
     """How targets become bytes: smaller ones are slower to read; portable ones need no pcodec."""
     context: int | None = None
-    """Tokens a window, at most. None: 2048, or what the teacher takes where that is less."""
+    """Tokens a window, at most. Default: 2048, or what the teacher takes where that is less."""
     packing: Literal["pack", "keep"] = "pack"
     """pack: documents share windows, without seeing each other. keep: each is a sequence of its own."""
     on_long: Literal["split", "truncate", "error"] = "split"
@@ -68,9 +71,9 @@ class CaptureSettings:
     overlap: int = 0
     """With split: tokens before each further part that it sees again, without a target."""
     held_out: float | None = None
-    """Fraction of the documents that students are evaluated on. None: 0.01, or 0 of a single document."""
+    """Fraction of the documents that students are evaluated on. Default: 0.01, or 0 of a single document."""
     shard_positions: int | None = None
-    """Positions a shard, at most: what a killed worker loses. None: a 64th of the data, from 2^14 to 2^20."""
+    """Positions a shard, at most: what a killed worker loses. Default: a 64th of the data, from 2^14 to 2^20."""
     batch_tokens: int = 8192
     """Positions a batch of the teacher's, pads included, at most."""
     seed: int = 0
@@ -88,7 +91,7 @@ class ModelSettings:
     attention: str | None = None
     """Which of transformers' attention implementations: eager, sdpa, flash_attention_2, ..."""
     device: str | None = None
-    """cpu, cuda, cuda:1. None: this worker's GPU, or the CPU where there is none."""
+    """cpu, cuda, cuda:1. Default: this worker's GPU, or the CPU where there is none."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
 
@@ -107,17 +110,19 @@ class DataSettings:
     """Which data, and what makes tokens of them."""
 
     data: tuple[str, ...]
-    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), plain text (a document a line). Or
+    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), or text (see text-documents). Or
     module:factory of your own (it returns Documents, Examples, a Dataset or a list)."""
     column: str | None = None
-    """Which column. None: the only one, or the only one of input_ids, tokens, text, messages. Integers are taken as
+    """Which column. Default: the only one, or the only one of input_ids, tokens, text, messages. Integers are taken as
     ids, text is tokenised, messages are put through the chat template first."""
+    text_documents: Literal["line", "blank-line", "file"] = "line"
+    """What makes up a document of a text file: a line; lines up to a blank line (a paragraph); the whole file."""
     tokenizer: str | None = None
-    """A folder, a GGUF file or a name. None: the teacher's own."""
+    """A folder, a GGUF file or a name. Default: the teacher's own."""
     allow_other_tokenizer: bool = False
     """Take a tokenizer that is not the teacher's."""
     template: Path | None = None
-    """A file with the chat template. None: the tokenizer's own."""
+    """A file with the chat template. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "all"] = "all"
     """Which positions of conversations count."""
 
@@ -127,7 +132,7 @@ class TrainSettings:
     """How a student is trained from a cache."""
 
     steps: int | None = None
-    """Optimizer steps. None: as many as `epochs` has."""
+    """Optimizer steps. Default: as many as `epochs` has."""
     epochs: float = 1.0
     """How often the cache is read, where `steps` does not say."""
     batch_tokens: int = 16384
@@ -151,13 +156,13 @@ class TrainSettings:
     alpha: float = 0.5
     """Weight of the hard labels: 0 is the teacher alone, 1 the labels alone."""
     alpha_end: float | None = None
-    """What alpha is at the last step. None: what it was at the first."""
+    """What alpha is at the last step. Default: what it was at the first."""
     alpha_schedule: Literal["linear", "cosine"] = "linear"
     """How it gets there."""
     temperature: float = 1.0
     """Of the soft loss; the cache says which it can serve."""
     temperature_end: float | None = None
-    """What the temperature is at the last step. None: what it was at the first."""
+    """What the temperature is at the last step. Default: what it was at the first."""
     temperature_schedule: Literal["linear", "cosine"] = "linear"
     """How it gets there."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
@@ -187,16 +192,16 @@ class TrainSettings:
     compile: bool = False
     """torch.compile each layer."""
     device: str | None = None
-    """cpu, cuda, cuda:1. None: this process's GPU, or the CPU where there is none."""
+    """cpu, cuda, cuda:1. Default: this process's GPU, or the CPU where there is none."""
     evaluate_every: int | None = None
-    """Steps between two evaluations on the held-out split; one more at the end. 0: never. None: ten times a run, or
+    """Steps between two evaluations on the held-out split; one more at the end. 0: never. Default: ten times a run, or
     never where nothing was held out."""
     evaluate_positions: int | None = None
-    """Evaluate on so many positions of it. None: all."""
+    """Evaluate on so many positions of it. Default: all."""
     best: str = "cross_entropy"
     """The measure by which a checkpoint is the best: the lowest, but of agreement and accuracy the highest."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints. None: by the clock alone."""
+    """Steps between two checkpoints. Default: by the clock alone."""
     checkpoint_minutes: float = 15.0
     """Minutes between two checkpoints."""
     keep: int = 2
@@ -216,7 +221,7 @@ class TrainSettings:
     allow_partial: bool = False
     """Train from a cache of which shards are missing."""
     tokenizer: str | None = None
-    """A folder or a name: saved beside the student. None: what lies with the student, if anything."""
+    """A folder or a name: saved beside the student. Default: what lies with the student, if anything."""
     allow_other_tokenizer: bool = False
     """Train although the student's tokenizer is not the cache's."""
     revision: str | None = None

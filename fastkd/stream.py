@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import StreamError
-    from .student.batch import MicroBatch, Step
+    from .student.batch import ExampleBatch, MicroBatch, Step
     from .student.loader import DistillLoader
     from .student.order import Epoch, order
     from .student.run import summed_over
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DistillLoader": "student.loader",
     "Epoch": "student.order",
+    "ExampleBatch": "student.batch",
     "MicroBatch": "student.batch",
     "Step": "student.batch",
     "StreamError": "errors",
@@ -23,7 +24,7 @@ _HOME = {
     "summed_over": "student.run",
 }
 
-__all__ = ["DistillLoader", "Epoch", "MicroBatch", "Step", "StreamError", "order", "summed_over"]
+__all__ = ["DistillLoader", "Epoch", "ExampleBatch", "MicroBatch", "Step", "StreamError", "order", "summed_over"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,8 @@
 """Caches for the tests of the loader, as capture writes them, and what has to come out of them, found the slow way."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +11,7 @@ import numpy as np
 from cache_cases import make_shard, make_spec
 from numpy.typing import NDArray
 
+from fastkd import DistillLoader
 from fastkd.cache import Cache, create_cache, open_cache
 from fastkd.data.documents import open_documents
 from fastkd.student.batch import MicroBatch, Step
@@ -146,3 +150,54 @@ def check(batch: MicroBatch, expected: dict[int, Row]) -> None:
     for piece in pieces(batch):
         assert expected[piece[0]].piece == piece
     assert batch.max_seqlen == max(map(len, pieces(batch)))
+
+
+class Sums:
+    """`reduce` for ranks that are threads of one process."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.calls: dict[int, list[list[int]]] = {}
+        self.changed = threading.Condition()
+
+    def of_a_rank(self) -> Callable[[list[int]], Callable[[], list[int]]]:
+        number = 0
+
+        def begin(values: list[int]) -> Callable[[], list[int]]:
+            nonlocal number
+            call = self.calls.setdefault(number, [])
+            number += 1
+            with self.changed:
+                call.append(values)
+                self.changed.notify_all()
+
+            def wait() -> list[int]:
+                with self.changed:
+                    assert self.changed.wait_for(lambda: len(call) == self.world_size, timeout=60)
+                return [sum(column) for column in zip(*call, strict=True)]
+
+            return wait
+
+        return begin
+
+
+def ranks(cache: Cache, world_size: int, state: Any = None, stop: int | None = None, **settings: Any) -> list[Any]:
+    """The steps of all ranks, `[steps][ranks]`, and the state after the last."""
+    sums = Sums(world_size)
+
+    def one(rank: int) -> tuple[list[Step], dict[str, Any]]:
+        reduce = sums.of_a_rank()
+        loader = DistillLoader(cache, rank=rank, world_size=world_size, reduce=reduce, **settings)
+        if state is not None:
+            loader.load_state_dict(state)
+        found = []
+        for step in loader:
+            found.append(step)
+            if len(found) == stop:
+                break
+        return found, loader.state_dict()
+
+    with ThreadPoolExecutor(world_size) as pool:
+        results = list(pool.map(one, range(world_size)))
+    assert all(after == results[0][1] for _, after in results)
+    return [list(zip(*(steps for steps, _ in results), strict=True)), results[0][1]]

@@ -89,7 +89,7 @@ def test_conversations(teacher: Path, tmp_path: Path, run: Any) -> None:
     template.write_text("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
     status, _, told = run(*given, "--out", tmp_path / "all", "--template", template)
     assert status == 1
-    assert "now: tokenizer: " in told
+    assert "now: --tokenizer: " in told
 
 
 def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None:
@@ -97,10 +97,10 @@ def test_events_for_a_scheduler(teacher: Path, tmp_path: Path, run: Any) -> None
     given = ("--teacher", teacher, "--data", data, "--out", tmp_path / "cache", *SMALL, "--json")
     status, out, _ = run(*given)
     events = [json.loads(line) for line in out.splitlines()]
-    assert (status, [e["event"] for e in events[:2]], events[-1]["event"]) == (0, ["note", "plan"], "done")
+    assert (status, [e["event"] for e in events[:3]], events[-1]["event"]) == (0, ["note", "note", "plan"], "done")
     assert events[-1]["complete"] is True
     assert events[-1]["status"] == 0
-    assert sum(e["event"] == "shard" for e in events) == events[1]["shards"] == events[-1]["shards_written"]
+    assert sum(e["event"] == "shard" for e in events) == events[2]["shards"] == events[-1]["shards_written"]
     status, out, _ = run(*given)
     assert (status, json.loads(out.splitlines()[-1])["shards_written"]) == (0, 0)
 
@@ -112,11 +112,11 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
     other = saved(tmp_path, "llama", vocab_size=300, seed=1)
     tokenizer_of().save_pretrained(other)
     for changes, named in (
-        (("--k", 9), "(there, and now: k: 8 and 9)"),
-        (("--teacher", other), "now: teacher: "),
+        (("--k", 9), "(there, and now: --k: 8 and 9)"),
+        (("--teacher", other), "now: --teacher: "),
         (("--dtype", "bfloat16"), "float32, attention"),
         (("--attention", "eager"), "attention sdpa"),
-        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: data: sha256"),
+        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: --data: sha256"),
     ):
         status, out, told = run(*given, *changes)
         assert (status, out) == (1, "")
@@ -133,11 +133,11 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--teacher", "json:absent"), "json:absent: module 'json' has no attribute 'absent'"),
         (("--column", "absent"), "there is no column 'absent'. It has 'text'"),
         (("--tokenizer", "{folder}/other"), "is not that of the teacher"),
-        (("--context", "5000", "--shard-positions", "8192"), "context: found 5000; this teacher takes 2048"),
-        (("--mass", "2"), "mass: found 2.0"),
-        (("--rank", "3", "--world-size", "2"), "rank: found 3 of a world_size of 2"),
+        (("--context", "5000", "--shard-positions", "8192"), "--context 5000: this teacher takes 2048"),
+        (("--mass", "2"), "--mass 2.0: "),
+        (("--rank", "3", "--world-size", "2"), "--rank: found 3 of a --world-size of 2"),
         (("--loss-on", "assistant"), "only messages say whose turn it is"),
-        (("--device", "abacus"), "device: found 'abacus'"),
+        (("--device", "abacus"), "--device: found 'abacus'"),
     ],
 )
 def test_bad_input_is_one_line_and_1(
@@ -278,6 +278,7 @@ def test_a_gguf_file(teacher: Path, tmp_path: Path, run: Any) -> None:
     data = lines(tmp_path / "a.jsonl", TEXTS, "text")
     status, _, told = run("--teacher", file, "--data", data, "--out", tmp_path / "cache", *SMALL)
     assert status == 0, told
+    assert "%|" not in told  # no bar where there is no terminal
     assert "GGUF" in open_cache(tmp_path / "cache").spec.teacher
 
 
@@ -307,6 +308,18 @@ def test_a_cache_against_its_teacher(teacher: Path, tmp_path: Path, run: Any, ca
     found = json.loads(capfd.readouterr().out)
     assert found["problems"] == []  # of the bytes
     assert found["ok"] is found["teacher"]["ok"] is False
+
+
+def test_more_entries_than_outcomes(teacher: Path, tmp_path: Path, run: Any, capfd: Any) -> None:
+    data = lines(tmp_path / "a.jsonl", TEXTS[:2], "text")
+    given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--k", "301"]
+    status, text, told = run(*given, "--out", tmp_path / "cache")
+    said = "k = 301 is more than the teacher's 300 outcomes: every target holds all of them exactly, and the 4 draws"
+    assert (status, said in told, "complete and sealed" in text) == (0, True, True)
+    assert open_cache(tmp_path / "cache").sealed
+    assert cli.main(["plan", *given, "--seconds", "0", "--no-others"]) == 0
+    assert said in capfd.readouterr().err
+    assert "outcomes" not in run(*given, "--k", 300, "--out", tmp_path / "whole")[2]
 
 
 def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from cache_cases import make_shard, make_spec
-from stream_cases import TRAIN_SHARDS, bits, check, make_cache, pieces, reference, tokens
+from stream_cases import TRAIN_SHARDS, bits, check, make_cache, pieces, ranks, reference, tokens
 
 from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
 from fastkd.stream import StreamError
 from fastkd.student import run as run_module
 from fastkd.student.ahead import MOST_PLANNED, Ahead, Needs
-from fastkd.student.batch import Step
 from fastkd.student.run import Run
 
 
@@ -151,57 +149,6 @@ def test_a_finished_epoch_is_finished_once(cache: Cache) -> None:
     loader.set_epoch(0)
     assert list(loader) == []
     assert {step.epoch for step in loader} == {1}
-
-
-class Sums:
-    """`reduce` for ranks that are threads of one process."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.calls: dict[int, list[list[int]]] = {}
-        self.changed = threading.Condition()
-
-    def of_a_rank(self) -> Callable[[list[int]], Callable[[], list[int]]]:
-        number = 0
-
-        def begin(values: list[int]) -> Callable[[], list[int]]:
-            nonlocal number
-            call = self.calls.setdefault(number, [])
-            number += 1
-            with self.changed:
-                call.append(values)
-                self.changed.notify_all()
-
-            def wait() -> list[int]:
-                with self.changed:
-                    assert self.changed.wait_for(lambda: len(call) == self.world_size, timeout=60)
-                return [sum(column) for column in zip(*call, strict=True)]
-
-            return wait
-
-        return begin
-
-
-def ranks(cache: Cache, world_size: int, state: Any = None, stop: int | None = None, **settings: Any) -> list[Any]:
-    """The steps of all ranks, `[steps][ranks]`, and the state after the last."""
-    sums = Sums(world_size)
-
-    def one(rank: int) -> tuple[list[Step], dict[str, Any]]:
-        reduce = sums.of_a_rank()
-        loader = DistillLoader(cache, rank=rank, world_size=world_size, reduce=reduce, **settings)
-        if state is not None:
-            loader.load_state_dict(state)
-        found = []
-        for step in loader:
-            found.append(step)
-            if len(found) == stop:
-                break
-        return found, loader.state_dict()
-
-    with ThreadPoolExecutor(world_size) as pool:
-        results = list(pool.map(one, range(world_size)))
-    assert all(after == results[0][1] for _, after in results)
-    return [list(zip(*(steps for steps, _ in results), strict=True)), results[0][1]]
 
 
 @pytest.mark.parametrize("by", [{"batch_size": 7}, {"batch_tokens": 130}])
@@ -555,7 +502,10 @@ def test_bad_caches_are_named(cache: Cache, tmp_path: Path) -> None:
     no(none, "split: found 'held_out', and .* was captured without", split="held_out")
     with create_cache(tmp_path / "e", make_spec(inputs=("example",))) as writer:
         writer.write_shard(0, **make_shard(make_spec(inputs=("example",))))
-    no(tmp_path / "e", "its input columns are example, and a language model needs `tokens`")
+    no(
+        tmp_path / "e",
+        "its input columns are example; `tokens` of text, or of examples example and augmentation_seed",
+    )
     spec = make_spec()
     with create_cache(tmp_path / "o", spec) as writer:
         for index in (0, 1):

@@ -64,6 +64,15 @@ def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None
     assert fastkd.train(student, cache, out, **changes).status == 0
 
 
+def on_images(
+    job: Callable[..., None], student: Any, cache: Path, out: Path, changes: dict[str, Any], *more: Any
+) -> None:
+    """A job with the data set of a cache of images, which is made anew in each process."""
+    import vision_cases
+
+    job(student, cache, out, changes | {"data": vision_cases.examples()}, *more)
+
+
 def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
     """Several, one after another, in one process group."""
     import torch.distributed as dist

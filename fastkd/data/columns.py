@@ -1,10 +1,9 @@
 """One column of documents, by row number, from each kind of file: nothing here holds a whole dataset in memory.
 
 A column yields Arrow arrays where the format is Arrow's, else lists of Python values. What the values have to be is
-checked where they become tokens (data.py). Columns are for one thread at a time.
+checked where they become tokens (documents.py). Files of lines: lines.py. Columns are for one thread at a time.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -13,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from ..errors import DataError
 
 Values: TypeAlias = "pa.Array | list[Any]"
 
 CONVENTIONAL = ("input_ids", "tokens", "text", "messages")  # the columns that need not be named
-_READ = 2**23  # bytes read, or decoded, at a time
+READ_BYTES = 2**23  # bytes read, or decoded, at a time
 
 
 class Column(Protocol):
@@ -47,7 +45,7 @@ class ParquetColumn:
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
-        with _naming(path, "Parquet"):
+        with naming(path, "Parquet"):
             # without a buffer a row group's whole column would be read at once
             self._file = pq.ParquetFile(path, buffer_size=2**20)
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
@@ -69,7 +67,7 @@ class ParquetColumn:
 
     def read(self, start: int, stop: int) -> pa.Array:
         parts = []
-        with _naming(self.path, "Parquet", f"rows {start} to {stop}"):
+        with naming(self.path, "Parquet", f"rows {start} to {stop}"):
             while start < stop:
                 self._go_to(start)
                 part = self._batch.slice(start - self._first, stop - start)
@@ -104,7 +102,7 @@ class ArrowColumn:
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
-        with _naming(path, "Arrow"):
+        with naming(path, "Arrow"):
             source = pa.memory_map(str(path))
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
@@ -130,7 +128,7 @@ class ArrowColumn:
 
     def read(self, start: int, stop: int) -> pa.Array:
         parts = []
-        with _naming(self.path, "Arrow", f"rows {start} to {stop}"):
+        with naming(self.path, "Arrow", f"rows {start} to {stop}"):
             while start < stop:
                 number = int(np.searchsorted(self._begins, start, side="right")) - 1
                 if number != self._number:
@@ -146,72 +144,9 @@ class ArrowColumn:
         return f"{self.path}, row {row} (from 0)"
 
 
-class LinesColumn:
-    """A file with a document a line: plain text, or JSON objects. What is kept is 8 bytes a line: where it begins."""
-
-    def __init__(self, path: Path, column: str | None, *, json_lines: bool) -> None:
-        self.path = path
-        self.json_lines = json_lines
-        with _naming(path, "text"):
-            self._begins = _line_begins(path)
-        self.row_bytes = int(self._begins[-1]) / max(1, len(self))
-        self.name = ""
-        if json_lines and len(self):
-            first = self._parsed(0, self._lines(0, 1)[0])
-            self.name = choose_column(str(path), list(first), column)
-        elif column is not None and not json_lines:
-            raise DataError(f"{path}: plain text has no columns; found column={column!r}. Leave it out.")
-
-    def __len__(self) -> int:
-        return len(self._begins) - 1
-
-    def read(self, start: int, stop: int) -> list[Any]:
-        lines = self._lines(start, stop)
-        if self.json_lines:
-            return [self._value(row, self._parsed(row, line)) for row, line in enumerate(lines, start)]
-        return [self._decoded(row, line) for row, line in enumerate(lines, start)]
-
-    def where(self, row: int) -> str:
-        return f"{self.path}, line {row + 1}"
-
-    def _lines(self, start: int, stop: int) -> list[bytes]:
-        ends = self._begins[start : stop + 1] - self._begins[start]
-        with _naming(self.path, "text"), open(self.path, "rb") as file:
-            file.seek(int(self._begins[start]))
-            data = file.read(int(ends[-1]))
-        if len(data) < ends[-1]:
-            raise DataError(
-                f"{self.path}: the file is shorter than when it was opened. Start again with a file at rest."
-            )
-        return [data[a:b].rstrip(b"\r\n") for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-
-    def _decoded(self, row: int, line: bytes) -> str:
-        try:
-            return line.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.where(row)}: not UTF-8 ({error}). Convert the file, or mend the line.") from error
-
-    def _parsed(self, row: int, line: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(self._decoded(row, line))
-        except (ValueError, RecursionError) as error:
-            found = f"not JSON ({error})" if line.strip() else "an empty line"
-            raise DataError(f"{self.where(row)}: found {found}; one JSON object a line is needed.") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{self.where(row)}: found {type(value).__name__}; one JSON object a line is needed.")
-        return value
-
-    def _value(self, row: int, value: dict[str, Any]) -> Any:
-        if self.name not in value:
-            raise DataError(
-                f"{self.where(row)}: there is no {self.name!r} in it; it has {', '.join(map(repr, value))}."
-            )
-        return value[self.name]
-
-
 def rows_at_a_time(row_bytes: float) -> int:
     """How many rows of that size are read, or decoded, at a time."""
-    return int(min(2**14, max(1, _READ // max(1.0, row_bytes))))
+    return int(min(2**14, max(1, READ_BYTES // max(1.0, row_bytes))))
 
 
 def choose_column(where: str, names: Sequence[str], column: str | None) -> str:
@@ -228,24 +163,13 @@ def choose_column(where: str, names: Sequence[str], column: str | None) -> str:
     raise DataError(f"{where}: which column holds the documents? It has {listed}. Name one with column=.")
 
 
-def _line_begins(path: Path) -> NDArray[np.int64]:
-    """Where each line begins, and the end of the file: `[lines + 1]`, in bytes."""
-    parts, size = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ):
-            parts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + (size + 1))
-            size += len(block)
-    begins = np.concatenate(parts)
-    return begins if begins[-1] == size else np.append(begins, size)
-
-
 def joined(parts: Sequence[pa.Array]) -> pa.Array:
     if not parts:
         return pa.nulls(0)
     return parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
 
 
-class _naming:
+class naming:
     """Whatever a library says of a file, with the file's name before it."""
 
     def __init__(self, path: Path, kind: str, part: str = "") -> None:

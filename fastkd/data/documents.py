@@ -23,6 +23,7 @@ from ..errors import DataError
 from ..fingerprints import files_sha256
 from .chat import NotChat, Template, Tokenizer, chat_tokens
 from .columns import Column, Values, rows_at_a_time
+from .lines import TextColumn
 from .sources import open_column
 
 LARGEST_ID = 2**31 - 1
@@ -45,6 +46,7 @@ def open_documents(
     source: Any,
     *,
     column: str | None = None,
+    text_documents: str = "line",
     tokenizer: Tokenizer | None = None,
     tokenizer_fingerprint: str = "",
     template: Template | None = None,
@@ -55,9 +57,10 @@ def open_documents(
     """The documents of a source; only its metadata is read (of files of lines, where the lines begin).
 
     source: a file, a folder, a pattern, or a list of `Path`s; Parquet, Arrow (file or stream), JSON lines, or plain
-        text with a document a line, told apart by their suffixes. Or a Hugging Face `Dataset`. Or in memory: a sequence
-        of documents, a 2-d array, an Arrow table or array. Rows are numbered from 0, through all files.
+        text, told apart by their suffixes. Or a Hugging Face `Dataset`. Or in memory: a sequence of documents, a 2-d
+        array, an Arrow table or array. Rows are numbered from 0, through all files.
     column: which one; not needed where there is one, or one of `input_ids`, `tokens`, `text`, `messages`.
+    text_documents: of text files, what makes up a document: a "line", lines up to a "blank-line", or a "file".
     tokenizer: text to ids (an end-of-document token is its business), with tokenizer_fingerprint, which says which one
         it is. Without a tokenizer the column holds ids, which are taken as they are.
     template: the column holds messages; this makes text of them (see chat.py), with template_fingerprint.
@@ -85,8 +88,10 @@ def open_documents(
     limit = LARGEST_ID if vocab_size is None else vocab_size
     if isinstance(limit, bool) or not hasattr(limit, "__index__") or not 1 <= int(limit) <= LARGEST_ID:
         raise DataError(f"vocab_size: found {vocab_size!r}; an integer from 1 on is needed.")
-    columns, files = open_column(source, column)
+    columns, files = open_column(source, column, text_documents)
     chosen = {"tokenizer": tokenizer_fingerprint, "template": template_fingerprint, "loss_on": loss_on}
+    if (cut := cut_at(columns)) not in (None, "line"):
+        chosen["text_documents"] = str(cut)
     return Documents(columns, files, tokenizer, template, chosen, int(limit))
 
 
@@ -110,6 +115,19 @@ class Documents:
         self._vocab_size = vocab_size
         self._begins = np.cumsum([0, *(len(column) for column in columns)])
         self._opened = [_state(path) for path in files]
+
+    @property
+    def name(self) -> str:
+        """Where they are from, for people."""
+        if not self._files:
+            return self._columns[0].where(0).partition(",")[0] if self._columns else "no data"
+        first = str(self._files[0])
+        return first if len(self._files) == 1 else f"{len(self._files):,} files ({first}, …)"
+
+    @property
+    def text_documents(self) -> str | None:
+        """What makes up a document of its text files; None where there are none."""
+        return cut_at(self._columns)
 
     @property
     def tokenization(self) -> str:
@@ -261,6 +279,11 @@ class Documents:
         except Exception as error:
             who = "template or tokenizer" if self._template else "tokenizer"
             raise DataError(f"{where()}the {who} failed: {type(error).__name__}: {error}") from error
+
+
+def cut_at(columns: Sequence[Column]) -> str | None:
+    """What makes up a document of the text files among these; None where there are none."""
+    return next((column.documents for column in columns if isinstance(column, TextColumn)), None)
 
 
 def _state(path: Path) -> tuple[int, int]:

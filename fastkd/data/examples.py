@@ -23,12 +23,24 @@ class Examples:
     """Examples by number, and their augmentations by seed: `read(numbers, seeds)` is the same whenever it is asked.
 
     inputs: a tensor, an array, or a sequence of either, one entry an example, all of one shape.
-    augment: changes some examples by their seeds; with fingerprint, which says which function it is.
+    labels: the class of each, integers `[examples]`: what a student is trained on beside the teacher. A teacher needs
+        none, so they are no part of the fingerprint.
+    augment: changes some examples by their seeds, each by its own alone, whatever stands beside it; with fingerprint,
+        which says which function it is.
     copies: how many differently augmented copies of each example the teacher sees. seed: of all the seeds.
+
+    What is given must not be changed afterwards.
     """
 
     def __init__(
-        self, inputs: Any, *, augment: Augment | None = None, fingerprint: str = "", copies: int = 1, seed: int = 0
+        self,
+        inputs: Any,
+        *,
+        labels: Any = None,
+        augment: Augment | None = None,
+        fingerprint: str = "",
+        copies: int = 1,
+        seed: int = 0,
     ) -> None:
         if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__") or isinstance(inputs, (str, dict)):
             raise DataError(f"inputs: found {type(inputs).__name__}; a tensor, an array or a sequence is needed.")
@@ -44,6 +56,8 @@ class Examples:
             raise DataError(f"copies: found {copies} without augment; all copies would be the same.")
         self.copies = int(copies)
         self._inputs, self._augment, self._seed, self._named = inputs, augment, int(seed), fingerprint
+        self._labels = None if labels is None else _checked(labels, len(inputs))
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -53,13 +67,37 @@ class Examples:
         return np.full(len(self), self.copies, np.int32)
 
     def fingerprint(self, *, progress: bool = False) -> str:
-        """sha256 of the examples' values and of what augments them."""
+        """sha256 of the examples' values and of what augments them, computed once."""
+        if self._fingerprint:
+            return self._fingerprint
         whole = hashlib.sha256(json.dumps(["examples", self._named, self.copies, self._seed]).encode())
         for start in tqdm(range(0, len(self), _BLOCK), desc="fingerprint", disable=not progress):
             block = self._stacked(range(start, min(start + _BLOCK, len(self))))
             whole.update(json.dumps([str(block.dtype), list(block.shape)]).encode())
             whole.update(block.contiguous().view(torch.uint8).numpy().data)
-        return whole.hexdigest()
+        self._fingerprint = whole.hexdigest()
+        return self._fingerprint
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return self._labels is not None
+
+    @property
+    def classes(self) -> int:
+        """One more than the highest label; 0 without labels."""
+        return 0 if self._labels is None else int(self._labels.max(initial=-1)) + 1
+
+    def labels(self, numbers: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+        """The classes of these examples, `[b]`. DataError where there are no labels."""
+        if self._labels is None:
+            raise DataError("labels: found none; Examples(..., labels=...) is needed here.")
+        found: NDArray[np.int64] = self._labels[np.asarray(numbers, np.int64)]
+        return found
+
+    def labels_fingerprint(self) -> str:
+        """sha256 of the labels; of none, empty."""
+        return "" if self._labels is None else hashlib.sha256(self._labels.astype("<i8").tobytes()).hexdigest()
 
     def seeds(self, example: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray[np.int64]:
         """What augments copy number `copy` of each example, `[b]`: 63 well-mixed bits."""
@@ -82,6 +120,11 @@ class Examples:
             raise DataError(f"augment: found {type(changed).__name__}; a tensor of {len(examples)} examples is needed.")
         return changed
 
+    def first(self) -> Tensor:
+        """The first example's first copy, `[1, ...]`: what shape and type all have."""
+        first = np.zeros(1, np.int64)
+        return self.read(first, self.seeds(first, first))
+
     def where(self, number: int) -> str:
         """An example, as a person finds it."""
         return f"example {number} (from 0)"
@@ -97,3 +140,16 @@ class Examples:
             return torch.stack([torch.as_tensor(np.asarray(self._inputs[i])) for i in numbers])
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"{self.where(numbers[0])} and on: no tensors of one shape ({error}).") from error
+
+
+def _checked(labels: Any, examples: int) -> NDArray[np.int64]:
+    array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    if array.shape != (examples,) or array.dtype.kind not in "iu":
+        raise DataError(
+            f"labels: found {array.dtype} of shape {array.shape}; integers of shape ({examples},) are needed, a class "
+            "for each example."
+        )
+    if examples and int(array.min()) < 0:
+        at = int(array.argmin())
+        raise DataError(f"labels: found {int(array[at])} for example {at} (from 0); classes are numbered from 0.")
+    return array.astype(np.int64)

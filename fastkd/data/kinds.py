@@ -18,6 +18,7 @@ def documents_of(
     source: Any,
     *,
     column: str | None = None,
+    text_documents: str = "line",
     tokenizer: Tokenizer | None = None,
     chat: bool | str = "auto",
     loss_on: str = "all",
@@ -25,7 +26,7 @@ def documents_of(
 ) -> Documents:
     """The documents of a source, whose column holds ids, text or messages.
 
-    source, column, loss_on: see `open_documents`.
+    source, column, text_documents, loss_on: see `open_documents`.
     tokenizer: makes ids of text and of messages; ids are taken as they are, without it.
     chat: True: messages are needed; False: they are refused; "auto": the column decides.
     vocab_size: the width of the teacher's head.
@@ -34,7 +35,7 @@ def documents_of(
     """
     if chat not in (True, False, "auto"):
         raise DataError(f'chat: found {chat!r}; True, False or "auto" is needed.')
-    opened = Opened(*open_column(source, column))
+    opened = Opened(*open_column(source, column, text_documents))
     kind = kind_of(opened.columns)
     where = opened.columns[0].where(0) if opened.columns and len(opened.columns[0]) else "the source"
     if chat != "auto" and kind is not None and (kind == "messages") != chat:

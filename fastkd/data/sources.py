@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import ArrowColumn, Column, LinesColumn, ParquetColumn, Values, choose_column, joined
+from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, joined
+from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -80,14 +81,30 @@ class Opened:
     files: list[Path]
 
 
-def open_column(source: Any, column: str | None) -> tuple[list[Column], list[Path]]:
-    """The columns that make up a source, one after the other, and their files (none, where it is in memory)."""
+def open_column(source: Any, column: str | None, text_documents: str = "line") -> tuple[list[Column], list[Path]]:
+    """The columns that make up a source, one after the other, and their files (none, where it is in memory).
+
+    text_documents: what makes up a document of a text file; see `TextColumn`. DataError where it is not "line", and
+    nothing is text.
+    """
     if isinstance(source, Opened):
         return source.columns, source.files
+    if text_documents not in TEXT_DOCUMENTS:
+        raise DataError(f"text_documents: found {text_documents!r}; one of {', '.join(TEXT_DOCUMENTS)} is needed.")
+    columns, files = _open_column(source, column, text_documents)
+    if text_documents != "line" and not any(isinstance(found, TextColumn) for found in columns):
+        raise DataError(
+            f"text_documents: found {text_documents!r}, and no text file to be cut: in all other data a row is a "
+            "document. Leave it out."
+        )
+    return columns, files
+
+
+def _open_column(source: Any, column: str | None, text_documents: str) -> tuple[list[Column], list[Path]]:
     if isinstance(source, (str, Path)):
-        return _open_files([source], column)
+        return _open_files([source], column, text_documents)
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, Path) for s in source):
-        return _open_files(source, column)
+        return _open_files(source, column, text_documents)
     if isinstance(source, (list, tuple)) and source and isinstance(source[0], str) and _is_file(source[0]):
         # as text, the names themselves would become tokens
         raise DataError(f"source: found a list of texts of which the first, {source[0]!r}, is a file. Give Paths.")
@@ -105,9 +122,11 @@ def open_column(source: Any, column: str | None) -> tuple[list[Column], list[Pat
     )
 
 
-def _open_files(places: Sequence[str | Path], column: str | None) -> tuple[list[Column], list[Path]]:
+def _open_files(
+    places: Sequence[str | Path], column: str | None, text_documents: str
+) -> tuple[list[Column], list[Path]]:
     paths = [path for place in places for path in _expanded(place)]
-    return [_open_file(path, column) for path in paths], paths
+    return [_open_file(path, column, text_documents) for path in paths], paths
 
 
 def _is_file(text: str) -> bool:
@@ -128,7 +147,7 @@ def _expanded(place: str | Path) -> list[Path]:
     return found
 
 
-def _open_file(path: Path, column: str | None) -> Column:
+def _open_file(path: Path, column: str | None, text_documents: str) -> Column:
     known = _SUFFIXES.get(path.suffix.lower())
     if known is None:
         raise DataError(f"{path}: unknown kind of file; one of {', '.join(_SUFFIXES)} is needed.")
@@ -136,4 +155,4 @@ def _open_file(path: Path, column: str | None) -> Column:
         return ParquetColumn(path, column)
     if known == "arrow":
         return ArrowColumn(path, column)
-    return LinesColumn(path, column, json_lines=known == "lines")
+    return JsonLinesColumn(path, column) if known == "lines" else TextColumn(path, column, text_documents)

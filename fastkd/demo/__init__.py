@@ -16,6 +16,10 @@ class Done(NamedTuple):
 
 def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> Done:
     """Run the demo, or what is missing of it. `Stopped` where a stop was asked for."""
+    if settings.task == "digits":
+        from . import digits
+
+        return digits.run(settings, stop)
     from . import language
 
     return language.run(settings, stop)

@@ -28,7 +28,7 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     """A plot. name: of its file. caption: which way is better, and what else must be known. level: a grey line across,
-    and what it is. diagonal: a grey line where both axes are equal. marks: words at points."""
+    and what it is. diagonal: a grey line where both axes are equal. marks: words at points. log: both axes."""
 
     name: str
     title: str
@@ -40,6 +40,7 @@ class Chart:
     diagonal: bool = False
     marks: Sequence[tuple[float, float, str]] = ()
     from_zero: bool = False
+    log: bool = False
 
 
 @dataclass(frozen=True)

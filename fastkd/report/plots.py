@@ -148,8 +148,11 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
     if chart.from_zero:
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-    axes.locator_params(axis="both", nbins=6)
-    if all(float(x).is_integer() for line in chart.lines for x in line.x):
+    if chart.log:
+        _logarithmic(axes, chart)
+    else:
+        axes.locator_params(axis="both", nbins=6)
+    if not chart.log and all(float(x).is_integer() for line in chart.lines for x in line.x):
         locator: Any = axes.xaxis.get_major_locator()
         locator.set_params(integer=True)
     if chart.level is not None:
@@ -163,6 +166,20 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
             # a long name may stick out, and must not squeeze the plot
             axes.legend(frameon=False, fontsize=9, labelcolor=ink).set_in_layout(False)
     return figure
+
+
+def _logarithmic(axes: Any, chart: Chart) -> None:
+    """Both axes: along the lower one each point has its number, along the other 1, 2, 5 and 10 have theirs."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    at = sorted({float(x) for line in chart.lines for x in line.x})
+    axes.set_xticks(at, labels=[f"{x:g}" for x in at])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
 
 
 def _thinned(line: Line) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:

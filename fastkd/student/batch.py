@@ -1,8 +1,9 @@
-"""What a student is given: micro-batches of tokens, labels, document boundaries and targets, and steps made of them."""
+"""What a student is given: micro-batches of tokens or of examples with labels and targets, and steps made of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,8 +13,59 @@ from ..kernels import SparseTargets
 LAYOUTS = ("padded", "packed")
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnyBatch(ABC):
+    """What a `MicroBatch` and an `ExampleBatch` share."""
+
+    labels: Tensor
+    sequences: Tensor
+    targets: SparseTargets
+    positions: int
+
+    @property
+    def count(self) -> int:
+        """Positions that count: they have a label and a target."""
+        return len(self.targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.labels.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The micro-batch on another device."""
+        return self._map(
+            lambda x: x.to(device, non_blocking=non_blocking),
+            lambda t: t.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Self:
+        """The micro-batch in page-locked memory, from which a copy to a device can run ahead."""
+        return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        own = [getattr(self, f.name) for f in fields(self)]
+        theirs = [getattr(self.targets, f.name) for f in fields(self.targets)]
+        return [x for x in own + theirs if isinstance(x, Tensor)]
+
+    @abstractmethod
+    def windows(self) -> Tensor:
+        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+
+    def _index(self) -> Tensor:
+        assert self.targets.index is not None
+        return self.targets.index
+
+    def _map(self, function: Callable[[Tensor], Tensor], targets: Callable[[SparseTargets], SparseTargets]) -> Self:
+        changed: dict[str, Any] = {
+            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+        }
+        return replace(self, targets=targets(self.targets), **changed)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MicroBatch(AnyBatch):
     """Pieces of documents that one forward takes; none may see another.
 
     layout="padded": a row a piece, `[B, L]`, pads at the end. A causal model needs no mask, whatever it is made of.
@@ -32,24 +84,10 @@ class MicroBatch:
     """
 
     input_ids: Tensor
-    labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    sequences: Tensor
-    targets: SparseTargets
     max_seqlen: int
-    positions: int
     layout: str
-
-    @property
-    def count(self) -> int:
-        """Positions that count: they have a label and a target."""
-        return len(self.targets)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.input_ids.device
 
     def padding_mask(self) -> Tensor:
         """`[B, L]` bool: False at pads. A causal model does not need it."""
@@ -66,44 +104,46 @@ class MicroBatch:
         piece = (self.position_ids == 0).cumsum(1)
         return (causal & (piece[:, :, None] == piece[:, None, :]))[:, None]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
-        """The micro-batch on another device."""
-        return self._map(
-            lambda x: x.to(device, non_blocking=non_blocking),
-            lambda t: t.to(device, non_blocking=non_blocking),
-        )
+    def windows(self) -> Tensor:
+        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+        if self.layout == "padded":
+            piece = torch.div(self._index(), self.input_ids.shape[1], rounding_mode="floor")
+        else:
+            piece = torch.bucketize(self._index(), self.cu_seqlens, right=True) - 1
+        return self.sequences.long()[piece]
 
-    def pin_memory(self) -> "MicroBatch":
-        """The micro-batch in page-locked memory, from which a copy to a device can run ahead."""
-        return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
 
-    def tensors(self) -> list[Tensor]:
-        """All its tensors."""
-        own = [getattr(self, f.name) for f in fields(self)]
-        theirs = [getattr(self.targets, f.name) for f in fields(self.targets)]
-        return [x for x in own + theirs if isinstance(x, Tensor)]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExampleBatch(AnyBatch):
+    """Examples that one forward takes, each a position: as the teacher saw them, by their stored augmentation seeds.
 
-    def _map(
-        self, function: Callable[[Tensor], Tensor], targets: Callable[[SparseTargets], SparseTargets]
-    ) -> "MicroBatch":
-        changed: dict[str, Any] = {
-            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
-        }
-        return replace(self, targets=targets(self.targets), **changed)
+    inputs `[B, ...]`: what `Examples.read` returns for them.
+    labels `[B]` int64: the class of each; −100 where the teacher said nothing.
+    sequences `[B]` int32: which of this rank's sequences of the step each is of; copies of an example are of one.
+    targets: compact; `targets.index` ascends and names those with a label, no other.
+    positions: B.
+    """
+
+    inputs: Tensor
+
+    def windows(self) -> Tensor:
+        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+        return self.sequences.long()[self._index()]
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One rank's share of an optimizer step.
 
-    micro_batches: as many on every rank; where a rank has fewer of its own, the last ones are of one position that does
-        not count, so that all ranks run forward and backward equally often.
+    micro_batches: each a `MicroBatch`, or of a cache of examples an `ExampleBatch`; as many on every rank: where a rank
+        has fewer of its own, the last ones are of one position that does not count, so that all ranks run forward and
+        backward equally often.
     count: positions that count in the whole step, on all ranks: what the loss's sum is divided by (`num_items`).
     positions, sequences: in the whole step, on all ranks; pads are no positions.
     epoch, number: which step of which epoch, from 0 on.
     """
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[Any]
     count: int
     positions: int
     sequences: int
@@ -112,7 +152,7 @@ class Step:
 
 
 def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch:
-    """A micro-batch of one position that does not count. like: targets of the same cache."""
+    """A micro-batch of one position that does not count. like: targets of no position, of the same cache."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     return MicroBatch(
         input_ids=token,
@@ -124,4 +164,15 @@ def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch
         max_seqlen=1,
         positions=0,
         layout=layout,
+    )
+
+
+def example_filler(like: SparseTargets, device: torch.device, example: Tensor) -> ExampleBatch:
+    """The same of a cache of examples. example: one, `[1, ...]`."""
+    return ExampleBatch(
+        inputs=torch.zeros_like(example, device=device),
+        labels=torch.full((1,), -100, dtype=torch.int64, device=device),
+        sequences=torch.zeros(1, dtype=torch.int32, device=device),
+        targets=like,
+        positions=0,
     )

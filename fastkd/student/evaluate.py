@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cache.reader import Cache, open_cache
+from ..data.examples import Examples
 from ..errors import StreamError
 from ..intervals import Interval, to_json
-from .batch import MicroBatch
+from .batch import AnyBatch
 from .loader import DistillLoader
 from .measures import Windows, student_rows, teacher_rows
 
@@ -33,8 +34,9 @@ _LOGITS = 2**27  # numbers of a micro-batch's logits, at most, where one window 
 _ALWAYS = {"cross_entropy", "accuracy"}  # measured of every student
 _ALWAYS_KNOWN = {"label_known", "cross_entropy_at_least", "tail_mass"}  # of every teacher
 
-LogitsOf = Callable[[MicroBatch], Tensor]
-"""From a micro-batch to the logits `[m, V]` of the positions that count, `micro_batch.targets.index`."""
+LogitsOf = Callable[[Any], Tensor]
+"""From a micro-batch (a `MicroBatch` or an `ExampleBatch`) to the logits `[m, V]` of the positions that count,
+`micro_batch.targets.index`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +141,7 @@ def evaluate(
     student: Any,
     cache: Any,
     *,
+    data: Examples | None = None,
     split: str = "held_out",
     batch_tokens: int = 8192,
     max_positions: int | None = None,
@@ -149,6 +152,7 @@ def evaluate(
 
     student: a module with `logits(micro_batch, rows) -> [m, V]` for the flattened positions asked for, or a `LogitsOf`.
         A module is put into evaluation mode, and back. It may have more outcomes than the teacher, not fewer.
+    data: of a cache of examples, the labelled `Examples` that it was captured from. A window is then an example.
     batch_tokens: positions a micro-batch, pads included, at most; fewer where its logits would take more than 2^27
         numbers. A window that is longer is alone: its logits are the most that is in memory.
     max_positions: only the first whole windows up to so many positions. device: None, where the student is.
@@ -170,6 +174,7 @@ def evaluate(
         batch_size=_windows_a_step(cache, batch_tokens),
         micro_tokens=max(1, min(batch_tokens, _LOGITS // cache.spec.vocab_size)),
         device=where,
+        data=data,
     )
     source = loader.fingerprint["caches"][0]
     windows = source["sequences"]
@@ -186,8 +191,8 @@ def evaluate(
                 with clock.of(batch.positions):
                     logits = logits_of(batch)
                 _check(logits, batch, cache)
-                window = _windows(batch) + done
-                labels = batch.labels.flatten()[_index(batch)]
+                window = batch.windows().cpu().numpy() + done
+                labels = batch.labels.flatten()[batch.targets.index]
                 _check_labels(labels, logits.shape[1], cache)
                 rows = student_rows(logits, batch.targets, labels)
                 _check_finite(rows["cross_entropy"], window)
@@ -282,13 +287,13 @@ def _evaluating(student: Any) -> Iterator[None]:
 def _logits_of(student: Any) -> LogitsOf:
     logits = getattr(student, "logits", None)
     if logits is not None:
-        return lambda batch: logits(batch, rows=_index(batch))
+        return lambda batch: logits(batch, rows=batch.targets.index)
     if not callable(student):
         raise StreamError(f"student: found {type(student).__name__}; a module with `logits`, or a function, is needed.")
     return student  # type: ignore[no-any-return]
 
 
-def _check(logits: Any, batch: MicroBatch, cache: Cache) -> None:
+def _check(logits: Any, batch: AnyBatch, cache: Cache) -> None:
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     need = f"({batch.count}, {cache.spec.vocab_size} or more)"
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch.count:
@@ -317,22 +322,10 @@ def _check_finite(cross_entropy: Tensor, window: NDArray[np.int64]) -> None:
         )
 
 
-def _windows(batch: MicroBatch) -> NDArray[np.int64]:
-    """Which of the step's sequences each position that counts is of, `[m]`."""
-    row = torch.div(_index(batch), batch.input_ids.shape[1], rounding_mode="floor")
-    found: NDArray[np.int64] = batch.sequences.long()[row].cpu().numpy()
-    return found
-
-
 def _windows_a_step(cache: Cache, batch_tokens: int) -> int:
     """About a micro-batch of windows."""
     positions, sequences = (int(cache.manifest.column(c).to_numpy().sum()) for c in ("positions", "sequences"))
     return max(1, batch_tokens * max(sequences, 1) // max(positions, 1))
-
-
-def _index(batch: MicroBatch) -> Tensor:
-    assert batch.targets.index is not None
-    return batch.targets.index
 
 
 def _device_of(student: Any) -> torch.device:

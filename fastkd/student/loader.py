@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from ..data.examples import Examples
 from ..errors import StreamError
 from .batch import LAYOUTS, Step
-from .gather import Shape
+from .compact import Shape
+from .examples import check_data
 from .mixture import Stream
 from .plan import Batch, Progress
 from .run import Reduce, Run, Setup
@@ -46,6 +48,9 @@ class DistillLoader:
     device: where micro-batches are. decode: "host", or "device": the cache's streams are decoded there.
     threads: that read and decode. ahead: steps that are made ahead of time.
     allow_partial: read a cache of which shards are missing.
+    data: of a cache of examples, the labelled `Examples` that it was captured from (of a mixture, each of its caches).
+        Micro-batches are then `ExampleBatch`es: the inputs are augmented by the stored seeds, so that the student sees
+        what the teacher saw. A sequence is an example, its copies are its positions; layout is of no account.
 
     State: how far all ranks together are (`state_dict`). Any number of ranks, of threads and other micro-batches go
     on from it with the same steps.
@@ -77,6 +82,7 @@ class DistillLoader:
         threads: int = 2,
         ahead: int = 2,
         allow_partial: bool = False,
+        data: Examples | None = None,
     ) -> None:
         whole = {"shards_open": shards_open, "world_size": world_size, "threads": threads, "ahead": ahead}
         limits = {"batch_size": batch_size, "batch_tokens": batch_tokens, "micro_tokens": micro_tokens}
@@ -102,6 +108,7 @@ class DistillLoader:
         caches, weights = open_sources(cache)
         if len(caches) > 1 and (skip or max_positions is not None):
             raise StreamError("skip, max_positions: found with a mixture; they are of one cache. Leave them out.")
+        check_data(caches, data)
         check_alike(caches)
         tables = [
             open_split(c, split, skip=skip, max_positions=max_positions, allow_partial=allow_partial) for c in caches
@@ -132,6 +139,7 @@ class DistillLoader:
             ahead=ahead,
             most_shards=sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + threads,
             spaces=[],
+            data=data,
         )
         self._progress = Progress()
         self._run: Run | None = None
@@ -148,6 +156,8 @@ class DistillLoader:
             "skip": skip,
             "max_positions": max_positions,
         }
+        if data is not None:  # the caches' specs say which examples, but not which labels
+            self.fingerprint["labels"] = data.labels_fingerprint()
 
     def __iter__(self) -> Iterator[Step]:
         """The steps from where the loader is to the end of the epoch; it is then at the start of the next."""
@@ -237,7 +247,7 @@ class DistillLoader:
         for table in self._setup.tables:
             spec = table.cache.spec
             entries = (8 + (4 if spec.draws else 0)) * spec.width
-            row = entries + 4 * len(spec.temperatures) + 4 + 8 + 12  # and tokens, labels, places
+            row = entries + 4 * len(spec.temperatures) + 4 + 8 + 16  # and tokens, labels, places; or examples, seeds
             largest = max(largest, row * int(table.cache.manifest.column("positions").to_numpy().max()))
         return largest * self._setup.most_shards
 

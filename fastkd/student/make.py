@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from ..cache.spec import CacheSpec
+from ..data.examples import Examples
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..errors import TeacherError, TrainError
 from ..hub import Place, brief, load_transformers, resolve
 from ..settings import TrainSettings
 from ..teacher.hf import check_weights
 from ..teacher.load import is_factory, made_by
+from .classifier import of_classifier
 from .model import Student, of_module, of_transformers
 
 DEFAULTS = TrainSettings()
@@ -28,12 +30,15 @@ class Made(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def make_student(source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULTS) -> Made:
+def make_student(
+    source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULTS, data: Examples | None = None
+) -> Made:
     """The student that is to learn from a cache, on the CPU, weights in float32 (a module's: as they are).
 
     source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
         config: the weights are then new, by the settings' seed; a `nn.Module` (a copy of it is trained); a callable
         that returns a module; or module:factory, which returns any of these.
+    data: of a cache of examples, these. The student is then a module, or what returns one.
     Raises TrainError where it cannot be had, or does not fit the cache: its head is smaller than the teacher's, or its
     tokenizer another.
     """
@@ -41,7 +46,7 @@ def make_student(source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULT
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            student, place = _student(source, settings)
+            student, place = _student(source, settings, data)
         tokenizer = _tokenizer(place, settings)
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
@@ -72,12 +77,17 @@ def check_tokenizer(tokenizer: Tokenizer, spec: CacheSpec) -> None:
         )
 
 
-def _student(source: Any, settings: TrainSettings) -> tuple[Student, Place | None]:
+def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, Place | None]:
     if isinstance(source, nn.Module):
-        return _of_model(copy.deepcopy(source), type(source).__name__), None
+        return _of_model(copy.deepcopy(source), type(source).__name__, data), None
+    if isinstance(source, (str, Path)) and is_factory(str(source)):
+        return _student(made_by(str(source), TrainError), settings, data)
+    if data is not None and not callable(source):
+        raise TrainError(
+            f"student: found {source!r} for a cache of examples; a torch module, a callable that returns one, or "
+            "module:factory is needed."
+        )
     if isinstance(source, (str, Path)):
-        if is_factory(str(source)):
-            return _student(made_by(str(source), TrainError), settings)
         return _from_place(source, settings)
     if hasattr(source, "get_text_config"):
         model = _new_model(source, settings)
@@ -86,14 +96,16 @@ def _student(source: Any, settings: TrainSettings) -> tuple[Student, Place | Non
         made = source()
         if not isinstance(made, nn.Module):
             raise TrainError(f"student: found {type(made).__name__} from {source!r}; a torch module is needed.")
-        return _of_model(made, type(made).__name__), None
+        return _of_model(made, type(made).__name__, data), None
     raise TrainError(
         f"student: found {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
         "callable that returns one is needed."
     )
 
 
-def _of_model(model: nn.Module, name: str) -> Student:
+def _of_model(model: nn.Module, name: str, data: Examples | None) -> Student:
+    if data is not None:
+        return of_classifier(model, name, data.first())
     return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name)
 
 

@@ -1,4 +1,5 @@
 """Student: a model whose forward takes a micro-batch and returns its loss, which is all that a wrapper sees of it.
+Those of text are made here, those of examples in `classifier.py`.
 
 student = make_student(config, cache.spec).student
 loss = student(batch, alpha=alpha, temperature=temperature, num_items=step.count).loss
@@ -18,11 +19,13 @@ from ..kernels import KDLoss, kd_loss, linear_kd_loss
 from ..teacher.head import Found, find_head, logits_of
 from ..teacher.hf import check_causal, max_positions, some_tokens
 from ..teacher.protocol import Head, Hidden, Logits, Output
-from .batch import MicroBatch
+from .batch import AnyBatch, MicroBatch
+
+TEXT, EXAMPLES = "[B, L, V]", "[B, V]"  # the shapes of logits
 
 
 class Student(nn.Module):
-    """A model to be trained; `of_transformers` and `of_module` make one.
+    """A model to be trained; `of_transformers`, `of_module` and `of_classifier` make one.
 
     model: the model itself, the only submodule. name: for people. notes: what they should know, a line each.
     vocab_size: V, the width of its head. max_positions: the longest piece it takes, None where it is not known.
@@ -52,7 +55,7 @@ class Student(nn.Module):
 
     def forward(
         self,
-        batch: MicroBatch,
+        batch: AnyBatch,
         *,
         alpha: float | Tensor = 0.5,
         temperature: float | Tensor = 1.0,
@@ -82,7 +85,7 @@ class Student(nn.Module):
             logits = head(states[targets.index])
             return kd_loss(logits, replace(targets, index=None), labels[targets.index], **settings)
 
-    def logits(self, batch: MicroBatch, rows: Tensor | None = None) -> Tensor:
+    def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         """Logits `[m, V]` of the flattened positions asked for; None: of those that count."""
         rows = batch.targets.index if rows is None else rows
         assert rows is not None
@@ -107,7 +110,12 @@ class Student(nn.Module):
         ]
         return max(lists, key=len, default=[])
 
-    def _run(self, batch: MicroBatch) -> Output:
+    def _run(self, batch: AnyBatch) -> Output:
+        if isinstance(batch, MicroBatch):
+            self._check(batch)
+        return self._said(self.model, batch)
+
+    def _check(self, batch: MicroBatch) -> None:
         if self.max_positions is not None and batch.max_seqlen > self.max_positions:
             raise TrainError(
                 f"{self.name}: found a piece of {batch.max_seqlen} tokens in the cache; this student takes "
@@ -119,7 +127,6 @@ class Student(nn.Module):
                 f"{self.name}: packed micro-batches are for models that keep the pieces apart by their position_ids, "
                 "and this one does not. Use layout='padded'."
             )
-        return self._said(self.model, batch)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
@@ -170,31 +177,16 @@ def of_module(model: nn.Module, name: str) -> Student:
     For packed micro-batches its forward takes `position_ids`, and keeps the pieces apart by them.
     Raises TrainError where it returns something else.
     """
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
-    probe = torch.zeros((1, 4), dtype=torch.int64, device=parameter.device)
+    probe = torch.zeros((1, 4), dtype=torch.int64, device=device_of(model, name))
     notes: list[str] = []
     takes = "position_ids" in inspect.signature(model.forward).parameters
     training = model.training
     model.eval()
     with torch.no_grad():
-        try:
-            said = _output(model(probe), name)
-        except TrainError:
-            raise
-        except Exception as error:
-            raise TrainError(
-                f"{name}: {type(model).__name__} fails on token ids of shape (1, 4) ({brief(error)}). A module that "
-                "maps them to logits, or to hidden states and a head, is needed."
-            ) from error
-        packs = takes and _keeps_apart(lambda input_ids, **more: _first(_output(model(input_ids, **more), name)), probe)
-        if isinstance(said, Logits):
-            width = said.values.shape[-1]
-        elif isinstance(said.head, Head):
-            width = len(said.head.weight)
-        else:
-            width = said.head(said.states.flatten(0, -2)[:1]).shape[-1]
+        said, width = tried(model, probe, name, f"token ids of shape {tuple(probe.shape)}", TEXT)
+        packs = takes and _keeps_apart(
+            lambda input_ids, **more: _first(output_of(model(input_ids, **more), name, TEXT)), probe
+        )
     model.train(training)
     if isinstance(said, Logits) or not isinstance(said.head, Head):
         notes.append(
@@ -203,9 +195,9 @@ def of_module(model: nn.Module, name: str) -> Student:
         )
 
     def says(module: nn.Module, batch: MicroBatch) -> Output:
-        return _output(module(batch.input_ids, **_places(batch)), name)
+        return output_of(module(batch.input_ids, **_places(batch)), name, TEXT)
 
-    return Student(model, says, name=name, vocab_size=int(width), packs=packs, notes=notes)
+    return Student(model, says, name=name, vocab_size=width, packs=packs, notes=notes)
 
 
 def _said_by_transformers(found: Found | None, width: int) -> Callable[[Any, MicroBatch], Output]:
@@ -249,15 +241,41 @@ def _first(said: Output) -> Tensor:
     return said.values if isinstance(said, Logits) else said.states
 
 
-def _output(found: Any, name: str) -> Output:
-    """What a module returned, as what it means."""
+def device_of(model: nn.Module, name: str) -> torch.device:
+    """Where a module's parameters are. TrainError where it has none."""
+    if (parameter := next(model.parameters(), None)) is None:
+        raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
+    return parameter.device
+
+
+def tried(model: nn.Module, probe: Tensor, name: str, what: str, shape: str) -> tuple[Output, int]:
+    """What a module of one's own says of some inputs, and the width of its logits. what: the inputs, for the TrainError
+    where it fails. shape: see `output_of`."""
+    try:
+        said = output_of(model(probe), name, shape)
+    except TrainError:
+        raise
+    except Exception as error:
+        raise TrainError(
+            f"{name}: {type(model).__name__} fails on {what} ({brief(error)}). A module that maps them to logits, or "
+            "to hidden states and a head, is needed."
+        ) from error
+    if isinstance(said, Logits):
+        return said, int(said.values.shape[-1])
+    if isinstance(said.head, Head):
+        return said, len(said.head.weight)
+    return said, int(said.head(said.states.flatten(0, -2)[:1]).shape[-1])
+
+
+def output_of(found: Any, name: str, shape: str) -> Output:
+    """What a module returned, as what it means. shape: of logits, `TEXT` or `EXAMPLES`."""
     if isinstance(found, (Hidden, Logits)):
         return found
     logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
-        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+    if not isinstance(logits, Tensor) or logits.ndim != shape.count(",") + 1 or not logits.is_floating_point():
+        theirs = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise TrainError(
-            f"{name}: found {type(found).__name__}{shape} from the model; logits [B, L, V], an object with `logits`, "
+            f"{name}: found {type(found).__name__}{theirs} from the model; logits {shape}, an object with `logits`, "
             "or fastkd.teacher.protocol.Hidden is needed."
         )
     return Logits(logits)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import TrainError
 from ..kernels import KDLoss
-from .batch import MicroBatch
+from .batch import AnyBatch
 from .model import Student
 from .run import Reduce, summed_over
 
@@ -115,7 +115,7 @@ class Wrapped:
             # alike from the start; the argument of this name is deprecated, and what replaces it is not in torch 2.6
             module.broadcast_buffers = False
 
-    def forward_backward(self, batch: MicroBatch, *, last: bool, **settings: Any) -> KDLoss:
+    def forward_backward(self, batch: AnyBatch, *, last: bool, **settings: Any) -> KDLoss:
         """Loss of a micro-batch, and its gradients added to what is there. last: of the step; then they are summed over
         the processes. Only the loss's parts are of use afterwards."""
         module = self._module
@@ -135,7 +135,7 @@ class Wrapped:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _both(self, batch: MicroBatch, settings: dict[str, Any]) -> KDLoss:
+    def _both(self, batch: AnyBatch, settings: dict[str, Any]) -> KDLoss:
         out: KDLoss = self._module(batch, **settings)
         loss = out.loss * self._world if self._world > 1 else out.loss
         loss.backward()  # type: ignore[no-untyped-call]

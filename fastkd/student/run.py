@@ -9,10 +9,13 @@ import torch
 
 from ..cache.spec import CacheSpec
 from ..cache.workspace import Workspace
+from ..data.examples import Examples
 from ..errors import StreamError
 from .ahead import Ahead, Needs
-from .batch import MicroBatch, Step, filler
-from .gather import Shape, gather, no_targets
+from .batch import AnyBatch, Step, example_filler, filler
+from .compact import Shape, no_targets
+from .gather import gather
+from .gather_examples import gather_examples
 from .mixture import Stream
 from .plan import Batch, Lengths, Progress, Share, shares
 from .shards import OpenShard, open_on_device, open_shard
@@ -25,7 +28,7 @@ Reduce = Callable[[list[int]], Callable[[], list[int]]]
 @dataclass(frozen=True, eq=False)
 class Setup:
     """What a pass is made with; see `DistillLoader`. spec: of the first cache. most_shards: in memory, decoded.
-    spaces: the memory they lie in."""
+    spaces: the memory they lie in. data: what the examples of a cache of such are read from."""
 
     tables: Sequence[Table]
     stream: Stream
@@ -41,13 +44,14 @@ class Setup:
     ahead: int
     most_shards: int
     spaces: list[Workspace]
+    data: Examples | None = None
 
 
 class _Made(NamedTuple):
     """A rank's share of a step, put together. copied: when it is on the device."""
 
     share: Share
-    batches: list[MicroBatch]
+    batches: Sequence[AnyBatch]
     copied: torch.cuda.Event | None
 
 
@@ -55,7 +59,7 @@ class _Fetched(NamedTuple):
     """The same, with what waits for the sums over ranks: positions that count, positions, micro-batches by rank."""
 
     share: Share
-    batches: list[MicroBatch]
+    batches: Sequence[AnyBatch]
     copied: torch.cuda.Event | None
     total: Callable[[], list[int]]
 
@@ -82,7 +86,7 @@ class Run:
             epochs=epochs,
             lengths=lengths,
         )
-        self._ahead: Ahead[Share, OpenShard, _Made] = Ahead(
+        self._ahead: Ahead[Share, OpenShard[Any], _Made] = Ahead(
             (Needs(s, [key for key, _ in s.shards], set(s.still_open)) for s in plans),
             self._read,
             self._assemble,
@@ -115,10 +119,9 @@ class Run:
             for tensor in (tensor for batch in batches for tensor in batch.tensors()):
                 tensor.record_stream(current)
         if spare := max(numbers) - len(batches):
-            nothing = no_targets(setup.spec, setup.shape, setup.device)
-            batches = batches + [filler(nothing, setup.device, setup.shape.layout)] * spare
+            batches = [*batches, *[self._filler()] * spare]
         share = item.share
-        return Step(batches, count, positions, share.sequences, share.epoch, share.number), share.after
+        return Step(list(batches), count, positions, share.sequences, share.epoch, share.number), share.after
 
     def close(self) -> None:
         """End the threads, and drop what they made."""
@@ -140,7 +143,14 @@ class Run:
         total = (lambda: mine) if setup.reduce is None else setup.reduce(mine)
         return _Fetched(made.share, made.batches, made.copied, total)
 
-    def _read(self, key: Any) -> OpenShard:
+    def _filler(self) -> AnyBatch:
+        setup = self._setup
+        nothing = no_targets(setup.spec, setup.shape, setup.device)
+        if setup.data is None:
+            return filler(nothing, setup.device, setup.shape.layout)
+        return example_filler(nothing, setup.device, setup.data.first())
+
+    def _read(self, key: Any) -> OpenShard[Any]:
         """On a reading thread."""
         source, place = key
         table = self._setup.tables[source]
@@ -155,14 +165,18 @@ class Run:
             self._setup.spaces.append(space)
         return open_shard(table.cache, index, space)
 
-    def _assemble(self, share: Share, shards: Mapping[Any, OpenShard]) -> "_Made":
+    def _assemble(self, share: Share, shards: Mapping[Any, OpenShard[Any]]) -> "_Made":
         """On a thread of its own."""
         setup = self._setup
         if not share.shards:
             return _Made(share, [], None)
         with torch.cuda.stream(self._stream):
             some = [(shards[key], sequences) for key, sequences in share.shards]
-            batches = gather(some, setup.spec, setup.shape, setup.device)
+            batches: Sequence[AnyBatch]
+            if setup.data is None:
+                batches = gather(some, setup.spec, setup.shape, setup.device)
+            else:
+                batches = gather_examples(some, setup.spec, setup.shape, setup.device, setup.data)
             if setup.device.type == "cpu":
                 return _Made(share, batches, None)
             batches = [batch.to(setup.device, non_blocking=True) for batch in batches]
@@ -171,7 +185,7 @@ class Run:
             copied = self._stream.record_event()
         return _Made(share, batches, copied)
 
-    def _release(self, shard: OpenShard) -> None:
+    def _release(self, shard: OpenShard[Any]) -> None:
         if shard.space is not None:
             self._free.append(shard.space)
 

@@ -1,7 +1,7 @@
-"""A shard that is open: its rows in memory, with what is needed to take pieces of it into micro-batches."""
+"""A shard that is open: its rows in memory, with what is needed to take parts of it into micro-batches."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from ..cache.reader import Cache
 from ..cache.workspace import Workspace
 from ..decoding import targets_from_raw
-from ..errors import StreamError
 from ..kernels import SparseTargets
+from ..teacher.rows import EXAMPLES
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -41,11 +41,28 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class OpenShard:
+class ExampleInputs:
+    """What belongs to the n rows of a shard of examples beside their targets.
+
+    example, seed `[n]` int64: the example's number in its data set, and what it was augmented by.
+    counts `[n]`: whether the teacher said something. first_row `[sequences + 1]`: where sequences begin.
+    """
+
+    example: Array
+    seed: Array
+    counts: NDArray[np.bool_]
+    first_row: Ints
+
+
+AnyInputs = TypeVar("AnyInputs", Inputs, ExampleInputs)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard(Generic[AnyInputs]):
     """A shard in memory: its targets on the host (rows: ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`), or
     on a device (targets). space: the memory that the rows are in, to be used again."""
 
-    inputs: Inputs
+    inputs: AnyInputs
     rows: dict[str, Array] = field(default_factory=dict)
     targets: SparseTargets | None = None
     space: Workspace | None = None
@@ -57,7 +74,7 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
     return np.repeat(begins - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard:
+def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard[Any]:
     """A shard read and decoded on the host, into memory that is kept."""
     arrays = cache.read_shard(index, into=space)
     # entries come first in a row: one that does not count has none in its first place
@@ -66,7 +83,7 @@ def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard:
     return OpenShard(_inputs(cache, arrays, counts), rows=rows, space=space)
 
 
-def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard:
+def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard[Any]:
     """A shard read here and decoded on the device."""
     raw = cache.raw_shard(index)
     counts = np.zeros(len(raw["tail"][0]), bool)
@@ -77,17 +94,13 @@ def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard:
     return OpenShard(_inputs(cache, columns, counts), targets=targets_from_raw(raw, device=device))
 
 
-def check_inputs(cache: Cache) -> None:
-    """StreamError where the cache is not of text."""
-    if "tokens" not in cache.spec.inputs:
-        raise StreamError(
-            f"{cache!r}: its input columns are {', '.join(cache.spec.inputs) or 'none'}, and a language model needs "
-            "`tokens`. Read a cache of examples with `Cache.read_shard`."
-        )
-
-
-def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs:
+def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs | ExampleInputs:
     """From a shard's columns and lengths. counts `[n]`: which rows have targets; it is changed."""
+    if "tokens" not in cache.spec.inputs:
+        first_row = _begins(arrays["sequence_lengths"])
+        # the columns lie in memory that is used again
+        example, seed = (arrays[name].astype(np.int64) for name in EXAMPLES)
+        return ExampleInputs(example, seed, counts, first_row)
     tokens = arrays["tokens"]
     n = len(tokens)
     if "loss_mask" in cache.spec.inputs:

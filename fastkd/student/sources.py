@@ -8,7 +8,6 @@ from typing import Any
 from ..cache.reader import Cache, open_cache
 from ..errors import StreamError
 from .mixture import SMALLEST_SHARE
-from .shards import check_inputs
 from .split import Table
 
 
@@ -36,7 +35,6 @@ def _open(cache: Any) -> Cache:
 def check_alike(caches: Sequence[Cache]) -> None:
     """StreamError where caches cannot share a student."""
     for cache in caches:
-        check_inputs(cache)
         for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
             ours, theirs = (getattr(c.spec, name) for c in (cache, caches[0]))
             if ours != theirs:

@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from ..cache.reader import Cache
+from ..data.examples import Examples
 from ..errors import TrainError
+from ..places import check_sweep_place
 from ..progress import Progress
 from ..report_text import size_text
 from ..settings import TrainSettings
@@ -32,6 +34,7 @@ from .batch import Step
 from .checkpoint import Checkpoint, lock, newest, read, write_text
 from .checks import check_same, deciding
 from .evaluate import Evaluation
+from .examples import check_data
 from .loader import DistillLoader
 from .make import make_student
 from .processes import Processes, together
@@ -63,6 +66,7 @@ def sweep(
     arms: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     settings: TrainSettings = DEFAULTS,
     *,
+    data: Examples | None = None,
     seeds: int = 2,
     at_once: int | None = None,
     stop: Stop | None = None,
@@ -71,7 +75,7 @@ def sweep(
 ) -> SweepReport:
     """Train a student with several settings from one read of a cache a seed, and say which is the best, if one is.
 
-    student, cache, settings, changes: as `train` takes them; settings are what all arms share.
+    student, cache, data, settings, changes: as `train` takes them; settings are what all arms share.
     out: the sweep's folder. Called again with the same arguments, it goes on from each arm's last checkpoint; with more
         arms or seeds, what is finished stays.
     arms: {"alpha": [0, 0.5], "temperature": [1, 2]} for the grid of them, or a list of {setting: value}, an arm each;
@@ -90,7 +94,9 @@ def sweep(
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise TrainError(f"{name}: found {number!r}; an integer from 1 on is needed.")
     settings, out = replace(settings, **changes), Path(out)
+    check_sweep_place(out)
     caches, weights = open_sources(cache)
+    check_data(caches, data)
     chosen, notes = make_arms(arms, settings, caches[0].spec)
     with together(settings.device) as processes, ExitStack() as stack:
         if processes.world_size > 1:
@@ -100,12 +106,13 @@ def sweep(
             )
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        probe = make_student(student, caches[0].spec, settings).student
+        probe = make_student(student, caches[0].spec, settings, data).student
         memory = Memory.of(probe, processes.device)
         memory.check(len(chosen), at_once, probe, processes.device)
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
-        job = _Sweep(student, cache, caches, [float(w) for w in weights], processes, out, stop or Stop(), progress)
+        each_weight = [float(w) for w in weights]
+        job = _Sweep(student, cache, caches, each_weight, data, processes, out, stop or Stop(), progress)
         job.identity = {"name": probe.name, "parameters": probe.parameters_and_bytes[0]}
         notes += [f"student: {note}" for note in probe.notes]
         del probe
@@ -137,11 +144,11 @@ class _Sweep:
     """What the passes share, and what they took: passes that read, seconds of their steps and of the arms' own."""
 
     def __init__(
-        self, student: Any, cache: Any, caches: Sequence[Cache], weights: list[float], processes: Processes, out: Path,
-        stop: Stop, progress: str,
+        self, student: Any, cache: Any, caches: Sequence[Cache], weights: list[float],
+        data: Examples | None, processes: Processes, out: Path, stop: Stop, progress: str,
     ) -> None:  # fmt: skip
         self._student, self._cache, self._caches, self.weights = student, cache, caches, weights
-        self._processes, self._out, self.stop, self._mode = processes, out, stop, progress
+        self._data, self._processes, self._out, self.stop, self._mode = data, processes, out, stop, progress
         self.identity: dict[str, Any] = {}
         self.passes = 0
         self.seconds = self.step_seconds = self.waited = 0.0
@@ -153,7 +160,7 @@ class _Sweep:
 
     def one_pass(self, arms: Sequence[Arm], settings: TrainSettings, seed: int) -> None:
         """Arms of a seed to their ends, from one read; those that are finished stay as they are."""
-        loader = make_loader(self._cache, replace(settings, seed=seed), self._processes)
+        loader = make_loader(self._cache, replace(settings, seed=seed), self._processes, self._data)
         members: list[Member] = []
         with ExitStack() as stack:
             stack.callback(loader.close)
@@ -188,7 +195,7 @@ class _Sweep:
                 self.stop.gentle = False
 
     def _member(self, arm: Arm, folder: Path, settings: TrainSettings, loader: DistillLoader) -> Member:
-        made = make_student(self._student, self._caches[0].spec, settings)
+        made = make_student(self._student, self._caches[0].spec, settings, self._data)
         if hasattr(made.student.model, _MARK) and not isinstance(self._student, nn.Module):
             delattr(made.student.model, _MARK)
             raise TrainError(
@@ -201,7 +208,7 @@ class _Sweep:
         def keep(found: list[Evaluation]) -> None:
             kept[:] = found
 
-        evaluate = held_out(settings, self._caches, self.weights, keep)
+        evaluate = held_out(settings, self._caches, self.weights, keep, self._data)
         trainer = Trainer(made, loader, self._processes, settings, folder, evaluate=evaluate)
         return Member(trainer, arm, folder, settings, evaluate, kept)
 

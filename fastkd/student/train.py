@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..cache.reader import Cache
+from ..data.examples import Examples
 from ..errors import StreamError, TrainError
+from ..places import check_run_place
 from ..settings import TrainSettings
 from ..stopping import Stop
 from .checkpoint import write_text
 from .checks import check_settings
+from .examples import check_data
 from .loader import DistillLoader
 from .make import make_student
 from .model import Student
@@ -41,6 +44,7 @@ def train(
     out: str | Path,
     settings: TrainSettings = DEFAULTS,
     *,
+    data: Examples | None = None,
     control: bool = False,
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
@@ -52,6 +56,8 @@ def train(
     student: a folder or a name of a causal model of transformers, a config (new weights), a torch module, or a
         callable that returns one; see `make_student`. A module that is given is left as it is.
     cache: a `Cache`, what `open_cache` takes, or a mixture [(cache, weight), ...].
+    data: of a cache of examples, the labelled `Examples` that it was captured from; the student is then a module that
+        maps them to logits, or what returns one.
     out: the run's folder, which all processes see.
     settings, changes: a `TrainSettings`, and fields of it that differ: `train(..., rate=1e-3, alpha=0)`.
     control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control.
@@ -61,13 +67,16 @@ def train(
     progress: "none", "bar", "lines" or "events".
 
     Under torchrun, or in a process group that is there, all processes call it alike; the first one writes.
-    Returns what was done; `status` is 75 where work remains. Raises TrainError for the student, the settings, the
-    checkpoints and for a loss or a gradient that is not finite; StreamError and CacheError for the cache.
+    Returns what was done; `status` is 75 where work remains. Raises TrainError for the student, the settings, a folder
+    that is no run's, the checkpoints, and for a loss or a gradient that is not finite; StreamError and CacheError for
+    the cache.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
         raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
     settings = replace(settings, **changes)
+    check_run_place(Path(out))
     caches, weights = open_sources(cache)
+    check_data(caches, data)
     check_settings(settings, caches[0].spec)
     with together(settings.device) as processes, ExitStack() as stack:
         devices = [processes.device] if processes.device.type == "cuda" else []
@@ -77,9 +86,9 @@ def train(
         def keep(found: list["Evaluation"]) -> None:
             kept[:] = found
 
-        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep)
+        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data)
         source = caches[0] if len(caches) == 1 else list(zip(caches, weights, strict=True))
-        run = partial(_run, source, caches, processes, measure, kept, stop, progress)
+        run = partial(_run, source, caches, data, processes, measure, kept, stop, progress)
         report = run(student, Path(out), settings)
         if control and report.complete:
             plain = replace(settings, alpha=1.0, alpha_end=None)
@@ -92,6 +101,7 @@ def train(
 def _run(
     cache: Any,
     caches: Sequence[Cache],
+    data: Examples | None,
     processes: Processes,
     evaluate: Evaluate | None,
     kept: list["Evaluation"],
@@ -103,8 +113,8 @@ def _run(
 ) -> TrainReport:
     """One training. kept: the last evaluations, one of each cache."""
     kept.clear()  # another run's
-    made = make_student(student, caches[0].spec, settings)
-    loader = make_loader(cache, settings, processes)
+    made = make_student(student, caches[0].spec, settings, data)
+    loader = make_loader(cache, settings, processes, data)
     trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
     try:
         trainer.resume()
@@ -124,7 +134,9 @@ def _run(
         trainer.close()
 
 
-def make_loader(cache: Any, settings: TrainSettings, processes: Processes) -> DistillLoader:
+def make_loader(
+    cache: Any, settings: TrainSettings, processes: Processes, data: Examples | None = None
+) -> DistillLoader:
     """What a training of these settings reads. Raises StreamError and CacheError."""
     return DistillLoader(
         cache,
@@ -143,6 +155,7 @@ def make_loader(cache: Any, settings: TrainSettings, processes: Processes) -> Di
         decode=settings.decode,
         threads=settings.threads,
         allow_partial=settings.allow_partial,
+        data=data,
     )
 
 
@@ -151,6 +164,7 @@ def held_out(
     caches: Sequence[Cache],
     weights: Sequence[float],
     keep: Callable[[list["Evaluation"]], object] = lambda found: None,
+    data: Examples | None = None,
 ) -> Evaluate | None:
     """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
     is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache."""
@@ -167,7 +181,13 @@ def held_out(
 
     def measures(student: Student) -> dict[str, float]:
         found = [
-            evaluate(student, cache, batch_tokens=settings.micro_tokens, max_positions=settings.evaluate_positions)
+            evaluate(
+                student,
+                cache,
+                data=data,
+                batch_tokens=settings.micro_tokens,
+                max_positions=settings.evaluate_positions,
+            )
             for cache in caches
         ]
         keep(found)

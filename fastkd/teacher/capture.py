@@ -8,6 +8,9 @@ from typing import Any
 
 from ..cache import create_cache
 from ..cache.stores import open_store
+from ..data.documents import Documents
+from ..data.understood import understood
+from ..places import check_cache_place
 from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
 from ..stopping import Stop
@@ -16,7 +19,7 @@ from .job import CaptureReport, Group, Job
 from .load import as_data, as_teacher, place_of
 from .pipeline import Runner
 from .prepare import ask_for, keep_plan, prepare
-from .text import plan_text
+from .text import beyond_text, plan_text
 
 DEFAULTS = CaptureSettings()
 
@@ -30,6 +33,7 @@ def capture(
     fingerprint: str = "",
     vocab_size: int | None = None,
     column: str | None = None,
+    text_documents: str = "line",
     tokenizer: Any = None,
     loss_on: str = "all",
     rank: int | None = None,
@@ -46,9 +50,10 @@ def capture(
     teacher: a folder, a GGUF file or a name on the Hub (`load_hf` has more to say of those); a `Teacher`; or a
         `nn.Module` or callable that maps token ids `[B, L]` (or examples) to logits, with fingerprint (a callable's
         identity; a module's weights are hashed) and vocab_size (found out where None).
-    data: files, a Hugging Face `Dataset`, or documents in memory, with column: see `open_documents`. Ids are taken as
-        they are; text and conversations are tokenised by tokenizer (a place, a `Tokenizer`, or one of transformers;
-        None: the teacher's own). loss_on: "all", or of conversations "assistant". Or `Documents`, or `Examples`.
+    data: files, a Hugging Face `Dataset`, or documents in memory, with column and text_documents: see `open_documents`.
+        Ids are taken as they are; text and conversations are tokenised by tokenizer (a place, a `Tokenizer`, or one of
+        transformers; None: the teacher's own). loss_on: "all", or of conversations "assistant". Or `Documents`, or
+        `Examples`.
     out: a folder, a URL (s3://, gs://, az://), or a `Store`.
     settings, changes: a `CaptureSettings`, and fields of it that differ: `capture(..., k=64, draws=0)`.
     rank, world_size: which of how many workers this is; None: torchrun's or SLURM's variables, else 0 of 1.
@@ -57,8 +62,8 @@ def capture(
     progress: "none", "bar", "lines" or "events". notes: free text for the cache, no part of what must be equal.
 
     Returns what was done; `complete` says whether anything is left. Raises DataError for the data, TeacherError for the
-    teacher (NaN in its logits, say), CacheError where the cache is another's, and StoreError where a store failed
-    (a full disk, say): what was committed stays, and the same call goes on from there.
+    teacher (NaN in its logits, say), CacheError where the cache is another's, or what is there is no cache, and
+    StoreError where a store failed (a full disk, say): what was committed stays, and the same call goes on from there.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
@@ -67,15 +72,21 @@ def capture(
     settings = replace(settings, **changes)
     rank, world_size = place_of(rank, world_size)
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
-    data = as_data(data, model, column=column, tokenizer=tokenizer, loss_on=loss_on)
+    data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
     store = open_store(out, create=True)
+    check_cache_place(store)
     claims = Claims(store, rank, world_size)
 
     tell = _teller(progress if group is None or group.leader else "none")
 
     for note in getattr(model, "notes", []):
         tell(f"teacher: {note}")
+    for line in beyond_text(settings.k, settings.draws, model.vocab_size):
+        tell(line)
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+    if isinstance(data, Documents):
+        for line in understood(data, prepared.plan.lengths):
+            tell(line)
     tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
     job = Job(
         Runner(model, ask_for(settings)),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..cache.errors import CacheError
@@ -114,8 +113,7 @@ def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_s
         return teacher  # type: ignore[no-any-return]
     probe = torch.zeros((1, 1), dtype=torch.int64)
     if isinstance(data, Examples) and len(data):
-        first = np.zeros(1, np.int64)
-        probe = data.read(first, data.seeds(first, first))
+        probe = data.first()
     return ModuleTeacher(teacher, vocab_size=vocab_size, probe=probe, fingerprint=fingerprint)
 
 
@@ -124,6 +122,7 @@ def as_data(
     teacher: Teacher,
     *,
     column: str | None = None,
+    text_documents: str = "line",
     tokenizer: Any = None,
     template: str | Path | None = None,
     allow_other_tokenizer: bool = False,
@@ -131,13 +130,13 @@ def as_data(
 ) -> Documents | Examples:
     """`Documents` and `Examples` as they are; of anything else, the documents in it.
 
-    source, column: as `open_documents` takes them.
+    source, column, text_documents: as `open_documents` takes them.
     tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own. template:
         a file with a chat template, in place of the tokenizer's.
     """
     if isinstance(source, (Documents, Examples)):
         return source
-    opened = Opened(*open_column(source, column))
+    opened = Opened(*open_column(source, column, text_documents))
     if kind_of(opened.columns) not in ("text", "messages"):
         return documents_of(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
@@ -199,7 +198,7 @@ def _source(data: DataSettings) -> Any:
         source = made_by(data.data[0], DataError)
     if isinstance(source, (Documents, Examples)):
         return source
-    return Opened(*open_column(source, data.column))
+    return Opened(*open_column(source, data.column, data.text_documents))
 
 
 def _device(environment: Mapping[str, str]) -> str:

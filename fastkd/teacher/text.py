@@ -23,11 +23,23 @@ def plan_text(plan: Plan) -> str:
     return "plan: " + ", ".join(parts)
 
 
+def beyond_text(k: int, draws: int, vocab_size: int) -> list[str]:
+    """A line where more entries are asked for than the teacher has outcomes; none otherwise."""
+    if k <= vocab_size:
+        return []
+    nothing = f", and the {draws:,} draws have nothing left to draw from" if draws else ""
+    return [
+        f"k = {k:,} is more than the teacher's {vocab_size:,} outcomes: every target holds all of them exactly{nothing}"
+    ]
+
+
 def capture_text(report: CaptureReport) -> str:
     """What a capture did, and what is left."""
     totals = report.plan
     lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
-    lines[0] += ", complete" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"
+    lines[0] += (
+        ", complete and sealed" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"
+    )
     if report.shards_written:
         speed = report.positions_captured / report.seconds
         each = report.bytes_written / report.positions_written

@@ -21,7 +21,7 @@ from .measure import Kept, Said, Slice
 from .sizes import TARGETS, measure_sizes
 
 KS, MASSES, DRAWS, DRAWS_ALONE = (16, 32, 48, 64, 128), (0.9, 0.95, 0.99), (0, 16, 32), (16, 32, 50)
-_LEAST_ROWS = 1024
+_LEAST_ROWS = 256
 _REPEATS = 2  # the faster counts: the first may have to compile, or to find its memory
 
 
@@ -79,7 +79,7 @@ def choices(
 ) -> list[Choice]:
     """A row for each of the settings, the one asked for first.
 
-    base: seconds a position, of running and of encoding. seconds: to spend, about, but for 1024 rows at least.
+    base: seconds a position, of running and of encoding. seconds: to spend, about, but for 256 rows at least.
     """
     if not found.kept:
         return []
@@ -88,11 +88,12 @@ def choices(
     counts = np.concatenate([said.some.counts for said in found.said])
     share = float(counts.mean())
     shard = max(plan.totals["positions"] / plan.shards * share, 1.0)
-    kept, first = found.kept, _tried(teacher, spec, settings, asked, found.kept, shard)
-    rows = sum(len(some.numbers) for some in kept)
-    afford = int(seconds / max(_REPEATS * first.seconds[0] * len(keepings), 1e-9))
-    if afford < rows:
-        kept = [some.every(-(-rows // max(afford, _LEAST_ROWS))) for some in kept]
+    rows = sum(len(some.numbers) for some in found.kept)
+    kept = [some.every(-(-rows // _LEAST_ROWS)) for some in found.kept]
+    first = _tried(teacher, spec, settings, asked, kept, shard)
+    afford = min(rows, int(seconds / max(_REPEATS * sum(first.seconds) * len(keepings), 1e-9)))
+    if afford > _LEAST_ROWS:
+        kept = [some.every(-(-rows // afford)) for some in found.kept]
         first = _tried(teacher, spec, settings, asked, kept, shard)
     total, positions = sum(of_all.values()), plan.totals["positions"]
     targets = sum(size for name, size in of_all.items() if name.startswith(TARGETS))

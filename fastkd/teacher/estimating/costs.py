@@ -36,7 +36,8 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dic
     capture = {
         "PUT": 2 + 2 * workers + 2 * shards + renewals,
         "GET": 6 * workers + 3 * shards + (workers - 1) * shards,
-        "LIST": 1 + 2 * workers * pages + shards,
+        # each worker looks first whether anything else lies there
+        "LIST": 1 + workers + 2 * workers * pages + shards,
     }
     return {
         "capture": {name: count + seal[name] for name, count in capture.items()},
@@ -57,8 +58,13 @@ def _renewals(seconds: float) -> int:
 def other_bytes(plan: Plan, spec: CacheSpec) -> float:
     """Bytes of all objects that are no shards."""
     lengths = len(lengths_to_npz(plan.lengths, plan.dataset))
-    manifest = _MANIFEST_BYTES[0] + _MANIFEST_BYTES[1] * plan.shards
-    return float(len(spec.to_json()) + len(plan.to_json()) + lengths + manifest + _CLAIM_BYTES * (plan.shards + 1))
+    written = len(spec.to_json()) + len(plan.to_json()) + lengths + manifest_bytes(plan.shards)
+    return float(written + _CLAIM_BYTES * (plan.shards + 1))
+
+
+def manifest_bytes(shards: int) -> int:
+    """Bytes of the manifest of a sealed cache."""
+    return _MANIFEST_BYTES[0] + _MANIFEST_BYTES[1] * shards
 
 
 def host_bytes(spec: CacheSpec, plan: Plan) -> int:

@@ -25,7 +25,6 @@ Array = NDArray[Any]
 _SHARDS = 3  # the slice is taken from
 _KEPT_BATCHES = 4  # whose outputs are kept, some rows of each
 _KEPT_ROWS, _KEPT_BYTES = 1024, 64 << 20  # of each, at most
-_LEAST_POSITIONS = 2048  # whatever the time
 _POSITIONS = 2**17  # whose targets are held: more teach little about their size
 
 
@@ -64,7 +63,7 @@ class Kept:
 @dataclass(eq=False)
 class Slice:
     """What was run. batches: how many; parts: positions and the device's seconds of each, or of its halves where it
-    did not fit into memory; halved: how many did not. positions; seconds: by the clock.
+    did not fit into memory; halved: how many did not. positions; seconds: by the clock; spent: with the warm-up.
 
     shards: that they are of. device_peak: bytes in use on the device,
     at most; None on a CPU. said: of some 2^17 positions, at most. kept: of a few batches.
@@ -75,6 +74,7 @@ class Slice:
     shards: list[int] = field(default_factory=list)
     positions: int = 0
     seconds: float = 0.0
+    spent: float = 0.0
     halved: int = 0
     device_peak: int | None = None
     said: list[Said] = field(default_factory=list)
@@ -82,9 +82,16 @@ class Slice:
 
 
 def run_slice(
-    teacher: Teacher, data: Documents | Examples, plan: Plan, ask: Ask, *, seconds: float, progress: bool = False
+    teacher: Teacher,
+    data: Documents | Examples,
+    plan: Plan,
+    ask: Ask,
+    *,
+    seconds: float,
+    least: int = 1,
+    progress: bool = False,
 ) -> Slice:
-    """Run batches of a plan for about so many seconds, after a warm-up; at least two, and 2048 positions.
+    """Run batches of a plan for about so many seconds at most, a warm-up included; but `least` batches.
 
     They come from up to three shards, drawn at random; in each the middle one first, then those between, so that long
     and short pieces have their share whenever time is up. progress: a bar on stderr. Raises as `Runner.run`.
@@ -94,6 +101,7 @@ def run_slice(
     runner = Runner(tap, ask, on_batch=lambda positions, busy: found.parts.append((positions, busy)))
     shards = _Shards(plan, data)
     order = shards.order()
+    began = time.perf_counter()
     _warm_up(Runner(teacher, ask), shards, data, seconds)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
@@ -111,6 +119,11 @@ def run_slice(
         bar.update(len(numbers))
         return some
 
+    def affordable() -> float:
+        """How many batches there is time for: half a one too many, at most."""
+        each = max(found.seconds / found.batches, 1e-6)
+        return max(least - found.batches, (seconds - (time.perf_counter() - began)) / each + 0.5)
+
     with tqdm(desc="measure", unit="batch", disable=not progress) as bar:
         for shard, number in order:
             tap.outputs = []
@@ -119,18 +132,18 @@ def run_slice(
             if len(outputs) == 1:
                 found.kept.append(_kept(some, outputs[0], teacher.vocab_size))
             del outputs
-            if found.batches >= (2 if found.seconds >= seconds else _KEPT_BATCHES):
+            if found.batches >= _KEPT_BATCHES or affordable() < 1:
                 break
-        while found.seconds < seconds or found.positions < _LEAST_POSITIONS:
+        while (count := affordable()) >= 1:
             # several at a time, so that the stages overlap as they will
-            each = max(found.seconds / found.batches, 1e-6)
             by_shard = defaultdict(list)
-            for shard, number in islice(order, min(max(int((seconds - found.seconds) / each), 1), 64)):
+            for shard, number in islice(order, min(int(count), 64)):
                 by_shard[shard].append(number)
             if not by_shard:
                 break
             for shard, numbers in by_shard.items():
                 run(shard, numbers)
+    found.spent = time.perf_counter() - began
     found.shards = shards.read
     if teacher.device.type == "cuda":
         found.device_peak = torch.cuda.max_memory_allocated(teacher.device)
@@ -223,10 +236,13 @@ def halvings(count: int) -> Iterator[int]:
 
 
 def _warm_up(runner: Runner, shards: _Shards, data: Documents | Examples, seconds: float) -> None:
-    """One piece of the first batch, twice; and all of it, unless that would take long."""
+    """One piece of the first batch, twice, and all of it; as far as there is time to spare."""
     shard, number = next(shards.order())
     some, (places,) = shards.part(shard, [number])
-    for _ in range(2):
+    begun = time.perf_counter()
+    runner.run(some, [places[:1]], data, shard)
+    one = time.perf_counter() - begun
+    if one < seconds / 8:
         begun = time.perf_counter()
         runner.run(some, [places[:1]], data, shard)
         one = time.perf_counter() - begun

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache import CacheSpec, create_cache, open_cache
+from ...cache import CacheSpec, Workspace, create_cache, open_cache
 from ...cache.scan import listed
 from ...cache.stores import MemoryStore
 from ..packing import pack
@@ -34,7 +34,7 @@ _PARTS = 4  # of a slice that is larger than a shard: so many are encoded
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a shard by array: `fixed`, and `slope` for each position; of tables `table` at `positions` positions,
-    and `growth` each time these double. seconds: of encoding, for each position, on one core."""
+    and `growth` each time these double. seconds: of encoding, for each position, on one core; decode: of decoding."""
 
     positions: float
     fixed: dict[str, float]
@@ -42,6 +42,7 @@ class Sizes:
     table: dict[str, float]
     growth: dict[str, float]
     seconds: float
+    decode: float
 
     def of(self, shards: NDArray[np.int64]) -> dict[str, float]:
         """Bytes of shards of so many positions, `[shards]`, in all, by array."""
@@ -67,19 +68,20 @@ def measure_sizes(spec: CacheSpec, said: Said, shard_positions: float, context: 
     step = max(1, min(-(-n // max(int(shard_positions), 1)), len(pieces)))
     whole: dict[str, float] = {}
     halves: dict[str, float] = {}
-    positions, seconds, parts = 0, 0.0, range(min(step, _PARTS))
+    positions, seconds, decode, parts = 0, 0.0, 0.0, range(min(step, _PARTS))
     for part in parts:
         places = pieces[part::step]
-        taken, spent = _encoded(spec, said.part(places), context)
+        taken, spent, read = _encoded(spec, said.part(places), context)
         _add(whole, taken)
         positions += int(said.some.document_lengths[places].sum(dtype=np.int64))
         seconds += spent
+        decode += read
         split = [places[::2], places[1::2]] if len(places) > 1 else [places, places]
         for half in split:
             _add(halves, _encoded(spec, said.part(half), context)[0], 1 if len(places) > 1 else 0.5)
     count = len(parts)
     each = positions / count
-    sizes = Sizes(each, {}, {}, {}, {}, seconds / positions)
+    sizes = Sizes(each, {}, {}, {}, {}, seconds / positions, decode / positions)
     for name in whole.keys() | halves.keys():
         size, two = whole.get(name, 0.0) / count, halves.get(name, 0.0) / count
         if name in TABLES:
@@ -113,8 +115,8 @@ def joined_said(said: list[Said]) -> Said:
     )
 
 
-def _encoded(spec: CacheSpec, said: Said, context: int | None) -> tuple[dict[str, float], float]:
-    """Bytes by array of a shard with these rows, and the seconds that it took."""
+def _encoded(spec: CacheSpec, said: Said, context: int | None) -> tuple[dict[str, float], float, float]:
+    """Bytes by array of a shard with these rows, the seconds that it took, and those of reading it again."""
     lengths = said.some.document_lengths
     windows = lengths
     if context is not None:
@@ -126,9 +128,14 @@ def _encoded(spec: CacheSpec, said: Said, context: int | None) -> tuple[dict[str
         arrays: dict[str, Any] = said.arrays
         writer.write_shard(0, said.some.inputs, **arrays, sequence_lengths=windows, document_lengths=lengths)
         seconds = time.perf_counter() - begun
-    taken: dict[str, float] = dict(open_cache(store).attributes(0)["bytes"])
+    cache = open_cache(store)
+    taken: dict[str, float] = dict(cache.attributes(0)["bytes"])
     taken[OTHER] = listed(store)[0] - sum(taken.values())
-    return taken, seconds
+    room = Workspace()
+    cache.read_shard(0, into=room)  # what is done but once is done here
+    begun = time.perf_counter()
+    cache.read_shard(0, into=room)
+    return taken, seconds, time.perf_counter() - begun
 
 
 def _add(total: dict[str, float], more: dict[str, float], weight: float = 1) -> None:

@@ -30,6 +30,8 @@ def estimate_text(report: "Estimate") -> str:
         *_time(report),
         "",
         *_memory(report),
+        "",
+        *_scales(report),
     ]
     if report.choices:
         lines += ["", *_choices(report)]
@@ -51,6 +53,11 @@ def _measured(report: "Estimate") -> str:
     found = report.measured
     text = f"{found['batches']:,} batches of shards {', '.join(map(str, found['shards']))}: {found['positions']:,} "
     text += f"positions in {found['seconds']:.3g} s"
+    if found["batches"] == 1 and found["seconds_spent"] > found["seconds_asked"]:
+        text += (
+            f"; in all {found['seconds_spent']:.3g} s, where {found['seconds_asked']:g} were asked for: a batch is the "
+            "least that is run (--batch-tokens makes it smaller)"
+        )
     if found["batches_halved"]:
         text += f"; {found['batches_halved']:,} of the batches did not fit into memory and were halved"
     return text
@@ -64,6 +71,7 @@ def _data(report: "Estimate") -> list[str]:
     tokens = f"{plan['tokens']:,}" + (f"; {plan['dropped_tokens']:,} are cut off" if plan["dropped_tokens"] else "")
     return [
         "Plan",
+        *(labelled("  data", report.understood[0]) if report.understood else ()),
         *labelled("  documents", documents),
         *labelled("  tokens", tokens),
         *labelled("  positions", f"{plan['positions']:,}, in {plan['windows']:,} windows"),
@@ -125,6 +133,30 @@ def _memory(report: "Estimate") -> list[str]:
     if report.device_bytes is not None:
         lines += labelled("  device", f"{size_text(report.device_bytes)}, with the teacher (measured)")
     return lines
+
+
+def _scales(report: "Estimate") -> list[str]:
+    head = f"{'Other amounts of data':<25}{'bytes':>9}{'objects':>12}{'manifest':>9}{'worker-hours':>13}"
+    head += f"{'cost':>11}" if report.cost is not None else ""
+    lines = [head]
+    for scale in report.scales:
+        line = f"  {_count(scale.positions):<23}{size_text(scale.bytes):>9}{scale.objects:>12,}"
+        line += f"{size_text(scale.manifest_bytes):>9}{_rate(scale.worker_hours):>13}"
+        lines.append(line + (f"{scale.cost:>11,.0f}" if scale.cost is not None else ""))
+    decode = report.seconds_per_position["decode"] or 0.0
+    cores = [f"{count:,} for {gpus}" for gpus, count in report.readers.items()]
+    return [
+        *lines,
+        *labelled(
+            "  readers",
+            f"cores that decode what GPUs train on, {report.student_rate:,.0f} positions/s each: {', '.join(cores)} "
+            f"(a core decodes {_rate(1 / decode if decode else 0.0)} positions/s of the slice)",
+        ),
+    ]
+
+
+def _count(positions: int) -> str:
+    return f"{positions // 10**9:,} billion positions"
 
 
 def _choices(report: "Estimate") -> list[str]:

@@ -1,0 +1,10 @@
+"""What is fast, against what, measured how: imported as fastkd.bench, run by `fastkd bench`.
+
+    suites.py ─ bench_*.py ─▶ cases ─ harness.py, limits.py ─▶ table.py ─▶ Recording ─ check.py, results.py, page.py
+
+A recording is one suite's rows with hardware and versions; `recorded/` holds those that others are held against.
+"""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start and stop otherwise

@@ -1,0 +1,201 @@
+"""The loss fused with the head, forward and backward, against its three matrix products, and against others.
+
+    fastkd bench head [--device cuda] [--peers] [--full]
+
+The limit is the time of the three products alone: logits, and the gradients of hidden states and of the head; on a CPU
+in the same chunks, on a GPU whole.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import linear_kd_loss
+from fastkd.bench import limits, peers
+from fastkd.bench.cases import known_targets
+from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
+from fastkd.kernels.linear import default_chunk
+
+FLOOR = "three products"
+OURS = "linear_kd_loss"
+# N, D, V, k
+CPU_BASE = (512, 256, 16384, 64)
+CPU_SIZES = (
+    CPU_BASE, (512, 256, 4096, 64), (512, 256, 49152, 64), (128, 256, 16384, 64), (2048, 256, 16384, 64),
+    (512, 64, 16384, 64), (512, 1024, 16384, 64), (512, 256, 16384, 16), (512, 256, 16384, 256),
+)  # fmt: skip
+CPU_MAIN = (1024, 576, 49152, 64)  # the one that is published
+# and the least share of the products' speed
+CUDA_SIZES = {
+    (8192, 4096, 128256, 64): 0.93,
+    (8192, 2048, 128256, 64): 0.88,
+    (8192, 896, 151936, 64): 0.80,
+    (8192, 576, 49152, 64): 0.72,
+}
+CUDA_MORE = ((2048, 2048, 128256, 64), (16384, 2048, 128256, 64), (8192, 2048, 128256, 16), (8192, 2048, 128256, 256))
+
+
+class HeadProblem:
+    """Hidden states and heads of one size, so many that no cache holds them; targets and labels."""
+
+    temperature = 2.0
+
+    def __init__(self, device: str, n: int, d: int, v: int, k: int) -> None:
+        self.device, self.n, self.d, self.v, self.k = device, n, d, v, k
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.targets, self.sampled = (known_targets(n, v, k, draws, device) for draws in (0, 16))
+        self.labels = torch.randint(v, (n,), device=device)
+        self.ring = rotation(self._inputs, (n + v) * d * self.dtype.itemsize, device)
+        self.chunk = n if device == "cuda" else default_chunk(self.labels.device, v, 4)
+        self._logits = torch.empty(min(self.chunk, n), v, device=device, dtype=self.dtype)
+        self._d_hidden, self._d_weight = (torch.empty_like(x) for x in self.ring.inputs[0])
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(self.n, self.d, device=self.device).to(self.dtype).requires_grad_()
+        weight = (torch.randn(self.v, self.d, device=self.device) / self.d**0.5).to(self.dtype).requires_grad_()
+        return hidden, weight
+
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and a head of its own, of the same sizes."""
+        hidden, weight = self._inputs()
+        return hidden.detach(), weight.detach()
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """The limit."""
+        hidden, weight = self.ring.take()
+        self._d_weight.zero_()
+        for first in range(0, self.n, self.chunk):
+            rows = slice(first, min(first + self.chunk, self.n))
+            logits = self._logits[: rows.stop - first]
+            torch.mm(hidden[rows], weight.t(), out=logits)
+            torch.mm(logits, weight, out=self._d_hidden[rows])
+            if self.chunk >= self.n:
+                torch.mm(logits.t(), hidden, out=self._d_weight)
+            else:
+                self._d_weight.addmm_(logits.t(), hidden[rows])
+
+    def step(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], list[Tensor | None]]:
+        """Forward and backward of a loss, on the next inputs; the gradients."""
+
+        def run() -> list[Tensor | None]:
+            hidden, weight = self.ring.take()
+            hidden.grad = weight.grad = None
+            loss(hidden, weight).backward()
+            found: list[Tensor | None] = [hidden.grad, weight.grad]
+            hidden.grad = weight.grad = None  # those of all inputs at once would be no part of a training
+            return found
+
+        return run
+
+    def ours(self, treatment: str = "bucket", chunk: int | None = None) -> Callable[[], list[Tensor | None]]:
+        """linear_kd_loss."""
+        targets = self.sampled if treatment == "sampled" else self.targets
+        return self.step(
+            lambda hidden, weight: (
+                linear_kd_loss(
+                    hidden,
+                    weight,
+                    targets,
+                    self.labels,
+                    treatment=treatment,
+                    temperature=self.temperature,
+                    chunk_tokens=chunk,
+                ).loss
+            )
+        )
+
+    @property
+    def name(self) -> str:
+        """The case."""
+        return f"head: N={self.n} D={self.d} V={self.v} k={self.k} {str(self.dtype)[6:]} T={self.temperature:g}"
+
+    @property
+    def at(self) -> dict[str, float]:
+        """The sizes."""
+        return {"N": self.n, "D": self.d, "V": self.v, "k": self.k}
+
+
+def size(
+    table: Table,
+    ask: Ask,
+    n: int,
+    d: int,
+    v: int,
+    k: int,
+    *,
+    compiled: bool = False,
+    rounds: int = 7,
+    bounds: dict[str, str] | None = None,
+    chunks: tuple[int, ...] = (),
+) -> None:
+    """One size, in time and memory. bounds: limits, by what they limit."""
+    problem = HeadProblem(table.device, n, d, v, k)
+    chunked = f", products in chunks of {problem.chunk}" if problem.chunk < n else ""
+    table.title(problem.name + chunked)
+    bounds = bounds or {}
+    ours: dict[str, Any] = {OURS: problem.ours(), f"{OURS}, sampled": problem.ours("sampled")}
+    ours |= {f"{OURS}, chunks of {c}": problem.ours(chunk=c) for c in chunks}
+    rest = peers.eager_on(problem.targets, problem.labels, problem.temperature)
+    others = peers.own(
+        table.device, peers.eager_head, lambda loss: problem.step(lambda hidden, weight: loss(hidden, weight, *rest))
+    )
+    others = others if compiled else others[:1]
+    if ask.peers:
+        others += peers.of_head(problem)
+    runs: dict[str, Run] = {FLOOR: problem.products, **ours}
+    runs |= {peer.name: peer.run for peer in others if peer.run is not None}
+    times = interleaved(runs, device=table.device, rounds=rounds, warmup=2 if rounds > 3 else 1)
+    work = 6 * n * d * v / 1e9
+    table.value(FLOOR, times.time(FLOOR).inverse(work), "TFLOP/s", line="limit", at=problem.at)
+    for name in list(runs)[1:]:
+        table.ratio(
+            name, times.ratio(name, FLOOR), FLOOR, bounds.get(name, ""), value=work / times[name], unit="TFLOP/s",
+            line=name, at=problem.at, note=f"{times[name]:.2f} ms", better="lower" if name in ours else "",
+        )  # fmt: skip
+    peaks = {name: peak_bytes(run, table.device) for name, run in runs.items() if name != FLOOR}  # type: ignore[arg-type]
+    for peer in others:
+        if peer.run is None:
+            table.absent(peer.name, peer.why, line=peer.name, at=problem.at)
+            continue
+        table.ratio(
+            f"{OURS} against {peer.name}", times.ratio(OURS, peer.name), peer.name, bounds.get(f"/{peer.name}", "")
+        )
+    for name, peak in peaks.items():
+        table.ratio(
+            f"{name}: peak memory beyond inputs and gradients", peak / (n * v * problem.dtype.itemsize), "the logits",
+            value=peak / 2**20, unit="MiB", line=name, at=problem.at, better="lower" if name in ours else "",
+        )  # fmt: skip
+    table.ratio(f"{OURS}: peak memory against eager", peaks[OURS] / peaks["eager"], "eager", bounds.get("memory", ""))
+    if table.device == "cuda":
+        allowed = 2 * 2048 * v + 4 * v * d + 64e6
+        table.ratio(f"{OURS}: peak memory", peaks[OURS] / allowed, "2CV + 4VD + 64 MB", "<= 1.0")
+
+
+def cases(ask: Ask, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
+    """The limits, then sizes one after another. chunks: of linear_kd_loss, to try as well."""
+    found = [Case("limits", lambda table: limits.measure(table, "product"))]
+
+    def add(sizes: tuple[int, int, int, int], **more: Any) -> None:
+        n, d, v, k = sizes
+        run = partial(size, ask=ask, n=n, d=d, v=v, k=k, chunks=chunks, **more)
+        found.append(Case(f"N={n} D={d} V={v} k={k}", run))
+
+    if ask.device == "cuda":
+        rounds = ask.times(5, 7)
+        for sizes, least in CUDA_SIZES.items():
+            bound = f"<= {1 / least:.3f}"
+            add(sizes, compiled=True, rounds=rounds, bounds={OURS: bound, f"{OURS}, sampled": bound})
+        for sizes in CUDA_MORE if ask.full else ():
+            add(sizes, compiled=True, rounds=rounds)
+        return found
+    bounds = {OURS: "<= 1.15", "/eager": "<= 0.75", "memory": "<= 0.15"}
+    add(CPU_MAIN, rounds=ask.times(5, 11), bounds=bounds, compiled=ask.full)
+    for sizes in CPU_SIZES:
+        add(sizes, rounds=ask.times(5, 11), compiled=ask.full or sizes == CPU_BASE)
+    return found

@@ -1,0 +1,95 @@
+"""`fastkd bench`: suites measured or rows taken from files; then compared, and written as JSON, tables and a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkd.bench.suites import SUITES, Ask, Suite, listing, named
+from fastkd.errors import BenchError
+
+if TYPE_CHECKING:
+    from fastkd.bench.table import Recording
+    from fastkd.commands import Bench
+
+
+def bench(command: "Bench") -> tuple[str, int]:
+    """What to print at the end, and the exit status. Raises BenchError and ReportError."""
+    suites = named(command.suites)
+    if command.list:
+        return listing(), 0
+    if command.runs < 1 or (command.rounds is not None and command.rounds < 1):
+        raise BenchError("--runs and --rounds: at least 1.")
+    if command.against is not None and not command.check:
+        raise BenchError("--against is what --check compares with; add --check.")
+    from fastkd.bench.run import device_for, run_suites, to_stderr
+    from fastkd.bench.table import save
+
+    failed: list[str] = []
+    ask = Ask(device_for(command.device), command.full, command.peers, command.rounds)
+    if command.use:
+        found = _taken(command.use, suites)
+    else:
+        path = command.json
+
+        def keep(found: "Sequence[Recording]") -> None:
+            if path is not None:
+                save(found, path)
+
+        found, failed = run_suites(suites, ask, runs=command.runs, say=to_stderr, keep=keep)
+    if not found:
+        raise BenchError(f"{', '.join(failed)}: nothing was measured; what hindered it is said above.")
+    lines, worse = [], False
+    if command.check:
+        found, text, worse = _checked(command, ask, found)
+        lines.append(text)
+    if command.json is not None:
+        save(found, command.json)
+        lines.append(str(command.json))
+    lines += _written(command, found)
+    lines += [f"failed: {', '.join(failed)}"] if failed else []
+    return "\n".join(lines), 1 if failed or worse else 0
+
+
+def _written(command: "Bench", found: "list[Recording]") -> list[str]:
+    """Tables and page, where they are asked for; the files."""
+    files: dict[Path, str] = {}
+    if command.markdown is not None:
+        from fastkd.bench.results import markdown
+
+        files[command.markdown] = markdown(found)
+    if command.page is not None:
+        from fastkd.bench.page import page_of
+        from fastkd.report.html import to_html
+
+        files[command.page] = to_html(page_of(found))
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return [str(path) for path in files]
+
+
+def _taken(paths: Sequence[Path], suites: Sequence[Suite]) -> "list[Recording]":
+    """What files hold of some suites."""
+    from fastkd.bench.table import load
+
+    names = {suite.name for suite in suites}
+    found = [recording for path in paths for recording in load(path) if recording.suite in names]
+    if not found:
+        raise BenchError(f"{', '.join(map(str, paths))}: nothing of {', '.join(sorted(names))} in there.")
+    return found
+
+
+def _checked(command: "Bench", ask: Ask, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
+    """The recordings, with those of a second run where the first seemed worse; what moved; whether any is worse."""
+    from fastkd.bench.check import compare, recorded, text, worse
+    from fastkd.bench.run import run_suites, to_stderr
+
+    before = recorded(found, command.against)
+    moves = compare(before, found)
+    suspects = sorted({move.suite for move in moves if move.worse})
+    if suspects and not command.use:
+        to_stderr(f"measured again, as it seems worse: {', '.join(suspects)}")
+        again, _ = run_suites([SUITES[name] for name in suspects], ask, say=to_stderr)
+        found = [*found, *again]
+        moves = compare(before, found)
+    return found, text(before, found), worse(moves)

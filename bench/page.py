@@ -1,0 +1,134 @@
+"""Recordings as a page of plots: rates and memory against sizes, limits as lines, then all rows."""
+
+from collections.abc import Mapping, Sequence
+
+from fastkd.bench.hardware import named
+from fastkd.bench.results import absolute, cases_of, figure_text, latest
+from fastkd.bench.suites import SUITES
+from fastkd.bench.table import Recording, Row
+from fastkd.report.page import (
+    Block,
+    Card,
+    Cards,
+    Cell,
+    Chart,
+    Charts,
+    Column,
+    Line,
+    Page,
+    Paragraph,
+    Section,
+    Series,
+    Table,
+)
+from fastkd.report.page import Row as TableRow
+
+LIMIT = "limit"
+_COLOURS = 6
+_AXES = {"N": "positions N", "D": "width D", "V": "vocabulary V", "k": "entries k"}
+_KINDS = {
+    "GB/s": "Higher is better; the logits' bytes over the time",
+    "TFLOP/s": "Higher is better; the products' operations over the time",
+    "MiB": "Lower is better; peak beyond inputs and gradients",
+}
+
+
+def page_of(recordings: Sequence[Recording]) -> Page:
+    """The page of the last recording of every suite, size and machine."""
+    found = latest(recordings)
+    machines = list(dict.fromkeys(named(dict(r.hardware)) for r in found))
+    return Page(
+        title="What fastkd costs",
+        lead="Measured by fastkd bench on "
+        + "; ".join(machines)
+        + ". Ratios are of runs that take turns in one process.",
+        sections=[Section("", [_cards(found)]), *(_section(recording) for recording in found)],
+        foot="Made by fastkd bench. This page is one file and asks nothing of any server.",
+    )
+
+
+def _cards(recordings: Sequence[Recording]) -> Cards:
+    rows = [row for recording in recordings for row in recording.rows]
+    verdicts = [row.verdict for row in rows]
+    held, missed = verdicts.count("ok"), verdicts.count("MISSED")
+    absent = sum(row.figure is None for row in rows)
+    return Cards(
+        [
+            Card("Limits that hold", f"{held} of {held + missed}", f"{missed} missed", "bad" if missed else "good"),
+            Card("Rows", str(len(rows) - absent), f"in {len(recordings)} suites"),
+            Card("Not run here", str(absent), "peers that need a GPU, or are not installed"),
+        ]
+    )
+
+
+def _section(recording: Recording) -> Section:
+    suite = SUITES.get(recording.suite)
+    says = f"{suite.title}. " if suite else ""
+    size = "The sizes that figures are published at" if recording.size == "full" else "Small sizes"
+    about = f"{says}{size}, {recording.seconds:.0f} s on {named(dict(recording.hardware))}."
+    blocks: list[Block] = [Paragraph(about)]
+    charts = charts_of(recording)
+    blocks += [Charts(charts)] if charts else []
+    limited = [row for row in recording.rows if row.limit]
+    if limited:
+        blocks.append(_table("against its limit", limited, with_case=True))
+    blocks += [_table(case, rows, folded=case) for case, rows in cases_of(recording)]
+    return Section(recording.suite, blocks)
+
+
+def charts_of(recording: Recording) -> list[Chart]:
+    """One for each unit and each size that was varied while the others stayed."""
+    rows = [row for row in recording.rows if row.line and row.value is not None and row.unit in _KINDS and row.at]
+    names = list(dict.fromkeys(row.line for row in rows if row.line != LIMIT))
+    series = {name: Series(name, i % _COLOURS, dashed=i >= _COLOURS) for i, name in enumerate(names)}
+    series[LIMIT] = Series("the limit, measured beside it", None)
+    found = []
+    for unit, says in _KINDS.items():
+        for axis, label in _AXES.items():
+            some, fixed = varied([row for row in rows if row.unit == unit], axis)
+            if some:
+                what = "Memory" if unit == "MiB" else "Rate"
+                found.append(
+                    Chart(
+                        name=f"{recording.suite}-{unit.replace('/', '_')}-{axis}",
+                        title=f"{what} against {label}",
+                        caption=f"{says}. {', '.join(f'{n} = {v:g}' for n, v in fixed.items())}.",
+                        x_label=label,
+                        y_label=unit,
+                        lines=_lines(some, axis, series),
+                        log=True,
+                    )
+                )
+    return found
+
+
+def varied(rows: Sequence[Row], axis: str) -> tuple[list[Row], Mapping[str, float]]:
+    """The rows that differ in one size alone, at those others that have most of them; and these. None of one point."""
+    groups: dict[tuple[tuple[str, float], ...], list[Row]] = {}
+    for row in rows:
+        if axis in row.at:
+            groups.setdefault(tuple((n, v) for n, v in row.at.items() if n != axis), []).append(row)
+    if not groups:
+        return [], {}
+    rest, found = max(groups.items(), key=lambda group: len({row.at[axis] for row in group[1]}))
+    return (found, dict(rest)) if len({row.at[axis] for row in found}) > 1 else ([], {})
+
+
+def _lines(rows: Sequence[Row], axis: str, series: Mapping[str, Series]) -> list[Line]:
+    lines = []
+    for name, who in series.items():
+        points = sorted((row.at[axis], row.value) for row in rows if row.line == name and row.value)
+        if points:
+            lines.append(Line(who, [x for x, _ in points], [y for _, y in points], markers=True))
+    return lines
+
+
+def _table(head: str, rows: Sequence[Row], *, folded: str = "", with_case: bool = False) -> Table:
+    columns = [Column("ratio or figure"), Column("limit"), Column("", text=True)]
+    return Table(head, columns, [_row(row, with_case=with_case) for row in rows], folded=folded)
+
+
+def _row(row: Row, *, with_case: bool) -> TableRow:
+    tone = {"ok": "good", "MISSED": "bad"}.get(row.verdict, "")
+    figure = Cell(figure_text(row), tone=tone, mark=row.verdict)
+    return TableRow(row.name, [figure, Cell(row.limit), Cell(", ".join(absolute(row)))], row.case if with_case else "")

@@ -1,0 +1,98 @@
+"""Suites, run: one in this process, several in a process each, so that none changes what the next one finds."""
+
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastkd.bench.suites import Ask, Case, Suite
+from fastkd.bench.table import Recording, Table, load
+from fastkd.errors import BenchError
+from fastkd.progress import duration
+
+Say = Callable[[str], None]
+
+
+def run_suites(
+    suites: Sequence[Suite],
+    ask: Ask,
+    *,
+    runs: int = 1,
+    say: Say,
+    keep: Callable[[Sequence[Recording]], None] = lambda found: None,
+) -> tuple[list[Recording], list[str]]:
+    """Recordings, and the names of suites that failed. runs: how often each is measured, in turns. keep: is given what
+    there is after each suite, so that little is lost with a process that is stopped."""
+    turns = [suite for _ in range(runs) for suite in suites]
+    if len(turns) == 1:
+        return [run_suite(turns[0], ask, say)], []
+    found: list[Recording] = []
+    failed: list[str] = []
+    begun = time.monotonic()
+    for number, suite in enumerate(turns):
+        say(progress(number, len(turns), "suite", suite.name, time.monotonic() - begun))
+        recordings = _apart(suite, ask)
+        found += recordings
+        keep(found)
+        failed += [] if recordings else [suite.name]
+    return found, failed
+
+
+def run_suite(suite: Suite, ask: Ask, say: Say) -> Recording:
+    """One suite, in this process."""
+    device = ask.device if ask.device in suite.devices else suite.devices[0]
+    ask = Ask(device, ask.full, ask.peers, ask.rounds)
+    cases = suite.cases(ask)
+    table = Table(device, suite.name, size=ask.size("small", "full"))
+    run_cases(cases, table, say)
+    return table.recording()
+
+
+def run_cases(cases: Sequence[Case], table: Table, say: Say) -> None:
+    """Each case in turn; how far it is, ahead of each."""
+    begun = time.monotonic()
+    for number, case in enumerate(cases):
+        say(progress(number, len(cases), f"{table.suite} case", case.name, time.monotonic() - begun))
+        case.run(table)
+        if table.device == "cuda":  # the next one's peak must not meet what this one kept
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def progress(done: int, total: int, what: str, name: str, seconds: float) -> str:
+    """How far it is: what comes now, what is over, and, from the second on, what is left if the rest is like it."""
+    left = f", some {duration(seconds / done * (total - done))} left" if done else ""
+    return f"{what} {done + 1} of {total} ({done / total:.0%}, {duration(seconds)} so far{left}): {name}"
+
+
+def _apart(suite: Suite, ask: Ask) -> list[Recording]:
+    """A suite in a process of its own; nothing where it failed, which it has said itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "fastkd", "bench", suite.name, "--device", ask.device, "--json", str(path)]
+        command += ["--full"] * ask.full + ["--peers"] * ask.peers
+        command += ["--rounds", str(ask.rounds)] if ask.rounds else []
+        status = subprocess.run(command).returncode
+        return load(path) if status == 0 else []
+
+
+def device_for(asked: str | None) -> str:
+    """ "cuda" where there is a GPU, unless something else is asked for. Raises BenchError."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked not in (None, "cpu", "cuda"):
+        raise BenchError(f"--device {asked}: cpu or cuda.")
+    if asked == "cuda" and not there:
+        raise BenchError("--device cuda: torch finds no GPU here. --device cpu measures what runs on a CPU.")
+    return asked or ("cuda" if there else "cpu")
+
+
+def to_stderr(text: str) -> None:
+    """For a person who watches."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,63 @@
+"""Blocks and warps of the loss's sweeps on a GPU: `python bench/bench_loss.py --device cuda --tune`."""
+
+from functools import partial
+from typing import Any
+
+from fastkd.bench.bench_loss import FLOOR, LogitsProblem, timed
+from fastkd.bench.harness import Run
+from fastkd.bench.suites import Ask, Case
+from fastkd.bench.table import Table
+
+
+def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
+    """Every candidate, in place and out of place, over one read and one write."""
+    from fastkd.kernels import loss_triton
+
+    kernels: Any = loss_triton
+
+    chosen = kernels.sweep_settings
+    problem = LogitsProblem("cuda", 8192, v, certain=certain)
+    table.title(f"tune: V={v} bf16 {'certain' if certain else 'fresh'} student")
+    for name, settings in candidates(v).items():
+        kernels.sweep_settings = lambda *_, found=settings: dict(found)
+        runs: dict[str, Run] = {FLOOR: problem.copy}
+        runs |= {
+            f"{'in ' if inplace else 'out'} T={t}": problem.ours(inplace=inplace, treatment="bucket", temperature=t)
+            for inplace, t in ((True, 1.0), (True, 2.0), (True, 3.3), (False, 2.0))
+            if not certain or t < 3
+        }
+        times = timed(problem, runs, rounds, warmup=1)
+        for run in list(runs)[1:]:
+            table.ratio(f"{name}: {run}", times.ratio(run, FLOOR), FLOOR)
+    kernels.sweep_settings = chosen
+
+
+def candidates(v: int) -> dict[str, dict[str, Any]]:
+    """The defaults, other cache hints, and other shares of a multiprocessor for a row."""
+    from fastkd.kernels.sweeps import sweep_settings
+
+    default = sweep_settings(v, 2)
+    found: dict[str, dict[str, Any]] = {"default": default}
+    for keep, done in (("", ""), ("", "evict_first"), ("evict_last", "")):
+        found[f"hints {keep or '-'} {done or '-'}"] = {**default, "KEEP": keep, "DONE": done}
+    for warps in (32, 16, 8):
+        for tile in (32 * warps * 32, 32 * warps * 16):
+            settings = {**default, "BLOCK": tile, "THREADS": 32 * warps, "num_warps": warps}
+            found[f"tile {tile} warps {warps}"] = settings
+    found["tile 32768 warps 16 regs 128"] = {
+        **default,
+        "BLOCK": 32768,
+        "THREADS": 512,
+        "num_warps": 16,
+        "maxnreg": 128,
+    }
+    return found
+
+
+def cases(ask: Ask) -> list[Case]:
+    """Every width, with a fresh student and a certain one."""
+    return [
+        Case(f"tune V={v}", partial(tune, v=v, certain=certain, rounds=min(ask.rounds or 7, 7)))
+        for v in (49152, 128256, 151936)
+        for certain in (False, True)
+    ]

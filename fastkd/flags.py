@@ -1,0 +1,34 @@
+"""Messages that speak of settings by their names in Python, in the words of the command line."""
+
+import re
+from collections.abc import Mapping
+
+_VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
+
+
+def in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """The text with settings called what the command line calls them. flags: that, of each setting's name.
+
+    `held_out: found 1.5; less is needed` becomes `--held-out 1.5: less is needed`, `Use export='last'` becomes `Use
+    --export last`, and a name of several words becomes its flag wherever it stands by itself. Paths stay as they are.
+    """
+    if not flags:
+        return text
+    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+    words = "|".join(sorted((re.escape(name) for name in flags if "_" in name), key=len, reverse=True)) or r"(?!)"
+
+    def assigned(found: re.Match[str]) -> str:
+        value = _bare(found[2] or "")
+        return flags[found[1]] + (f" {value}" if value not in ("", "True") else "")
+
+    text = re.sub(rf"^({names}): found {_VALUE}; ", lambda m: f"{flags[m[1]]} {_bare(m[2])}: ", text)
+    listed = rf"^((?:{names})(?:, (?:{names}))*)(?=: )"
+    text = re.sub(listed, lambda m: ", ".join(flags[name] for name in m[1].split(", ")), text)
+    text = re.sub(rf"(?<=[ (])({names})={_VALUE}?(?![\w/=]|,\w)", assigned, text)
+    # what differs, in a list: (there, and now: k: 8 and 9; mass: None and 0.5)
+    text = re.sub(rf"(?:(?<=now: )|(?<=settings \()|(?<=; ))({names})(?=: )", lambda m: flags[m[1]], text)
+    return re.sub(rf"(?<![\w./'\"-])({words})(?![\w/'\"(=-]|\.\w)", lambda m: flags[m[1]], text)
+
+
+def _bare(value: str) -> str:
+    return value.strip("\"'")

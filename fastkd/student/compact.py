@@ -1,0 +1,111 @@
+"""Targets of chosen rows of open shards, in memory of their own: what a micro-batch holds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..cache.spec import CacheSpec
+from ..kernels import SparseTargets
+from .shards import ENTRIES, OpenShard
+
+Ints = NDArray[np.int64]
+Allocate = Callable[..., Tensor]
+WIDE = ("ids", "logprobs", "draws")
+UNUSED = {"logprobs": -np.inf}  # what stands in places without an entry; else 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What micro-batches are like. layout: see `MicroBatch`. tokens: positions at most, pads included; a row that is
+    longer is alone. rows: rows at most (of "packed": windows). None: no limit.
+
+    width, draws: places of a row of the targets, and whether there are draws: those of all caches.
+    """
+
+    layout: str
+    tokens: int | None
+    rows: int | None
+    width: int
+    draws: bool
+
+
+def compact_targets(
+    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
+) -> SparseTargets:
+    """The targets of these rows of these shards: on the host, or on the device that the shards were decoded on.
+
+    index `[rows]`: the position of each in its micro-batch. allocate: makes a tensor on the host, as `torch.empty`.
+    """
+    take = _on_device if wanted and wanted[0][0].targets is not None else _on_host
+    return take(wanted, index, spec, shape, allocate)
+
+
+def _on_host(
+    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
+) -> SparseTargets:
+    """The targets of these rows of these shards, in memory of their own."""
+    n = len(index)
+    out = {
+        "ids": allocate((n, shape.width), dtype=torch.int32),
+        "logprobs": allocate((n, shape.width), dtype=torch.float32),
+        "tail": allocate((n, len(spec.temperatures)), dtype=torch.float32),
+        "outcomes": allocate(n, dtype=torch.int32),
+    }
+    if shape.draws:
+        out["draws"] = allocate((n, shape.width), dtype=torch.int32)
+    done = 0
+    for shard, rows in wanted:
+        for name, tensor in out.items():
+            target, source = tensor.numpy()[done : done + len(rows)], shard.rows.get(name)
+            if source is not None and source.shape[1:] == target.shape[1:]:
+                # mode: with "raise" the result is made apart, and copied
+                np.take(source, rows, axis=0, out=target, mode="clip")
+                continue
+            # of a cache of narrower rows, or without draws
+            target.fill(UNUSED.get(name, 0))
+            if source is not None:
+                target[:, : source.shape[1]] = source[rows]
+        done += len(rows)
+    return _targets(out, index, spec)
+
+
+def _on_device(
+    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
+) -> SparseTargets:
+    """The targets of these rows of shards that were decoded on a device, there."""
+    found: dict[str, list[Tensor]] = {}
+    for shard, rows in wanted:
+        assert shard.targets is not None
+        at = allocate(len(rows), dtype=torch.int64)
+        at.numpy()[:] = rows
+        at = at.to(shard.targets.device, non_blocking=True)
+        for name in ENTRIES:
+            if name == "draws" and not shape.draws:
+                continue
+            tensor = getattr(shard.targets, name)
+            some = shard.targets.ids.new_zeros(len(rows), 0) if tensor is None else tensor.index_select(0, at)
+            if name in WIDE and some.shape[1] < shape.width:
+                some = torch.nn.functional.pad(some, (0, shape.width - some.shape[1]), value=UNUSED.get(name, 0))
+            found.setdefault(name, []).append(some)
+    whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+    return _targets(whole, index.to(whole["ids"].device, non_blocking=True), spec)
+
+
+def _targets(tensors: dict[str, Tensor], index: Tensor, spec: CacheSpec) -> SparseTargets:
+    return SparseTargets(
+        **tensors,
+        vocab_size=spec.vocab_size,
+        temperatures=spec.temperatures,
+        draw_temperature=spec.draw_temperature,
+        index=index,
+    )
+
+
+def no_targets(spec: CacheSpec, shape: Shape, device: torch.device) -> SparseTargets:
+    """Targets of no position."""
+    return _on_host([], torch.zeros(0, dtype=torch.int64), spec, shape, torch.empty).to(device)
