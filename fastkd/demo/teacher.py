@@ -25,6 +25,8 @@ from .overhead import bare_seconds
 from .scales import Sizes
 from .text import windows_in
 
+BATCH_TOKENS = {"cpu": 2048, "gpu": 16384}  # positions that the teacher is run on at once
+
 
 @dataclass(frozen=True)
 class Places:
@@ -58,7 +60,7 @@ def capture_settings(settings: DemoSettings, sizes: Sizes) -> CaptureSettings:
         packing="keep",
         held_out=sizes.held_out / sizes.windows,
         shard_positions=sizes.shard_windows * sizes.window,
-        batch_tokens=min(sizes.shard_windows, 4 if settings.scale == "cpu" else 16) * sizes.window,
+        batch_tokens=max(sizes.window, min(BATCH_TOKENS[settings.scale], sizes.shard_windows * sizes.window)),
         seed=settings.seed,
     )
 
