@@ -9,11 +9,11 @@ from typing import Literal
 class DemoSettings:
     """A real teacher's cache, and from it a student: the teacher with layers removed, healed; with its control."""
 
-    task: Literal["language", "digits"] = "language"
-    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own:
-    of what follows, it takes `out` and `seed` alone."""
     out: Path = Path("demo")
     """The folder for teacher, cache and report. Where a cache of the same settings is there, it is used."""
+    task: Literal["language", "digits"] = "language"
+    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own,
+    and of what follows takes the seed alone."""
     window: int = 512
     """Tokens a window."""
     train_windows: int = 16
