@@ -25,6 +25,7 @@ from fastkd.cache import CacheError, open_cache, verify_cache
 from fastkd.cache.scan import shard_key
 from fastkd.data.tokenizers import load_tokenizer
 from fastkd.demo import language, run_demo, students, teacher
+from fastkd.demo.clock import Clock
 from fastkd.demo.figures import Figure, figures_text
 from fastkd.demo.once import keep, once, there
 from fastkd.demo.page import options
@@ -426,6 +427,30 @@ def test_training_settings_leave_the_cache_alone(again: DemoSettings) -> None:
     assert report["captured_now"] == 0
     metrics = (again.out / "healed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics if "loss" in line] == [1, 2, 3]
+
+
+def test_the_commands_do_what_the_demo_did(again: DemoSettings, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = sizes_of(again)
+    places = teacher.Places(again.out, again.teacher or Path())
+    asked_for, wanted = teacher.capture_settings(again, sizes), language.trainings(again, sizes)
+    capture, *_, soft, report = language.commands(places, again, asked_for, wanted, [again.out / "healed"])
+    assert cli.main([*capture[1:], "--json"]) == 0
+    done = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (done["complete"], done["positions_captured"]) == (True, 0)
+    shutil.rmtree(again.out / "soft")
+    assert cli.main(soft[1:]) == 0
+    assert evaluations(again.out) == evaluations(whole)
+    assert cli.main(report[1:]) == 0
+
+
+def test_the_corpus_of_a_gpu(settings: DemoSettings) -> None:
+    """Its sizes are for a GPU, its code is not."""
+    large = replace(settings, scale="gpu")
+    places = language.have_data(large, sizes_of(large), Clock())
+    rows = pq.read_table(places.windows).to_pylist()
+    assert {len(row["input_ids"]) for row in rows} == {WINDOW}
+    assert len(rows) == TRAIN + HELD_OUT
+    assert options(teacher.model_settings(large)) == ["--dtype", "bfloat16"]
 
 
 def test_the_flipped_byte_is_one_bit_of_one_file(whole: Path, tmp_path: Path) -> None:

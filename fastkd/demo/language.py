@@ -27,12 +27,12 @@ from .clock import Clock
 from .completions import examples, held_out_prefixes, student_completions
 from .figures import Figure, figures_of, figures_section, figures_text
 from .once import Json, once
-from .page import by_hand, capture_command, cost_section, train_command, trust_section
+from .page import by_hand, capture_command, cost_section, options, train_command, trust_section
 from .scales import Sizes, sizes_of
 from .scores import everyone, pairs, scores_json, scores_text
 from .step import step_ratio
 from .students import have_cut, have_evaluated, have_trained
-from .teacher import Places, capture_settings, have_cache, held_out, identity
+from .teacher import Places, capture_settings, have_cache, held_out, identity, model_settings
 from .text import have_windows, language_reference, package_sources, windows_of
 from .trust import flipped_copy, named_by_verify
 
@@ -57,7 +57,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> Done:
     clock, sizes = Clock(), sizes_of(settings)
     places = have_data(settings, sizes, clock)
     asked = capture_settings(settings, sizes)
-    taught = have_cache(places, asked, sizes, clock, stop)
+    taught = have_cache(places, model_settings(settings), asked, sizes, clock, stop)
     cache, inspected = look_at(places.cache, clock)
     copy = settings.out / "cache-with-a-flipped-byte"
     with clock.stage("trust", "one byte of a copy of the cache is flipped"):
@@ -194,12 +194,12 @@ def commands(
     folders: Sequence[Path],
 ) -> list[list[str]]:
     """What the demo did, as a person would type it."""
-    cut = settings.out / f"cut-{settings.cut}"
+    cut, how = settings.out / f"cut-{settings.cut}", model_settings(settings)
     trained = [train_command(cut, places.cache, settings.out / t.name, t.settings, control=t.control) for t in wanted]
     return [
-        capture_command(places.teacher, places.windows, places.cache, asked),
+        capture_command(places.teacher, places.windows, places.cache, how, asked),
         ["fastkd", "inspect", str(places.cache)],
-        ["fastkd", "verify", str(places.cache), "--teacher", str(places.teacher)],
+        ["fastkd", "verify", str(places.cache), "--teacher", str(places.teacher), *options(how)],
         *trained,
         ["fastkd", "report", *map(str, folders)],
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from ..report.demo_sections import cost
 from ..report.page import Code, Paragraph, Section
 from ..report.runs import Run, in_lines
-from ..settings import CaptureSettings, TrainSettings
+from ..settings import CaptureSettings, ModelSettings, TrainSettings
 
 
 def cost_section(run: Run, *, positions: int, overhead: dict[str, float]) -> Section:
@@ -41,10 +41,10 @@ def by_hand(commands: Sequence[Sequence[str]]) -> Section:
     return Section("By hand", [Paragraph(says), Code("\n".join(in_lines(list(command)) for command in commands))])
 
 
-def capture_command(teacher: Path, data: Path, cache: Path, asked: CaptureSettings) -> list[str]:
+def capture_command(teacher: Path, data: Path, cache: Path, how: ModelSettings, asked: CaptureSettings) -> list[str]:
     """`fastkd capture` as the demo calls it."""
     places = ["--teacher", str(teacher), "--data", str(data), "--out", str(cache)]
-    return ["fastkd", "capture", *places, *options(asked)]
+    return ["fastkd", "capture", *places, *options(how), *options(asked)]
 
 
 def train_command(student: Path, cache: Path, out: Path, settings: TrainSettings, *, control: bool) -> list[str]:

@@ -62,7 +62,14 @@ def capture_settings(settings: DemoSettings, sizes: Sizes) -> CaptureSettings:
     )
 
 
-def have_cache(places: Places, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None) -> Json:
+def model_settings(settings: DemoSettings) -> ModelSettings:
+    """How the teacher is run: bfloat16 takes five times as long on a CPU, and is what GPUs are made for."""
+    return ModelSettings(dtype="bfloat16" if settings.scale == "gpu" else "float32")
+
+
+def have_cache(
+    places: Places, how: ModelSettings, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None
+) -> Json:
     """Have the whole cache, and what is known of the teacher: `teacher.json`. With `captured`: positions that the
     teacher was run on for it now. The teacher is not even loaded where both are there from before.
 
@@ -71,13 +78,14 @@ def have_cache(places: Places, asked: CaptureSettings, sizes: Sizes, clock: Cloc
     of = {
         "teacher": identity(places.teacher),
         "windows": files_sha256([places.windows])[0][0],
+        "how": asdict(how),
         "capture": asdict(asked),
     }
     found = there(places.record, of)
     if found is not None and _whole(places.cache, found["spec"]):
         clock.say("capture: the cache is there from before, and the teacher is not loaded")
         return found | {"captured": 0}
-    captured, found = _teach(places, asked, sizes, clock, stop)
+    captured, found = _teach(places, how, asked, sizes, clock, stop)
     # of the teacher nothing is left but what it said
     gc.collect()
     return keep(places.record, of, found) | {"captured": captured}
@@ -104,11 +112,13 @@ def _whole(cache: Path, spec: str) -> bool:
     return found.sealed and found.spec.hash == spec
 
 
-def _teach(places: Places, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None) -> tuple[int, Json]:
+def _teach(
+    places: Places, how: ModelSettings, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None
+) -> tuple[int, Json]:
     """All that needs the teacher; it is known in here alone. The positions it was run on for the cache, and what is to
     be remembered."""
     with clock.stage("teacher", f"loading {places.teacher}"):
-        loaded = load(str(places.teacher), ModelSettings(), DataSettings(data=(str(places.windows),)))
+        loaded = load(str(places.teacher), how, DataSettings(data=(str(places.windows),)))
         teacher: Any = loaded.teacher
         assert isinstance(teacher, HFTeacher)
     with clock.stage("capture", f"{sizes.windows * sizes.window:,} positions into {places.cache}"):
