@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastkd.bench.bench_cache import kl
 from fastkd.bench.cache_targets import TARGETS, Arrays, load, one_core, shard_of, spec_of, targets
 from fastkd.bench.formats import DRAWS, FiveBytes, Format, Parquet, Polynomial, Sampled, Zarr
 from fastkd.bench.harness import Run, interleaved
@@ -56,14 +57,10 @@ def samples(hybrid: Arrays, seed: int = 0) -> tuple[Array, Array]:
     return np.take_along_axis(hybrid["ids"], by, 1), np.take_along_axis(counts, by, 1)
 
 
-def kl(logprobs: Array, stored: Array) -> Array:
-    """KL at T = 1 of entries in the same places and what is left over, in nats, `[n]`."""
-    both = []
-    for values in (logprobs, stored):
-        p = np.exp(values.astype(np.float64))
-        both.append(np.concatenate([p, np.maximum(1 - p.sum(1, keepdims=True), 1e-9)], 1))
-    p, q = (each / each.sum(1, keepdims=True) for each in both)
-    return np.sum(p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 1)
+def with_rest(ids: Array, logprobs: Array) -> Arrays:
+    """Entries, and as their tail at T = 1 what they leave: what a format without one knows of it."""
+    rest = np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(1, keepdims=True), 1e-9)
+    return {"ids": ids, "logprobs": logprobs, "tail": np.log(rest)}
 
 
 def bench(table: Table, ask: Ask, data: Callable[[], Arrays], rounds: int) -> None:
@@ -104,24 +101,14 @@ def bench(table: Table, ask: Ask, data: Callable[[], Arrays], rounds: int) -> No
                 note = f"{(drawn[1] > 0).sum(1).mean():.1f} entries a row: unbiased, with no error of a row to state"
                 table.absent(f"{name}: KL at T=1", note)
             else:
-                back = open_cache(place).read_shard(0)["logprobs"] if ours else OTHERS[name].read(place)[1]
-                error = _error(found, ids, logprobs, place if ours else None, back)
+                back = open_cache(place).read_shard(0) if ours else with_rest(*OTHERS[name].read(place))
+                error = float(kl(shard, back, 1.0).mean())
                 table.value(f"{name}: KL at T=1, mean", error * 1e4, "1e-4 nats", better="lower" if ours else "")
         for what, times in (("written", written), ("read", read)):
             for name in writes:
                 table.value(f"{name}: {what}", times.time(name).inverse(n / 1e3), "M positions/s")
                 if name != OURS:
                     table.ratio(f"{what}: {OURS}, speed against {name}", times.ratio(name, OURS), name, better="higher")
-
-
-def _error(found: Arrays, ids: Array, logprobs: Array, cache: Path | None, back: Array) -> float:
-    """The mean KL at T = 1. A cache's entries may stand in another order where steps made them equal."""
-    if cache is None:
-        return float(kl(logprobs, back).mean())
-    stored = open_cache(cache).read_shard(0)
-    one, other = (np.argsort(each, axis=1, kind="stable") for each in (ids, stored["ids"]))
-    ordered = np.take_along_axis(stored["logprobs"], other, 1)
-    return float(kl(np.take_along_axis(logprobs, one, 1), ordered).mean())
 
 
 def _write(place: Path, shard: Arrays, spec: Any) -> None:

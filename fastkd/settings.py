@@ -9,11 +9,11 @@ from typing import Literal
 class DemoSettings:
     """A real teacher's cache, and from it students: the teacher with layers removed, healed; with a control."""
 
-    task: Literal["language", "digits"] = "language"
-    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own:
-    of what follows, it takes `out` and `seed` alone."""
     out: Path = Path("demo")
     """The folder for teacher, cache, students and report. What is there of the same settings is used."""
+    task: Literal["language", "digits"] = "language"
+    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own,
+    and of what follows takes the seed alone."""
     scale: Literal["cpu", "gpu"] = "cpu"
     """cpu: minutes on two cores, over CPython's language reference. gpu: minutes on a GPU, over the source files of
     this Python's packages. Sizes that are None are the scale's."""

@@ -1,6 +1,6 @@
 """The demo's defaults, over seeds: students from one cache against their controls, in pairs over held-out windows.
 
-    python bench/bench_demo_defaults.py --student demo/cut-5 --cache CACHE --out FOLDER --alpha 0.2 0.5 --steps 24
+    python bench/demo_defaults.py --student demo/cut-5 --cache CACHE --out FOLDER --alpha 0.2 0.5 --steps 24
 
 CACHE: of documents of equal length, more of them than a seed needs (`fastkd capture --packing keep`). Seed s trains on
 `--windows` of them from s * stride on, in an order of its own; alpha 1, the control, always belongs to it. A run that
