@@ -108,7 +108,8 @@ def size(table: Table, ask: Ask, n: int, v: int, k: int, *, compiled: bool) -> N
         others += peers.of_logits(problem)
     runs: dict[str, Run] = {FLOOR: problem.copy, **ours}
     runs |= {peer.name: peer.run for peer in others if peer.run is not None}
-    times = timed(problem, runs, ask.times(7, 15))
+    rounds = ask.times(7, 15) * (3 if problem.bytes < 32 << 20 else 1)  # short runs scatter more
+    times = timed(problem, runs, rounds)
     moved = 2 * problem.bytes / 1e6
     table.value(FLOOR, times.time(FLOOR).inverse(moved), "GB/s", line="limit", at=problem.at)
     for name in list(runs)[1:]:

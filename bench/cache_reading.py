@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from numcodecs.pcodec import PCodec
-from tqdm import tqdm
 
 from fastkd.bench.cache_targets import Arrays, one_core, repeated, shard_of, spec_of
 from fastkd.bench.harness import interleaved
+from fastkd.bench.records import opening as open_records
+from fastkd.bench.records import records, write_records
 from fastkd.bench.table import Table
-from fastkd.cache import Workspace, create_cache, open_cache, open_store
-from fastkd.cache.manifest import KEY, table_of, to_parquet
+from fastkd.cache import Workspace, create_cache, open_cache
 
 
 def read(table: Table, data: Arrays, rounds: int) -> None:
@@ -146,60 +146,14 @@ def memory(table: Table, place: Path) -> None:
     )
 
 
-OPEN = """
-import sys, time
-import fastkd.cache, pyarrow.parquet
-from fastkd.cache import open_cache, open_store
-store = open_store(sys.argv[1])
-asked, get = [], store.get
-store.get = lambda key: (asked.append(key), get(key))[1]
-def peak():
-    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
-base = peak()
-start = time.perf_counter()
-cache = open_cache(store)
-assert len(cache.shards) == 100_000
-seconds = time.perf_counter() - start
-print(len(asked), seconds, peak() - base)
-"""
-
-
 def opening(table: Table, data: Arrays, rounds: int) -> None:
     """A sealed cache of 100,000 shards: records alone."""
-    table.title("opening a sealed cache of 100,000 shards")
-    spec = spec_of(data)
-    generator = np.random.default_rng(0)
-    rows = [
-        {"shard": i, "first_sequence": 2048 * i, "sequences": 2048, "positions": 2**20, "counted": 2**20}
-        | {"head_entries": 2**26, "draw_entries": 0, "bytes": 103_000_000 + i, "written": 1_800_000_000 + i}
-        | {
-            f"{what}_{which}": float(generator.random())
-            for what in ("mass", "entropy")
-            for which in ("mean", "p05", "p50", "p95")
-        }
-        | {
-            "content_sha256": generator.bytes(32),
-            "object_sha256": generator.bytes(32),
-            "attempt": generator.bytes(16).hex(),
-        }
-        for i in tqdm(range(100_000), desc="records", leave=False, disable=None)
-    ]
+    shards = 100_000
+    table.title(f"opening a sealed cache of {shards:,} shards")
     with tempfile.TemporaryDirectory() as folder:
-        store = open_store(folder, create=True)
-        store.create("spec.json", spec.to_json())
-        manifest = to_parquet(table_of(rows), spec.hash)
-        store.create(KEY, manifest)
-        found = [
-            [
-                float(x)
-                for x in subprocess.run(
-                    [sys.executable, "-c", OPEN, folder], check=True, capture_output=True, text=True
-                ).stdout.split()
-            ]
-            for _ in range(rounds)
-        ]
-    requests, seconds, megabytes = np.median(np.array(found), 0).tolist()
-    table.value("requests", requests, "requests", "<= 2", better="lower")
-    table.value("time", seconds, "s", "<= 1")
-    table.value("memory", megabytes, "MB", "<= 200")
-    table.value("manifest, a shard", len(manifest) / 100_000, "bytes", better="lower")
+        size = write_records(folder, spec_of(data), records(shards))
+        found = open_records(folder, shards, rounds)
+    table.value("requests", found.requests, "requests", "<= 2", better="lower")
+    table.value("time", found.seconds, "s", "<= 1")
+    table.value("memory", found.megabytes, "MB", "<= 200")
+    table.value("manifest, a shard", size / shards, "bytes", better="lower")

@@ -14,9 +14,8 @@ _COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of what is copied
 def copy_rate(device: str, rounds: int = 7) -> Figure:
     """GB/s, read and written together, of copying more than the caches hold."""
     size = _COPY[device]
-    sources = rotation(lambda: torch.ones(size // 4, device=device), size, device)
-    target = torch.empty(size // 4, device=device)
-    times = interleaved({"copy": sources.run(target.copy_)}, device=device, rounds=rounds * 3)
+    ring = rotation(lambda: torch.ones(size // 4, device=device), size, device)
+    times = interleaved({"copy": lambda: ring.take().copy_(ring.take())}, device=device, rounds=rounds * 3)
     return times.time("copy").inverse(2 * size / 1e6)
 
 

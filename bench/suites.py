@@ -66,10 +66,12 @@ _ALL = (
     Suite("head", "bench_head", "the loss fused with the head, against its three matrix products"),
     Suite("topk", "bench_topk", "top-k, tails and draws of a teacher's logits, against one read of them"),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
+    Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
     Suite("loader", "bench_loader", "ready batches against plain reads, and how well they are shuffled", ("cpu",)),
     Suite("train", "bench_train", "a step of distillation against one of cross-entropy, and with the teacher live"),
     Suite("sweep", "bench_sweep", "four students from one read of the cache, against their own steps", ("cpu",)),
+    Suite("scale", "bench_scale", "a cache of 10^12 positions, of records alone: manifest and order", ("cpu",)),
     Suite("plan", "bench_plan", "planning many documents: seconds and memory", ("cpu",)),
     Suite("treatments", "bench_treatments", "the error of a treatment in the student's gradient", ("cpu",)),
 )

@@ -64,9 +64,14 @@ class Recording:
     rows: Sequence[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": rows}
+        """As JSON knows it: numbers to six figures, and of a row what is not empty."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": [_row_json(row) for row in self.rows]}
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    found = {name: value for name, value in asdict(row).items() if value not in (None, "", {})}
+    found = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
+    return found | ({"verdict": row.verdict} if row.verdict else {})
 
 
 class Table:
@@ -147,7 +152,12 @@ def line(row: Row, bound: float | None = None) -> str:
 def save(recordings: Sequence[Recording], path: Path) -> None:
     """Recordings as a file: a list, always."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([recording.to_json() for recording in recordings], indent=1) + "\n")
+    parts = []
+    for recording in recordings:  # a row a line, so that two files can be compared by eye
+        found = recording.to_json()
+        rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
+        parts.append(f'{json.dumps(found)[:-1]}, "rows": [\n  {rows}\n]}}')
+    path.write_text("[" + ",\n".join(parts) + "]\n")
 
 
 def load(path: Path) -> list[Recording]:

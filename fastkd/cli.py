@@ -316,11 +316,15 @@ def bench(command: Bench) -> Outcome:
 
 
 def demo(command: Demo) -> Outcome:
-    """Run the demo, or what is missing of it."""
+    """Run the demo, or what is missing of it; status 75 where work remains."""
+    return _stoppable(partial(_demo, command), "stopped. The same command again goes on.")
+
+
+def _demo(command: Demo, stop: Stop) -> Outcome:
     from .demo import run_demo
 
     check_demo_place(command.out)
-    return Outcome(*run_demo(command))
+    return Outcome(*run_demo(command, stop))
 
 
 def completion(command: Completion) -> Outcome:

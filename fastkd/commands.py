@@ -225,7 +225,8 @@ class Bench:
 class Demo(DemoSettings):
     """The whole on real input: a cache, students, a report.
 
-    The student is the teacher with layers removed; beside it, its control.
+    The students are the teacher with layers removed, healed, beside a control. The same command again goes on where it
+    stopped. Exit status 0: all is there. 75: work remains (after SIGTERM or an interruption).
     """
 
     json: bool = False

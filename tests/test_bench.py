@@ -7,18 +7,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fastkd import cli
-from fastkd.bench import bench_head, bench_loss, check, peers, run
+from fastkd.bench import bench_head, bench_loss, bench_scale, check, peers, run
 from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import Figure, Rotation, copies, figure, interleaved
 from fastkd.bench.page import charts_of
+from fastkd.bench.records import SEQUENCES, opening, records, write_records
 from fastkd.bench.results import markdown
 from fastkd.bench.suites import SUITES, Ask, Case, Suite, listing, named
 from fastkd.bench.table import Recording, Row, Table, load, save
+from fastkd.cache import CacheSpec, open_cache
 from fastkd.errors import NoSuite, ReportError
+from fastkd.student.order import Taken
 
 MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
 
@@ -202,8 +206,8 @@ class TestRecordings:
         ratio, value, absent = found["rows"]
         assert (ratio["ratio"], ratio["p20"], ratio["p80"], ratio["limit"]) == (1.2, 1.1, 1.3, "<= 1.15")
         assert (ratio["verdict"], ratio["over"], ratio["case"], ratio["at"]) == ("MISSED", "a copy", "N=8", {"N": 8})
-        assert (value["ratio"], value["value"], value["verdict"]) == (None, 98.0, "ok")
-        assert (absent["ratio"], absent["value"], absent["note"]) == (None, None, "needs a GPU")
+        assert (value.get("ratio"), value["value"], value["verdict"]) == (None, 98.0, "ok")
+        assert absent == {"name": "theirs", "case": "N=8", "note": "needs a GPU"}
         assert load(tmp_path / "rows.json")[0] == table.recording().__class__(
             **{**vars(table.recording()), "seconds": found["seconds"]}
         )
@@ -357,3 +361,24 @@ class TestResults:
         assert "0 of 1" in html
         assert "://" not in html
         assert tables.read_text() == markdown([recording(*self.rows)])
+
+
+def test_records_are_a_manifest(tmp_path: Path) -> None:
+    spec = CacheSpec(vocab_size=100, k=4, teacher="none")
+    write_records(tmp_path, spec, records(50))
+    cache = open_cache(tmp_path)
+    assert (len(cache.shards), cache.sealed) == (50, True)
+    assert opening(tmp_path, 50, 1).requests == 2
+
+
+def test_an_order_that_repeats_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 4 * SEQUENCES
+
+        def take(self, start: int, stop: int) -> Taken:
+            return Taken(*(np.zeros(stop - start, np.int64) for _ in range(3)))
+
+    monkeypatch.setattr(bench_scale, "order", lambda *_, **__: Broken())
+    with pytest.raises(AssertionError, match="repeats a sequence"):
+        bench_scale.bench_order(Table("cpu"), 2 * 2**20, places=1)

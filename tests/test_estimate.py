@@ -12,8 +12,9 @@ from capture_cases import Causal, documents
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.bench.records import records
 from fastkd.cache import CacheSpec, open_cache
-from fastkd.cache.manifest import STATISTICS, table_of, to_parquet
+from fastkd.cache.manifest import to_parquet
 from fastkd.cache.scan import listed
 from fastkd.cache.stores import MemoryStore
 from fastkd.data.documents import Documents, open_documents
@@ -332,17 +333,8 @@ def test_other_amounts_of_data_follow_from_the_slice() -> None:
 
 
 def test_the_manifest_is_as_large_as_is_said() -> None:
-    """Of records alone, which differ in what differs in real ones."""
-    random = np.random.default_rng(0)
     count = 3000
-    rows: list[dict[str, Any]] = [
-        {"shard": i, "first_sequence": 512 * i, "sequences": 512, "positions": 2**20, "counted": 2**20 - i}
-        | {"head_entries": 48 * 2**20, "draw_entries": 15_000_000 + i, "bytes": 103_000_000 + 7 * i, "written": i}
-        | {f"{a}_{b}": float(random.random()) for a in ("mass", "entropy") for b in STATISTICS}
-        | {"content_sha256": random.bytes(32), "object_sha256": random.bytes(32), "attempt": random.bytes(16).hex()}
-        for i in range(count)
-    ]
-    size = len(to_parquet(table_of(rows), "x"))
+    size = len(to_parquet(records(count), "x"))
     assert abs(manifest_bytes(count) / size - 1) < 0.1
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
 from fastkd.stream import StreamError
 from fastkd.student import run as run_module
+from fastkd.student.ahead import MOST_PLANNED, Ahead, Needs
 from fastkd.student.run import Run
 
 
@@ -320,6 +322,30 @@ def test_shards_in_memory_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPa
     steps = list(DistillLoader(cache, batch_size=8, shards_open=99).steps(epochs=3))
     assert reads == TRAIN_SHARDS
     assert {s.epoch for s in steps} == {0, 1, 2}
+
+
+def test_plans_do_not_run_away() -> None:
+    """Where one shard holds everything and epochs go on for ever, nothing but the plans' number ends planning."""
+    drawn = 0
+
+    def plans() -> Iterator[Needs[int]]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield Needs(drawn, ["shard"], {"shard"})
+
+    ahead: Ahead[int, object, int] = Ahead(
+        plans(), lambda key: key, lambda plan, shards: plan, lambda shard: None, shards=2, steps=2, threads=1
+    )
+    try:
+        assert [ahead.next() for _ in range(5)] == [1, 2, 3, 4, 5]
+        while drawn < MOST_PLANNED:
+            time.sleep(0.001)
+        time.sleep(0.1)  # for tens of thousands
+        # taken, ready, in the assembler's hands, planned, in the planner's hands
+        assert drawn <= 5 + 2 + 1 + MOST_PLANNED + 1
+    finally:
+        ahead.close()
 
 
 def test_memory_is_told(cache: Cache) -> None:

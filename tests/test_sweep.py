@@ -29,6 +29,7 @@ from fastkd.student.checkpoint import steps_of
 from fastkd.student.evaluate import Evaluation, compare
 from fastkd.student.measures import Windows
 from fastkd.student.metrics import read_metrics
+from fastkd.student.sweep_plot import plotted
 from fastkd.student.sweep_result import ArmResult, Behind, SweepReport, ranked, seed_noise, sweep_text, window_noise
 
 STEPS = 4
@@ -206,7 +207,7 @@ def test_what_a_sweep_leaves(done: tuple[Path, SweepReport]) -> None:
 def test_without_matplotlib_there_is_a_note(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    report = done[1].plotted()
+    report = plotted(done[1])
     assert report.notes[-1].startswith("no plot: matplotlib is not installed. pip install 'fastkd[report]'")
 
 

@@ -18,6 +18,7 @@ from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, open_cache
 from fastkd.cli import main
 from fastkd.errors import StreamError, TrainError
+from fastkd.stopping import Stop
 from fastkd.student.checkpoint import newest
 from fastkd.student.evaluate import evaluate
 from fastkd.student.metrics import read_metrics
@@ -188,9 +189,17 @@ class Stated(nn.Module):
 
 
 def test_hidden_states_and_batch_norms(cache: Cache, tmp_path: Path) -> None:
-    report = train(cache, tmp_path, Stated(), evaluate_every=10)
+    student = Stated()
+    report = train(cache, tmp_path / "whole", student, evaluate_every=10)
     assert report.complete
     assert any("batch norms take the statistics of each micro-batch" in note for note in report.notes)
+    stop = Stop()
+    stop()
+    while train(cache, tmp_path / "parts", student, evaluate_every=10, stop=stop).status == 75:
+        pass  # a step at a time
+    found = weights(tmp_path / "parts")
+    assert found["model.norm.running_var"].std() > 0
+    assert_close(found, weights(tmp_path / "whole"), 0.0)
 
 
 @pytest.mark.parametrize(

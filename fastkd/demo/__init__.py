@@ -1,4 +1,4 @@
-"""The demo. Each task is a module here, with `run(settings)`; `run_demo` runs the one that is asked for."""
+"""The demo. Each task is a module here, with `run(settings, stop)`; `run_demo` runs the one that is asked for."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,4 +22,4 @@ def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> Done:
         return digits.run(settings, stop)
     from . import language
 
-    return language.run(settings)
+    return language.run(settings, stop)

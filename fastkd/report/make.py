@@ -20,20 +20,27 @@ from .sections import curves, headline, held_out, reproduce, settings, speed, st
 
 
 def make_report(
-    folders: Sequence[Path], out: Path | None = None, *, pngs: bool = False, more: Sequence[Section] = ()
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    pngs: bool = False,
+    more: Sequence[Section] = (),
+    title: str = "",
+    command: str = "",
 ) -> dict[str, Any]:
     """Write the report of these runs; what was written, as JSON knows it.
 
     out: the page; None: report.html in the first run's folder. pngs: beside it, `<its name>-<chart>.png` of each chart.
-    more: sections after the table of students (`demo_sections.py`). Raises ReportError.
+    more: sections after the table of students (`demo_sections.py`). title: of the page. command: what makes this page
+    again, where it is not `fastkd report`. Raises ReportError.
     """
     if not folders:
         raise NoRun("runs: found none; the folder of at least one run is needed.")
     runs = read_runs(folders)
     out = folders[0] / "report.html" if out is None else out
-    command = in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *["--png"] * pngs])
+    command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *["--png"] * pngs])
     reports, notes = caches(runs)
-    page = page_of(runs, reports, notes, more=more, command=command)
+    page = page_of(runs, reports, notes, more=more, title=title, command=command)
     files = [out]
     _write(out, to_html(page).encode())
     if pngs:

@@ -70,8 +70,8 @@ def headline(run: Run, title: str = "") -> Section | None:
             difference = " ± ".join(with_half(*pairs[key], scale=measure.scale, sign=True)).replace(" ", THIN)
             more = f"{WORDS[tone]}: {difference}{' points' if unit else ''} against the control"
         cards.append(Card(measure.name, mean + unit, more, tone))
-    if (waiting := _waiting(run)) is not None:
-        cards.append(Card("waiting for data", percent(waiting, 2), "of the time of training; lower is better"))
+    if (share := waiting(run)) is not None:
+        cards.append(Card("waiting for data", percent(share, 2), "of the time of training; lower is better"))
     return Section(title, [Cards(cards)]) if cards else None
 
 
@@ -291,7 +291,7 @@ def speed(runs: Sequence[Run]) -> Section | None:
             Cell(whole(len(run.steps))),
             Cell(prefixed(positions)) if positions else UNKNOWN,
             Cell(prefixed(median(rate))) if rate else UNKNOWN,
-            UNKNOWN if (waiting := _waiting(run)) is None else Cell(percent(waiting, 2)),
+            UNKNOWN if (share := waiting(run)) is None else Cell(percent(share, 2)),
             Cell(seconds(sum(each))) if each else UNKNOWN,
             Cell(run.hardware or DASH, tone="aside"),
         ]
@@ -306,7 +306,7 @@ def speed(runs: Sequence[Run]) -> Section | None:
     return Section("Speed of training", [Table("", columns, rows, caption)])
 
 
-def _waiting(run: Run) -> float | None:
+def waiting(run: Run) -> float | None:
     """The share of the steps' time in which there was no batch; None where it was not logged."""
     pairs = [(w, s) for step in run.steps if (w := finite(step.get("waiting"))) is not None
              and (s := finite(step.get("seconds"))) is not None]  # fmt: skip

@@ -3,8 +3,8 @@
     plan (a thread)  ─ asks for shards, in the order of their first use ─▶  reading (threads)
                      └ steps ─▶  assembly (a thread): waits for a step's shards ─▶ steps that are ready ─▶ who asks
 
-Memory is bounded: by `shards` that are read or being read (one step alone may need more), and by `steps` that are
-ready. An error of any thread is raised, as it is, where the step that it hindered is asked for.
+Memory is bounded: by `shards` that are read or being read (one step alone may need more), by `steps` that are ready,
+and by `MOST_PLANNED`. An error of any thread is raised, as it is, where the step that it hindered is asked for.
 """
 
 import threading
@@ -13,6 +13,10 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+# Steps planned and not yet put together, at most. Far enough ahead to have shards read in time; without an end, where
+# few shards hold everything and plans go on for ever, planning would take a core, and the memory.
+MOST_PLANNED = 1024
 
 Plan = TypeVar("Plan")
 Shard = TypeVar("Shard")
@@ -121,6 +125,7 @@ class Ahead(Generic[Plan, Shard, Ready]):
             shards = {key: live[key] for key in needs.shards}
             done_with = [live.pop(key) for key in live.keys() - needs.still_open]
             with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._waiting < MOST_PLANNED)
                 if self._stopped:
                     raise _Stopped
                 self._planned.append(_Planned(needs.plan, shards, done_with))

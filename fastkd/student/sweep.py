@@ -39,6 +39,7 @@ from .loader import DistillLoader
 from .make import make_student
 from .processes import Processes, process_count, together
 from .sources import open_sources
+from .sweep_plot import plotted
 from .sweep_result import EVALUATION, EVALUATIONS, FAILED, SWEEP, Result, SweepReport, make_report, read_result
 from .train import DEFAULTS, held_out, make_loader
 from .trainer import Diverged, Evaluate, Trainer, autocast_of, total_steps
@@ -133,7 +134,7 @@ def sweep(
             report, at_once=each, bytes_at_once=memory.at_once(each), passes=job.passes, seconds=job.seconds,
             step_seconds=job.step_seconds, waiting=job.waited / job.seconds if job.seconds else 0.0,
         )  # fmt: skip
-        report = report.plotted() if report.complete else report
+        report = plotted(report) if report.complete else report
         document = report.to_json() | {"settings": asdict(settings)}
         write_text(out / SWEEP, json.dumps(document, indent=1, allow_nan=False) + "\n")
         return report

@@ -1,11 +1,12 @@
 """A sweep as a picture: every arm's seeds and mean, by the measure that ranks them and by others beside it."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .sweep_result import ArmResult, SweepReport
+from .sweep_result import ArmResult, SweepReport
 
+PLOT = "sweep.png"
 _BEST, _ALIKE, _REST, _INK = "#0b6e4f", "#2f6f9f", "#767676", "#222222"
 _LABELS = {
     "cross_entropy": "cross-entropy (nats)",
@@ -18,7 +19,7 @@ _LABELS = {
 _BESIDE = ("kl_sampled", "kl_bucket", "cross_entropy")
 
 
-def plot(report: "SweepReport", path: Path) -> None:
+def plot(report: SweepReport, path: Path) -> None:
     """Write the PNG. Raises ModuleNotFoundError where matplotlib is not installed."""
     from matplotlib.figure import Figure
 
@@ -46,7 +47,7 @@ def plot(report: "SweepReport", path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _panel(ax: Any, arms: "list[ArmResult]", report: "SweepReport", measure: str, *, ranks: bool) -> None:
+def _panel(ax: Any, arms: "list[ArmResult]", report: SweepReport, measure: str, *, ranks: bool) -> None:
     """A measure. Where it ranks: an arm is told apart from the best where its line does not come to the best's mean."""
     if ranks:
         ax.axvline(arms[0].mean(measure), color=_BEST, lw=1, ls=(0, (3, 3)), alpha=0.8, zorder=1)
@@ -67,14 +68,14 @@ def _panel(ax: Any, arms: "list[ArmResult]", report: "SweepReport", measure: str
         ax.spines[side].set_visible(False)
 
 
-def _half(arm: "ArmResult") -> float | None:
+def _half(arm: ArmResult) -> float | None:
     """Of its distance to the best the wider of the two intervals; None where one is not known."""
     if arm.behind is None or arm.behind.by_seeds is None or arm.behind.by_windows is None:
         return None
     return max(arm.behind.by_seeds, arm.behind.by_windows)
 
 
-def _title(report: "SweepReport", arms: "list[ArmResult]") -> str:
+def _title(report: SweepReport, arms: "list[ArmResult]") -> str:
     best = _name(arms[0])
     if report.margin is None:
         return f"{best}: the only arm"
@@ -83,9 +84,24 @@ def _title(report: "SweepReport", arms: "list[ArmResult]") -> str:
     return f"Best: {best}\n{report.margin.distance:.4f} ahead of the next; {others}"
 
 
-def _name(arm: "ArmResult") -> str:
+def _name(arm: ArmResult) -> str:
     return "  ".join(f"{name} {value:g}" if isinstance(value, float) else value for name, value in arm.changes.items())
 
 
-def _color(arm: "ArmResult", report: "SweepReport") -> str:
+def _color(arm: ArmResult, report: SweepReport) -> str:
     return _BEST if arm.name == report.best else _ALIKE if arm.name in report.alike else _REST
+
+
+def plotted(report: SweepReport) -> SweepReport:
+    """The report with a plot beside it, or a note on why there is none."""
+    if report.best is None:
+        return report
+    path = Path(report.out) / PLOT
+    try:
+        plot(report, path)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        note = "no plot: matplotlib is not installed. pip install 'fastkd[report]', and the same command draws it."
+        return replace(report, notes=[*report.notes, note])
+    return replace(report, plot=str(path))

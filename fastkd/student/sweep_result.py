@@ -32,7 +32,7 @@ from .result import RUN
 from .train import means
 from .trainer import HIGHER_IS_BETTER
 
-SWEEP, FAILED, PLOT = "sweep.json", "diverged.json", "sweep.png"
+SWEEP, FAILED = "sweep.json", "diverged.json"
 EVALUATION, EVALUATIONS = "evaluation.json", "evaluations.json"  # of one cache; a list, of a mixture
 
 
@@ -136,21 +136,6 @@ class SweepReport:
             return f"{text} It is told apart from all others."
         why = " With one seed nothing can be: give more." if len(self.seeds) == 1 else ""
         return f"{text} Not distinguishable from it: {'; '.join(self.alike)}.{why}"
-
-    def plotted(self) -> "SweepReport":
-        """With a plot, or a note on why there is none."""
-        from .sweep_plot import plot
-
-        if self.best is None:
-            return self
-        try:
-            plot(self, Path(self.out) / PLOT)
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "matplotlib":
-                raise
-            note = "no plot: matplotlib is not installed. pip install 'fastkd[report]', and the same command draws it."
-            return replace(self, notes=[*self.notes, note])
-        return replace(self, plot=str(Path(self.out) / PLOT))
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

@@ -1,0 +1,80 @@
+"""The demo's defaults, over seeds: students from one cache against their controls, in pairs over held-out windows.
+
+    python bench/demo_defaults.py --student demo/cut-5 --cache CACHE --out FOLDER --alpha 0.2 0.5 --steps 24
+
+CACHE: of documents of equal length, more of them than a seed needs (`fastkd capture --packing keep`). Seed s trains on
+`--windows` of them from s * stride on, in an order of its own; alpha 1, the control, always belongs to it. A run that
+is finished is kept, so the same command again goes on.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import fastkd
+from fastkd.cache import open_cache
+from fastkd.settings import TrainSettings
+from fastkd.stopping import Stop, stopping
+from fastkd.student.checkpoint import FOLDER as CHECKPOINTS
+from fastkd.student.evaluate import Evaluation, compare
+from fastkd.student.train import EVALUATION
+
+MEASURES = ("cross_entropy", "kl_bucket", "agreement")
+
+
+def trained(student: str, cache: str, out: Path, settings: TrainSettings, stop: Stop) -> Evaluation:
+    """A run's evaluation, trained unless it is there."""
+    if (out / CHECKPOINTS).exists() or not (out / EVALUATION).exists():
+        if not fastkd.train(student, cache, out, settings, progress="lines", stop=stop).complete:
+            raise SystemExit(75)
+        shutil.rmtree(out / "student")  # weights of each run: gigabytes, with the moments
+        shutil.rmtree(out / CHECKPOINTS)
+    return Evaluation.from_json(json.loads((out / EVALUATION).read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("student", "cache", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, default=8, help="to train on, of each seed")
+    parser.add_argument("--stride", type=int, default=8, help="windows from one seed's first to the next one's")
+    parser.add_argument("--steps", type=int, default=24, help="of a window each")
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--held-out", type=int, default=24, help="windows to compare on")
+    args = parser.parse_args()
+    with stopping() as stop:
+        table(args, stop)
+
+
+def table(args: argparse.Namespace, stop: Stop) -> None:
+    """A row for each seed and alpha."""
+    lengths = open_cache(args.cache).sequence_lengths(0)
+    for seed in args.seeds:
+        common = TrainSettings(
+            steps=args.steps, batch_size=1, rate=args.rate, seed=seed, skip=seed * args.stride,
+            max_positions=args.windows * int(lengths[0]), evaluate_every=args.steps, checkpoint_minutes=1,
+            evaluate_positions=args.held_out * int(lengths[0]),
+        )  # fmt: skip
+        arms = [(1.0, 1.0), *((alpha, args.temperature) for alpha in args.alpha)]
+        control: Evaluation | None = None
+        for alpha, temperature in arms:
+            changes = {"alpha": alpha, "temperature": temperature}
+            name = f"w{args.windows}-s{args.steps}-r{args.rate:g}-a{alpha:g}-t{temperature:g}-{seed}"
+            found = trained(
+                args.student, args.cache, Path(args.out) / name, TrainSettings(**vars(common) | changes), stop
+            )
+            control = control or found
+            of = found.intervals()
+            cells = [f"{of[m].mean:8.4f}" for m in MEASURES]
+            if found is not control:
+                pairs = compare(found, control)
+                cells += [f"{pairs[m].mean:+8.4f} ± {pairs[m].half:.4f}" for m in MEASURES]
+            print(f"seed {seed}  alpha {alpha:<4g} T {temperature:<4g}" + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Manifests of caches that hold nothing: records alone, as many as there would be."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from fastkd.cache import CacheSpec, open_store
+from fastkd.cache.manifest import KEY, SCHEMA, to_parquet
+
+POSITIONS = 2**20  # of a shard
+SEQUENCES = 512  # of a shard, 2048 positions each
+
+# In a process of its own: requests, seconds, and by how many MB memory grows at most.
+_OPEN = """
+import sys, time
+import fastkd.cache, pyarrow.parquet
+from fastkd.cache import open_cache, open_store
+store = open_store(sys.argv[1])
+asked, get = [], store.get
+store.get = lambda key: (asked.append(key), get(key))[1]
+def peak():
+    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
+base = peak()
+start = time.perf_counter()
+cache = open_cache(store)
+assert len(cache.shards) == int(sys.argv[2])
+seconds = time.perf_counter() - start
+print(len(asked), seconds, peak() - base)
+"""
+
+
+class Opening(NamedTuple):
+    """What opening a cache took."""
+
+    requests: float
+    seconds: float
+    megabytes: float
+
+
+def records(shards: int, seed: int = 0) -> pa.Table:
+    """The manifest of so many shards; what differs between real ones differs here."""
+    random = np.random.default_rng(seed)
+    number = np.arange(shards, dtype=np.int64)
+    draws = random.integers(14_000_000, 16_000_000, shards)
+    columns: dict[str, pa.Array] = {
+        "shard": pa.array(number),
+        "first_sequence": pa.array(SEQUENCES * number),
+        "sequences": pa.array(np.full(shards, SEQUENCES)),
+        "positions": pa.array(np.full(shards, POSITIONS)),
+        "counted": pa.array(np.full(shards, POSITIONS)),
+        "head_entries": pa.array(np.full(shards, 48 * POSITIONS)),
+        "draw_entries": pa.array(draws),
+        "bytes": pa.array(95_000_000 + draws),
+        "written": pa.array(1_800_000_000 + number),
+        "attempt": pa.array([random.bytes(16).hex() for _ in range(shards)]),
+    }
+    for field in SCHEMA:
+        if field.name not in columns and pa.types.is_floating(field.type):
+            columns[field.name] = pa.array(random.random(shards))
+        elif field.name not in columns:  # a hash
+            columns[field.name] = pa.FixedSizeBinaryArray.from_buffers(
+                field.type, shards, [None, pa.py_buffer(random.bytes(32 * shards))]
+            )
+    return pa.Table.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def write_records(folder: Path | str, spec: CacheSpec, table: pa.Table) -> int:
+    """A sealed cache of these records and no shards; the bytes of its manifest."""
+    store = open_store(str(folder), create=True)
+    store.create("spec.json", spec.to_json())
+    manifest = to_parquet(table, spec.hash)
+    store.create(KEY, manifest)
+    return len(manifest)
+
+
+def opening(folder: Path | str, shards: int, rounds: int) -> Opening:
+    """Medians of opening it in a process of its own."""
+    command = [sys.executable, "-c", _OPEN, str(folder), str(shards)]
+    found = [
+        [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+        for _ in range(rounds)
+    ]
+    return Opening(*np.median(np.array(found), 0).tolist())

@@ -1,0 +1,63 @@
+"""The table of teacher and students on the held-out windows, and their differences in pairs, as text."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..intervals import Interval, to_json
+from ..report.runs import Run
+from ..report.sections import paired
+
+# measure, heading, scale, decimals, unit
+COLUMNS = (
+    ("cross_entropy", "cross-entropy", 1.0, 3, ""),
+    ("kl_bucket", "KL from teacher", 1.0, 4, ""),
+    ("agreement", "top-1 agreement", 100.0, 1, "%"),
+)
+_NAME, _WIDTH = 20, 19
+
+
+def everyone(runs: Sequence[Run]) -> Iterator[Run]:
+    """Each run, and then its control."""
+    for run in runs:
+        yield run
+        if run.control is not None:
+            yield run.control
+
+
+def pairs(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Interval]]]:
+    """What is held against what: each run against its control, and against the control of the first one."""
+    control = runs[0].control
+    assert control is not None
+    for run in runs:
+        if run.control is not None:
+            yield f"{run.name} - control", paired(run, run.control)
+        elif run.steps:
+            yield f"{run.name} - control", paired(run, control)
+
+
+def scores_text(runs: Sequence[Run]) -> list[str]:
+    """The lines of the table."""
+    found = runs[0].evaluation
+    assert found is not None
+    of = found.teacher_intervals()
+    lines = [f"{found.windows:>5} held-out windows" + "".join(f"{name:>{_WIDTH}}" for _, name, *_ in COLUMNS)]
+    lines[0] = f"{f'{found.windows} held-out windows':<{_NAME}}" + "".join(f"{c[1]:>{_WIDTH}}" for c in COLUMNS)
+    least = f"≥ {of['cross_entropy_at_least'].mean:.3f}"
+    lines.append(f"{'  teacher':<{_NAME}}{least:>{_WIDTH}}{'0':>{_WIDTH}}{'100%':>{_WIDTH}}")
+    for run in sorted(everyone(runs), key=lambda run: bool(run.steps)):  # the damaged student comes first
+        lines.append(_line(run.name.rpartition(", ")[2], run.measures, sign=""))
+    lines += [_line(name, difference, sign="+") for name, difference in pairs(runs)]
+    return lines
+
+
+def scores_json(run: Run) -> dict[str, Any]:
+    """A run's measures, with the ends of their intervals."""
+    return {name: to_json(found) for name, found in run.measures.items()}
+
+
+def _line(name: str, found: Any, *, sign: str) -> str:
+    cells = []
+    for measure, _, scale, places, unit in COLUMNS:
+        mean, half = (x * scale for x in found[measure])
+        cells.append(f"{mean:{sign}.{places}f}{unit}" + (f" ± {half:.{places}f}{unit}" if sign else ""))
+    return f"{'  ' + name:<{_NAME}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)

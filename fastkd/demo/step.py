@@ -1,0 +1,54 @@
+"""What a step of distillation costs over one of cross-entropy alone: the same student, batch, head and optimizer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..cache import Cache
+from ..kernels import SparseTargets
+from ..settings import TrainSettings
+from ..student.batch import MicroBatch
+from ..student.make import make_student
+from ..student.optimizer import clip_, make_optimizer
+from ..student.processes import together
+from ..student.train import make_loader
+from ..student.trainer import autocast_of
+from .overhead import in_turns, ratio
+
+ROUNDS = 3
+
+
+def step_ratio(folder: Path, cache: Cache, settings: TrainSettings) -> dict[str, float]:
+    """The median ratio of a step on cached targets over one on labels alone, by the same engine, in turns.
+
+    folder: of the student, which is read for this and left as it is.
+    """
+    with together(settings.device) as processes:
+        student = make_student(folder, cache.spec, settings).student.to(processes.device).train()
+        student.autocast = autocast_of(settings.precision, processes.device)
+        optimizer = make_optimizer(student, settings, processes.device)
+        loader = make_loader(cache, settings, processes)
+        try:
+            step = next(loader.steps())
+        finally:
+            loader.close()
+
+        def take(batches: list[MicroBatch], alpha: float) -> None:
+            for batch in batches:
+                scalar = torch.full((), alpha, device=processes.device)
+                student(batch, alpha=scalar, temperature=settings.temperature, num_items=step.count).loss.backward()
+            clip_(student.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        batches = list(step.micro_batches)
+        plain = [replace(batch, targets=labels_only(batch.targets)) for batch in batches]
+        runs = {"distil": lambda: take(batches, settings.alpha), "labels": lambda: take(plain, 1.0)}
+        seconds = in_turns(runs, device=processes.device, rounds=ROUNDS)
+    return {"ratio": ratio(seconds["distil"], seconds["labels"])}
+
+
+def labels_only(targets: SparseTargets) -> SparseTargets:
+    """The same positions without entries: what cross-entropy alone reads."""
+    return replace(targets, ids=targets.ids[:, :0], logprobs=targets.logprobs[:, :0], draws=None)
