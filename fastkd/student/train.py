@@ -25,7 +25,7 @@ from .examples import check_data
 from .loader import DistillLoader
 from .make import make_student
 from .model import Student
-from .processes import Processes, together
+from .processes import ALONE, Processes, together
 from .result import CONTROL, RUN, TrainReport
 from .sources import open_sources
 from .split import open_split
@@ -86,7 +86,7 @@ def train(
         def keep(found: list["Evaluation"]) -> None:
             kept[:] = found
 
-        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data)
+        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data, processes)
         source = caches[0] if len(caches) == 1 else list(zip(caches, weights, strict=True))
         run = partial(_run, source, caches, data, processes, measure, None if evaluate else kept, stop, progress)
         report = run(student, Path(out), settings)
@@ -169,9 +169,11 @@ def held_out(
     weights: Sequence[float],
     keep: Callable[[list["Evaluation"]], object] = lambda found: None,
     data: Examples | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluate | None:
     """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
-    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache."""
+    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache.
+    processes: over which the windows are divided."""
     if settings.evaluate_every == 0:
         return None
     try:
@@ -191,6 +193,7 @@ def held_out(
                 data=data,
                 batch_tokens=settings.micro_tokens,
                 max_positions=settings.evaluate_positions,
+                processes=processes,
             )
             for cache in caches
         ]
