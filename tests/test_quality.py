@@ -18,7 +18,7 @@ from fastkd.bench.table import Table
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return made_up(windows=24, held=2, vocabulary=300, width=16)
+    return made_up(windows=40, held=4, vocabulary=300, width=16)
 
 
 class TestProblem:
