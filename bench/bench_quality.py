@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -97,7 +98,8 @@ def students(table: Table, make: Make, arms: Sequence[Arm], seeds: int) -> None:
                 values = [getattr(score, what) for score in scores[arm]]
                 over = interval([x - getattr(y, what) for x, y in zip(values, dense, strict=True)])
                 note = "" if arm.treatment == "dense" else f"{over.mean:+.4f} ± {over.half:.4f} to the live teacher"
-                more = {"line": name.removesuffix(" (auto)"), "at": {"T": t}} if what == "kl" else {}
+                drawn = {"line": name.removesuffix(" (auto)"), "at": {"T": t}}
+                more: dict[str, Any] = drawn if what == "kl" else {}
                 title = {"kl": "KL", "ce": "cross-entropy"}[what]
                 table.value(f"{name}: {title}", figure(values), "nats", better="lower", note=note, **more)
 
