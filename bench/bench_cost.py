@@ -23,7 +23,7 @@ from torch import Tensor
 from fastkd import SparseTargets, linear_topk_targets, targets_from_arrays
 from fastkd.bench.bench_train import VOCAB, Steps
 from fastkd.bench.cases import GRID
-from fastkd.bench.harness import Timings, interleaved
+from fastkd.bench.harness import Run, Timings, interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Ask, Case
 from fastkd.bench.table import Table
@@ -98,7 +98,12 @@ def measure(table: Table, rounds: int) -> None:
     """A position of each, then n students."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(table.device, Path(folder))
-        runs = {"capture": jobs.capture, "cached": jobs.cached, "dense": jobs.live, "targets": jobs.targets}
+        runs: dict[str, Run] = {
+            "capture": jobs.capture,
+            "cached": jobs.cached,
+            "dense": jobs.live,
+            "targets": jobs.targets,
+        }
         times = interleaved(runs, device=table.device, rounds=rounds, warmup=1)
         jobs.writer.close()
         sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (jobs.teacher, jobs.student)]

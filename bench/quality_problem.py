@@ -47,7 +47,8 @@ class Problem:
         """Least squares from inputs to last states, over the positions to train on: where every student begins."""
         x, y = self.inputs_ND[: self.trained], self.states_ND[: self.trained]
         damped = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1])
-        return torch.linalg.solve(damped, x.T @ y)
+        found: Tensor = torch.linalg.solve(damped, x.T @ y)
+        return found
 
 
 @torch.inference_mode()
@@ -109,4 +110,4 @@ def made_up(windows: int, held: int, vocabulary: int, width: int, seed: int = 0)
     head_VD = torch.randn(vocabulary, width, generator=g) / width**0.5
     labels_N = (states_ND @ head_VD.T).softmax(1).multinomial(1, generator=g)[:, 0]
     inputs_ND = states_ND.tanh() + 0.3 * torch.randn(n, width, generator=g)
-    return Problem(F.rms_norm(inputs_ND, (width,)), states_ND, labels_N, head_VD, held * LENGTH, 1.0)
+    return Problem(F.rms_norm(inputs_ND, [width]), states_ND, labels_N, head_VD, held * LENGTH, 1.0)
