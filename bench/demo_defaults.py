@@ -37,14 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("student", "cache", "out"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--alpha", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.3])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, default=8, help="to train on, of each seed")
-    parser.add_argument("--stride", type=int, default=8, help="windows from one seed's first to the next one's")
-    parser.add_argument("--steps", type=int, default=24, help="of a window each")
+    parser.add_argument("--windows", type=int, default=16, help="to train on, of each seed")
+    parser.add_argument("--stride", type=int, default=16, help="windows from one seed's first to the next one's")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=2, help="windows a step")
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--held-out", type=int, default=24, help="windows to compare on")
+    parser.add_argument("--warmup", type=float, default=0.2, help="the part of the steps in which the rate rises")
+    parser.add_argument("--held-out", type=int, default=48, help="windows to compare on")
     args = parser.parse_args()
     with stopping() as stop:
         table(args, stop)
@@ -55,7 +57,8 @@ def table(args: argparse.Namespace, stop: Stop) -> None:
     lengths = open_cache(args.cache).sequence_lengths(0)
     for seed in args.seeds:
         common = TrainSettings(
-            steps=args.steps, batch_size=1, rate=args.rate, seed=seed, skip=seed * args.stride,
+            steps=args.steps, batch_size=args.batch, rate=args.rate, warmup=args.warmup, seed=seed,
+            skip=seed * args.stride,
             max_positions=args.windows * int(lengths[0]), evaluate_every=args.steps, checkpoint_minutes=1,
             evaluate_positions=args.held_out * int(lengths[0]),
         )  # fmt: skip
@@ -63,7 +66,7 @@ def table(args: argparse.Namespace, stop: Stop) -> None:
         control: Evaluation | None = None
         for alpha, temperature in arms:
             changes = {"alpha": alpha, "temperature": temperature}
-            name = f"w{args.windows}-s{args.steps}-r{args.rate:g}-a{alpha:g}-t{temperature:g}-{seed}"
+            name = f"w{args.windows}-s{args.steps}-r{args.rate:g}-u{args.warmup:g}-a{alpha:g}-t{temperature:g}-{seed}"
             found = trained(
                 args.student, args.cache, Path(args.out) / name, TrainSettings(**vars(common) | changes), stop
             )

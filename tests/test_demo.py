@@ -41,6 +41,7 @@ from fastkd.student.trainer import Trainer
 from fastkd.teacher.hf import HFTeacher
 
 LAYERS, WINDOW, TRAIN, HELD_OUT = 5, 32, 10, 5
+BARE = 4 * 5  # windows that the bare teacher is timed on
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "user", "system", "0123", "4567"]
 TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 1200).tolist())
 
@@ -69,7 +70,7 @@ def settings(tiny: Path, tmp_path: Path) -> DemoSettings:
 
 def small(out: Path, tiny: Path) -> DemoSettings:
     return DemoSettings(
-        out, teacher=tiny, window=WINDOW, train_windows=TRAIN, held_out=HELD_OUT, shard_windows=4, k=6, draws=4,
+        out=out, teacher=tiny, window=WINDOW, train_windows=TRAIN, held_out=HELD_OUT, shard_windows=4, k=6, draws=4,
         steps=20, rate=1e-3, alpha=0.3,
     )  # fmt: skip
 
@@ -261,8 +262,8 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     report, out = done.report, settings.out
     assert json.loads((out / "report.json").read_text()) == report
     assert report["captured_now"] == report["positions"] == (TRAIN + HELD_OUT) * WINDOW
-    # once for the cache; and three windows, four times with and four times without what keeps them
-    assert sum(seen) == (TRAIN + HELD_OUT + 3 * 8) * WINDOW
+    # once for the cache; and a batch of four windows, once to warm up, twice before it and twice after it
+    assert sum(seen) == (TRAIN + HELD_OUT + BARE) * WINDOW
     assert open_cache(out / "cache").sealed
     means = {name: found["kl_bucket"]["mean"] for name, found in report["students"].items()}
     assert means["healed"] < means["healed, control"]
@@ -316,7 +317,7 @@ def test_a_second_run_never_runs_the_teacher(
 
 @pytest.mark.parametrize("committed", [0, 1, 2, 3, 4])
 def test_an_interrupted_capture_goes_on(settings: DemoSettings, whole: Path, committed: int) -> None:
-    with pytest.raises(KeyboardInterrupt), asked(dies_after=committed):
+    with pytest.raises(KeyboardInterrupt), asked(dies_after=3 + committed):
         run_demo(settings)
     # a shard that the teacher was done with may still have waited to be written
     found = shards(settings.out)
@@ -328,12 +329,12 @@ def test_an_interrupted_capture_goes_on(settings: DemoSettings, whole: Path, com
             run_demo(settings)
     # ten windows to train on and five held out, four a shard
     left = sum((4, 4, 2, 4, 1)[shard] for shard in found) * WINDOW
-    assert sum(seen) == (TRAIN + HELD_OUT + 3 * 8) * WINDOW - left
+    assert sum(seen) == (TRAIN + HELD_OUT + BARE) * WINDOW - left
     assert contents(settings.out) == contents(whole)
     assert found.items() <= shards(settings.out).items()
 
 
-@pytest.mark.parametrize("dies_in", ["capture_overhead", "completions_of"])
+@pytest.mark.parametrize("dies_in", ["held_out", "completions_of"])
 def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
     settings: DemoSettings, whole: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
@@ -344,7 +345,7 @@ def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
     monkeypatch.setattr(language, "look_at", interrupted)
     with asked() as seen, pytest.raises(KeyboardInterrupt):
         run_demo(settings)
-    assert sum(seen) == 3 * 8 * WINDOW  # nothing for the cache
+    assert sum(seen) == (BARE + HELD_OUT) * WINDOW  # nothing for the cache
     assert contents(settings.out) == contents(whole)
 
 
@@ -401,7 +402,7 @@ def test_damage_is_named_and_mended(again: DemoSettings, whole: Path) -> None:
     with asked() as seen:
         mended = run_demo(again)
     assert mended.report["captured_now"] == 4 * WINDOW
-    assert sum(seen) == (4 + 3 * 8) * WINDOW
+    assert sum(seen) == (4 + BARE) * WINDOW
     assert contents(again.out) == contents(whole)
 
 

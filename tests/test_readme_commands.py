@@ -79,7 +79,7 @@ def test_the_readmes_commands_run(folder: Path, capfd: pytest.CaptureFixture[str
             continue
         assert cli.main(words_of(line)) == 0, (line, capfd.readouterr().err)
         ran.append(line.split()[1])
-    assert {"capture", "train", "report", "inspect", "verify", "seal"} <= set(ran)
+    assert {"plan", "capture", "train", "report", "inspect", "verify", "sweep"} <= set(ran)
     assert (folder / "run" / "report.html").exists()
     assert (folder / "run" / "control" / "student").is_dir()
     assert "sealed" in capfd.readouterr().out

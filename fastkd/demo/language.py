@@ -37,6 +37,7 @@ from .text import have_windows, language_reference, package_sources, windows_of
 from .trust import flipped_copy, named_by_verify
 
 AGAIN = "Delete bad shards and manifest.parquet, and run it again: it captures what is missing, and nothing else."
+WARM_UP = 0.2  # of the steps: a damaged model's first gradients are large, and at the full rate a step may throw it off
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def trainings(settings: DemoSettings, sizes: Sizes) -> list[Training]:
         steps=sizes.steps,
         batch_size=sizes.batch_windows,
         rate=settings.rate,
+        warmup=WARM_UP,
         alpha=settings.alpha,
         seed=settings.seed,
         evaluate_every=sizes.steps,

@@ -28,7 +28,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(window=512, train_windows=12, held_out=24, shard_windows=12, batch_windows=1, steps=24),
+    "cpu": Sizes(window=256, train_windows=16, held_out=48, shard_windows=48, batch_windows=2, steps=24),
     # 4.5 million positions
     "gpu": Sizes(window=1024, train_windows=4096, held_out=256, shard_windows=64, batch_windows=16, steps=512),
 }

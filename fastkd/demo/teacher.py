@@ -1,14 +1,16 @@
 """The teacher's part: it is loaded, fills the cache, is measured and asked what it would write; and then it is gone."""
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import Cache, CacheError, open_cache
+from ..cache.stores import MemoryStore
 from ..fingerprints import files_sha256
 from ..progress import mode_for
 from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
@@ -19,10 +21,11 @@ from ..teacher.load import load
 from .clock import Clock
 from .completions import completions_of, held_out_prefixes
 from .once import Json, keep, there
-from .overhead import capture_overhead
+from .overhead import bare_seconds
 from .scales import Sizes
+from .text import windows_in
 
-MEASURED_WINDOWS = 3  # of the held-out ones, on which capture is measured against the bare teacher
+BATCH_TOKENS = {"cpu": 2048, "gpu": 16384}  # positions that the teacher is run on at once
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def capture_settings(settings: DemoSettings, sizes: Sizes) -> CaptureSettings:
         packing="keep",
         held_out=sizes.held_out / sizes.windows,
         shard_positions=sizes.shard_windows * sizes.window,
-        batch_tokens=min(sizes.shard_windows, 4 if settings.scale == "cpu" else 16) * sizes.window,
+        batch_tokens=max(sizes.window, min(BATCH_TOKENS[settings.scale], sizes.shard_windows * sizes.window)),
         seed=settings.seed,
     )
 
@@ -121,6 +124,9 @@ def _teach(
         loaded = load(str(places.teacher), how, DataSettings(data=(str(places.windows),)))
         teacher: Any = loaded.teacher
         assert isinstance(teacher, HFTeacher)
+    few = windows_in(places.windows)[: asked.batch_tokens // sizes.window]
+    with clock.stage("bare teacher", "a batch of it, to hold the capture against"):
+        bare = bare_seconds(teacher, few, warm_up=True)
     with clock.stage("capture", f"{sizes.windows * sizes.window:,} positions into {places.cache}"):
         report = capture(
             teacher, loaded.data, places.cache, asked, stop=stop, progress=mode_for(), notes=f"teacher {teacher.name}"
@@ -128,8 +134,14 @@ def _teach(
     if not report.complete:
         raise Stopped
     cache = open_cache(places.cache)
-    with clock.stage("capture's cost", "the same few windows with and without all that keeps what the teacher says"):
-        overhead = capture_overhead(teacher, list(held_out(cache, sizes)[:MEASURED_WINDOWS]), asked)
+    with clock.stage("bare teacher", "the same again"):
+        bare += bare_seconds(teacher, few, warm_up=False)
+        # of a capture that was interrupted: what it did now; after its end: as much again, into memory
+        timed = report
+        if not timed.positions_captured:
+            timed = capture(teacher, list(held_out(cache, sizes)), MemoryStore(), replace(asked, held_out=0.0))
+        captured = timed.seconds / timed.positions_captured
+    overhead = {"bare": fmean(bare), "capture": captured, "ratio": captured / fmean(bare)}
     with clock.stage("completions", "by the teacher, for the last time"):
         prefixes = held_out_prefixes(held_out(cache, sizes))
         answers = completions_of(teacher.model, places.teacher, prefixes)

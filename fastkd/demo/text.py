@@ -70,7 +70,7 @@ def windows_of(texts: Iterable[str], tokenizer: Tokenizer, *, length: int, wante
 
 def have_windows(path: Path, windows: Array) -> None:
     """A Parquet file of these windows, a row each, as `fastkd capture --data` takes it; one that holds them is left."""
-    if path.exists() and _rows(path) == windows.tolist():
+    if path.exists() and np.array_equal(windows_in(path), windows):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({COLUMN: pa.array(windows.tolist(), pa.list_(pa.int32()))})
@@ -79,9 +79,10 @@ def have_windows(path: Path, windows: Array) -> None:
     temporary.replace(path)
 
 
-def _rows(path: Path) -> list[list[int]] | None:
+def windows_in(path: Path) -> Array:
+    """The windows `[n, L]` of such a file; of a damaged one none."""
     try:
-        found: list[list[int]] = pq.read_table(path, columns=[COLUMN]).column(COLUMN).to_pylist()
-    except (pa.ArrowException, KeyError):  # a damaged one is written anew
-        return None
-    return found
+        rows = pq.read_table(path, columns=[COLUMN]).column(COLUMN).to_pylist()
+    except (pa.ArrowException, KeyError):  # it will be written anew
+        rows = []
+    return np.array(rows, np.int32)
