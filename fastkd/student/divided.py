@@ -64,9 +64,10 @@ class Divided:
         """The sums of all processes; each window has been seen by one of them."""
         if self._processes.group is None:
             return windows
-        group, known = self._processes.group, [None] * self._processes.world_size
+        group = self._processes.group
+        known: list[Any] = [None] * self._processes.world_size
         dist.all_gather_object(known, (sorted(windows.sums), windows.bins is not None), group=group)
-        told: list[tuple[list[str], bool]] = [found for found in known if found is not None]
+        told: list[tuple[list[str], bool]] = known
         nothing = np.zeros(len(windows.counts))
         counts = self._summed(windows.counts)
         names = sorted({name for some, _ in told for name in some})
