@@ -13,7 +13,7 @@ of a billion parameters, random; elsewhere smaller ones.
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +98,15 @@ class Steps:
         self.labels_only = batch_of(size["rows"], size["length"], none, device)
         self.temperature = torch.tensor(temperature, device=device)
         self.alpha, self.one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
-        self._teacher: Any = None
 
     def distil(self) -> list[Tensor]:
         """On cached targets: 48 exact entries and 16 drawn."""
+        return self.distil_from(self.batch)
+
+    def distil_from(self, batch: MicroBatch) -> list[Tensor]:
+        """On a batch's targets."""
         return self._step(
-            lambda: (
-                self.student(
-                    self.batch, alpha=self.alpha, temperature=self.temperature, num_items=self.batch.count
-                ).loss
-            )
+            lambda: self.student(batch, alpha=self.alpha, temperature=self.temperature, num_items=batch.count).loss
         )
 
     def fused(self) -> list[Tensor]:
@@ -124,10 +123,13 @@ class Steps:
 
     def live(self) -> list[Tensor]:
         """With the teacher run on the same tokens, and all of its outcomes."""
-        if self._teacher is None:
-            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-            self._teacher = model_of(self.size["teacher"], self.device, dtype).eval().requires_grad_(False)
-        return self._step(lambda: self._chunked(self.batch, self._teacher))
+        return self._step(lambda: self._chunked(self.batch, self.teacher))
+
+    @cached_property
+    def teacher(self) -> Any:
+        """Of random weights, in the type it would be run in."""
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        return model_of(self.size["teacher"], self.device, dtype).eval().requires_grad_(False)
 
     def _step(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         loss().backward()
@@ -217,7 +219,7 @@ def live(table: Table, rounds: int) -> None:
     steps = Steps(table.device, 1.0)
     runs = {"distil": steps.distil, "live": steps.live}
     times = interleaved(runs, device=table.device, rounds=rounds, warmup=1)
-    size = sum(p.numel() for p in steps._teacher.parameters()) / 1e6
+    size = sum(p.numel() for p in steps.teacher.parameters()) / 1e6
     table.title(f"against a teacher of {size:.0f}M parameters at hand")
     for name in times:
         table.value(name, times.time(name), "ms")

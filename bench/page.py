@@ -25,11 +25,20 @@ from fastkd.report.page import Row as TableRow
 
 LIMIT = "limit"
 _COLOURS = 6
-_AXES = {"N": "positions N", "D": "width D", "V": "vocabulary V", "k": "entries k"}
-_KINDS = {
-    "GB/s": "Higher is better; the logits' bytes over the time",
-    "TFLOP/s": "Higher is better; the products' operations over the time",
-    "MiB": "Lower is better; peak beyond inputs and gradients",
+_AXES = {
+    "N": "positions N",
+    "D": "width D",
+    "V": "vocabulary V",
+    "k": "entries k",
+    "T": "temperature T",
+    "students": "students",
+}
+_KINDS = {  # unit: what it is of, which way is better
+    "GB/s": ("Rate", "Higher is better; the logits' bytes over the time"),
+    "TFLOP/s": ("Rate", "Higher is better; the products' operations over the time"),
+    "MiB": ("Memory", "Lower is better; peak beyond inputs and gradients"),
+    "nats": ("Held-out KL", "Lower is better; from the teacher to the student, both at T = 1"),
+    "s": ("Time", "Lower is better; of all students together"),
 }
 
 
@@ -83,16 +92,16 @@ def charts_of(recording: Recording) -> list[Chart]:
     series = {name: Series(name, i % _COLOURS, dashed=i >= _COLOURS) for i, name in enumerate(names)}
     series[LIMIT] = Series("the limit, measured beside it", None)
     found = []
-    for unit, says in _KINDS.items():
+    for unit, (what, says) in _KINDS.items():
         for axis, label in _AXES.items():
             some, fixed = varied([row for row in rows if row.unit == unit], axis)
             if some:
-                what = "Memory" if unit == "MiB" else "Rate"
+                sizes = ", ".join(f"{n} = {v:g}" for n, v in fixed.items())
                 found.append(
                     Chart(
                         name=f"{recording.suite}-{unit.replace('/', '_')}-{axis}",
                         title=f"{what} against {label}",
-                        caption=f"{says}. {', '.join(f'{n} = {v:g}' for n, v in fixed.items())}.",
+                        caption=". ".join([says, *([sizes] if sizes else [])]) + ".",
                         x_label=label,
                         y_label=unit,
                         lines=_lines(some, axis, series),

@@ -73,7 +73,10 @@ _ALL = (
     Suite("sweep", "bench_sweep", "four students from one read of the cache, against their own steps", ("cpu",)),
     Suite("scale", "bench_scale", "a cache of 10^12 positions, of records alone: manifest and order", ("cpu",)),
     Suite("plan", "bench_plan", "planning many documents: seconds and memory", ("cpu",)),
-    Suite("treatments", "bench_treatments", "the error of a treatment in the student's gradient", ("cpu",)),
+    Suite(
+        "quality", "bench_quality", "students of one teacher by what they are trained on, and its gradient", ("cpu",)
+    ),
+    Suite("cost", "bench_cost", "n students from one cache, against n with the teacher live"),
 )
 SUITES = {suite.name: suite for suite in _ALL}
 

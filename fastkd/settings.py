@@ -198,6 +198,8 @@ class TrainSettings:
     never where nothing was held out."""
     evaluate_positions: int | None = None
     """Evaluate on so many positions of it. Default: all."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the figures of metrics.jsonl are shown as well: a package that has to be installed."""
     best: str = "cross_entropy"
     """The measure by which a checkpoint is the best: the lowest, but of agreement and accuracy the highest."""
     checkpoint_every: int | None = None

@@ -132,7 +132,7 @@ class TestSuites:
     def test_names(self) -> None:
         assert [suite.name for suite in named(["topk", "loss"])] == ["loss", "topk"]
         assert len(named([])) == len(SUITES)
-        with pytest.raises(NoSuite, match=r"nothing, less: no such suite\..* loss, .*treatments"):
+        with pytest.raises(NoSuite, match=r"nothing, less: no such suite\..* loss, .*quality"):
             named(["nothing", "loss", "less"])
 
     def test_a_suite_runs_on_a_device_it_has(self, capsys: pytest.CaptureFixture[str]) -> None:

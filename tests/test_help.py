@@ -62,7 +62,11 @@ def test_values_that_may_be_left_out_are_still_read() -> None:
 
 def test_names_and_defaults_agree() -> None:
     """One name means one thing, or the same kind of it: what has the same name has the same type and default."""
-    for group, but in ((("capture", "plan"), set()), (("train", "sweep"), ARMS), (("capture", "demo"), {"out"})):
+    for group, but in (
+        (("capture", "plan"), set()),
+        (("train", "sweep"), ARMS),
+        (("capture", "demo"), {"out", "teacher"}),
+    ):
         one, other = ({f.name: f for f in fields(COMMANDS[name])} for name in group)
         # windows there, a fraction here
         shared = one.keys() & other.keys() - but - {"held_out", "json"}

@@ -217,7 +217,9 @@ def test_the_best_checkpoint_is_what_is_measured(cache: Cache, tmp_path: Path) -
     report = sweep(cache, tmp_path, {"alpha": [1]}, student=Tiny(seed=7), **changes)
     run = json.loads((tmp_path / "alpha=1" / "seed=0" / "run.json").read_text())["report"]
     assert run["best"]["step"] < STEPS
-    assert run["best"]["value"] < run["evaluation"]["kl_bucket"]
+    assert run["best"]["value"] == run["evaluation"]["kl_bucket"]
+    last = [line for line in read_metrics(tmp_path / "alpha=1" / "seed=0") if "evaluation" in line][-1]
+    assert run["best"]["value"] < last["evaluation"]["kl_bucket"]
     assert report.arms[0].mean("kl_bucket") == pytest.approx(run["best"]["value"])
 
 
@@ -232,6 +234,22 @@ def test_a_mixture_and_no_held_out_split(cache: Cache, tmp_path: Path) -> None:
     assert plain.complete
     assert plain.best is None
     assert "nothing was measured" in sweep_text(plain)
+
+
+def test_under_torchrun_it_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Before the processes look for each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    given = ["--student", "train_cases:tiny", "--cache", cache.store.describe(), "--out", str(tmp_path / "out")]
+    assert main(["sweep", *given, "--alpha", "0", "1"]) == 1
+    told = capfd.readouterr().err
+    assert told.startswith(
+        "fastkd: sweep: found 2 processes; it runs in one. Give each its own arms and its own folder"
+    )
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_students_that_would_share_their_weights_are_refused(cache: Cache, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from fastkd.hub import load_transformers
 from fastkd.settings import TrainSettings
 from fastkd.stopping import Stop
 from fastkd.student.checkpoint import newest, read, steps_of
+from fastkd.student.evaluate import Evaluation, evaluate
 from fastkd.student.metrics import read_metrics
-from fastkd.student.model import Student
+from fastkd.student.model import Student, of_module
 from fastkd.student.schedule import rate_at
 from fastkd.teacher.protocol import Head, Hidden
 
@@ -196,7 +197,7 @@ def test_a_stop_leaves_a_checkpoint_to_go_on_from(cache: Cache, tmp_path: Path) 
 
 
 def test_the_best_is_kept_and_can_be_the_result(cache: Cache, tmp_path: Path) -> None:
-    values = iter([5.0, 3.0, 4.0, 3.5, 3.2])
+    values = iter([5.0, 3.0, 4.0, 3.5, 3.2, 3.0])  # the last one is of what is exported
 
     def evaluate(student: Student) -> dict[str, float]:
         assert not student.training
@@ -206,6 +207,7 @@ def test_the_best_is_kept_and_can_be_the_result(cache: Cache, tmp_path: Path) ->
         cache, tmp_path, evaluate=evaluate, evaluate_every=2, checkpoint_every=1, best="mine", export="best", keep=2
     )
     assert report.best == {"step": 4, "measure": "mine", "value": 3.0}
+    assert report.evaluation == {"mine": 3.0}
     assert steps_of(tmp_path) == [4, 9, 10]
     best = read(tmp_path, 4)
     assert not isinstance(best, str)
@@ -213,6 +215,21 @@ def test_the_best_is_kept_and_can_be_the_result(cache: Cache, tmp_path: Path) ->
     assert_close({f"model.{n}": t for n, t in exported.items()}, best.tensors("model"), 0.0)
     with pytest.raises(TrainError, match="best: found 'other'; the evaluation has mine"):
         train(cache, tmp_path / "other", evaluate=lambda student: {"mine": 1.0}, evaluate_every=2, best="other")
+
+
+def test_what_is_measured_at_the_end_is_what_is_exported(cache: Cache, tmp_path: Path) -> None:
+    """A teacher's copy on hard labels: the first step does least harm."""
+    changes: dict[str, Any] = {"alpha": 1.0, "evaluate_every": 1, "best": "kl_bucket", "rate": 0.05}
+    for export in ("best", "last", "best"):  # the same run, called again, gives the other
+        report = train(cache, tmp_path, Tiny(seed=7), export=export, **changes)
+        measured = Evaluation.from_json(json.loads((tmp_path / "evaluation.json").read_text()))
+        student = Tiny()
+        student.load_state_dict(load_file(tmp_path / "student" / "model.safetensors"))
+        again = evaluate(of_module(student, "again"), cache, batch_tokens=SMALL["micro_tokens"])
+        assert again.summary() == measured.summary()
+        assert report.evaluation["kl_bucket"] == again.summary()["kl_bucket"]["mean"]
+        assert (report.evaluation["kl_bucket"] == report.best["value"]) == (export == "best")
+        assert json.loads((tmp_path / "run.json").read_text())["report"]["evaluation"] == report.evaluation
 
 
 def test_agreement_is_better_when_it_is_higher(cache: Cache, tmp_path: Path) -> None:

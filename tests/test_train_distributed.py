@@ -1,5 +1,6 @@
 """However a step is divided over micro-batches and processes, the weights come out as those of one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,30 @@ def test_evaluations_of_parts(place: Path) -> None:
     assert len(ours) == 2
     for theirs in others:
         assert [pytest.approx(line, rel=1e-6) for line in ours] == theirs
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_evaluation_is_divided_and_comes_to_the_same(place: Path, tmp_path: Path, ranks: int) -> None:
+    """Bit by bit, as each process makes micro-batches that one alone would make; and each makes its part of them."""
+    for count in (1, ranks):
+        train_jobs.run(train_jobs.measure, place / "cache", tmp_path, 32, ranks=count)
+    whole, one = json.loads((tmp_path / "1-0.json").read_text())
+    calls = []
+    for rank in range(ranks):
+        made, found = json.loads((tmp_path / f"{ranks}-{rank}.json").read_text())
+        calls.append(made)
+        for name in ("seconds", "timed_positions"):
+            found[name] = one[name]
+        assert found == one
+    assert sum(calls) == whole
+    assert max(calls) <= -(-whole // ranks) + 1
+
+
+def test_fewer_steps_than_processes_are_made_by_each(place: Path, tmp_path: Path) -> None:
+    train_jobs.run(train_jobs.measure, place / "cache", tmp_path, 100_000, ranks=2)
+    ours, theirs = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
+    assert ours[0] == theirs[0]
+    assert ours[1]["student"] == theirs[1]["student"]
 
 
 def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> None:

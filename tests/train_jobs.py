@@ -119,6 +119,29 @@ def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+def measure(cache: Path, out: Path, batch_tokens: int) -> None:
+    """An evaluation by all processes; each writes what it found, and how many forwards it made."""
+    import json
+
+    import torch
+    from train_cases import Tiny
+
+    from fastkd.student.evaluate import evaluate
+    from fastkd.student.model import of_module
+    from fastkd.student.processes import together
+
+    student, calls = of_module(Tiny(seed=3), "measured"), 0
+
+    def counted(batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return student.eval().logits(batch)
+
+    with together("cpu") as processes:
+        found = evaluate(counted, cache, batch_tokens=batch_tokens, processes=processes).to_json()
+        (out / f"{processes.world_size}-{processes.rank}.json").write_text(json.dumps([calls, found]))
+
+
 def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
     """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
     changes what lies on the disk."""

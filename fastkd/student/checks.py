@@ -12,12 +12,14 @@ from ..kernels.tail import check_temperature
 from ..kernels.targets import sampled_reach
 from ..settings import TrainSettings
 from .schedule import RAMPS, RATES
+from .trackers import check_tracker
 
 # What may be another when a run goes on: it decides how fast, where and what is kept, or a rounding.
 INDIFFERENT = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
-    "evaluate_every", "evaluate_positions", "checkpoint_every", "checkpoint_minutes", "keep", "export", "threads",
-    "decode", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
+    "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep", "export",
+    "threads", "decode", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention",
+    "trust_remote_code",
 }  # fmt: skip
 
 
@@ -54,6 +56,7 @@ def check_settings(settings: TrainSettings, spec: CacheSpec) -> None:
             raise TrainError(f"{name}: found {count!r}; an integer from {least} on is needed.")
     if settings.clip is not None and not settings.clip > 0:
         raise TrainError(f"clip: found {settings.clip!r}; a positive number, or None for none, is needed.")
+    check_tracker(settings.log)
     _check_teacher(settings, spec)
 
 

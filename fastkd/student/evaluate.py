@@ -25,8 +25,10 @@ from ..data.examples import Examples
 from ..errors import StreamError
 from ..intervals import Interval, to_json
 from .batch import AnyBatch
+from .divided import Divided
 from .loader import DistillLoader
 from .measures import Windows, student_rows, teacher_rows
+from .processes import ALONE, Processes
 
 FORMAT = "fastkd-evaluation"
 VERSION = 1
@@ -44,8 +46,9 @@ class Evaluation:
     """What was measured, by window.
 
     split, spec, content: which positions of which cache: the split, the spec's hash, a hash of what was read.
-    student, teacher: the sums of each window. positions: that went through the student. seconds: its forward took, and
-    of how many positions (the first micro-batch, which warms up, is left out where there are more). device: where.
+    student, teacher: the sums of each window. positions: that went through the student. seconds: its forward took (of
+    several processes, in this one), and of how many positions (the first micro-batch, which warms up, is left out where
+    there are more). device: where.
     """
 
     split: str
@@ -146,6 +149,7 @@ def evaluate(
     batch_tokens: int = 8192,
     max_positions: int | None = None,
     device: torch.device | str | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a student on a split of a cache, every window once, in the order of the data.
@@ -156,6 +160,7 @@ def evaluate(
     batch_tokens: positions a micro-batch, pads included, at most; fewer where its logits would take more than 2^27
         numbers. A window that is longer is alone: its logits are the most that is in memory.
     max_positions: only the first whole windows up to so many positions. device: None, where the student is.
+    processes: over which the windows are divided; all of them call it alike, and get the same.
     progress: a bar on stderr.
 
     Raises StreamError where the split is empty or not to be had, and where logits are not what they have to be.
@@ -166,12 +171,13 @@ def evaluate(
         )
     cache = cache if isinstance(cache, Cache) else open_cache(cache)
     where = torch.device(device) if device is not None else _device_of(student)
+    windows_a_step = _windows_a_step(cache, batch_tokens)
     loader = DistillLoader(
         cache,
         split=split,
         shuffle=False,
         max_positions=max_positions,
-        batch_size=_windows_a_step(cache, batch_tokens),
+        batch_size=windows_a_step,
         micro_tokens=max(1, min(batch_tokens, _LOGITS // cache.spec.vocab_size)),
         device=where,
         data=data,
@@ -180,10 +186,11 @@ def evaluate(
     windows = source["sequences"]
     ours, teachers = Windows.empty(windows), Windows.empty(windows)
     logits_of = _logits_of(student)
-    clock, positions, done = _Clock(where), 0, 0
+    divided = Divided(loader, windows, windows_a_step, processes, student)
+    clock, positions, done = _Clock(where), 0, divided.window
     bar = tqdm(total=windows, desc=f"evaluate {split}", unit="window", disable=not progress)
     with torch.no_grad(), _evaluating(student), bar:
-        for step in loader:
+        for step in divided.steps(logits_of):
             for batch in step.micro_batches:
                 positions += batch.positions
                 if not batch.count:
@@ -200,6 +207,7 @@ def evaluate(
                 teachers.add(window, teacher_rows(batch.targets, labels))
             done += step.sequences
             bar.update(step.sequences)
+    ours, teachers, positions = divided.sum(ours), divided.sum(teachers), divided.total(positions)
     if not ours.counts.any():
         raise StreamError(
             f"split: {split!r} of {cache!r} has {windows} windows, and no position in them counts. Nothing can be "

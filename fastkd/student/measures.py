@@ -141,6 +141,11 @@ class Windows:
         """Nothing yet of so many windows."""
         return cls(np.zeros(windows))
 
+    @staticmethod
+    def no_bins(windows: int) -> Floats:
+        """Bins of so many windows, with nothing in them."""
+        return np.zeros((windows, BINS, len(_BIN_SUMS)))
+
     def add(self, window: NDArray[np.int64], rows: Rows) -> None:
         """Add rows: window `[m]` says which each is of."""
         values = {name: row.double().cpu().numpy() for name, row in rows.items()}
@@ -150,7 +155,7 @@ class Windows:
             np.add.at(self.sums.setdefault(name, np.zeros(len(self.counts))), window, row)
         if confidence is not None:
             if self.bins is None:
-                self.bins = np.zeros((len(self.counts), BINS, len(_BIN_SUMS)))
+                self.bins = self.no_bins(len(self.counts))
             which = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
             columns = np.stack([np.ones_like(confidence), confidence, values["accuracy"]], 1)
             np.add.at(self.bins, (window, which), columns)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import write_text
+from .trackers import Tracker
 
 FILE = "metrics.jsonl"
 
@@ -36,22 +37,30 @@ class StepDone:
 
 
 class MetricsLog:
-    """The file of a run; what was said of steps after `step`, which will be made again, is taken out of it."""
+    """The file of a run; what was said of steps after `step`, which will be made again, is taken out of it.
 
-    def __init__(self, run: Path, step: int) -> None:
+    tracker: told the same.
+    """
+
+    def __init__(self, run: Path, step: int, tracker: Tracker | None = None) -> None:
         path = run / FILE
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         write_text(path, "".join(_line(entry) for entry in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
+        self._tracker = tracker
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Add a line, for whoever reads along."""
         self._file.write(_line(entry))
         self._file.flush()
+        if self._tracker is not None:
+            self._tracker.write(entry)
 
     def close(self) -> None:
         """No more."""
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -62,6 +62,14 @@ class Processes:
         self.begin_sum([0])()
 
 
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def process_count(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes there are: of the group that is there, else of torchrun's."""
+    return dist.get_world_size() if dist.is_initialized() else int(environment.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def together(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
     """The processes that torchrun started, or that share the caller's process group; else this one alone.

@@ -32,10 +32,11 @@ class TrainReport:
     """What a training did.
 
     out: the run's folder. step, steps: made, and to be made in all. resumed: the step it went on from, 0 at the
-    beginning. metrics: the last step's figures. evaluation: the last measures on the held-out split, empty where there
-    were none; best: the step, and the value, of the best ones. positions, seconds, waiting: of this call: positions
-    that went through the student, the time its steps took, and the share of it in which there was no batch. student:
-    the folder of the result. control: the same of the student on hard labels alone.
+    beginning. metrics: the last step's figures. evaluation: the last measures on the held-out split (at the end those
+    of the student that is the result), empty where there were none; best: the step, and the value, of the best ones.
+    positions, seconds, waiting: of this call: positions that went through the student, the time its steps took, and the
+    share of it in which there was no batch. student: the folder of the result. control: the same of the student on hard
+    labels alone.
     """
 
     out: str

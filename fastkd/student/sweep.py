@@ -31,15 +31,14 @@ from ..settings import TrainSettings
 from ..stopping import Stop
 from .arms import Arm, Memory, make_arms
 from .batch import Step
-from .checkpoint import Checkpoint, lock, newest, read, write_text
+from .checkpoint import lock, newest, write_text
 from .checks import check_same, deciding
 from .evaluate import Evaluation
 from .examples import check_data
 from .loader import DistillLoader
 from .make import make_student
-from .processes import Processes, together
+from .processes import Processes, process_count, together
 from .sources import open_sources
-from .state import load_model
 from .sweep_plot import plotted
 from .sweep_result import EVALUATION, EVALUATIONS, FAILED, SWEEP, Result, SweepReport, make_report, read_result
 from .train import DEFAULTS, held_out, make_loader
@@ -95,16 +94,16 @@ def sweep(
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise TrainError(f"{name}: found {number!r}; an integer from 1 on is needed.")
     settings, out = replace(settings, **changes), Path(out)
+    if (count := process_count()) > 1:
+        raise TrainError(
+            f"sweep: found {count} processes; it runs in one. Give each its own arms and its own folder, without "
+            "torchrun, or train the arms one by one with fastkd train."
+        )
     check_sweep_place(out)
     caches, weights = open_sources(cache)
     check_data(caches, data)
     chosen, notes = make_arms(arms, settings, caches[0].spec)
     with together(settings.device) as processes, ExitStack() as stack:
-        if processes.world_size > 1:
-            raise TrainError(
-                f"sweep: found {processes.world_size} processes; it runs in one. Give each its own arms and its own "
-                "folder, without torchrun, or train the arms one by one with fastkd train."
-            )
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         probe = make_student(student, caches[0].spec, settings, data).student
@@ -235,16 +234,8 @@ class _Sweep:
     def _finish(self, member: Member) -> None:
         """What an arm leaves: its student, what was measured, and last run.json, which says that it is done."""
         trainer = member.trainer
+        trainer.measure_result(again=not member.evaluations)
         report = trainer.report()
-        best = report.best
-        exported = member.settings.export == "best" and best.get("step", trainer.step) != trainer.step
-        if exported:
-            found = read(member.folder, best["step"])
-            assert isinstance(found, Checkpoint)
-            load_model(trainer.student, found.tensors("model"), str(found.folder))
-        # of what is exported, and anew where that was measured before this process began
-        if member.evaluate is not None and (exported or not member.evaluations):
-            member.evaluate(trainer.student)
         measured = [one.to_json() for one in member.evaluations]
         if len(measured) == 1:  # where a report looks for it
             write_text(member.folder / EVALUATION, json.dumps(measured[0], allow_nan=False) + "\n")

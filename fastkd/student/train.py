@@ -25,7 +25,7 @@ from .examples import check_data
 from .loader import DistillLoader
 from .make import make_student
 from .model import Student
-from .processes import Processes, together
+from .processes import ALONE, Processes, together
 from .result import CONTROL, RUN, TrainReport
 from .sources import open_sources
 from .split import open_split
@@ -86,9 +86,9 @@ def train(
         def keep(found: list["Evaluation"]) -> None:
             kept[:] = found
 
-        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data)
+        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data, processes)
         source = caches[0] if len(caches) == 1 else list(zip(caches, weights, strict=True))
-        run = partial(_run, source, caches, data, processes, measure, kept, stop, progress)
+        run = partial(_run, source, caches, data, processes, measure, None if evaluate else kept, stop, progress)
         report = run(student, Path(out), settings)
         if control and report.complete:
             plain = replace(settings, alpha=1.0, alpha_end=None)
@@ -104,15 +104,16 @@ def _run(
     data: Examples | None,
     processes: Processes,
     evaluate: Evaluate | None,
-    kept: list["Evaluation"],
+    kept: list["Evaluation"] | None,
     stop: Stop | None,
     progress: str,
     student: Any,
     out: Path,
     settings: TrainSettings,
 ) -> TrainReport:
-    """One training. kept: the last evaluations, one of each cache."""
-    kept.clear()  # another run's
+    """One training. kept: the last evaluations, one of each cache; None where `evaluate` is the caller's."""
+    if kept is not None:
+        kept.clear()  # another run's
     made = make_student(student, caches[0].spec, settings, data)
     loader = make_loader(cache, settings, processes, data)
     trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
@@ -121,10 +122,13 @@ def _run(
         if stop is not None:
             stop.gentle = True
         trainer.run(stop or Stop())
+        if trainer.step >= trainer.steps:
+            # of a run that was at its end already, what was measured is not known by window
+            trainer.measure_result(again=kept == [])
         report = trainer.report()
         if processes.first:
             trainer.write_run(caches, report)
-            if len(kept) == 1:  # by window, so that runs can be compared in pairs
+            if kept is not None and len(kept) == 1:  # by window, so that runs can be compared in pairs
                 write_text(out / EVALUATION, json.dumps(kept[0].to_json()) + "\n")
         processes.wait()
         return report
@@ -165,9 +169,11 @@ def held_out(
     weights: Sequence[float],
     keep: Callable[[list["Evaluation"]], object] = lambda found: None,
     data: Examples | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluate | None:
     """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
-    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache."""
+    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache.
+    processes: over which the windows are divided."""
     if settings.evaluate_every == 0:
         return None
     try:
@@ -187,6 +193,7 @@ def held_out(
                 data=data,
                 batch_tokens=settings.micro_tokens,
                 max_positions=settings.evaluate_positions,
+                processes=processes,
             )
             for cache in caches
         ]

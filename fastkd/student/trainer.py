@@ -37,6 +37,7 @@ from .processes import Processes, Wrapped, checkpoint_layers, compile_layers
 from .result import RUN, STUDENT, TrainReport, command_line, description, machine, write_student
 from .schedule import ramp_at, rate_at
 from .state import load_model, load_optimizer, model_tensors, optimizer_tensors
+from .trackers import tracker_of
 
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Measures of a student, by name. Every process calls it, in the same order."""
@@ -108,7 +109,8 @@ class Trainer:
             self._say(f"going on from step {step} of {self.steps}")
         self.resumed = self._checkpointed = self.step
         if self._processes.first:
-            self._log = MetricsLog(self._out, self.step)
+            tracker = tracker_of(self._settings.log, self._out, self.step, asdict(self._settings))
+            self._log = MetricsLog(self._out, self.step, tracker)
         self._progress = Progress(self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode)
         for note in self.student.notes:
             self._say(f"student: {note}")
@@ -176,6 +178,18 @@ class Trainer:
             student=str(self._out / STUDENT) if complete else None,
             notes=self.student.notes,
         )
+
+    def measure_result(self, *, again: bool) -> None:
+        """At the end: have what was measured last be of the weights that are the result. again: though it seems so, as
+        where that was measured by a process before this one."""
+        best = self._best.get("step", self.step)
+        other = self._settings.export == "best" and best != self.step
+        if self._evaluate is None or not (other or again):
+            return
+        if other:
+            found = self._best_checkpoint()
+            load_model(self.student, found.tensors("model"), str(found.folder))
+        self._evaluation = self._measured()
 
     def write_run(self, caches: Sequence[Cache], report: TrainReport) -> None:
         """run.json: all that a report on the run needs."""
@@ -282,11 +296,7 @@ class Trainer:
 
     def _measure(self) -> bool:
         """Evaluate; whether the student is the best so far."""
-        assert self._evaluate is not None
-        self.student.eval()
-        found = dict(self._evaluate(self.student))
-        self._wrapped.evaluated()
-        self.student.train()
+        found = self._measured()
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
             raise TrainError(f"best: found {name!r}; the evaluation has {', '.join(found)}.")
@@ -302,6 +312,14 @@ class Trainer:
         measures = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
         return better
+
+    def _measured(self) -> dict[str, float]:
+        assert self._evaluate is not None
+        self.student.eval()
+        found = dict(self._evaluate(self.student))
+        self._wrapped.evaluated()
+        self.student.train()
+        return found
 
     def _save(self) -> None:
         """Write a checkpoint; all figures up to here are finite."""
@@ -342,12 +360,15 @@ class Trainer:
         if not first:
             return
         if self._settings.export == "best" and self._best:
-            best = read(self._out, self._best["step"])
-            if not isinstance(best, Checkpoint):
-                raise TrainError(f"{self._out}: the best checkpoint, of step {self._best['step']}, {best}. Use "
-                                 "export='last'.")  # fmt: skip
-            tensors = best.tensors("model")
+            tensors = self._best_checkpoint().tensors("model")
         write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
+
+    def _best_checkpoint(self) -> Checkpoint:
+        best = read(self._out, self._best["step"])
+        if not isinstance(best, Checkpoint):
+            raise TrainError(f"{self._out}: the best checkpoint, of step {self._best['step']}, {best}. Use "
+                             "export='last'.")  # fmt: skip
+        return best
 
     def _stopped_by(self, what: str, step: int, batch: str) -> Diverged:
         kept = (

@@ -1,8 +1,8 @@
 """What a treatment does to the student's gradient: error of one cache, and what is left of it on average over caches.
 
-    fastkd bench treatments                                 # --synthetic, and fewer draw sets
-    .venv/bin/python bench/bench_treatments.py --synthetic
-    .venv/bin/python bench/bench_treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
+    fastkd bench quality                                    # among others, of its own student
+    .venv/bin/python bench/treatments.py --synthetic
+    .venv/bin/python bench/treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
 
 The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) in the student's hidden states, pulled through
 the head in float64. The student is an earlier layer of the teacher's own, through the final norm and the same head
@@ -13,6 +13,8 @@ the head in float64. The student is an earlier layer of the teacher's own, throu
     mean      of the mean gradient over R draw sets: the bias, plus what chance leaves of it
     chance    what chance leaves: the sets' spread over sqrt(R); an unbiased treatment has mean near chance
     bias      sqrt(mean² - chance²), or 0
+    cosine    between one set's gradient and the truth, mean over the sets
+    norm      of one set's gradient over the truth's, mean over the sets
 """
 
 import argparse
@@ -26,10 +28,11 @@ from torch import Tensor
 
 from fastkd import SparseTargets, linear_kd_loss
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case
 from fastkd.bench.table import Table
 
 CELLS = ((1.0, 1.0), (1.0, 2.0), (1.0, 4.0), (1.5, 1.0), (1.5, 1.5), (1.5, 2.0))  # (T_d, T)
+Cells = Sequence[tuple[float, float]]
 SYNTHETIC = {"n": 64, "v": 8192, "d": 128}
 
 
@@ -101,11 +104,15 @@ class Tally:
 
     def __init__(self, truth: Tensor) -> None:
         self.truth, self.sum, self.squares, self.count = truth, torch.zeros_like(truth), 0.0, 0
+        self.cosines, self.norms = 0.0, 0.0
 
     def add(self, found: Tensor) -> None:
         """One draw set's gradient."""
         self.sum += found - self.truth
         self.squares += float((found - self.truth).square().sum())
+        norm, size = float(found.norm()), float(self.truth.norm())
+        self.cosines += float((found * self.truth).sum()) / (norm * size)
+        self.norms += norm / size
         self.count += 1
 
     def figures(self) -> dict[str, float]:
@@ -115,23 +122,25 @@ class Tally:
         one = (self.squares / r) ** 0.5
         chance = (max(one**2 - mean**2, 0.0) / (r - 1)) ** 0.5 if r > 1 else 0.0
         bias = max(mean**2 - chance**2, 0.0) ** 0.5
-        return {"one": one / size, "mean": mean / size, "chance": chance / size, "bias": bias / size}
+        errors = {"one": one / size, "mean": mean / size, "chance": chance / size, "bias": bias / size}
+        return errors | {"cosine": self.cosines / r, "norm": self.norms / r}
 
 
-def run(problem: Problem, k: int, draws: int, sets: int) -> list[dict[str, Any]]:
-    """All cells. The targets of one seed serve every temperature."""
-    truths = {t: dense(problem, t) for t in sorted({t for _, t in CELLS})}
+def run(problem: Problem, k: int, draws: int, sets: int, cells: Cells = CELLS) -> list[dict[str, Any]]:
+    """All cells, of a head and draws and of as many draws alone. The targets of one seed serve every temperature."""
+    truths = {t: dense(problem, t) for t in sorted({t for _, t in cells})}
     rows: list[dict[str, Any]] = []
-    for drawn_at in sorted({t_d for t_d, _ in CELLS}):
-        tallies = {t: Tally(truths[t][0]) for t_d, t in CELLS if t_d == drawn_at}
-        for seed in range(sets):
-            targets = SparseTargets.from_logits(
-                problem.teacher_NV, k, draws=draws, draw_temperature=drawn_at, seed=seed
-            )
-            for t, tally in tallies.items():
-                tally.add(gradient(problem, targets, t, "sampled"))
-        name = f"sampled, {k} + {draws} from T_d = {drawn_at:g}"
-        rows += [{"targets": name, "T": t, **tally.figures()} for t, tally in tallies.items()]
+    for head, drawn in ((k, draws), (0, k + draws)):
+        for drawn_at in sorted({t_d for t_d, _ in cells}):
+            tallies = {t: Tally(truths[t][0]) for t_d, t in cells if t_d == drawn_at}
+            for seed in range(sets):
+                targets = SparseTargets.from_logits(
+                    problem.teacher_NV, head, draws=drawn, draw_temperature=drawn_at, seed=seed
+                )
+                for t, tally in tallies.items():
+                    tally.add(gradient(problem, targets, t, "sampled"))
+            name = f"sampled, {head} + {drawn} from T_d = {drawn_at:g}"
+            rows += [{"targets": name, "T": t, **tally.figures()} for t, tally in tallies.items()]
     for size in (k, k + draws):  # the same head, and the same number of entries
         targets = SparseTargets.from_logits(problem.teacher_NV, size)
         for treatment in ("bucket", "renormalize"):
@@ -144,12 +153,14 @@ def run(problem: Problem, k: int, draws: int, sets: int) -> list[dict[str, Any]]
     return sorted(rows, key=lambda row: row["T"])
 
 
-def bench(table: Table, make: Callable[[], Problem], what: str, k: int, draws: int, sets: int) -> None:
-    """A row a treatment and temperature."""
+def bench(
+    table: Table, make: Callable[[], Problem], what: str, k: int, draws: int, sets: int, cells: Cells = CELLS
+) -> None:
+    """Two rows a treatment and temperature."""
     problem = make()
     n, v = problem.teacher_NV.shape
     last = None
-    for row in run(problem, k, draws, sets):
+    for row in run(problem, k, draws, sets, cells):
         if row["T"] != last:
             last = row["T"]
             head = problem.teacher_NV.div(last).softmax(1).topk(k).values.sum(1).mean()
@@ -158,13 +169,8 @@ def bench(table: Table, make: Callable[[], Problem], what: str, k: int, draws: i
             table.value("KL from the teacher to the student", row["kl"], "nats", note=note)
         note = ", ".join(f"{key} {row[key]:.4f}" for key in ("mean", "chance", "bias"))
         table.value(f"{row['targets']}: error of one", row["one"], "of the gradient", better="lower", note=note)
-
-
-def cases(ask: Ask) -> Sequence[Case]:
-    """The synthetic teacher."""
-    make = partial(synthetic, **SYNTHETIC)
-    sets = ask.size(8, 64)
-    return [Case("synthetic", partial(bench, make=make, what="synthetic teacher", k=48, draws=16, sets=sets))]
+        note = f"norm over the dense gradient's {row['norm']:.3f}"
+        table.value(f"{row['targets']}: cosine", row["cosine"], "with it", better="higher", note=note)
 
 
 def main() -> None:
