@@ -16,7 +16,7 @@ SEQUENCES = 512  # of a shard, 2048 positions each
 
 # In a process of its own: requests, seconds, and by how many MB memory grows at most.
 _OPEN = """
-import sys, time
+import os, sys, time
 import fastkd.cache, pyarrow.parquet
 from fastkd.cache import open_cache, open_store
 store = open_store(sys.argv[1])
@@ -29,7 +29,8 @@ start = time.perf_counter()
 cache = open_cache(store)
 assert len(cache.shards) == int(sys.argv[2])
 seconds = time.perf_counter() - start
-print(len(asked), seconds, peak() - base)
+print(len(asked), seconds, peak() - base, flush=True)
+os._exit(0)  # threads of libraries have been seen to abort at the end of a process
 """
 
 
@@ -81,7 +82,7 @@ def opening(folder: Path | str, shards: int, rounds: int) -> Opening:
     """Medians of opening it in a process of its own."""
     command = [sys.executable, "-c", _OPEN, str(folder), str(shards)]
     found = [
-        [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+        [float(x) for x in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()]
         for _ in range(rounds)
     ]
     return Opening(*np.median(np.array(found), 0).tolist())
