@@ -471,7 +471,7 @@ def test_command(again: DemoSettings, capfd: pytest.CaptureFixture[str], monkeyp
     assert cli.main(["demo", *args, "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["settings"]["steps"] == 20
-    assert "train healed: 20 steps of 32 positions" in captured.err
+    assert "train healed: 20 steps of 64 positions" in captured.err
 
     def stops(settings: DemoSettings, stop: Stop) -> Any:
         raise Stopped
