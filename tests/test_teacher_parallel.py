@@ -116,6 +116,7 @@ if group.worker == 1:
     os._exit(0)  # a worker that dies, without a word
 again = group.share([rank])
 print(group.worker, group.workers, group.size, group.leader, first["from"], first["array"].tolist(), again, flush=True)
+group.leave()  # gloo's threads would else be cut off, and now and then abort
 """
 
 
