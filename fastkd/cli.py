@@ -116,6 +116,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
             progress=mode_for(events=command.json),
             notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
         )
+        loaded.place.leave()
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 

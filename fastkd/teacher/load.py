@@ -21,7 +21,7 @@ from ..settings import DataSettings, ModelSettings
 from .hf import HFTeacher, load_hf
 from .job import Alone, Group
 from .modules import ModuleTeacher
-from .parallel import join_group
+from .parallel import ParallelGroup, join_group
 from .protocol import Teacher
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -34,6 +34,11 @@ class Place(NamedTuple):
     worker: int
     workers: int
     group: Group
+
+    def leave(self) -> None:
+        """End what joined the processes of a worker: threads that wait for others would now and then abort one."""
+        if isinstance(self.group, ParallelGroup):
+            self.group.leave()
 
 
 class Loaded(NamedTuple):
