@@ -81,7 +81,7 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
         )
         if file.metadata.num_rows > min(_MOST_SHARDS, len(data) // _ROW):
             raise ValueError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
-        table = file.read()
+        table = file.read(use_threads=False)  # a short process then has no threads to end
         metadata = table.schema.metadata or {}
         table = _with_plain_attempts(table).replace_schema_metadata(None)
         if table.schema != SCHEMA:
