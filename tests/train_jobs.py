@@ -10,6 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from fastkd.stopping import DONE, WORK_REMAINS
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.student.train", "fastkd.student.evaluate"])
 
@@ -28,12 +30,12 @@ def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[Bas
 
 
 def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:
-    """Their exit statuses; where one fails the others are killed, as torchrun does."""
+    """Their exit statuses. Where one fails the others are killed; a stop that was asked for is no failure."""
     waited = list(running)
     while waited:
         ready = wait([process.sentinel for process in waited], seconds)
         waited = [process for process in waited if process.sentinel not in ready]
-        if not ready or any(process.exitcode for process in running):
+        if not ready or any(process.exitcode not in (None, DONE, WORK_REMAINS) for process in running):
             for process in waited:
                 process.kill()
     for process in running:
