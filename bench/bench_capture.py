@@ -30,6 +30,7 @@ from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.data.documents import Documents, open_documents
 from fastkd.kernels import linear_topk_targets
+from fastkd.kernels.topk import default_chunk
 from fastkd.settings import CaptureSettings
 from fastkd.teacher.pipeline import Ask as Targets
 from fastkd.teacher.pipeline import Runner
@@ -56,8 +57,9 @@ class Decoder:
 def buffer_for(teacher: Decoder) -> Tensor:
     """Room for a chunk of logits, of the size that `linear_topk_targets` takes."""
     weight = teacher.head.weight
-    tokens = 2048 if weight.is_cuda else max(1, (64 << 20) // (weight.element_size() * teacher.vocab_size))
-    return torch.empty((tokens, teacher.vocab_size), dtype=weight.dtype, device=weight.device)
+    return torch.empty(
+        (default_chunk(weight, teacher.vocab_size), teacher.vocab_size), dtype=weight.dtype, device=weight.device
+    )
 
 
 def project(teacher: Decoder, states: Tensor, buffer: Tensor) -> None:

@@ -29,6 +29,7 @@ from fastkd.bench.harness import interleaved, peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Ask, Case
 from fastkd.bench.table import Table
+from fastkd.demo.step import labels_only
 from fastkd.hub import load_transformers
 from fastkd.kernels.linear import default_chunk
 from fastkd.settings import TrainSettings
@@ -90,12 +91,8 @@ class Steps:
         self.optimizer = make_optimizer(self.student, TrainSettings(), torch.device(device))
         n = size["rows"] * size["length"]
         targets = known_targets(n, VOCAB, 48, 16, device)
-        none = SparseTargets(
-            ids=targets.ids[:, :0], logprobs=targets.logprobs[:, :0], tail=targets.tail, outcomes=targets.outcomes,
-            vocab_size=VOCAB, temperatures=targets.temperatures,
-        )  # fmt: skip
         self.batch = batch_of(size["rows"], size["length"], targets, device)
-        self.labels_only = batch_of(size["rows"], size["length"], none, device)
+        self.labels_only = batch_of(size["rows"], size["length"], labels_only(targets), device)
         self.temperature = torch.tensor(temperature, device=device)
         self.alpha, self.one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
 

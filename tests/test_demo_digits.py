@@ -20,6 +20,7 @@ from fastkd.errors import DataError
 from fastkd.mixing import mixed
 from fastkd.settings import DemoSettings
 from fastkd.stopping import Stop, Stopped
+from fastkd.student.model import parameters_and_bytes
 from fastkd.student.split import open_split
 from fastkd.student.trainer import Trainer
 
@@ -188,7 +189,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_a_student_is_a_tenth_of_its_teacher() -> None:
     sizes = demo.Sizes()
-    teacher, student = (demo.parameters(net(w, 0)) for w in (sizes.teacher_width, sizes.student_width))
+    teacher, student = (parameters_and_bytes(net(w, 0))[0] for w in (sizes.teacher_width, sizes.student_width))
     assert 0.09 < student / teacher < 0.1
 
 

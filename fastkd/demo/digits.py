@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import __version__
-from ..cache import CacheError, verify_cache
 from ..data.examples import Examples
 from ..errors import DataError
 from ..intervals import Interval
@@ -28,6 +26,7 @@ from ..settings import DemoSettings
 from ..stopping import Stop, Stopped
 from ..student.checkpoint import write_text
 from ..student.evaluate import Evaluation, compare
+from ..student.model import parameters_and_bytes
 from ..student.result import CONTROL, RUN
 from ..student.train import EVALUATION, train
 from ..teacher.capture import capture
@@ -35,6 +34,7 @@ from . import Done
 from .clock import Clock
 from .digits_data import CLASSES, HELD_OUT, digits
 from .digits_net import Net, net, train_teacher
+from .trust import verified
 
 SHOWN = ("cross_entropy", "kl_bucket", "agreement", "accuracy", "ece")
 
@@ -77,15 +77,9 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         teacher, trained = have_teacher(out / "teacher.safetensors", data, sizes, seed, clock)
     with clock.stage("capture", f"{len(data) * data.copies:,} augmented digits into {out / 'cache'}"):
         captured = have_cache(out / "cache", teacher, data, seed, clock, stop)
-    with clock.stage("verify", "every byte of the cache against its hash"):
-        checked = verify_cache(out / "cache", deep=True)
-        if checked.problems:
-            raise CacheError(
-                f"{out / 'cache'}: {'; '.join(map(str, checked.problems))}. Nothing was trained. Delete bad shards and "
-                "manifest.parquet, and run it again: it captures what is missing, and nothing else."
-            )
+    checked = verified(out / "cache", clock)
     with clock.stage("train", "a student from the cache, then its control on labels alone"):
-        of_teacher = {"parameters": parameters(teacher), "bytes": sum(p.nbytes for p in teacher.parameters())}
+        of_teacher = dict(zip(("parameters", "bytes"), parameters_and_bytes(teacher), strict=True))
         del teacher
         have_student(out / "student", out / "cache", data, sizes, seed, of_teacher, clock, stop)
     with clock.stage("report", str(out / "report.html")):
@@ -165,11 +159,6 @@ def have_student(
         clock.say("train: the students are there from before")
     document = json.loads((out / RUN).read_text())
     write_text(out / RUN, json.dumps(document | {"teacher": teacher}, indent=1, allow_nan=False) + "\n")
-
-
-def parameters(model: torch.nn.Module) -> int:
-    """How many numbers it is made of."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def scores(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cache import Cache, CacheError, open_cache, verify_cache
+from ..cache import Cache, open_cache
 from ..data.tokenizers import load_tokenizer
 from ..inspect_cache import inspect_cache
 from ..report.demo_sections import completions
@@ -26,7 +26,7 @@ from . import Done, smollm2
 from .clock import Clock
 from .completions import examples, held_out_prefixes, student_completions
 from .figures import Figure, figures_of, figures_section, figures_text
-from .once import Json, once
+from .once import Json, once, plain
 from .page import by_hand, capture_command, cost_section, options, train_command, trust_section
 from .scales import Sizes, sizes_of
 from .scores import everyone, pairs, scores_json, scores_text
@@ -34,9 +34,8 @@ from .step import step_ratio
 from .students import have_cut, have_evaluated, have_trained
 from .teacher import Places, capture_settings, have_cache, held_out, identity, model_settings
 from .text import have_windows, language_reference, package_sources, windows_of
-from .trust import flipped_copy, named_by_verify
+from .trust import flipped_copy, named_by_verify, verified
 
-AGAIN = "Delete bad shards and manifest.parquet, and run it again: it captures what is missing, and nothing else."
 WARM_UP = 0.2  # of the steps: a damaged model's first gradients are large, and at the full rate a step may throw it off
 
 
@@ -86,7 +85,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> Done:
         page = settings.out / "report.html"
         again = f"fastkd demo --out {settings.out}"
         make_report(folders, page, more=more, title="The demo: a model healed from a cache", command=again)
-    report: Json = {
+    report = plain({
         "fastkd": __version__,
         "settings": asdict(settings) | asdict(sizes),
         "teacher": {name: taught[name] for name in ("name", "parameters", "bytes", "overhead")},
@@ -98,9 +97,9 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> Done:
         "differences": {name: {m: i._asdict() for m, i in found.items()} for name, found in pairs(runs)},
         "figures": [figure.to_json() for figure in figures],
         "seconds": clock.seconds | {"all": clock.total},
-    }
-    write_text(settings.out / "report.json", json.dumps(report, indent=1, default=str) + "\n")
-    return Done(json.loads(json.dumps(report, default=str)), text_of(report, runs, figures, sizes))
+    })  # fmt: skip
+    write_text(settings.out / "report.json", json.dumps(report, indent=1) + "\n")
+    return Done(report, text_of(report, runs, figures, sizes))
 
 
 def have_data(settings: DemoSettings, sizes: Sizes, clock: Clock) -> Places:
@@ -120,9 +119,7 @@ def have_data(settings: DemoSettings, sizes: Sizes, clock: Clock) -> Places:
 
 def look_at(place: Path, clock: Clock) -> tuple[Cache, Json]:
     """The cache, every byte of it verified, and what `fastkd inspect` says of it, which is shown."""
-    with clock.stage("verify", "every byte of the cache against its hash"):
-        if problems := verify_cache(place, deep=True).problems:
-            raise CacheError(f"{place}: {'; '.join(map(str, problems))}. Nothing was trained. {AGAIN}")
+    verified(place, clock)
     cache = open_cache(place)
     inspected = inspect_cache(cache)
     clock.say(f"inspect:\n\n{report_text(inspected)}\n")

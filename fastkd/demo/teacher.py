@@ -15,6 +15,7 @@ from ..fingerprints import files_sha256
 from ..progress import mode_for
 from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
 from ..stopping import Stop, Stopped
+from ..student.model import parameters_and_bytes
 from ..teacher.capture import capture
 from ..teacher.hf import HFTeacher
 from ..teacher.load import load
@@ -145,12 +146,12 @@ def _teach(
     with clock.stage("completions", "by the teacher, for the last time"):
         prefixes = held_out_prefixes(held_out(cache, sizes))
         answers = completions_of(teacher.model, places.teacher, prefixes)
-    parameters = list(teacher.model.parameters())
+    count, size = parameters_and_bytes(teacher.model)
     return report.positions_captured, {
         "spec": cache.spec.hash,
         "name": teacher.name,
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": count,
+        "bytes": size,
         "overhead": overhead,
         "answers": answers,
     }

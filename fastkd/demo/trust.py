@@ -1,11 +1,25 @@
-"""Trust, shown: one byte of a copy of the cache is flipped, and `verify` says where."""
+"""Trust in a cache: nothing is trained from a damaged one; and shown, by a byte that is flipped and named."""
 
 import shutil
 from pathlib import Path
 
-from ..cache import verify_cache
+from ..cache import CacheError, verify_cache
 from ..cache.scan import shard_index
+from ..cache.verify import Report
 from ..errors import ReportError
+from .clock import Clock
+
+
+def verified(cache: Path, clock: Clock) -> Report:
+    """What `verify` says of a cache in which it finds nothing wrong. CacheError where it finds something."""
+    with clock.stage("verify", "every byte of the cache against its hash"):
+        found = verify_cache(cache, deep=True)
+        if found.problems:
+            raise CacheError(
+                f"{cache}: {'; '.join(map(str, found.problems))}. Nothing was trained. Delete bad shards and "
+                "manifest.parquet, and run it again: it captures what is missing, and nothing else."
+            )
+    return found
 
 
 def flipped_copy(cache: Path, copy: Path) -> str:

@@ -99,8 +99,7 @@ class Student(nn.Module):
     @property
     def parameters_and_bytes(self) -> tuple[int, int]:
         """How many numbers it is made of, each once, and their bytes."""
-        found = list(self.parameters())
-        return sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)
+        return parameters_and_bytes(self)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -239,6 +238,12 @@ def _keeps_apart(run: Callable[..., Tensor], tokens: Tensor) -> bool:
 
 def _first(said: Output) -> Tensor:
     return said.values if isinstance(said, Logits) else said.states
+
+
+def parameters_and_bytes(model: nn.Module) -> tuple[int, int]:
+    """How many numbers a module is made of, each once, and their bytes."""
+    found = list(model.parameters())
+    return sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)
 
 
 def device_of(model: nn.Module, name: str) -> torch.device:

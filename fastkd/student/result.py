@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,6 +114,26 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
             tokenizer.save(place)
 
     write_folder(folder, fill)
+
+
+def run_document(
+    student: Student, size: tuple[int, int], caches: Sequence[Cache], device: torch.device, world_size: int
+) -> dict[str, Any]:
+    """What every run.json says: of which student, of so many parameters and bytes, on which caches and machine."""
+    parameters, bytes_ = size
+    return {
+        "format": "fastkd-run",
+        "version": 1,
+        "student": {
+            "name": student.name,
+            "parameters": parameters,
+            "bytes": bytes_,
+            "notes": student.notes,
+            "vocab_size": student.vocab_size,
+        },
+        "caches": [description(cache) for cache in caches],
+        "machine": machine(device, world_size),
+    }
 
 
 def description(cache: Cache) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from .metrics import MetricsLog, StepDone, finite
 from .model import Student
 from .optimizer import clip_, make_optimizer
 from .processes import Processes, Wrapped, checkpoint_layers, compile_layers
-from .result import RUN, STUDENT, TrainReport, command_line, description, machine, write_student
+from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
 from .schedule import ramp_at, rate_at
 from .state import load_model, load_optimizer, model_tensors, optimizer_tensors
 from .trackers import tracker_of
@@ -193,18 +193,11 @@ class Trainer:
 
     def write_run(self, caches: Sequence[Cache], report: TrainReport) -> None:
         """run.json: all that a report on the run needs."""
-        count, size = self.size
-        document = {
-            "format": "fastkd-run",
-            "version": 1,
+        document = run_document(self.student, self.size, caches, self._processes.device, self._processes.world_size) | {
             "settings": asdict(self._settings),
-            "student": {"name": self.student.name, "parameters": count, "bytes": size, "notes": self.student.notes,
-                        "vocab_size": self.student.vocab_size},
-            "caches": [description(cache) for cache in caches],
-            "machine": machine(self._processes.device, self._processes.world_size),
             "command": command_line(),
             "report": report.to_json(),
-        }  # fmt: skip
+        }
         write_text(self._out / RUN, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:

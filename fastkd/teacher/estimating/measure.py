@@ -63,7 +63,7 @@ class Kept:
 @dataclass(eq=False)
 class Slice:
     """What was run. batches: how many; parts: positions and the device's seconds of each, or of its halves where it
-    did not fit into memory; halved: how many did not. positions; seconds: by the clock; spent: with the warm-up.
+    did not fit into memory; halved: how many did not. positions; seconds: by the clock.
 
     shards: that they are of. device_peak: bytes in use on the device,
     at most; None on a CPU. said: of some 2^17 positions, at most. kept: of a few batches.
@@ -74,7 +74,6 @@ class Slice:
     shards: list[int] = field(default_factory=list)
     positions: int = 0
     seconds: float = 0.0
-    spent: float = 0.0
     halved: int = 0
     device_peak: int | None = None
     said: list[Said] = field(default_factory=list)
@@ -143,7 +142,6 @@ def run_slice(
                 break
             for shard, numbers in by_shard.items():
                 run(shard, numbers)
-    found.spent = time.perf_counter() - began
     found.shards = shards.read
     if teacher.device.type == "cuda":
         found.device_peak = torch.cuda.max_memory_allocated(teacher.device)
