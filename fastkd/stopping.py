@@ -48,6 +48,18 @@ def stopping() -> Iterator[Stop]:
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield stop
+    except Exception as error:
+        if _began_as_stopped(error):
+            raise Stopped from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _began_as_stopped(error: BaseException | None) -> bool:
+    """Whether an error is what something made of `Stopped`. What is raised while a class is being made, as where a
+    module is imported, comes out as a RuntimeError."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__
+    return error is not None

@@ -6,6 +6,7 @@ from .errors import KDError
 from .loss import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
 from .targets import SparseTargets, TargetsAt
 from .topk import linear_topk_targets, topk_targets
+from .topk_impl import prepare_topk
 
 __all__ = [
     "DistillationLoss",
@@ -17,6 +18,7 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_targets",
+    "prepare_topk",
     "set_debug",
     "topk_targets",
 ]

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from .errors import KDError
 from .targets import SparseTargets
+from .topk_impl import filler
 from .topk_plan import Plan, Rows
-from .topk_torch import fill_torch
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
-ROWS_AT_ONCE = 8192
 # Least and greatest of each number: beyond, float32 arithmetic on real logits overflows or keeps no digits.
 TEMPERATURES = (1e-3, 1e6)
 SOFTCAPS = (1e-3, 1e4)
@@ -55,8 +52,9 @@ def topk_targets(
     seed, positions: what the draws depend on beside the logits, bit for bit, on any device and in any batching.
         positions int64, shape `[N]` or that of the logits without V: each row's number in the data set (default:
         0 to N - 1). See `draws.py` for what is approximated.
-    impl: "triton" (CUDA, or a CPU under the Triton interpreter), "torch", or "auto": triton for CUDA tensors, except
-        float64 ones and k above 1024, else torch.
+    impl: "triton" (CUDA, or a CPU under the Triton interpreter), "numba" (a CPU, with Numba installed), "torch", or
+        "auto": triton for CUDA tensors, except float64 ones and k above 1024; numba on a CPU where it is installed,
+        except for float64; else torch. All have the same heads and draws to the bit, and sums within 1e-6.
 
     Returns ids int32 `[N, K]`, logprobs float32 `[N, K]` (nats), tail float32 `[N, M]` (nats), outcomes int32 `[N]`,
     and draws int32 `[N, K]` or None; K = min(k, V) + draws. Detached from autograd.
@@ -71,12 +69,12 @@ def topk_targets(
         logits.shape[-1], k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="logits"
     )
     positions_N = _positions(positions, logits, "logits")
-    use_triton = _use_triton(impl, logits, plan)
+    fill = filler(impl, logits, plan)
     out = Rows.empty(positions_N.numel(), plan, logits.device)
     start = 0
     for rows_NV in _as_rows(logits):
         some = slice(start, start + len(rows_NV))
-        _fill(rows_NV, out[some], plan, positions_N[some], start, use_triton)
+        fill(rows_NV, out[some], plan, positions_N[some], start)
         start = some.stop
     return _targets(out, plan)
 
@@ -129,7 +127,7 @@ def linear_topk_targets(
     vocab = weight.shape[0]
     plan = _plan(vocab, k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="weight")
     positions_N = _positions(positions, hidden, "hidden")
-    use_triton = _use_triton(impl, hidden, plan)
+    fill = filler(impl, hidden, plan)
     rows = positions_N.numel()
     if chunk_tokens is None:
         chunk_tokens = default_chunk(hidden, vocab)
@@ -147,7 +145,7 @@ def linear_topk_targets(
                     torch.mm(chunk_CD, weight.t(), out=logits_CV)
                 else:
                     torch.addmm(bias, chunk_CD, weight.t(), out=logits_CV)
-                _fill(logits_CV, out[some], plan, positions_N[some], start, use_triton)
+                fill(logits_CV, out[some], plan, positions_N[some], start)
                 start = some.stop
     return _targets(out, plan)
 
@@ -157,19 +155,6 @@ def default_chunk(hidden: Tensor, vocab_size: int) -> int:
     if hidden.device.type != "cpu":
         return CHUNK_TOKENS
     return max(1, CHUNK_BYTES // (vocab_size * hidden.element_size()))
-
-
-def _fill(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int, use_triton: bool) -> None:
-    if not len(logits_NV):
-        return
-    if not use_triton:
-        fill_torch(logits_NV, out, plan, positions_N, first_row)
-        return
-    from .topk_triton import fill_triton
-
-    for start in range(0, len(logits_NV), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        fill_triton(logits_NV[some], out[some], plan, positions_N[some], first_row + start)
 
 
 def _targets(out: Rows, plan: Plan) -> SparseTargets:
@@ -292,30 +277,6 @@ def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     if positions.device != rows.device:
         raise KDError(f"positions: found on {positions.device}, {what} on {rows.device}; move them there.")
     return positions.reshape(-1)
-
-
-def _use_triton(impl: str, rows: Tensor, plan: Plan) -> bool:
-    """Whether the Triton kernels run this call. Raises KDError where they are asked for and cannot."""
-    if impl not in IMPLEMENTATIONS:
-        raise KDError(f"impl: found {impl!r}; one of {', '.join(IMPLEMENTATIONS)} is needed.")
-    if impl == "torch" or (impl == "auto" and rows.device.type != "cuda"):
-        return False
-    from . import topk_triton
-
-    fits = rows.dtype != torch.float64 and plan.k <= topk_triton.MAX_K
-    if impl == "auto":
-        return fits
-    if not fits:
-        raise KDError(
-            f"impl: found 'triton' for {rows.dtype} and k = {plan.k}; at most float32 and k <= {topk_triton.MAX_K} are "
-            "needed. Use impl='torch'."
-        )
-    if rows.device.type != "cuda" and not topk_triton.INTERPRETED:
-        raise KDError(
-            f"impl: found 'triton' for tensors on {rows.device}; CUDA tensors, or the Triton interpreter "
-            "(TRITON_INTERPRET=1 before triton is imported), are needed. Use impl='auto'."
-        )
-    return True
 
 
 def _describe(value: Any) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 from . import draws as dr
 from .draws_triton import draw
 from .interpreter import is_interpreted
+from .topk_fill import merge_drawn
 from .topk_kernels import _finish, _pick, _scan, _select
 from .topk_plan import Plan, Rows, refuse
-from .topk_torch import merge_drawn
 
 MAX_K = 1024
 # float32 bits that a logit of the type never uses: the bisection need not look at them

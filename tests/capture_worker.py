@@ -19,6 +19,7 @@ import torch
 from capture_cases import SMALL, Causal, documents
 from torch import Tensor
 
+from fastkd.kernels import prepare_topk
 from fastkd.stopping import Stopped, stopping
 from fastkd.teacher.capture import capture
 
@@ -91,6 +92,7 @@ def worker(folder: str, at: float = 0.0, step: int | None = None, gently: bool =
 def main() -> None:
     """Serve commands until there are no more."""
     torch.set_num_threads(1)
+    prepare_topk(torch.device("cpu"))  # else each worker would, for longer than a test lets it live
     for line in iter(sys.stdin.readline, ""):
         command = json.loads(line)
         if "wait" in command:

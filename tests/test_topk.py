@@ -17,6 +17,7 @@ INF = math.inf
 # Where a path can run: Triton is interpreted on the CPU, and the same tests run on a GPU where there is one.
 PLACES = [
     pytest.param(("cpu", "torch"), id="torch"),
+    pytest.param(("cpu", "numba"), id="numba"),
     pytest.param(("cpu", "triton"), id="triton-interpreted"),
     pytest.param(("cuda", "torch"), id="torch-cuda", marks=pytest.mark.gpu),
     pytest.param(("cuda", "triton"), id="triton-cuda", marks=pytest.mark.gpu),
@@ -27,6 +28,8 @@ PLACES = [
 def place(request):
     """(device, impl)."""
     device, impl = request.param
+    if impl == "numba":
+        pytest.importorskip("numba")
     if (device, impl) == ("cpu", "triton"):
         topk_triton = pytest.importorskip("fastkd.kernels.topk_triton")
         if not topk_triton.INTERPRETED:
@@ -374,11 +377,11 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
 @pytest.fixture
 def two_threads(monkeypatch):
     """Several blocks of rows, and two threads to share them."""
-    from fastkd.kernels import topk_torch
+    from fastkd.kernels import topk_fill, topk_torch
 
     before = torch.get_num_threads()
     monkeypatch.setitem(topk_torch.BLOCK_BYTES, "cpu", 3000)
-    monkeypatch.setattr(topk_torch, "ROWS_DRAWN", 8)
+    monkeypatch.setattr(topk_fill, "ROWS_DRAWN", 8)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)

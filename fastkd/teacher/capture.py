@@ -10,6 +10,7 @@ from ..cache import create_cache
 from ..cache.stores import open_store
 from ..data.documents import Documents
 from ..data.understood import understood
+from ..kernels import prepare_topk
 from ..places import check_cache_place
 from ..progress import MODES, Lenient
 from ..settings import CaptureSettings
@@ -88,6 +89,8 @@ def capture(
         for line in understood(data, prepared.plan.lengths):
             tell(line)
     tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
+    if line := prepare_topk(model.device):
+        tell(line)
     job = Job(
         Runner(model, ask_for(settings)),
         data,

@@ -1,0 +1,102 @@
+"""Compiled sweeps against their twin in PyTorch, and what happens where Numba is not there."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastkd.kernels import KDError, prepare_topk, topk_impl, topk_targets
+
+pytest.importorskip("numba")
+INF = math.inf
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.sampled_from([1, 2, 31, 33, 511, 512, 513, 1024, 1500, 4096]),
+    k=st.sampled_from([0, 1, 5, 48, 600]),
+    draws=st.sampled_from([0, 1, 9]),
+    mass=st.sampled_from([None, 0.3, 0.99]),
+    softcap=st.sampled_from([None, 3.0]),
+    step=st.sampled_from([0.0, 0.5, 2.0]),  # logits are rounded to multiples of it: ties
+    masked=st.sampled_from([0.0, 0.5, 0.99]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_it_finds_what_its_twin_finds(vocab, k, draws, mass, softcap, step, masked, dtype, seed):
+    if k == draws == 0:
+        draws = 1
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((5, vocab), generator=generator) * 4
+    if step:
+        logits = (logits / step).round() * step
+    logits[torch.rand((5, vocab), generator=generator) < masked] = -INF
+    logits[:, seed % vocab] = 1.0  # an outcome at the least
+    logits[0, seed % vocab] = -0.0
+    named = {"draws": draws, "mass": mass, "softcap": softcap, "seed": seed}
+    got, twin = (topk_targets(logits.to(dtype), k, impl=impl, **named) for impl in ("numba", "torch"))
+    assert torch.equal(got.ids, twin.ids)
+    assert torch.equal(got.outcomes, twin.outcomes)
+    assert draws == 0 or torch.equal(got.draws, twin.draws)
+    torch.testing.assert_close(got.logprobs, twin.logprobs, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(got.tail, twin.tail, atol=2e-6, rtol=1e-6)
+
+
+def test_everything_equal_and_nothing_but_pads():
+    """All keys tie: as many rooms of the heap as there are tokens, and more groups than that."""
+    for vocab, k in ((600, 600), (600, 40), (100, 99), (5000, 4)):
+        logits = torch.zeros(2, vocab)
+        got = topk_targets(logits, k, impl="numba")
+        assert got.ids.tolist() == [list(range(k))] * 2
+
+
+def test_tails_are_right_to_a_millionth():
+    logits = torch.randn(64, 20_000, generator=torch.Generator().manual_seed(0)) * 5
+    grid = (1.0, 1.5, 2.0, 4.0, 0.3)
+    got = topk_targets(logits, 8, temperatures=grid, impl="numba")
+    exact = topk_targets(logits.double(), 8, temperatures=grid)
+    torch.testing.assert_close(got.tail, exact.tail, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, INF])
+@pytest.mark.parametrize("place", [0, 511, 512, 998])
+def test_no_bad_value_is_missed(value, place):
+    logits = torch.randn(3, 999)
+    logits[1, place] = value
+    with pytest.raises(KDError, match=r"row 1 has (NaN|\+inf)"):
+        topk_targets(logits, 4, draws=2, impl="numba")
+    logits[1, 7] = -INF  # with tokens that are no outcomes beside it
+    with pytest.raises(KDError, match=r"row 1 has (NaN|\+inf)"):
+        topk_targets(logits, 4, draws=2, impl="numba")
+
+
+def test_it_is_what_auto_takes_on_a_cpu(monkeypatch):
+    logits = torch.randn(40, 3000)
+    found = {impl: topk_targets(logits, 4, impl=impl).tail for impl in ("auto", "numba", "torch")}
+    assert torch.equal(found["auto"], found["numba"])
+    assert not torch.equal(found["auto"], found["torch"])  # another order of summing
+    with pytest.raises(KDError, match=r"impl: found 'numba' for torch\.float64 on cpu"):
+        topk_targets(logits.double(), 4, impl="numba")
+
+    monkeypatch.setattr(topk_impl, "_numba_installed", lambda: False)
+    assert torch.equal(topk_targets(logits, 4).tail, found["torch"])
+    with pytest.raises(KDError, match=r"pip install 'fastkd\[cpu\]'"):
+        topk_targets(logits, 4, impl="numba")
+    assert "pip install 'fastkd[cpu]'" in prepare_topk(torch.device("cpu"))
+    assert prepare_topk(torch.device("cuda")) == ""
+
+
+def test_without_a_place_to_keep_it_everything_is_compiled_anew(tmp_path):
+    code = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"  # as where nothing can be written to
+        "import torch\n"
+        "from fastkd.kernels import topk_targets\n"
+        "print(topk_targets(torch.arange(40.0)[None], 2, impl='numba').ids.tolist())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert found.stdout == "[[39, 38]]\n", found.stderr
