@@ -89,6 +89,8 @@ def bench_logits(table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds
             "fastkd, cut at 0.95 of the mass": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, mass=0.95)),
             "fastkd, softcap": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, softcap=30.0)),
         }
+        if not gpu:
+            runs["fastkd in PyTorch"] = buffers.run(lambda x: topk_targets(x, k, temperatures=GRID, impl="torch"))
     times = interleaved(runs, device=table.device, rounds=rounds)
     table.title(f"top-k: N={rows} V={vocab} k={k} {str(dtype)[6:]} T={GRID}")
     at = {"N": rows, "V": vocab, "k": k, "bits": dtype.itemsize * 8}

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fastkd", "torch", "triton", "numpy", "zarr", "pcodec", "transformers", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "fastkd",
+    "torch",
+    "triton",
+    "numpy",
+    "zarr",
+    "pcodec",
+    "numba",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 _UNKNOWN_CACHE = 64 << 20  # a last-level cache that the system does not tell of is taken to be so large
 
 

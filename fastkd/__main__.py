@@ -1,7 +1,15 @@
 """`python -m fastkd` is `fastkd`."""
 
-import sys
+from typing import NoReturn
 
 from .cli import main
+from .ending import end
 
-sys.exit(main())
+
+def run() -> NoReturn:
+    """Run the command, and end with its status."""
+    end(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -21,13 +21,16 @@ TESTS = Path(__file__).parent
 DIVISIBLE = ["llama", "gemma2", "cohere", "phi", "mixtral"]
 
 
+END = "\nfrom fastkd.ending import end\nend(0)\n"
+
+
 def processes(code: str, count: int, arguments: list[str], environment: dict[str, str] | None = None) -> list[str]:
     """Run code in some processes, which have `rank` and `arguments`; what each printed."""
     start = "import sys\nrank, *arguments = sys.argv[1:]\nrank = int(rank)\n"
     every = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | (environment or {})
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", start + code, str(rank), *arguments],
+            [sys.executable, "-W", "ignore", "-c", start + code + END, str(rank), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=every,
         )
         for rank in range(count)

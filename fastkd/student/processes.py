@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ..ending import grouped
 from ..errors import TrainError
 from ..kernels import KDLoss
 from .batch import AnyBatch
@@ -81,6 +82,7 @@ def together(device: str | None, environment: Mapping[str, str] = os.environ) ->
     if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
         began = True
+        grouped()
     if where.type == "cuda":
         torch.cuda.set_device(where)
     try:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as meet
 
+from ..ending import grouped
 from ..errors import TeacherError
 from ..hub import brief
 
@@ -97,6 +98,7 @@ def join_group(
     group = ParallelGroup(rank // n, world_size // n, n, rank % n == 0, where)
     if n == 1:
         return group
+    grouped()
     # transformers reads it, to choose the process's device
     os.environ.setdefault("LOCAL_RANK", str(local))
     if dist.is_initialized():
