@@ -1,7 +1,7 @@
 """How a process ends that was one of a group.
 
-What divides a model (transformers, FSDP2) keeps process groups beyond its own end, in caches that nothing empties. Their
-threads then run beside the interpreter's end, which aborts now and then ("terminate called without an active
+What divides a model (transformers, FSDP2) keeps process groups beyond its own end, in caches that nothing empties.
+Their threads then run beside the interpreter's end, which aborts now and then ("terminate called without an active
 exception"). So such a process skips that end: there is nothing left to do in it.
 """
 
