@@ -232,7 +232,7 @@ def _draw(sweeps: Sweeps, state: State, logits_NV: Tensor, out: Rows, plan: Plan
 @lru_cache(maxsize=64)
 def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """1/T `[M]` on a device, copied there once."""
-    return 1.0 / torch.tensor(temperatures, dtype=torch.float64).to(device, dtype)
+    return 1.0 / torch.tensor(temperatures, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 def merge_drawn(

@@ -388,6 +388,11 @@ def draw_rows(x_NV, sums, edge_x, edge_id, top, keys, wanted, head, unit_scale, 
 _kept = threading.local()
 
 
+def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor, whatever the caller's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
     """Logits as C-contiguous float32 `[n, V]`: as they lie, or copied to where each thread keeps room."""
     if logits_NV.dtype == torch.float32 and logits_NV.is_contiguous():
@@ -395,7 +400,7 @@ def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
     kept: Tensor | None = getattr(_kept, "room", None)
     if kept is None or kept.numel() < logits_NV.numel():
         with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
-            _kept.room = kept = torch.empty(logits_NV.numel())
+            _kept.room = kept = _room(logits_NV.numel())
     room = kept[: logits_NV.numel()].view(logits_NV.shape)
     room.copy_(logits_NV)
     return _array(room)
@@ -419,11 +424,11 @@ class NumbaSweeps:
 
     def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
         (n, vocab), k, many = logits_NV.shape, plan.k, len(plan.temperatures)
-        best_x = torch.empty((n, min(k + 1, vocab)))
-        best_id = torch.empty(best_x.shape, dtype=torch.int64)
-        row_top, finite, sums = torch.empty(n), torch.empty(n, dtype=torch.int64), torch.empty((n, many))
+        best_x = _room(n, min(k + 1, vocab))
+        best_id = _room(*best_x.shape, dtype=torch.int64)
+        row_top, finite, sums = _room(n), _room(n, dtype=torch.int64), _room(n, many)
         at_once = units_nG is not None and plan.mass is None  # else the tail's top may be another in the end
-        units = units_nG if units_nG is not None and at_once else torch.empty((0, 1))
+        units = units_nG if units_nG is not None and at_once else _room(0, 1)
         steps, powers = np.array(plan.chains()).T
         sweep_rows(
             _as_rows(logits_NV),
@@ -438,7 +443,7 @@ class NumbaSweeps:
         return Swept(
             head_x=best_x[:, :k],
             head_id=best_id[:, :k],
-            tail_top_x=best_x[:, k] if k < vocab else torch.full((n,), -torch.inf),
+            tail_top_x=best_x[:, k] if k < vocab else torch.full_like(row_top, -torch.inf),
             row_top=row_top,
             finite=finite,
             tail_sums=sums,
@@ -459,7 +464,7 @@ class NumbaSweeps:
         )
 
     def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
-        ids = torch.zeros((len(keys_N), draws), dtype=torch.int64)
+        ids = torch.zeros((len(keys_N), draws), dtype=torch.int64, device=keys_N.device)
         if tail.logits.dtype != torch.float32 or not tail.logits.is_contiguous():
             return dr.draw(tail, keys_N, wanted_N, draws)  # which looks at a few tokens of each row, as they are
         draw_rows(
@@ -478,8 +483,8 @@ NUMBA = NumbaSweeps()
 def compile_all() -> float:
     """Compile everything, or find it compiled; seconds that it took. Else the first call does."""
     began = time.perf_counter()
-    logits = torch.zeros((1, GROUP))
+    logits = _room(1, GROUP).zero_()
     for mass in (None, 0.5):
         plan = Plan(GROUP, 1, (1.0,), mass, 1, 1.0, 0, None, None)
-        fill_rows(NUMBA, logits, Rows.empty(1, plan, logits.device), plan, torch.zeros(1, dtype=torch.int64), 0)
+        fill_rows(NUMBA, logits, Rows.empty(1, plan, logits.device), plan, _room(1, dtype=torch.int64).zero_(), 0)
     return time.perf_counter() - began

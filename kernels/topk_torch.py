@@ -82,7 +82,7 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
         both = getattr(_kept, "both", None)
         if both is None or both.dtype != dtype or len(both) < 2 * size:
             with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
-                _kept.both = both = torch.empty(2 * size, dtype=dtype)
+                _kept.both = both = torch.empty(2 * size, dtype=dtype, device=device)
     return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
 
 
@@ -128,5 +128,5 @@ def _tail_sums(x: Tensor, spare: Tensor, top_n: Tensor, plan: Plan) -> Tensor:
 def _count_finite(x: Tensor) -> Tensor:
     """Tokens above −inf, int64 `[n]`."""
     if x.device.type == "cpu" and bool((x.amin(1) > -torch.inf).all()):  # the minimum is ten times as fast as counting
-        return torch.full((len(x),), x.shape[1])
+        return torch.full((len(x),), x.shape[1], device=x.device)
     return (x > -torch.inf).sum(1)

@@ -43,7 +43,7 @@ def _log2e_over_t(temperatures: tuple[float, ...], device: torch.device) -> Tens
     """log2(e)/T `[M]` float32 on a device, copied there once."""
     key = (temperatures, device)
     if key not in _scales:
-        _scales[key] = torch.tensor([dr.LOG2E / t for t in temperatures], dtype=torch.float32).to(device)
+        _scales[key] = torch.tensor([dr.LOG2E / t for t in temperatures], dtype=torch.float32, device="cpu").to(device)
     return _scales[key]
 
 

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkd.kernels import KDError, prepare_topk, topk_impl, topk_targets
+from fastkd.kernels import KDError, prepare_topk, topk_fill, topk_impl, topk_targets, topk_torch
 
 pytest.importorskip("numba")
+from fastkd.kernels import topk_numba
+
 INF = math.inf
 
 
@@ -60,6 +62,30 @@ def test_tails_are_right_to_a_millionth():
     got = topk_targets(logits, 8, temperatures=grid, impl="numba")
     exact = topk_targets(logits.double(), 8, temperatures=grid)
     torch.testing.assert_close(got.tail, exact.tail, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_defaults_of_the_caller_do_not_matter(impl, dtype):
+    """A type and a device that tensors are made with, where nothing else is said, as while a model is loaded."""
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    named = {"draws": 3, "mass": 0.9, "impl": impl}
+    plain, threads = topk_targets(logits, 4, **named), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # a default device is the thread's own
+        for default in (torch.bfloat16, torch.float16, torch.float64):
+            torch.set_default_dtype(default)
+            with torch.device("meta"):
+                topk_impl.prepare_topk(torch.device("cpu"))
+                topk_fill.inverse_temperatures.cache_clear()
+                topk_torch._kept.__dict__.clear()
+                topk_numba._kept.__dict__.clear()
+                got = topk_targets(logits, 4, **named)
+            for field in ("ids", "logprobs", "tail", "outcomes", "draws"):
+                assert torch.equal(getattr(got, field), getattr(plain, field)), field
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("value", [math.nan, INF])
