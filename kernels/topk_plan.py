@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .errors import KDError
 
+MAX_POWER = 8  # of an exponential, that another is made as
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,17 +33,19 @@ class Plan:
     def chains(self) -> tuple[tuple[int, int], ...]:
         """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
 
-        An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power.
+        An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power. A power
+        has as many times the error: beyond the eighth (MAX_POWER) it is computed afresh.
         """
         left = sorted(range(len(self.temperatures)), key=lambda m: -self.temperatures[m])
         steps: list[tuple[int, int]] = []
         while left:
-            last, power = left.pop(0), 0
+            last, power, whole = left.pop(0), 0, 1
             steps.append((last, power))
             for m in list(left):
                 power = round(ratio := self.temperatures[last] / self.temperatures[m])
-                if power in (2, 4) and ratio == power:
+                if power in (2, 4) and ratio == power and whole * power <= MAX_POWER:
                     steps.append((m, power))
+                    whole *= power
                     left.remove(m)
                     last = m
         return tuple(steps)

@@ -65,6 +65,17 @@ def test_tails_are_right_to_a_millionth():
 
 
 @pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("grid", [tuple(2.0**i for i in range(11)), tuple(4.0**i for i in range(10))])
+def test_a_long_row_of_doubled_temperatures_adds_up_no_errors(impl, grid):
+    """e^z as a power of e^(z/T) has T times its error."""
+    logits = torch.randn(16, 20_000, generator=torch.Generator().manual_seed(0)) * 5
+    got = topk_targets(logits, 8, temperatures=grid, impl=impl)
+    exact = topk_targets(logits.double(), 8, temperatures=grid)
+    torch.testing.assert_close(got.tail, exact.tail, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.logprobs, exact.logprobs, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_defaults_of_the_caller_do_not_matter(impl, dtype):
     """A type and a device that tensors are made with, where nothing else is said, as while a model is loaded."""
