@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The sweeps of top-k, tails and draws on a CPU, compiled by Numba: a row is swept while it is in a core's own cache.
 
 A row is copied once, in float32, and gone over twice: for the maxima of groups of 32 tokens, among which the head is
@@ -11,11 +11,13 @@ to round every operation once: it is compiled without the flag `contract`, which
 import math
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,12 +50,28 @@ def compiled(**options: Any) -> Any:
     be written to."""
 
     def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither can: it is compiled in every process
-            return numba.njit(nogil=True, **options)(function)
+        made = numba.njit(nogil=True, **options)(function)
+        with suppress(RuntimeError):  # neither can: it is compiled in every process
+            made._cache = _Cache(function)
+        return made
 
     return decorate
+
+
+class _Cache(FunctionCache):
+    """What `cache=True` makes; but what cannot be read is compiled anew, and what cannot be written is not kept."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of any kind: it was cut short, as where a machine went down
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
 
 
 # What follows is of float32 and one dimension, CHUNK long, unless it says otherwise. Loops are written out for the

@@ -1,6 +1,7 @@
 """Compiled sweeps against their twin in PyTorch, and what happens where Numba is not there."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -137,3 +138,41 @@ def test_without_a_place_to_keep_it_everything_is_compiled_anew(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert found.stdout == "[[39, 38]]\n", found.stderr
+
+
+KEPT = """
+import sys
+from fastkd.kernels.topk_numba import compiled
+
+@compiled()
+def twice(x):
+    return 2 * x
+
+if "full" in sys.argv:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+print(twice(21), sum(twice.stats.cache_hits.values()))
+"""
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_what_was_kept_and_is_cut_short_is_compiled_anew(tmp_path, suffix):
+    """As where a machine went down before it was on the disk."""
+    (tmp_path / "kept.py").write_text(KEPT)
+    _kept_says(tmp_path, "42 0\n")
+    (file,) = tmp_path.rglob(f"*twice*.{suffix}")
+    file.write_bytes(file.read_bytes()[:40])
+    _kept_says(tmp_path, "42 0\n")
+    _kept_says(tmp_path, "42 1\n")
+
+
+def test_a_full_disk_keeps_nothing(tmp_path):
+    (tmp_path / "kept.py").write_text(KEPT)
+    _kept_says(tmp_path, "42 0\n", "full")
+
+
+def _kept_says(folder, text, *arguments):
+    command = [sys.executable, folder / "kept.py", *arguments]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / "cache")}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert found.stdout == text, found.stderr
