@@ -8,6 +8,8 @@ exception"). So such a process skips that end: there is nothing left to do in it
 import atexit
 import os
 import sys
+import threading
+from contextlib import suppress
 from typing import NoReturn
 
 _grouped = False
@@ -21,9 +23,17 @@ def grouped() -> None:
 
 def end(status: int) -> NoReturn:
     """End this process, which has nothing more to do, with an exit status."""
-    if _grouped:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not _grouped:
+        sys.exit(status)
+    # what Python does before it takes itself apart
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for what other threads have begun
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:  # None: it was closed when the process began
+                stream.flush()
+        except OSError as error:
+            with suppress(Exception):
+                print(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status = 120
+    os._exit(status)
