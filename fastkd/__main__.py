@@ -4,10 +4,12 @@ from typing import NoReturn
 
 from .cli import main
 from .ending import end
+from .stopping import final
 
 
 def run() -> NoReturn:
     """Run the command, and end with its status."""
+    final()
     end(main())
 
 

@@ -7,6 +7,7 @@ exception"). So such a process skips that end: there is nothing left to do in it
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -23,6 +24,7 @@ def grouped() -> None:
 
 def end(status: int) -> NoReturn:
     """End this process, which has nothing more to do, with an exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else one that comes late would be the status
     if not _grouped:
         sys.exit(status)
     # what Python does before it takes itself apart

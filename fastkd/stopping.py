@@ -3,12 +3,20 @@
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, on which schedulers requeue
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_final = False
+
+
+def final() -> None:
+    """This process ends after the job: once asked to stop, no further SIGTERM ends it with another status."""
+    global _final
+    _final = True
 
 
 class Stopped(BaseException):
@@ -33,17 +41,21 @@ class Stop:
 def stopping() -> Iterator[Stop]:
     """A `Stop` that the first SIGTERM or SIGINT asks; at once (`Stopped` is raised) while there is nothing to drop.
 
-    A second SIGINT interrupts as usual. To be entered in the main thread.
+    A second SIGINT interrupts as usual. A second SIGTERM changes nothing: launchers hand on what schedulers have
+    sent to every process. To be entered in the main thread.
     """
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if stop.asked:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         stop()
         if not stop.gentle:
             raise Stopped
-        print(f"{signal.Signals(number).name}: stopping after the present batch", file=sys.stderr, flush=True)
+        with suppress(OSError, RuntimeError, ValueError):  # nobody listens, or a line was being written
+            print(f"{signal.Signals(number).name}: stopping after the present batch", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
@@ -54,7 +66,8 @@ def stopping() -> Iterator[Stop]:
         raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not (_final and stop.asked and number == signal.SIGTERM):
+                signal.signal(number, handler)
 
 
 def _began_as_stopped(error: BaseException | None) -> bool:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -48,3 +51,69 @@ def test_handlers_are_put_back() -> None:
     with stopping():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_asking_again_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A launcher hands on the SIGTERM that the scheduler has sent to everybody."""
+    tidied = False
+    with pytest.raises(Stopped), stopping():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied = True
+    with pytest.raises(KeyboardInterrupt), stopping() as stop:  # noqa: PT012
+        stop.gentle = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert tidied
+    assert capsys.readouterr().err == "SIGINT: stopping after the present batch\n"
+
+
+def test_it_is_asked_with_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the terminal has gone, or the signal comes while a line is being written."""
+
+    def write(text: str) -> int:
+        raise errors.pop()
+
+    for error in (OSError(5, "Input/output error"), RuntimeError("reentrant call"), ValueError("closed file")):
+        errors: list[Exception] = [error]
+        monkeypatch.setattr(sys.stderr, "write", write)
+        with stopping() as stop:
+            stop.gentle = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        assert not errors
+
+
+STOPPED = """
+import time
+from fastkd.ending import end
+from fastkd.stopping import Stopped, WORK_REMAINS, final, stopping
+
+class Slow:
+    def __del__(self, sleep=time.sleep):  # while Python takes itself apart
+        sleep(1)
+
+slow = Slow()
+final()
+try:
+    with stopping():
+        print("ready", flush=True)
+        time.sleep(30)
+except Stopped:
+    time.sleep(0.2)
+    end(WORK_REMAINS)
+"""
+
+
+def test_the_status_outlives_further_signals() -> None:
+    process = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(6):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.wait(20) == 75
+    process.stdout.close()
