@@ -86,6 +86,6 @@ def corrupt(store: Store, index: int, error: Exception) -> CorruptShard:
     array = getattr(error, "array", None)
     where = f', array "{array}"' if array else ""
     return CorruptShard(
-        f"shard {index} of {store.describe()}{where}: {error}. Delete {shard_key(index)} and capture again with "
-        "the same settings: only what is missing is written."
+        f"shard {index} of {store.describe()}{where}: {error}. Delete {shard_key(index)} and, where it is there, "
+        "manifest.parquet, and capture again with the same settings: only what is missing is written."
     )

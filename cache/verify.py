@@ -103,8 +103,8 @@ def verify(cache: Cache, *, deep: bool = True, progress: bool = False) -> Report
         for problem in _check(cache, index, known.get(index), deep, report, rows):
             report.problems.append(problem)
     table = table_of(rows)
-    if not cache.sealed:
-        report.missing = gaps(np.array(indices, np.int64), end=planned_shards(cache.store))
+    report.missing = gaps(np.array(indices, np.int64), end=planned_shards(cache.store))
+    if not cache.sealed:  # else who sealed it was told
         for first, last in report.missing:
             if (
                 0 < first < max(indices, default=0)

@@ -126,6 +126,7 @@ def plan(command: Plan) -> Outcome:
 
     check_asked(_capture_settings(command))
     _note(f"loading {command.teacher}", events=False)
+    from .kernels import prepare_topk
     from .teacher.estimating.estimate import estimate
     from .teacher.estimating.text import estimate_text
     from .teacher.load import load
@@ -133,6 +134,7 @@ def plan(command: Plan) -> Outcome:
 
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
+    prepared = prepare_topk(loaded.teacher.device)
     _note(f"measuring the data, then a slice: {command.seconds:g} s, or a batch where that takes longer", events=False)
     found = estimate(
         loaded.teacher,
@@ -146,7 +148,7 @@ def plan(command: Plan) -> Outcome:
         progress=_at_terminal(),
     )
     told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
-    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size)
+    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
     return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 
@@ -175,9 +177,8 @@ def verify(command: Verify) -> Outcome:
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
     if found.missing:
-        lines.append(
-            f"not there (not written yet?): shards {ranges(found.missing)}. The same capture again writes them."
-        )
+        why, also = ("sealed without them", ", without manifest.parquet,") if found.sealed else ("not written yet?", "")
+        lines.append(f"not there ({why}): shards {ranges(found.missing)}. The same capture again{also} writes them.")
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
     if any(problem.shard is not None for problem in found.problems):
         sealed = " and manifest.parquet" if found.sealed else ""
@@ -216,6 +217,7 @@ def seal(command: Seal) -> Outcome:
     """Seal the cache, or say that it is; a cache without shards is refused."""
     from .cache import open_cache, open_writer
     from .cache.manifest import gaps
+    from .cache.scan import planned_shards
 
     cache = open_cache(_store(command.cache))
     name = cache.store.describe()
@@ -223,10 +225,10 @@ def seal(command: Seal) -> Outcome:
         raise CacheError(f"{name}: there are no shards yet, and a sealed cache takes none. Nothing was written.")
     with open_writer(cache.store) as writer:
         table = writer.seal(progress=_at_terminal())
-    missing = gaps(table.column("shard").to_numpy())
+    missing = gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store))
     warning = (
         f"{name}: shards {ranges(missing)} are missing, and a sealed cache takes no more. To write them, delete "
-        "manifest.parquet and seal again afterwards."
+        "manifest.parquet and capture again."
     )
     report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
     report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}

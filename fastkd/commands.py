@@ -237,7 +237,8 @@ class Demo(DemoSettings):
 class Completion:
     """Print what makes a shell complete these commands.
 
-    bash: fastkd completion bash > ~/.local/share/bash-completion/completions/fastkd
+    bash: mkdir -p ~/.local/share/bash-completion/completions, and
+    fastkd completion bash > ~/.local/share/bash-completion/completions/fastkd
 
     zsh: fastkd completion zsh > _fastkd, in a folder of $fpath
     """

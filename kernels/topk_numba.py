@@ -413,7 +413,7 @@ def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
     """Logits as C-contiguous float32 `[n, V]`: as they lie, or copied to where each thread keeps room."""
-    if logits_NV.dtype == torch.float32 and logits_NV.is_contiguous():
+    if _as_they_are(logits_NV):
         return _array(logits_NV)
     kept: Tensor | None = getattr(_kept, "room", None)
     if kept is None or kept.numel() < logits_NV.numel():
@@ -422,6 +422,11 @@ def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
     room = kept[: logits_NV.numel()].view(logits_NV.shape)
     room.copy_(logits_NV)
     return _array(room)
+
+
+def _as_they_are(logits: Tensor) -> bool:
+    """Whether compiled code can read them. (A view may stand for its negative.)"""
+    return logits.dtype == torch.float32 and logits.is_contiguous() and not logits.is_neg()
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -483,7 +488,7 @@ class NumbaSweeps:
 
     def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
         ids = torch.zeros((len(keys_N), draws), dtype=torch.int64, device=keys_N.device)
-        if tail.logits.dtype != torch.float32 or not tail.logits.is_contiguous():
+        if not _as_they_are(tail.logits):
             return dr.draw(tail, keys_N, wanted_N, draws)  # which looks at a few tokens of each row, as they are
         draw_rows(
             *map(_array, (tail.logits, tail.sums, tail.edge_x, tail.edge_id, tail.top, keys_N, wanted_N)),

@@ -537,6 +537,19 @@ def test_seal(cache: Path, run: Any, run_json: Any) -> None:
     assert report == {"cache": str(cache), "already": True, "shards": 3, "positions": 96, "missing": []}
 
 
+def test_what_a_plan_has_beyond_the_last_shard_is_missing_from_a_sealed_cache(cache: Path, run: Any) -> None:
+    (cache / "plan.json").write_text(json.dumps({"totals": {"shards": 6}}))
+    status, out, err = run("seal", cache)
+    assert status == 0
+    assert "sealed, 3 shards" in out
+    assert "shards 3-5 are missing, and a sealed cache takes no more. To write them, delete manifest.parquet" in err
+    status, out, _ = run("verify", cache)
+    assert status == 0
+    assert (
+        "not there (sealed without them): shards 3-5. The same capture again, without manifest.parquet, writes" in out
+    )
+
+
 def test_seal_says_what_is_missing(cache: Path, run: Any, run_json: Any) -> None:
     shard_file(cache, 1).unlink()
     status, out, err = run("seal", cache)

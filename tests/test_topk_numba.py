@@ -100,6 +100,13 @@ def test_defaults_of_the_caller_do_not_matter(impl, dtype):
         torch.set_num_threads(threads)
 
 
+def test_a_view_that_stands_for_its_negative():
+    logits = torch.randn(3, 700)
+    got, twin = (topk_targets(x, 4, draws=3, impl="numba") for x in (torch._neg_view(-logits), logits))
+    assert torch.equal(got.ids, twin.ids)
+    assert torch.equal(got.tail, twin.tail)
+
+
 @pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("place", [0, 511, 512, 998])
 def test_no_bad_value_is_missed(value, place):

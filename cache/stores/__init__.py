@@ -76,7 +76,7 @@ def _open_path(path: str, create: bool) -> Store:
             make_folder(path)
         elif not os.path.isdir(path):
             what = "a file, not a folder" if os.path.exists(path) else "not there"
-            raise NotFound(f"{path}: {what}. A cache is a folder; `create_cache` makes one.")
+            raise NotFound(f"{path}: {what}. A cache is a folder; `fastkd capture`, or `create_cache`, makes one.")
     except OSError as error:
         refuse(LocalStore(path), "opening", "", error, "The folder cannot be made; check the path and its owner.")
     return LocalStore(path)

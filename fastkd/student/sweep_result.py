@@ -274,7 +274,9 @@ def sweep_text(report: SweepReport) -> str:
             f"(weights and optimizers); {report.seconds / report.step_seconds:.3f} of the arms' own step times, "
             f"{report.waiting:.1%} of the time waiting for data"
         )
-    lines.append(f"{report.out}/{SWEEP}" + (f", {report.plot}" if report.plot else "") + "; each arm is a run's folder")
+    lines.append(
+        f"{report.out}/{SWEEP}" + (f", {report.plot}" if report.plot else "") + "; ARM/seed=S is a run's folder"
+    )
     return "\n".join(lines)
 
 
