@@ -54,7 +54,7 @@ check: $(STAMP)  ## lint, format and types
 
 RESULTS := bench/results
 
-bench: $(STAMP) $(DEMO_STAMP)  ## every measurement at a small size, with tables and a page: a quarter of an hour on two cores
+bench: $(STAMP) $(DEMO_STAMP)  ## every measurement at a small size, with tables and a page: ten minutes on two cores
 	$(BIN)/fastkd bench --json $(RESULTS)/bench.json --markdown $(RESULTS)/RESULTS.md --page $(RESULTS)/bench.html
 
 bench-check: $(STAMP) $(DEMO_STAMP)  ## the same, and whether a ratio is worse than the one that was recorded
