@@ -222,8 +222,12 @@ def bench_workers(table: Table, positions: int) -> None:
                 assert process.stdout is not None
                 process.stdout.readline()
             begun = time.perf_counter()
+            for process in started:  # all are told before one is waited for
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
             for process in started:
-                process.communicate("go\n")
+                process.communicate()
             seconds[count] = time.perf_counter() - begun
             if any(process.returncode for process in started):
                 sys.exit("a worker failed")
