@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Swept:
     row_top: Tensor  # `[n]`: the greatest x; NaN where the row has one
     finite: Tensor  # int64 `[n]`: tokens above −inf
     tail_sums: Tensor  # `[n, M]`: Σ e^((z - z of tail_top_x)/T) of what is not in the head
-    rest: Any  # what `units` goes on from
+    rest: Tensor | None  # what `units` goes on from, where it needs it
 
 
 class Sweeps(Protocol):

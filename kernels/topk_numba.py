@@ -284,7 +284,6 @@ def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id
     chunks = -(-vocab // CHUNK)
     row, e = np.empty(chunks * CHUNK, F), np.empty(CHUNK, F)
     tops, heap = np.empty(chunks * LANES, F), np.empty(count, np.int64)
-    scale, cap, cap_reciprocal = head[0], head[1], head[2]
     for r in range(n):
         outcomes = 0
         for c in range(chunks):
@@ -303,12 +302,7 @@ def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id
         for i in range(min(k, count)):
             if best_x[r, i] > MINUS_INF:
                 row[best_id[r, i]] = MINUS_INF
-        tail_top = best_x[r, k] if k < count else MINUS_INF
-        if scale != ONE or cap != ZERO:
-            _transform(row, scale, cap, cap_reciprocal)
-            tail_top = _transformed(tail_top, scale, cap, cap_reciprocal)
-        if not tail_top > MINUS_INF:
-            tail_top = ZERO
+        tail_top = _tail_top(row, best_x[r, k] if k < count else MINUS_INF, head)
         total = np.zeros(len(scales))
         for c in range(chunks):
             x = row[c * CHUNK : (c + 1) * CHUNK]
@@ -319,18 +313,29 @@ def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id
                 for _ in range(powers[i] // 2):  # 2: once, 4: twice
                     some = _square(e)
                 total[steps[i]] += some
-            if unit_scale != ZERO:
-                _chunk_units(x, tail_top, unit_scale, e, units[r], c)
         for i in range(len(total)):
             sums[r, i] = total[i]
         if unit_scale != ZERO:
-            units[r, -1] -= F(units.shape[1] * GROUP - vocab)
+            _row_units(row, vocab, tail_top, unit_scale, e, units[r])
 
 
 @compiled()
-def _chunk_units(x, top, unit_scale, e, units, c):
-    _units(x, top, unit_scale, e)
-    _group_sums(e, units[c * (CHUNK // GROUP) : (c + 1) * (CHUNK // GROUP)])
+def _tail_top(row, tail_top_x, head):
+    """Put a row whose head is struck out through the head's transform; its greatest z, 0 where there is none."""
+    scale, cap, cap_reciprocal = head[0], head[1], head[2]
+    if scale != ONE or cap != ZERO:
+        _transform(row, scale, cap, cap_reciprocal)
+    top = _transformed(tail_top_x, scale, cap, cap_reciprocal)
+    return top if top > MINUS_INF else ZERO
+
+
+@compiled()
+def _row_units(row, vocab, top, unit_scale, e, units):
+    """Units of a row's groups `[groups]`; of what fills up the last one, which comes last, there are none."""
+    for c in range(len(row) // CHUNK):
+        _units(row[c * CHUNK : (c + 1) * CHUNK], top, unit_scale, e)
+        _group_sums(e, units[c * (CHUNK // GROUP) : (c + 1) * (CHUNK // GROUP)])
+    units[-1] -= F(len(units) * GROUP - vocab)
 
 
 @compiled()
@@ -339,20 +344,12 @@ def unit_rows(x_NV, head_id, size, tail_top_x, head, unit_scale, units):
     n, vocab = x_NV.shape
     chunks = -(-vocab // CHUNK)
     row, e = np.empty(chunks * CHUNK, F), np.empty(CHUNK, F)
-    scale, cap, cap_reciprocal = head[0], head[1], head[2]
     for r in range(n):
         for c in range(chunks):
             _copy(x_NV[r, c * CHUNK : (c + 1) * CHUNK], row[c * CHUNK : (c + 1) * CHUNK])
         for i in range(size[r]):
             row[head_id[r, i]] = MINUS_INF
-        if scale != ONE or cap != ZERO:
-            _transform(row, scale, cap, cap_reciprocal)
-        tail_top = _transformed(tail_top_x[r], scale, cap, cap_reciprocal)
-        if not tail_top > MINUS_INF:
-            tail_top = ZERO
-        for c in range(chunks):
-            _chunk_units(row[c * CHUNK : (c + 1) * CHUNK], tail_top, unit_scale, e, units[r], c)
-        units[r, -1] -= F(units.shape[1] * GROUP - vocab)
+        _row_units(row, vocab, _tail_top(row, tail_top_x[r], head), unit_scale, e, units[r])
 
 
 @compiled(inline="always")
@@ -470,12 +467,12 @@ class NumbaSweeps:
             row_top=row_top,
             finite=finite,
             tail_sums=sums,
-            rest=at_once,
+            rest=None,
         )
 
     def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
-        if swept.rest:
-            return
+        if plan.mass is None:
+            return  # `sweep` has filled them
         unit_rows(
             _as_rows(logits_NV),
             np.ascontiguousarray(_array(swept.head_id)),

@@ -53,7 +53,8 @@ class TorchSweeps:
 
     def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
         n, vocab = logits_NV.shape
-        x: Tensor = swept.rest  # z - top of the tail, as `_tail_sums` leaves it
+        x = swept.rest  # z - top of the tail, as `_tail_sums` leaves it
+        assert x is not None
         if x.dtype != torch.float32:
             x = x.float()
         if plan.mass is not None or logits_NV.dtype == torch.float64:
