@@ -19,10 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastkd.bench.cache_reading import opening, read
-from fastkd.bench.cache_targets import TARGETS, TEMPERATURES, Arrays, load, one_core, shard_of, spec_of, targets
+from fastkd.bench.cache_targets import (
+    TARGETS,
+    TEMPERATURES,
+    Arrays,
+    load,
+    one_core,
+    shard_of,
+    spec_of,
+    targets,
+)
 from fastkd.bench.harness import interleaved
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 
@@ -121,7 +130,7 @@ def sections(load: Callable[[], Arrays], rounds: int) -> dict[str, Case]:
     }
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """All sections."""
     return list(sections(partial(targets, ask), ask.times(3, 5)).values())
 

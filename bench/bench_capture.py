@@ -24,19 +24,20 @@ from torch import Tensor
 import fastkd
 from fastkd.bench.harness import interleaved, peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture.prepare import prepare
+from fastkd.capture.rows import rows, teacher_inputs
+from fastkd.capture.teacher_pass import Runner
+from fastkd.capture.teacher_pass import TopKConfig as Targets
 from fastkd.data.documents import Documents, open_documents
 from fastkd.kernels import linear_topk_targets
-from fastkd.kernels.topk import default_chunk
+from fastkd.kernels.lm_head import LMHead
+from fastkd.kernels.topk.api import default_chunk
+from fastkd.models.protocol import Hidden
 from fastkd.settings import CaptureSettings
-from fastkd.teacher.pipeline import Ask as Targets
-from fastkd.teacher.pipeline import Runner
-from fastkd.teacher.prepare import prepare
-from fastkd.teacher.protocol import Head, Hidden
-from fastkd.teacher.rows import rows, teacher_inputs
 
 
 class Decoder:
@@ -46,7 +47,7 @@ class Decoder:
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
-        self.head = Head(model.get_output_embeddings().weight)
+        self.head = LMHead(model.get_output_embeddings().weight)
         self.vocab_size = len(self.head.weight)
         self.device = self.head.weight.device
 
@@ -300,7 +301,7 @@ def sections(device: str, positions: int, rounds: int, *, workers: bool = False)
     return found
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """2,048 positions of the CPU's teacher, or 8,192 and two processes."""
     return sections(ask.device, ask.size(2048, 8192), ask.times(3, 5), workers=ask.full)
 

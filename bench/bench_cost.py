@@ -25,7 +25,7 @@ from fastkd.bench.bench_train import VOCAB, Steps
 from fastkd.bench.cases import GRID
 from fastkd.bench.harness import Run, Timings, interleaved
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache, open_cache
 from fastkd.cache.writer import CacheWriter
@@ -138,7 +138,7 @@ def write(table: Table, times: Timings, positions: int, teacher: float, student:
             table.value(f"{n}: {says}", MILLION * n * per[live], "s", line=says, at=at, note=note)
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """One."""
     return [Case("cost", partial(measure, rounds=ask.times(3, 7)))]
 

@@ -19,11 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastkd.bench.bench_cache import kl
-from fastkd.bench.cache_targets import TARGETS, Arrays, load, one_core, shard_of, spec_of, targets
-from fastkd.bench.formats import DRAWS, FiveBytes, Format, Parquet, Polynomial, Sampled, Zarr
+from fastkd.bench.cache_targets import (
+    TARGETS,
+    Arrays,
+    load,
+    one_core,
+    shard_of,
+    spec_of,
+    targets,
+)
+from fastkd.bench.formats import (
+    DRAWS,
+    FiveBytes,
+    Format,
+    Parquet,
+    Polynomial,
+    Sampled,
+    Zarr,
+)
 from fastkd.bench.harness import Run, interleaved
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import Workspace, create_cache, open_cache
 
@@ -63,7 +79,7 @@ def with_rest(ids: Array, logprobs: Array) -> Arrays:
     return {"ids": ids, "logprobs": logprobs, "tail": np.log(rest)}
 
 
-def bench(table: Table, ask: Ask, data: Callable[[], Arrays], rounds: int) -> None:
+def bench(table: Table, ask: RunConfig, data: Callable[[], Arrays], rounds: int) -> None:
     """Every format, of the same 64 entries a position; the sampled one of its own."""
     one_core()
     found = data()
@@ -119,7 +135,7 @@ def _write(place: Path, shard: Arrays, spec: Any) -> None:
         writer.seal()
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """One: everything is taken in turns."""
     run = partial(bench, ask=ask, data=partial(targets, ask), rounds=ask.times(3, 9))
     return [Case("formats", run)]
@@ -131,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here, too")
     args = parser.parse_args()
     table = Table("cpu", "formats")
-    ask = Ask("cpu", full=True)
+    ask = RunConfig("cpu", full=True)
     run = partial(bench, ask=ask, data=partial(load, args.targets), rounds=9)
     run_cases([Case("formats", run)], table, to_stderr)
     table.save(args.json)

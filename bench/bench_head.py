@@ -17,9 +17,9 @@ from fastkd import linear_kd_loss
 from fastkd.bench import limits, peers
 from fastkd.bench.cases import known_targets
 from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.kernels.linear import default_chunk
+from fastkd.kernels.loss.linear import default_chunk
 
 FLOOR = "three products"
 OURS = "linear_kd_loss"
@@ -123,7 +123,7 @@ class HeadProblem:
 
 def size(
     table: Table,
-    ask: Ask,
+    ask: RunConfig,
     n: int,
     d: int,
     v: int,
@@ -177,7 +177,7 @@ def size(
         table.ratio(f"{OURS}: peak memory", peaks[OURS] / allowed, "2CV + 4VD + 64 MB", "<= 1.0")
 
 
-def cases(ask: Ask, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
+def cases(ask: RunConfig, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
     """The limits, then sizes one after another. chunks: of linear_kd_loss, to try as well."""
     found = [Case("limits", lambda table: limits.measure(table, "product"))]
 

@@ -22,13 +22,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd.bench.cache_targets import TARGETS, Arrays, load, one_core, repeated, shard_of, spec_of, targets
+from fastkd.bench.cache_targets import (
+    TARGETS,
+    Arrays,
+    load,
+    one_core,
+    repeated,
+    shard_of,
+    spec_of,
+    targets,
+)
 from fastkd.bench.harness import Run, interleaved
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import Cache, Workspace, create_cache, open_cache
-from fastkd.stream import DistillLoader, order
+from fastkd.stream.cached import DistillLoader
+from fastkd.stream.epoch_order import order
 
 WINDOW = 512
 STEP = 2**16
@@ -193,7 +203,7 @@ def sections(
     }
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """All sections."""
     if ask.full:
         found = sections(partial(targets, ask), 24, 4, ask.times(5, 5), (30, 100, 300), 30)

@@ -20,7 +20,7 @@ from fastkd.bench import limits, peers
 from fastkd.bench.cases import eager_kd_loss, known_targets, student_logits
 from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 
 CELLS = (
@@ -92,7 +92,7 @@ def timed(problem: LogitsProblem, runs: dict[str, Run], rounds: int, **more: Any
     return interleaved(runs, device=problem.device, rounds=rounds, before=dict.fromkeys(runs, problem.restore), **more)
 
 
-def size(table: Table, ask: Ask, n: int, v: int, k: int, *, compiled: bool) -> None:
+def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool) -> None:
     """One size: kd_loss and what others use, in time and memory. compiled: with torch.compile, which takes a while."""
     problem = LogitsProblem(table.device, n, v, k)
     table.title(problem.name)
@@ -139,7 +139,7 @@ def size(table: Table, ask: Ask, n: int, v: int, k: int, *, compiled: bool) -> N
             )  # fmt: skip
 
 
-def cells(table: Table, ask: Ask, n: int, v: int) -> None:
+def cells(table: Table, ask: RunConfig, n: int, v: int) -> None:
     """Every divergence and treatment, at several temperatures, over one read and one write."""
     problem = LogitsProblem(table.device, n, v)
     table.title(f"divergences and treatments: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
@@ -162,7 +162,7 @@ def cells(table: Table, ask: Ask, n: int, v: int) -> None:
         table.ratio(f"{divergence} bucket", times.ratio(name, other), "forward_kl bucket", "<= 1.15" if gpu else "")
 
 
-def out_of_place(table: Table, ask: Ask, n: int, v: int) -> None:
+def out_of_place(table: Table, ask: RunConfig, n: int, v: int) -> None:
     """With the logits kept: two reads and one write are the limit."""
     problem = LogitsProblem(table.device, n, v)
     table.title(f"out of place: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
@@ -175,7 +175,7 @@ def out_of_place(table: Table, ask: Ask, n: int, v: int) -> None:
         table.ratio(name, times.ratio(name, floor), floor, "<= 1.25" if table.device == "cuda" else "")
 
 
-def certain_student(table: Table, ask: Ask, n: int, v: int) -> None:
+def certain_student(table: Table, ask: RunConfig, n: int, v: int) -> None:
     """A student that puts most of its mass on the head."""
     problem = LogitsProblem(table.device, n, v, certain=True)
     table.title(f"a certain student: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
@@ -190,7 +190,7 @@ def certain_student(table: Table, ask: Ask, n: int, v: int) -> None:
         table.ratio(name, times.ratio(name, FLOOR), FLOOR)
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """The limits, sizes one after another, then every divergence."""
     n, v = (8192, 128256) if ask.device == "cuda" else (256, 49152)
     if ask.device == "cuda":
@@ -224,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tune and args.device != "cuda":
         parser.error("--tune needs a GPU")
-    ask = Ask(args.device, full=True, peers=not args.no_peers and args.device == "cuda", rounds=args.rounds)
+    ask = RunConfig(args.device, full=True, peers=not args.no_peers and args.device == "cuda", rounds=args.rounds)
     sections = args.sections or (["linear"] if args.device == "cpu" else ["logits", "linear", "topk"])
     found = tune_loss.cases(ask) if args.tune else []
     found += cases(ask) if "logits" in sections else []

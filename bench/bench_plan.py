@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 
 VOCAB = 49152
@@ -32,8 +32,8 @@ CHILD = """
 import json, sys, time
 import numpy as np
 from fastkd.data.documents import open_documents
-from fastkd.teacher.plan import PlanSettings, make_plan
-from fastkd.teacher.rows import rows
+from fastkd.capture.window_plan import PlanSettings, make_plan
+from fastkd.capture.rows import rows
 place, settings = sys.argv[1], json.loads(sys.argv[2])
 figures = {}
 def timed(name, run):
@@ -137,7 +137,7 @@ def sections(documents: int) -> list[Case]:
     ]
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """Ten million documents, or 300,000."""
     return sections(ask.size(300_000, 10_000_000))
 

@@ -25,13 +25,21 @@ from fastkd import SparseTargets
 from fastkd.bench import treatments
 from fastkd.bench.harness import figure
 from fastkd.bench.quality_problem import LENGTH, Problem, read_problem
-from fastkd.bench.quality_student import BATCH, Arm, Score, Shape, Student, evaluate, train
+from fastkd.bench.quality_student import (
+    BATCH,
+    Arm,
+    Score,
+    Shape,
+    Student,
+    evaluate,
+    train,
+)
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache
-from fastkd.intervals import interval
 from fastkd.kernels.targets import sampled_reach
+from fastkd.utils.intervals import interval
 
 TOP, HYBRID = Shape(64), Shape(48, 16)  # of as many entries; HYBRID as `fastkd capture` has it
 ALONE = (64, 256)  # draws alone: as many as there are entries above, and some that take as many bytes
@@ -159,7 +167,7 @@ def sections(make: Make, arms: Sequence[Arm], *, seeds: int, rows: int, sets: in
 
 
 def sized(
-    ask: Ask, *, teacher: Path | None = None, layer: int = LAYER, steps: int | None = None,
+    ask: RunConfig, *, teacher: Path | None = None, layer: int = LAYER, steps: int | None = None,
     vocabulary: int | None = None, seeds: int = SEEDS,
 ) -> list[Case]:  # fmt: skip
     """At one of two sizes, or others."""
@@ -176,7 +184,7 @@ def sized(
     return sections(make, arms, seeds=seeds, rows=ask.size(64, 256), sets=ask.size(8, 32))
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """T = 1 and 2, or the whole grid."""
     return sized(ask)
 
@@ -191,7 +199,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
-    ask = Ask("cpu", full=args.full)
+    ask = RunConfig("cpu", full=args.full)
     table = Table("cpu", "quality", size=ask.size("small", "full"))
     found = sized(
         ask, teacher=args.teacher, layer=args.layer, steps=args.steps, vocabulary=args.vocabulary, seeds=args.seeds

@@ -17,10 +17,10 @@ import numpy as np
 from fastkd.bench.harness import figure
 from fastkd.bench.records import POSITIONS, SEQUENCES, opening, records, write_records
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec
-from fastkd.student.order import order
+from fastkd.stream.epoch_order import order
 
 ALL = 10**12  # positions
 SHARDS_OPEN = 8
@@ -79,7 +79,7 @@ def bench_order(table: Table, positions: int, places: int) -> None:
         raise AssertionError("the order does not read every shard once")
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """Sizes, the largest last."""
     found = []
     for positions in ask.size((10**10, ALL), (10**9, 10**10, 10**11, ALL)):
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here, too")
     args = parser.parse_args()
     table = Table("cpu", "scale")
-    run_cases(cases(Ask("cpu", full=True)), table, to_stderr)
+    run_cases(cases(RunConfig("cpu", full=True)), table, to_stderr)
     table.save(args.json)
 
 

@@ -25,17 +25,17 @@ from fastkd.bench.bench_train import VOCAB, model_of
 from fastkd.bench.cases import GRID, known_targets
 from fastkd.bench.harness import figure, interleaved
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import Cache, CacheSpec, create_cache, open_cache
 from fastkd.settings import TrainSettings
-from fastkd.student.arms import make_arms
-from fastkd.student.loader import DistillLoader
-from fastkd.student.make import make_student
-from fastkd.student.processes import Processes
-from fastkd.student.sweep import Member, Together
-from fastkd.student.train import make_loader
-from fastkd.student.trainer import Trainer
+from fastkd.stream.cached import DistillLoader
+from fastkd.sweep.api import Member, Together
+from fastkd.sweep.arms import make_arms
+from fastkd.train.api import make_loader
+from fastkd.train.load_student import make_student
+from fastkd.train.trainer import Trainer
+from fastkd.utils.distributed import Processes
 
 WINDOW, WINDOWS, SHARDS, STEP = 256, 4, 4, 1024
 ARMS = {"alpha": [0.0, 0.5], "temperature": [1.0, 2.0]}
@@ -148,7 +148,7 @@ def sections(names: Sequence[str], rounds: int) -> list[Case]:
     return [Case(name, partial(student, name=name, rounds=rounds)) for name in names]
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """The small student, where a read weighs most; in full both."""
     return sections(list(STUDENTS)[: ask.size(1, 2)], ask.times(3, 5))
 

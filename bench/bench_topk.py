@@ -18,9 +18,9 @@ from fastkd.bench import limits
 from fastkd.bench.cases import GRID
 from fastkd.bench.harness import Rotation, Run, interleaved, peak_bytes, rotation
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.kernels.topk import linear_topk_targets, topk_targets
+from fastkd.kernels.topk.api import linear_topk_targets, topk_targets
 
 K = 64
 READ_LIMIT = 2.5  # times one read of the logits
@@ -145,7 +145,7 @@ def bench_head(table: Table, rows: int, width: int, vocab: int, rounds: int) -> 
     )  # fmt: skip
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """Widths, then numbers of entries, then the head in one."""
     gpu = ask.device == "cuda"
     rows, rounds = (8192, ask.times(9, 15)) if gpu else (256, ask.times(5, 9))
@@ -163,7 +163,8 @@ def cases(ask: Ask) -> Sequence[Case]:
 
 def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     """A handful of sizes, each kernel's own time in microseconds beside the whole."""
-    from fastkd.kernels import draws_triton, topk_triton
+    from fastkd.kernels.topk import draws_triton
+    from fastkd.kernels.topk import triton_impl as topk_triton
 
     buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda")
     read = interleaved({"read": one_read(rows, vocab, buffers)}, device="cuda", rounds=15, warmup=3)["read"]
@@ -226,7 +227,7 @@ def main() -> None:
     table = Table(args.device, "topk")
     if args.tune:
         tune(table)
-    run_cases(cases(Ask(args.device, full=True)), table, to_stderr)
+    run_cases(cases(RunConfig(args.device, full=True)), table, to_stderr)
     table.save(args.json)
 
 

@@ -27,16 +27,16 @@ from fastkd import SparseTargets
 from fastkd.bench.cases import known_targets
 from fastkd.bench.harness import interleaved, peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.demo.step import labels_only
-from fastkd.hub import load_transformers
-from fastkd.kernels.linear import default_chunk
+from fastkd.kernels.loss.linear import default_chunk
+from fastkd.models.hub import load_transformers
 from fastkd.settings import TrainSettings
-from fastkd.student.batch import MicroBatch
-from fastkd.student.metrics import read_metrics
-from fastkd.student.model import Student, of_transformers
-from fastkd.student.optimizer import clip_, make_optimizer
+from fastkd.stream.batch import MicroBatch
+from fastkd.train.metrics import read_metrics
+from fastkd.train.optimizer import clip_, make_optimizer
+from fastkd.train.student import Student, of_transformers
 
 VOCAB = 49152
 # hidden, layers, heads, key-value heads, inner
@@ -259,7 +259,7 @@ def sections(rounds: int, temperatures: Sequence[float] = (1.0, 2.0)) -> dict[st
     }
 
 
-def cases(ask: Ask) -> Sequence[Case]:
+def cases(ask: RunConfig) -> Sequence[Case]:
     """All sections."""
     found = sections(ask.times(3, 5), ask.size((1.0,), (1.0, 2.0)))
     return [case for name, case in found.items() if name != "large" or (ask.full and ask.device == "cpu")]

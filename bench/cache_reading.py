@@ -122,7 +122,7 @@ def peak():
 cache = open_cache(sys.argv[1])
 cache.manifest, cache.shards
 if len(sys.argv) < 3:
-    import fastkd.cache.codec, numcodecs.pcodec
+    import fastkd.cache.encoding.targets, numcodecs.pcodec
     print(peak())
     sys.exit()
 arrays = cache.sequences([0])

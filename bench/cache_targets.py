@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.bench.suites import Ask
+from fastkd.bench.suites import RunConfig
 from fastkd.cache import CacheSpec
 
 TARGETS = Path("build/smollm2_targets.npz")
@@ -16,7 +16,7 @@ TEMPERATURES = (1.0, 1.5, 2.0, 4.0)
 Arrays = dict[str, Any]
 
 
-def targets(ask: Ask) -> Arrays:
+def targets(ask: RunConfig) -> Arrays:
     """Real targets: all of them, or the first 32 windows, which are made where they are not there."""
     if not ask.full and not TARGETS.exists() and not FEW.exists():
         from fastkd.bench.make_targets import make

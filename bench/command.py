@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkd.bench.suites import SUITES, Ask, Suite, listing, named
+from fastkd.bench.suites import SUITES, RunConfig, Suite, listing, named
 from fastkd.errors import BenchError
 
 if TYPE_CHECKING:
     from fastkd.bench.table import Recording
-    from fastkd.commands import Bench
+    from fastkd.cli.commands import Bench
 
 
 def bench(command: "Bench") -> tuple[str, int]:
@@ -25,7 +25,7 @@ def bench(command: "Bench") -> tuple[str, int]:
     from fastkd.bench.table import save
 
     failed: list[str] = []
-    ask = Ask(device_for(command.device), command.full, command.peers, command.rounds)
+    ask = RunConfig(device_for(command.device), command.full, command.peers, command.rounds)
     if command.use:
         found = _taken(command.use, suites)
     else:
@@ -79,7 +79,7 @@ def _taken(paths: Sequence[Path], suites: Sequence[Suite]) -> "list[Recording]":
     return found
 
 
-def _checked(command: "Bench", ask: Ask, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
+def _checked(command: "Bench", ask: RunConfig, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
     """The recordings, with those of a second run where the first seemed worse; what moved; whether any is worse."""
     from fastkd.bench.check import compare, recorded, text, worse
     from fastkd.bench.run import run_suites, to_stderr

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import fastkd
 from fastkd.cache import open_cache
+from fastkd.evaluate.api import Evaluation, compare
 from fastkd.settings import TrainSettings
-from fastkd.stopping import Stop, stopping
-from fastkd.student.checkpoint import FOLDER as CHECKPOINTS
-from fastkd.student.evaluate import Evaluation, compare
-from fastkd.student.train import EVALUATION
+from fastkd.train.api import EVALUATION
+from fastkd.train.checkpoint import FOLDER as CHECKPOINTS
+from fastkd.utils.signals import Stop, stopping
 
 MEASURES = ("cross_entropy", "kl_bucket", "agreement")
 

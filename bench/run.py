@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastkd.bench.suites import Ask, Case, Suite
+from fastkd.bench.suites import Case, RunConfig, Suite
 from fastkd.bench.table import Recording, Table, load
 from fastkd.errors import BenchError
-from fastkd.progress import duration
+from fastkd.utils.progress import duration
 
 Say = Callable[[str], None]
 
 
 def run_suites(
     suites: Sequence[Suite],
-    ask: Ask,
+    ask: RunConfig,
     *,
     runs: int = 1,
     say: Say,
@@ -41,10 +41,10 @@ def run_suites(
     return found, failed
 
 
-def run_suite(suite: Suite, ask: Ask, say: Say) -> Recording:
+def run_suite(suite: Suite, ask: RunConfig, say: Say) -> Recording:
     """One suite, in this process."""
     device = ask.device if ask.device in suite.devices else suite.devices[0]
-    ask = Ask(device, ask.full, ask.peers, ask.rounds)
+    ask = RunConfig(device, ask.full, ask.peers, ask.rounds)
     cases = suite.cases(ask)
     table = Table(device, suite.name, size=ask.size("small", "full"))
     run_cases(cases, table, say)
@@ -70,7 +70,7 @@ def progress(done: int, total: int, what: str, name: str, seconds: float) -> str
     return f"{what} {done + 1} of {total} ({done / total:.0%}, {duration(seconds)} so far{left}): {name}"
 
 
-def _apart(suite: Suite, ask: Ask) -> list[Recording]:
+def _apart(suite: Suite, ask: RunConfig) -> list[Recording]:
     """A suite in a process of its own; nothing where it failed, which it has said itself."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"

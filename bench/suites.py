@@ -28,14 +28,14 @@ class Suite:
         """`says`, as a sentence begins."""
         return self.says[:1].upper() + self.says[1:]
 
-    def cases(self, ask: "Ask") -> Sequence["Case"]:
+    def cases(self, ask: "RunConfig") -> Sequence["Case"]:
         """What it measures, in order."""
         found: Sequence[Case] = import_module(f"fastkd.bench.{self.module}").cases(ask)
         return found
 
 
 @dataclass(frozen=True)
-class Ask:
+class RunConfig:
     """How to measure. full: the sizes that figures are published at, else ones that take a minute or two. peers: other
     packages too, where they are installed. rounds: of every run; None: each suite's own."""
 

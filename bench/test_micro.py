@@ -18,9 +18,9 @@ import torch
 from fastkd import kd_loss, linear_kd_loss
 from fastkd.bench.cases import GRID, known_targets, student_logits
 from fastkd.cache import Cache, CacheSpec, Workspace, create_cache, open_cache
-from fastkd.decoding import targets_from_arrays
 from fastkd.kernels import topk_targets
-from fastkd.stream import order
+from fastkd.stream.decode import targets_from_arrays
+from fastkd.stream.epoch_order import order
 
 Benchmark = Any
 N, V, D, K = 128, 8192, 128, 48

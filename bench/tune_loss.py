@@ -5,13 +5,13 @@ from typing import Any
 
 from fastkd.bench.bench_loss import FLOOR, LogitsProblem, timed
 from fastkd.bench.harness import Run
-from fastkd.bench.suites import Ask, Case
+from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 
 
 def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
     """Every candidate, in place and out of place, over one read and one write."""
-    from fastkd.kernels import loss_triton
+    from fastkd.kernels.loss import triton_impl as loss_triton
 
     kernels: Any = loss_triton
 
@@ -34,7 +34,7 @@ def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
 
 def candidates(v: int) -> dict[str, dict[str, Any]]:
     """The defaults, other cache hints, and other shares of a multiprocessor for a row."""
-    from fastkd.kernels.sweeps import sweep_settings
+    from fastkd.kernels.loss.row_passes import sweep_settings
 
     default = sweep_settings(v, 2)
     found: dict[str, dict[str, Any]] = {"default": default}
@@ -54,7 +54,7 @@ def candidates(v: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def cases(ask: Ask) -> list[Case]:
+def cases(ask: RunConfig) -> list[Case]:
     """Every width, with a fresh student and a certain one."""
     return [
         Case(f"tune V={v}", partial(tune, v=v, certain=certain, rounds=min(ask.rounds or 7, 7)))

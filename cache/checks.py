@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import Targets
+from .encoding.grid import LOWEST
+from .encoding.ragged import BLOCK
+from .encoding.targets import Targets
 from .errors import CacheError
-from .grid import LOWEST
-from .ragged import BLOCK
-from .shardfile import LARGEST
+from .shard.container import LARGEST
 from .spec import CacheSpec
 
 Array = NDArray[Any]

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from .errors import CacheError, NotFound
 from .manifest import KEY, from_parquet, overlaps
 from .scan import corrupt, listed, read_spec, scan, shard_key
-from .shard import check_attributes, decode_shard, known_arrays, raw_shard
-from .shardfile import (
+from .shard.container import (
     TAIL_LENGTH,
     Damage,
     check_bytes,
@@ -25,6 +24,7 @@ from .shardfile import (
     unpack,
     unpack_end,
 )
+from .shard.layout import check_attributes, decode_shard, known_arrays, raw_shard
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace

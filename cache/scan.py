@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError
 from .manifest import row_of, table_of
-from .shard import check_attributes
-from .shardfile import TAIL_LENGTH, Damage, read_attributes, stored_digest
+from .shard.container import TAIL_LENGTH, Damage, read_attributes, stored_digest
+from .shard.layout import check_attributes
 from .spec import CacheSpec, parse_json
 from .stores import Store
 

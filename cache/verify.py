@@ -11,9 +11,23 @@ from tqdm import tqdm
 from .errors import CacheError, NotFound, StoreError
 from .manifest import gaps, overlaps, row_of, table_of
 from .reader import Cache, open_cache
-from .scan import PREFIX, SPEC_KEY, planned_shards, read_spec, shard_index, shard_key
-from .shard import check_attributes, decode_shard, known_arrays
-from .shardfile import Damage, check_bytes, content_hash, read_attributes, stored_digest, unpack
+from .scan import (
+    PREFIX,
+    SPEC_KEY,
+    planned_shards,
+    read_spec,
+    shard_index,
+    shard_key,
+)
+from .shard.container import (
+    Damage,
+    check_bytes,
+    content_hash,
+    read_attributes,
+    stored_digest,
+    unpack,
+)
+from .shard.layout import check_attributes, decode_shard, known_arrays
 from .stores import Entry, Store, open_store
 
 

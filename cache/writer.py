@@ -15,14 +15,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .checks import check_inputs, check_lengths, check_number, check_record, check_sorted, check_targets
-from .codec import Targets, encode_targets
+from .checks import (
+    check_inputs,
+    check_lengths,
+    check_number,
+    check_record,
+    check_sorted,
+    check_targets,
+)
+from .encoding.ragged import BLOCK
+from .encoding.targets import Targets, encode_targets
 from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
 from .manifest import KEY, from_parquet, overlaps, to_parquet
-from .ragged import BLOCK
 from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
-from .shard import check_attributes
-from .shardfile import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
+from .shard.container import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
+from .shard.layout import check_attributes
 from .spec import FORMAT, CacheSpec, differences
 from .stores import Store, open_store
 

@@ -2,9 +2,9 @@
 
 from typing import NoReturn
 
-from .cli import main
-from .ending import end
-from .stopping import final
+from .cli.main import main
+from .utils.exit import end
+from .utils.signals import final
 
 
 def run() -> NoReturn:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import values_are_checked
 from .decode_torch import Out, Part, fill_torch
 from .errors import KDError
+from .loss.checks import values_are_checked
 from .targets import SparseTargets
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .blocks import counted_rows
-from .call import Call, saveable
+from .loss.blocks import counted_rows
+from .loss.call import Call, saveable
 from .targets import TargetsAt
 
 _INF = float("inf")

@@ -160,7 +160,7 @@ class SparseTargets:
         positions: Tensor | None = None,
     ) -> "SparseTargets":
         """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`): see `topk_targets`, which this calls."""
-        from .topk import topk_targets
+        from .topk.api import topk_targets
 
         return topk_targets(
             logits,

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from . import draws as dr
+from .topk import draws as dr
 
 MINUS_2_LOG2E = tl.constexpr(dr.MINUS_2_LOG2E)
 C1, C2, C3 = tl.constexpr(dr.C1), tl.constexpr(dr.C2), tl.constexpr(dr.C3)

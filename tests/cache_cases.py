@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastkd.cache import CacheSpec, shardfile
+from fastkd.cache import CacheSpec
+from fastkd.cache.shard import container as shardfile
 
 Arrays = dict[str, Any]
 

@@ -15,9 +15,10 @@ import fastkd
 from fastkd import topk_targets
 from fastkd.cache import StoreError, open_cache, verify_cache
 from fastkd.cache.stores import MemoryStore
-from fastkd.teacher.claims import Claims
-from fastkd.teacher.job import CaptureReport
-from fastkd.teacher.protocol import Head, Hidden
+from fastkd.capture.claims import Claims
+from fastkd.capture.runner import CaptureReport
+from fastkd.kernels.lm_head import LMHead
+from fastkd.models.protocol import Hidden
 
 VOCAB, WIDTH = 97, 8
 
@@ -41,7 +42,7 @@ class Causal(nn.Module):
             state = torch.tanh(0.7 * state + embedded)
             states.append(state)
         stacked = self.dropout(torch.stack(states, 1))
-        return Hidden(stacked, Head(self.head)) if self.hidden else stacked @ self.head.T
+        return Hidden(stacked, LMHead(self.head)) if self.hidden else stacked @ self.head.T
 
 
 def documents(count: int = 30, longest: int = 40, seed: int = 0) -> list[list[int]]:

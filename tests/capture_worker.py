@@ -19,9 +19,9 @@ import torch
 from capture_cases import SMALL, Causal, documents
 from torch import Tensor
 
+from fastkd.capture.api import capture
 from fastkd.kernels import prepare_topk
-from fastkd.stopping import Stopped, stopping
-from fastkd.teacher.capture import capture
+from fastkd.utils.signals import Stopped, stopping
 
 CALLS = ("open", "write", "fsync", "link", "unlink", "mkdir")
 _write = os.write

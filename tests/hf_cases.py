@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd.hub import load_transformers
+from fastkd.models.hub import load_transformers
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|turn|>"]
 TEMPLATE = (

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fastkd import DistillLoader
 from fastkd.cache import Cache, create_cache, open_cache
+from fastkd.capture.rows import TEXT, rows
+from fastkd.capture.window_plan import PlanSettings, make_plan
 from fastkd.data.documents import open_documents
-from fastkd.student.batch import MicroBatch, Step
-from fastkd.teacher.plan import PlanSettings, make_plan
-from fastkd.teacher.rows import TEXT, rows
+from fastkd.stream.batch import MicroBatch, Step
 
 IGNORED = -100
 TRAIN_SHARDS, SHARDS = 13, 16  # of the cache that is made unless told otherwise

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from hf_cases import WORDS, config_of, saved, tokenizer_of
 
-from fastkd import cli
-from fastkd.commands import COMMANDS
-from fastkd.parsing import flags, parse
+from fastkd.cli import main as cli
+from fastkd.cli.commands import COMMANDS
+from fastkd.cli.parse import flags, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}

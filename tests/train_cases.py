@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.cache import Cache, open_cache
-from fastkd.teacher.protocol import Head, Hidden
+from fastkd.kernels.lm_head import LMHead
+from fastkd.models.protocol import Hidden
 
 WIDTH = 12
 # eight shards and more, of pieces of many lengths
@@ -50,7 +51,7 @@ class Tiny(nn.Module):
         if self.gives_logits:
             z: Tensor = x @ self.head.T
             return z if self.head_bias is None else z + self.head_bias
-        return Hidden(x, Head(self.head, self.head_bias))
+        return Hidden(x, LMHead(self.head, self.head_bias))
 
 
 def tiny() -> Tiny:

@@ -10,10 +10,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastkd.stopping import DONE, WORK_REMAINS
+from fastkd.utils.signals import DONE, WORK_REMAINS
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.student.train", "fastkd.student.evaluate"])
+SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.train.api", "fastkd.evaluate.evaluate"])
 
 
 def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
@@ -88,7 +88,7 @@ def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
 def train_and_stop(student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int) -> None:
     """Up to a step, where a stop is asked for: on the last process alone, as signals are not told to all at once."""
     import fastkd
-    from fastkd.stopping import Stop
+    from fastkd.utils.signals import Stop
 
     stop, last = Stop(), os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 
@@ -109,7 +109,7 @@ def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from fastkd import DistillLoader
-    from fastkd.student.run import summed_over
+    from fastkd.utils.distributed import summed_over
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -128,9 +128,9 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
     import torch
     from train_cases import Tiny
 
-    from fastkd.student.evaluate import evaluate
-    from fastkd.student.model import of_module
-    from fastkd.student.processes import together
+    from fastkd.evaluate.api import evaluate
+    from fastkd.train.student import of_module
+    from fastkd.utils.distributed import together
 
     student, calls = of_module(Tiny(seed=3), "measured"), 0
 
@@ -147,8 +147,8 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
 def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
     """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
     changes what lies on the disk."""
-    from fastkd.student import checkpoint, metrics
-    from fastkd.student.trainer import Trainer
+    from fastkd.train import checkpoint, metrics
+    from fastkd.train.trainer import Trainer
 
     left = moment
 
@@ -177,8 +177,8 @@ def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) 
     import time
 
     import fastkd
-    from fastkd.stopping import stopping
-    from fastkd.student.trainer import Trainer
+    from fastkd.train.trainer import Trainer
+    from fastkd.utils.signals import stopping
 
     make = Trainer._make
 

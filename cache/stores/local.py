@@ -11,7 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ..errors import NotFound
-from .base import ATTEMPTS, BaseStore, Entry, Names, check_key, check_length, check_prefix, flat, refuse
+from .base import (
+    ATTEMPTS,
+    BaseStore,
+    Entry,
+    Names,
+    check_key,
+    check_length,
+    check_prefix,
+    flat,
+    refuse,
+)
 
 log = logging.getLogger(__name__)
 

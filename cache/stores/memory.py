@@ -4,7 +4,14 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import NotFound, StoreError
-from .base import BaseStore, Entry, check_key, check_length, check_prefix, flat
+from .base import (
+    BaseStore,
+    Entry,
+    check_key,
+    check_length,
+    check_prefix,
+    flat,
+)
 
 
 class MemoryStore(BaseStore):

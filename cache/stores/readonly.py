@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import CacheError, NotFound, StoreError
-from .base import NO_LISTING, Entry, ReadOnlyStore, check_key, check_length, check_prefix, clean, refuse
+from .base import (
+    NO_LISTING,
+    Entry,
+    ReadOnlyStore,
+    check_key,
+    check_length,
+    check_prefix,
+    clean,
+    refuse,
+)
 
 # Shards hardly compress. What claims to has been made to exhaust memory.
 MAX_UNPACKED, MAX_RATIO = 64 << 20, 50

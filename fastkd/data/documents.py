@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..fingerprints import files_sha256
+from ..utils.hashing import files_sha256
 from .chat import NotChat, Template, Tokenizer, chat_tokens
 from .columns import Column, Values, rows_at_a_time
 from .lines import TextColumn

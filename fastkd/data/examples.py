@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..mixing import mixed
+from ..utils.splitmix import mixed
 
 Augment = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(examples `[b, ...]`, their seeds `[b]`) to what the model is given `[b, ...]`; a pure function of both."""
@@ -153,3 +153,6 @@ def _checked(labels: Any, examples: int) -> NDArray[np.int64]:
         at = int(array.argmin())
         raise DataError(f"labels: found {int(array[at])} for example {at} (from 0); classes are numbered from 0.")
     return array.astype(np.int64)
+
+
+EXAMPLES = ("example", "augmentation_seed")

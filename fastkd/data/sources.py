@@ -8,7 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, joined
+from .columns import (
+    ArrowColumn,
+    Column,
+    ParquetColumn,
+    Values,
+    choose_column,
+    joined,
+)
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
 _SUFFIXES = {

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..settings import DemoSettings
-    from ..stopping import Stop
+    from ..utils.signals import Stop
 
 
 class Done(NamedTuple):

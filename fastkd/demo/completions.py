@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..hub import load_transformers
+from ..models.hub import load_transformers
 from ..report.page import Answer, Example
-from .once import Json
+from .artifacts import Json
 
 PREFIXES, LENGTH, TOPS, WRITTEN = 8, 40, 5, 24
 

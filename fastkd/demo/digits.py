@@ -15,26 +15,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import __version__
+from ..capture.api import capture
 from ..data.examples import Examples
 from ..errors import DataError
-from ..intervals import Interval
-from ..progress import mode_for
+from ..evaluate.api import Evaluation, compare
 from ..report.make import make_report
 from ..report.measures import MEASURES
 from ..report.numbers import with_half
 from ..settings import DemoSettings
-from ..stopping import Stop, Stopped
-from ..student.checkpoint import write_text
-from ..student.evaluate import Evaluation, compare
-from ..student.model import parameters_and_bytes
-from ..student.result import CONTROL, RUN
-from ..student.train import EVALUATION, train
-from ..teacher.capture import capture
+from ..train.api import EVALUATION, train
+from ..train.result import CONTROL, RUN
+from ..train.student import parameters_and_bytes
+from ..utils.atomic import write_text
+from ..utils.intervals import Interval
+from ..utils.progress import mode_for
+from ..utils.signals import Stop, Stopped
 from . import Done
-from .clock import Clock
+from .damage import verified
 from .digits_data import CLASSES, HELD_OUT, digits
 from .digits_net import Net, net, train_teacher
-from .trust import verified
+from .stages import Clock
 
 SHOWN = ("cross_entropy", "kl_bucket", "agreement", "accuracy", "ece")
 

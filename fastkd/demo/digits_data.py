@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from ..data.examples import Examples
+from ..data.packing import held_out
 from ..errors import DataError
-from ..mixing import mixed
-from ..teacher.packing import held_out
+from ..utils.splitmix import mixed
 
 CLASSES = 10
 DEGREES, PIXELS = 15, 1  # turned and shifted by up to so much

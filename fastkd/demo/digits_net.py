@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data.examples import Examples
-from ..progress import Progress
+from ..utils.progress import Progress
 from .digits_data import CLASSES, trained_on
 
 BATCH, RATE = 64, 3e-3

@@ -12,29 +12,43 @@ from typing import Any
 
 from .. import __version__
 from ..cache import Cache, open_cache
-from ..data.tokenizers import load_tokenizer
-from ..inspect_cache import inspect_cache
+from ..models.tokenizers import load_tokenizer
 from ..report.demo_sections import completions
 from ..report.make import make_report
 from ..report.runs import Run, read_runs
-from ..report_text import report_text
 from ..settings import CaptureSettings, DemoSettings, TrainSettings
-from ..stopping import Stop
-from ..student.checkpoint import write_text
-from ..student.result import CONTROL, STUDENT
+from ..train.result import CONTROL, STUDENT
+from ..utils.atomic import write_text
+from ..utils.inspect_cache import inspect_cache
+from ..utils.signals import Stop
+from ..utils.text import report_text
 from . import Done, smollm2
-from .clock import Clock
+from .artifacts import Json, once, plain
 from .completions import examples, held_out_prefixes, student_completions
+from .damage import flipped_copy, named_by_verify, verified
 from .figures import Figure, figures_of, figures_section, figures_text
-from .once import Json, once, plain
-from .page import by_hand, capture_command, cost_section, options, train_command, trust_section
+from .page import (
+    by_hand,
+    capture_command,
+    cost_section,
+    options,
+    train_command,
+    trust_section,
+)
 from .scales import Sizes, sizes_of
 from .scores import everyone, pairs, scores_json, scores_text
+from .stages import Clock
 from .step import step_ratio
 from .students import have_cut, have_evaluated, have_trained
-from .teacher import Places, capture_settings, have_cache, held_out, identity, model_settings
+from .teacher import (
+    Places,
+    capture_settings,
+    have_cache,
+    held_out,
+    identity,
+    model_settings,
+)
 from .text import have_windows, language_reference, package_sources, windows_of
-from .trust import flipped_copy, named_by_verify, verified
 
 WARM_UP = 0.2  # of the steps: a damaged model's first gradients are large, and at the full rate a step may throw it off
 

@@ -6,9 +6,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..bench.harness import interleaved
-from ..kernels.topk import default_chunk
-from ..teacher.head import logits_of
-from ..teacher.protocol import Hidden, Teacher
+from ..kernels.topk.api import default_chunk
+from ..models.lm_head import logits_of
+from ..models.protocol import Hidden
+from ..teachers.protocol import Teacher
 
 TIMES = 2  # before and after the capture, each
 

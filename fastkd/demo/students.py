@@ -10,20 +10,20 @@ from torch import nn
 
 from .. import train
 from ..cache import Cache
-from ..data.tokenizers import load_tokenizer
-from ..hub import load_transformers
-from ..progress import mode_for
+from ..evaluate.api import evaluate
+from ..models.hub import load_transformers
+from ..models.tokenizers import load_tokenizer
 from ..settings import TrainSettings
-from ..stopping import Stop, Stopped
-from ..student.checkpoint import FOLDER as CHECKPOINTS
-from ..student.checkpoint import remove_folder, write_folder, write_text
-from ..student.evaluate import evaluate
-from ..student.make import make_student
-from ..student.processes import together
-from ..student.result import CONTROL, RUN, run_document
-from ..student.train import EVALUATION
-from ..student.trainer import autocast_of
-from .once import Json, keep, there
+from ..train.api import EVALUATION
+from ..train.checkpoint import FOLDER as CHECKPOINTS
+from ..train.load_student import make_student
+from ..train.result import CONTROL, RUN, run_document
+from ..train.trainer import autocast_of
+from ..utils.atomic import remove_folder, write_folder, write_text
+from ..utils.distributed import together
+from ..utils.progress import mode_for
+from ..utils.signals import Stop, Stopped
+from .artifacts import Json, keep, there
 
 MADE = "made.json"  # in a folder that was finished: what it was made of
 

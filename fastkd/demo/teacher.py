@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from ..cache import Cache, CacheError, open_cache
 from ..cache.stores import MemoryStore
-from ..fingerprints import files_sha256
-from ..progress import mode_for
+from ..capture.api import capture
 from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
-from ..stopping import Stop, Stopped
-from ..student.model import parameters_and_bytes
-from ..teacher.capture import capture
-from ..teacher.hf import HFTeacher
-from ..teacher.load import load
-from .clock import Clock
+from ..teachers.hf import HFTeacher
+from ..teachers.load import load
+from ..train.student import parameters_and_bytes
+from ..utils.hashing import files_sha256
+from ..utils.progress import mode_for
+from ..utils.signals import Stop, Stopped
+from .artifacts import Json, keep, there
 from .completions import completions_of, held_out_prefixes
-from .once import Json, keep, there
 from .overhead import bare_seconds
 from .scales import Sizes
+from .stages import Clock
 from .text import windows_in
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384}  # positions that the teacher is run on at once

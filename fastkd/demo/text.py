@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..data.tokenizers import Tokenizer
 from ..errors import DataError
+from ..models.tokenizers import Tokenizer
 
 Array = NDArray[Any]
 COLUMN = "input_ids"

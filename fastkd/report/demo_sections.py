@@ -4,8 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report_text import TEXTS, without_credentials
-from .numbers import DASH, THIN, figures, percent, prefixed, seconds, whole
+from ..utils.text import TEXTS, without_credentials
+from .numbers import (
+    DASH,
+    THIN,
+    figures,
+    percent,
+    prefixed,
+    seconds,
+    whole,
+)
 from .page import (
     Bars,
     Block,

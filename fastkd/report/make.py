@@ -8,15 +8,23 @@ from typing import Any
 
 from ..cache import CacheError, open_cache
 from ..errors import NoRun, ReportError
-from ..inspect_cache import inspect_cache
-from ..report_text import without_credentials
+from ..utils.inspect_cache import inspect_cache
+from ..utils.text import without_credentials
 from .demo_sections import cache_section
 from .html import to_html
 from .numbers import prefixed
 from .page import Page, Section
 from .plots import png
 from .runs import Run, in_lines, read_runs
-from .sections import curves, headline, held_out, reproduce, settings, speed, students
+from .sections import (
+    curves,
+    headline,
+    held_out,
+    reproduce,
+    settings,
+    speed,
+    students,
+)
 
 
 def make_report(

@@ -4,8 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, isfinite
 
-from ..intervals import Interval
-from .numbers import DASH, THIN, decimals, figures, places, with_half
+from ..utils.intervals import Interval
+from .numbers import (
+    DASH,
+    THIN,
+    decimals,
+    figures,
+    places,
+    with_half,
+)
 from .page import Cell, Column
 
 

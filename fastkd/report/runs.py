@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NoRun, ReportError, StreamError
-from ..intervals import Interval
-from ..student.evaluate import Evaluation
+from ..evaluate.api import Evaluation
+from ..utils.intervals import Interval
 
 Json = dict[str, Any]
 FORMAT, VERSION = "fastkd-run", 1

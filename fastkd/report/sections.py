@@ -7,11 +7,29 @@ from statistics import median
 from typing import Any
 
 from ..errors import StreamError
-from ..intervals import Interval
-from ..report_text import without_credentials
-from ..student.evaluate import Evaluation, compare
-from .measures import MEASURES, PERPLEXITY, WORDS, Measure, cell, difference_cell, perplexity, verdict
-from .numbers import DASH, THIN, figures, percent, prefixed, seconds, whole, with_half
+from ..evaluate.api import Evaluation, compare
+from ..utils.intervals import Interval
+from ..utils.text import without_credentials
+from .measures import (
+    MEASURES,
+    PERPLEXITY,
+    WORDS,
+    Measure,
+    cell,
+    difference_cell,
+    perplexity,
+    verdict,
+)
+from .numbers import (
+    DASH,
+    THIN,
+    figures,
+    percent,
+    prefixed,
+    seconds,
+    whole,
+    with_half,
+)
 from .page import (
     Block,
     Card,

@@ -1,0 +1,271 @@
+"""One part of the targets, the head or the drawn entries: ragged rows of (log-probability, id), to streams and back.
+
+See `grid.py` for the log-probabilities, `vocabulary.py` for the ids, `ragged.py` for the rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ..spec import CacheSpec
+from .grid import codes_of, values_of
+from .ragged import (
+    BLOCK,
+    PITCH,
+    Block,
+    Streams,
+    decode_rows,
+    encode_rows,
+    smallest_unsigned,
+)
+from .vocabulary import (
+    classes_of,
+    decode_lists,
+    encode_lists,
+    learn_lists,
+    order_of,
+    rank_in_context,
+    ranks_of,
+)
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+
+ROWS_FOR_ORDER = 2**17  # rows from which an order is learnt: more teach nothing
+STREAMS = ("values", "firsts", "ties", "repeats")
+CONTEXT_STREAMS = tuple(f"context_{name}" for name in ("tokens", "counts", "values", "firsts", "ties"))
+
+
+def encode_part(
+    part: str,
+    spec: CacheSpec,
+    entries: tuple[Array, Array, Array | None],
+    counts_N: Array,
+    grid: tuple[float, float, float],
+    tokens: Array | None,
+) -> Arrays:
+    """The streams of a part: entries are ids, log-probabilities and (of drawn ones) repeats, each `[n, K]`.
+
+    counts_N: how many of a row's places are used. grid: step, growth and cap.
+    """
+    ids_NK, logprobs_NK, extras_NK = entries
+    codec = spec.settings
+    width = ids_NK.shape[1]
+    ragged = bool((counts_N < width).any())
+    place = np.arange(width)
+    used_NK = place < counts_N[:, None] if ragged else None
+    lowest = logprobs_NK.min(initial=0, where=True if used_NK is None else used_NK)
+    top = int(codes_of(np.array([lowest], np.float32), *grid)[0])
+    codes_NK = np.empty(ids_NK.shape, smallest_unsigned(top + 2))
+    for start in range(0, len(ids_NK), BLOCK):
+        some = slice(start, start + BLOCK)
+        block = logprobs_NK[some] if used_NK is None else np.where(used_NK[some], logprobs_NK[some], 0)
+        codes = codes_of(block, *grid)
+        # exp need not be monotone to the last bit: a code may be smaller than the one before, or larger than top
+        codes_NK[some] = codes if codec.sort_ties else np.maximum.accumulate(codes, axis=1)
+    top = int(codes_NK.max(initial=0))
+    sample = slice(None, None, -(-len(ids_NK) // ROWS_FOR_ORDER) or 1)
+    counted = ids_NK[sample].ravel() if used_NK is None else ids_NK[sample][used_NK[sample]]
+    counts_V = np.bincount(counted, minlength=spec.vocab_size)
+    classes_V = classes_of(counts_V)
+    ranks_V = ranks_of(order_of(classes_V))
+    streams: Arrays = {}
+    if codec.contexts:
+        assert tokens is not None
+        lists = learn_lists(tokens, ids_NK, used_NK, counts_V)
+        ranks_NK = rank_in_context(tokens, ids_NK, lists, ranks_V)
+        coded = encode_lists(lists, ranks_V)
+        tables: tuple[Array, ...] = (lists.tokens.astype(np.uint32), lists.lengths.astype(np.uint16), *coded[:3])
+        streams |= {f"{part}/{name}": array for name, array in zip(CONTEXT_STREAMS, tables, strict=True)}
+    else:
+        ranks_NK = np.empty(ids_NK.shape, ranks_V.dtype)
+        for start in range(0, len(ids_NK), BLOCK):
+            ranks_NK[start : start + BLOCK] = ranks_V[ids_NK[start : start + BLOCK]]
+    coded = encode_rows(codes_NK, ranks_NK, counts_N, sort_ties=codec.sort_ties, extras_NK=extras_NK)
+    streams[f"{part}/counts"] = counts_N.astype(np.uint16)
+    streams[f"{part}/classes"] = classes_V
+    streams[f"{part}/grid"] = values_of(top + 1, *grid)
+    names = STREAMS[: 4 if extras_NK is not None else 3]
+    return streams | {f"{part}/{name}": array for name, array in zip(names, coded, strict=False)}
+
+
+def decode_part(
+    part: str,
+    spec: CacheSpec,
+    streams: Mapping[str, Array],
+    tokens: Array | None,
+    counts_N: Array,
+    offsets_N: Array,
+    out: list[Array],
+) -> None:
+    """Write a part's ids, log-probabilities and (of drawn entries) draws into out, `[n, spec.width]` each.
+
+    A row's entries go to its places from offsets_N[i] on; counts_N[i] says how many they are. Other places are left as
+    they are, or take id 0, log-probability -inf and draws 0. Raises ValueError where the streams contradict each other.
+    """
+    capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
+    if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:
+        raise ValueError(f"{part}/counts: {counts_N.shape} rows with up to {counts_N.max(initial=0)} entries")
+    if (offsets_N + counts_N).max(initial=0) > spec.width:
+        raise ValueError(f"{part}/counts: more than {spec.width} entries in a row")
+    tables = _tables(part, spec, streams, tokens)
+    coded = Streams(*(streams.get(f"{part}/{name}", np.zeros(0, np.uint16)) for name in STREAMS))
+    for block in decode_rows(coded, counts_N, sort_ties=spec.settings.sort_ties):
+        size = block.lengths[0] if block.lengths else 0  # the rows of the block that have an entry come first
+        if not size:
+            continue
+        rows = block.rows[:size] if not isinstance(block.rows, slice) else _first(block.rows, size)
+        codes_KB, ranks_KB = _filled(part, block, tables)
+        found = [_gathered(tables.ids, _index(part, ranks_KB, rows, tables).T), _gathered(tables.logprobs, codes_KB.T)]
+        if len(out) == 3:
+            found.append(_draws(coded.extras, block).T)
+        _put(found, rows, counts_N, offsets_N, out)
+
+
+class _Tables(NamedTuple):
+    """What turns codes and ranks into log-probabilities and ids. The number after the last stands for no entry."""
+
+    logprobs: pa.Array  # float32: the grid, then -inf
+    ids: pa.Array  # int32: all lists, then the order, then 0
+    list_width: int  # ranks below it are places in the row's list, others go on through the order
+    list_begins_N: Array  # in `ids`; [0] without lists
+    list_lengths_N: Array  # 0 for a row without one; [0] without lists
+    no_code: int
+    no_rank: int
+
+
+def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Array | None) -> _Tables:
+    grid = streams[f"{part}/grid"].astype(np.float32)
+    if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
+        raise ValueError(f"{part}/grid: log-probabilities of falling order are needed")
+    ids, list_width, begins_N = id_table(part, streams, tokens, spec.vocab_size)
+    lengths_N = np.zeros(0, np.int64)
+    if list_width and tokens is not None:
+        lengths_N = _list_lengths(part, streams, tokens)
+    return _Tables(
+        logprobs=pa.array(np.append(grid, np.float32(-np.inf))),
+        ids=pa.array(np.append(ids, np.int32(0))),
+        list_width=list_width,
+        list_begins_N=begins_N,
+        list_lengths_N=lengths_N,
+        no_code=len(grid),
+        no_rank=list_width + spec.vocab_size,
+    )
+
+
+def id_table(
+    part: str, streams: Mapping[str, Array], tokens: Array | None, vocab_size: int
+) -> tuple[Array, int, Array]:
+    """What turns ranks into ids: a table, the width of a list, and where in the table each row's list begins `[n]`.
+
+    The table holds all lists, one after another, and then the order. A rank r below the width is entry r of the row's
+    list; any other is entry r − width of the order. Without contexts the width is 0 and there are no beginnings
+    (`[0]`).
+    """
+    classes = streams[f"{part}/classes"]
+    if classes.shape != (vocab_size,):
+        raise ValueError(f"{part}/classes: {classes.shape} for a vocabulary of {vocab_size}")
+    order = order_of(classes)
+    if f"{part}/context_tokens" not in streams:
+        return order.astype(np.int32), 0, np.zeros(0, np.int32)
+    names, lengths, values, firsts, ties = (streams[f"{part}/{name}"] for name in CONTEXT_STREAMS)
+    if names.shape != lengths.shape:
+        raise ValueError(f"{part}: {len(names)} contexts with {len(lengths)} lengths")
+    if tokens is None:
+        raise ValueError("the ids' contexts need the input column `tokens`")
+    if (np.diff(names.astype(np.int64)) <= 0).any():
+        raise ValueError(f"{part}/context_tokens: ascending numbers are needed")
+    lists = decode_lists(Streams(values, firsts, ties, np.zeros(0, np.uint16)), lengths, order)
+    begins_C = np.concatenate([[0], lengths.astype(np.int64).cumsum()])
+    where = np.searchsorted(names, tokens.astype(np.int64)) if len(names) else np.zeros(len(tokens), np.int64)
+    return (
+        np.concatenate([lists, order]).astype(np.int32),
+        int(lengths.max(initial=0)),
+        begins_C[where].astype(np.int32),
+    )
+
+
+def _list_lengths(part: str, streams: Mapping[str, Array], tokens: Array) -> Array:
+    """The length of the list of each row's token `[n]`; 0 where there is none."""
+    names, lengths = streams[f"{part}/context_tokens"].astype(np.int64), streams[f"{part}/context_counts"]
+    where = np.minimum(np.searchsorted(names, tokens.astype(np.int64)), len(names) - 1)
+    return np.where(names[where] == tokens, lengths[where], 0).astype(lengths.dtype)
+
+
+def _filled(part: str, block: Block, tables: _Tables) -> tuple[Array, Array]:
+    """Codes and ranks of a block, `[width, size]`, with the numbers for no entry where a row has none."""
+    size = block.lengths[0]
+    codes_KB, ranks_KB = block.codes_KB[:, :size], block.ranks_KB[:, :size]
+    if block.lengths[-1] == size:
+        highest = [(codes_KB.max(), ranks_KB.max())]
+    else:
+        highest = [(codes_KB[j, :n].max(), ranks_KB[j, :n].max()) for j, n in enumerate(block.lengths) if n]
+        codes_KB = _copy(codes_KB, smallest_unsigned(tables.no_code))
+        ranks_KB = _copy(ranks_KB, smallest_unsigned(tables.no_rank))
+        for j, length in enumerate(block.lengths):
+            codes_KB[j, length:] = tables.no_code
+            ranks_KB[j, length:] = tables.no_rank
+    if any(code >= tables.no_code or rank >= tables.no_rank for code, rank in highest):
+        raise ValueError(f"{part}: a code or a rank outside its table")
+    return codes_KB, ranks_KB
+
+
+def _copy(columns_KB: Array, dtype: np.dtype[Any]) -> Array:
+    copy: Array = np.empty((len(columns_KB), columns_KB.shape[1] + PITCH), dtype)[:, : columns_KB.shape[1]]
+    copy[:] = columns_KB
+    return copy
+
+
+def _index(part: str, ranks_KB: Array, rows: slice | Array, tables: _Tables) -> Array:
+    """The place of each rank in the table of ids."""
+    if not tables.list_width:
+        return ranks_KB
+    listed_KB = ranks_KB < tables.list_width
+    if (listed_KB & (ranks_KB >= tables.list_lengths_N[rows])).any():
+        raise ValueError(f"{part}: a rank beyond the list of its row's token")
+    index_KB: Array = ranks_KB.astype(np.int32)
+    index_KB += np.where(listed_KB, tables.list_begins_N[rows], np.int32(len(tables.ids) - 1 - tables.no_rank))
+    return index_KB
+
+
+def _gathered(table: pa.Array, index_BK: Array) -> Array:
+    """table[index], of indices that are known to lie inside.
+
+    Arrow takes 16-bit indices as they are. NumPy widens them to 64 bits first, and takes three times as long.
+    """
+    flat = pa.array(np.ascontiguousarray(index_BK).reshape(-1))
+    values: Array = pc.take(table, flat, boundscheck=False).to_numpy()
+    return values.reshape(index_BK.shape)
+
+
+def _draws(repeats: Array, block: Block) -> Array:
+    """How often each entry of a block was drawn, `[width, size]`; 0 where a row has none."""
+    draws_KB = np.zeros((len(block.lengths), block.lengths[0]), np.int32)
+    for j, (start, length) in enumerate(zip(block.values_at, block.lengths, strict=True)):
+        draws_KB[j, :length] = repeats[start : start + length]
+        draws_KB[j, :length] += 1
+    return draws_KB
+
+
+def _put(found: list[Array], rows: slice | Array, counts_N: Array, offsets_N: Array, out: list[Array]) -> None:
+    """Write decoded entries `[size, width]` into the places of their rows."""
+    offsets, width = offsets_N[rows], found[0].shape[1]
+    if not (offsets != offsets[0]).any():
+        places = slice(int(offsets[0]), int(offsets[0]) + width)
+        if places.stop <= out[0].shape[1]:
+            for target, values in zip(out, found, strict=True):
+                target[rows, places] = values
+            return
+    numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    used = np.arange(width) < counts_N[rows][:, None]
+    flat = (numbers * out[0].shape[1] + offsets)[:, None] + np.arange(width)
+    for target, values in zip(out, found, strict=True):
+        target.reshape(-1)[flat[used]] = values[used]
+
+
+def _first(rows: slice, size: int) -> slice:
+    return slice(rows.start, rows.start + size)

@@ -1,0 +1,195 @@
+"""Rows of (value code, rank) pairs as three streams of small integers, and back.
+
+The layout is place by place: the first entries of all rows, then the second entries, and so on, with the rows taken
+longest first (stable), so that the rows that have a j-th entry are a prefix. Each place has its own statistics, which a
+compressor sees as a stretch of its own, and encoding and decoding work on whole columns.
+
+Along a row the value codes do not decrease; a place stores the difference to the place before it (the first place
+stores the code itself). Entries of equal code are a *tie*: their order carries nothing, so they are sorted by rank, and
+all but the first store only how far they lie beyond the one before, less one.
+
+    values  one a stored entry: the differences
+    firsts  one an entry that is not tied to the entry before it: its rank
+    ties    one an entry that is: its rank − the rank before − 1
+
+Without `sort_ties` all ranks stand in `firsts`, in the order the entries came in.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CacheError
+
+Array = NDArray[Any]
+Ints = NDArray[np.int64]
+
+BLOCK = 8192  # rows handled at a time: their columns stay in the cache of a core
+# Columns a power of two of bytes apart would fall on the same few lines of a cache: transposing is then ten times
+# slower.
+PITCH = 32
+
+
+class Streams(NamedTuple):
+    """What is stored of the entries of all rows: see the module's text. `extras`: one more number each, or none."""
+
+    values: Array
+    firsts: Array
+    ties: Array
+    extras: Array
+
+
+def smallest_unsigned(highest: int) -> np.dtype[np.unsignedinteger]:
+    """uint16 or uint32, whichever holds numbers up to `highest` (pcodec takes no 8-bit ones)."""
+    return np.dtype(np.uint16 if highest < 2**16 else np.uint32)
+
+
+def longest_first(counts_N: Array) -> Ints | None:
+    """The rows by falling count, stable; None where that is the order of the rows already."""
+    counts = counts_N.astype(np.int64)
+    if not (np.diff(counts) > 0).any():
+        return None
+    most = int(counts.max())
+    return np.argsort((most - counts).astype(smallest_unsigned(most)), kind="stable")
+
+
+def column_lengths(counts_N: Array) -> Ints:
+    """How many rows have a first, a second, ... entry."""
+    return np.bincount(counts_N.astype(np.int64), minlength=1)[::-1].cumsum()[::-1][1:]
+
+
+def encode_rows(
+    codes_NK: Array, ranks_NK: Array, counts_N: Array, *, sort_ties: bool, extras_NK: Array | None = None
+) -> Streams:
+    """Streams of rows of value codes, ranks and (maybe) one more number, unsigned `[N, K]`.
+
+    Only the first counts_N[i] places of row i are looked at. The codes must not decrease along them.
+    """
+    rows = len(codes_NK)
+    lengths = column_lengths(counts_N)
+    width = len(lengths)
+    order = longest_first(counts_N)
+    columns = [codes_NK[:, :width], ranks_NK[:, :width]] + ([] if extras_NK is None else [extras_NK[:, :width]])
+    bits = [int(c.max(initial=0)).bit_length() for c in columns]
+    bits[0] = (int(codes_NK[:, :width].max(initial=0)) + 1).bit_length()  # room for a code above all others: no entry
+    key_type: np.dtype[np.unsignedinteger] = np.dtype(np.uint32 if sum(bits) <= 32 else np.uint64)
+    if sort_ties and sum(bits) > 64:
+        raise CacheError(f"codes, ranks and draws: found numbers of {bits} bits; they fit into 64 with larger steps.")
+    types = [smallest_unsigned((1 << b) - 1) for b in bits]
+    placed_KN = [np.empty((width, rows + PITCH), t)[:, :rows] for t in types]
+    place_K = np.arange(width)
+    ragged = bool(width) and int(lengths[-1]) < rows
+    for start in range(0, rows, BLOCK):
+        at = slice(start, min(start + BLOCK, rows))
+        some = at if order is None else order[at]
+        block = [c[some] for c in columns]
+        if sort_ties:
+            key = block[0].astype(key_type)
+            for part, width_in_bits in zip(block[1:], bits[1:], strict=True):
+                key <<= key_type.type(width_in_bits)
+                key |= part.astype(key_type, copy=False)
+            if ragged:
+                key[place_K >= counts_N[some, None]] = ~key_type.type(0)
+            key.sort(axis=1)
+            for i in range(len(columns) - 1, 0, -1):
+                block[i] = key & key_type.type((1 << bits[i]) - 1)
+                key >>= key_type.type(bits[i])
+            block[0] = key
+        for target, part in zip(placed_KN, block, strict=True):
+            target[:, at] = part.T
+    codes_KN, ranks_KN, *extras_KN = placed_KN
+    total = int(lengths.sum())
+    values, firsts = np.empty(total, types[0]), np.empty(total, types[1])
+    ties = np.empty(total if sort_ties else 0, types[1])
+    extras = np.empty(total, types[2]) if extras_KN else np.empty(0, np.uint16)
+    at_value = at_first = at_tie = 0
+    for j, length in enumerate(lengths.tolist()):
+        column = values[at_value : at_value + length]
+        if extras_KN:
+            extras[at_value : at_value + length] = extras_KN[0][j, :length]
+        at_value += length
+        ranks = ranks_KN[j, :length]
+        if j == 0:
+            column[:] = codes_KN[0, :length]
+        else:
+            np.subtract(codes_KN[j, :length], codes_KN[j - 1, :length], out=column)
+        if j == 0 or not sort_ties:
+            firsts[at_first : at_first + length] = ranks
+            at_first += length
+            continue
+        tied, free = np.flatnonzero(column == 0), np.flatnonzero(column)
+        firsts[at_first : at_first + len(free)] = ranks[free]
+        ties[at_tie : at_tie + len(tied)] = ranks[tied] - ranks_KN[j - 1, tied] - 1
+        at_first += len(free)
+        at_tie += len(tied)
+    return Streams(values, firsts[:at_first], ties[:at_tie], extras)
+
+
+class Block(NamedTuple):
+    """Decoded entries of some rows, place by place: column j of codes and ranks is meant up to lengths[j]."""
+
+    rows: slice | Ints
+    codes_KB: Array
+    ranks_KB: Array
+    lengths: list[int]
+    values_at: list[int]  # where each column's piece lies in the stream of values (and of extras)
+
+
+def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterator[Block]:
+    """The rows of `encode_rows`, some thousands at a time. The arrays of a block are used again for the next.
+
+    Raises ValueError where the streams do not hold what the counts say they must.
+    """
+    rows = len(counts_N)
+    lengths = column_lengths(counts_N)
+    width = len(lengths)
+    order = longest_first(counts_N)
+    column_start = np.concatenate([[0], lengths.cumsum()])
+    values, firsts, ties = streams.values, streams.firsts, streams.ties
+    if len(values) != column_start[-1]:
+        raise ValueError(f"{len(values)} values for {column_start[-1]} entries")
+    ties_in = np.zeros(width, np.int64)
+    if sort_ties:
+        for j in range(1, width):
+            column = values[column_start[j] : column_start[j + 1]]
+            ties_in[j] = len(column) - np.count_nonzero(column)
+    if len(ties) != ties_in.sum() or len(firsts) != len(values) - len(ties):
+        raise ValueError(
+            f"{len(firsts)} firsts and {len(ties)} ties for {len(values)} values of which {ties_in.sum()} are ties"
+        )
+    tie_at = np.concatenate([[0], ties_in.cumsum()]).tolist()
+    first_at = np.concatenate([[0], (lengths - ties_in).cumsum()]).tolist()
+    starts, sizes = column_start.tolist(), lengths.tolist()
+    codes_KB = np.zeros((width, BLOCK + PITCH), values.dtype)[:, :BLOCK]
+    ranks_KB = np.zeros((width, BLOCK + PITCH), firsts.dtype)[:, :BLOCK]
+    one = firsts.dtype.type(1)
+    for start in range(0, rows, BLOCK):
+        stop = min(start + BLOCK, rows)
+        here = [max(0, min(size, stop) - start) for size in sizes]
+        at = [starts[j] + start for j in range(width)]
+        for j, length in enumerate(here):
+            if not length:
+                break
+            column = values[at[j] : at[j] + length]
+            ranks = ranks_KB[j, :length]
+            if j == 0:
+                codes_KB[0, :length] = column
+            else:
+                np.add(codes_KB[j - 1, :length], column, out=codes_KB[j, :length])
+            if j == 0 or not sort_ties:
+                ranks[:] = firsts[first_at[j] : first_at[j] + length]
+                first_at[j] += length
+                continue
+            tied_B = column == 0
+            tied = np.flatnonzero(tied_B)
+            free = np.flatnonzero(np.logical_not(tied_B, out=tied_B))
+            ranks[free] = firsts[first_at[j] : first_at[j] + len(free)]
+            before = ranks_KB[j - 1].take(tied)
+            before += one
+            before += ties[tie_at[j] : tie_at[j] + len(tied)]
+            ranks[tied] = before
+            first_at[j] += len(free)
+            tie_at[j] += len(tied)
+        yield Block(slice(start, stop) if order is None else order[start:stop], codes_KB, ranks_KB, here, at)

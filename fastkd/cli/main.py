@@ -1,0 +1,438 @@
+"""The command line: one function for each command of commands.py.
+
+Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
+cache or run; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command
+needs it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import __version__
+from ..cache.errors import CacheError, NotFound, ReadOnly, StoreError
+from ..errors import (
+    BenchError,
+    DataError,
+    NoRun,
+    NoSuite,
+    ReportError,
+    StreamError,
+    TeacherError,
+    TrainError,
+    WorkRemains,
+)
+from ..settings import CaptureSettings, DataSettings, TrainSettings
+from ..utils.output_guard import check_cache_place, check_demo_place
+from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
+from ..utils.text import printable, ranges, report_text, size_text
+from .commands import (
+    Bench,
+    Capture,
+    Completion,
+    Demo,
+    Inspect,
+    Plan,
+    Report,
+    Seal,
+    Sweep,
+    Train,
+    Verify,
+)
+from .flags import in_flags
+from .parse import completion_script, flags, parse
+
+if TYPE_CHECKING:
+    from ..cache.stores import Store
+    from ..capture.check.check import TeacherCheck
+
+
+class Outcome(NamedTuple):
+    """What a command found: as JSON, as text, as an exit status; and what a person has to know beside it."""
+
+    report: dict[str, Any]
+    text: str
+    status: int = 0
+    warning: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        _say(f"fastkd {__version__}")
+        return 0
+    try:
+        command = parse(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        outcome = _COMMANDS[type(command)](command)
+    except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
+        outcome = _failure(error, command)
+    except KeyboardInterrupt:
+        _say("fastkd: interrupted", sys.stderr)
+        return 130
+    if outcome.warning:
+        _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
+    if command.json is True:
+        _say(json.dumps(outcome.report, allow_nan=False))
+    elif outcome.text:
+        _say(outcome.text)
+    return outcome.status
+
+
+def capture(command: Capture) -> Outcome:
+    """Fill the cache; status 75 where work remains."""
+    return _stoppable(partial(_captured, command), "stopped before the first shard. The same command again goes on.")
+
+
+def _captured(command: Capture, stop: Stop) -> Outcome:
+    from ..cache import open_store
+    from ..capture.settings_check import check_asked
+    from ..utils.progress import mode_for
+
+    check_asked(_capture_settings(command))
+    store = open_store(command.out, create=True)
+    check_cache_place(store)
+    _note(f"loading {command.teacher}", events=command.json)
+    from ..capture.api import capture as run
+    from ..capture.text import capture_text
+    from ..teachers.load import load
+
+    with _work_remains(StoreError, more=" What was committed stays: the same command goes on from there."):
+        loaded = load(
+            command.teacher,
+            command,
+            command,
+            rank=command.rank,
+            world_size=command.world_size,
+            parallel=command.teacher_parallel,
+            progress=_at_terminal(),
+        )
+        report = run(
+            loaded.teacher,
+            loaded.data,
+            store,
+            _capture_settings(command),
+            rank=loaded.place.worker,
+            world_size=loaded.place.workers,
+            group=loaded.place.group,
+            threads=command.threads,
+            stop=stop,
+            progress=mode_for(events=command.json),
+            notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
+        )
+        loaded.place.leave()
+    return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
+
+
+def plan(command: Plan) -> Outcome:
+    """Estimate a capture from a slice of it."""
+    from ..capture.settings_check import check_asked
+
+    check_asked(_capture_settings(command))
+    _note(f"loading {command.teacher}", events=False)
+    from ..capture.estimate.estimate import estimate
+    from ..capture.estimate.text import estimate_text
+    from ..capture.text import beyond_text
+    from ..kernels import prepare_topk
+    from ..teachers.load import load
+
+    loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
+    assert loaded.data is not None
+    prepared = prepare_topk(loaded.teacher.device)
+    _note(f"measuring the data, then a slice: {command.seconds:g} s, or a batch where that takes longer", events=False)
+    found = estimate(
+        loaded.teacher,
+        loaded.data,
+        _capture_settings(command),
+        seconds=command.seconds,
+        price_per_hour=command.price_per_hour,
+        workers=command.workers,
+        others=not command.no_others,
+        student_rate=command.student_rate,
+        progress=_at_terminal(),
+    )
+    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
+    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
+    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
+
+
+def _capture_settings(command: Capture | Plan) -> CaptureSettings:
+    return CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
+
+
+def inspect(command: Inspect) -> Outcome:
+    """Describe the cache."""
+    from ..cache import open_cache
+    from ..utils.inspect_cache import inspect_cache
+
+    report = inspect_cache(open_cache(_store(command.cache)), progress=_at_terminal())
+    return Outcome(report, report_text(report))
+
+
+def verify(command: Verify) -> Outcome:
+    """Check the cache; status 1 where there is a problem."""
+    from ..cache import verify_cache
+    from ..capture.check.text import check_text
+
+    store = _store(command.cache)
+    found = verify_cache(store, deep=command.deep, progress=_at_terminal())
+    read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
+    count = len(found.problems)
+    verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
+    lines = [str(problem) for problem in found.problems]
+    if found.missing:
+        why, also = ("sealed without them", ", without manifest.parquet,") if found.sealed else ("not written yet?", "")
+        lines.append(f"not there ({why}): shards {ranges(found.missing)}. The same capture again{also} writes them.")
+    lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
+    if any(problem.shard is not None for problem in found.problems):
+        sealed = " and manifest.parquet" if found.sealed else ""
+        lines.append(f"To mend it, delete what is bad{sealed}, and run the same capture again.")
+    text = "\n".join(printable(line) for line in lines)
+    warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
+    report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
+    if command.teacher is None or not found.ok:
+        return Outcome(report, text, 0 if found.ok else 1, warning)
+    live = _live(command, command.teacher, store)
+    report |= {"ok": live.ok, "teacher": live.to_json()}
+    return Outcome(report, f"{text}\n\n{check_text(live)}", 0 if live.ok else 1, warning)
+
+
+def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
+    """The cache against its teacher, run again."""
+    from ..cache import open_cache
+    from ..capture.check.check import check_teacher
+    from ..data.examples import Examples
+    from ..teachers.load import load
+
+    data = None if command.examples is None else DataSettings(data=(command.examples,))
+    loaded = load(teacher, command, data, rank=0, world_size=1, progress=_at_terminal())
+    examples = loaded.data if isinstance(loaded.data, Examples) else None
+    return check_teacher(
+        open_cache(store),
+        loaded.teacher,
+        positions=command.positions,
+        seed=command.sample,
+        data=examples,
+        progress=_at_terminal(),
+    )
+
+
+def seal(command: Seal) -> Outcome:
+    """Seal the cache, or say that it is; a cache without shards is refused."""
+    from ..cache import open_cache, open_writer
+    from ..cache.manifest import gaps
+    from ..cache.scan import planned_shards
+
+    cache = open_cache(_store(command.cache))
+    name = cache.store.describe()
+    if not cache.store.readonly and not cache.shards:
+        raise CacheError(f"{name}: there are no shards yet, and a sealed cache takes none. Nothing was written.")
+    with open_writer(cache.store) as writer:
+        table = writer.seal(progress=_at_terminal())
+    missing = gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store))
+    warning = (
+        f"{name}: shards {ranges(missing)} are missing, and a sealed cache takes no more. To write them, delete "
+        "manifest.parquet and capture again."
+    )
+    report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
+    report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
+    state = "was sealed already" if cache.sealed else "sealed"
+    text = f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"
+    return Outcome(report, printable(text), 0, warning if missing else "")
+
+
+def train(command: Train) -> Outcome:
+    """Train the student; status 75 where work remains."""
+    return _stoppable(partial(_trained, command), f"{command.out}: stopped. The same command again goes on.")
+
+
+def _trained(command: Train, stop: Stop) -> Outcome:
+    from ..train.api import train as run
+    from ..train.result import report_of
+    from ..utils.progress import mode_for
+
+    with _work_remains(StoreError, WorkRemains):
+        report = run(
+            command.student,
+            _store(command.cache),
+            command.out,
+            TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+            data=_examples(command.data),
+            control=command.control,
+            stop=stop,
+            progress=mode_for(events=command.json),
+        )
+    if os.environ.get("RANK", "0") != "0":  # what one process says is enough
+        return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
+    return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+
+
+def sweep(command: Sweep) -> Outcome:
+    """Train the arms; status 75 where work remains."""
+    return _stoppable(partial(_swept, command), f"{command.out}: stopped. The same command again goes on.")
+
+
+def _swept(command: Sweep, stop: Stop) -> Outcome:
+    from ..sweep.api import sweep as run
+    from ..sweep.arms import FIELDS
+    from ..sweep.result import sweep_text
+    from ..utils.progress import mode_for
+
+    shared = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
+    with _work_remains(StoreError, WorkRemains):
+        report = run(
+            command.student,
+            _store(command.cache),
+            command.out,
+            {name: getattr(command, name) for name in FIELDS},
+            TrainSettings(**shared),
+            data=_examples(command.data),
+            seeds=command.seeds,
+            at_once=command.at_once,
+            stop=stop,
+            progress=mode_for(events=command.json),
+        )
+    return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
+
+
+def _examples(factory: str | None) -> Any:
+    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    from ..utils.factories import is_factory, made_by
+
+    if factory is None:
+        return None
+    if not is_factory(factory):
+        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+    return made_by(factory, DataError)
+
+
+def report(command: Report) -> Outcome:
+    """Write the page."""
+    from ..report.make import make_report
+
+    found = make_report(command.runs, command.out, pngs=command.png)
+    return Outcome(found, printable(", ".join(found["files"])))
+
+
+def bench(command: Bench) -> Outcome:
+    """Measure, compare, and write what is asked for."""
+    from ..bench.command import bench as run
+
+    text, status = run(command)
+    return Outcome({}, text, status)
+
+
+def demo(command: Demo) -> Outcome:
+    """Run the demo, or what is missing of it; status 75 where work remains."""
+    return _stoppable(partial(_demo, command), "stopped. The same command again goes on.")
+
+
+def _demo(command: Demo, stop: Stop) -> Outcome:
+    from ..demo import run_demo
+
+    check_demo_place(command.out)
+    return Outcome(*run_demo(command, stop))
+
+
+def completion(command: Completion) -> Outcome:
+    """The script."""
+    return Outcome({}, completion_script(command.shell))
+
+
+def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
+    """What a long command does. Status 75 where a signal stops it before it has anything to drop, with that text; and
+    where something hinders it (`_work_remains`)."""
+    try:
+        with stopping() as stop:
+            return run(stop)
+    except Stopped:
+        text = stopped
+    except _Hindered as hindered:
+        text = str(hindered)
+    return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
+
+
+class _Hindered(Exception):
+    """What hinders a command that can be given again, as text without credentials."""
+
+
+@contextmanager
+def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
+    """Make `_Hindered` of these errors; but not of a store that is not there, or only to be read."""
+    from ..cache.stores.base import clean
+
+    try:
+        yield
+    except (ReadOnly, NotFound):
+        raise
+    except errors as error:
+        raise _Hindered(clean(f"{error}{more}")) from error
+
+
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    Capture: capture,
+    Plan: plan,
+    Inspect: inspect,
+    Verify: verify,
+    Seal: seal,
+    Train: train,
+    Sweep: sweep,
+    Report: report,
+    Bench: bench,
+    Demo: demo,
+    Completion: completion,
+}
+
+
+class _NoStore(CacheError):
+    """What was given names nothing that a cache could lie in."""
+
+
+def _store(place: str) -> "Store":
+    from ..cache import open_store
+
+    try:
+        return open_store(place)
+    except StoreError:
+        raise
+    except CacheError as error:
+        raise _NoStore(str(error)) from error
+
+
+def _failure(error: Exception, command: Any) -> Outcome:
+    from ..cache.stores.base import clean
+
+    absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
+    text = clean(in_flags(str(error), flags(command)))
+    return Outcome({"error": text}, "", 2 if absent else 1, text)
+
+
+def _note(text: str, *, events: bool) -> None:
+    """Tell a person, or a scheduler, what takes a while."""
+    if events:
+        _say(json.dumps({"event": "note", "text": text}))
+    else:
+        _say(printable(f"fastkd: {text}"), sys.stderr)
+
+
+def _at_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _say(text: str, stream: Any = None) -> None:
+    """Print, as far as the stream can show the text; to nobody, where whoever read it has gone."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,25 @@
+"""Batches for a student: the `BatchSource` protocol, the cached source, order, prefetch and assembly.
+
+Belongs here: a new kind of batch source, and what turns shards into micro-batches.
+Does not: losses, optimizers, or anything that changes weights.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from ..errors import StreamError
+    from ..utils.distributed import summed_over
+    from .batch import ExampleBatch, MicroBatch, Step
+    from .cached import DistillLoader
+    from .epoch_order import Epoch, order
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "batch": ["ExampleBatch", "MicroBatch", "Step"],
+        "cached": ["DistillLoader", "StreamError", "summed_over"],
+        "epoch_order": ["Epoch", "order"],
+    },
+)

@@ -1,0 +1,168 @@
+"""From what people name or have at hand to a student: a config, a folder, a name, a module or what makes one."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..cache.spec import CacheSpec
+from ..data.examples import Examples
+from ..errors import TeacherError, TrainError
+from ..models.hf import check_weights
+from ..models.hub import Place, brief, load_transformers, resolve
+from ..models.tokenizers import Tokenizer, load_tokenizer
+from ..settings import TrainSettings
+from ..utils.factories import is_factory, made_by
+from .classifier import of_classifier
+from .student import Student, of_module, of_transformers
+
+DEFAULTS = TrainSettings()
+_CONFIG = "config.json"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+class LoadedStudent(NamedTuple):
+    """A student, and the tokenizer that goes with it, if one is known."""
+
+    student: Student
+    tokenizer: Tokenizer | None
+
+
+def make_student(
+    source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULTS, data: Examples | None = None
+) -> LoadedStudent:
+    """The student that is to learn from a cache, on the CPU, weights in float32 (a module's: as they are).
+
+    source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
+        config: the weights are then new, by the settings' seed; a `nn.Module` (a copy of it is trained); a callable
+        that returns a module; or module:factory, which returns any of these.
+    data: of a cache of examples, these. The student is then a module, or what returns one.
+    Raises TrainError where it cannot be had, or does not fit the cache: its head is smaller than the teacher's, or its
+    tokenizer another.
+    """
+    place: Place | None = None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            student, place = _student(source, settings, data)
+        tokenizer = _tokenizer(place, settings)
+    except TeacherError as error:
+        raise TrainError(f"student: {error}") from error
+    check_vocabulary(student, spec)
+    if tokenizer is not None and not settings.allow_other_tokenizer:
+        check_tokenizer(tokenizer, spec)
+    return LoadedStudent(student, tokenizer)
+
+
+def check_vocabulary(student: Student, spec: CacheSpec) -> None:
+    """TrainError where the student has no outcome for some of the teacher's. A larger head is a padded one: the
+    teacher gives what is beyond its own no probability."""
+    if student.vocab_size < spec.vocab_size:
+        raise TrainError(
+            f"{student.name}: found a head of {student.vocab_size} outcomes; the cache's teacher has {spec.vocab_size}."
+            f" Give the student vocab_size={spec.vocab_size} (or more, padded), or capture with a teacher of its "
+            "vocabulary."
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer, spec: CacheSpec) -> None:
+    """TrainError where the cache says which tokenizer made its tokens, and it was another."""
+    if "sha256 " in spec.tokenizer and f"sha256 {tokenizer.identity}" not in spec.tokenizer:
+        raise TrainError(
+            f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache "
+            f"({spec.tokenizer[:19]}…): the student would learn other tokens than it is given later. Name the cache's "
+            "(--tokenizer), or, if both give the same ids, say so (--allow-other-tokenizer)."
+        )
+
+
+def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, Place | None]:
+    if isinstance(source, nn.Module):
+        return _of_model(copy.deepcopy(source), type(source).__name__, data), None
+    if isinstance(source, (str, Path)) and is_factory(str(source)):
+        return _student(made_by(str(source), TrainError), settings, data)
+    if data is not None and not callable(source):
+        raise TrainError(
+            f"student: found {source!r} for a cache of examples; a torch module, a callable that returns one, or "
+            "module:factory is needed."
+        )
+    if isinstance(source, (str, Path)):
+        return _from_place(source, settings)
+    if hasattr(source, "get_text_config"):
+        model = _new_model(source, settings)
+        return of_transformers(model, type(model).__name__), None
+    if callable(source):
+        made = source()
+        if not isinstance(made, nn.Module):
+            raise TrainError(f"student: found {type(made).__name__} from {source!r}; a torch module is needed.")
+        return _of_model(made, type(made).__name__, data), None
+    raise TrainError(
+        f"student: found {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
+        "callable that returns one is needed."
+    )
+
+
+def _of_model(model: nn.Module, name: str, data: Examples | None) -> Student:
+    if data is not None:
+        return of_classifier(model, name, data.first())
+    return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name)
+
+
+def _from_place(source: str | Path, settings: TrainSettings) -> tuple[Student, Place]:
+    transformers = load_transformers()
+    place = resolve(source, settings.revision)
+    if (place.folder / "adapter_config.json").exists() and not place.gguf:
+        raise TrainError(f"{source}: an adapter, which is no whole model. Merge it into its model, and name that.")
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if not place.gguf and not any(next(place.folder.glob(kind), None) for kind in _WEIGHTS):
+        if not (place.folder / _CONFIG).exists():
+            raise TrainError(f"{source}: neither a {_CONFIG} nor weights are there. Name a model's folder.")
+        try:
+            config = transformers.AutoConfig.from_pretrained(place.folder, **options)
+        except Exception as error:
+            raise TrainError(f"{source}: {_CONFIG} cannot be read ({brief(error)}).") from error
+        return of_transformers(_new_model(config, settings), place.name), place
+    if place.gguf:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    try:
+        # in half precision a step's change would be lost in rounding
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place.folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32,
+            **place.arguments, **options,
+        )  # fmt: skip
+    except Exception as error:
+        raise TrainError(
+            f"{source}: transformers cannot load it as a causal language model ({brief(error)}). Check that it is one, "
+            "and that its files are whole."
+        ) from error
+    notes: list[str] = []
+    check_weights(source, info, notes)
+    student = of_transformers(model, place.name)
+    student.notes[:0] = notes
+    return student, place
+
+
+def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
+    transformers = load_transformers()
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    except Exception as error:
+        raise TrainError(
+            f"student: transformers makes no causal language model of {type(config).__name__} ({brief(error)})."
+        ) from error
+    return model
+
+
+def _tokenizer(place: Place | None, settings: TrainSettings) -> Tokenizer | None:
+    """The one that was named; else what lies with the student, if anything does."""
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    if place is None or not (place.gguf or any(place.folder.glob("tokenizer*"))):
+        return None
+    return load_tokenizer(place.path, trust_remote_code=settings.trust_remote_code)

@@ -1,0 +1,128 @@
+"""The processes of one job: who they are, and what they sum or agree on."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import StreamError, TrainError
+from .exit import grouped
+
+Reduce = Callable[[list[int]], Callable[[], list[int]]]
+"""Begins the sum of a list over all ranks, number by number; what it returns waits for the sum."""
+
+
+def summed_over(group: Any = None) -> Reduce:
+    """A `reduce` over a torch.distributed process group of the CPU (gloo; by default the default group).
+
+    Raises StreamError where there is none.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise StreamError("group: torch.distributed has no process group; call init_process_group first.")
+
+    def begin(values: list[int]) -> Callable[[], list[int]]:
+        total = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(total, group=group, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            numbers: list[int] = total.tolist()
+            return numbers
+
+        return wait
+
+    return begin
+
+
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """This process and those it works with. group: of the CPU, for what is counted, apart from what gradients use."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.rank == 0
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """What a loader sums its counts with."""
+        return None if self.group is None else summed_over(self.group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """A tensor of the device, summed over all in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def begin_sum(self, values: list[int]) -> Callable[[], list[int]]:
+        """Begin a sum of integers over all; what it returns waits for it."""
+        return (lambda: values) if self.group is None else summed_over(self.group)(values)
+
+    def agree(self, value: int) -> int:
+        """What the first process says."""
+        return self.begin_sum([value if self.first else 0])()[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.begin_sum([0])()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def process_count(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes there are: of the group that is there, else of torchrun's."""
+    return dist.get_world_size() if dist.is_initialized() else int(environment.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def together(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """The processes that torchrun started, or that share the caller's process group; else this one alone.
+
+    device: None, this process's GPU or the CPU. Raises TrainError where there is no such device.
+    """
+    where = _device(device, environment)
+    began = False
+    if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+        began = True
+        grouped()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    try:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            group = dist.new_group(backend="gloo")
+            yield Processes(dist.get_rank(), dist.get_world_size(), where, group)
+        else:
+            yield Processes(0, 1, where)
+    except BaseException:
+        began = False  # the others may be waiting in the middle of something: only their end ends that
+        raise
+    finally:
+        if began:
+            dist.destroy_process_group()
+
+
+def _device(device: str | None, environment: Mapping[str, str]) -> torch.device:
+    if device is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainError(f"device: found {device!r} ({error}); cpu, cuda or cuda:N is needed.") from error
+    return found

@@ -1,0 +1,34 @@
+"""module:factory names: whether a string is one, and what it returns."""
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_factory(name: str) -> bool:
+    """Whether a name is module:factory, and no file."""
+    return bool(_FACTORY.fullmatch(name)) and not Path(name).exists()
+
+
+def made_by(name: str, error: type[Exception]) -> Any:
+    """What module:factory returns. Modules are looked for where this was started, too. Raises `error`."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as problem:
+        raise error(
+            f"{name}: {problem}. A module that can be imported from here, and a function in it, are needed."
+        ) from problem
+    try:
+        return factory()
+    except Exception as problem:
+        raise error(
+            f"{name}: the function raised {type(problem).__name__}: {problem}. It is called without arguments."
+        ) from (problem)

@@ -1,0 +1,307 @@
+"""What is wrong with a call: shapes and settings always, the values inside tensors where reading them is free."""
+
+import operator
+import os
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KDError
+from ..tail import check_temperature
+from ..targets import (
+    FLOATS,
+    INTEGER_TYPE,
+    INTEGERS,
+    TREATMENTS,
+    SparseTargets,
+    sampled_reach,
+)
+from .call import DIVERGENCES, IMPLEMENTATIONS, Call
+
+# Beyond it float32 has no digits left for the loss, whose error is 1e-7 T^2.
+HIGHEST_TEMPERATURE = 1000.0
+# A cache keeps log-probabilities as codes, right to half a step (some 0.1 nats at the coarsest): the best entry of a
+# certain teacher may come out that far above 0.
+LOGPROB_ROUNDING = 0.125
+
+_INF = float("inf")
+_debug = os.environ.get("FASTKD_DEBUG", "0") not in ("", "0")
+
+
+def set_debug(enabled: bool) -> None:
+    """Check the values inside tensors on every device, at the price of synchronising with it.
+
+    Off (unless the environment has FASTKD_DEBUG=1): values are checked on the CPU, and everywhere by the two
+    implementations that wait for the device anyway, `torch` and `reference`. The Triton kernels on a GPU read and write
+    nothing out of bounds, and a row with a bad id, label, log-probability or setting has the loss NaN. What they do not
+    see: an id twice in a row, or a position twice in `targets.index` (both give a wrong loss and gradient); outcomes or
+    draws that are no counts; log-probabilities above 0. On: the call raises KDError naming row and argument.
+    """
+    global _debug
+    _debug = enabled
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Whether the Triton kernels' calls on this device look inside their tensors."""
+    return _debug or device.type == "cpu"
+
+
+def describe(value: Any) -> str:
+    """What an argument is, for a message."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return f"{repr(value)[:40]} ({type(value).__name__})"
+
+
+def check_floats(name: str, value: Any) -> None:
+    """Raise KDError unless it is a dense tensor of a type that can be computed with."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided:
+        raise KDError(
+            f"{name}: found {describe(value)}; a dense tensor of float16, bfloat16, float32 or float64 is needed."
+        )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise KDError unless it is a positive, finite number."""
+    if not isinstance(value, Real) or not 0 < float(value) < _INF:
+        raise KDError(f"{name}: found {value!r}; a positive, finite number is needed.")
+
+
+def whole_number(name: str, value: Any, needed: str) -> Any:
+    """An int (or torch's symbol for one) from anything that is one, numpy's included. Raises KDError for others."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise KDError(f"{name}: found {describe(value)}; {needed} is needed.")
+    else:
+        number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise KDError(f"{name}: found {number}; {needed} below 2^63 is needed.")
+    return number
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements of a tensor may share memory, as those of an expanded one do."""
+    # every dimension has to step over all that the finer ones reach
+    steps = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(steps):
+        finer = (s * (n - 1) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j < i))
+        if stride <= sum(finer):
+            return True
+    return False
+
+
+def check_settings(
+    targets: SparseTargets,
+    *,
+    alpha: float | Tensor,
+    temperature: float | Tensor,
+    divergence: str,
+    treatment: str,
+    beta: float,
+    skew: float,
+    impl: str,
+) -> None:
+    """Raise KDError for a setting that no input could make right."""
+    if not isinstance(targets, SparseTargets):
+        raise KDError(f"targets: found {type(targets).__name__}; SparseTargets are needed.")
+    for name, value, allowed in (
+        ("divergence", divergence, DIVERGENCES),
+        ("treatment", treatment, TREATMENTS),
+        ("impl", impl, IMPLEMENTATIONS),
+    ):
+        if value not in allowed:
+            raise KDError(f"{name}: found {value!r}; one of {', '.join(allowed)} is needed.")
+    if divergence != "forward_kl" and treatment not in ("auto", "bucket"):
+        raise KDError(
+            f"treatment: found {treatment!r} with divergence {divergence!r}, which needs the teacher's probability "
+            "wherever the student puts mass; use treatment 'bucket' (or 'auto'), or divergence 'forward_kl'."
+        )
+    for name, number in (("beta", beta), ("skew", skew)):
+        if not isinstance(number, Real) or not 0 < number < 1:
+            raise KDError(f"{name}: found {number!r}; a number strictly between 0 and 1 is needed.")
+    _check_scalar("alpha", alpha)
+    _check_scalar("temperature", temperature)
+    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+        raise KDError(f"alpha: found {alpha}; a number from 0 (soft loss alone) to 1 (hard loss alone) is needed.")
+    if not isinstance(temperature, Tensor):
+        _check_temperature(temperature, targets.temperatures)
+
+
+def _check_temperature(temperature: float, temperatures: tuple[float, ...]) -> None:
+    check_temperature(temperature, temperatures)
+    if temperature > HIGHEST_TEMPERATURE:
+        raise KDError(
+            f"temperature: found {temperature}; at most {HIGHEST_TEMPERATURE:g} is needed: beyond it the rounding of "
+            "the loss, which grows with T^2, exceeds the loss."
+        )
+
+
+def _check_scalar(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise KDError(f"{name}: found a tensor of shape {tuple(value.shape)}; a number or a 0-d tensor is needed.")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise KDError(f"{name}: found a tensor of {value.dtype}; a real number is needed.")
+        _check_constant(name, value)
+    elif not isinstance(value, Real):
+        raise KDError(f"{name}: found {describe(value)}; a number or a 0-d tensor is needed.")
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    """The loss has gradients in the student alone: whoever waits for another must not be handed none."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise KDError(f"{name}: found a tensor that requires a gradient; it is a constant here, pass {name}.detach().")
+
+
+def check_rows(
+    what: str,
+    leading: tuple[int, ...],
+    width: int,
+    device: torch.device,
+    targets: SparseTargets,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    num_items: int | Tensor | None,
+) -> None:
+    """Raise KDError where the arguments of one call do not fit each other. `leading`: the shape over positions."""
+    _check_constant("targets.logprobs", targets.logprobs)
+    _check_constant("targets.tail", targets.tail)
+    if width < targets.vocab_size:
+        raise KDError(
+            f"{what}: found a head of {width} outcomes, narrower than the targets' vocabulary of {targets.vocab_size}; "
+            "a student must have an outcome for each of the teacher's (a wider, padded head is allowed)."
+        )
+    positions = 1
+    for size in leading:
+        positions *= size
+    if targets.index is None and len(targets) != positions:
+        raise KDError(
+            f"targets: found {len(targets)} rows for {what} over {leading} = {positions} positions; pass a row for "
+            "each position, or compact targets with an index."
+        )
+    if targets.index is not None and len(targets) > positions:
+        raise KDError(f"targets.index: found {len(targets)} rows for {what} over {positions} positions.")
+    for name, tensor in (("labels", labels), ("mask", mask), ("weights", weights)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise KDError(f"{name}: found {type(tensor).__name__}; a tensor is needed.")
+        if tuple(tensor.shape) != leading:
+            raise KDError(f"{name}: found shape {tuple(tensor.shape)}; {leading}, as of {what}, is needed.")
+        if tensor.device != device:
+            raise KDError(f"{name}: found on {tensor.device}, {what} on {device}; move it there.")
+    if labels is not None and labels.dtype not in INTEGERS:
+        raise KDError(f"labels: found {labels.dtype}; {INTEGER_TYPE} is needed.")
+    if mask is not None and mask.dtype != torch.bool:
+        raise KDError(f"mask: found {mask.dtype}; torch.bool is needed.")
+    if weights is not None:
+        if weights.dtype not in FLOATS:
+            raise KDError(f"weights: found {weights.dtype}; a floating-point type is needed.")
+        _check_constant("weights", weights)
+    if targets.device != device:
+        raise KDError(f"targets: found on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
+    if isinstance(num_items, Tensor):
+        _check_scalar("num_items", num_items)
+    elif num_items is not None and num_items < 0:
+        raise KDError(f"num_items: found {num_items}; the whole step's count is needed.")
+
+
+def check_values(call: Call, positions: int, width: int) -> None:
+    """Raise KDError naming the row and the argument of the first bad value in the tensors of a call."""
+    alpha, temperature = call.alpha_now(), call.temperature_now()
+    if not 0 <= alpha <= 1:
+        raise KDError(f"alpha: found {alpha}; a number from 0 to 1 is needed.")
+    _check_temperature(temperature, tuple(call.temperatures))
+    if call.num_items is not None and not call.num_items >= 0:
+        raise KDError(f"num_items: found {call.num_items.item()}; a count is needed.")
+    if call.positions is not None:
+        outside = (call.positions < 0) | (call.positions >= positions)
+        _refuse(outside, "targets.index", call.positions, f"a position from 0 to {positions - 1} is needed")
+        ordered = call.positions.sort().values
+        twice = torch.isin(call.positions, ordered[1:][ordered[1:] == ordered[:-1]])
+        _refuse(twice, "targets.index", call.positions, "each position at most once is needed")
+    call = call.by_row()
+    counted = call.counted()
+    if call.labels is not None:
+        outside = counted & ((call.labels < 0) | (call.labels >= width))
+        _refuse(outside, "labels", call.labels, f"a number from 0 to {width - 1}, or {call.ignore_index}, is needed")
+    if call.weights is not None:
+        _refuse(counted & ~call.weights.isfinite(), "weights", call.weights, "a finite number is needed")
+    _check_targets(call, counted)
+    if call.draws is not None:
+        sampled = call.treatment == "sampled" or (
+            call.treatment == "auto" and temperature <= sampled_reach(call.draw_temperature)
+        )
+        used = call.logprobs > -_INF
+        drawn = used & (call.draws > 0)
+        alone = counted & drawn.any(1) & ~(used & ~drawn).any(1)
+        if not sampled and alone.any():
+            row = int(alone.nonzero()[0, 0])
+            raise KDError(
+                f"treatment: row {row} of the targets has draws and no exact head, which "
+                f"{call.treatment if call.treatment != 'auto' else 'bucket'!r} cannot take; use treatment 'sampled'."
+            )
+
+
+def _check_targets(call: Call, counted_P: Tensor) -> None:
+    """The rows that count of a call by row; the others may hold anything."""
+    ids, logprobs, tail, outcomes = call.ids.long(), call.logprobs, call.tail, call.outcomes.expand(call.rows)
+    used = logprobs > -_INF
+    outside = used & ((ids < 0) | (ids >= call.vocab_size))
+    ordered = ids.masked_fill(~used, -1).sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    empty = tail == -_INF
+    wrong = [
+        (outside, "ids", ids, f"ids from 0 to {call.vocab_size - 1} are needed"),
+        (
+            ~(logprobs <= LOGPROB_ROUNDING),
+            "logprobs",
+            logprobs,
+            f"logarithms of probabilities (0 or less; up to {LOGPROB_ROUNDING} passes for rounding), or -inf in unused "
+            "places, are needed",
+        ),
+        (tail.isnan() | (tail == _INF), "tail", tail, "finite numbers, or -inf for an empty tail, are needed"),
+        (
+            empty != empty[:, :1],
+            "tail",
+            tail,
+            "finite numbers at every temperature, or -inf at every one for an empty tail, are needed",
+        ),
+        (twice, "ids", ids, "each id at most once in a row is needed"),
+        (
+            ((outcomes < 0) | (outcomes > call.vocab_size))[:, None],
+            "outcomes",
+            outcomes,
+            f"a count from 0 to {call.vocab_size} is needed",
+        ),
+        (
+            ((outcomes == 0) & ~empty.any(1))[:, None],
+            "outcomes",
+            outcomes,
+            "the number of outcomes that the row's tail, which is not -inf, stands for is needed",
+        ),
+    ]
+    if call.draws is not None:
+        wrong.append((used & (call.draws < 0), "draws", call.draws, "counts, 0 for an entry of the head, are needed"))
+    for bad_PX, name, values, needed in wrong:
+        _refuse(counted_P & bad_PX.any(1), f"targets.{name}", values, needed)
+
+
+def check_student(bad_C: Tensor, what: str, first_row: int = 0) -> None:
+    """Raise KDError for a row that counts and whose logits hold NaN, +inf, or nothing but −inf."""
+    if bad_C.any():
+        raise KDError(
+            f"{what}: row {first_row + int(bad_C.nonzero()[0, 0])} of those that count has NaN or infinite logits; "
+            "finite ones are needed (-inf only for masked outcomes)."
+        )
+
+
+def _refuse(bad_P: Tensor, name: str, values: Tensor, needed: str) -> None:
+    if bad_P.any():
+        row = int(bad_P.nonzero()[0, 0])
+        found = values[row].flatten()[:8].tolist()
+        raise KDError(f"{name}: row {row} has {found}; {needed}.")

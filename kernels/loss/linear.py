@@ -1,0 +1,140 @@
+"""The head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
+
+import warnings
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import TorchRows
+from .call import Call
+
+# Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of
+# their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
+# gradients up to 4,094 still fit. Weights of rows are taken relative to the heaviest, where that is above 1.
+FLOAT16_SCALE = 16.0
+CUDA_CHUNK = 2048
+CPU_CHUNK_BYTES = 48 << 20
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits, beside the weight: `softcap(logit_scale * (h W^T + bias))`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    logit_scale: float | None
+
+
+class Gradients(NamedTuple):
+    """Gradients in hidden (its type), weight and bias (float32), None where not wanted; `rescale` is still to come."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    rescale: Tensor | None
+
+
+def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
+    """How many tokens go through the head at once where the caller does not say."""
+    if device.type == "cpu":
+        return max(64, CPU_CHUNK_BYTES // (width * itemsize) // 64 * 64)
+    return CUDA_CHUNK
+
+
+def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
+    """total += gradient^T hidden (total = ..., for the first chunk), in float32 whatever the operands' type."""
+    beta, half = (0 if first else 1), gradient_CV.dtype != total_VD.dtype
+    if half and gradient_CV.is_cuda:
+        if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+            _warn_of_old_torch()
+            product = torch.mm(gradient_CV.t(), hidden_CD)
+            total_VD.copy_(product) if first else total_VD.add_(product)
+        else:
+            torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, beta=beta, out=total_VD)
+    else:
+        total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), beta=beta)
+
+
+@lru_cache(maxsize=1)
+def _warn_of_old_torch() -> None:
+    warnings.warn(
+        f"torch {torch.__version__} cannot accumulate a half-precision product in float32: each chunk's share of the "
+        "weight's gradient is rounded once before it is added, and takes longer. A newer torch (2.8) can.",
+        stacklevel=2,
+    )
+
+
+def linear_kd_loss_chunks(
+    hidden_ND: Tensor, head: Head, call: Call, *, chunk: int, dtype: torch.dtype, want: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Loss, hard, soft, and the gradients in (hidden, weight, bias) that are wanted.
+
+    Matrix products run in `dtype` (autocast's, or the tensors' own). Peak memory beyond what is returned: one buffer
+    `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
+    """
+    width, device = head.weight_VD.shape[0], hidden_ND.device
+    settings: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "want_grad": any(want)}
+    rescale_later = dtype == torch.float16
+    heaviest = None
+    if rescale_later:
+        settings["fixed_scale"] = FLOAT16_SCALE
+        if call.weights is not None:
+            heaviest = call.heaviest(hidden_ND.shape[0])
+            settings["upstream"] = 1.0 / heaviest
+    rows = _engine(call, hidden_ND.shape[0], width, dtype, settings)
+    weight_VD = head.weight_VD.to(dtype)
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+
+    # Compact targets: a row that lies outside the batch has the index N. What it reads does not matter, its loss being
+    # NaN; what it writes goes to one row more than there are positions.
+    n, index = hidden_ND.shape[0], rows.safe_index()
+    d_hidden = None
+    if want[0]:
+        d_hidden = (
+            hidden_ND.new_empty(hidden_ND.shape) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
+        )
+    d_weight = torch.empty(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
+    if d_weight is not None and rows.rows == 0:
+        d_weight.zero_()
+    counted = rows.counted() if d_weight is not None else None
+    d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
+    buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
+    for first in range(0, rows.rows, chunk):
+        at = slice(first, min(first + chunk, rows.rows))
+        hidden_CD = hidden_ND[at] if index is None else hidden_ND[index[at].clamp(max=n - 1)]
+        hidden_CD, x_CV = hidden_CD.to(dtype), buffer[: at.stop - first]
+        if bias_V is None:
+            torch.mm(hidden_CD, weight_VD.t(), out=x_CV)
+        else:
+            torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=x_CV)
+        rows.loss_(x_CV, first)
+        if d_hidden is not None:
+            if index is None and d_hidden.dtype == dtype:
+                torch.mm(x_CV, weight_VD, out=d_hidden[at])
+            else:
+                d_hidden[at if index is None else index[at]] = torch.mm(x_CV, weight_VD).to(d_hidden.dtype)
+        if d_weight is not None:
+            if counted is not None:
+                # a row that does not count may hold anything: its gradient is 0, and 0 * NaN would stay
+                hidden_CD = hidden_CD.masked_fill(~counted[at][:, None], 0.0)
+            add_outer_product_(d_weight, x_CV, hidden_CD, first=first == 0)
+        if d_bias is not None:
+            d_bias += x_CV.sum(0, dtype=accumulator)
+    rescale = None
+    if rescale_later:
+        rescale = (1.0 if heaviest is None else heaviest) / (rows.divisor * FLOAT16_SCALE)
+    if index is not None and d_hidden is not None:
+        d_hidden = d_hidden[:n]
+    return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
+
+
+def _engine(call: Call, positions: int, width: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    what = "hidden @ weight.T"
+    if call.impl == "triton":
+        from .triton_impl import TritonRows
+
+        return TritonRows(call, positions, width, dtype, what=what, **settings)
+    return TorchRows(call, positions, width, dtype, what=what, **settings)

@@ -1,0 +1,221 @@
+"""The loss on a GPU: launches of the Triton kernels, with nothing that waits for the device."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..errors import KDError
+from ..interpreter import is_interpreted
+from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
+from ..targets import sampled_reach
+from .call import DIVERGENCES, Call
+from .checks import HIGHEST_TEMPERATURE, check_student, check_values, values_are_checked
+from .row_passes import sweep_settings, zero_uncovered_kernel
+from .triton_kernels import (
+    BUCKET,
+    DIVISOR,
+    RENORMALIZE,
+    SAMPLED,
+    WEIGHTS,
+    loss_kernel,
+    prepare_kernel,
+    total_kernel,
+)
+
+INTERPRETED = is_interpreted(loss_kernel)
+
+
+class TritonRows:
+    """The rows of one call on a GPU: `TorchRows`, without a look at any value. Rows that do not count are swept too."""
+
+    def __init__(
+        self,
+        call: Call,
+        positions: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        upstream: Tensor | None = None,
+        fixed_scale: float | None = None,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        want_grad: bool = True,
+        what: str = "logits",
+        settings: dict[str, int] | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise KDError(f"{what}: found {dtype}; float32, bfloat16 or float16 is needed with impl='triton'.")
+        if values_are_checked(call.ids.device):
+            check_values(call, positions, width)
+        device = call.ids.device
+        self.call, self.index, self.rows, self.want_grad = call, call.positions, call.rows, want_grad
+        self.width, self.positions, self.what = width, positions, what
+        grid = tuple(call.temperatures)
+        m = len(grid)
+        self.block_m = triton.next_power_of_2(m + 1)
+        self.params = torch.empty(WEIGHTS.value + m + 1, dtype=torch.float32, device=device)
+        self.divisor = self.params[DIVISOR.value]
+        # float32, and not the outputs' memory: the sums are taken in one order by one program
+        self.hard, self.soft = torch.empty(2, max(self.rows, 1), dtype=torch.float32, device=device)
+        reach = sampled_reach(call.draw_temperature) if call.treatment == "auto" else float("inf")
+        prepare_kernel[(1,)](
+            self.params,
+            device_table(grid, device),
+            call.labels,
+            call.mask,
+            call.positions,
+            call.num_items,
+            upstream,
+            call.alpha_tensor,
+            call.temperature_tensor,
+            call.alpha,
+            call.temperature,
+            call.items,
+            self.rows,
+            positions,
+            call.ignore_index,
+            reach,
+            fixed_scale or 0.0,
+            M=m,
+            OFF_GRID=m >= OFF_GRID_NEEDS,
+            SNAP=ON_GRID,
+            HIGHEST=HIGHEST_TEMPERATURE,
+            BLOCK=4096,
+            BLOCK_M=self.block_m,
+            num_warps=8,
+        )
+        treatment = "sampled" if call.treatment == "auto" else call.treatment
+        if treatment == "sampled" and call.draws is None:
+            treatment = "bucket"
+        k = call.ids.shape[1]
+        self.constants: dict[str, Any] = dict(
+            DIVERGENCE=DIVERGENCES.index(call.divergence),
+            TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
+            WANT_GRAD=want_grad,
+            SOFTCAP=softcap is not None,
+            SCALED=logit_scale is not None,
+            M=m,
+            BLOCK_K=max(16, triton.next_power_of_2(k)),
+            BLOCK_M=self.block_m,
+            BLOCK_SLOW=512,
+            **(settings or sweep_settings(width, dtype.itemsize)),
+        )
+        self.softcap, self.logit_scale = softcap or 1.0, logit_scale or 1.0
+        self.targets = tuple(
+            None if x is None else x.contiguous() for x in (call.ids, call.logprobs, call.draws, call.tail)
+        )
+
+    def loss_(self, x_CV: Tensor, first: int) -> None:
+        """Losses of the rows from `first` on, whose raw logits x holds; x becomes their gradient, if one is wanted."""
+        self._launch(x_CV[None], x_CV[None] if self.want_grad else None, x_CV.shape[0], first, by_position=False)
+
+    def loss_at_positions(self, logits_BLV: Tensor, out_BLV: Tensor | None) -> None:
+        """Losses of all rows, at their positions in the logits; their gradient goes to `out`."""
+        self._launch(logits_BLV, out_BLV, self.rows, 0, by_position=True)
+        index = self.safe_index()
+        if out_BLV is not None and index is not None:
+            covered = torch.zeros(self.positions + 1, dtype=torch.int8, device=out_BLV.device)
+            covered[index] = 1
+            if self.positions:
+                zero_uncovered_kernel[(self.positions,)](
+                    out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
+                )
+
+    def safe_index(self) -> Tensor | None:
+        """The positions of the rows, int64 `[P]`; those outside the batch all at N, one past its end."""
+        if self.index is None:
+            return None
+        inside = (self.index >= 0) & (self.index < self.positions)
+        return torch.where(inside, self.index, self.positions).long()
+
+    def counted(self) -> Tensor | None:
+        """Which rows count, bool `[P]`; None where all do. The kernels write zeros for the others."""
+        if self.call.labels is None and self.call.mask is None and self.index is None:
+            return None
+        return self.call.by_row_within(self.positions)[1]
+
+    def _launch(self, x: Tensor, g: Tensor | None, programs: int, first: int, *, by_position: bool) -> None:
+        if programs == 0:
+            return
+        call = self.call
+        loss_kernel[(programs,)](
+            x,
+            g,
+            self.hard,
+            self.soft,
+            self.params,
+            call.labels,
+            call.mask,
+            call.weights,
+            call.positions,
+            *self.targets,
+            call.outcomes,
+            *x.stride(),
+            *(x if g is None else g).stride(),
+            x.shape[1],
+            first,
+            self.width,
+            call.vocab_size,
+            call.ids.shape[1],
+            self.positions,
+            call.outcomes.stride(0) if call.outcomes.ndim else 0,
+            call.ignore_index,
+            1.0 / call.draw_temperature,
+            call.mix,
+            self.softcap,
+            self.logit_scale,
+            BY_POSITION=by_position,
+            IN_PLACE=g is not None and g.data_ptr() == x.data_ptr(),
+            **self.constants,
+        )
+
+    def total(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, hard and soft."""
+        if values_are_checked(self.params.device):
+            bad = self.soft[: self.rows].isnan()
+            check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.what)
+        loss, hard, soft = (torch.empty((), dtype=torch.float32, device=self.params.device) for _ in range(3))
+        total_kernel[(1,)](
+            self.hard,
+            self.soft,
+            self.params,
+            hard,
+            soft,
+            loss,
+            self.rows,
+            HARD=self.call.labels is not None,
+            BLOCK=4096,
+            num_warps=8,
+        )
+        return loss, hard, soft
+
+
+def kd_loss_triton(
+    logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hard, soft of logits `[..., V]`; the gradient times `upstream` goes to `out`, which may be the logits."""
+    width = logits.shape[-1]
+    if any(width * abs(x.stride(-1)) >= 2**31 for x in (logits, out) if x is not None):
+        raise KDError(
+            f"logits: found a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
+            "more than 2^31 elements; pass logits.contiguous()."
+        )
+    rows = TritonRows(
+        call, logits.numel() // max(width, 1), width, logits.dtype, upstream=upstream, want_grad=out is not None
+    )
+    three = _as_three(logits)
+    gradient = three if out is logits else None if out is None else _as_three(out)
+    rows.loss_at_positions(three, gradient)
+    if out is not None and gradient is not None and gradient.data_ptr() != out.data_ptr():
+        out.copy_(gradient.view(out.shape))
+    return rows.total()
+
+
+def _as_three(x: Tensor) -> Tensor:
+    """`[..., V]` as `[B, L, V]`: two strides address every position, so that no slice has to be copied.
+
+    A copy only where more leading dimensions do not collapse into two.
+    """
+    return x[None] if x.ndim == 2 else x.flatten(0, -3)

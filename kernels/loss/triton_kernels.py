@@ -1,0 +1,468 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment,attr-defined"
+"""The loss in Triton: one program a row, one online pass over its logits, one write of its gradient.
+
+The first pass collects the row's maximum and the sums of e^(z-m) and e^((z-m)/T). The K+1 outcomes settle the
+divergence, and with it two factors; the second pass, whose reads the L2 cache serves, writes
+`a e^(z-m) + b e^((z-m)/T)` everywhere. Then the entries of S and the label are overwritten with their own values.
+"""
+
+import triton
+import triton.language as tl
+
+from .call import DIVERGENCES
+from .row_passes import (
+    LOG2_E,
+    head,
+    reduce_row,
+    reduce_tempered,
+    reduce_without,
+    through_head,
+    write_row,
+    zero_row,
+)
+
+FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
+REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+JSD = tl.constexpr(DIVERGENCES.index("jsd"))
+SKEW_KL = tl.constexpr(DIVERGENCES.index("skew_kl"))
+BUCKET, SAMPLED, RENORMALIZE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Below this share of the student's mass, 1 - Σ_S p has too few digits left for the bucket: sum what is off S itself.
+TINY_TAIL = tl.constexpr(0.125)
+# Settings of a call, as the prepare kernel leaves them for the others.
+ALPHA, TEMPERATURE, SCALE, USE_DRAWS, DIVISOR, WEIGHTS = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def prepare_kernel(
+    params_ptr,
+    table_ptr,
+    labels_ptr,
+    mask_ptr,
+    index_ptr,
+    num_items_ptr,
+    upstream_ptr,
+    alpha_ptr,
+    temperature_ptr,
+    alpha,
+    temperature,
+    count,
+    P,
+    N,
+    ignore_index,
+    reach,
+    fixed_scale,
+    M: tl.constexpr,
+    OFF_GRID: tl.constexpr,
+    SNAP: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Everything about a call that is not a row's: alpha, T, the gradient's scale, and the tail's spline weights."""
+    if alpha_ptr is not None:
+        alpha = tl.load(alpha_ptr).to(tl.float32)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr).to(tl.float32)
+    nan = float("nan")
+    alpha = tl.where((alpha >= 0.0) & (alpha <= 1.0), alpha, nan)
+    if labels_ptr is None:
+        alpha = alpha * 0.0
+
+    divisor = count * 1.0
+    if count < 0:
+        if num_items_ptr is not None:
+            divisor = tl.load(num_items_ptr).to(tl.float32)
+        else:
+            counted = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, P, BLOCK):
+                rows = start + tl.arange(0, BLOCK)
+                counted += _counted(rows, rows < P, labels_ptr, mask_ptr, index_ptr, N, ignore_index).to(tl.int32)
+            divisor = tl.sum(counted).to(tl.float32)
+    # a count that is none makes the loss NaN: `maximum` would take it for 1
+    divisor = tl.where(divisor >= 0.0, tl.maximum(divisor, 1.0), nan)
+    scale = 1.0 / divisor
+    if fixed_scale != 0.0:
+        scale = fixed_scale
+    if upstream_ptr is not None:
+        scale = scale * tl.load(upstream_ptr).to(tl.float32)
+
+    # The spline's weights of (log outcomes, tail at each temperature), at β = 1/T: see fastkd.kernels.tail.
+    beta = 1.0 / temperature
+    interval = 0
+    start = 0.0
+    highest = 0.0
+    for i in tl.static_range(M + 1):
+        knot = tl.load(table_ptr + i)
+        highest = tl.maximum(highest, knot)
+        reached = knot <= beta * (1.0 + SNAP)
+        interval = tl.where(reached, i, interval)
+        start = tl.where(reached, knot, start)
+    on_grid = tl.abs(beta - start) <= SNAP * beta
+    t = tl.where(on_grid, 0.0, beta - start)
+    m = tl.arange(0, BLOCK_M)
+    row = table_ptr + (M + 1) + interval * 4 * (M + 1) + m
+    there = m < M + 1
+    weight = tl.load(row + 3 * (M + 1), mask=there, other=0.0)
+    weight = weight * t + tl.load(row + 2 * (M + 1), mask=there, other=0.0)
+    weight = weight * t + tl.load(row + (M + 1), mask=there, other=0.0)
+    weight = weight * t + tl.load(row, mask=there, other=0.0)
+    served = (temperature > 0.0) & (temperature <= HIGHEST) & (beta <= highest * (1.0 + SNAP)) & (on_grid | OFF_GRID)
+    temperature = tl.where(served, temperature, nan)
+
+    tl.store(params_ptr + ALPHA, alpha)
+    tl.store(params_ptr + TEMPERATURE, temperature)
+    tl.store(params_ptr + SCALE, scale)
+    tl.store(params_ptr + USE_DRAWS, tl.where(temperature <= reach, 1.0, 0.0))
+    tl.store(params_ptr + DIVISOR, divisor)
+    tl.store(params_ptr + WEIGHTS + m, weight, mask=there)
+
+
+@triton.jit
+def _counted(rows, there, labels_ptr, mask_ptr, index_ptr, N, ignore_index):
+    """Which target rows count. A position outside the batch counts, so that its NaN is seen."""
+    positions = rows
+    inside = there
+    if index_ptr is not None:
+        positions = tl.load(index_ptr + rows, mask=there, other=0)
+        inside = there & (positions >= 0) & (positions < N)
+    counted = there
+    if labels_ptr is not None:
+        counted = counted & (tl.load(labels_ptr + positions, mask=inside, other=0) != ignore_index)
+    if mask_ptr is not None:
+        counted = counted & (tl.load(mask_ptr + positions, mask=inside, other=1) != 0)
+    return counted
+
+
+@triton.jit
+def _lse(x):
+    """logsumexp of a small vector; −inf for an empty one."""
+    m = tl.max(x)
+    ref = tl.where(m == float("-inf"), 0.0, m)
+    return ref + tl.log(tl.sum(tl.exp(x - ref)))
+
+
+@triton.jit
+def _log_add(x, y):
+    m = tl.maximum(x, y)
+    ref = tl.where(m == float("-inf"), 0.0, m)
+    return ref + tl.log(tl.exp(x - ref) + tl.exp(y - ref))
+
+
+@triton.jit
+def _times(weight, x):
+    """weight * x where 0 * ±inf is 0."""
+    return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def _slope(w, log_q, log_p, mix, DIVERGENCE: tl.constexpr):
+    """For an outcome: its term of the divergence, and p * b with b the derivative of that term in p."""
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    if DIVERGENCE == FORWARD_KL:
+        term = _times(w, log_q - log_p)
+        slope = -w
+    elif DIVERGENCE == REVERSE_KL:
+        term = _times(p, log_p - log_q)
+        slope = term
+    elif DIVERGENCE == JSD or DIVERGENCE == SKEW_KL:
+        log_m = _log_add(log_q + tl.log(mix), log_p + tl.log(1.0 - mix))
+        if DIVERGENCE == JSD:
+            p_over_m = _times(p, log_p - log_m)
+            term = mix * _times(q, log_q - log_m) + (1.0 - mix) * p_over_m
+            slope = (1.0 - mix) * p_over_m
+        else:
+            term = _times(q, log_q - log_m)
+            slope = -(1.0 - mix) * _times(q, tl.exp(log_p - log_m))
+    else:
+        term = 0.5 * tl.abs(q - p)
+        slope = p * tl.where(q > p, -0.5, tl.where(q < p, 0.5, 0.0))
+    return term, slope
+
+
+@triton.jit
+def loss_kernel(
+    x_ptr,
+    g_ptr,
+    hard_ptr,
+    soft_ptr,
+    params_ptr,
+    labels_ptr,
+    mask_ptr,
+    weights_ptr,
+    index_ptr,
+    ids_ptr,
+    logprobs_ptr,
+    draws_ptr,
+    tail_ptr,
+    outcomes_ptr,
+    x_outer,
+    x_inner,
+    x_stride,
+    g_outer,
+    g_inner,
+    g_stride,
+    inner,
+    first_row,
+    V,
+    teacher_V,
+    K,
+    N,
+    outcomes_stride,
+    ignore_index,
+    inverse_draw_temperature,
+    mix,
+    softcap,
+    logit_scale,
+    DIVERGENCE: tl.constexpr,
+    TREATMENT: tl.constexpr,
+    BY_POSITION: tl.constexpr,
+    WANT_GRAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
+    KEEP: tl.constexpr,
+    DONE: tl.constexpr,
+    BLOCK_SLOW: tl.constexpr,
+):
+    """One target row: its losses (times its weight), and its gradient where one is wanted."""
+    pid = tl.program_id(0)
+    row = (first_row + pid).to(tl.int64)
+    position = row
+    inside = True
+    if index_ptr is not None:
+        position = tl.load(index_ptr + row).to(tl.int64)
+        inside = (position >= 0) & (position < N)
+        position = tl.where(inside, position, 0)
+    at = position if BY_POSITION else pid.to(tl.int64)
+    outer = at // inner
+    at -= outer * inner
+    x_ptr += outer * x_outer + at * x_inner
+    if WANT_GRAD:
+        g_ptr += outer * g_outer + at * g_inner
+
+    # everything small is asked for here, before the first wait: one trip to memory, not one after another
+    alpha = tl.load(params_ptr + ALPHA)
+    T = tl.load(params_ptr + TEMPERATURE)
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
+    logprob = tl.load(logprobs_ptr + row * K + k, mask=k < K, other=float("-inf"))
+    if draws_ptr is not None:
+        draws = tl.load(draws_ptr + row * K + k, mask=k < K, other=0)
+    m_index = tl.arange(0, BLOCK_M)
+    tails = tl.load(tail_ptr + row * M + m_index - 1, mask=(m_index > 0) & (m_index <= M), other=0.0)
+    outcomes = tl.load(outcomes_ptr + row * outcomes_stride)
+    spline = tl.load(params_ptr + WEIGHTS + m_index, mask=m_index <= M, other=0.0)
+    row_weight = 1.0
+    if weights_ptr is not None:
+        row_weight = tl.load(weights_ptr + position).to(tl.float32)
+    counted = True
+    label = 0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + position).to(tl.int64)
+        counted = label != ignore_index
+    if mask_ptr is not None:
+        counted = counted & (tl.load(mask_ptr + position) != 0)
+    if not inside:
+        # no position to read or write: the row says so in its loss
+        tl.store(hard_ptr + row, float("nan"))
+        tl.store(soft_ptr + row, float("nan"))
+        if WANT_GRAD and not BY_POSITION:
+            zero_row(g_ptr, g_stride, V, BLOCK)
+        return
+    if not counted:
+        tl.store(hard_ptr + row, 0.0)
+        tl.store(soft_ptr + row, 0.0)
+        if WANT_GRAD:
+            zero_row(g_ptr, g_stride, V, BLOCK)
+        return
+
+    nan = float("nan")
+
+    # --- the student's row ------------------------------------------------------------------------------------------
+    m, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, THREADS, VEC, KEEP)
+
+    # --- the teacher at T -----------------------------------------------------------------------------------------
+    ids = ids.to(tl.int64)
+    logprob = logprob.to(tl.float32)
+    used = logprob > float("-inf")
+    wrong = (used & ((ids < 0) | (ids >= teacher_V))) | (logprob != logprob)
+    ids = tl.where((ids < 0) | (ids >= V), 0, ids)
+    # under alpha = 1 a soft loss of NaN adds nothing: the hard loss has to say it too
+    bad = T != T
+    if labels_ptr is not None:
+        outside = (label < 0) | (label >= V)
+        bad = bad | outside
+        label = tl.where(outside, 0, label)
+
+    tails = tails.to(tl.float32)
+    outcomes = outcomes.to(tl.float32)
+    empty = (outcomes <= 0.0) | (tl.max((tails == float("-inf")).to(tl.int32), 0) > 0)
+    tails = tl.where(m_index == 0, tl.log(tl.maximum(outcomes, 1.0)), tails)
+    log_tail = tl.sum(tl.where(spline == 0.0, 0.0, spline * tails), 0)
+    log_tail = tl.where(empty, float("-inf"), log_tail)
+
+    drawn = tl.zeros((BLOCK_K,), tl.int1)
+    if draws_ptr is not None:
+        draws = draws.to(tl.float32)
+        drawn = used & (draws > 0.0)
+    else:
+        draws = tl.zeros((BLOCK_K,), tl.float32)
+    in_head = used & (drawn == 0)
+    # three counts in one sum: a sum across warps costs as much as a hundred instructions
+    tl.static_assert(BLOCK_K < 2**20)
+    counts = tl.sum(wrong.to(tl.int64) + (in_head.to(tl.int64) << 20) + (drawn.to(tl.int64) << 40), 0)
+    bad = bad | ((counts & 0xFFFFF).to(tl.int32) > 0)
+    has_head = ((counts >> 20) & 0xFFFFF).to(tl.int32) > 0
+    has_draws = (counts >> 40).to(tl.int32) > 0
+    scaled = logprob / T
+    log_head = _lse(tl.where(in_head, scaled, float("-inf")))
+    log_z = _log_add(log_head, log_tail)
+    log_z = tl.where(log_z == float("-inf"), 0.0, log_z)
+    log_q = scaled - log_z
+    log_q_tail = log_tail - log_z
+    by_draws = False
+    if TREATMENT == SAMPLED:
+        by_draws = has_draws & (tl.load(params_ptr + USE_DRAWS) > 0.0)
+    if TREATMENT == RENORMALIZE:
+        log_q = scaled - log_head
+    support = in_head | (drawn & by_draws)
+    log_q = tl.where(support, log_q, float("-inf"))
+    w = tl.exp(log_q)
+    if TREATMENT == SAMPLED:
+        # q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
+        share = tl.log(tl.maximum(draws, 1.0)) + logprob * (1.0 / T - inverse_draw_temperature)
+        share = tl.where(drawn, share, float("-inf"))
+        w = tl.where(drawn & by_draws, tl.exp(share - _lse(share) + log_q_tail), w)
+    bad = bad | (has_draws & (has_head == 0) & (by_draws == 0))
+    has_support = has_head | by_draws
+    # whether the rest of the vocabulary is an outcome of its own
+    bucket = has_head & (by_draws == 0) & (TREATMENT != RENORMALIZE)
+    log_q_tail = tl.where(bucket, log_q_tail, float("-inf"))
+
+    # --- the student ----------------------------------------------------------------------------------------------
+    z = head(tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), SOFTCAP, softcap, SCALED, logit_scale)
+    z_label = 0.0
+    if labels_ptr is not None:
+        z_label = head(tl.load(x_ptr + label * x_stride), SOFTCAP, softcap, SCALED, logit_scale)
+    e_1 = tl.exp(z - m)
+    log_s = tl.log(s_t)
+    log_p = tl.where(support, (z - m) / T - log_s, float("-inf"))
+    # e^((z-m)/T) as the sweep forms it, so that what the sum has of these entries cancels to the last digit
+    p_tail = 1.0 - tl.sum(tl.where(support, tl.exp2((z - m) * (LOG2_E / T)), 0.0), 0) / s_t
+    m_off = m
+    s_off = s_t * tl.maximum(p_tail, 0.0)
+    log_p_tail = tl.log(tl.maximum(p_tail, 0.0))
+    if bucket & (p_tail < TINY_TAIL):
+        if WANT_GRAD:
+            if not IN_PLACE:
+                cols = tl.arange(0, BLOCK)
+                for start in range(0, V, BLOCK):
+                    there = start + cols < V
+                    tl.store(
+                        g_ptr + (start + cols) * g_stride, tl.load(x_ptr + (start + cols) * x_stride, mask=there), there
+                    )
+            tl.debug_barrier()
+            tl.store(g_ptr + ids * g_stride, float("-inf"), mask=support)
+            tl.debug_barrier()
+            m_off, s_off = reduce_tempered(
+                g_ptr, g_stride, V, T, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, THREADS, VEC, KEEP
+            )
+        else:
+            taken = tl.where(support, ids, -1)
+            m_off, s_off = reduce_without(
+                x_ptr, x_stride, V, T, taken, softcap, logit_scale, SOFTCAP, SCALED, BLOCK_SLOW
+            )
+        log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + (m_off - m) / T - log_s, float("-inf"))
+
+    # --- the divergence and its gradient ----------------------------------------------------------------------------
+    term, slope = _slope(w, log_q, log_p, mix, DIVERGENCE)
+    term = tl.where(support, term, 0.0)
+    slope = tl.where(support, slope, 0.0)
+    p = tl.exp(log_p)
+    if TREATMENT == RENORMALIZE:
+        divergence = tl.sum(term, 0)
+        mean_slope = tl.sum(slope, 0)
+        p_tail = tl.maximum(p_tail, 0.0)
+        off = -p_tail * mean_slope
+    else:
+        w_tail = tl.exp(log_q_tail)
+        term_tail, slope_tail = _slope(w_tail, log_q_tail, log_p_tail, mix, DIVERGENCE)
+        p_tail = tl.exp(log_p_tail)
+        divergence = tl.sum(term, 0) + tl.where(bucket, term_tail, 0.0)
+        mean_slope = tl.sum(slope, 0) + tl.where(bucket, slope_tail, 0.0)
+        off = tl.where(bucket, slope_tail, 0.0) - p_tail * mean_slope
+    on = slope - p * mean_slope
+    divergence = tl.where(has_support, divergence, 0.0)
+    off = tl.where(has_support, off, 0.0)
+
+    hard = nan
+    if labels_ptr is not None:
+        hard = (tl.log(s_1) - (z_label - m)) * row_weight
+        hard = tl.where(bad, nan, hard)
+    tl.store(hard_ptr + row, hard)
+    tl.store(soft_ptr + row, tl.where(bad, nan, T * T * divergence * row_weight))
+
+    if WANT_GRAD:
+        scale = tl.load(params_ptr + SCALE) * row_weight
+        scale = tl.where(bad, nan, scale)
+        hard_scale = alpha * scale
+        soft_scale = (1.0 - alpha) * T * scale
+        # a factor of exactly 0 means that the part is not wanted: 0 * inf must not make it NaN
+        base = tl.where(m_off == float("-inf"), m, m_off)
+        a = tl.where(hard_scale == 0.0, 0.0, hard_scale * tl.exp(base - m) / s_1)
+        b = tl.where((soft_scale == 0.0) | (s_off == 0.0), 0.0, soft_scale * off / s_off)
+        g_entries = hard_scale * (e_1 / s_1) + tl.where(soft_scale == 0.0, 0.0, soft_scale * on)
+        g_label = 0.0
+        if labels_ptr is not None:
+            g_entries = g_entries - tl.where(ids == label, hard_scale, 0.0)
+            # the label off S: its share of both parts, less its own mass
+            g_label = a * tl.exp(z_label - base) + b * tl.exp((z_label - base) / T) - hard_scale
+            g_label = through_head(g_label, z_label, SOFTCAP, softcap, SCALED, logit_scale)
+        g_entries = through_head(g_entries, z, SOFTCAP, softcap, SCALED, logit_scale)
+        # every warp has read its entries of S before another's share of the sweep overwrites them
+        tl.debug_barrier()
+        write_row(
+            x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, DONE
+        )
+        # every thread's share of the sweep lies before the entries that overwrite it
+        tl.debug_barrier()
+        element = g_ptr.dtype.element_ty
+        if labels_ptr is not None:
+            tl.store(g_ptr + label * g_stride, g_label.to(element))
+            # a label on S is an entry of S: that store comes last
+            tl.debug_barrier()
+        tl.store(g_ptr + ids * g_stride, g_entries.to(element), mask=support)
+
+
+@triton.jit
+def total_kernel(
+    hard_ptr, soft_ptr, params_ptr, out_hard_ptr, out_soft_ptr, out_loss_ptr, P, HARD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Loss, hard and soft from the rows' losses, summed in one fixed order."""
+    cols = tl.arange(0, BLOCK)
+    hard_sums = tl.zeros((BLOCK,), tl.float32)
+    soft_sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, P, BLOCK):
+        there = start + cols < P
+        if HARD:
+            hard_sums += tl.load(hard_ptr + start + cols, mask=there, other=0.0)
+        soft_sums += tl.load(soft_ptr + start + cols, mask=there, other=0.0)
+    alpha = tl.load(params_ptr + ALPHA)
+    divisor = tl.load(params_ptr + DIVISOR)
+    soft = tl.sum(soft_sums) / divisor
+    loss = tl.where(alpha == 1.0, 0.0, (1.0 - alpha) * soft)
+    hard = float("nan")
+    if HARD:
+        hard = tl.sum(hard_sums) / divisor
+        loss += tl.where(alpha == 0.0, 0.0, alpha * hard)
+    tl.store(out_loss_ptr, loss)
+    tl.store(out_hard_ptr, hard)
+    tl.store(out_soft_ptr, soft)

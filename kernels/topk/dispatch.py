@@ -1,0 +1,93 @@
+"""Which implementation of top-k, tails and draws fills some rows: Triton, Numba or PyTorch."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..errors import KDError
+from .config import Plan, Rows
+from .fill import fill_rows
+from .torch_impl import TORCH
+
+IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
+Fill = Callable[[Tensor, Rows, Plan, Tensor, int], None]
+"""Fill rows of targets from logits `[N, V]`, positions `[N]` and the number of the first row in an error message."""
+# Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
+ROWS_AT_ONCE = 8192
+
+
+def filler(impl: str, rows: Tensor, plan: Plan) -> Fill:
+    """What fills in targets of rows of a type on a device. KDError where what is asked for cannot."""
+    if impl not in IMPLEMENTATIONS:
+        raise KDError(f"impl: found {impl!r}; one of {', '.join(IMPLEMENTATIONS)} is needed.")
+    if impl == "auto":
+        impl = _best(rows, plan)
+    elif impl == "triton":
+        _check_triton(rows, plan)
+    elif impl == "numba" and not _numba_can(rows):
+        raise KDError(
+            f"impl: found 'numba' for {rows.dtype} on {rows.device}; a CPU, at most float32 and the package numba "
+            "(pip install 'fastkd[cpu]') are needed. Use impl='auto'."
+        )
+    if impl == "triton":
+        return _fill_triton
+    if impl == "numba":
+        from .numba_impl import NUMBA
+
+        return partial(fill_rows, NUMBA)
+    return partial(fill_rows, TORCH)
+
+
+def prepare_topk(device: torch.device) -> str:
+    """Have what `topk_targets` compiles on a CPU compiled now, not in its first call. What to tell a user, or ""."""
+    if device.type != "cpu":
+        return ""
+    if not _numba_installed():
+        return "top-k: by PyTorch, at a third of the speed of compiled code: pip install 'fastkd[cpu]' (Numba)"
+    from .numba_impl import compile_all
+
+    seconds = compile_all()
+    return f"top-k: compiled for this CPU in {seconds:.0f} s, and kept" if seconds > 3 else ""
+
+
+@lru_cache(maxsize=1)
+def _numba_installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def _best(rows: Tensor, plan: Plan) -> str:
+    if rows.device.type == "cuda":
+        from .triton_impl import MAX_K
+
+        return "triton" if rows.dtype != torch.float64 and plan.k <= MAX_K else "torch"
+    return "numba" if _numba_can(rows) else "torch"
+
+
+def _numba_can(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype != torch.float64 and _numba_installed()
+
+
+def _check_triton(rows: Tensor, plan: Plan) -> None:
+    from .triton_impl import INTERPRETED, MAX_K
+
+    if rows.dtype == torch.float64 or plan.k > MAX_K:
+        raise KDError(
+            f"impl: found 'triton' for {rows.dtype} and k = {plan.k}; at most float32 and k <= {MAX_K} are needed. Use "
+            "impl='torch'."
+        )
+    if rows.device.type != "cuda" and not INTERPRETED:
+        raise KDError(
+            f"impl: found 'triton' for tensors on {rows.device}; CUDA tensors, or the Triton interpreter "
+            "(TRITON_INTERPRET=1 before triton is imported), are needed. Use impl='auto'."
+        )
+
+
+def _fill_triton(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+    from .triton_impl import fill_triton
+
+    for start in range(0, len(logits_NV), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        fill_triton(logits_NV[some], out[some], plan, positions_N[some], first_row + start)

@@ -1,0 +1,193 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The draws of `draws.py` in Triton, to the same bits.
+
+`_weigh` reads the logits once more for the units of every token, and leaves their sum a group. `_draw`, a program a
+draw, makes its attempts: it finds the group of a random number, looks inside it for the token, and weighs that one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_math import INF, column, exp2_exact, finite_or_zero, transform
+from . import draws as dr
+from .config import Plan
+
+STREAM = tl.constexpr(dr.STREAM)
+MIX1 = tl.constexpr(dr.MIX1)
+MIX2 = tl.constexpr(dr.MIX2)
+ATTEMPT_STEP = tl.constexpr(dr.ATTEMPT_STEP)
+MAX_ATTEMPTS = tl.constexpr(dr.MAX_ATTEMPTS)
+UNIT_BIAS = tl.constexpr(dr.UNIT_BIAS)
+UNIT_SHIFT = tl.constexpr(dr.UNIT_SHIFT)
+UNIT_LEAST = tl.constexpr(dr.UNIT_LEAST)
+
+
+class Tuning:
+    """Sizes that only speed depends on: tokens a group, tokens and warps a program."""
+
+    group = 1024
+    block = 4096
+    warps = 4
+
+
+@triton.jit
+def _mix(x):
+    """`draws._mix`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _units(d, token, vocab, is_head, draw_scale):
+    """`draws.units_` of z - top, as int32; 1 for tokens of the head, 0 beyond the vocabulary."""
+    y = d * draw_scale
+    y = tl.where(is_head | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y) + UNIT_BIAS
+    units = tl.ceil((y.to(tl.int32, bitcast=True) << UNIT_SHIFT).to(tl.float32, bitcast=True)).to(tl.int32)
+    return tl.where(token < vocab, units, 0)
+
+
+@triton.jit
+def _in_head(x, token, edge_x, edge_id):
+    """Whether a token comes no later than the head's last entry in a stable descending sort."""
+    return (x > edge_x) | ((x == edge_x) & (token <= edge_id))
+
+
+@triton.jit
+def _weigh(
+    x_ptr,
+    stride_n,
+    stride_v,
+    vocab,
+    groups,
+    parts,
+    state_ptr,  # [5, N], as `topk_kernels._finish` left it
+    edge_ptr,  # [2, N]
+    units_ptr,  # out [N, groups] int32
+    rows,
+    draw_scale,
+    scale,
+    cap,
+    inverse_cap,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
+    token = group[:, None] * G + tl.arange(0, G)[None, :]
+    x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
+    x = x.to(tl.float32)
+    is_head = _in_head(x, token, tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row))
+    top = tl.load(state_ptr + 3 * rows + row)
+    top = finite_or_zero(transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
+    d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
+    units = _units(d, token, vocab, is_head, draw_scale)
+    tl.store(units_ptr + row * groups + group, tl.sum(units, axis=1), mask=group < groups)
+
+
+@triton.jit
+def _draw(
+    x_ptr,
+    stride_n,
+    stride_v,
+    vocab,
+    groups,
+    draws,
+    state_ptr,
+    edge_ptr,
+    units_ptr,  # [N, groups] int32
+    key_ptr,  # [N] int64
+    drawn_ptr,  # out [N, draws] int64
+    rows,
+    draw_scale,
+    scale,
+    cap,
+    inverse_cap,
+    BITS: tl.constexpr,  # of a weight
+    LOW_BITS: tl.constexpr,  # of these, those below a unit
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    draw = tl.program_id(0).to(tl.int64)
+    row = draw // draws
+    number = draw % draws
+    key = tl.load(key_ptr + row)
+    place = tl.arange(0, GROUPS)
+    running = tl.cumsum(tl.load(units_ptr + row * groups + place, mask=place < groups, other=0).to(tl.int64), axis=0)
+    total = tl.max(running, axis=0) << LOW_BITS
+    edge_x, edge_id = tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row)
+    top_x = tl.load(state_ptr + 3 * rows + row)
+    top = finite_or_zero(transform(top_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
+    drawn = tl.full([], 0, tl.int32)
+    # nothing is looked for in a row without a tail, or with NaN
+    wanted = (top_x > -INF) & (tl.load(state_ptr + 4 * rows + row) > 0)
+    attempt = tl.where(wanted, 0, MAX_ATTEMPTS).to(tl.int64)
+    while attempt < MAX_ATTEMPTS:
+        bits = _mix(key + (number + 1 + (attempt << ATTEMPT_STEP)) * STREAM)
+        u = ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * (1.0 / 9007199254740992.0)
+        at = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
+        unit = at >> LOW_BITS
+        # every running sum up to `unit` belongs to a group that ends before it
+        before = running <= unit
+        group = tl.minimum(tl.sum(before.to(tl.int32), axis=0), groups - 1)
+        inside = (unit - tl.max(tl.where(before, running, 0), axis=0)).to(tl.int32)
+        token = group * G + tl.arange(0, G)
+        x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
+        x = x.to(tl.float32)
+        is_head = _in_head(x, token, edge_x, edge_id)
+        d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
+        units = tl.cumsum(_units(d, token, vocab, is_head, draw_scale), axis=0)
+        behind = units <= inside
+        found = tl.sum(behind.to(tl.int32), axis=0)
+        rest = (inside - tl.max(tl.where(behind, units, 0), axis=0)).to(tl.int64) << LOW_BITS
+        rest += at - (unit << LOW_BITS)
+        drawn = tl.minimum(group * G + found, vocab - 1)
+        # the token itself, out of the group's: −inf for a token of the head, which has no weight
+        d = tl.max(tl.where((token == drawn) & (is_head == 0), d, -INF), axis=0)
+        weight = exp2_exact(d * draw_scale, BITS).to(tl.int64)
+        attempt = tl.where(rest < weight, MAX_ATTEMPTS, attempt + 1).to(tl.int64)
+    tl.store(drawn_ptr + draw, drawn.to(tl.int64))
+
+
+def draw(
+    x: Tensor,
+    state: Tensor,
+    edge: Tensor,
+    plan: Plan,
+    positions_N: Tensor,
+    head_transform: tuple[float, float, float],
+    flags: dict[str, bool],
+) -> Tensor:
+    """Drawn ids int64 `[N, draws]`; anything in rows without a tail. state, edge: as `_finish` leaves them."""
+    rows, vocab = x.shape
+    stride_n, stride_v = x.stride()
+    unit, bits = stride_v == 1, dr.weight_bits(vocab)
+    group = min(Tuning.group, triton.next_power_of_2(vocab))
+    groups = triton.cdiv(vocab, group)
+    block = max(group, min(Tuning.block, triton.next_power_of_2(groups * group)))
+    parts = triton.cdiv(groups * group, block)
+    units = torch.empty((rows, groups), dtype=torch.int32, device=x.device)
+    drawn = torch.empty((rows, plan.draws), dtype=torch.int64, device=x.device)
+    keys = dr.row_keys(plan.seed, positions_N)
+    draw_scale = dr.exponent_scale(plan.draw_temperature)
+    # fused multiply-adds round once where the twin rounds twice, and another token could be drawn
+    exact = {"enable_fp_fusion": False, "num_warps": Tuning.warps}
+    _weigh[(rows * parts,)](
+        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *head_transform,
+        G=group, BLOCK=block, UNIT=unit, **flags, **exact,
+    )  # fmt: skip
+    _draw[(rows * plan.draws,)](
+        x, stride_n, stride_v, vocab, groups, plan.draws, state, edge, units, keys, drawn, rows, draw_scale,
+        *head_transform, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
+        UNIT=unit, **flags, **exact,
+    )  # fmt: skip
+    return drawn

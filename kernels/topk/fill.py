@@ -1,0 +1,262 @@
+"""Top-k, tails and draws block by block: all but the sweeps over the vocabulary, which come in two kinds (`Sweeps`).
+
+Rows are taken in blocks, and blocks by threads. What a block's sweeps find of each row (its head, the sums of its tail)
+becomes targets here. The tail is summed relative to its own maximum, with the head struck out: it is never the
+difference of two numbers that nearly cancel. The full log-partition is head plus tail.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .config import Plan, Rows, refuse
+from .draws import Tail, exact_transform, merge, row_keys
+
+GROUP = 32  # tokens whose units are added up for the draws
+# Draws are made for many blocks' rows at once: they are some hundred operations on little data.
+ROWS_DRAWN = 512
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What the sweeps over some rows find. x: as given; z: after the head's transform; in the work type: float32, or
+    float64 for such logits."""
+
+    head_x: Tensor  # `[n, k]`: the first k of a stable descending sort, −inf last
+    head_id: Tensor  # int64 `[n, k]`
+    tail_top_x: Tensor  # `[n]`: the next one; −inf where there is none
+    row_top: Tensor  # `[n]`: the greatest x; NaN where the row has one
+    finite: Tensor  # int64 `[n]`: tokens above −inf
+    tail_sums: Tensor  # `[n, M]`: Σ e^((z - z of tail_top_x)/T) of what is not in the head
+    rest: Tensor | None  # what `units` goes on from, where it needs it
+
+
+class Sweeps(Protocol):
+    """All that touches every token of a row. Each call is one thread's."""
+
+    def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
+        """Rows a block."""
+
+    def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
+        """Of a block, of any stride and type. units_nG: room for the units, where there are draws; left as it is, or
+        filled where that costs less now, and `units` then has nothing to do."""
+
+    def units(self, swept: Swept, logits_NV: Tensor, state: "State", plan: Plan) -> None:
+        """Fill `state.sums`, of which all else is filled. May use up `swept`."""
+
+    def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
+        """What `draws.draw` does, to the bit."""
+
+
+def transform(x: Tensor, plan: Plan) -> Tensor:
+    """What the head does to a logit after the matrix product: scale, then softcap. −inf (a masked token) stays."""
+    if x.dtype == torch.float32:
+        return exact_transform(x, plan.logit_scale, plan.softcap)
+    if plan.logit_scale is not None:
+        x = x * plan.logit_scale
+    if plan.softcap is not None:
+        x = torch.where(x.abs() < torch.inf, torch.tanh(x / plan.softcap) * plan.softcap, x)
+    return x
+
+
+def fill_rows(sweeps: Sweeps, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+    """Fill `out` from logits `[N, V]` of any stride. `first_row`: the number of the first row in an error message."""
+    rows, vocab = logits_NV.shape
+    groups = -(-vocab // GROUP)
+    threads = torch.get_num_threads() if logits_NV.device.type == "cpu" else 1
+    block = sweeps.rows(vocab, work_type(logits_NV).itemsize, logits_NV.device)
+    block = max(1, min(block, -(-rows // threads)))
+    inference = torch.is_inference_mode_enabled()
+
+    def each(work: Callable[[slice], None], span: slice, step: int) -> None:
+        """Call `work` with every `step` rows of a span."""
+        parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
+
+        def with_modes(part: slice) -> None:
+            with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
+                work(part)
+
+        if threads == 1:
+            for part in parts:
+                work(part)
+        else:
+            for _ in _pool(threads, os.getpid()).map(with_modes, parts):
+                pass  # in order: of several bad rows the first is the one named
+
+    for start in range(0, rows, max(block, ROWS_DRAWN)):
+        span = slice(start, min(start + max(block, ROWS_DRAWN), rows))
+        state = State.empty(span.stop - start, groups, plan, logits_NV) if plan.draws else None
+
+        def fill(part: slice, state: State | None = state, start: int = start) -> None:
+            here = None if state is None else state[part.start - start : part.stop - start]
+            swept = sweeps.sweep(logits_NV[part], plan, None if here is None else here.sums)
+            _finish(swept, out[part], plan, first_row + part.start, here)
+            if here is not None:
+                sweeps.units(swept, logits_NV[part], here, plan)
+
+        def draw_some(part: slice, state: State | None = state, start: int = start) -> None:
+            assert state is not None
+            here = state[part.start - start : part.stop - start]
+            _draw(sweeps, here, logits_NV[part], out[part], plan, positions_N[part])
+
+        each(fill, span, block)
+        if plan.draws:
+            each(draw_some, span, -(-(span.stop - start) // threads))
+
+
+def work_type(logits: Tensor) -> torch.dtype:
+    """What sums are made in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class State:
+    """What the draws of some rows need to know of them."""
+
+    sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
+    edge_x: Tensor  # `[n]`
+    edge_id: Tensor  # int64 `[n]`
+    tail_top_x: Tensor  # `[n]`: the tail's greatest logit as given
+    top: Tensor  # `[n]`: the row's greatest z
+    log_total: Tensor  # `[n]`: and the log-partition relative to it
+    size: Tensor  # int64 `[n]`: entries in the head
+    wanted: Tensor  # bool `[n]`: the row is fine and has a tail
+
+    @classmethod
+    def empty(cls, rows: int, groups: int, plan: Plan, like: Tensor) -> "State":
+        work = work_type(like)
+        sums = torch.empty((rows, groups), dtype=torch.float32, device=like.device)
+        types = (work, torch.int64, work, work, work, torch.int64, torch.bool)
+        return cls(sums, *(torch.empty(rows, dtype=dtype, device=like.device) for dtype in types))
+
+    def __getitem__(self, rows: slice) -> "State":
+        return State(*(tensor[rows] for tensor in vars(self).values()))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that run PyTorch on one core each. A forked process needs its own."""
+    pool = ThreadPoolExecutor(threads, "fastkd-topk")
+    ready = threading.Barrier(threads)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    for task in [pool.submit(alone) for _ in range(threads)]:
+        task.result()
+    torch.set_num_threads(threads)  # part of that setting is the process's
+    return pool
+
+
+def _finish(swept: Swept, out: Rows, plan: Plan, first_row: int, state: State | None) -> None:
+    """From what was found of a block to its targets. state: to be filled but for its sums, where there are draws."""
+    head_x, head_id, tail_top_x, sums_nM = swept.head_x, swept.head_id, swept.tail_top_x, swept.tail_sums
+    row_top, k = swept.row_top, plan.k
+    used = head_x > -torch.inf
+    head, tail_top = transform(head_x, plan), transform(tail_top_x, plan)
+    top = torch.maximum(head[:, 0], tail_top) if k else tail_top
+    shifted = tail_top - top  # <= 0; −inf where the tail is empty
+    fine_n = row_top.isfinite() & top.isfinite()
+    fine_n &= ~((tail_top_x > -torch.inf) & (shifted == -torch.inf))  # e^shifted may be 0, its logarithm may not
+    fine_n &= ~(used & ((head - top[:, None]).float() == -torch.inf)).any(1)
+    if plan.draws:
+        fine_n &= exact_transform(row_top.float(), plan.logit_scale, plan.softcap).isfinite()
+    refuse(fine_n, row_top, first_row)
+    total = (head - top[:, None]).exp().sum(1) + sums_nM[:, plan.temperatures.index(1.0)] * shifted.exp()
+    # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
+    log_total = torch.where(fine_n, total.log(), torch.nan)
+    logprobs = torch.where(used, head - top[:, None] - log_total[:, None], -torch.inf)
+    inverse_M = inverse_temperatures(plan.temperatures, head.device, head.dtype)
+    tail_nM = sums_nM.log() + (shifted - log_total)[:, None] * inverse_M
+    kept = used
+
+    if plan.mass is not None and k:
+        mass_n = (shifted - log_total).exp() * sums_nM[:, plan.temperatures.index(1.0)]
+        # What lies behind the entries before this one, summed from the far end: exact where 1 - sum would be noise.
+        behind = mass_n[:, None] + logprobs.exp().flip(1).cumsum(1).flip(1)
+        kept = behind > 1.0 - plan.mass
+        kept[:, 0] = True
+        kept &= used
+        cut = torch.where(kept, -torch.inf, logprobs)
+        for m, t in enumerate(plan.temperatures):
+            tail_nM[:, m] = torch.logaddexp(tail_nM[:, m], torch.logsumexp(cut / t, 1))
+        first_cut = torch.where(used & ~kept, head_x, -torch.inf).amax(1)
+        tail_top_x = torch.maximum(tail_top_x, first_cut)
+
+    broken_n1 = ~fine_n[:, None]
+    out.ids[:, :k] = torch.where(kept, head_id, 0)
+    out.logprobs[:, :k] = torch.where(kept, logprobs, -torch.inf)
+    out.logprobs.masked_fill_(broken_n1, torch.nan)
+    out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
+    out.outcomes.copy_(swept.finite - kept.sum(1))
+    if state is not None:
+        state.tail_top_x.copy_(tail_top_x)
+        state.top.copy_(top)
+        state.log_total.copy_(log_total)
+        state.size.copy_(kept.sum(1))
+        state.wanted.copy_(fine_n & (tail_top_x > -torch.inf))
+        if k:
+            last_n1 = (state.size - 1).clamp_(min=0)[:, None]
+            state.edge_x.copy_(head_x.gather(1, last_n1)[:, 0])
+            state.edge_id.copy_(head_id.gather(1, last_n1)[:, 0])
+        else:
+            state.edge_x.fill_(torch.inf)
+            state.edge_id.fill_(-1)
+
+
+def _draw(sweeps: Sweeps, state: State, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor) -> None:
+    """Draw from some rows, and write the draws down."""
+    tail = Tail(
+        sums=state.sums,
+        width=GROUP,
+        logits=logits_NV,
+        edge_x=state.edge_x,
+        edge_id=state.edge_id,
+        top=exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap),
+        logit_scale=plan.logit_scale,
+        softcap=plan.softcap,
+        draw_temperature=plan.draw_temperature,
+    )
+    ids = sweeps.draw(tail, row_keys(plan.seed, positions_N), state.wanted, plan.draws)
+    merge_drawn(logits_NV, ids, state.wanted, state.size, state.top, state.log_total, out, plan)
+
+
+@lru_cache(maxsize=64)
+def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1/T `[M]` on a device, copied there once."""
+    return 1.0 / torch.tensor(temperatures, dtype=torch.float64, device="cpu").to(device, dtype)
+
+
+def merge_drawn(
+    logits_NV: Tensor,
+    ids_ND: Tensor,
+    drawn_N: Tensor,
+    kept_N: Tensor,
+    top_N: Tensor,
+    log_total_N: Tensor,
+    out: Rows,
+    plan: Plan,
+) -> None:
+    """Write drawn ids (any order) and their logprobs behind the head. `top`, `log_total`: the row's log-partition."""
+    assert out.draws is not None
+    ids_ND = ids_ND.clamp(0, plan.vocab_size - 1).sort(1).values
+    x_ND = logits_NV.gather(1, ids_ND)
+    z_ND = transform(x_ND.to(top_N.dtype), plan)
+    merge(
+        ids_ND,
+        x_ND,
+        (z_ND - top_N[:, None] - log_total_N[:, None]).to(out.logprobs.dtype),
+        drawn_N,
+        kept_N,
+        out_ids=out.ids,
+        out_logprobs=out.logprobs,
+        out_draws=out.draws,
+    )

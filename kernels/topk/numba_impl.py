@@ -1,0 +1,510 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+"""The sweeps of top-k, tails and draws on a CPU, compiled by Numba: a row is swept while it is in a core's own cache.
+
+A row is copied once, in float32, and gone over twice: for the maxima of groups of 32 tokens, among which the head is
+looked for, and for the tail. Heads and draws are those of `topk_torch` to the bit; sums are added up in another order.
+
+Compiled functions let go of Python's lock, so threads do not wait for each other. What makes the integers of draws has
+to round every operation once: it is compiled without the flag `contract`, which would fuse multiplications and sums.
+"""
+
+import math
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.core.caching import FunctionCache
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import draws as dr
+from .config import Plan, Rows
+from .draws import Tail, exponent_scale, reciprocal, weight_bits
+from .fill import GROUP, State, Swept, fill_rows
+
+BLOCK_BYTES = 32 << 20  # of the logits of one call: what is not compiled costs as much for one row as for all of them
+
+LANES = 16  # groups among which maxima are compared lie side by side, so that a vector has one of each
+CHUNK = LANES * 32  # tokens that are gone over at a time, with what is made of them in the fastest cache
+
+# Numba takes these from here when it compiles, and keeps what it compiled until this file changes: where one of
+# draws.py's changes, this file has to be touched.
+F = np.float32
+ZERO, HALF, ONE, MINUS_INF = F(0), F(0.5), F(1), F(-np.inf)
+LEAST = F(-126)  # 2^-126 is the least normal number
+C1, C2, C3, C4, C5, C6 = (F(c) for c in (dr.C1, dr.C2, dr.C3, dr.C4, dr.C5, dr.C6))
+LOWEST, MINUS_2_LOG2E = F(dr.LOWEST), F(dr.MINUS_2_LOG2E)
+UNIT_LEAST, UNIT_BIAS, UNIT_SHIFT = F(dr.UNIT_LEAST), F(dr.UNIT_BIAS), np.int32(dr.UNIT_SHIFT)
+UNIT_BITS, MAX_ATTEMPTS, ATTEMPT_STEP = dr.UNIT_BITS, dr.MAX_ATTEMPTS, dr.ATTEMPT_STEP
+STREAM, MIX1, MIX2 = np.int64(dr.STREAM), np.int64(dr.MIX1), np.int64(dr.MIX2)
+NO_KEY = np.int64(-2139095041 << 32)  # of −inf, after all tokens
+LOW_BITS = np.int64(0x7FFFFFFF)
+
+
+def compiled(**options: Any) -> Any:
+    """numba.njit without Python's lock, kept on the disk beside this file or in the user's cache, where one of them can
+    be written to."""
+
+    def decorate(function: Any) -> Any:
+        made = numba.njit(nogil=True, **options)(function)
+        with suppress(RuntimeError):  # neither can: it is compiled in every process
+            made._cache = _Cache(function)
+        return made
+
+    return decorate
+
+
+class _Cache(FunctionCache):
+    """What `cache=True` makes; but what cannot be read is compiled anew, and what cannot be written is not kept."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of any kind: it was cut short, as where a machine went down
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
+
+
+# What follows is of float32 and one dimension, CHUNK long, unless it says otherwise. Loops are written out for the
+# compiler to make vectors of.
+
+
+@compiled(fastmath={"contract"}, inline="always")
+def _exp2(y):
+    """2^y for y <= 0, to 1e-7; 0 below the normal numbers."""
+    low = max(y, LEAST)
+    whole = np.floor(low + HALF)
+    f = low - whole
+    p = ((((((C6 * f + C5) * f) + C4) * f + C3) * f + C2) * f + C1) * f + ONE
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return p * F(np.int32(power).view(np.float32)) if y >= LEAST else ZERO
+
+
+@compiled(inline="always")
+def _exp2_exact(y, shift):
+    """`draws._exp2_`: every operation rounds once."""
+    y = min(max(y, LOWEST), ZERO)
+    whole = np.floor(y + HALF)
+    y = y - whole
+    p = y * C6
+    p = (p + C5) * y
+    p = (p + C4) * y
+    p = (p + C3) * y
+    p = (p + C2) * y
+    p = (p + C1) * y
+    p = p + ONE
+    power = np.int32((np.int32(whole) + np.int32(127 + shift)) << np.int32(23))
+    return p * F(np.int32(power).view(np.float32))
+
+
+@compiled(inline="always")
+def _transformed(x, scale, cap, cap_reciprocal):
+    """`draws.exact_transform`; cap 0: none."""
+    x = x * scale
+    if cap == ZERO or not abs(x) < np.inf:
+        return x
+    t = _exp2_exact(abs(x * cap_reciprocal) * MINUS_2_LOG2E, 0)
+    return math.copysign((ONE - t) / (ONE + t), x) * cap
+
+
+@compiled(inline="always")
+def _units_of(d, scale):
+    """`draws.units_`, of one token."""
+    y = max(d * scale, UNIT_LEAST) + UNIT_BIAS
+    return np.ceil(F(np.int32(F(y).view(np.int32) << UNIT_SHIFT).view(np.float32)))
+
+
+@compiled()
+def _transform(x, scale, cap, cap_reciprocal):
+    """The head's transform, in place, of a row of any length."""
+    for j in range(len(x)):
+        x[j] = _transformed(x[j], scale, cap, cap_reciprocal)
+
+
+@compiled()
+def _maxima(x, half, tops):
+    """Of tokens l, l + LANES, ... for each of the LANES; NaN is none. half: CHUNK // 2 numbers, overwritten."""
+    for j in range(CHUNK // 2):
+        v, w = x[j], x[j + CHUNK // 2]
+        v = v if v > MINUS_INF else MINUS_INF
+        half[j] = w if w > v else v
+    length = CHUNK // 4
+    while length >= LANES:
+        for j in range(length):
+            v, w = half[j], half[j + length]
+            half[j] = w if w > v else v
+        length //= 2
+    for j in range(LANES):
+        tops[j] = half[j]
+
+
+@compiled()
+def _count(x):
+    """Tokens above −inf."""
+    finite = np.int32(0)
+    for j in range(CHUNK):
+        finite += np.int32(x[j] > MINUS_INF)
+    return finite
+
+
+@compiled()
+def _nans(x):
+    nans = 0
+    for j in range(len(x)):
+        nans += x[j] != x[j]
+    return nans
+
+
+@compiled(fastmath={"contract", "reassoc"})
+def _exponentials(x, top, scale, e):
+    """2^(scale·(x - top)), and their sum."""
+    s = ZERO
+    for j in range(CHUNK):
+        e[j] = _exp2((x[j] - top) * scale)
+        s += e[j]
+    return s
+
+
+@compiled(fastmath={"reassoc"})
+def _square(e):
+    """In place, and their sum."""
+    s = ZERO
+    for j in range(CHUNK):
+        e[j] = e[j] * e[j]
+        s += e[j]
+    return s
+
+
+@compiled()
+def _units(x, top, scale, u):
+    for j in range(CHUNK):
+        u[j] = _units_of(x[j] - top, scale)
+
+
+@compiled(fastmath={"reassoc"})
+def _group_sums(u, sums):
+    """Of each GROUP neighbours, as many as `sums` has room for. They are whole: no order of adding shows."""
+    for g in range(len(sums)):
+        s = ZERO
+        for j in range(GROUP):
+            s += u[g * GROUP + j]
+        sums[g] = s
+
+
+@compiled(inline="always")
+def _in_order(bits):
+    """The bits of a float as an integer of the same order, and back."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@compiled(inline="always")
+def _key(x, token):
+    """An integer that is greater for what comes earlier in a stable descending sort."""
+    ordered = np.int64(_in_order(F(x + ZERO).view(np.int32)))  # + 0: −0 ties with 0
+    return (ordered << np.int64(32)) | (LOW_BITS - np.int64(token))
+
+
+@compiled(inline="always")
+def _x_of(key):
+    return np.int32(_in_order(np.int32(key >> np.int64(32)))).view(np.float32)
+
+
+@compiled()
+def _replace_least(heap, key):
+    """Put a key in the place of the least one of a heap."""
+    size, i = len(heap), 0
+    while True:
+        child = 2 * i + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= key:
+            break
+        heap[i] = heap[child]
+        i = child
+    heap[i] = key
+
+
+@compiled()
+def _best(row, tops, heap):
+    """Leave in `heap` the greatest keys of a row `[chunks·CHUNK]`, descending; NO_KEY where there are not so many.
+
+    tops `[chunks·LANES]`: of `_maxima`. As many of its groups as the heap has room for hold everything that is wanted,
+    so the least of these maxima is a bound.
+    """
+    heap[:] = NO_KEY
+    bound = MINUS_INF
+    if len(tops) >= len(heap):
+        for g in range(len(tops)):
+            if tops[g] > bound:
+                _replace_least(heap, _key(tops[g], g))
+                bound = _x_of(heap[0])
+    heap[:] = NO_KEY
+    for g in range(len(tops)):
+        if tops[g] >= bound:
+            first = (g // LANES) * CHUNK + g % LANES
+            for token in range(first, first + CHUNK, LANES):
+                if row[token] >= bound:
+                    key = _key(row[token], token)
+                    if key > heap[0]:
+                        _replace_least(heap, key)
+                        if heap[0] != NO_KEY:
+                            bound = max(bound, _x_of(heap[0]))
+    heap.sort()
+    heap[:] = heap[::-1].copy()
+
+
+@compiled()
+def _copy(x, row):
+    """A chunk of a row of logits; the last one, which may be shorter, is filled up with tokens that are no outcomes."""
+    if len(x) == CHUNK:
+        for j in range(CHUNK):
+            row[j] = x[j]
+    else:
+        for j in range(CHUNK):
+            row[j] = x[j] if j < len(x) else MINUS_INF
+
+
+@compiled()
+def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id, row_top, finite, sums, units):
+    """x_NV: C-contiguous. Outputs best_x, best_id `[n, k or k + 1]`, row_top, finite `[n]`, sums `[n, M]`; units
+    `[n, groups]` where unit_scale is not 0. steps, powers: `Plan.chains`; head: scale, softcap or 0, its reciprocal."""
+    n, vocab = x_NV.shape
+    count = best_x.shape[1]
+    chunks = -(-vocab // CHUNK)
+    row, e = np.empty(chunks * CHUNK, F), np.empty(CHUNK, F)
+    tops, heap = np.empty(chunks * LANES, F), np.empty(count, np.int64)
+    for r in range(n):
+        outcomes = 0
+        for c in range(chunks):
+            x = row[c * CHUNK : (c + 1) * CHUNK]
+            _copy(x_NV[r, c * CHUNK : (c + 1) * CHUNK], x)
+            _maxima(x, e, tops[c * LANES : (c + 1) * LANES])
+            outcomes += _count(x)
+        finite[r] = outcomes
+        row_top[r] = F(np.nan) if outcomes < vocab and _nans(x_NV[r]) else tops.max()
+        _best(row, tops, heap)
+        for i in range(count):
+            token = LOW_BITS - (heap[i] & np.int64(0xFFFFFFFF))
+            there = heap[i] != NO_KEY and token < vocab
+            best_id[r, i] = token if there else 0
+            best_x[r, i] = row[token] if there else MINUS_INF
+        for i in range(min(k, count)):
+            if best_x[r, i] > MINUS_INF:
+                row[best_id[r, i]] = MINUS_INF
+        tail_top = _tail_top(row, best_x[r, k] if k < count else MINUS_INF, head)
+        total = np.zeros(len(scales))
+        for c in range(chunks):
+            x = row[c * CHUNK : (c + 1) * CHUNK]
+            for i in range(len(steps)):
+                some = ZERO
+                if powers[i] == 0:
+                    some = _exponentials(x, tail_top, scales[steps[i]], e)
+                for _ in range(powers[i] // 2):  # 2: once, 4: twice
+                    some = _square(e)
+                total[steps[i]] += some
+        for i in range(len(total)):
+            sums[r, i] = total[i]
+        if unit_scale != ZERO:
+            _row_units(row, vocab, tail_top, unit_scale, e, units[r])
+
+
+@compiled()
+def _tail_top(row, tail_top_x, head):
+    """Put a row whose head is struck out through the head's transform; its greatest z, 0 where there is none."""
+    scale, cap, cap_reciprocal = head[0], head[1], head[2]
+    if scale != ONE or cap != ZERO:
+        _transform(row, scale, cap, cap_reciprocal)
+    top = _transformed(tail_top_x, scale, cap, cap_reciprocal)
+    return top if top > MINUS_INF else ZERO
+
+
+@compiled()
+def _row_units(row, vocab, top, unit_scale, e, units):
+    """Units of a row's groups `[groups]`; of what fills up the last one, which comes last, there are none."""
+    for c in range(len(row) // CHUNK):
+        _units(row[c * CHUNK : (c + 1) * CHUNK], top, unit_scale, e)
+        _group_sums(e, units[c * (CHUNK // GROUP) : (c + 1) * (CHUNK // GROUP)])
+    units[-1] -= F(len(units) * GROUP - vocab)
+
+
+@compiled()
+def unit_rows(x_NV, head_id, size, tail_top_x, head, unit_scale, units):
+    """The units alone, of what the first size[r] of head_id `[n, k]` leave."""
+    n, vocab = x_NV.shape
+    chunks = -(-vocab // CHUNK)
+    row, e = np.empty(chunks * CHUNK, F), np.empty(CHUNK, F)
+    for r in range(n):
+        for c in range(chunks):
+            _copy(x_NV[r, c * CHUNK : (c + 1) * CHUNK], row[c * CHUNK : (c + 1) * CHUNK])
+        for i in range(size[r]):
+            row[head_id[r, i]] = MINUS_INF
+        _row_units(row, vocab, _tail_top(row, tail_top_x[r], head), unit_scale, e, units[r])
+
+
+@compiled(inline="always")
+def _mix(x):
+    """`draws._mix`, of one int64."""
+    x = (x ^ ((x >> 30) & np.int64(2**34 - 1))) * MIX1
+    x = (x ^ ((x >> 27) & np.int64(2**37 - 1))) * MIX2
+    return x ^ ((x >> 31) & np.int64(2**33 - 1))
+
+
+@compiled()
+def draw_rows(x_NV, sums, edge_x, edge_id, top, keys, wanted, head, unit_scale, bits, ids):
+    """`draws.draw`. x_NV: C-contiguous float32; ids int64 `[n, draws]`: to be filled in the rows that are wanted."""
+    n, vocab = x_NV.shape
+    groups = sums.shape[1]
+    low_bits = np.int64(bits - UNIT_BITS)
+    below = (np.int64(1) << low_bits) - np.int64(1)
+    before = np.empty(groups + 1, np.int64)
+    scale, cap, cap_reciprocal = head[0], head[1], head[2]
+    for r in range(n):
+        if not wanted[r]:
+            continue
+        before[0] = 0
+        for g in range(groups):
+            before[g + 1] = before[g] + np.int64(sums[r, g])
+        total = before[groups] << low_bits
+        for number in range(ids.shape[1]):
+            for attempt in range(MAX_ATTEMPTS):
+                stream = np.int64(number + 1) + (np.int64(attempt) << np.int64(ATTEMPT_STEP))
+                random = (_mix(keys[r] + stream * STREAM) >> 11) & np.int64(2**53 - 1)
+                at = min(np.int64(np.float64(random) * 2.0**-53 * np.float64(total)), total - 1)
+                unit = at >> low_bits
+                group = np.searchsorted(before, unit, side="right") - 1
+                inside = unit - before[group]  # units of the group's tokens before the one that is named, and its own
+                token, d, u = 0, ZERO, np.int64(0)
+                for token in range(group * GROUP, min(group * GROUP + GROUP, vocab)):
+                    x = x_NV[r, token]
+                    if x > edge_x[r] or (x == edge_x[r] and token <= edge_id[r]):
+                        x = MINUS_INF  # in the head
+                    d = _transformed(x, scale, cap, cap_reciprocal) - top[r]
+                    u = np.int64(_units_of(d, unit_scale))
+                    if u > inside:
+                        break
+                    inside -= u
+                ids[r, number] = token
+                weight = np.int64(_exp2_exact(d * unit_scale, bits))
+                if (inside << low_bits) + (at & below) < weight:
+                    break
+
+
+_kept = threading.local()
+
+
+def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor, whatever the caller's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
+    """Logits as C-contiguous float32 `[n, V]`: as they lie, or copied to where each thread keeps room."""
+    if _as_they_are(logits_NV):
+        return _array(logits_NV)
+    kept: Tensor | None = getattr(_kept, "room", None)
+    if kept is None or kept.numel() < logits_NV.numel():
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+            _kept.room = kept = _room(logits_NV.numel())
+    room = kept[: logits_NV.numel()].view(logits_NV.shape)
+    room.copy_(logits_NV)
+    return _array(room)
+
+
+def _as_they_are(logits: Tensor) -> bool:
+    """Whether compiled code can read them. (A view may stand for its negative.)"""
+    return logits.dtype == torch.float32 and logits.is_contiguous() and not logits.is_neg()
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().numpy()
+
+
+def _head(plan_or_tail: Plan | Tail) -> NDArray[np.float32]:
+    """Scale, softcap (0: none) and its reciprocal."""
+    scale, cap = plan_or_tail.logit_scale, plan_or_tail.softcap
+    return np.array([1.0 if scale is None else scale, cap or 0.0, reciprocal(cap) if cap else 0.0], np.float32)
+
+
+class NumbaSweeps:
+    """See `topk_fill.Sweeps`. For logits on a CPU, of float32 or less."""
+
+    def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
+        return BLOCK_BYTES // (vocab_size * itemsize)
+
+    def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
+        (n, vocab), k, many = logits_NV.shape, plan.k, len(plan.temperatures)
+        best_x = _room(n, min(k + 1, vocab))
+        best_id = _room(*best_x.shape, dtype=torch.int64)
+        row_top, finite, sums = _room(n), _room(n, dtype=torch.int64), _room(n, many)
+        at_once = units_nG is not None and plan.mass is None  # else the tail's top may be another in the end
+        units = units_nG if units_nG is not None and at_once else _room(0, 1)
+        steps, powers = np.array(plan.chains()).T
+        sweep_rows(
+            _as_rows(logits_NV),
+            k,
+            np.array([dr.LOG2E / t for t in plan.temperatures], np.float32),
+            steps.copy(),
+            powers.copy(),
+            _head(plan),
+            np.float32(exponent_scale(plan.draw_temperature) if at_once else 0.0),
+            *map(_array, (best_x, best_id, row_top, finite, sums, units)),
+        )
+        return Swept(
+            head_x=best_x[:, :k],
+            head_id=best_id[:, :k],
+            tail_top_x=best_x[:, k] if k < vocab else torch.full_like(row_top, -torch.inf),
+            row_top=row_top,
+            finite=finite,
+            tail_sums=sums,
+            rest=None,
+        )
+
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
+        if plan.mass is None:
+            return  # `sweep` has filled them
+        unit_rows(
+            _as_rows(logits_NV),
+            np.ascontiguousarray(_array(swept.head_id)),
+            _array(state.size),
+            _array(state.tail_top_x),
+            _head(plan),
+            np.float32(exponent_scale(plan.draw_temperature)),
+            _array(state.sums),
+        )
+
+    def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
+        ids = torch.zeros((len(keys_N), draws), dtype=torch.int64, device=keys_N.device)
+        if not _as_they_are(tail.logits):
+            return dr.draw(tail, keys_N, wanted_N, draws)  # which looks at a few tokens of each row, as they are
+        draw_rows(
+            *map(_array, (tail.logits, tail.sums, tail.edge_x, tail.edge_id, tail.top, keys_N, wanted_N)),
+            _head(tail),
+            np.float32(exponent_scale(tail.draw_temperature)),
+            weight_bits(tail.logits.shape[1]),
+            _array(ids),
+        )
+        return ids
+
+
+NUMBA = NumbaSweeps()
+
+
+def compile_all() -> float:
+    """Compile everything, or find it compiled; seconds that it took. Else the first call does."""
+    began = time.perf_counter()
+    logits = _room(1, GROUP).zero_()
+    for mass in (None, 0.5):
+        plan = Plan(GROUP, 1, (1.0,), mass, 1, 1.0, 0, None, None)
+        fill_rows(NUMBA, logits, Rows.empty(1, plan, logits.device), plan, _room(1, dtype=torch.int64).zero_(), 0)
+    return time.perf_counter() - began

@@ -1,0 +1,133 @@
+"""The sweeps of top-k, tails and draws in pure PyTorch: on any device, and the twin the others are held against.
+
+Blocks are small enough for a CPU's last-level cache. In each:
+
+1. every group of `GROUP` neighbouring tokens gives its maximum; a row's k best tokens all lie in its k best groups
+   (best: larger maximum, then lower number), so only those are looked at token by token;
+2. the head is struck out (−inf), and what is left is summed at every temperature.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from .config import Plan
+from .draws import LOG2E, draw, exact_transform, exponent_scale, units_
+from .fill import GROUP, State, Swept, transform, work_type
+
+BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
+BLOCK_BYTES_ELSEWHERE = 64 << 20
+_kept = threading.local()
+
+
+class TorchSweeps:
+    """See `topk_fill.Sweeps`."""
+
+    draw = staticmethod(draw)
+
+    def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
+        budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE)
+        return budget // (-(-vocab_size // GROUP) * GROUP * itemsize)
+
+    def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
+        (n, vocab), k = logits_NV.shape, plan.k
+        x, spare = _scratch(n, -(-vocab // GROUP) * GROUP, work_type(logits_NV), logits_NV.device)
+        x[:, :vocab] = logits_NV
+        x[:, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
+        groups_top = x.view(n, -1, GROUP).amax(-1)
+        # the head, and the token after it: the top of the tail
+        best_x, best_id = _best_tokens(x, groups_top, min(k + 1, vocab))
+        finite = _count_finite(x[:, :vocab])
+        tail_top_x = best_x[:, k] if k < vocab else torch.full_like(best_x[:, 0], -torch.inf)
+        x.scatter_(1, best_id[:, :k], -torch.inf)
+        return Swept(
+            head_x=best_x[:, :k],
+            head_id=best_id[:, :k],
+            tail_top_x=tail_top_x,
+            row_top=groups_top.amax(1),  # NaN is a maximum
+            finite=finite,
+            tail_sums=_tail_sums(x, spare, transform(tail_top_x, plan), plan),
+            rest=x,
+        )
+
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
+        n, vocab = logits_NV.shape
+        x = swept.rest  # z - top of the tail, as `_tail_sums` leaves it
+        assert x is not None
+        if x.dtype != torch.float32:
+            x = x.float()
+        if plan.mass is not None or logits_NV.dtype == torch.float64:
+            # the tail's top may be another now, and z - top has to be rounded from it afresh
+            top = exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap)
+            x[:, :vocab] = logits_NV
+            place = torch.arange(plan.k, device=x.device)
+            x.scatter_(1, swept.head_id, swept.head_x.float().masked_fill(place < state.size[:, None], -torch.inf))
+            x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
+            x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
+        units = units_(x, exponent_scale(plan.draw_temperature))
+        torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
+        state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
+
+
+TORCH = TorchSweeps()
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two blocks of uninitialised numbers. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
+    size = rows * columns
+    both: Tensor | None
+    if device.type != "cpu":
+        both = torch.empty(2 * size, dtype=dtype, device=device)
+    else:
+        both = getattr(_kept, "both", None)
+        if both is None or both.dtype != dtype or len(both) < 2 * size:
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+                _kept.both = both = torch.empty(2 * size, dtype=dtype, device=device)
+    return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
+
+
+def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the first `count` of a stable descending sort of each row (−inf last)."""
+    n, groups = groups_top.shape
+    take = min(count, groups)
+    chosen = stable_best(groups_top, take)[1].sort(1).values
+    tokens = x.view(n, groups, GROUP).gather(1, chosen[:, :, None].expand(-1, -1, GROUP)).view(n, -1)
+    values, places = stable_best(tokens, count)
+    return values, chosen.gather(1, places // GROUP) * GROUP + places % GROUP
+
+
+def stable_best(values_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` of a stable descending sort along dimension 1: values and places."""
+    if values_NC.dtype != torch.float32:
+        best = values_NC.sort(dim=1, descending=True, stable=True)
+        return best.values[:, :count], best.indices[:, :count]
+    # torch.topk promises nothing about ties, so it gets none: an order-preserving integer above, the place below
+    bits = (values_NC + 0.0).view(torch.int32)  # + 0.0: -0.0 ties with 0.0
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    place = torch.arange(values_NC.shape[1], device=values_NC.device)
+    key = ordered.long().bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - place)
+    places = 0x7FFFFFFF - (key.topk(count, dim=1).values & 0xFFFFFFFF)
+    return values_NC.gather(1, places), places
+
+
+def _tail_sums(x: Tensor, spare: Tensor, top_n: Tensor, plan: Plan) -> Tensor:
+    """`Σ e^((z - top)/T)` over the finite x at every temperature, `[n, M]`. Overwrites both."""
+    if plan.softcap is not None or plan.logit_scale is not None:
+        x.copy_(transform(x, plan))
+    x.sub_(torch.where(top_n > -torch.inf, top_n, 0.0)[:, None])
+    sums = torch.empty((len(x), len(plan.temperatures)), dtype=x.dtype, device=x.device)
+    for m, power in plan.chains():
+        if power == 0:  # exp2 is three times as fast as exp on a CPU
+            torch.mul(x, LOG2E / plan.temperatures[m], out=spare).exp2_()
+        for _ in range(power // 2):  # 2: once, 4: twice
+            spare.mul_(spare)
+        torch.sum(spare, 1, out=sums[:, m])
+    return sums
+
+
+def _count_finite(x: Tensor) -> Tensor:
+    """Tokens above −inf, int64 `[n]`."""
+    if x.device.type == "cpu" and bool((x.amin(1) > -torch.inf).all()):  # the minimum is ten times as fast as counting
+        return torch.full((len(x),), x.shape[1], device=x.device)
+    return (x > -torch.inf).sum(1)

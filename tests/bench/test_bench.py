@@ -1,0 +1,398 @@
+"""The measurements' own parts: turns and medians with a made-up clock, the registry, recordings, what check says."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd.bench import (
+    bench_head,
+    bench_loss,
+    bench_scale,
+    check,
+    peers,
+    run,
+)
+from fastkd.bench.cases import eager_kd_loss
+from fastkd.bench.harness import Figure, Rotation, copies, figure, interleaved
+from fastkd.bench.page import charts_of
+from fastkd.bench.records import SEQUENCES, opening, records, write_records
+from fastkd.bench.results import markdown
+from fastkd.bench.suites import (
+    SUITES,
+    Case,
+    RunConfig,
+    Suite,
+    listing,
+    named,
+)
+from fastkd.bench.table import Recording, Row, Table, load, save
+from fastkd.cache import CacheSpec, open_cache
+from fastkd.cli import main as cli
+from fastkd.errors import NoSuite, ReportError
+from fastkd.stream.epoch_order import Taken
+
+MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
+
+
+class TestHarness:
+    def test_runs_take_turns_and_warm_ups_are_not_counted(self) -> None:
+        order: list[str] = []
+        takes = iter([100.0, 200.0, 1.0, 4.0, 3.0, 6.0, 2.0, 8.0])
+
+        def timer(call: Callable[[], object]) -> float:
+            call()
+            return next(takes)
+
+        runs = {name: (lambda name=name: order.append(name)) for name in "AB"}
+        found = interleaved(
+            runs, device="cpu", rounds=3, warmup=1, timer=timer, before={"B": lambda: order.append("before B")}
+        )
+        assert order == ["A", "before B", "B"] * 4
+        assert found.rounds == {"A": [1.0, 3.0, 2.0], "B": [4.0, 6.0, 8.0]}
+        assert (found["A"], found["B"]) == (2.0, 6.0)
+        # round by round: 4, 2 and 4; the ratio of the medians would be 3
+        assert found.ratio("B", "A").median == 4.0
+
+    def test_percentiles(self) -> None:
+        found = figure([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+        assert found == Figure(3.5, 2.0, 5.0)
+        assert found.inverse(10.0) == Figure(10 / 3.5, 2.0, 5.0)
+        assert found.scaled(2) == Figure(7.0, 4.0, 10.0)
+
+    def test_inputs_rotate(self) -> None:
+        seen: list[int] = []
+        ring = Rotation([1, 2, 3])
+        step = ring.run(seen.append)
+        for _ in range(4):
+            step()
+        assert seen == [1, 2, 3, 1]
+        assert ring.last == 1
+
+    @pytest.mark.parametrize(("size", "cache"), [(10, 100), (33, 100), (101, 100), (1 << 31, 1 << 20)])
+    def test_an_input_has_left_the_cache_when_its_turn_comes(self, size: int, cache: int) -> None:
+        others = copies(size, cache) - 1
+        assert others >= 1
+        assert others * size >= cache
+
+
+class TestProblems:
+    """What is set side by side computes the same thing, on inputs that the run before did not leave behind."""
+
+    @pytest.fixture(autouse=True)
+    def _few_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Three, however small they are."""
+        for module in (bench_head, bench_loss):
+            monkeypatch.setattr(module, "rotation", lambda make, size, device: Rotation([make() for _ in range(3)]))
+
+    def test_the_head(self) -> None:
+        problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
+        rest = peers.eager_on(problem.targets, problem.labels, problem.temperature)
+        ours, eager = problem.ours(), problem.step(lambda hidden, weight: peers.eager_head(hidden, weight, *rest))
+        found = []
+        for step in (ours, eager):
+            problem.ring = Rotation(problem.ring.inputs)  # both get the first
+            found.append(step())
+        for one, other in zip(*found, strict=True):
+            assert one is not None
+            assert one.any()
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert all(x.grad is None for pair in problem.ring.inputs for x in pair)
+
+    def test_the_logits(self) -> None:
+        problem = bench_loss.LogitsProblem("cpu", 6, 60, 4)
+        rest = peers.eager_on(problem.bucket, problem.labels, problem.temperature)
+        settings = {"treatment": "bucket", "temperature": problem.temperature}
+        kept = problem.ours(inplace=False, **settings)()
+        eager = problem.step(lambda leaf: eager_kd_loss(leaf, *rest))()
+        (one,), (other,) = kept, eager
+        assert one is not None
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert problem.ours(inplace=True, **settings)() == []  # its gradient is no memory more
+        torch.testing.assert_close(problem.ring.last, one)
+        problem.restore()
+        problem.copy()
+        assert all(torch.equal(logits, problem.pristine) for logits in problem.ring.inputs)
+
+    def test_peers_that_need_a_gpu_say_so(self) -> None:
+        problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
+        found = peers.of_head(problem)
+        assert [(peer.name, peer.run, peer.why) for peer in found] == [
+            (name, None, "needs a GPU") for name in peers.HEAD_NAMES
+        ]
+
+
+class TestSuites:
+    @pytest.mark.parametrize("name", SUITES)
+    @pytest.mark.parametrize("full", [False, True])
+    def test_each_says_what_it_would_measure(self, name: str, full: bool) -> None:
+        suite = SUITES[name]
+        for device in suite.devices:
+            cases = suite.cases(RunConfig(device, full=full))
+            names = [case.name for case in cases]
+            assert names
+            assert len(set(names)) == len(names)
+
+    def test_every_file_is_registered(self) -> None:
+        folder = Path(run.__file__).parent
+        assert {suite.module for suite in SUITES.values()} == {path.stem for path in folder.glob("bench_*.py")}
+
+    def test_names(self) -> None:
+        assert [suite.name for suite in named(["topk", "loss"])] == ["loss", "topk"]
+        assert len(named([])) == len(SUITES)
+        with pytest.raises(NoSuite, match=r"nothing, less: no such suite\..* loss, .*quality"):
+            named(["nothing", "loss", "less"])
+
+    def test_a_suite_runs_on_a_device_it_has(self, capsys: pytest.CaptureFixture[str]) -> None:
+        class Fake(Suite):
+            def cases(self, ask: RunConfig) -> list[Case]:
+                assert ask.device == "cpu"
+                return [Case("one", lambda table: table.value("a", 1.0, "s")), Case("two", lambda table: None)]
+
+        said: list[str] = []
+        found = run.run_suite(Fake("fake", "none", "", ("cpu",)), RunConfig("cuda"), said.append)
+        assert (found.suite, found.size, [row.name for row in found.rows]) == ("fake", "small", ["a"])
+        assert said[0] == "fake case 1 of 2 (0%, 0 s so far): one"
+        assert said[1].startswith("fake case 2 of 2 (50%, 0 s so far, some 0 s left): two")
+
+    def test_one_that_fails_takes_no_other_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each has a process of its own; what is there is kept after each."""
+        commands: list[list[str]] = []
+
+        def process(command: list[str]) -> SimpleNamespace:
+            commands.append(command)
+            fails = "head" in command
+            if not fails:
+                save([recording(row(1.0), suite=command[4])], Path(command[command.index("--json") + 1]))
+            return SimpleNamespace(returncode=int(fails))
+
+        monkeypatch.setattr(run.subprocess, "run", process)
+        kept: list[int] = []
+        found, failed = run.run_suites(
+            named(["loss", "head", "topk"]),
+            RunConfig("cpu", full=True, peers=True, rounds=3),
+            say=lambda text: None,
+            keep=lambda found: kept.append(len(found)),
+        )
+        assert [one.suite for one in found] == ["loss", "topk"]
+        assert failed == ["head"]
+        assert kept == [1, 1, 2]
+        assert [command[4] for command in commands] == ["loss", "head", "topk"]
+        assert all(command[-4:] == ["--full", "--peers", "--rounds", "3"] for command in commands)
+
+    def test_how_far(self) -> None:
+        assert run.progress(3, 4, "suite", "x", 90.0) == "suite 4 of 4 (75%, 90 s so far, some 30 s left): x"
+
+
+def recording(*rows: Row, suite: str = "loss", **more: Any) -> Recording:
+    """Rows on a made-up machine."""
+    return Recording(
+        **({"suite": suite, "size": "small", "hardware": MACHINE, "versions": {}, "seconds": 1.0} | more), rows=rows
+    )
+
+
+def row(value: float, spread: float = 0.0, **more: Any) -> Row:
+    """A ratio, with p20 and p80 so far from it."""
+    fields: dict[str, Any] = {"name": "ours", "case": "N=1", "ratio": value, "better": "lower"}
+    return Row(**(fields | {"p20": value * (1 - spread), "p80": value * (1 + spread)} | more))
+
+
+class TestRecordings:
+    def test_one_shape(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        table = Table("cpu", "loss")
+        table.title("N=8")
+        table.ratio(
+            "ours", Figure(1.2, 1.1, 1.3), "a copy", "<= 1.15", value=3.0, unit="GB/s", at={"N": 8}, line="ours"
+        )
+        table.value("bytes", 98.0, "bytes", "<= 104", better="lower")
+        table.absent("theirs", "needs a GPU")
+        table.save(tmp_path / "rows.json")
+        (found,) = json.loads((tmp_path / "rows.json").read_text())
+        assert set(found) == {"suite", "size", "hardware", "versions", "seconds", "rows"}
+        assert found["hardware"]["device"] == "cpu"
+        assert {"python", "torch"} <= set(found["versions"])
+        ratio, value, absent = found["rows"]
+        assert (ratio["ratio"], ratio["p20"], ratio["p80"], ratio["limit"]) == (1.2, 1.1, 1.3, "<= 1.15")
+        assert (ratio["verdict"], ratio["over"], ratio["case"], ratio["at"]) == ("MISSED", "a copy", "N=8", {"N": 8})
+        assert (value.get("ratio"), value["value"], value["verdict"]) == (None, 98.0, "ok")
+        assert absent == {"name": "theirs", "case": "N=8", "note": "needs a GPU"}
+        assert load(tmp_path / "rows.json")[0] == table.recording().__class__(
+            **{**vars(table.recording()), "seconds": found["seconds"]}
+        )
+        out = capsys.readouterr().out
+        assert "MISSED" in out
+        assert "needs a GPU" in out
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"suite": "loss"}]'])
+    def test_another_file_is_refused(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "rows.json"
+        path.write_text(text)
+        with pytest.raises(ReportError, match=r"rows\.json: not recordings"):
+            load(path)
+
+
+class TestCheck:
+    @pytest.mark.parametrize(
+        ("before", "after", "moved", "worse"),
+        [
+            (row(1.0), row(1.01), False, False),  # within 2%
+            (row(1.0), row(1.1), True, True),
+            (row(1.0), row(0.9), True, False),
+            (row(1.0, 0.06), row(1.1, 0.06), False, False),  # within the spread of both
+            (row(1.0, 0.02), row(1.1, 0.02), True, True),
+            (row(1.0, better="higher"), row(1.1, better="higher"), True, False),
+            (row(1.0, better="higher"), row(0.9, better="higher"), True, True),
+            (row(0.0), row(1.0), True, True),  # shards that differ
+            (row(0.0), row(0.0), False, False),
+        ],
+    )
+    def test_what_moved(self, before: Row, after: Row, moved: bool, worse: bool) -> None:
+        (move,) = check.compare([recording(before)], [recording(after)])
+        assert (move.moved, move.worse) == (moved, worse)
+        assert check.worse([move]) == worse
+
+    def test_two_runs_say_what_noise_is(self) -> None:
+        before = [recording(row(1.0)), recording(row(1.2))]
+        assert not check.compare(before, [recording(row(1.15))])[0].moved
+        assert check.compare(before, [recording(row(1.3))])[0].worse
+
+    def test_ratios_over_several_runs_are_told_apart(self) -> None:
+        before = [recording(row(1.0, over="a copy"), row(3.0, over="eager"))]
+        after = [recording(row(1.0, over="a copy"), row(6.0, over="eager"))]
+        assert [(m.name, m.moved) for m in check.compare(before, after)] == [
+            ("ours, over a copy", False),
+            ("ours, over eager", True),
+        ]
+
+    def test_times_are_not_compared(self) -> None:
+        time = Row("a", "N=1", value=3.0, unit="ms")
+        assert check.compare([recording(time)], [recording(replace(time, value=30.0))]) == []
+
+    def test_other_cases_sizes_and_suites_are_others(self) -> None:
+        before = [recording(row(1.0))]
+        others = [recording(row(2.0, case="N=2")), recording(row(2.0), size="full"), recording(row(2.0), suite="head")]
+        assert check.compare(before, others) == []
+        assert check.unmatched(before, [recording(row(2.0, case="N=2"))]) == ["N=1: ours"]
+        assert check.unmatched(before, [recording(row(2.0), suite="head")]) == []
+
+    def test_it_says_what_is_worse_first(self) -> None:
+        before = [recording(row(1.0), row(1.0, name="better"), row(1.0, name="same"), row(1.0, name="gone"))]
+        after = [recording(row(1.5), row(0.5, name="better"), row(1.0, name="same"))]
+        lines = check.text(before, after).splitlines()
+        assert lines[0] == "against what was recorded on made up, 2 cores: 3 rows, 2 moved, 1 of them worse"
+        assert "WORSE  1 -> 1.5 (+50.0%, noise 2.0%)  loss: N=1: ours" in lines[1]
+        assert "better" in lines[2]
+        assert lines[3].endswith("not measured any more: N=1: gone")
+
+    def test_what_comes_with_fastkd_is_of_some_hardware(self) -> None:
+        with pytest.raises(NoSuite, match=r"no recording of made up, 2 cores; there are: .*--against FILE"):
+            check.recorded([recording(row(1.0))])
+
+
+class TestCommand:
+    def test_listing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["bench", "--list"]) == 0
+        assert capsys.readouterr().out.strip() == listing().strip()
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "says"),
+        [
+            (["nothing"], 2, "no such suite"),
+            (["--device", "tpu"], 1, "--device tpu: cpu or cuda"),
+            (["--runs", "0"], 1, "at least 1"),
+            (["--against", "x.json"], 1, "add --check"),
+            (["--use", "missing.json"], 1, "missing.json: not recordings"),
+        ],
+    )
+    def test_errors(self, arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["bench", *arguments]) == status
+        found = capsys.readouterr()
+        assert says in found.err
+        assert "Traceback" not in found.err
+
+    def test_check_of_recordings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        old, new = tmp_path / "old.json", tmp_path / "new.json"
+        save([recording(row(1.0))], old)
+        for value, status in ((1.0, 0), (0.5, 0), (2.0, 1)):
+            save([recording(row(value))], new)
+            assert cli.main(["bench", "--use", str(new), "--check", "--against", str(old)]) == status
+        assert "WORSE" in capsys.readouterr().out
+        assert cli.main(["bench", "head", "--use", str(new)]) == 1  # nothing of it in there
+        assert "nothing of head" in capsys.readouterr().err
+
+
+def sized(v: int, name: str, value: float, unit: str = "GB/s", n: int = 8, **more: Any) -> Row:
+    """A row of one size, for plots."""
+    return Row(name, f"N={n} V={v}", value=value, unit=unit, line=name, at={"N": n, "V": v}, **more)
+
+
+class TestResults:
+    rows = (
+        *(
+            sized(v, name, rate)
+            for v in (100, 1000)
+            for name, rate in (("limit", 10.0), ("ours", 9.0), ("theirs", 99.0))
+        ),
+        sized(100, "ours", 8.0, n=16),
+        sized(100, "ours", 3.0, "MiB"),
+        row(1.2, limit="<= 1.15", over="a copy", name="ours | slow"),
+        Row("Liger", "N=1", note="needs a GPU"),
+    )
+
+    def test_plots_are_of_one_size_each(self) -> None:
+        charts = {chart.name: chart for chart in charts_of(recording(*self.rows))}
+        assert set(charts) == {"loss-GB_s-N", "loss-GB_s-V"}  # of memory there is one point
+        lines = {line.series.name: line for line in charts["loss-GB_s-V"].lines}
+        assert lines["ours"].x == [100, 1000]
+        assert lines["ours"].y == [9.0, 9.0]
+        assert lines["theirs"].y == [99.0, 99.0]  # what wins stays in
+        (limit,) = (line for line in lines.values() if line.series.colour is None)
+        assert limit.y == [10.0, 10.0]
+        (by_n,) = (line for line in charts["loss-GB_s-N"].lines if line.series.name == "ours")
+        assert (by_n.x, by_n.y) == ([8, 16], [9.0, 8.0])
+
+    def test_tables_have_every_row(self) -> None:
+        text = markdown([recording(row(7.0)), recording(*self.rows)])
+        assert "made up, 2 cores" in text
+        assert "| ours \\| slow | 1.2x (1.2 to 1.2) | <= 1.15 **MISSED** | over a copy |" in text
+        assert "| Liger | - |  | needs a GPU |" in text
+        assert "7x" not in text  # the last recording of a suite counts
+        assert text.count("\n| ") - text.count("\n| |") == len(self.rows)
+
+    def test_files(self, tmp_path: Path) -> None:
+        save([recording(*self.rows)], tmp_path / "rows.json")
+        page, tables = tmp_path / "a" / "page.html", tmp_path / "RESULTS.md"
+        command = ["bench", "--use", str(tmp_path / "rows.json"), "--page", str(page), "--markdown", str(tables)]
+        assert cli.main(command) == 0
+        html = page.read_text()
+        assert html.count("<svg") > 2
+        assert "0 of 1" in html
+        assert "://" not in html
+        assert tables.read_text() == markdown([recording(*self.rows)])
+
+
+def test_records_are_a_manifest(tmp_path: Path) -> None:
+    spec = CacheSpec(vocab_size=100, k=4, teacher="none")
+    write_records(tmp_path, spec, records(50))
+    cache = open_cache(tmp_path)
+    assert (len(cache.shards), cache.sealed) == (50, True)
+    assert opening(tmp_path, 50, 1).requests == 2
+
+
+def test_an_order_that_repeats_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 4 * SEQUENCES
+
+        def take(self, start: int, stop: int) -> Taken:
+            return Taken(*(np.zeros(stop - start, np.int64) for _ in range(3)))
+
+    monkeypatch.setattr(bench_scale, "order", lambda *_, **__: Broken())
+    with pytest.raises(AssertionError, match="repeats a sequence"):
+        bench_scale.bench_order(Table("cpu"), 2 * 2**20, places=1)

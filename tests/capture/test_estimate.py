@@ -1,0 +1,454 @@
+"""The estimate of a capture, beside what the capture then takes."""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from capture_cases import Causal, documents
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.bench.records import records
+from fastkd.cache import CacheSpec, open_cache
+from fastkd.cache.manifest import to_parquet
+from fastkd.cache.scan import listed
+from fastkd.cache.stores import MemoryStore
+from fastkd.capture.claims import Claims
+from fastkd.capture.estimate import choices, measure
+from fastkd.capture.estimate import estimate as estimating
+from fastkd.capture.estimate.costs import Clock, host_bytes, manifest_bytes, objects, requests
+from fastkd.capture.estimate.estimate import Estimate, _relative_error, estimate
+from fastkd.capture.estimate.measure import halvings
+from fastkd.capture.estimate.text import estimate_text
+from fastkd.capture.window_plan import PlanSettings, make_plan
+from fastkd.data.documents import Documents, open_documents
+from fastkd.data.examples import Examples
+from fastkd.errors import DataError, TeacherError
+from fastkd.kernels.lm_head import LMHead
+from fastkd.models.protocol import Hidden
+from fastkd.settings import CaptureSettings
+from fastkd.teachers.module import ModuleTeacher
+
+VOCAB = 3000
+SETTINGS = CaptureSettings(k=24, draws=8, context=256, shard_positions=16384, batch_tokens=4096)
+
+
+class Zipf(nn.Module):
+    """Sees two tokens; a head with frequent and rare ones."""
+
+    def __init__(self, *, hidden: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Parameter(torch.randn(VOCAB, 16, generator=generator))
+        self.head = nn.Parameter(0.6 * torch.randn(VOCAB, 16, generator=generator))
+        self.bias = nn.Parameter(-torch.log(torch.arange(VOCAB) + 3.0))
+        self.hidden = hidden
+        self.calls: list[tuple[int, ...]] = []
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.calls.append(tuple(tokens.shape))
+        states = self.embedding[tokens]
+        states[:, 1:] += 0.5 * states[:, :-1].clone()
+        return Hidden(states, LMHead(self.head, self.bias)) if self.hidden else states @ self.head.T + self.bias
+
+
+def prose(count: int = 250, longest: int = 300) -> Documents:
+    random = np.random.default_rng(0)
+    return open_documents(
+        [random.zipf(1.3, int(n)).clip(1, VOCAB).astype(np.int64) - 1 for n in random.integers(1, longest, count)],
+        vocab_size=VOCAB,
+    )
+
+
+def answers() -> Documents:
+    """Conversations of which only a few positions count."""
+    chats = [
+        [{"role": "user", "content": "why? " * (n % 50)}, {"role": "assistant", "content": "so it is " * (n % 4)}]
+        for n in range(300)
+    ]
+    return open_documents(
+        chats,
+        tokenizer=lambda text: [ord(c) for c in text],
+        tokenizer_fingerprint="characters",
+        template=lambda chat, ask: "".join(f"{m['role']}:{m['content']}\n" for m in chat) + "assistant:" * ask,
+        template_fingerprint="colons",
+        loss_on="assistant",
+    )
+
+
+def estimated(data: Any = None, model: Any = None, settings: CaptureSettings = SETTINGS, **options: Any) -> Estimate:
+    """By two batches, and without other choices, unless more is asked for."""
+    teacher = ModuleTeacher(model or Zipf(), vocab_size=VOCAB, fingerprint="it")
+    return estimate(teacher, data or prose(), settings, **{"seconds": 0, "batches": 2, "others": False, **options})
+
+
+def taken(data: Any, settings: CaptureSettings, **changes: Any) -> tuple[int, Any, Any]:
+    """Bytes of the shards of a real capture, its report and its store."""
+    store = MemoryStore()
+    report = fastkd.capture(Zipf(), data, store, settings, vocab_size=VOCAB, **changes)
+    return sum(listed(store).values()), report, store
+
+
+@pytest.mark.parametrize(
+    ("data", "settings"),
+    [
+        (prose, SETTINGS),
+        (lambda: prose(2000, 30), CaptureSettings(k=8, draws=0, context=64, shard_positions=8192, batch_tokens=2048)),
+        (prose, CaptureSettings(k=0, draws=20, context=128, packing="keep", shard_positions=4096, batch_tokens=4096)),
+        (prose, CaptureSettings(k=32, mass=0.6, draws=4, context=100, overlap=30, codec="portable")),
+        (answers, CaptureSettings(k=24, draws=8, context=512, batch_tokens=8192, codec="fast")),
+    ],
+)
+def test_bytes_are_those_of_the_capture(data: Any, settings: CaptureSettings) -> None:
+    report = estimated(data(), settings=settings)
+    size, captured, store = taken(data(), settings)
+    assert report.measured["batches"] == 2
+    assert report.measured["positions"] < 0.6 * captured.positions_captured
+    assert report.plan == captured.plan
+    assert abs(report.bytes / size - 1) < 0.04
+    assert report.bytes_per_position == pytest.approx(sum(report.by_array.values()))
+    others = sum(e.size for e in store.list("") if not e.key.startswith("shards/"))
+    assert abs(report.other_bytes / others - 1) < 0.4
+    assert report.objects == len(list(store.list("")))
+
+
+def test_small_slices_are_not_believed_to_the_letter() -> None:
+    """What a slice pays for its vocabulary, a shard pays as well, and once."""
+    report = estimated(prose(350))
+    size, _, store = taken(prose(350), SETTINGS)
+    attributes = open_cache(store).attributes(0)
+    tables = sum(n for name, n in attributes["bytes"].items() if name.endswith(("/classes", "/grid")))
+    headers = listed(store)[0] - sum(attributes["bytes"].values())
+    assert abs(report.once_a_shard / (tables + headers) - 1) < 0.25
+    assert report.measured["positions"] < 0.15 * report.plan["positions"]
+    assert abs(report.bytes / size - 1) < 0.04
+
+
+def test_other_choices_cost_what_they_then_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_LEAST_ROWS", 1024)  # whatever the time
+    report = estimated(prose(120), others=True)
+    assert [c.asked for c in report.choices].count(True) == 1
+    assert report.choices[0].bytes == report.bytes
+    by = {(c.k, c.draws, c.mass): c for c in report.choices}
+    assert len(by) == len(report.choices) == 15
+    for k, draws, mass in ((64, 8, None), (24, 8, 0.9), (24, 0, None), (0, 50, None)):
+        changed = CaptureSettings(**{**vars(SETTINGS), "k": k, "draws": draws, "mass": mass})
+        size, _, _ = taken(prose(120), changed)
+        assert abs(by[k, draws, mass].bytes / size - 1) < 0.05
+    sizes = [by[k, 8, None].bytes for k in (16, 32, 48, 64, 128)]
+    assert sizes == sorted(sizes)
+
+
+def test_what_heads_hold_is_what_they_hold() -> None:
+    report = estimated(prose(120), others=True)
+    _, _, store = taken(prose(120), SETTINGS)
+    cache = open_cache(store)
+    means, counted = cache.manifest.column("mass_mean").to_numpy(), cache.manifest.column("counted").to_numpy()
+    assert abs(report.choices[0].mass_1 - float(np.average(means, weights=counted))) < 0.02
+    arrays = cache.read_shard(0)
+    at_two = fastkd.targets_from_arrays(arrays, cache.spec).at(2.0, "bucket").log_q_tail.exp()
+    assert report.choices[0].mass_2 == pytest.approx(1 - float(at_two.mean()), abs=0.02)
+    assert {c.mass_1 for c in report.choices if c.k == 0} == {0.0}
+    cut = CaptureSettings(**{**vars(SETTINGS), "temperatures": (1.0, 1.5)})
+    assert {c.mass_2 for c in estimated(prose(40), settings=cut, others=True).choices if c.k} == {None}
+
+
+class Counting:
+    """A store that counts what it is asked."""
+
+    readonly = False
+
+    def __init__(self) -> None:
+        self.inner, self.asked = MemoryStore(), Counter[str]()
+
+    def describe(self) -> str:
+        return "counted"
+
+    def get(self, key: str) -> bytes:
+        self.asked["GET"] += 1
+        return self.inner.get(key)
+
+    def get_tail(self, key: str, length: int) -> bytes:
+        self.asked["GET"] += 1
+        return self.inner.get_tail(key, length)
+
+    def list(self, prefix: str) -> Any:
+        self.asked["LIST"] += 1
+        return self.inner.list(prefix)
+
+    def create(self, key: str, data: bytes | memoryview) -> bool:
+        self.asked["PUT"] += 1
+        return self.inner.create(key, data)
+
+    def sweep(self) -> Any:
+        return []
+
+
+def test_requests_are_those_of_the_capture() -> None:
+    settings = CaptureSettings(k=5, draws=3, context=16, shard_positions=64, batch_tokens=40)
+    teacher = ModuleTeacher(Causal(), vocab_size=97)
+    data = open_documents(documents(), vocab_size=97)
+    report = estimate(teacher, data, settings, seconds=0, others=False)
+    store = Counting()
+    captured = fastkd.capture(teacher, data, store, settings)
+    assert captured.plan["shards"] > 5
+    assert dict(store.asked) == report.requests["capture"]
+    assert report.objects == len(list(store.inner.list("")))
+    store.asked.clear()
+    cache = open_cache(store)
+    for index in cache.shards:
+        cache.read_shard(index)
+    assert store.asked["GET"] == report.requests["epoch"]["GET"]
+    assert store.asked.total() == sum(report.requests["epoch"].values())
+
+
+@pytest.mark.parametrize("seconds", [10, 31, 200, 3000, 20_000])
+def test_claims_are_renewed_as_often_as_is_said(seconds: int) -> None:
+    now = [0.0]
+    store = Counting()
+    claims = Claims(store, 0, 1, clock=lambda: now[0])
+    claims.take("0")
+    while now[0] < seconds - 1:
+        now[0] += 0.25
+        claims.keep()
+    said = requests(1, hours=seconds / 3600)["capture"]["PUT"] - requests(1)["capture"]["PUT"]
+    assert abs(store.asked["PUT"] - 1 - said) <= 1
+    assert objects(1, hours=seconds / 3600) == 7 + said
+
+
+def test_the_teacher_is_run_once_on_each_batch() -> None:
+    model = Zipf()
+    report = estimated(prose(40), model, others=True)
+    # one piece, where there is no time for more, to warm up
+    assert len(model.calls) - report.measured["batches"] == 1
+    assert model.calls[0][0] == 1
+    assert len(report.choices) == 15
+
+
+class Slow(Zipf):
+    """Takes a millisecond a position of a clock that nothing else moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.now += 1e-3 * tokens.numel()
+        return super().forward(tokens)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 6.0, 9.0, 30.0, 55.0])
+def test_the_time_that_is_asked_for_is_kept_to(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Slow()
+    monkeypatch.setattr(measure, "time", model)
+    monkeypatch.setattr(estimating, "time", model)
+    report = estimated(model=model, batches=1, seconds=seconds)
+    found, batch = report.measured, 4.1  # seconds of one, at most; the data have some nine
+    assert found["seconds_spent"] == pytest.approx(model.now)
+    assert found["seconds_spent"] <= max(seconds + batch / 2, 1.6 * batch)
+    if seconds <= report.plan["positions"] * 1e-3:
+        assert found["seconds_spent"] >= seconds - batch / 2
+    text = " ".join(estimate_text(report).split())
+    assert (found["batches"] == 1) == (seconds < 7)
+    assert (f"where {seconds:g} were asked for: a batch is the least that is run" in text) == (seconds < 4)
+
+
+def test_states_and_logits_come_to_the_same() -> None:
+    one, other = (estimated(prose(60), Zipf(hidden=h), others=True) for h in (True, False))
+    assert one.bytes == pytest.approx(other.bytes, rel=1e-3)
+    for a, b in zip(one.choices, other.choices, strict=True):
+        assert (a.k, a.draws, a.mass) == (b.k, b.draws, b.mass)
+        assert a.bytes == pytest.approx(b.bytes, rel=1e-3)
+        assert a.mass_1 == pytest.approx(b.mass_1, abs=1e-4)
+
+
+def test_batches_of_all_lengths_from_some_shards() -> None:
+    model = Zipf()
+    settings = CaptureSettings(k=8, draws=0, context=256, shard_positions=4096, batch_tokens=512)
+    report = estimated(prose(), model, settings, seconds=60)
+    assert len(report.measured["shards"]) == 3 < report.plan["shards"]
+    # they are exhausted before the time is
+    assert report.measured["positions"] > 9000
+    assert report.measured["batches"] == len(model.calls) - 3
+    lengths = [length for _, length in model.calls[3:]]
+    assert min(lengths) < 50
+    assert max(lengths) == 256
+    assert report.low is not None
+    assert report.high is not None
+    assert report.low < report.positions_per_second < report.high
+    assert report.slowest_batch < report.fastest_batch
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 100])
+def test_halvings_name_each_number_once_the_middle_first(count: int) -> None:
+    found = list(halvings(count))
+    assert sorted(found) == list(range(count))
+    assert found[0] == (count - 1) // 2
+    if count == 100:
+        assert found[:7] == [49, 24, 74, 12, 37, 62, 87]
+
+
+def test_hours_and_cost_follow_from_the_slice() -> None:
+    lengths = np.full(100, 100, np.int32)
+    plan = make_plan(lengths, PlanSettings(context=100, shard_positions=1000), "x")
+    assert plan.shards == 10
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    one, four = Clock(plan, 1, 3.0, cpu), Clock(plan, 4, 3.0, cpu)
+    assert one.hours(0.36) == pytest.approx(1.0)
+    assert four.hours(0.36) == pytest.approx(0.3)  # ten shards: three rounds, not two and a half
+    assert one.cost(0.36) == pytest.approx(3.0)
+    assert four.cost(0.36) == pytest.approx(3.6)
+    assert Clock(plan, 1, None, cpu).cost(0.36) is None
+    assert one.position(1.0, 0.5) == 1 + 0.5 / torch.get_num_threads()
+    assert Clock(plan, 1, None, gpu).position(1.0, 0.5) == 1.0
+    report = estimated(prose(60), workers=2, price_per_hour=1.5, others=True)
+    each = 3600 * report.hours / report.plan["positions"]
+    shards = report.plan["shards"]
+    assert each == pytest.approx(math.ceil(shards / 2) / shards / report.positions_per_second)
+    assert report.cost == pytest.approx(1.5 * report.worker_hours)
+    assert report.worker_hours == 2 * report.hours
+    assert report.choices[0].hours == pytest.approx(report.hours)
+    assert report.choices[0].cost == pytest.approx(report.cost)
+
+
+def test_other_amounts_of_data_follow_from_the_slice() -> None:
+    report = estimated(prose(60), price_per_hour=1.5, student_rate=5e4)
+    assert [scale.positions for scale in report.scales] == [10**9, 10**11, 10**12]
+    for scale in report.scales:
+        assert scale.worker_hours == pytest.approx(scale.positions / report.positions_per_second / 3600)
+        assert scale.cost == pytest.approx(1.5 * scale.worker_hours)
+        assert scale.shards == math.ceil(scale.positions / 2**20)
+        assert scale.objects >= 2 * scale.shards  # and a claim on each
+        # tables are shared by more positions there than here
+        assert 0.5 * report.bytes_per_position < scale.bytes / scale.positions < report.bytes_per_position
+    decode = report.seconds_per_position["decode"]
+    assert decode
+    assert report.readers == {gpus: max(1, math.ceil(gpus * 5e4 * decode)) for gpus in (8, 64, 512)}
+
+
+def test_the_manifest_is_as_large_as_is_said() -> None:
+    count = 3000
+    size = len(to_parquet(records(count), "x"))
+    assert abs(manifest_bytes(count) / size - 1) < 0.1
+
+
+def test_the_error_of_the_speed_is_that_of_a_mean() -> None:
+    random = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(400):
+        positions = random.integers(500, 1000, 12)
+        seconds = positions * 1e-3 * random.normal(1, 0.2, 12)
+        means.append(seconds.sum() / positions.sum() / 1e-3)
+        errors.append(_relative_error(list(zip(positions.tolist(), seconds.tolist(), strict=True))))
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
+    assert _relative_error([(5, 1.0)]) is None
+
+
+def test_memory_of_the_host_follows_from_the_shapes() -> None:
+    plan = make_plan(np.full(50, 100, np.int32), PlanSettings(context=100, shard_positions=1000), "x")
+    small, large = (host_bytes(CacheSpec(vocab_size=100, k=k, draws=2), plan) for k in (10, 50))
+    assert small > 3 * 1000 * 12 * 12
+    assert large - small == 1000 * 40 * (3 * 12 + 20)
+
+
+class Limited(Zipf):
+    def forward(self, tokens: Tensor) -> Any:
+        if tokens.numel() > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(tokens)
+
+
+def test_batches_that_do_not_fit_are_said() -> None:
+    report = estimated(model=Limited(), others=True)
+    assert report.measured["batches_halved"] == 2
+    assert "2 of the batches did not fit into memory and were halved" in " ".join(estimate_text(report).split())
+    # their outputs came in parts, and none was kept
+    assert report.choices == []
+    assert report.bytes == pytest.approx(estimated().bytes, rel=1e-3)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(9, 40)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
+def test_examples() -> None:
+    data = Examples(
+        torch.randn(2000, 3, 3),
+        augment=lambda images, seeds: images + 0.1,
+        fingerprint="brighter",
+        copies=3,
+    )
+    settings = CaptureSettings(k=6, draws=2, shard_positions=3000, batch_tokens=600)
+    report = estimate(ModuleTeacher(Classifier(), vocab_size=40), data, settings, seconds=0)
+    store = MemoryStore()
+    captured = fastkd.capture(Classifier(), data, store, settings)
+    assert report.plan == captured.plan
+    assert abs(report.bytes / sum(listed(store).values()) - 1) < 0.04
+    # heads beyond the classes are no choices
+    assert {c.k for c in report.choices} == {0, 6, 16, 32}
+
+
+def test_where_nothing_counts_there_is_nothing_to_choose() -> None:
+    data = open_documents(
+        [[{"role": "user", "content": "hm"}]] * 9,
+        tokenizer=lambda text: [ord(c) for c in text],
+        tokenizer_fingerprint="characters",
+        template=lambda chat, ask: "".join(m["content"] for m in chat),
+        template_fingerprint="plain",
+        loss_on="assistant",
+    )
+    report = estimated(data, others=True)
+    assert report.choices == []
+    assert report.plan["positions"] == 18
+    assert report.bytes > 0
+
+
+def test_the_text() -> None:
+    report = estimated(prose(40), workers=3, price_per_hour=2.5, others=True)
+    text = estimate_text(report)
+    assert max(map(len, text.splitlines())) <= 80
+    said = " ".join(text.split())
+    assert f"{report.plan['positions']:,}, in {report.plan['windows']:,} windows" in said
+    assert "at 2.5 an hour" in said
+    assert "with 3 workers" in said
+    assert "1,000 billion positions" in said
+    assert "100,000 positions/s each" in said
+    assert text.count("\n* ") == 1
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["plan"] == report.plan
+    assert "cost" not in estimate_text(estimated(model=Limited()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers: found 0"),
+        ({"seconds": -1}, "seconds: found -1"),
+        ({"price_per_hour": math.inf}, "price_per_hour: found inf"),
+        ({"student_rate": -1}, "student_rate: found -1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        estimated(**options)
+
+
+def test_a_teacher_that_fails_is_named() -> None:
+    class Broken(Zipf):
+        def forward(self, tokens: Tensor) -> Any:
+            return super().forward(tokens).states @ self.head.T * torch.nan
+
+    with pytest.raises(TeacherError, match=r"document \d+ .*the teacher failed there"):
+        estimated(model=Broken())

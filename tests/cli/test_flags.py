@@ -1,0 +1,95 @@
+"""Errors of the command line speak of flags, not of arguments of Python."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from train_cases import make_cache
+
+from fastkd.cli import main as cli
+from fastkd.cli.commands import Capture, Inspect
+from fastkd.cli.flags import in_flags
+from fastkd.cli.parse import flags, parse
+
+NAMES = ("held_out", "k", "rate", "rank", "world_size", "export", "column", "loss_on", "allow_partial", "max_positions")
+FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("held_out: found 1.5; a fraction is needed.", "--held-out 1.5: a fraction is needed."),
+        ("export: found 'mean'; one of last, best is needed.", "--export mean: one of last, best is needed."),
+        ("rate: found -1e-05; a number is needed.", "--rate -1e-05: a number is needed."),
+        ("held_out: found 0.5 of 1 document; two are needed.", "--held-out: found 0.5 of 1 document; two are needed."),
+        (
+            "rank, world_size: found 1 and None; both are needed.",
+            "--rank, --world-size: found 1 and None; both are needed.",
+        ),
+        ("rank: found 3 of a world_size of 2; less.", "--rank: found 3 of a --world-size of 2; less."),
+        ("x is missing. Use export='last'.", "x is missing. Use --export last."),
+        ('found text, with loss_on="assistant"; only', "found text, with --loss-on assistant; only"),
+        ("Read what is there with allow_partial=True.", "Read what is there with --allow-partial."),
+        ("which column? Name one with column=.", "which column? Name one with --column."),
+        ("keep some of it apart with max_positions.", "keep some of it apart with --max-positions."),
+        (
+            "s: another (there, and now: k: 8 and 9; rate: 1 and 2). Write elsewhere.",
+            "s: another (there, and now: --k: 8 and 9; --rate: 1 and 2). Write elsewhere.",
+        ),
+        (
+            "begun with other settings (rate: 1 there, 2 here; k: 3 there, 4 here)",
+            "begun with other settings (--rate: 1 there, 2 here; --k: 3 there, 4 here)",
+        ),
+    ],
+)
+def test_settings_are_called_by_their_flags(said: str, shown: str) -> None:
+    assert in_flags(said, FLAGS) == shown
+    assert in_flags(said, {}) == said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/data/k=5/held_out/a.parquet: there is no such file.",
+        "sweep/k=0,rate=0.01/rank=0: it was trained with another student",
+        "k=0,rate=0.01: diverged, the others go on.",
+        "/x: found 'held_out' there, and nothing of a run.",
+        "the rate at which k grows: found none",
+        "other_setting: found 3; less is needed.",
+    ],
+)
+def test_all_else_stays(said: str) -> None:
+    assert in_flags(said, FLAGS) == said
+
+
+@given(st.text())
+def test_any_text_can_be_an_error(text: str) -> None:
+    assert isinstance(in_flags(text, FLAGS), str)
+    assert in_flags(in_flags(text, {}), {}) == text
+
+
+def test_the_flags_of_a_command() -> None:
+    capture = parse(["capture", "--teacher", "t", "--data", "d", "--out", "o"])
+    assert isinstance(capture, Capture)
+    found = flags(capture)
+    assert found["held_out"] == "--held-out"
+    assert found["text_documents"] == "--text-documents"
+    inspect = parse(["inspect", "somewhere"])
+    assert isinstance(inspect, Inspect)
+    assert flags(inspect) == {"json": "--json"}  # CACHE has no flag
+
+
+def test_commands_say_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_cache(tmp_path / "cache")
+    train = ["train", "--student", "train_cases:tiny", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "o")]
+    for wrong, message in (
+        (["--rate", "-1"], "--rate -1.0: a number from 0 to inf is needed."),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: an integer from 1 on is needed."),
+        (["--treatment", "sampled", "--divergence", "jsd"], "--treatment: found 'sampled' with divergence 'jsd'"),
+        (["--skip", "9999"], "--skip, --max-positions: found 9999 and None"),
+    ):
+        assert cli.main([*train, *wrong]) == 1
+        out, told = capfd.readouterr()
+        assert out == ""
+        assert told.startswith(f"fastkd: {message}"), told

@@ -1,0 +1,538 @@
+"""The report: what is on the page, that text stays text, and which files it refuses."""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_cases import make_shard, make_spec
+from report_cases import CONTROL, STUDENT, evaluation, write_run
+
+from fastkd.cache import create_cache
+from fastkd.cli import main as cli
+from fastkd.errors import NoRun, ReportError
+from fastkd.evaluate.api import compare
+from fastkd.report import plots
+from fastkd.report.demo_sections import break_even, completions, cost
+from fastkd.report.html import to_html
+from fastkd.report.make import make_report, page_of
+from fastkd.report.measures import MEASURES, cell, difference_cell, perplexity, verdict
+from fastkd.report.numbers import (
+    decimals,
+    figures,
+    percent,
+    prefixed,
+    seconds,
+    with_half,
+)
+from fastkd.report.page import (
+    Answer,
+    Bars,
+    Card,
+    Cards,
+    Cell,
+    Chart,
+    Charts,
+    Code,
+    Column,
+    Example,
+    Examples,
+    Line,
+    Notes,
+    Page,
+    Paragraph,
+    Row,
+    Section,
+    Series,
+    Share,
+    Table,
+)  # fmt: skip
+from fastkd.report.runs import in_lines, measured, read_run, read_runs
+from fastkd.utils.intervals import Interval
+
+EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; $x^2$ \x1b[31m\u202e"
+VOID = {"meta", "br", "img"}
+KL, AGREEMENT, ENTROPY = (next(m for m in MEASURES if m.key == k) for k in ("kl_bucket", "agreement", "cross_entropy"))
+
+
+class Reader(HTMLParser):
+    """The page as a browser reads it: tags, attributes, words; every element that is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\u202f", " ").split())
+
+
+def asks_nothing(text: str) -> None:
+    """No address, no script, nothing to be loaded: every reference is to a part of the page itself."""
+    page = Reader(text)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "xlink:href", "src", "srcset", "action", "data"):
+            assert value.startswith("#")
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert all(address.startswith("#") for address in re.findall(r"url\((.*?)\)", text))
+    assert "default-src 'none'" in text
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "healed")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are not drawn: for tests of all else."""
+    monkeypatch.setattr("fastkd.report.html.svg", lambda chart: "")
+
+
+def page(*folders: Path) -> Reader:
+    text = to_html(page_of(read_runs(folders), command="fastkd report healed"))
+    asks_nothing(text)
+    return Reader(text)
+
+
+# What is on it
+
+
+def test_a_run_beside_its_control(run: Path) -> None:
+    found = page(run).text
+    ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
+    for one in (ours, theirs):
+        for measure in MEASURES:
+            mean, half = with_half(*one.intervals()[measure.key], scale=measure.scale)
+            assert f"{mean} ± {half}".replace("\u202f", " ") in found, measure.key
+    for key, value in compare(ours, theirs).items():
+        measure = next(m for m in MEASURES if m.key == key)
+        mean, half = with_half(*value, scale=measure.scale, sign=True)
+        assert f"{mean} ± {half}" in found, key
+    known = ours.teacher_intervals()["label_known"].mean
+    for words in (
+        "Distillation: healed", "healed, control", "113 M", "453 MB", "135 M", "6132 positions in 12 windows",
+        "a lower bound", "an estimate", "lower is better", "higher is better", "0.25 %", "2 min 51 s", "1.43 k",
+        "against its control", "better", "teacher, at least", "x86_64, 2 threads", f"{100 * known:.1f} % of the labels",
+        "Guo et al. 2017", "95% intervals", "--student SmolLM2-135M", "fastkd report healed",
+    ):  # fmt: skip
+        assert words in found, words
+    # α is what differs, and stands apart from what does not
+    assert "settings that all have in common" in found
+    assert re.search(r"setting healed healed, control alpha 0\.5 1 What differs", found)
+    # the seven curves of the training and the held-out data, the rate, the gradient, and calibration
+    for title in ("Training loss", "Soft part", "Hard part", "Held out: KL, bucket", "Held out: agreement",
+                  "Held out: cross-entropy", "Learning rate", "Norm of the gradient", "Calibration"):  # fmt: skip
+        assert title in found
+    # T was constant: no curve of it
+    assert sum(1 for tag in page(run).tags if tag == "figure") == 12
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_worse_is_said(tmp_path: Path) -> None:
+    found = page(write_run(tmp_path / "bad", CONTROL, control=STUDENT)).text
+    assert "worse: +0.11" in found
+    assert "better: " not in found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_missing_control(tmp_path: Path) -> None:
+    found = page(write_run(tmp_path / "alone", control=None)).text
+    assert "control" not in found
+    assert "All 16 settings" in found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_several_runs(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a" / "run"),
+        write_run(tmp_path / "b" / "run", (3.0, 0.6, 0.65, 0.61, 0.42, 0.02), rate=1e-4),
+    ]
+    found = page(*runs).text
+    assert "2 runs compared" in found
+    for words in ("a/run", "b/run", "b/run, control", "against a/run", "rate 0.0003 0.0003 0.0001 0.0001"):
+        assert words in found
+    with pytest.raises(ReportError, match="found twice"):
+        read_runs([runs[0], runs[0]])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(content="other").to_json()))
+    found = page(*runs).text
+    assert "against a" not in found.replace("against its control", "")
+    # each has its own teacher's row
+    assert found.count("from its cached rows") == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    found = page(folder).text
+    for words in (
+        "No evaluation was found",
+        "Nothing was logged",
+        "No settings were kept",
+        "No command was kept of: bare",
+    ):
+        assert words in found
+    # the last evaluation of the log serves where there is no other; a number alone has no interval
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "evaluation": {"kl_bucket": 0.5, "cross_entropy": {"mean": 2.5}}}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "run.json").write_text(
+        json.dumps({"settings": {"a": None, "b": [1, True, {"c": 2.5}]}, "student": {"bytes": "many"}})
+    )
+    found = page(folder).text
+    assert "0.500" in found
+    assert "±" not in found.replace("±, ranges", "")
+    assert "12.2" in found  # its perplexity
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_windows_unknown_the_measures_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", evaluated=False)
+    found = page(run).text
+    last = read_run(run, "r").points[-1].measures["kl_bucket"]
+    assert " ± ".join(with_half(*last)) in found
+    assert "against its control" not in found
+    assert "its control: 0.7" in found
+    assert "Differences have no intervals here" in found
+    assert "teacher, at least" not in found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_cache(tmp_path: Path) -> None:
+    spec = make_spec(notes=f"see https://user:secret@host/x?signature=abc {EVIL}", draws=3)
+    with create_cache(tmp_path / "cache", spec) as writer:
+        writer.write_shard(0, **make_shard(spec, 64))
+        writer.seal()
+    run = write_run(tmp_path / "run", place=str(tmp_path / "cache"), spec=spec.hash)
+    make_report([run], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    found = Reader(text).text
+    for words in (
+        "The cache",
+        "64, of which",
+        "8 exact entries, 3 drawn at T = 1",
+        "mass in the head",
+        "head/values",
+        "small ones",
+    ):
+        assert words in found
+    assert "secret" not in text
+    assert "signature" not in text
+    assert "<script>" not in text
+    # another cache there, none there
+    write_run(tmp_path / "other", place=str(tmp_path / "cache"))
+    make_report([tmp_path / "other"], tmp_path / "r.html")
+    assert "is another cache than the one that other was trained from" in Reader((tmp_path / "r.html").read_text()).text
+    write_run(tmp_path / "gone", place=str(tmp_path / "nowhere"))
+    make_report([tmp_path / "gone"], tmp_path / "r.html")
+    assert "cannot be looked at" in (tmp_path / "r.html").read_text()
+
+
+# Sections of the demo
+
+
+def test_completions_and_cost(run: Path) -> None:
+    answers = [Answer("teacher", [(" the", 0.71), ("\n", 0.0123)], EVIL), Answer("control", [(EVIL, 2.0)], "")]
+    more = [
+        completions([Example(EVIL, answers)]),
+        cost(capture=35, cached=86, live=95, students=3, note="As measured."),
+    ]
+    text = to_html(page_of(read_runs([run]), more=more))
+    asks_nothing(text)
+    found = Reader(text).text
+    for words in ("␣the", "71 %", "1.2 %", "⏎", "4 students", "1 min 26 s", "1.1 times as long", "As measured."):
+        assert words in found
+    assert 'style="width:100.00%"' in text
+    assert "break-even: 4 students" in found
+
+
+def test_break_even() -> None:
+    assert break_even(capture=35, cached=86, live=121) == 1
+    assert break_even(capture=35, cached=86, live=120.9) == 2
+    assert break_even(capture=350, cached=86, live=96) == 35
+    assert break_even(capture=0.1, cached=1, live=100) == 1
+    assert break_even(capture=1, cached=86, live=86) is None
+    assert "never" in Reader(to_html(Page("t", "", [cost(capture=1, cached=2, live=1)]))).text
+    with pytest.raises(ValueError, match="positive seconds"):
+        cost(capture=1, cached=0, live=1)
+
+
+# Text stays text
+
+
+def test_hostile_text_is_text(tmp_path: Path) -> None:
+    """In every place that a file fills."""
+    run = write_run(tmp_path / "evil <b>&'\"", notes=EVIL, **{EVIL: EVIL})
+    for path in tmp_path.rglob("run.json"):
+        document = json.loads(path.read_text())
+        document |= {"command": ["fastkd", EVIL], "machine": {EVIL: EVIL, "gpu": EVIL}}
+        document["student"]["name"] = EVIL
+        path.write_text(json.dumps(document))
+    data = evaluation().to_json() | {"device": EVIL}
+    (run / "evaluation.json").write_text(json.dumps(data))
+    text = to_html(page_of(read_runs([run]), title=EVIL, notes=[EVIL], command=EVIL))
+    asks_nothing(text)
+    found = Reader(text)
+    assert not {"b", "img"} & set(found.tags)
+    assert "<script>alert('x')</script>" in found.text
+    # neither escape sequences nor characters that turn the direction of what follows
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "\\u202e" in found.text
+
+
+def test_every_block_escapes() -> None:
+    label = "<b>&$x^2$\u202e"  # what is longer leaves no room to draw in
+    lines = [Line(Series(EVIL, 0), [0, 1], [1, 2])]
+    chart = Chart("x", EVIL, EVIL, label, label, lines, (1.0, label), marks=[(0, 1, label)])
+    blocks = [
+        Cards([Card(EVIL, EVIL, EVIL, EVIL)]),
+        Charts([chart]),
+        Table(EVIL, [Column(EVIL, EVIL)], [Row(EVIL, [Cell(EVIL, EVIL, EVIL, EVIL)], EVIL)], EVIL, EVIL),
+        Table(EVIL, [Column(EVIL, EVIL, True)], [Row(EVIL, [Cell(EVIL)], series=Series(EVIL, None))], EVIL),
+        Paragraph(EVIL),
+        Notes([(EVIL, EVIL)], EVIL),
+        Notes([(EVIL, EVIL)]),
+        Code(EVIL, EVIL),
+        Bars([Share(EVIL, float("nan"), EVIL)], EVIL, EVIL),
+        Examples([Example(EVIL, [Answer(EVIL, [(EVIL, 0.5)], EVIL)])]),
+    ]
+    text = to_html(Page(EVIL, EVIL, [Section(EVIL, blocks)], EVIL))
+    asks_nothing(text)
+    assert "\x1b" not in text
+    plots.png(chart)
+
+
+# Files
+
+
+def damage(run: Path, name: str, change: Callable[[str], str]) -> None:
+    (run / name).write_text(change((run / name).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step" 7,', 1), r"metrics\.jsonl, line 7: .* not JSON"),
+        ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* an object with a step is needed"),
+        ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step": "7",', 1), r"line 7: .* an object with a step"),
+        ("metrics.jsonl", lambda t: "[" * 100_000 + "\n" + t, r"metrics\.jsonl, line 1"),
+        ("run.json", lambda t: t[:-5], r"run\.json: this is not JSON"),
+        (
+            "run.json",
+            lambda t: t.replace('"version": 1', '"version": 2'),
+            r"run\.json: found format 'fastkd-run', version 2",
+        ),
+        ("run.json", lambda t: "[]", r"run\.json: found list; a JSON object"),
+        ("evaluation.json", lambda t: t[:-5], r"evaluation\.json: this is not JSON"),
+        ("evaluation.json", lambda t: "{}", r"evaluation\.json: evaluation: this is none"),
+        ("evaluation.json", lambda t: t.replace('"counts": [511.0', '"counts": ["x"'), r"evaluation\.json: .* damaged"),
+        ("control/metrics.jsonl", lambda t: "x\n" + t, r"control/metrics\.jsonl, line 1"),
+    ],
+)
+def test_damaged_files_are_named(run: Path, name: str, change: Any, message: str) -> None:
+    damage(run, name, change)
+    with pytest.raises(ReportError, match=message):
+        read_run(run, "r")
+
+
+def test_other_damage(run: Path, tmp_path: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ReportError, match=r"metrics\.jsonl: it cannot be read"):
+        read_run(run, "r")
+    with pytest.raises(NoRun, match=r"no run\.json in it"):
+        read_run(tmp_path, "r")
+    with pytest.raises(NoRun, match="found none"):
+        make_report([])
+    (run / "metrics.jsonl").unlink()
+    (run / "control" / "run.json").unlink()
+    with pytest.raises(NoRun, match=r"control: there is no run\.json"):
+        read_run(run, "r")
+    shutil.rmtree(run / "control")
+    with pytest.raises(ReportError, match=r"page\.html: it cannot be written"):
+        make_report([run], run / "run.json" / "page.html")
+
+
+def test_a_line_that_is_being_written_is_no_damage(run: Path) -> None:
+    whole = read_run(run, "r")
+    damage(run, "metrics.jsonl", lambda text: text + '{"step": 241, "lo')
+    assert len(read_run(run, "r").steps) == len(whole.steps) == 240
+
+
+def test_steps_that_were_logged_twice_count_once(run: Path) -> None:
+    """A run that was killed goes on from a checkpoint before the last steps it had logged."""
+    damage(run, "metrics.jsonl", lambda text: text + '{"step": 200, "loss": 9.5}\n{"step": 201, "loss": NaN}\n')
+    found = read_run(run, "r")
+    assert [s["step"] for s in found.steps] == list(range(1, 241))
+    steps, losses = found.logged("loss")
+    assert losses[steps.index(200)] == 9.5
+    assert 201 not in steps
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_waiting_is_weighed_by_time(run: Path) -> None:
+    steps = [{"step": 1, "waiting": 0.5, "seconds": 9.0}, {"step": 2, "waiting": 0.1, "seconds": 1.0}, {"step": 3}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    assert "waiting for data 46 %" in page(run).text
+
+
+def test_summaries() -> None:
+    found = measured(
+        {"a": 1, "b": {"mean": 2.0, "low": 1.5, "high": 2.5}, "c": None, "d": True, "perplexity": 3, "e": {}}
+    )
+    assert found == {"a": Interval(1.0, float("inf")), "b": Interval(2.0, 0.5)}
+    assert measured([1]) == {}
+
+
+def test_commands() -> None:
+    assert in_lines(["fastkd", "a b"]) == "fastkd 'a b'"
+    long = in_lines(["fastkd", "train", "--cache", "c" * 60, "--out", "a b", "--json"])
+    assert long.split("\n") == ["fastkd train \\", f"    --cache {'c' * 60} \\", "    --out 'a b' \\", "    --json"]
+
+
+def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "page.html"
+    assert cli.main(["report", str(run), "--out", str(out), "--png"]) == 0
+    assert str(out) in capsys.readouterr().out
+    pngs = sorted(out.parent.glob("*.png"))
+    assert len(pngs) == 12
+    for path in pngs:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", data[16:24])
+        assert min(width, height) > 500
+    asks_nothing(out.read_text(encoding="utf-8"))
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+    assert cli.main(["report", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(run / "report.html")
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no run.json" in capsys.readouterr().err
+    damage(run, "run.json", lambda text: "?")
+    assert cli.main(["report", str(run)]) == 1
+
+
+def test_the_same_runs_make_the_same_page(run: Path) -> None:
+    runs = read_runs([run])
+    assert to_html(page_of(runs)) == to_html(page_of(runs))
+
+
+# Plots
+
+
+def chart(lines: list[Line], **more: Any) -> Chart:
+    return Chart("c", "title", "caption", "step", "nats", lines, **more)
+
+
+def test_colours_are_the_pages() -> None:
+    """Light and dark are the page's affair: no colour of its own is left in the drawing."""
+    lines = [Line(Series("a", i), [0, 1], [i, i], ([i, i], [i + 1, i + 1])) for i in range(8)]
+    text = plots.svg(chart([*lines, Line(Series("t", None), [0, 1], [0, 1])], level=(1.0, "level"), diagonal=True))
+    assert not re.findall(r"#[0-9a-f]{6}\b", text)
+    assert set(re.findall(r"var\(--(\w+)\)", text)) == {"ink", "grid", "grey", *(f"s{i}" for i in range(6))}
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert all(f"#{name}" in text for name in ids)
+    assert not set(ids) & set(re.findall(r' id="([^"]*)"', plots.svg(replace(chart(lines), name="d"))))
+
+
+def test_long_lines_are_thinned() -> None:
+    """To the means of groups; what was logged in full would make pages of megabytes."""
+    x = np.arange(100_000)
+    text = plots.svg(chart([Line(Series("a", 0), x.tolist(), np.sin(x / 9000).tolist())]))
+    assert len(text) < 30_000
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ReportError, match=r"matplotlib is not installed.*pip install 'fastkd\[report\]'"):
+        make_report([run])
+    assert not (run / "report.html").exists()
+
+
+def test_a_drawing_leaves_settings_alone() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.svg(chart([Line(Series("漢字 $x$", 0), [0, 1], [1.0, 2.0])]))
+    assert dict(matplotlib.rcParams) == before
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (figures(0.65432), "0.654"), (figures(12345.6), "12\u202f346"), (figures(1234.5), "1234"), (figures(0), "0"),
+        (figures(0.0999, 2), "0.10"), (figures(-2.5), "−2.50"), (figures(3e-5), "3.00e−5"), (figures(None), "–"),
+        (figures(float("nan")), "–"), (figures(float("inf")), "∞"), (figures(0.5, sign=True), "+0.500"),
+        (decimals(-0.001, 2), "0.00"), (decimals(-0.001, 2, sign=True), "±0.00"),
+        (percent(0.0025, 2), "0.25\u202f%"), (percent(None), "–"),
+        (prefixed(113_240_000), "113\u202fM"), (prefixed(452_960_000, "B"), "453\u202fMB"), (prefixed(674.2), "674"),
+        (prefixed(999.6), "1.00\u202fk"), (prefixed(None), "–"), (prefixed(12, "B"), "12.0\u202fB"),
+        (seconds(0.312), "0.31\u202fs"), (seconds(48), "48\u202fs"), (seconds(59.7), "1\u202fmin"),
+        (seconds(171.3), "2\u202fmin 51\u202fs"), (seconds(7500), "2\u202fh 5\u202fmin"), (seconds(None), "–"),
+        (with_half(3.0164, 0.0512), ("3.016", "0.051")), (with_half(0.603, 0.0254, scale=100), ("60.3", "2.5")),
+        (with_half(0.45, float("inf")), ("0.450", "")), (with_half(-0.1, 0.0099, sign=True), ("−0.1000", "0.0099")),
+        (with_half(3.0, 0.0), ("3.00", "0.00")),
+    ],
+)  # fmt: skip
+def test_numbers(text: Any, expected: Any) -> None:
+    assert text == expected
+
+
+def test_verdicts() -> None:
+    assert verdict(KL, Interval(-0.1, 0.05)) == "good"
+    assert verdict(KL, Interval(0.1, 0.05)) == "bad"
+    assert verdict(AGREEMENT, Interval(0.1, 0.05)) == "good"
+    assert verdict(AGREEMENT, Interval(0.1, 0.1)) == "even"
+    assert verdict(KL, Interval(-9.0, float("inf"))) == "even"
+    assert verdict(KL, Interval(0.0, 0.0)) == "even"
+    found = difference_cell(AGREEMENT, {"agreement": Interval(0.03, 0.01)})
+    assert (found.text, found.more, found.tone, found.mark) == ("+3.0", "±\u202f1.0", "good", "better")
+    assert difference_cell(KL, {}).text == cell(KL, {}).text == perplexity({}).text == "–"
+    assert perplexity({"cross_entropy": Interval(3.0, 0.1)}) == Cell("20.1", "18.2–22.2")
+    assert perplexity({"cross_entropy": Interval(3.0, float("inf"))}) == Cell("20.1")
+    assert perplexity({"cross_entropy": Interval(800.0, 5.0)}).text

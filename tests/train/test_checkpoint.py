@@ -1,0 +1,224 @@
+"""Checkpoints are there whole or not at all, and what is left of others is found out and removed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from train_cases import Tiny
+
+from fastkd.errors import TrainError
+from fastkd.settings import TrainSettings
+from fastkd.train import checkpoint
+from fastkd.train.checkpoint import clean, newest, prune, read, steps_of, write
+from fastkd.train.optimizer import clip_, decay_groups, make_optimizer
+from fastkd.train.state import load_model, load_optimizer, model_tensors, optimizer_tensors
+from fastkd.utils.atomic import lock, write_folder, write_text
+
+
+def tensors(seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "model": {"a": torch.randn(3, 5, generator=random), "b": torch.randn(4, generator=random).double()},
+        "optimizer": {"a.step": torch.tensor(7.0), "a.exp_avg": torch.randn(3, 5, generator=random).bfloat16()},
+    }
+
+
+def file_of(run: Path, step: int, name: str) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}" / name
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    write(tmp_path, 3, tensors(3), {"settings": {"rate": 0.1}, "text": "ü"})
+    write(tmp_path, 12, tensors(12), {"settings": {}})
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.state) == (12, {"settings": {}})
+    for name, wanted in tensors(12).items():
+        read_back = found.tensors(name)
+        assert read_back.keys() == wanted.keys()
+        for key in wanted:
+            assert read_back[key].dtype == wanted[key].dtype
+            assert torch.equal(read_back[key], wanted[key])
+    older = read(tmp_path, 3)
+    assert not isinstance(older, str)
+    assert older.state["text"] == "ü"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_damaged_one_is_known_and_an_older_one_taken(name: str, harm: str, tmp_path: Path) -> None:
+    write(tmp_path, 3, tensors(3), {})
+    write(tmp_path, 12, tensors(12), {})
+    path = file_of(tmp_path, 12, name)
+    data = bytearray(path.read_bytes())
+    if harm == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1 if harm == "flip" else 0
+        path.write_bytes(data[: len(data) - (harm == "cut")])
+    said: list[str] = []
+    found = newest(tmp_path, said.append)
+    if name == "state.json" and harm == "flip":
+        assert found is not None  # a digit of a hash, or a brace: either way nothing false is taken
+        assert found.step in (3, 12)
+        return
+    assert found is not None
+    assert found.step == 3
+    assert "step-00000012" in said[0]
+    assert "older" in said[0]
+
+
+def test_where_none_is_whole_nothing_begins_anew_by_itself(tmp_path: Path) -> None:
+    write(tmp_path, 3, tensors(3), {})
+    file_of(tmp_path, 3, "model.safetensors").unlink()
+    with pytest.raises(TrainError, match=r"step-00000003: model.safetensors cannot be read .* to begin anew"):
+        newest(tmp_path)
+
+
+def test_another_version(tmp_path: Path) -> None:
+    write(tmp_path, 3, tensors(3), {})
+    path = file_of(tmp_path, 3, "state.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(TrainError, match="found version 2"):
+        newest(tmp_path)
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step, tensors(step), {})
+    prune(tmp_path, keep=2, best=2, last=5)
+    assert steps_of(tmp_path) == [2, 4, 5]
+    # one of a step not yet come to is damaged: it was passed over
+    prune(tmp_path, keep=1, best=None, last=4)
+    assert steps_of(tmp_path) == [4]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 3, tensors(3), {})
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path, 4, tensors(4), {})
+    assert steps_of(tmp_path) == [3]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, 3, tensors(3), {})
+    for name in (".step-00000004.part", ".step-00000002.gone.part"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_text("half")
+    (tmp_path / ".run.json.part").write_text("half")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    clean(tmp_path)
+    assert not list(tmp_path.rglob(".*"))
+    assert steps_of(tmp_path) == [3]
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = checkpoint._sync, os.rename
+
+    def synced(path: Path) -> None:
+        events.append(path.name)
+        sync(path)
+
+    def renamed(source: Any, target: Any) -> None:
+        events.append(f"-> {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "_sync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    write(tmp_path, 3, tensors(3), {})
+    at = events.index("-> step-00000003")
+    assert set(events[:at]) == {"model.safetensors", "optimizer.safetensors", "state.json", ".step-00000003.part"}
+    assert events[at - 1] == ".step-00000003.part"
+    assert events[at + 1 :] == ["checkpoints"]
+
+
+def test_folders_and_files_are_replaced(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_folder(tmp_path / "folder", lambda place, text=text: (place / text).write_text(text))
+        write_text(tmp_path / "file", text)
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["two"]
+    assert (tmp_path / "file").read_text() == "two"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_two_cannot_train_into_one_folder(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    with pytest.raises(TrainError, match="another process trains into it"):
+        lock(tmp_path)
+    os.close(held)
+    os.close(lock(tmp_path))
+
+
+def test_weights_and_state_go_and_come_back() -> None:
+    """Shared weights are there once, and an optimizer goes on as it would have."""
+    settings, batch = TrainSettings(), torch.arange(12)[None]
+
+    def made(seed: int) -> tuple[Tiny, torch.optim.Optimizer]:
+        model = Tiny(seed=seed, logits=True)
+        model.embedding.weight = model.head
+        return model, make_optimizer(model, settings, torch.device("cpu"))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours, theirs = made(0), made(5)
+    step(*ours)
+    model, optimizer = model_tensors(ours[0]), optimizer_tensors(ours[1], ours[0])
+    assert "head" not in model or "embedding.weight" not in model
+    load_model(theirs[0], model, "here")
+    load_optimizer(theirs[1], theirs[0], optimizer)
+    for pair in (ours, theirs):
+        step(*pair)
+    for a, b in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not model_tensors(ours[0], keep=False)
+
+
+def test_another_student_is_named() -> None:
+    found = model_tensors(Tiny())
+    with pytest.raises(TrainError, match=r"there: head is \(96, 12\) torch.float32 there, \(99, 12\)|embedding.weight"):
+        load_model(Tiny(vocab=99), found, "there")
+    with pytest.raises(TrainError, match=r"head_bias is in this student alone"):
+        load_model(Tiny(bias=True), found, "there")
+    with pytest.raises(TrainError, match=r"head_bias is in the checkpoint's student alone"):
+        load_model(Tiny(), model_tensors(Tiny(bias=True)), "there")
+
+
+def test_what_decays() -> None:
+    model = Tiny(bias=True)
+    model.layers[0].weight.requires_grad_(False)
+    decaying, rest = decay_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in decaying["params"]} == {"head", "layers.1.weight", "layers.2.weight"}
+    assert {names[id(p)] for p in rest["params"]} == {
+        "embedding.weight", "head_bias", "norm.weight", "norm.bias", *(f"layers.{i}.bias" for i in range(3)),
+    }  # fmt: skip
+    assert (decaying["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("most", [None, 0.5])
+def test_clipping(most: float | None) -> None:
+    model = Tiny(logits=True)
+    model(torch.arange(12)[None]).square().sum().backward()
+    before = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    norm = clip_(model.parameters(), most)
+    torch.testing.assert_close(norm, before.norm())
+    after = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(after.norm(), before.norm() if most is None else torch.tensor(0.5), rtol=1e-4, atol=0)

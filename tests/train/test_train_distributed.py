@@ -1,0 +1,122 @@
+"""However a step is divided over micro-batches and processes, the weights come out as those of one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_jobs
+from torch import Tensor
+from train_cases import SMALL, make_cache
+
+from fastkd.models.hub import load_transformers
+from fastkd.train.checkpoint import newest
+from fastkd.train.metrics import read_metrics
+
+TINY = "train_cases:double"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache; and what one process makes of it in ten steps, each of one micro-batch, and stops halfway."""
+    folder = tmp_path_factory.mktemp("distributed")
+    make_cache(folder / "cache")
+    train_jobs.run(train_jobs.train, TINY, folder / "cache", folder / "one", SMALL | {"micro_tokens": 1000})
+    return folder
+
+
+def weights(run: Path, name: str = "model") -> dict[str, Tensor]:
+    found = newest(run)
+    assert found is not None
+    assert found.step == SMALL["steps"]
+    return found.tensors(name)
+
+
+def assert_same(ours: Path, theirs: Path, tolerance: float) -> None:
+    a, b = weights(ours), weights(theirs)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accumulation(place: Path) -> None:
+    train_jobs.run(train_jobs.train, TINY, place / "cache", place / "parts", SMALL | {"micro_tokens": 16})
+    assert_same(place / "parts", place / "one", 1e-9)
+
+
+def test_ddp_and_fsdp(place: Path) -> None:
+    """Of two processes that have unequal parts of each step, and several micro-batches."""
+    runs = [(TINY, place / "cache", place / kind, SMALL | {"parallel": kind}) for kind in ("ddp", "fsdp")]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    train_jobs.run(train_jobs.count, place / "cache", place, SMALL, ranks=2)
+    counts = [(place / f"counts-{rank}").read_text().split() for rank in range(2)]
+    assert sum(a != b for a, b in zip(*counts, strict=True)) > 5
+    for kind in ("ddp", "fsdp"):
+        assert_same(place / kind, place / "one", 1e-9)
+
+
+def test_evaluations_of_parts(place: Path) -> None:
+    """FSDP2's processes evaluate together what each has a part of."""
+    changes = SMALL | {"evaluate_every": 5}
+    train_jobs.run(train_jobs.train, TINY, place / "cache", place / "one-measured", changes)
+    runs = [
+        (TINY, place / "cache", place / f"{kind}-measured", changes | {"parallel": kind}) for kind in ("ddp", "fsdp")
+    ]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    ours, *others = (
+        [line["evaluation"] for line in read_metrics(place / f"{kind}-measured") if "evaluation" in line]
+        for kind in ("one", "ddp", "fsdp")
+    )
+    assert len(ours) == 2
+    for theirs in others:
+        assert [pytest.approx(line, rel=1e-6) for line in ours] == theirs
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_evaluation_is_divided_and_comes_to_the_same(place: Path, tmp_path: Path, ranks: int) -> None:
+    """Bit by bit, as each process makes micro-batches that one alone would make; and each makes its part of them."""
+    for count in (1, ranks):
+        train_jobs.run(train_jobs.measure, place / "cache", tmp_path, 32, ranks=count)
+    whole, one = json.loads((tmp_path / "1-0.json").read_text())
+    calls = []
+    for rank in range(ranks):
+        made, found = json.loads((tmp_path / f"{ranks}-{rank}.json").read_text())
+        calls.append(made)
+        for name in ("seconds", "timed_positions"):
+            found[name] = one[name]
+        assert found == one
+    assert sum(calls) == whole
+    assert max(calls) <= -(-whole // ranks) + 1
+
+
+def test_fewer_steps_than_processes_are_made_by_each(place: Path, tmp_path: Path) -> None:
+    train_jobs.run(train_jobs.measure, place / "cache", tmp_path, 100_000, ranks=2)
+    ours, theirs = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
+    assert ours[0] == theirs[0]
+    assert ours[1]["student"] == theirs[1]["student"]
+
+
+def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> None:
+    """Head and embedding are in one part of FSDP2's, and layers in others; the loss reads the head within forward."""
+    changes: dict[str, Any] = SMALL | {"rate": 1e-3}
+    student = "train_cases:tied_llama"
+    train_jobs.run(train_jobs.train, student, place / "cache", place / "llama", changes)
+    runs = [(student, place / "cache", place / f"llama-{k}", changes | {"parallel": k}) for k in ("ddp", "fsdp")]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    for kind in ("ddp", "fsdp"):
+        assert_same(place / f"llama-{kind}", place / "llama", 2e-5)
+    loaded = load_transformers().AutoModelForCausalLM.from_pretrained(place / "llama-fsdp" / "student")
+    ours = weights(place / "llama-fsdp")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, ours[f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_go_on_as_one_and_as_four(place: Path, tmp_path: Path, parallel: str) -> None:
+    changes = SMALL | {"parallel": parallel}
+    for ranks in (1, 4):
+        out = tmp_path / str(ranks)
+        train_jobs.run(train_jobs.train_and_stop, TINY, place / "cache", out, changes, 5, ranks=2)
+        train_jobs.run(train_jobs.train, TINY, place / "cache", out, changes, ranks=ranks)
+        assert_same(out, place / "one", 1e-9)

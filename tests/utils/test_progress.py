@@ -1,0 +1,275 @@
+"""What a job says of itself: the numbers, by a clock of the test's own; and that saying it never ends the job."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkd.utils.progress import MODES, Progress, duration, mode_for
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def made(mode: str, total: int = 1000, **options: Any) -> tuple[Progress, Clock, io.StringIO]:
+    clock, stream = Clock(), io.StringIO()
+    options = {"unit": "position", "shares": ("teacher_busy",), **options}
+    return Progress(total, mode=mode, stream=stream, clock=clock, **options), clock, stream
+
+
+def test_rates_shares_and_what_is_left() -> None:
+    progress, clock, _ = made("none", already=100)
+    for _ in range(10):
+        clock.now += 2
+        progress.add(20, teacher_busy=1.5)
+    assert progress.now() == {
+        "positions": 300.0,
+        "total": 1000.0,
+        "positions_per_second": 10.0,
+        "teacher_busy": 0.75,
+        "seconds_left": 70.0,
+    }
+    progress.found(100)
+    assert progress.now()["positions_per_second"] == 10.0, "what others do is no speed of ours"
+    assert progress.now()["seconds_left"] == 60.0
+
+
+def test_workers_share_what_is_left() -> None:
+    progress, clock, _ = made("none", workers=4)
+    clock.now += 10
+    progress.add(200)
+    assert progress.now()["seconds_left"] == 10.0
+
+
+def test_speeds_are_of_the_last_minute() -> None:
+    progress, clock, _ = made("none", total=10**6)
+    for speed in (100, 10):
+        for _ in range(300):
+            clock.now += 1
+            progress.add(speed, teacher_busy=speed / 100)
+    assert progress.now()["positions_per_second"] == pytest.approx(10)
+    assert progress.now()["teacher_busy"] == pytest.approx(0.1)
+    assert len(progress._marks) < 130
+    # a long wait counts, and so does what comes after it
+    clock.now += 600
+    assert progress.now()["positions_per_second"] < 1
+    for _ in range(100):
+        clock.now += 1
+        progress.add(10)
+    assert progress.now()["positions_per_second"] == pytest.approx(10)
+
+
+def test_many_small_steps_keep_few_marks() -> None:
+    progress, clock, _ = made("none", total=10**9)
+    for _ in range(20_000):
+        clock.now += 0.01
+        progress.add(1)
+    assert len(progress._marks) < 130
+    assert progress.now()["positions_per_second"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_work_that_came_to_nothing_is_taken_back(mode: str) -> None:
+    progress, clock, _ = made(mode)
+    clock.now += 1
+    progress.add(50)
+    progress.found(-50)
+    assert progress.now()["positions"] == 0
+    progress.found(-10)
+    progress.add(1010)
+    assert progress.now()["seconds_left"] == 0
+    progress.found(5)
+    assert progress.now()["seconds_left"] == 0, "more than there is leaves nothing, not less"
+    progress.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("total", [0, 1])
+def test_nothing_is_divided_by_zero(mode: str, total: int) -> None:
+    """Nothing to do, and no time passed: everything there is to say is a number."""
+    progress, clock, stream = made(mode, total=total)
+    for wait in (0.0, 0.0, 100.0, 0.0, 100.0):
+        clock.now += wait
+        progress.add(0, teacher_busy=0.0)
+        progress.found(0)
+        assert all(abs(value) < 1e12 for value in progress.now().values())
+    progress.close()
+    text = stream.getvalue()
+    assert "nan" not in text.lower()
+    assert "inf" not in text.lower()
+
+
+def test_events_are_json_and_numbers_that_json_has_not_are_null() -> None:
+    progress, clock, stream = made("events")
+    progress.figure("bytes_per_position", float("nan"), "? B each")
+    progress.figure("whole", 3, "3 in all")
+    for _ in range(3):
+        clock.now += 5
+        progress.add(10, teacher_busy=float("inf"))
+    progress.event("shard", shard=1, loss=float("-inf"), text="a shard")
+    progress.say("for a person")
+    progress.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    events = [json.loads(line, parse_constant=refuse) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["progress"] * 3 + ["shard"]
+    assert events[0]["positions"] == 10
+    assert events[0]["positions_per_second"] == 2.0
+    assert events[0]["bytes_per_position"] is None
+    assert events[0]["teacher_busy"] is None
+    assert events[0]["whole"] == 3
+    assert events[3] == {"event": "shard", "shard": 1, "loss": None, "text": "a shard"}
+
+
+def test_a_line_a_minute() -> None:
+    progress, clock, stream = made("lines", total=2_000_000)
+    progress.figure("bytes_per_position", 81.25, "81.2 B each")
+    for _ in range(130):
+        clock.now += 1
+        progress.add(1000, teacher_busy=0.93)
+    progress.say("shard 3: another worker was faster")
+    progress.event("shard", shard=3)
+    progress.event("shard", text="said")
+    first, second, *rest = stream.getvalue().splitlines()
+    assert first == "60,000 of 2,000,000 positions (3.0%), 1,000/s, teacher busy 93%, 81.2 B each, 32 min left"
+    assert second.startswith("120,000 of 2,000,000 positions (6.0%)")
+    assert rest == ["shard 3: another worker was faster", "said"]
+
+
+def test_a_bar_shows_the_same() -> None:
+    progress, clock, stream = made("bar", already=400)
+    progress.figure("bytes_per_position", 81.25, "81.2 B each")
+    with progress:
+        clock.now += 10
+        progress.add(300, teacher_busy=5.0)
+        progress.say("a line above it")
+    text = stream.getvalue()
+    assert "700/1.00k" in text
+    assert "teacher busy 50%, 81.2 B each" in text
+    assert "a line above it\n" in text
+    there = len(text)
+    progress.close()
+    progress.add(1)
+    assert len(stream.getvalue()) == there
+
+
+def test_nothing_is_said_where_nobody_listens() -> None:
+    progress, clock, stream = made("none")
+    for _ in range(10):
+        clock.now += 100
+        progress.add(1)
+        progress.say("something")
+        progress.event("shard", text="something")
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_what_says_how() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert mode_for(events=True, stream=Terminal()) == "events"
+    assert mode_for(stream=Terminal()) == "bar"
+    assert mode_for(stream=io.StringIO()) == "lines"
+    closed = Terminal()
+    closed.close()
+    assert mode_for(stream=closed) == "lines"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (3600, "1.0 h"), (86400, "24.0 h"), (172800, "2.0 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+class Broken(io.StringIO):
+    """Takes so many writes, then fails as a closed pipe, a full disk, or a terminal that is gone."""
+
+    def __init__(self, number: int, after: int) -> None:
+        super().__init__()
+        self.number, self.after = number, after
+
+    def write(self, text: str) -> int:
+        self.after -= 1
+        if self.after < 0:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("after", [0, 1, 2, 7])
+def test_a_stream_that_fails_ends_nothing(mode: str, number: int, after: int) -> None:
+    clock = Clock()
+    progress = Progress(1000, unit="position", shares=("busy",), mode=mode, stream=Broken(number, after), clock=clock)
+    for _ in range(30):
+        clock.now += 61
+        progress.add(10, busy=1.0)
+        progress.found(1)
+        progress.say("a line")
+        progress.event("shard", shard=1, text="a line")
+    progress.close()
+    assert progress.now()["positions"] == 330
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_that_was_closed_ends_nothing(mode: str) -> None:
+    progress, clock, stream = made(mode)
+    stream.close()
+    for _ in range(3):
+        clock.now += 61
+        progress.add(10)
+        progress.say("a line")
+    progress.close()
+    assert progress.now()["positions"] == 30
+
+
+def test_what_is_no_json_is_still_an_error() -> None:
+    progress, _, _ = made("events")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        progress.event("shard", shard={1})
+
+
+PROGRAM = """
+import sys
+from fastkd.utils.progress import Progress
+clock = iter(range(0, 10**9, 61))
+progress = Progress(100, unit="position", mode=sys.argv[1], clock=lambda: next(clock))
+sys.stdin.readline()
+for _ in range(50):
+    progress.add(1)
+    progress.say("a line")
+progress.close()
+print("more", flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("mode", ["events", "lines", "bar"])
+def test_a_reader_that_goes_away_does_not_change_the_exit_status(mode: str, tmp_path: Path) -> None:
+    """`fastkd capture --json | head`: the status still says whether work remains."""
+    reading, writing = os.pipe()
+    errors = tmp_path / "errors"
+    with open(errors, "wb") as file:
+        streams = {"stdout": writing, "stderr": file} if mode == "events" else {"stdout": file, "stderr": writing}
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, mode], stdin=subprocess.PIPE, **streams)  # type: ignore[call-overload]
+        os.close(writing)
+        os.close(reading)
+        process.communicate(b"go\n", timeout=120)
+    assert process.returncode == 7
+    assert errors.read_text() == ("" if mode == "events" else "more\n")
