@@ -70,7 +70,7 @@ def cut(head_VD: Tensor, states_ND: Tensor, labels_N: Tensor, size: int) -> tupl
         probability_V += (some_ND @ head_VD.T).softmax(1).sum(0) / len(states_ND)
     present = labels_N.unique()
     if len(present) > size:
-        raise ValueError(f"vocabulary: found {size}; the text alone has {len(present)} tokens, and all are needed.")
+        raise ValueError(f"vocabulary: got {size}; expected the text alone has {len(present)} tokens, and all.")
     rank_V = probability_V.clone()
     rank_V[present] += 1.0
     kept = rank_V.topk(min(size, len(head_VD))).indices
@@ -90,7 +90,7 @@ def read_problem(teacher: Path | None, *, windows: int, held: int, layer: int, v
     ids = text_ids(tokenizer)
     count = windows + held
     if count * LENGTH >= len(ids):
-        raise ValueError(f"windows: found {count} of {LENGTH} tokens; the text has {len(ids)} tokens.")
+        raise ValueError(f"windows: got {count} of {LENGTH} tokens; the text has {len(ids)} tokens.")
     starts = torch.linspace(0, len(ids) - LENGTH - 1, count).long()
     starts = starts[torch.randperm(count, generator=torch.Generator().manual_seed(0))]  # held out: from all over it
     windows_WL = torch.stack([ids[s : s + LENGTH + 1] for s in starts.tolist()])

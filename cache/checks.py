@@ -33,12 +33,12 @@ def check_targets(
     if not n:
         raise CacheError("ids: found no rows; a shard holds at least one position.")
     if n > spec.shard_positions:
-        raise CacheError(f"ids: found {n} rows; a shard of this cache holds {spec.shard_positions} at most.")
+        raise CacheError(f"ids: got {n} rows; a shard of this cache holds {spec.shard_positions} at most.")
     if n * spec.width * 4 > LARGEST:
         most = LARGEST // (4 * spec.width)
-        raise CacheError(f"ids: found {n} rows; with {spec.width} places a row a shard holds {most} at most.")
+        raise CacheError(f"ids: got {n} rows; with {spec.width} places a row a shard holds {most} at most.")
     if width > spec.width:
-        raise CacheError(f"ids: found {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
+        raise CacheError(f"ids: got {width} places a row; the cache has k={spec.k} and draws={spec.draws}.")
     logprobs = _array("logprobs", logprobs, "f", 2, like=("ids", ids.shape))
     tail = _array("tail", tail, "f", 2, like=("ids and temperatures", (n, len(spec.temperatures))))
     if draws is None and spec.draws:
@@ -50,14 +50,14 @@ def check_targets(
         # before they are narrowed, which would make small numbers of great ones
         _first(
             (draws < 0) | (draws > spec.draws),
-            lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]}; 0 to {spec.draws} is possible.",
+            lambda i, j: f"draws: row {i}, place {j}: got {draws[i, j]}; 0 to {spec.draws} is possible.",
         )
         draws = draws.astype(np.int32) if spec.draws else None
     used_NK = logprobs > -np.inf
     drawn_NK = used_NK & (draws > 0) if draws is not None else np.zeros((n, 0), bool)
     used_N, draw_counts = used_NK.sum(1), drawn_NK.sum(1)
     far = used_NK & (logprobs < LOWEST)
-    _first(far, lambda i, j: f"logprobs: row {i}, place {j}: found {logprobs[i, j]}; it is below {LOWEST} nats.")
+    _first(far, lambda i, j: f"logprobs: row {i}, place {j}: got {logprobs[i, j]}; it is below {LOWEST} nats.")
     logprobs = logprobs.astype(np.float32, copy=False)
     head_counts = used_N - draw_counts
     for start in range(0, n, BLOCK):
@@ -82,14 +82,14 @@ def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Arra
     """The input columns, each `[positions]`."""
     if not isinstance(inputs, Mapping) or set(inputs) != set(spec.inputs):
         found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else inputs
-        raise CacheError(f"inputs: found {found}; the cache has the columns {', '.join(spec.inputs)}.")
+        raise CacheError(f"inputs: got {found}; the cache has the columns {', '.join(spec.inputs)}.")
     columns = {name: _array(f"inputs[{name!r}]", inputs[name], "biuf", 1) for name in spec.inputs}
     for name, column in columns.items():
         if len(column) != positions:
-            raise CacheError(f"inputs[{name!r}]: found {len(column)} values for {positions} positions.")
+            raise CacheError(f"inputs[{name!r}]: got {len(column)} values for {positions} positions.")
     tokens = columns.get("tokens")
     if tokens is not None and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**31):
-        raise CacheError("inputs['tokens']: found other than token ids; integers from 0 to 2^31 are needed.")
+        raise CacheError("inputs['tokens']: got other than token ids; expected integers from 0 to 2^31.")
     return columns
 
 
@@ -98,7 +98,7 @@ def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> 
     array = _array(name, lengths, "iu", 1)
     _first(
         (array < 1) | (array > positions),
-        lambda i: f"{name}: place {i}: found {array[i]}; 1 to {positions}, all positions of the shard, is possible.",
+        lambda i: f"{name}: place {i}: got {array[i]}; 1 to {positions}, all positions of the shard, is possible.",
     )
     if int(array.sum(dtype=np.int64)) != positions:
         raise CacheError(f"{name}: found a sum of {int(array.sum(dtype=np.int64))} for {positions} positions.")
@@ -108,7 +108,7 @@ def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> 
 def check_number(name: str, value: Any) -> int:
     """A number of a shard or a sequence."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= int(value) < 10**18:
-        raise CacheError(f"{name}: found {value!r}; an integer from 0 on, below 10^18, is needed.")
+        raise CacheError(f"{name}: got {value!r}; expected an integer from 0 on, below 10^18.")
     return int(value)
 
 
@@ -119,9 +119,7 @@ def check_record(record: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise CacheError(f"record: found what is no JSON ({error}).") from error
     if not isinstance(record, Mapping) or len(text) > LONGEST_RECORD:
-        raise CacheError(
-            f"record: found {len(text)} characters of JSON; an object of up to {LONGEST_RECORD} is needed."
-        )
+        raise CacheError(f"record: got {len(text)} characters of JSON; expected an object of up to {LONGEST_RECORD}.")
     found: dict[str, Any] = json.loads(text)
     return found
 
@@ -137,11 +135,11 @@ def _array(
         raise CacheError(f"{name}: found what is no NumPy array and cannot be made one ({error}).") from error
     wanted = {"iu": "integers", "f": "floating-point numbers"}.get(kinds, "numbers")
     if array.dtype.kind not in kinds and array.size:
-        raise CacheError(f"{name}: found {array.dtype}; {wanted} are needed.")
+        raise CacheError(f"{name}: got {array.dtype}; expected {wanted}.")
     if ndim is not None and array.ndim != ndim:
-        raise CacheError(f"{name}: found shape {array.shape}; {ndim} dimension{'s' * (ndim > 1)} are needed.")
+        raise CacheError(f"{name}: got shape {array.shape}; expected {ndim} dimension{'s' * (ndim > 1)}.")
     if like is not None and array.shape != like[1]:
-        raise CacheError(f"{name}: found shape {array.shape}; {like[1]}, as {like[0]}, is needed.")
+        raise CacheError(f"{name}: got shape {array.shape}; expected {like[1]}, as {like[0]}.")
     return array
 
 
@@ -159,15 +157,13 @@ def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: 
     if ids.size and (ids.min() < 0 or ids.max() >= vocab):
         _first(
             (ids < 0) | (ids >= vocab),
-            lambda i, j: (
-                f"ids: row {start + i}, place {j}: found {ids[i, j]}; 0 to {vocab - 1} (vocab_size) is needed."
-            ),
+            lambda i, j: f"ids: row {start + i}, place {j}: got {ids[i, j]}; expected 0 to {vocab - 1} (vocab_size).",
         )
     good = logprobs <= ROUNDING
     if not good.all():
         _first(
             ~good,
-            lambda i, j: f"logprobs: row {start + i}, place {j}: found {logprobs[i, j]}; a log-probability is needed.",
+            lambda i, j: f"logprobs: row {start + i}, place {j}: got {logprobs[i, j]}; expected a log-probability.",
         )
     if not whole:
         places = np.arange(ids.shape[1])
@@ -192,12 +188,12 @@ def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: 
 def _check_draws(spec: CacheSpec, draws: Array, used: Array, drawn: Array, head_counts: Array) -> None:
     _first(
         ~used & (draws != 0),
-        lambda i, j: f"draws: row {i}, place {j}: found {draws[i, j]} in an unused place.",
+        lambda i, j: f"draws: row {i}, place {j}: got {draws[i, j]} in an unused place.",
     )
     heads_first = np.arange(draws.shape[1]) < head_counts[:, None]
     _first(drawn & heads_first, lambda i, j: f"draws: row {i}, place {j}: found a drawn entry before the head's last.")
     total = draws.sum(1, dtype=np.int64)
-    _first(total > spec.draws, lambda i: f"draws: row {i}: found {total[i]} draws; the cache holds {spec.draws} a row.")
+    _first(total > spec.draws, lambda i: f"draws: row {i}: got {total[i]} draws; the cache holds {spec.draws} a row.")
 
 
 def check_sorted(targets: Targets) -> None:
@@ -214,7 +210,7 @@ def _check_sorted_block(start: int, logprobs: Array, draws: Array | None) -> Non
     _first(
         rising,
         lambda i, j: (
-            f"logprobs: row {start + i}, place {j + 1}: found {logprobs[i, j + 1]} after {logprobs[i, j]}; "
+            f"logprobs: row {start + i}, place {j + 1}: got {logprobs[i, j + 1]} after {logprobs[i, j]}; "
             "the entries go best first."
         ),
     )
@@ -224,18 +220,18 @@ def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
     # a row that does not count has no tail: whatever stands there would only cost bytes
     tail = np.where((used_N == 0)[:, None], -np.inf, tail)
     bad = np.isnan(tail) | (tail == np.inf)
-    _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: found {tail[i, m]}; a log-partition is needed.")
+    _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: got {tail[i, m]}; expected a log-partition.")
     absent = tail == -np.inf
     _first(
         absent.any(1) & ~absent.all(1),
-        lambda i: f"tail: row {i}: found {tail[i]}; an empty tail is -inf at every temperature.",
+        lambda i: f"tail: row {i}: got {tail[i]}; an empty tail is -inf at every temperature.",
     )
     highest = np.array([_HIGHEST_TAIL if t != 1.0 else _HIGHEST_LOG_MASS for t in spec.temperatures])
     far = ~absent & ((tail > highest) | (tail < -min(_HIGHEST_TAIL, _HIGHEST_TAIL_CODE * spec.settings.tail_step)))
     _first(
         far,
         lambda i, m: (
-            f"tail: row {i}, temperature {m}: found {tail[i, m]}; no teacher has such a tail (at T=1 it is the "
+            f"tail: row {i}, temperature {m}: got {tail[i, m]}; no teacher has such a tail (at T=1 it is the "
             "log of a probability)."
         ),
     )
@@ -248,12 +244,12 @@ def _check_outcomes(
     rest = spec.vocab_size - head_counts
     array = rest if outcomes is None else _array("outcomes", outcomes, "iu", None)
     if array.shape not in ((), rest.shape):
-        raise CacheError(f"outcomes: found shape {array.shape}; one integer, or one a row, is needed.")
+        raise CacheError(f"outcomes: got shape {array.shape}; expected one integer, or one a row.")
     array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)
     _first(
         (array < draw_counts) | (array > rest),
         lambda i: (
-            f"outcomes: row {i}: found {array[i]}; {draw_counts[i]} (the drawn entries) to {rest[i]} (what is outside "
+            f"outcomes: row {i}: got {array[i]}; {draw_counts[i]} (the drawn entries) to {rest[i]} (what is outside "
             "the head) is possible."
         ),
     )

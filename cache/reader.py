@@ -168,7 +168,7 @@ class Cache:
         for name in names:
             if len(types := {piece[name].dtype for piece in pieces.values()}) > 1:
                 raise CacheError(
-                    f"numbers: found {name} of types {' and '.join(sorted(map(str, types)))} in these shards; read "
+                    f"numbers: got {name} of types {' and '.join(sorted(map(str, types)))} in these shards; read "
                     "them apart, with read_shard."
                 )
         return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
@@ -267,7 +267,7 @@ def _numbers(numbers: Iterable[int]) -> NDArray[np.int64]:
     try:
         array = np.asarray(numbers if isinstance(numbers, np.ndarray) else list(numbers))
     except (TypeError, ValueError) as error:
-        raise CacheError(f"numbers: found {numbers!r}; numbers of sequences are needed.") from error
+        raise CacheError(f"numbers: got {numbers!r}; expected numbers of sequences.") from error
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu" or int(array.max()) >= 2**62:
-        raise CacheError(f"numbers: found {array.dtype} of shape {array.shape}; numbers of sequences are needed.")
+        raise CacheError(f"numbers: got {array.dtype} of shape {array.shape}; expected numbers of sequences.")
     return array.astype(np.int64)

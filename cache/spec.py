@@ -85,17 +85,17 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if isinstance(self.codec, str):
             if self.codec not in CODECS:
-                raise CacheError(f"codec: found {self.codec!r}; one of {', '.join(CODECS)}, or a Codec, is needed.")
+                raise CacheError(f"codec: got {self.codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
             object.__setattr__(self, "codec", CODECS[self.codec])
         if not isinstance(self.codec, Codec):
-            raise CacheError(f"codec: found {self.codec!r}; one of {', '.join(CODECS)}, or a Codec, is needed.")
+            raise CacheError(f"codec: got {self.codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
         for name in ("temperatures", "inputs"):
             value = getattr(self, name)
             if isinstance(value, (str, set, frozenset)) or not hasattr(value, "__iter__"):
-                raise CacheError(f"{name}: found {value!r}; a sequence, in an order of its own, is needed.")
+                raise CacheError(f"{name}: got {value!r}; expected a sequence, in an order of its own.")
             object.__setattr__(self, name, tuple(value))
             if len(getattr(self, name)) > MOST_COLUMNS:
-                raise CacheError(f"{name}: found {len(getattr(self, name))}; {MOST_COLUMNS} are possible.")
+                raise CacheError(f"{name}: got {len(getattr(self, name))}; {MOST_COLUMNS} are possible.")
         for name, low, high in (
             ("vocab_size", 1, 2**26),
             ("k", 0, 2**16 - 1),
@@ -104,29 +104,25 @@ class CacheSpec:
         ):
             object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
         if self.k + self.draws == 0:
-            raise CacheError("k: found 0 with draws=0; a head, draws or both are needed.")
+            raise CacheError("k: got 0 with draws=0; expected a head, draws or both.")
         object.__setattr__(self, "draw_temperature", _positive("draw_temperature", self.draw_temperature))
         object.__setattr__(self, "temperatures", tuple(_positive("temperatures", t) for t in self.temperatures))
         if 1.0 not in self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
-            raise CacheError(
-                f"temperatures: found {self.temperatures}; ascending numbers with 1.0 among them are needed."
-            )
+            raise CacheError(f"temperatures: got {self.temperatures}; expected ascending numbers with 1.0 among them.")
         if self.mass is not None:
             object.__setattr__(self, "mass", _positive("mass", self.mass))
             if not self.mass <= 1:
-                raise CacheError(f"mass: found {self.mass}; a probability, up to 1, or None is needed.")
+                raise CacheError(f"mass: got {self.mass}; expected a probability, up to 1, or None.")
         for name in self.inputs:
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in RESERVED:
-                raise CacheError(
-                    f"inputs: found {name!r}; a name of letters, digits and _ is needed, and none of ours."
-                )
+                raise CacheError(f"inputs: got {name!r}; expected a name of letters, digits and _, and none of ours.")
         if len(set(self.inputs)) != len(self.inputs):
-            raise CacheError(f"inputs: found {self.inputs}; distinct names are needed.")
+            raise CacheError(f"inputs: got {self.inputs}; expected distinct names.")
         for name in ("teacher", "tokenizer", "dataset", "notes"):
             if not isinstance(getattr(self, name), str):
-                raise CacheError(f"{name}: found {getattr(self, name)!r}; text is needed.")
+                raise CacheError(f"{name}: got {getattr(self, name)!r}; expected text.")
             if len(getattr(self, name)) > LONGEST_TEXT:
-                raise CacheError(f"{name}: found {len(getattr(self, name))} characters; {LONGEST_TEXT} are possible.")
+                raise CacheError(f"{name}: got {len(getattr(self, name))} characters; {LONGEST_TEXT} are possible.")
         object.__setattr__(self, "codec", _checked(self.codec))
         if self.codec.contexts and "tokens" not in self.inputs:
             raise CacheError(
@@ -184,7 +180,7 @@ class CacheSpec:
             )
         required = document.get("required")
         if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
-            raise CacheError(f"spec.json: required: found {required!r}; a list of features is needed.")
+            raise CacheError(f"spec.json: required: got {required!r}; expected a list of features.")
         if unknown := sorted(set(required) - FEATURES):
             raise CacheError(
                 f"spec.json: the cache needs {', '.join(unknown)}, which this fastkd does not know; use a newer one."
@@ -198,7 +194,7 @@ class CacheSpec:
         except CacheError as error:
             raise CacheError(f"spec.json: {error}") from error
         if not set(spec.required) <= set(required):
-            raise CacheError(f"spec.json: required: found {required}; its settings need {list(spec.required)}.")
+            raise CacheError(f"spec.json: required: got {required}; its settings need {list(spec.required)}.")
         if spec.hash != document.get("sha256"):
             raise CacheError(
                 "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "
@@ -219,13 +215,13 @@ def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object from a file that may hold anything."""
     if len(data) > 2**22:
-        raise CacheError(f"{name}: found {len(data)} bytes; this is no metadata of a cache.")
+        raise CacheError(f"{name}: got {len(data)} bytes; this is no metadata of a cache.")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{name}: not readable as JSON ({error}).") from error
     if not isinstance(document, dict):
-        raise CacheError(f"{name}: found {type(document).__name__}; an object is needed.")
+        raise CacheError(f"{name}: got {type(document).__name__}; expected an object.")
     return document
 
 
@@ -237,13 +233,13 @@ def _known(cls: type, values: Any) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     if not isinstance(values, Mapping) or set(values) != names:
         found = sorted(values) if isinstance(values, Mapping) else values
-        raise CacheError(f"spec.json: found {found} where {sorted(names)} are needed.")
+        raise CacheError(f"spec.json: got {found} where {sorted(names)} are needed.")
     return dict(values)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= int(value) <= high:
-        raise CacheError(f"{name}: found {value!r}; an integer from {low} to {high} is needed.")
+        raise CacheError(f"{name}: got {value!r}; expected an integer from {low} to {high}.")
     return int(value)
 
 
@@ -253,13 +249,13 @@ def _number(name: str, value: Any) -> float:
             raise ValueError
         return float(value)
     except (ValueError, OverflowError, TypeError):
-        raise CacheError(f"{name}: found {value!r}; a number is needed.") from None
+        raise CacheError(f"{name}: got {value!r}; expected a number.") from None
 
 
 def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0 < number < math.inf:
-        raise CacheError(f"{name}: found {value!r}; a positive number is needed.")
+        raise CacheError(f"{name}: got {value!r}; expected a positive number.")
     return number
 
 
@@ -268,16 +264,16 @@ def _checked(codec: Codec) -> Codec:
     numbers: dict[str, Any] = {name: _positive(f"codec.{name}", getattr(codec, name)) for name in STEPS}
     for name, value in numbers.items():
         if not 1e-4 <= value <= 8:
-            raise CacheError(f"codec.{name}: found {value}; 0.0001 to 8 nats are possible.")
+            raise CacheError(f"codec.{name}: got {value}; 0.0001 to 8 nats are possible.")
     numbers["growth"] = _number("codec.growth", codec.growth) + 0.0  # no −0
     if numbers["growth"] and not 1e-4 <= numbers["growth"] <= 1:
-        raise CacheError(f"codec.growth: found {codec.growth!r}; 0, and 0.0001 to 1, are possible.")
+        raise CacheError(f"codec.growth: got {codec.growth!r}; 0, and 0.0001 to 1, are possible.")
     if numbers["cap"] < numbers["step"]:
-        raise CacheError(f"codec.cap: found {codec.cap}, below the step of {codec.step}.")
+        raise CacheError(f"codec.cap: got {codec.cap}, below the step of {codec.step}.")
     for name in ("sort_ties", "contexts"):
         if not isinstance(getattr(codec, name), bool):
-            raise CacheError(f"codec.{name}: found {getattr(codec, name)!r}; True or False is needed.")
+            raise CacheError(f"codec.{name}: got {getattr(codec, name)!r}; expected True or False.")
     if codec.compressor not in COMPRESSORS:
-        raise CacheError(f"codec.compressor: found {codec.compressor!r}; one of {', '.join(COMPRESSORS)} is needed.")
+        raise CacheError(f"codec.compressor: got {codec.compressor!r}; expected one of {', '.join(COMPRESSORS)}.")
     level = _integer("codec.level", codec.level, 0, 12 if codec.compressor == "pcodec" else 19)
     return replace(codec, level=level, **numbers)

@@ -52,10 +52,10 @@ def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue
     Raises CacheError where a cache of other settings is there (of another teacher, say), naming what differs.
     """
     if not isinstance(spec, CacheSpec):
-        raise CacheError(f"spec: found {type(spec).__name__}; a CacheSpec is needed.")
+        raise CacheError(f"spec: got {type(spec).__name__}; expected a CacheSpec.")
     for name, value, least in (("threads", threads, 1), ("queue", queue, 0)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
-            raise CacheError(f"{name}: found {value!r}; an integer from {least} on is needed.")
+            raise CacheError(f"{name}: got {value!r}; expected an integer from {least} on.")
     store = open_store(path_or_store, create=True)
     if not store.create(SPEC_KEY, spec.to_json()):
         there = read_spec(store)

@@ -61,13 +61,13 @@ def decode_targets(raw: Mapping[str, Tensor], *, compact: bool = False, impl: st
     nothing is read or written out of bounds.
     """
     if impl not in IMPLEMENTATIONS:
-        raise KDError(f"impl: found {impl!r}; one of {', '.join(IMPLEMENTATIONS)} is needed.")
+        raise KDError(f"impl: got {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     tail_MN = _get(raw, "tail")
     device, n = tail_MN.device, tail_MN.shape[1]
     width, vocab_size = int(_get(raw, "width")), int(_get(raw, "vocab_size"))
     parts = {part: _counts(raw, part, n, device) for part in ("head", "draws") if f"{part}/counts" in raw}
     if not parts:
-        raise KDError("raw: found neither 'head/counts' nor 'draws/counts'; the arrays of Cache.raw_shard are needed.")
+        raise KDError("raw: got neither 'head/counts' nor 'draws/counts'; expected the arrays of Cache.raw_shard.")
     total = torch.stack([c.host for c in parts.values()]).sum(0)
     if int(total.max()) > width:
         raise KDError(f"raw: found rows of up to {int(total.max())} entries; the cache's rows have {width} places.")
@@ -101,7 +101,7 @@ def decode_targets(raw: Mapping[str, Tensor], *, compact: bool = False, impl: st
 
 def _get(raw: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in raw:
-        raise KDError(f"raw: found no {name!r}; the arrays of Cache.raw_shard are needed.")
+        raise KDError(f"raw: got no {name!r}; expected the arrays of Cache.raw_shard.")
     return raw[name]
 
 
@@ -129,7 +129,7 @@ def _upload(tensor: Tensor, device: torch.device) -> Tensor:
 def _counts(raw: Mapping[str, Tensor], part: str, n: int, device: torch.device) -> _Counts:
     counts = raw[f"{part}/counts"]
     if tuple(counts.shape) != (n,):
-        raise KDError(f"raw['{part}/counts']: found shape {tuple(counts.shape)}; ({n},), as of tail, is needed.")
+        raise KDError(f"raw['{part}/counts']: got shape {tuple(counts.shape)}; expected ({n},), as of tail.")
     return _Counts(counts.to("cpu").to(torch.int64), _upload(counts, device).to(torch.int32))
 
 
@@ -151,7 +151,7 @@ def _part(
     lengths = per_count.flip(0).cumsum(0).flip(0)[1:]
     entries, with_entries = int(lengths.sum()), int(lengths[0])
     if entries > MOST_ENTRIES:
-        raise KDError(f"raw: {name}: found {entries} entries; up to {MOST_ENTRIES} can be decoded. Read it decoded.")
+        raise KDError(f"raw: {name}: got {entries} entries; up to {MOST_ENTRIES} can be decoded. Read it decoded.")
     streams = {s: _signed(_get(raw, f"{name}/{s}")) for s in ("values", "firsts", "ties")}
     repeats = _signed(_get(raw, f"{name}/repeats")) if name == "draws" else None
     sort_ties, list_width = bool(_get(raw, "sort_ties")), int(_get(raw, f"{name}/list_width"))
@@ -160,7 +160,7 @@ def _part(
     found = [len(streams["values"]), len(streams["firsts"]) + len(streams["ties"])]
     found += [len(repeats)] if repeats is not None else []
     if found != [entries] * len(found) or (len(streams["ties"]) and not sort_ties):
-        raise KDError(f"raw: {name}: found {found} numbers in its streams for {entries} entries.")
+        raise KDError(f"raw: {name}: got {found} numbers in its streams for {entries} entries.")
     if streams["firsts"].dtype != streams["ties"].dtype:
         # an empty stream has the type of an empty stream
         streams = {s: t if s == "values" else _widened(t) for s, t in streams.items()}

@@ -88,7 +88,7 @@ def fill_torch(part: Part, out: Out, checked: bool) -> None:
 def refuse(part: Part, ties: Tensor) -> None:
     """Raise KDError where the values have another number of ties than the stream of them."""
     if int(ties) != len(part.ties):
-        raise KDError(f"raw: found {len(part.ties)} ties where the values have {int(ties)}.")
+        raise KDError(f"raw: got {len(part.ties)} ties where the values have {int(ties)}.")
 
 
 def poisoned(part: Part, ties: Tensor) -> Tensor:

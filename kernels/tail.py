@@ -65,17 +65,17 @@ def device_table(temperatures: tuple[float, ...], device: torch.device) -> Tenso
 def check_temperature(temperature: float, temperatures: Sequence[float]) -> None:
     """Raise KDError unless the targets can serve this temperature."""
     if not temperature > 0 or temperature == float("inf"):
-        raise KDError(f"temperature: found {temperature}; a positive, finite number is needed.")
+        raise KDError(f"temperature: got {temperature}; expected a positive, finite number.")
     lowest = min(temperatures)
     if temperature < lowest * (1 - ON_GRID):
         raise KDError(
-            f"temperature: found {temperature}, below the lowest stored one, {lowest}; the tail is not known there. "
+            f"temperature: got {temperature}, below the lowest stored one, {lowest}; the tail is not known there. "
             f"Use T >= {lowest}, or store targets with temperatures that reach down to {temperature}."
         )
     on_grid = any(abs(temperature - t) <= ON_GRID * t for t in temperatures)
     if not on_grid and len(temperatures) < OFF_GRID_NEEDS:
         raise KDError(
-            f"temperature: found {temperature}, which is not among the stored {tuple(temperatures)}; interpolating the "
+            f"temperature: got {temperature}, which is not among the stored {tuple(temperatures)}; interpolating the "
             f"tail needs at least {OFF_GRID_NEEDS} stored temperatures. Use a stored one, or store more of them."
         )
 

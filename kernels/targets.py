@@ -73,15 +73,15 @@ class SparseTargets:
         for name in ("ids", "logprobs", "tail", "draws", "index"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) and (name not in ("draws", "index") or value is not None):
-                raise KDError(f"targets.{name}: found {type(value).__name__}; a tensor is needed.")
+                raise KDError(f"targets.{name}: got {type(value).__name__}; expected a tensor.")
         if not isinstance(self.outcomes, Tensor):
             if not isinstance(self.outcomes, Integral):
-                raise KDError(f"targets.outcomes: found {self.outcomes!r}; a tensor or an int is needed.")
+                raise KDError(f"targets.outcomes: got {self.outcomes!r}; expected a tensor or an int.")
             object.__setattr__(self, "outcomes", torch.as_tensor(int(self.outcomes), device=self.ids.device))
         if self.ids.ndim != 2:
-            raise KDError(f"targets.ids: found shape {tuple(self.ids.shape)}; (positions, entries) is needed.")
+            raise KDError(f"targets.ids: got shape {tuple(self.ids.shape)}; expected (positions, entries).")
         if not isinstance(self.temperatures, Iterable) or not all(isinstance(t, Real) for t in self.temperatures):
-            raise KDError(f"temperatures: found {self.temperatures!r}; numbers are needed.")
+            raise KDError(f"temperatures: got {self.temperatures!r}; expected numbers.")
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         n = self.ids.shape[0]
         expected: dict[str, list[tuple[int, ...]]] = {
@@ -97,24 +97,24 @@ class SparseTargets:
                 continue
             if tuple(value.shape) not in shapes:
                 wanted = " or ".join(map(str, shapes))
-                raise KDError(f"targets.{name}: found shape {tuple(value.shape)}; {wanted} is needed beside ids.")
+                raise KDError(f"targets.{name}: got shape {tuple(value.shape)}; expected {wanted} beside ids.")
             if value.device != self.ids.device:
                 raise KDError(f"targets.{name}: found on {value.device}, ids on {self.ids.device}; use .to(device).")
             if name in ("logprobs", "tail") and value.dtype not in FLOATS:
-                raise KDError(f"targets.{name}: found {value.dtype}; a floating-point type is needed.")
+                raise KDError(f"targets.{name}: got {value.dtype}; expected a floating-point type.")
             if name not in ("logprobs", "tail") and value.dtype not in INTEGERS:
-                raise KDError(f"targets.{name}: found {value.dtype}; {INTEGER_TYPE} is needed.")
+                raise KDError(f"targets.{name}: got {value.dtype}; expected {INTEGER_TYPE}.")
         if self.ids.dtype not in INTEGERS:
-            raise KDError(f"targets.ids: found {self.ids.dtype}; {INTEGER_TYPE} is needed.")
+            raise KDError(f"targets.ids: got {self.ids.dtype}; expected {INTEGER_TYPE}.")
         grid = self.temperatures
         # compared one by one: torch.compile may hold them as symbols, of which it knows neither `in` nor sets
         distinct = all(s != t for i, t in enumerate(grid) for s in grid[:i])
         if not any(t == 1.0 for t in grid) or not distinct or not all(0 < t < _INF for t in grid):
-            raise KDError(f"temperatures: found {grid}; distinct positive numbers with 1.0 among them are needed.")
+            raise KDError(f"temperatures: got {grid}; expected distinct positive numbers with 1.0 among them.")
         if not isinstance(self.draw_temperature, Real) or not 0 < self.draw_temperature < _INF:
-            raise KDError(f"draw_temperature: found {self.draw_temperature!r}; a positive number is needed.")
+            raise KDError(f"draw_temperature: got {self.draw_temperature!r}; expected a positive number.")
         if not isinstance(self.vocab_size, Integral) or self.vocab_size < 1:
-            raise KDError(f"vocab_size: found {self.vocab_size!r}; the width of the teacher's head is needed.")
+            raise KDError(f"vocab_size: got {self.vocab_size!r}; expected the width of the teacher's head.")
         # numpy's numbers become Python's: an operator takes no others
         object.__setattr__(self, "draw_temperature", float(self.draw_temperature))
         object.__setattr__(self, "vocab_size", int(self.vocab_size))
@@ -135,7 +135,7 @@ class SparseTargets:
     def __getitem__(self, rows: slice | Tensor) -> "SparseTargets":
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers."""
         if not isinstance(rows, (slice, Tensor)):
-            raise KDError(f"targets[...]: found {type(rows).__name__}; a slice, a mask or a tensor of rows is needed.")
+            raise KDError(f"targets[...]: got {type(rows).__name__}; expected a slice, a mask or a tensor of rows.")
         return self._map(lambda x: x if x.ndim == 0 else x[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
@@ -204,7 +204,7 @@ def targets_at(
 ) -> TargetsAt:
     """`SparseTargets.at` on bare tensors. A tensor temperature is read on the host here (the Triton kernels do not)."""
     if treatment not in TREATMENTS:
-        raise KDError(f"treatment: found {treatment!r}; one of {', '.join(TREATMENTS)} is needed.")
+        raise KDError(f"treatment: got {treatment!r}; expected one of {', '.join(TREATMENTS)}.")
     t = float(temperature)
     check_temperature(t, temperatures)
     if treatment == "auto":

@@ -50,7 +50,7 @@ class Damage(ValueError):
 def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Codec, positions: int) -> bytes:
     """The object. arrays: by their path in the group, sorted into it by name; attributes: JSON."""
     if (size := sum(array.nbytes for array in arrays.values())) > LARGEST:
-        raise CacheError(f"found {size} bytes of streams; {LARGEST} fit into a shard. Make the shards smaller.")
+        raise CacheError(f"got {size} bytes of streams; {LARGEST} fit into a shard. Make the shards smaller.")
     buffer = io.BytesIO()
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -190,7 +190,7 @@ def _decompress(data: memoryview, flat: Array, codecs: list[dict[str, Any]]) -> 
         # numcodecs would not say that fewer numbers came than were asked for
         progress = standalone.simple_decompress_into(bytes(data), flat)
         if progress.n_processed != flat.size or not progress.finished:
-            raise ValueError(f"found {progress.n_processed} numbers or more where {flat.size} are declared")
+            raise ValueError(f"got {progress.n_processed} numbers or more where {flat.size} are declared")
         return
     size = _zstd_size(data)
     if size != flat.nbytes:
@@ -221,7 +221,7 @@ def _compress(array: Array, codecs: list[dict[str, Any]]) -> bytes:
 def _smallest(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
     """Codecs of an array, and what they make of it. either: try zstd beside pcodec (text repeats itself)."""
     if array.dtype.name not in _DTYPES:
-        raise CacheError(f"found an array of {array.dtype}; one of {', '.join(sorted(_DTYPES))} is needed.")
+        raise CacheError(f"got an array of {array.dtype}; expected one of {', '.join(sorted(_DTYPES))}.")
     by_pcodec = codec.compressor == "pcodec" and array.dtype.name in _BY_PCODEC
     choices = [_pcodec(array, codec, positions)] if by_pcodec else []
     if either or not by_pcodec:

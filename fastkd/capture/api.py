@@ -70,7 +70,7 @@ def capture(
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
     if progress not in MODES:
-        raise ValueError(f"progress: found {progress!r}; one of {', '.join(MODES)} is needed.")
+        raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
     settings = replace(settings, **changes)
     rank, world_size = place_of(rank, world_size)
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)

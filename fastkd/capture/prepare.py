@@ -123,7 +123,7 @@ def plan_settings(
     if context is None:
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     elif longest is not None and context > longest:
-        raise TeacherError(f"context: found {context}; this teacher takes {longest} positions at most.")
+        raise TeacherError(f"context: got {context}; this teacher takes {longest} positions at most.")
     return PlanSettings(
         context=context,
         packing=settings.packing,

@@ -131,7 +131,7 @@ def _tokens(
     if len(changed := np.flatnonzero(read.lengths != planned)):
         first = changed[0]
         raise DataError(
-            f"{documents.where(int(numbers[first]))}: found {read.lengths[first]} tokens where the plan has "
+            f"{documents.where(int(numbers[first]))}: got {read.lengths[first]} tokens where the plan has "
             f"{planned[first]}: the dataset, the tokenizer or the template has changed. Bring back what was planned, "
             "or plan anew, for another cache."
         )

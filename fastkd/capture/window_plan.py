@@ -66,21 +66,21 @@ class PlanSettings:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= int(value) <= high:
-                raise DataError(f"{name}: found {value!r}; an integer from {low} to {high} is needed.")
+                raise DataError(f"{name}: got {value!r}; expected an integer from {low} to {high}.")
             object.__setattr__(self, name, int(value))
         for name, possible in (("packing", ("pack", "keep")), ("on_long", ("split", "truncate", "error"))):
             if getattr(self, name) not in possible:
-                raise DataError(f"{name}: found {getattr(self, name)!r}; one of {', '.join(possible)} is needed.")
+                raise DataError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(possible)}.")
         if self.overlap and (self.on_long != "split" or self.overlap >= self.context):
             raise DataError(
-                f"overlap: found {self.overlap}; less than the context ({self.context}) is possible, and only with "
+                f"overlap: got {self.overlap}; less than the context ({self.context}) is possible, and only with "
                 'on_long="split".'
             )
         if self.shard_positions < self.context:
-            raise DataError(f"shard_positions: found {self.shard_positions}; a window of {self.context} has to fit in.")
+            raise DataError(f"shard_positions: got {self.shard_positions}; a window of {self.context} has to fit in.")
         held_out = self.held_out
         if isinstance(held_out, (bool, str)) or not hasattr(held_out, "__float__") or not 0 <= float(held_out) < 1:
-            raise DataError(f"held_out: found {held_out!r}; a fraction from 0 to below 1 is needed.")
+            raise DataError(f"held_out: got {held_out!r}; expected a fraction from 0 to below 1.")
         object.__setattr__(self, "held_out", float(held_out) + 0.0)
 
 
@@ -280,10 +280,10 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
         given.size and (given.dtype.kind not in "iu" or not 0 <= given.min() <= given.max() < 2**31)
     ):
         raise DataError(
-            f"lengths: found {given.dtype} of shape {given.shape}; one integer from 0 on a document is needed."
+            f"lengths: got {given.dtype} of shape {given.shape}; expected one integer from 0 on a document."
         )
     if len(given) >= 2**31:
-        raise DataError(f"lengths: found {len(given)} documents; up to 2^31 are possible.")
+        raise DataError(f"lengths: got {len(given)} documents; up to 2^31 are possible.")
     # its own, and constant: the hash is kept
     lengths = given.astype(np.int32)
     lengths.flags.writeable = False
@@ -292,7 +292,7 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
         raise DataError(f"found no tokens in any of the {len(lengths)} documents; there is nothing to plan.")
     _check_long(lengths, settings)
     if settings.held_out and len(kept) < 2:
-        raise DataError(f"held_out: found {settings.held_out} of {len(kept)} document; two are needed to split.")
+        raise DataError(f"held_out: got {settings.held_out} of {len(kept)} document; expected two to split.")
     out = held_out(kept, settings.held_out, settings.seed)
     order = np.concatenate([kept[~out], kept[out]])
     train_documents = len(kept) - int(np.count_nonzero(out))
@@ -323,6 +323,6 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
 def _check_long(lengths: NDArray[np.int32], settings: PlanSettings) -> None:
     if settings.on_long == "error" and len(long := np.flatnonzero(lengths > settings.context)):
         raise DataError(
-            f"document {long[0]}: found {lengths[long[0]]} tokens, and {len(long)} documents longer than the context "
+            f"document {long[0]}: got {lengths[long[0]]} tokens, and {len(long)} documents longer than the context "
             f'of {settings.context}. Use on_long="split" or "truncate", or a longer context.'
         )

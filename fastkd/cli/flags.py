@@ -21,7 +21,7 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         value = _bare(found[2] or "")
         return flags[found[1]] + (f" {value}" if value not in ("", "True") else "")
 
-    text = re.sub(rf"^({names}): found {_VALUE}; ", lambda m: f"{flags[m[1]]} {_bare(m[2])}: ", text)
+    text = re.sub(rf"^({names}): got {_VALUE}; ", lambda m: f"{flags[m[1]]} {_bare(m[2])}: ", text)
     listed = rf"^((?:{names})(?:, (?:{names}))*)(?=: )"
     text = re.sub(listed, lambda m: ", ".join(flags[name] for name in m[1].split(", ")), text)
     text = re.sub(rf"(?<=[ (])({names})={_VALUE}?(?![\w/=]|,\w)", assigned, text)

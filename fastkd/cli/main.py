@@ -310,7 +310,7 @@ def _examples(factory: str | None) -> Any:
     if factory is None:
         return None
     if not is_factory(factory):
-        raise DataError(f"--data: found {factory!r}; the module:factory that returns the cache's examples is needed.")
+        raise DataError(f"--data: got {factory!r}; expected the module:factory that returns the cache's examples.")
     return made_by(factory, DataError)
 
 

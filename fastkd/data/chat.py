@@ -55,6 +55,6 @@ def chat_tokens(
 
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise NotChat(f"found {type(message).__name__} without a role; messages with role and content are needed.")
+        raise NotChat(f"got {type(message).__name__} without a role; expected messages with role and content.")
     # A column of structs has every key in every message, null where JSON has none; templates ask whether one is there.
     return {key: value for key, value in message.items() if value is not None}

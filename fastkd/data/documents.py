@@ -78,16 +78,16 @@ def open_documents(
     ):
         if (given is None) != (not fingerprint):
             raise DataError(
-                f"{name}_fingerprint: found {fingerprint!r} {'with' if given else 'without'} a {name}; what says which "
+                f"{name}_fingerprint: got {fingerprint!r} {'with' if given else 'without'} a {name}; what says which "
                 "one it is belongs to it, so that a cache is never continued with another."
             )
     if loss_on not in ("all", "assistant"):
-        raise DataError(f'loss_on: found {loss_on!r}; "all" or "assistant" is needed.')
+        raise DataError(f'loss_on: got {loss_on!r}; expected "all" or "assistant".')
     if loss_on == "assistant" and template is None:
         raise DataError('loss_on: found "assistant" without a template; only messages say whose turn it is.')
     limit = LARGEST_ID if vocab_size is None else vocab_size
     if isinstance(limit, bool) or not hasattr(limit, "__index__") or not 1 <= int(limit) <= LARGEST_ID:
-        raise DataError(f"vocab_size: found {vocab_size!r}; an integer from 1 on is needed.")
+        raise DataError(f"vocab_size: got {vocab_size!r}; expected an integer from 1 on.")
     columns, files = open_column(source, column, text_documents)
     chosen = {"tokenizer": tokenizer_fingerprint, "template": template_fingerprint, "loss_on": loss_on}
     if (cut := cut_at(columns)) not in (None, "line"):
@@ -299,21 +299,21 @@ def _arrow_ids(values: pa.Array, where: Callable[[int], str]) -> tuple[NDArray[A
     """Flat ids and lengths of an Arrow array of lists, by its offsets."""
     kind = values.type
     if pa.types.is_null(kind) and len(values):
-        raise DataError(f"{where(0)}found null; a document is needed. Drop such rows.")
+        raise DataError(f"{where(0)}got null; expected a document. Drop such rows.")
     if not len(values):
         return np.empty(0, np.int32), np.empty(0, np.int64)
     if pa.types.is_fixed_size_list(kind):
         values, kind = values.cast(pa.list_(kind.value_type)), pa.list_(kind.value_type)
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
         texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        raise DataError(f"{where(0)}found {kind}; lists of integers are needed{', or a tokenizer' if texts else ''}.")
+        raise DataError(f"{where(0)}got {kind}; expected lists of integers{', or a tokenizer' if texts else ''}.")
     _no_nulls(values, where)
     lengths = np.diff(values.offsets.to_numpy()).astype(np.int64)
     flat = values.flatten()
     if flat.null_count:
         place = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0])
         row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-        raise DataError(f"{where(row)}found null at position {place - int(lengths[:row].sum())}; an id is needed.")
+        raise DataError(f"{where(row)}got null at position {place - int(lengths[:row].sum())}; expected an id.")
     return flat.to_numpy(), lengths
 
 
@@ -322,17 +322,17 @@ def _list_ids(values: Sequence[Any], where: Callable[[int], str]) -> tuple[NDArr
     arrays = []
     for row, value in enumerate(values):
         if value is None:
-            raise DataError(f"{where(row)}found null; a document is needed. Drop such rows.")
+            raise DataError(f"{where(row)}got null; expected a document. Drop such rows.")
         if isinstance(value, (str, bytes, dict)):
             hint = ", or a tokenizer" if isinstance(value, str) else ""
-            raise DataError(f"{where(row)}found {type(value).__name__}; a list of integers is needed{hint}.")
+            raise DataError(f"{where(row)}got {type(value).__name__}; expected a list of integers{hint}.")
         try:
             array = np.asarray(value)
         except (ValueError, TypeError, RuntimeError) as error:
             raise DataError(f"{where(row)}found what is no list of integers ({error}).") from error
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             what = f"{array.dtype} of {array.ndim} dimensions" if array.ndim != 1 else _first_other(value)
-            raise DataError(f"{where(row)}found {what}; a list of integers is needed.")
+            raise DataError(f"{where(row)}got {what}; expected a list of integers.")
         arrays.append(array if array.size else np.empty(0, np.int32))
     lengths = np.array([len(array) for array in arrays], np.int64)
     return np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths
@@ -354,19 +354,19 @@ def _plain(values: Values, where: Callable[[int], str], needed: str) -> list[Any
     for row, value in enumerate(values):
         fits = isinstance(value, str) if needed == "text" else isinstance(value, (list, tuple))
         if value is None:
-            raise DataError(f"{where(row)}found null; a document is needed. Drop such rows.")
+            raise DataError(f"{where(row)}got null; expected a document. Drop such rows.")
         if not fits:
             found = type(value).__name__
             hint = " (ids are taken as they are: give no tokenizer)" if found == "list" else ""
             hint = " (with a template)" if found == "str" else hint
-            raise DataError(f"{where(row)}found {found}; {needed} are needed{hint}.".replace("text are", "text is"))
+            raise DataError(f"{where(row)}got {found}; expected {needed}{hint}.".replace("text are", "text is"))
     return list(values)
 
 
 def _no_nulls(values: pa.Array, where: Callable[[int], str]) -> None:
     if values.null_count:
         row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{where(row)}found null; a document is needed. Drop such rows.")
+        raise DataError(f"{where(row)}got null; expected a document. Drop such rows.")
 
 
 def _concatenated(parts: Sequence[Tokens]) -> Tokens:

@@ -43,17 +43,17 @@ class Examples:
         seed: int = 0,
     ) -> None:
         if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__") or isinstance(inputs, (str, dict)):
-            raise DataError(f"inputs: found {type(inputs).__name__}; a tensor, an array or a sequence is needed.")
+            raise DataError(f"inputs: got {type(inputs).__name__}; expected a tensor, an array or a sequence.")
         if (augment is None) != (not fingerprint):
             raise DataError(
-                f"fingerprint: found {fingerprint!r} {'with' if augment else 'without'} augment; what says which "
+                f"fingerprint: got {fingerprint!r} {'with' if augment else 'without'} augment; what says which "
                 "function it is belongs to it, so that a cache is never continued with another."
             )
         for name, value, least in (("copies", copies, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**31:
-                raise DataError(f"{name}: found {value!r}; an integer from {least} on, below 2^31, is needed.")
+                raise DataError(f"{name}: got {value!r}; expected an integer from {least} on, below 2^31.")
         if copies > 1 and augment is None:
-            raise DataError(f"copies: found {copies} without augment; all copies would be the same.")
+            raise DataError(f"copies: got {copies} without augment; all copies would be the same.")
         self.copies = int(copies)
         self._inputs, self._augment, self._seed, self._named = inputs, augment, int(seed), fingerprint
         self._labels = None if labels is None else _checked(labels, len(inputs))
@@ -91,7 +91,7 @@ class Examples:
     def labels(self, numbers: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
         """The classes of these examples, `[b]`. DataError where there are no labels."""
         if self._labels is None:
-            raise DataError("labels: found none; Examples(..., labels=...) is needed here.")
+            raise DataError("labels: got none; expected Examples(..., labels=...) here.")
         found: NDArray[np.int64] = self._labels[np.asarray(numbers, np.int64)]
         return found
 
@@ -117,7 +117,7 @@ class Examples:
         except Exception as error:
             raise DataError(f"{self.where(int(numbers[0]))} and on: augment failed: {error!r}") from error
         if not isinstance(changed, Tensor) or len(changed) != len(examples):
-            raise DataError(f"augment: found {type(changed).__name__}; a tensor of {len(examples)} examples is needed.")
+            raise DataError(f"augment: got {type(changed).__name__}; expected a tensor of {len(examples)} examples.")
         return changed
 
     def first(self) -> Tensor:
@@ -146,12 +146,12 @@ def _checked(labels: Any, examples: int) -> NDArray[np.int64]:
     array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if array.shape != (examples,) or array.dtype.kind not in "iu":
         raise DataError(
-            f"labels: found {array.dtype} of shape {array.shape}; integers of shape ({examples},) are needed, a class "
+            f"labels: got {array.dtype} of shape {array.shape}; expected integers of shape ({examples},), a class "
             "for each example."
         )
     if examples and int(array.min()) < 0:
         at = int(array.argmin())
-        raise DataError(f"labels: found {int(array[at])} for example {at} (from 0); classes are numbered from 0.")
+        raise DataError(f"labels: got {int(array[at])} for example {at} (from 0); classes are numbered from 0.")
     return array.astype(np.int64)
 
 

@@ -44,9 +44,9 @@ class JsonLinesColumn:
             value = json.loads(_decoded(line, self.where(row)))
         except (ValueError, RecursionError) as error:
             found = f"not JSON ({error})" if line.strip() else "an empty line"
-            raise DataError(f"{self.where(row)}: found {found}; one JSON object a line is needed.") from error
+            raise DataError(f"{self.where(row)}: got {found}; expected one JSON object a line.") from error
         if not isinstance(value, dict):
-            raise DataError(f"{self.where(row)}: found {type(value).__name__}; one JSON object a line is needed.")
+            raise DataError(f"{self.where(row)}: got {type(value).__name__}; expected one JSON object a line.")
         return value
 
     def _value(self, row: int, value: dict[str, Any]) -> Any:

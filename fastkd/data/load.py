@@ -34,19 +34,19 @@ def documents_of(
     Raises DataError where what is there, is needed and was asked for do not fit together.
     """
     if chat not in (True, False, "auto"):
-        raise DataError(f'chat: found {chat!r}; True, False or "auto" is needed.')
+        raise DataError(f'chat: got {chat!r}; expected True, False or "auto".')
     opened = Opened(*open_column(source, column, text_documents))
     kind = kind_of(opened.columns)
     where = opened.columns[0].where(0) if opened.columns and len(opened.columns[0]) else "the source"
     if chat != "auto" and kind is not None and (kind == "messages") != chat:
         asked = "messages were asked for" if chat else "no messages were asked for"
-        raise DataError(f"{where} and on: found {kind}, where {asked}. Name another column, or leave chat out.")
+        raise DataError(f"{where} and on: got {kind}, where {asked}. Name another column, or leave chat out.")
     if loss_on == "assistant" and kind in ("ids", "text"):
-        raise DataError(f'{where} and on: found {kind}, with loss_on="assistant"; only messages say whose turn it is.')
+        raise DataError(f'{where} and on: got {kind}, with loss_on="assistant"; only messages say whose turn it is.')
     if kind in ("ids", None):
         return open_documents(opened, vocab_size=vocab_size, loss_on="all")
     if tokenizer is None:
-        raise DataError(f"{where} and on: found {kind}, and no tokenizer to make ids of it. Name one (--tokenizer).")
+        raise DataError(f"{where} and on: got {kind}, and no tokenizer to make ids of it. Name one (--tokenizer).")
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name}: found ids up to {tokenizer.vocab_size - 1}; those to {vocab_size - 1} have a "

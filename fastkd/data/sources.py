@@ -43,9 +43,7 @@ class MemoryColumn:
             self.name = choose_column("the table", values.schema.names, column)
             values = values.column(self.name)
         elif column is not None:
-            raise DataError(
-                f"column: found {column!r}; {type(values).__name__} in memory has no columns. Leave it out."
-            )
+            raise DataError(f"column: got {column!r}; {type(values).__name__} in memory has no columns. Leave it out.")
         self._values = values
 
     def __len__(self) -> int:
@@ -97,11 +95,11 @@ def open_column(source: Any, column: str | None, text_documents: str = "line") -
     if isinstance(source, Opened):
         return source.columns, source.files
     if text_documents not in TEXT_DOCUMENTS:
-        raise DataError(f"text_documents: found {text_documents!r}; one of {', '.join(TEXT_DOCUMENTS)} is needed.")
+        raise DataError(f"text_documents: got {text_documents!r}; expected one of {', '.join(TEXT_DOCUMENTS)}.")
     columns, files = _open_column(source, column, text_documents)
     if text_documents != "line" and not any(isinstance(found, TextColumn) for found in columns):
         raise DataError(
-            f"text_documents: found {text_documents!r}, and no text file to be cut: in all other data a row is a "
+            f"text_documents: got {text_documents!r}, and no text file to be cut: in all other data a row is a "
             "document. Leave it out."
         )
     return columns, files
@@ -124,7 +122,7 @@ def _open_column(source: Any, column: str | None, text_documents: str) -> tuple[
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (dict, bytes)):
         return [MemoryColumn(source, column)], []
     raise DataError(
-        f"source: found {type(source).__name__}; a file, a folder or a pattern, a list of Paths, a Dataset, or "
+        f"source: got {type(source).__name__}; a file, a folder or a pattern, a list of Paths, a Dataset, or "
         "a sequence of documents is needed."
     )
 

@@ -103,7 +103,7 @@ def check(settings: DemoSettings) -> None:
     """DataError where a setting is given that is another task's."""
     for field in fields(DemoSettings):
         if field.name not in ("task", "out", "seed") and (value := getattr(settings, field.name)) != field.default:
-            raise DataError(f"{field.name}: found {value!r} with the task digits, which has none. Leave it out.")
+            raise DataError(f"{field.name}: got {value!r} with the task digits, which has none. Leave it out.")
 
 
 def have_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, clock: Clock) -> tuple[Net, bool]:

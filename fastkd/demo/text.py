@@ -61,7 +61,7 @@ def windows_of(texts: Iterable[str], tokenizer: Tokenizer, *, length: int, wante
     count = len(tokens) // length
     if not 1 <= wanted <= count:
         raise DataError(
-            f"windows: found {wanted} asked for, of {length} tokens, and a text of {count}. Ask for fewer, or for "
+            f"windows: got {wanted} asked for, of {length} tokens, and a text of {count}. Ask for fewer, or for "
             "shorter ones."
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])

@@ -297,7 +297,7 @@ def _logits_of(student: Any) -> LogitsOf:
     if logits is not None:
         return lambda batch: logits(batch, rows=batch.targets.index)
     if not callable(student):
-        raise StreamError(f"student: found {type(student).__name__}; a module with `logits`, or a function, is needed.")
+        raise StreamError(f"student: got {type(student).__name__}; expected a module with `logits`, or a function.")
     return student  # type: ignore[no-any-return]
 
 

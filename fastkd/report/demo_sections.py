@@ -52,7 +52,7 @@ def cost(*, capture: float, cached: float, live: float, students: int = 10, note
     where one of them is no positive number.
     """
     if not all(math.isfinite(x) and x > 0 for x in (capture, cached, live)):
-        raise ValueError(f"capture, cached, live: found {capture}, {cached} and {live}; positive seconds are needed.")
+        raise ValueError(f"capture, cached, live: got {capture}, {cached} and {live}; expected positive seconds.")
     even = break_even(capture=capture, cached=cached, live=live)
     last = max(2, students, 0 if even is None else math.ceil(1.3 * even))
     x = list(range(last + 1))

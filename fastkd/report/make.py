@@ -43,7 +43,7 @@ def make_report(
     again, where it is not `fastkd report`. Raises ReportError.
     """
     if not folders:
-        raise NoRun("runs: found none; the folder of at least one run is needed.")
+        raise NoRun("runs: got none; expected the folder of at least one run.")
     runs = read_runs(folders)
     out = folders[0] / "report.html" if out is None else out
     command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *["--png"] * pngs])

@@ -187,12 +187,12 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
             if number == len(lines) and last:
                 break  # it is being written
             raise ReportError(
-                f"{path}, line {number}: found {line[:60]!r}, which is not JSON. Remove the line, or train again."
+                f"{path}, line {number}: got {line[:60]!r}, which is not JSON. Remove the line, or train again."
             ) from error
         step = entry.get("step") if isinstance(entry, dict) else None
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
             raise ReportError(
-                f"{path}, line {number}: found {line[:60]!r}; an object with a step is needed. Remove the line, or "
+                f"{path}, line {number}: got {line[:60]!r}; expected an object with a step. Remove the line, or "
                 "train again."
             )
         if "evaluation" in entry:
@@ -219,7 +219,7 @@ def _document(path: Path) -> Json:
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: this is not JSON ({error}). Restore it, or train again.") from error
     if not isinstance(found, dict):
-        raise ReportError(f"{path}: found {type(found).__name__}; a JSON object is needed. Restore it, or train again.")
+        raise ReportError(f"{path}: got {type(found).__name__}; expected a JSON object. Restore it, or train again.")
     return found
 
 

@@ -94,13 +94,13 @@ class DistillLoader:
             _check_integer(name, value, 0)
         for name, text, possible in (("layout", layout, LAYOUTS), ("decode", decode, ("host", "device"))):
             if text not in possible:
-                raise StreamError(f"{name}: found {text!r}; one of {', '.join(possible)} is needed.")
+                raise StreamError(f"{name}: got {text!r}; expected one of {', '.join(possible)}.")
         if (batch_size is None) == (batch_tokens is None):
             raise StreamError(
-                f"batch_size, batch_tokens: found {batch_size} and {batch_tokens}; one of the two is needed."
+                f"batch_size, batch_tokens: got {batch_size} and {batch_tokens}; expected one of the two."
             )
         if rank >= world_size:
-            raise StreamError(f"rank: found {rank} of {world_size}; ranks are numbered from 0.")
+            raise StreamError(f"rank: got {rank} of {world_size}; ranks are numbered from 0.")
         if world_size > 1 and reduce is None:
             raise StreamError(
                 f"reduce: found None for {world_size} ranks; no rank reads all of a step, so their counts have to be "
@@ -120,7 +120,7 @@ class DistillLoader:
         least = min(batch_size or len(stream), len(stream))
         if least < world_size:
             raise StreamError(
-                f"world_size: found {world_size} ranks for {len(stream)} sequences in the split, {least} a step at "
+                f"world_size: got {world_size} ranks for {len(stream)} sequences in the split, {least} a step at "
                 "most. Use fewer ranks, or larger steps."
             )
         specs = [c.spec for c in caches]
@@ -222,7 +222,7 @@ class DistillLoader:
             )
         theirs = state.get("fingerprint")
         if not isinstance(theirs, Mapping):
-            raise StreamError("state: found no fingerprint; what `state_dict` returned is needed.")
+            raise StreamError("state: got no fingerprint; expected what `state_dict` returned.")
         names = sorted(self.fingerprint.keys() | theirs.keys())
         if others := [n for n in names if self.fingerprint.get(n) != theirs.get(n)]:
             raise StreamError(
@@ -236,7 +236,7 @@ class DistillLoader:
             _check_integer(f"state: {name}", value, 0)
         epoch, sequences, positions, number = (int(value) for value in values if value is not None)
         if sequences > len(self._setup.stream):
-            raise StreamError(f"state: found {sequences} sequences of an epoch of {len(self._setup.stream)}.")
+            raise StreamError(f"state: got {sequences} sequences of an epoch of {len(self._setup.stream)}.")
         self.close()
         self._progress = Progress(epoch, sequences, positions, number)
 
@@ -261,4 +261,4 @@ class DistillLoader:
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**63:
-        raise StreamError(f"{name}: found {value!r}; an integer from {least} on is needed.")
+        raise StreamError(f"{name}: got {value!r}; expected an integer from {least} on.")

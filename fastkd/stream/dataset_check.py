@@ -21,7 +21,7 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
         columns = cache.spec.inputs
         if "tokens" in columns:
             if data is not None:
-                raise StreamError(f"data: found {type(data).__name__} for {cache!r}, which is of text. Leave it out.")
+                raise StreamError(f"data: got {type(data).__name__} for {cache!r}, which is of text. Leave it out.")
             continue
         if not set(EXAMPLES) <= set(columns):
             raise StreamError(
@@ -30,7 +30,7 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
             )
         if not isinstance(data, Examples):
             raise StreamError(
-                f"data: found {type(data).__name__} for {cache!r}, which is of examples and does not hold them. Give "
+                f"data: got {type(data).__name__} for {cache!r}, which is of examples and does not hold them. Give "
                 "the fastkd.data.examples.Examples that it was captured from (data=, or --data module:factory)."
             )
         _check_same(cache, data)

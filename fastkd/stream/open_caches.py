@@ -18,13 +18,13 @@ def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
     weights = []
     for entry in cache:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise StreamError(f"cache: found {entry!r} in a mixture; pairs of a cache and its weight are needed.")
+            raise StreamError(f"cache: got {entry!r} in a mixture; expected pairs of a cache and its weight.")
         weight = entry[1]
         if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__") or not 0 < float(weight) < math.inf:
-            raise StreamError(f"cache: found the weight {weight!r} for {entry[0]!r}; a positive number is needed.")
+            raise StreamError(f"cache: got the weight {weight!r} for {entry[0]!r}; expected a positive number.")
         weights.append(Fraction(float(weight)))
     if not weights:
-        raise StreamError("cache: found a mixture of nothing; a cache, or pairs of cache and weight, are needed.")
+        raise StreamError("cache: got a mixture of nothing; expected a cache, or pairs of cache and weight.")
     return [_open(entry[0]) for entry in cache], weights
 
 

@@ -74,7 +74,7 @@ def open_split(
         table = _up_to(table, max_positions)
     if not len(table.shard):
         raise StreamError(
-            f"skip, max_positions: found {skip} and {max_positions}, which leave nothing of the {int(sequences.sum())} "
+            f"skip, max_positions: got {skip} and {max_positions}, which leave nothing of the {int(sequences.sum())} "
             f"sequences ({int(positions.sum())} positions) of split {split!r} in {cache!r}."
         )
     digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def _plan(cache: Cache) -> dict[str, int] | None:
 def _shards_of(cache: Cache, plan: dict[str, int] | None, split: str) -> tuple[int, int]:
     """The numbers of the shards of a split: from, to below."""
     if split not in SPLITS:
-        raise StreamError(f"split: found {split!r}; one of {', '.join(SPLITS)} is needed.")
+        raise StreamError(f"split: got {split!r}; expected one of {', '.join(SPLITS)}.")
     if plan is None:
         if split == "held_out":
             raise StreamError(

@@ -133,7 +133,7 @@ def _step(
         if (found > batch.positions).any():
             at = int((found > batch.positions).argmax())
             raise StreamError(
-                f"batch_tokens: found {batch.positions}, and a sequence of {found[at]} positions in shard "
+                f"batch_tokens: got {batch.positions}, and a sequence of {found[at]} positions in shard "
                 f"{tables[int(some.source[at])].shard[some.shard[at]]} of {tables[int(some.source[at])].cache!r}. Take "
                 "at least as many as the longest sequence has, or batch_size."
             )

@@ -102,11 +102,11 @@ def sweep(
         raise TypeError(f"sweep() got unexpected settings: {', '.join(unknown)}")
     for name, number in (("seeds", seeds), ("at_once", at_once)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise TrainError(f"{name}: found {number!r}; an integer from 1 on is needed.")
+            raise TrainError(f"{name}: got {number!r}; expected an integer from 1 on.")
     settings, out = replace(settings, **changes), Path(out)
     if (count := process_count()) > 1:
         raise TrainError(
-            f"sweep: found {count} processes; it runs in one. Give each its own arms and its own folder, without "
+            f"sweep: got {count} processes; it runs in one. Give each its own arms and its own folder, without "
             "torchrun, or train the arms one by one with fastkd train."
         )
     check_sweep_place(out)

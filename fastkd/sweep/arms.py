@@ -51,7 +51,7 @@ def make_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list
     if isinstance(arms, Mapping):
         return _grid(arms, settings, spec)
     if isinstance(arms, str) or not isinstance(arms, Sequence) or not all(isinstance(a, Mapping) for a in arms):
-        raise TrainError(f"arms: found {arms!r}; {{setting: values}}, or a list of {{setting: value}}, is needed.")
+        raise TrainError(f"arms: got {arms!r}; expected {{setting: values}}, or a list of {{setting: value}}.")
     found = [_arm(changes) for changes in arms]
     _check_each_once(found)
     for arm in found:
@@ -82,7 +82,7 @@ def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -
 
 def _arm(changes: Mapping[str, Any]) -> Arm:
     if unknown := [name for name in changes if name not in FIELDS]:
-        raise TrainError(f"arms: found {unknown[0]!r}; an arm may change {', '.join(FIELDS)}. Give others to all arms.")
+        raise TrainError(f"arms: got {unknown[0]!r}; an arm may change {', '.join(FIELDS)}. Give others to all arms.")
     return Arm(tuple((name, _value(name, changes[name])) for name in FIELDS if name in changes))
 
 
@@ -91,9 +91,9 @@ def _value(name: str, value: Any) -> float | str:
         possible = TrainSettings.__annotations__[name].__args__
         if value in possible:
             return str(value)
-        raise TrainError(f"arms: found {name}={value!r}; one of {', '.join(possible)} is needed.")
+        raise TrainError(f"arms: got {name}={value!r}; expected one of {', '.join(possible)}.")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TrainError(f"arms: found {name}={value!r}; a number is needed.")
+        raise TrainError(f"arms: got {name}={value!r}; expected a number.")
     return float(value)
 
 
@@ -146,7 +146,7 @@ class Memory:
             return
         fit = max(1, (self.free - self.beside) // self.each)
         raise TrainError(
-            f"arms: found {arms}, {together} of them at once, of a student of {student.parameters_and_bytes[0]:,} "
+            f"arms: got {arms}, {together} of them at once, of a student of {student.parameters_and_bytes[0]:,} "
             f"parameters: {size_text(self.at_once(together))} (weights and AdamW's state, {size_text(self.each)} an "
             f"arm, and one arm's gradients), and {size_text(self.free)} are free on {device}. Train {fit} at once "
             f"(--at-once {fit}: {-(-arms // fit)} reads of the cache a seed), or give fewer values."

@@ -201,7 +201,7 @@ def ranked(
     measure = report.measure
     whole = [arm for arm in report.arms if not arm.diverged]
     if missing := [arm for arm in whole if measure not in arm.values]:
-        raise TrainError(f"best: found {measure!r}; the evaluation has {', '.join(missing[0].values)}.")
+        raise TrainError(f"best: got {measure!r}; the evaluation has {', '.join(missing[0].values)}.")
     sign = -1 if measure in HIGHER_IS_BETTER else 1
     whole.sort(key=lambda arm: sign * arm.mean(measure))
     if not whole:

@@ -69,9 +69,7 @@ class HFTeacher:
     def __call__(self, inputs: Tensor) -> Output:
         """tokens int64 `[B, L]`, padded behind; TeacherError where L is more than it takes."""
         if self.max_positions is not None and inputs.shape[1] > self.max_positions:
-            raise TeacherError(
-                f"{self.name}: found {inputs.shape[1]} tokens; it takes {self.max_positions}. Split them."
-            )
+            raise TeacherError(f"{self.name}: got {inputs.shape[1]} tokens; it takes {self.max_positions}. Split them.")
         # no attention mask: pads come last, and a causal model never looks there
         if self._found is None:
             return Logits(self.model(input_ids=inputs, use_cache=False).logits)
@@ -124,7 +122,7 @@ def load_hf(
     Raises TeacherError where it cannot be loaded, is no causal language model, or lacks weights.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise TeacherError(f"dtype: found {dtype!r}; one of auto, {', '.join(DTYPES)} is needed.")
+        raise TeacherError(f"dtype: got {dtype!r}; expected one of auto, {', '.join(DTYPES)}.")
     transformers = load_transformers()
     found = resolve(place, revision)
     on = _device(device, parallel)
@@ -161,14 +159,12 @@ def load_hf(
 def _device(device: str | torch.device | None, parallel: ParallelGroup | None) -> torch.device:
     if parallel is not None:
         if device is not None and torch.device(device).type != parallel.device.type:
-            raise TeacherError(
-                f"device: found {device}, the processes that share the teacher are on {parallel.device}."
-            )
+            raise TeacherError(f"device: got {device}, the processes that share the teacher are on {parallel.device}.")
         return parallel.device
     try:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise TeacherError(f"device: found {device!r} ({brief(error, 80)}); cpu, cuda or cuda:N is needed.") from error
+        raise TeacherError(f"device: got {device!r} ({brief(error, 80)}); expected cpu, cuda or cuda:N.") from error
 
 
 def _files(place: Place, code: bool) -> tuple[list[Path], Any]:

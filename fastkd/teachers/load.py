@@ -51,7 +51,7 @@ def load(
     rank, world_size = place_of(rank, world_size)
     device = settings.device or _device(os.environ)
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TeacherError(f"device: found {device}, and torch finds no GPU here. Leave it out to use the CPU.")
+        raise TeacherError(f"device: got {device}, and torch finds no GPU here. Leave it out to use the CPU.")
     # a file that is not there is missed before the teacher is read, which takes a while
     source = None if data is None else _source(data)
     place, group = Place(rank, world_size, Alone()), None

@@ -36,7 +36,7 @@ class ModuleTeacher:
         device: torch.device | str | None = None,
     ) -> None:
         if not callable(model):
-            raise TeacherError(f"teacher: found {type(model).__name__}; a module or a callable is needed.")
+            raise TeacherError(f"teacher: got {type(model).__name__}; expected a module or a callable.")
         if not fingerprint and not isinstance(model, nn.Module):
             raise TeacherError(
                 f"fingerprint: found none with {type(model).__name__}, which has no weights to hash. Give a text that "
@@ -50,7 +50,7 @@ class ModuleTeacher:
         if vocab_size is None and probe is not None:
             vocab_size = self._width(probe.to(self.device))
         if vocab_size is None or isinstance(vocab_size, bool) or int(vocab_size) < 1:
-            raise TeacherError(f"vocab_size: found {vocab_size!r}; the width of the teacher's logits is needed.")
+            raise TeacherError(f"vocab_size: got {vocab_size!r}; expected the width of the teacher's logits.")
         self.vocab_size = int(vocab_size)
 
     @property
@@ -68,7 +68,7 @@ class ModuleTeacher:
         logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
             raise TeacherError(
-                f"teacher: found {type(found).__name__} from the model; logits, an object with `logits`, or "
+                f"teacher: got {type(found).__name__} from the model; logits, an object with `logits`, or "
                 "fastkd.teacher.Hidden is needed."
             )
         return Logits(logits)

@@ -51,7 +51,7 @@ def place_of(
 ) -> tuple[int, int]:
     """Which of how many processes this is: as said, else by torchrun's variables, else SLURM's, else 0 of 1."""
     if (rank is None) != (world_size is None):
-        raise CacheError(f"rank, world_size: found {rank} and {world_size}; both are needed, or neither.")
+        raise CacheError(f"rank, world_size: got {rank} and {world_size}; expected both, or neither.")
     if rank is None or world_size is None:
         rank, world_size = 0, 1
         for mine, all_of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
@@ -59,5 +59,5 @@ def place_of(
                 rank, world_size = int(environment[mine]), int(environment[all_of])
                 break
     if not 0 <= rank < world_size:
-        raise CacheError(f"rank: found {rank} of a world_size of {world_size}; 0 to {world_size - 1} is needed.")
+        raise CacheError(f"rank: got {rank} of a world_size of {world_size}; expected 0 to {world_size - 1}.")
     return rank, world_size

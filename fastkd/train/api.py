@@ -182,7 +182,7 @@ def held_out(
     except StreamError as error:
         if settings.evaluate_every is None:
             return None
-        raise TrainError(f"evaluate_every: found {settings.evaluate_every}, and {error}") from error
+        raise TrainError(f"evaluate_every: got {settings.evaluate_every}, and {error}") from error
     from ..evaluate.api import evaluate
 
     def measures(student: Student) -> dict[str, float]:

@@ -84,7 +84,7 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         return _student(made_by(str(source), TrainError), settings, data)
     if data is not None and not callable(source):
         raise TrainError(
-            f"student: found {source!r} for a cache of examples; a torch module, a callable that returns one, or "
+            f"student: got {source!r} for a cache of examples; a torch module, a callable that returns one, or "
             "module:factory is needed."
         )
     if isinstance(source, (str, Path)):
@@ -95,10 +95,10 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
     if callable(source):
         made = source()
         if not isinstance(made, nn.Module):
-            raise TrainError(f"student: found {type(made).__name__} from {source!r}; a torch module is needed.")
+            raise TrainError(f"student: got {type(made).__name__} from {source!r}; expected a torch module.")
         return _of_model(made, type(made).__name__, data), None
     raise TrainError(
-        f"student: found {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
+        f"student: got {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
         "callable that returns one is needed."
     )
 

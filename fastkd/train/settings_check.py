@@ -35,7 +35,7 @@ def check_settings(settings: TrainSettings, spec: CacheSpec) -> None:
     ):
         if (value := getattr(settings, name)) not in possible:
             why = " (float16 loses small gradients; bfloat16 needs no scaling of the loss)" * (value == "float16")
-            raise TrainError(f"{name}: found {value!r}; one of {', '.join(possible)} is needed{why}.")
+            raise TrainError(f"{name}: got {value!r}; expected one of {', '.join(possible)}{why}.")
     for name, low, high in (
         ("rate_floor", 0.0, 1.0),
         ("warmup", 0.0, 1.0),
@@ -49,13 +49,13 @@ def check_settings(settings: TrainSettings, spec: CacheSpec) -> None:
     ):
         number = getattr(settings, name)
         if number is not None and not (low <= number <= high and math.isfinite(number)):
-            raise TrainError(f"{name}: found {number!r}; a number from {low:g} to {high:g} is needed.")
+            raise TrainError(f"{name}: got {number!r}; expected a number from {low:g} to {high:g}.")
     for name, least in (("steps", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
         count = getattr(settings, name)
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
-            raise TrainError(f"{name}: found {count!r}; an integer from {least} on is needed.")
+            raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
     if settings.clip is not None and not settings.clip > 0:
-        raise TrainError(f"clip: found {settings.clip!r}; a positive number, or None for none, is needed.")
+        raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
     check_tracker(settings.log)
     _check_teacher(settings, spec)
 
@@ -73,14 +73,14 @@ def _check_teacher(settings: TrainSettings, spec: CacheSpec) -> None:
             raise TrainError(f"{error} The cache has tails at {spec.temperatures}.") from error
     if settings.divergence != "forward_kl" and settings.treatment not in ("auto", "bucket"):
         raise TrainError(
-            f"treatment: found {settings.treatment!r} with divergence {settings.divergence!r}, which takes bucket."
+            f"treatment: got {settings.treatment!r} with divergence {settings.divergence!r}, which takes bucket."
         )
     auto = settings.treatment == "auto" and settings.divergence == "forward_kl"
     sampled = settings.treatment == "sampled" or (auto and max(found) <= sampled_reach(spec.draw_temperature))
     if spec.k == 0 and not sampled:
         raise TrainError(
             f"treatment: the cache holds draws alone, and no exact head, which takes treatment 'sampled' (auto is that "
-            f"up to a temperature of {sampled_reach(spec.draw_temperature):g}); found {settings.treatment!r} at "
+            f"up to a temperature of {sampled_reach(spec.draw_temperature):g}); got {settings.treatment!r} at "
             f"temperatures up to {max(found):g}."
         )
     if settings.treatment == "sampled" and not spec.draws:

@@ -281,7 +281,7 @@ def output_of(found: Any, name: str, shape: str) -> Output:
     if not isinstance(logits, Tensor) or logits.ndim != shape.count(",") + 1 or not logits.is_floating_point():
         theirs = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise TrainError(
-            f"{name}: found {type(found).__name__}{theirs} from the model; logits {shape}, an object with `logits`, "
+            f"{name}: got {type(found).__name__}{theirs} from the model; logits {shape}, an object with `logits`, "
             "or fastkd.teachers.protocol.Hidden is needed."
         )
     return Logits(logits)

@@ -30,12 +30,12 @@ class Tracker(Protocol):
 def check_tracker(name: str) -> None:
     """TrainError where there is no such tracker, or it is not installed."""
     if name not in TRACKERS:
-        raise TrainError(f"log: found {name!r}; one of {', '.join(TRACKERS)} is needed.")
+        raise TrainError(f"log: got {name!r}; expected one of {', '.join(TRACKERS)}.")
     if name != "none":
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise TrainError(f"log: found {name!r}, which is not installed ({error}). pip install {name}") from error
+            raise TrainError(f"log: got {name!r}, which is not installed ({error}). pip install {name}") from error
 
 
 def tracker_of(name: str, run: Path, step: int, settings: Mapping[str, Any]) -> Tracker | None:

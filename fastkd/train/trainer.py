@@ -301,7 +301,7 @@ class Trainer:
         found = self._measured()
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
-            raise TrainError(f"best: found {name!r}; the evaluation has {', '.join(found)}.")
+            raise TrainError(f"best: got {name!r}; the evaluation has {', '.join(found)}.")
         sign = -1 if name in HIGHER_IS_BETTER else 1
         better = before is None or sign * found[name] < sign * before
         # each process has measured; where they differ in the last digit, one has to decide

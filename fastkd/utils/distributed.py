@@ -124,5 +124,5 @@ def _device(device: str | None, environment: Mapping[str, str]) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise TrainError(f"device: found {device!r} ({error}); cpu, cuda or cuda:N is needed.") from error
+        raise TrainError(f"device: got {device!r} ({error}); expected cpu, cuda or cuda:N.") from error
     return found

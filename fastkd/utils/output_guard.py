@@ -61,4 +61,4 @@ def _other(names: Iterable[str], known: Collection[str]) -> str | None:
 
 
 def _refusal(where: str, found: str, what: str) -> str:
-    return f"{where}: found {found!r} there, and nothing of a {what}. Name a new folder, an empty one, or a {what}'s."
+    return f"{where}: got {found!r} there, and nothing of a {what}. Name a new folder, an empty one, or a {what}'s."

@@ -188,16 +188,16 @@ def linear_kd_loss(
             continue
         if tuple(tensor.shape) != tuple(shape) or tensor.device != hidden.device:
             found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise KDError(f"{name}: found {found}; {tuple(shape)} on {hidden.device} is needed.")
+            raise KDError(f"{name}: got {found}; expected {tuple(shape)} on {hidden.device}.")
         if tensor.dtype != hidden.dtype and (autocast is None or tensor.dtype == torch.float64):
-            raise KDError(f"{name}: found {tensor.dtype}, hidden {hidden.dtype}; one type (or autocast) is needed.")
+            raise KDError(f"{name}: got {tensor.dtype}, hidden {hidden.dtype}; expected one type (or autocast).")
     for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
         if number is not None:
             check_positive(name, number)
     if chunk_tokens is not None:
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a number of positions")
         if chunk_tokens < 1:
-            raise KDError(f"chunk_tokens: found {chunk_tokens}; at least 1 is needed.")
+            raise KDError(f"chunk_tokens: got {chunk_tokens}; expected at least 1.")
 
     grad_mode = torch.is_grad_enabled()
     want = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -284,7 +284,7 @@ def _in_a_transform() -> bool:
 def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
     check_floats(name, tensor)
     if tensor.ndim < least:
-        raise KDError(f"{name}: found shape {tuple(tensor.shape)}; at least {least} dimensions are needed.")
+        raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected at least {least} dimensions.")
     if _in_a_transform():
         raise KDError(f"{name}: found inside a transform of torch.func (grad, jvp, vmap); call the loss outside of it.")
     if torch.compiler.is_compiling():
@@ -303,15 +303,15 @@ def _autocast_type(tensor: Tensor) -> torch.dtype | None:
 
 def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
     if not isinstance(grad_weight, Tensor) or grad_weight.shape != weight.shape or grad_weight.dtype != torch.float32:
-        raise KDError(f"grad_weight: found {describe(grad_weight)}; {tuple(weight.shape)} torch.float32 is needed.")
+        raise KDError(f"grad_weight: got {describe(grad_weight)}; expected {tuple(weight.shape)} torch.float32.")
     if grad_weight.device != weight.device:
-        raise KDError(f"grad_weight: found on {grad_weight.device}, weight on {weight.device}; one device is needed.")
+        raise KDError(f"grad_weight: got on {grad_weight.device}, weight on {weight.device}; expected one device.")
     if grad_weight.requires_grad:
         raise KDError(
             "grad_weight: found a tensor that requires a gradient; it is added to in place, pass a plain one."
         )
     if not torch.compiler.is_compiling() and grad_weight.is_inference():
-        raise KDError("grad_weight: found a tensor made under torch.inference_mode; one that may be written is needed.")
+        raise KDError("grad_weight: got a tensor made under torch.inference_mode; expected one that may be written.")
     if overlaps(grad_weight):
         raise KDError(
             f"grad_weight: found strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}, whose elements "

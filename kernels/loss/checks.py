@@ -59,14 +59,14 @@ def check_floats(name: str, value: Any) -> None:
     """Raise KDError unless it is a dense tensor of a type that can be computed with."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided:
         raise KDError(
-            f"{name}: found {describe(value)}; a dense tensor of float16, bfloat16, float32 or float64 is needed."
+            f"{name}: got {describe(value)}; expected a dense tensor of float16, bfloat16, float32 or float64."
         )
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise KDError unless it is a positive, finite number."""
     if not isinstance(value, Real) or not 0 < float(value) < _INF:
-        raise KDError(f"{name}: found {value!r}; a positive, finite number is needed.")
+        raise KDError(f"{name}: got {value!r}; expected a positive, finite number.")
 
 
 def whole_number(name: str, value: Any, needed: str) -> Any:
@@ -74,11 +74,11 @@ def whole_number(name: str, value: Any, needed: str) -> Any:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         number = value
     elif isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise KDError(f"{name}: found {describe(value)}; {needed} is needed.")
+        raise KDError(f"{name}: got {describe(value)}; expected {needed}.")
     else:
         number = operator.index(value)
     if not -(2**63) <= number < 2**63:
-        raise KDError(f"{name}: found {number}; {needed} below 2^63 is needed.")
+        raise KDError(f"{name}: got {number}; expected {needed} below 2^63.")
     return number
 
 
@@ -106,26 +106,26 @@ def check_settings(
 ) -> None:
     """Raise KDError for a setting that no input could make right."""
     if not isinstance(targets, SparseTargets):
-        raise KDError(f"targets: found {type(targets).__name__}; SparseTargets are needed.")
+        raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
     for name, value, allowed in (
         ("divergence", divergence, DIVERGENCES),
         ("treatment", treatment, TREATMENTS),
         ("impl", impl, IMPLEMENTATIONS),
     ):
         if value not in allowed:
-            raise KDError(f"{name}: found {value!r}; one of {', '.join(allowed)} is needed.")
+            raise KDError(f"{name}: got {value!r}; expected one of {', '.join(allowed)}.")
     if divergence != "forward_kl" and treatment not in ("auto", "bucket"):
         raise KDError(
-            f"treatment: found {treatment!r} with divergence {divergence!r}, which needs the teacher's probability "
+            f"treatment: got {treatment!r} with divergence {divergence!r}, which needs the teacher's probability "
             "wherever the student puts mass; use treatment 'bucket' (or 'auto'), or divergence 'forward_kl'."
         )
     for name, number in (("beta", beta), ("skew", skew)):
         if not isinstance(number, Real) or not 0 < number < 1:
-            raise KDError(f"{name}: found {number!r}; a number strictly between 0 and 1 is needed.")
+            raise KDError(f"{name}: got {number!r}; expected a number strictly between 0 and 1.")
     _check_scalar("alpha", alpha)
     _check_scalar("temperature", temperature)
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-        raise KDError(f"alpha: found {alpha}; a number from 0 (soft loss alone) to 1 (hard loss alone) is needed.")
+        raise KDError(f"alpha: got {alpha}; expected a number from 0 (soft loss alone) to 1 (hard loss alone).")
     if not isinstance(temperature, Tensor):
         _check_temperature(temperature, targets.temperatures)
 
@@ -134,7 +134,7 @@ def _check_temperature(temperature: float, temperatures: tuple[float, ...]) -> N
     check_temperature(temperature, temperatures)
     if temperature > HIGHEST_TEMPERATURE:
         raise KDError(
-            f"temperature: found {temperature}; at most {HIGHEST_TEMPERATURE:g} is needed: beyond it the rounding of "
+            f"temperature: got {temperature}; expected at most {HIGHEST_TEMPERATURE:g}: beyond it the rounding of "
             "the loss, which grows with T^2, exceeds the loss."
         )
 
@@ -142,12 +142,12 @@ def _check_temperature(temperature: float, temperatures: tuple[float, ...]) -> N
 def _check_scalar(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.ndim:
-            raise KDError(f"{name}: found a tensor of shape {tuple(value.shape)}; a number or a 0-d tensor is needed.")
+            raise KDError(f"{name}: got a tensor of shape {tuple(value.shape)}; expected a number or a 0-d tensor.")
         if value.is_complex() or value.dtype == torch.bool:
-            raise KDError(f"{name}: found a tensor of {value.dtype}; a real number is needed.")
+            raise KDError(f"{name}: got a tensor of {value.dtype}; expected a real number.")
         _check_constant(name, value)
     elif not isinstance(value, Real):
-        raise KDError(f"{name}: found {describe(value)}; a number or a 0-d tensor is needed.")
+        raise KDError(f"{name}: got {describe(value)}; expected a number or a 0-d tensor.")
 
 
 def _check_constant(name: str, tensor: Tensor) -> None:
@@ -180,44 +180,44 @@ def check_rows(
         positions *= size
     if targets.index is None and len(targets) != positions:
         raise KDError(
-            f"targets: found {len(targets)} rows for {what} over {leading} = {positions} positions; pass a row for "
+            f"targets: got {len(targets)} rows for {what} over {leading} = {positions} positions; pass a row for "
             "each position, or compact targets with an index."
         )
     if targets.index is not None and len(targets) > positions:
-        raise KDError(f"targets.index: found {len(targets)} rows for {what} over {positions} positions.")
+        raise KDError(f"targets.index: got {len(targets)} rows for {what} over {positions} positions.")
     for name, tensor in (("labels", labels), ("mask", mask), ("weights", weights)):
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise KDError(f"{name}: found {type(tensor).__name__}; a tensor is needed.")
+            raise KDError(f"{name}: got {type(tensor).__name__}; expected a tensor.")
         if tuple(tensor.shape) != leading:
-            raise KDError(f"{name}: found shape {tuple(tensor.shape)}; {leading}, as of {what}, is needed.")
+            raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected {leading}, as of {what}.")
         if tensor.device != device:
             raise KDError(f"{name}: found on {tensor.device}, {what} on {device}; move it there.")
     if labels is not None and labels.dtype not in INTEGERS:
-        raise KDError(f"labels: found {labels.dtype}; {INTEGER_TYPE} is needed.")
+        raise KDError(f"labels: got {labels.dtype}; expected {INTEGER_TYPE}.")
     if mask is not None and mask.dtype != torch.bool:
-        raise KDError(f"mask: found {mask.dtype}; torch.bool is needed.")
+        raise KDError(f"mask: got {mask.dtype}; expected torch.bool.")
     if weights is not None:
         if weights.dtype not in FLOATS:
-            raise KDError(f"weights: found {weights.dtype}; a floating-point type is needed.")
+            raise KDError(f"weights: got {weights.dtype}; expected a floating-point type.")
         _check_constant("weights", weights)
     if targets.device != device:
         raise KDError(f"targets: found on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
     if isinstance(num_items, Tensor):
         _check_scalar("num_items", num_items)
     elif num_items is not None and num_items < 0:
-        raise KDError(f"num_items: found {num_items}; the whole step's count is needed.")
+        raise KDError(f"num_items: got {num_items}; expected the whole step's count.")
 
 
 def check_values(call: Call, positions: int, width: int) -> None:
     """Raise KDError naming the row and the argument of the first bad value in the tensors of a call."""
     alpha, temperature = call.alpha_now(), call.temperature_now()
     if not 0 <= alpha <= 1:
-        raise KDError(f"alpha: found {alpha}; a number from 0 to 1 is needed.")
+        raise KDError(f"alpha: got {alpha}; expected a number from 0 to 1.")
     _check_temperature(temperature, tuple(call.temperatures))
     if call.num_items is not None and not call.num_items >= 0:
-        raise KDError(f"num_items: found {call.num_items.item()}; a count is needed.")
+        raise KDError(f"num_items: got {call.num_items.item()}; expected a count.")
     if call.positions is not None:
         outside = (call.positions < 0) | (call.positions >= positions)
         _refuse(outside, "targets.index", call.positions, f"a position from 0 to {positions - 1} is needed")

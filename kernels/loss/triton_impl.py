@@ -46,7 +46,7 @@ class TritonRows:
         settings: dict[str, int] | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise KDError(f"{what}: found {dtype}; float32, bfloat16 or float16 is needed with impl='triton'.")
+            raise KDError(f"{what}: got {dtype}; expected float32, bfloat16 or float16 with impl='triton'.")
         if values_are_checked(call.ids.device):
             check_values(call, positions, width)
         device = call.ids.device

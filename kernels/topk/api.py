@@ -64,7 +64,7 @@ def topk_targets(
     and tail are NaN. KDError where the arguments do not fit together.
     """
     if not isinstance(logits, Tensor) or logits.ndim < 1 or logits.dtype not in DTYPES:
-        raise KDError(f"logits: found {_describe(logits)}; a floating-point tensor (..., V) is needed.")
+        raise KDError(f"logits: got {_describe(logits)}; expected a floating-point tensor (..., V).")
     plan = _plan(
         logits.shape[-1], k, temperatures, mass, draws, draw_temperature, seed, softcap, logit_scale, where="logits"
     )
@@ -109,10 +109,10 @@ def linear_topk_targets(
     for name, tensor, shape, ndim in operands:
         right_shape = isinstance(tensor, Tensor) and (tensor.ndim == ndim if ndim else tensor.ndim >= 1)
         if not right_shape or tensor.dtype not in DTYPES:
-            raise KDError(f"{name}: found {_describe(tensor)}; a floating-point tensor {shape} is needed.")
+            raise KDError(f"{name}: got {_describe(tensor)}; expected a floating-point tensor {shape}.")
         if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
             raise KDError(
-                f"{name}: found {tensor.dtype} on {tensor.device}, hidden is {hidden.dtype} on {hidden.device}; one "
+                f"{name}: got {tensor.dtype} on {tensor.device}, hidden is {hidden.dtype} on {hidden.device}; one "
                 "dtype and one device are needed."
             )
     if weight.shape[1] != hidden.shape[-1]:
@@ -121,7 +121,7 @@ def linear_topk_targets(
             f"(V, {hidden.shape[-1]}) is needed."
         )
     if bias is not None and bias.shape[0] != weight.shape[0]:
-        raise KDError(f"bias: found shape {tuple(bias.shape)}; ({weight.shape[0]},), as of weight, is needed.")
+        raise KDError(f"bias: got shape {tuple(bias.shape)}; expected ({weight.shape[0]},), as of weight.")
     if chunk_tokens is not None:
         chunk_tokens = _integer("chunk_tokens", chunk_tokens, "a positive integer is needed.", least=1)
     vocab = weight.shape[0]
@@ -195,12 +195,12 @@ def _plan(
 ) -> Plan:
     """The settings of a call, checked."""
     if vocab < 1:
-        raise KDError(f"{where}: found a vocabulary of 0 tokens; at least one is needed.")
+        raise KDError(f"{where}: got a vocabulary of 0 tokens; expected at least one.")
     k = _integer("k", k, "the size of the head, an integer >= 0, is needed.", least=0)
     draws = _integer("draws", draws, "the number of draws a row, an integer >= 0, is needed.", least=0)
     seed = _integer("seed", seed, "an integer is needed.")
     if k == 0 and draws == 0:
-        raise KDError("k: found 0 with draws=0, which keeps nothing; k >= 1, or draws >= 1, is needed.")
+        raise KDError("k: got 0 with draws=0, which keeps nothing; expected k >= 1, or draws >= 1.")
     return Plan(
         vocab_size=vocab,
         k=min(k, vocab),
@@ -224,7 +224,7 @@ def _grid(temperatures: Any) -> tuple[float, ...]:
         grid = ()
     if 1.0 not in grid or len(set(grid)) != len(grid) or not all(least <= t <= greatest for t in grid):
         raise KDError(
-            f"temperatures: found {grid or temperatures!r}; distinct numbers from {least:g} to {greatest:g} with 1.0 "
+            f"temperatures: got {grid or temperatures!r}; distinct numbers from {least:g} to {greatest:g} with 1.0 "
             "among them are needed."
         )
     return grid
@@ -238,7 +238,7 @@ def _mass(mass: Any) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not 0 < number <= 1:
-        raise KDError(f"mass: found {mass!r}; a probability above 0 and at most 1, or None, is needed.")
+        raise KDError(f"mass: got {mass!r}; expected a probability above 0 and at most 1, or None.")
     # a head reaches probability 1 with its last outcome, and there is nothing to cut after that
     return None if number == 1 else number
 
@@ -249,7 +249,7 @@ def _number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not bounds[0] <= number <= bounds[1]:
-        raise KDError(f"{name}: found {value!r}; a number from {bounds[0]:g} to {bounds[1]:g} is needed.")
+        raise KDError(f"{name}: got {value!r}; expected a number from {bounds[0]:g} to {bounds[1]:g}.")
     return number
 
 
@@ -260,7 +260,7 @@ def _integer(name: str, value: Any, needed: str, *, least: float = -math.inf) ->
     except TypeError:
         number = None
     if number is None or number < least:
-        raise KDError(f"{name}: found {value!r}; {needed}")
+        raise KDError(f"{name}: got {value!r}; {needed}")
     return number
 
 
@@ -271,9 +271,9 @@ def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     if positions is None:
         return torch.arange(count, device=rows.device)
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
-        raise KDError(f"positions: found {_describe(positions)}; a tensor of torch.int64 is needed.")
+        raise KDError(f"positions: got {_describe(positions)}; expected a tensor of torch.int64.")
     if tuple(positions.shape) not in (leading, (count,)):
-        raise KDError(f"positions: found shape {tuple(positions.shape)}; ({count},), a row of {what} each, is needed.")
+        raise KDError(f"positions: got shape {tuple(positions.shape)}; expected ({count},), a row of {what} each.")
     if positions.device != rows.device:
         raise KDError(f"positions: found on {positions.device}, {what} on {rows.device}; move them there.")
     return positions.reshape(-1)

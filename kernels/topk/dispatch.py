@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 8192
 def filler(impl: str, rows: Tensor, plan: Plan) -> Fill:
     """What fills in targets of rows of a type on a device. KDError where what is asked for cannot."""
     if impl not in IMPLEMENTATIONS:
-        raise KDError(f"impl: found {impl!r}; one of {', '.join(IMPLEMENTATIONS)} is needed.")
+        raise KDError(f"impl: got {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     if impl == "auto":
         impl = _best(rows, plan)
     elif impl == "triton":
@@ -75,7 +75,7 @@ def _check_triton(rows: Tensor, plan: Plan) -> None:
 
     if rows.dtype == torch.float64 or plan.k > MAX_K:
         raise KDError(
-            f"impl: found 'triton' for {rows.dtype} and k = {plan.k}; at most float32 and k <= {MAX_K} are needed. Use "
+            f"impl: got 'triton' for {rows.dtype} and k = {plan.k}; expected at most float32 and k <= {MAX_K}. Use "
             "impl='torch'."
         )
     if rows.device.type != "cuda" and not INTERPRETED:

@@ -289,7 +289,7 @@ def test_bad_draws_are_refused(tmp_path: Path, spoil: Any, message: str) -> None
         ({"inputs": ("ids",)}, "inputs: found 'ids'"),
         ({"inputs": ("../up",)}, "inputs: found '../up'"),
         ({"inputs": ("a", "a")}, "inputs"),
-        ({"inputs": {"tokens", "loss_mask"}}, "inputs: found {"),
+        ({"inputs": {"tokens", "loss_mask"}}, "inputs: got {"),
         ({"inputs": "tokens"}, "inputs: found 'tokens'"),
         ({"codec": "smallest", "inputs": ("example",)}, "contexts need"),
         ({"shard_positions": 0}, "shard_positions"),

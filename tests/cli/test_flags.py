@@ -19,13 +19,13 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES}
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("held_out: found 1.5; a fraction is needed.", "--held-out 1.5: a fraction is needed."),
-        ("export: found 'mean'; one of last, best is needed.", "--export mean: one of last, best is needed."),
-        ("rate: found -1e-05; a number is needed.", "--rate -1e-05: a number is needed."),
-        ("held_out: found 0.5 of 1 document; two are needed.", "--held-out: found 0.5 of 1 document; two are needed."),
+        ("held_out: got 1.5; expected a fraction.", "--held-out 1.5: a fraction is needed."),
+        ("export: got 'mean'; expected one of last, best.", "--export mean: one of last, best is needed."),
+        ("rate: got -1e-05; expected a number.", "--rate -1e-05: a number is needed."),
+        ("held_out: got 0.5 of 1 document; expected two.", "--held-out: got 0.5 of 1 document; expected two."),
         (
-            "rank, world_size: found 1 and None; both are needed.",
-            "--rank, --world-size: found 1 and None; both are needed.",
+            "rank, world_size: got 1 and None; expected both.",
+            "--rank, --world-size: got 1 and None; expected both.",
         ),
         ("rank: found 3 of a world_size of 2; less.", "--rank: found 3 of a --world-size of 2; less."),
         ("x is missing. Use export='last'.", "x is missing. Use --export last."),
@@ -56,7 +56,7 @@ def test_settings_are_called_by_their_flags(said: str, shown: str) -> None:
         "k=0,rate=0.01: diverged, the others go on.",
         "/x: found 'held_out' there, and nothing of a run.",
         "the rate at which k grows: found none",
-        "other_setting: found 3; less is needed.",
+        "other_setting: got 3; expected less.",
     ],
 )
 def test_all_else_stays(said: str) -> None:

@@ -74,7 +74,7 @@ def test_what_is_no_text_has_no_such_setting(tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n')
     with pytest.raises(DataError, match="text_documents: found 'file', and no text file to be cut"):
         open_documents(path, text_documents="file", **TEXT)
-    with pytest.raises(DataError, match="text_documents: found 'page'; one of line, blank-line, file is needed"):
+    with pytest.raises(DataError, match="text_documents: got 'page'; expected one of line, blank-line, file"):
         open_documents(path, text_documents="page", **TEXT)
 
 

@@ -208,7 +208,7 @@ def test_small_integer_types(impl: str) -> None:
         assert torch.equal(kd_loss(C.logits, targets, labels.to(dtype), impl=impl).loss, expected)
     for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.bool):
         for name in ("ids", "draws", "outcomes"):
-            with pytest.raises(KDError, match=rf"targets\.{name}: found {dtype}; an integer type"):
+            with pytest.raises(KDError, match=rf"targets\.{name}: got {dtype}; an integer type"):
                 changed(**{name: getattr(C.targets, name).to(dtype)})
 
 

@@ -195,7 +195,7 @@ def test_the_longest_piece(tmp_path: Path, name: str, changes: dict[str, Any], m
     assert teacher.max_positions == most
     if most is not None:
         said(teacher, some_tokens(1, most))
-        with pytest.raises(TeacherError, match=f"found {most + 1} tokens; it takes {most}"):
+        with pytest.raises(TeacherError, match=f"got {most + 1} tokens; it takes {most}"):
             teacher(some_tokens(1, most + 1))
 
 

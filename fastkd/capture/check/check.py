@@ -114,9 +114,9 @@ def check_teacher(
     _check_fits(cache, shards, teacher, data)
     data = None if "tokens" in spec.inputs else data
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise CacheError(f"tolerance: found {tolerance}; a number of nats, from 0 on, is needed.")
+        raise CacheError(f"tolerance: got {tolerance}; expected a number of nats, from 0 on.")
     if positions < 1:
-        raise CacheError(f"positions: found {positions}; at least one is needed.")
+        raise CacheError(f"positions: got {positions}; expected at least one.")
     seed = secrets.randbelow(2**31) if seed is None else seed
     random = np.random.default_rng(seed)
     plan, draw_seed, not_drawn = _planned(cache)

@@ -118,7 +118,7 @@ def estimate(
     }
     for name, (value, least) in numbers.items():
         if value is not None and not least <= value < math.inf:
-            raise DataError(f"{name}: found {value}; a number from {least} on is needed.")
+            raise DataError(f"{name}: got {value}; expected a number from {least} on.")
     prepared = prepare(teacher, data, settings, progress=progress)
     plan, spec = prepared.plan, prepared.spec
     begun = time.perf_counter()
