@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from ..errors import StreamError
     from ..utils.distributed import summed_over
     from .batch import ExampleBatch, MicroBatch, Step
-    from .cached import DistillLoader
+    from .cached import CachedSource, DistillLoader
     from .epoch_order import Epoch, order
+    from .source import BatchSource
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "batch": ["ExampleBatch", "MicroBatch", "Step"],
-        "cached": ["DistillLoader", "StreamError", "summed_over"],
+        "cached": ["CachedSource", "DistillLoader", "StreamError", "summed_over"],
         "epoch_order": ["Epoch", "order"],
+        "source": ["BatchSource"],
     },
 )

@@ -40,7 +40,7 @@ class AnyBatch(ABC):
         )
 
     def pin_memory(self) -> Self:
-        """The micro-batch in page-locked memory, from which a copy to a device can run ahead."""
+        """The micro-batch in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
         return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
 
     def tensors(self) -> list[Tensor]:
@@ -135,12 +135,12 @@ class ExampleBatch(AnyBatch):
 class Step:
     """One rank's share of an optimizer step.
 
-    micro_batches: each a `MicroBatch`, or of a cache of examples an `ExampleBatch`; as many on every rank: where a rank
-        has fewer of its own, the last ones are of one position that does not count, so that all ranks run forward and
-        backward equally often.
-    count: positions that count in the whole step, on all ranks: what the loss's sum is divided by (`num_items`).
-    positions, sequences: in the whole step, on all ranks; pads are no positions.
-    epoch, number: which step of which epoch, from 0 on.
+    micro_batches: `MicroBatch`es, or `ExampleBatch`es from a cache of examples. Every rank has equally many, so that
+        all ranks run forward and backward equally often: a rank with fewer of its own has empty ones at the end, of one
+        position that does not count.
+    count: positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`).
+    positions, sequences: of the whole step, on all ranks, without padding.
+    epoch, number: the epoch, and the number of the step in it, both from 0.
     """
 
     micro_batches: list[Any]
@@ -149,6 +149,14 @@ class Step:
     sequences: int
     epoch: int
     number: int
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Step":
+        """The step with its micro-batches on a device."""
+        return replace(self, micro_batches=[b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
+
+    def pin_memory(self) -> "Step":
+        """The step with its micro-batches in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
+        return replace(self, micro_batches=[b.pin_memory() for b in self.micro_batches])
 
 
 def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""DistillLoader: optimizer steps from a cache, in an order that is exact, made ahead of time on threads.
+"""CachedSource, also named DistillLoader: optimizer steps from a cache, in an exact order, prefetched on threads.
 
 loader = DistillLoader("cache", batch_tokens=2**19, device="cuda")
 for step in loader:
@@ -25,12 +25,12 @@ from .loader_pass import Run, Setup
 from .mixture import Stream
 from .open_caches import check_alike, open_sources, shares_of
 from .split import describe, open_split
-from .step_plan import Batch, Progress
+from .step_plan import Batch, Lengths, Progress, seek
 
 VERSION = 1  # of the state, and of the order that it is a place in
 
 
-class DistillLoader:
+class CachedSource:
     """An iterable of optimizer steps (`Step`) over one epoch of a cache; `steps()` goes on through epochs.
 
     cache: a `Cache`, what `open_cache` takes, or a mixture, [(cache, weight), ...]: weights are shares of the
@@ -201,6 +201,19 @@ class DistillLoader:
             self.close()
             self._progress = Progress(int(epoch))
 
+    def seek(self, epoch: int, step: int) -> None:
+        """Go to the position before a step of an epoch, both counted from 0; the steps that follow are the same as if
+        the loader had been iterated there. Reads the sequence lengths of a few shards at most, and decodes nothing.
+
+        step = the number of steps in the epoch is its end. Raises StreamError beyond that.
+        """
+        _check_integer("epoch", epoch, 0)
+        _check_integer("step", step, 0)
+        self.close()
+        setup = self._setup
+        lengths = Lengths(setup.tables, 2 * setup.most_shards)
+        self._progress = seek(setup.stream, setup.tables, setup.batch, int(epoch), int(step), lengths)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is: after the step that was handed out last. The same on every rank; JSON can hold it."""
         at = self._progress
@@ -257,6 +270,10 @@ class DistillLoader:
         means = [Fraction(int(t.positions.sum()), int(t.sequences.sum())) for t in self._setup.tables]
         parts = zip(means, self.fingerprint["weights"], strict=True)
         return sum((mean * Fraction(share) for mean, share in parts), Fraction(0)) * len(self._setup.stream)
+
+
+DistillLoader = CachedSource
+"""The name of `CachedSource` in code that builds its own training loop."""
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

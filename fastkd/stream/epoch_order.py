@@ -22,6 +22,7 @@ Nothing here is random: keys are splitmix64 of (seed, epoch, what is permuted, n
 every machine and under every version of NumPy. Only what is asked for is worked out.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,24 @@ class Epoch:
         slot = int(np.searchsorted(self.begins, place, side="right")) - 1
         return self.shards[slot : slot + self.open]
 
+    def weight_before(self, place: int, weights: Ints, lengths: Callable[[int], Ints]) -> int:
+        """The weight of all sequences before a place. Asks for the lengths of the shards that are open there alone.
+
+        weights: of each shard, `[shards]`. lengths: the weight of each sequence of a shard, by its place in the table.
+        """
+        slot = int(np.searchsorted(self.begins, place, side="right")) - 1
+        # of the shards in the order, those before the window are used up, and those behind it have not begun
+        found = int(weights[self.shards[:slot]].sum())
+        for at in range(slot, slot + self.open):
+            begin, _ = self._part(np.array(at), np.array(slot))
+            if begin:
+                found += int(lengths(int(self.shards[at]))[self._shuffled(at)[:begin]].sum())
+        taken = self._slot(slot)
+        shards, sequences = (column[: place - int(self.begins[slot])] for column in taken[:2])
+        for shard in np.unique(shards).tolist():
+            found += int(lengths(shard)[sequences[shards == shard]].sum())
+        return found
+
     def _part(self, place: Ints, slot: Ints) -> tuple[Ints, Ints]:
         """Which of its permuted sequences the shard at each place deals to a slot: from, to."""
         first = np.maximum(place - self.open + 1, 0)
@@ -116,9 +135,7 @@ class Epoch:
                 del self._permuted[gone]
             parts = []
             for place, begin, end in zip(places.tolist(), begins.tolist(), ends.tolist(), strict=True):
-                if place not in self._permuted:
-                    self._permuted[place] = self._permutation(int(self._sizes[place]), _SEQUENCES, place)
-                parts.append(self._permuted[place][begin:end])
+                parts.append(self._shuffled(place)[begin:end])
             by = self._permutation(int((ends - begins).sum()), _SLOT, slot)
             at = np.repeat(places, ends - begins)[by]
             taken = Taken(self.shards[at], np.concatenate(parts)[by], at % self.open)
@@ -126,6 +143,12 @@ class Epoch:
                 del self._worked_out[next(iter(self._worked_out))]
             self._worked_out[slot] = taken
         return self._worked_out[slot]
+
+    def _shuffled(self, place: int) -> Ints:
+        """The sequences of the shard at a place of the order, permuted."""
+        if place not in self._permuted:
+            self._permuted[place] = self._permutation(int(self._sizes[place]), _SEQUENCES, place)
+        return self._permuted[place]
 
     def _permutation(self, count: int, what: int, which: int) -> Ints:
         if not self._shuffle:

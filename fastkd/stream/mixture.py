@@ -5,8 +5,9 @@ follows from the place in the stream alone. Places are dealt in blocks, and in e
 to within one. With one source the stream is its epochs, one after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -70,6 +71,20 @@ class Stream:
         for j, begin in enumerate(self._before(place)):
             number, at = divmod(begin, self.totals[j])
             found |= {(j, shard) for shard in self._epoch(j, number).open_at(at).tolist()}
+        return found
+
+    def weight_before(self, place: int, weights: Sequence[Ints], lengths: Callable[[int, int], Ints]) -> int:
+        """The weight of all sequences of the stream before a place.
+
+        weights: of each shard, `[shards]`, for each source. lengths: the weight of each sequence of a shard, `[m]`,
+        from the source and the shard's place in its table.
+        """
+        found = 0
+        for j, begin in enumerate(self._before(place)):
+            number, at = divmod(begin, self.totals[j])
+            found += number * int(weights[j].sum())
+            if at:
+                found += self._epoch(j, number).weight_before(at, weights[j], partial(lengths, j))
         return found
 
     def _epoch(self, source: int, number: int) -> Epoch:

@@ -66,10 +66,11 @@ class Lengths:
         for key in np.unique(some.source * width + some.shard).tolist():
             source, shard = divmod(key, width)
             here = np.flatnonzero((some.source == source) & (some.shard == shard))
-            lengths[here] = self._shard(source, shard)[some.sequence[here]]
+            lengths[here] = self.shard(source, shard)[some.sequence[here]]
         return lengths
 
-    def _shard(self, source: int, shard: int) -> Ints:
+    def shard(self, source: int, shard: int) -> Ints:
+        """The positions of each sequence of a shard, `[sequences]`."""
         key = source, shard
         if key not in self._kept:
             self._kept[key] = self._tables[source].lengths(shard)
@@ -115,6 +116,42 @@ def shares(
             )
             progress = after
         progress = Progress(progress.epoch + 1)
+
+
+def seek(stream: Stream, tables: Sequence[Table], batch: Batch, epoch: int, step: int, lengths: Lengths) -> Progress:
+    """The progress of a loader that has taken `step` steps of an epoch.
+
+    By positions, the place is found by bisection: the positions before any place follow from the tables and from the
+    sequence lengths of the shards that are open there.
+
+    Raises StreamError if the epoch has fewer steps.
+    """
+    total = len(stream)
+    base = epoch * total
+    if batch.positions is None:
+        assert batch.sequences is not None
+        _check_step(step, -(-total // batch.sequences))
+        return Progress(epoch, min(step * batch.sequences, total), 0, step)
+    positions = [t.positions for t in tables]
+    before = stream.weight_before(base, positions, lengths.shard)
+    end = stream.weight_before(base + total, positions, lengths.shard) - before
+    _check_step(step, -(-end // batch.positions))
+    low, high, at_low = 0, total, 0  # the last place with at most step · batch.positions before it
+    if step * batch.positions >= end:
+        low, at_low = total, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = stream.weight_before(base + middle, positions, lengths.shard) - before
+        if found <= step * batch.positions:
+            low, at_low = middle, found
+        else:
+            high = middle
+    return Progress(epoch, low, at_low, step)
+
+
+def _check_step(step: int, steps: int) -> None:
+    if step > steps:
+        raise StreamError(f"step: got {step}; expected at most {steps}, the steps of the epoch.")
 
 
 def _step(
