@@ -29,11 +29,11 @@ from fastkd.bench.cache_targets import (
     spec_of,
     targets,
 )
-from fastkd.bench.harness import interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
+from fastkd.utils.timing import interleaved
 
 # setting: the targets it stores, the spec's changes, the limit in bytes a position and what to go for
 SETTINGS: dict[str, tuple[str, Arrays, str, str]] = {

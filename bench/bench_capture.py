@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.bench.harness import interleaved, peak_bytes
+from fastkd.bench.harness import peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
@@ -38,6 +38,7 @@ from fastkd.kernels.lm_head import LMHead
 from fastkd.kernels.topk.api import default_chunk
 from fastkd.models.protocol import Hidden
 from fastkd.settings import CaptureSettings
+from fastkd.utils.timing import interleaved
 
 
 class Decoder:

@@ -23,13 +23,13 @@ from torch import Tensor
 from fastkd import SparseTargets, linear_topk_targets, targets_from_arrays
 from fastkd.bench.bench_train import VOCAB, Steps
 from fastkd.bench.cases import GRID
-from fastkd.bench.harness import Run, Timings, interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache, open_cache
 from fastkd.cache.writer import CacheWriter
 from fastkd.report.demo_sections import break_even
+from fastkd.utils.timing import Run, Timings, interleaved
 
 K, DRAWS = 48, 16
 SHARDS = 4  # to read from, in turns

@@ -37,11 +37,11 @@ from fastkd.bench.formats import (
     Sampled,
     Zarr,
 )
-from fastkd.bench.harness import Run, interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import Workspace, create_cache, open_cache
+from fastkd.utils.timing import Run, interleaved
 
 Array = NDArray[Any]
 OURS = "fastkd, default"

@@ -16,10 +16,11 @@ from torch import Tensor
 from fastkd import linear_kd_loss
 from fastkd.bench import limits, peers
 from fastkd.bench.cases import known_targets
-from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
+from fastkd.bench.harness import peak_bytes, rotation
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.kernels.loss.linear import default_chunk
+from fastkd.utils.timing import Run, interleaved
 
 FLOOR = "three products"
 OURS = "linear_kd_loss"

@@ -18,10 +18,11 @@ from torch import Tensor
 from fastkd import kd_loss
 from fastkd.bench import limits, peers
 from fastkd.bench.cases import eager_kd_loss, known_targets, student_logits
-from fastkd.bench.harness import Run, interleaved, peak_bytes, rotation
+from fastkd.bench.harness import peak_bytes, rotation
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.utils.timing import Run, interleaved
 
 CELLS = (
     ("forward_kl", "bucket"),

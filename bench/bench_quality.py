@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from fastkd import SparseTargets
 from fastkd.bench import treatments
-from fastkd.bench.harness import figure
 from fastkd.bench.quality_problem import LENGTH, Problem, read_problem
 from fastkd.bench.quality_student import (
     BATCH,
@@ -40,6 +39,7 @@ from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache
 from fastkd.kernels.targets import sampled_reach
 from fastkd.utils.intervals import interval
+from fastkd.utils.timing import figure
 
 TOP, HYBRID = Shape(64), Shape(48, 16)  # of as many entries; HYBRID as `fastkd capture` has it
 ALONE = (64, 256)  # draws alone: as many as there are entries above, and some that take as many bytes

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.bench.harness import figure
 from fastkd.bench.records import POSITIONS, SEQUENCES, opening, records, write_records
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec
 from fastkd.stream.epoch_order import order
+from fastkd.utils.timing import figure
 
 ALL = 10**12  # positions
 SHARDS_OPEN = 8

@@ -23,7 +23,6 @@ import torch
 
 from fastkd.bench.bench_train import VOCAB, model_of
 from fastkd.bench.cases import GRID, known_targets
-from fastkd.bench.harness import figure, interleaved
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
@@ -36,6 +35,7 @@ from fastkd.train.api import make_loader
 from fastkd.train.load_student import make_student
 from fastkd.train.trainer import Trainer
 from fastkd.utils.distributed import Processes
+from fastkd.utils.timing import figure, interleaved
 
 WINDOW, WINDOWS, SHARDS, STEP = 256, 4, 4, 1024
 ARMS = {"alpha": [0.0, 0.5], "temperature": [1.0, 2.0]}

@@ -25,7 +25,7 @@ from torch import Tensor
 import fastkd
 from fastkd import SparseTargets
 from fastkd.bench.cases import known_targets
-from fastkd.bench.harness import interleaved, peak_bytes
+from fastkd.bench.harness import peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
@@ -37,6 +37,7 @@ from fastkd.stream.batch import MicroBatch
 from fastkd.train.metrics import read_metrics
 from fastkd.train.optimizer import clip_, make_optimizer
 from fastkd.train.student import Student, of_transformers
+from fastkd.utils.timing import interleaved
 
 VOCAB = 49152
 # hidden, layers, heads, key-value heads, inner

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from fastkd.bench.harness import Figure, interleaved, rotation
+from fastkd.bench.harness import rotation
 from fastkd.bench.table import Table
+from fastkd.utils.timing import Figure, interleaved
 
 _SIDE = {"cpu": 1536, "cuda": 8192}  # of the square product
 _COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of what is copied

@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from fastkd.bench.bench_loss import FLOOR, LogitsProblem, timed
-from fastkd.bench.harness import Run
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.utils.timing import Run
 
 
 def tune(table: Table, v: int, certain: bool, rounds: int) -> None:

@@ -21,13 +21,13 @@ from ..errors import DataError
 from ..evaluate.api import Evaluation, compare
 from ..report.make import make_report
 from ..report.measures import MEASURES
-from ..report.numbers import with_half
 from ..settings import DemoSettings
 from ..train.api import EVALUATION, train
 from ..train.result import CONTROL, RUN
 from ..train.student import parameters_and_bytes
 from ..utils.atomic import write_text
 from ..utils.intervals import Interval
+from ..utils.numbers import with_half
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
 from . import Done

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from ..bench.harness import interleaved
 from ..kernels.topk.api import default_chunk
 from ..models.lm_head import logits_of
 from ..models.protocol import Hidden
 from ..teachers.protocol import Teacher
+from ..utils.timing import interleaved
 
 TIMES = 2  # before and after the capture, each
 

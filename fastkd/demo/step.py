@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from ..bench.harness import interleaved
 from ..cache import Cache
 from ..kernels import SparseTargets
 from ..settings import TrainSettings
@@ -15,6 +14,7 @@ from ..train.load_student import make_student
 from ..train.optimizer import clip_, make_optimizer
 from ..train.trainer import autocast_of
 from ..utils.distributed import together
+from ..utils.timing import interleaved
 
 ROUNDS = 3
 

@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..utils.text import TEXTS, without_credentials
-from .numbers import (
+from ..utils.numbers import (
     DASH,
     THIN,
+    decimals,
     figures,
     percent,
     prefixed,
     seconds,
-    whole,
 )
+from ..utils.text import TEXTS, without_credentials
 from .page import (
     Bars,
     Block,
@@ -109,12 +109,12 @@ def _cache(report: Mapping[str, Any], several: bool) -> list[Block]:
         head += f", cut at {percent(settings['mass'])} of the mass"
     draws = f"{settings['draws']} drawn at T = {settings['draw_temperature']:g}" if settings["draws"] else "no draws"
     rows = [
-        ("positions", f"{whole(positions)}, of which {whole(counted)} count"),
-        ("size", f"{prefixed(report['bytes'], 'B')} in {whole(report['shards'])} shards"),
+        ("positions", f"{decimals(positions)}, of which {decimals(counted)} count"),
+        ("size", f"{prefixed(report['bytes'], 'B')} in {decimals(report['shards'])} shards"),
         ("a position", f"{figures(each)}{THIN}bytes" if each is not None else DASH),
         ("a target", f"{head}, {draws}"),
         ("tails at T =", ", ".join(f"{t:g}" for t in settings["temperatures"])),
-        ("vocabulary", whole(settings["vocab_size"])),
+        ("vocabulary", decimals(settings["vocab_size"])),
         ("codec", str(settings["codec"]["name"])),
         ("state", "sealed" if report["sealed"] else "not sealed"),
         ("spec", report["spec_sha256"][:12]),

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from html import escape
 
-from .numbers import percent
+from ..utils.numbers import percent
 from .page import (
     Bars,
     Block,

@@ -9,10 +9,10 @@ from typing import Any
 from ..cache import CacheError, open_cache
 from ..errors import NoRun, ReportError
 from ..utils.inspect_cache import inspect_cache
+from ..utils.numbers import prefixed
 from ..utils.text import without_credentials
 from .demo_sections import cache_section
 from .html import to_html
-from .numbers import prefixed
 from .page import Page, Section
 from .plots import png
 from .runs import Run, in_lines, read_runs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import exp, isfinite
 
 from ..utils.intervals import Interval
-from .numbers import (
+from ..utils.numbers import (
     DASH,
     THIN,
     decimals,

@@ -114,7 +114,7 @@ def read_run(folder: Path, name: str) -> Run:
     made_by = document.get("format", FORMAT), document.get("version", VERSION)
     if made_by != (FORMAT, VERSION):
         raise ReportError(
-            f"{path}: found format {made_by[0]!r}, version {made_by[1]!r}; this fastkd reads {FORMAT} {VERSION}. Use "
+            f"{path}: got format {made_by[0]!r}, version {made_by[1]!r}; expected {FORMAT} {VERSION}. Use "
             "the fastkd that wrote it."
         )
     steps, points = _metrics(folder / "metrics.jsonl")

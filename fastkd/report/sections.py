@@ -9,6 +9,16 @@ from typing import Any
 from ..errors import StreamError
 from ..evaluate.api import Evaluation, compare
 from ..utils.intervals import Interval
+from ..utils.numbers import (
+    DASH,
+    THIN,
+    decimals,
+    figures,
+    percent,
+    prefixed,
+    seconds,
+    with_half,
+)
 from ..utils.text import without_credentials
 from .measures import (
     MEASURES,
@@ -19,16 +29,6 @@ from .measures import (
     difference_cell,
     perplexity,
     verdict,
-)
-from .numbers import (
-    DASH,
-    THIN,
-    figures,
-    percent,
-    prefixed,
-    seconds,
-    whole,
-    with_half,
 )
 from .page import (
     Block,
@@ -107,7 +107,7 @@ def held_out(runs: Sequence[Run]) -> Section:
     found, caption = _evaluated(runs), ""
     if found is not None:
         seen = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
-        caption = f"{whole(found.count)} positions in {whole(found.windows)} windows {seen}."
+        caption = f"{decimals(found.count)} positions in {decimals(found.windows)} windows {seen}."
     blocks: list[Block] = [Table("", [*columns, *(m.column for m in known), PERPLEXITY], rows, caption)]
     if differences := _differences(runs, known):
         blocks.append(differences)
@@ -306,7 +306,7 @@ def speed(runs: Sequence[Run]) -> Section | None:
         rate, each = (run.logged(name)[1] for name in ("positions_per_second", "seconds"))
         positions = sum(run.logged("positions")[1])
         cells = [
-            Cell(whole(len(run.steps))),
+            Cell(decimals(len(run.steps))),
             Cell(prefixed(positions)) if positions else UNKNOWN,
             Cell(prefixed(median(rate))) if rate else UNKNOWN,
             UNKNOWN if (share := waiting(run)) is None else Cell(percent(share, 2)),

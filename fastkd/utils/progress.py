@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .numbers import duration as duration
+
 MODES = ("none", "bar", "lines", "events")
 LINE_SECONDS = 60.0  # between two lines, where there is no bar
 EVENT_SECONDS = 5.0
@@ -188,11 +190,3 @@ def mode_for(*, events: bool = False, stream: TextIO | None = None) -> str:
         return "events"
     stream = stream or sys.stderr
     return "bar" if stream is not None and not stream.closed and stream.isatty() else "lines"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person: 42 s, 7 min, 3.1 h, 2.5 days."""
-    for size, name in ((86400.0, "days"), (3600.0, "h")):
-        if seconds >= 2 * size or (size == 3600.0 and seconds >= size):
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

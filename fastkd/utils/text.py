@@ -6,9 +6,11 @@ without control characters.
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
+
+from .numbers import size_text as size_text
 
 Report = dict[str, Any]
 
@@ -46,12 +48,14 @@ def ranges(pairs: Iterable[list[int]]) -> str:
     return ", ".join(shown[:_MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def size_text(size: float) -> str:
-    """Bytes, with about three figures and an SI prefix."""
-    power = 0
-    while size >= 999.5 and power < 5:
-        size, power = size / 1000, power + 1
-    return f"{size:.{0 if power == 0 or size >= 99.95 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
+def format_table(rows: Sequence[Sequence[str]], *, left: int = 1, gap: int = 2) -> list[str]:
+    """Lines of a table, a row each: every column as wide as its widest cell, `gap` spaces apart; the first `left`
+    columns are aligned to the left, the others to the right. Rows may be shorter than the widest."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return [
+        (" " * gap).join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]
 
 
 def labelled(label: str, text: str) -> list[str]:

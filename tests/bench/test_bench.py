@@ -20,7 +20,7 @@ from fastkd.bench import (
     run,
 )
 from fastkd.bench.cases import eager_kd_loss
-from fastkd.bench.harness import Figure, Rotation, copies, figure, interleaved
+from fastkd.bench.harness import Rotation, copies
 from fastkd.bench.page import charts_of
 from fastkd.bench.records import SEQUENCES, opening, records, write_records
 from fastkd.bench.results import markdown
@@ -37,6 +37,7 @@ from fastkd.cache import CacheSpec, open_cache
 from fastkd.cli import main as cli
 from fastkd.errors import NoSuite, ReportError
 from fastkd.stream.epoch_order import Taken
+from fastkd.utils.timing import Figure, figure, interleaved
 
 MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastkd.bench import bench_cost, bench_train
-from fastkd.bench.harness import Timings
 from fastkd.bench.page import charts_of
 from fastkd.bench.table import Table
 from fastkd.cache import open_cache
+from fastkd.utils.timing import Timings
 
 
 def rows_of(**milliseconds: float) -> Table:

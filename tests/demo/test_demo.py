@@ -147,7 +147,7 @@ def test_windows_are_chosen_without_overlap(tiny: Path) -> None:
     assert len(windows_of(few, words, length=16, wanted=5, seed=0)) == 5
     assert next(few) == "last"
     for wanted in (0, len(ids) // 16 + 1):
-        with pytest.raises(DataError, match="windows: found"):
+        with pytest.raises(DataError, match="windows: got"):
             windows_of([TEXT], words, length=16, wanted=wanted, seed=0)
 
 

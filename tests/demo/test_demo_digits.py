@@ -182,7 +182,7 @@ def test_a_damaged_teacher_is_trained_anew(place: Path, tmp_path: Path, capsys: 
 
 def test_settings_of_the_other_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--task", "digits", "--out", str(tmp_path), "--window", "64"]) == 1
-    assert "window: found 64 with the task digits, which has none" in capsys.readouterr().err
+    assert "window: got 64 with the task digits, which has none" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

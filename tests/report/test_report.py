@@ -24,14 +24,6 @@ from fastkd.report.demo_sections import break_even, completions, cost
 from fastkd.report.html import to_html
 from fastkd.report.make import make_report, page_of
 from fastkd.report.measures import MEASURES, cell, difference_cell, perplexity, verdict
-from fastkd.report.numbers import (
-    decimals,
-    figures,
-    percent,
-    prefixed,
-    seconds,
-    with_half,
-)
 from fastkd.report.page import (
     Answer,
     Bars,
@@ -56,6 +48,14 @@ from fastkd.report.page import (
 )  # fmt: skip
 from fastkd.report.runs import in_lines, measured, read_run, read_runs
 from fastkd.utils.intervals import Interval
+from fastkd.utils.numbers import (
+    decimals,
+    figures,
+    percent,
+    prefixed,
+    seconds,
+    with_half,
+)
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; $x^2$ \x1b[31m\u202e"
 VOID = {"meta", "br", "img"}
@@ -354,16 +354,16 @@ def damage(run: Path, name: str, change: Callable[[str], str]) -> None:
     ("name", "change", "message"),
     [
         ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step" 7,', 1), r"metrics\.jsonl, line 7: .* not JSON"),
-        ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* an object with a step is needed"),
+        ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* expected an object with a step"),
         ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step": "7",', 1), r"line 7: .* an object with a step"),
         ("metrics.jsonl", lambda t: "[" * 100_000 + "\n" + t, r"metrics\.jsonl, line 1"),
         ("run.json", lambda t: t[:-5], r"run\.json: this is not JSON"),
         (
             "run.json",
             lambda t: t.replace('"version": 1', '"version": 2'),
-            r"run\.json: found format 'fastkd-run', version 2",
+            r"run\.json: got format 'fastkd-run', version 2",
         ),
-        ("run.json", lambda t: "[]", r"run\.json: found list; a JSON object"),
+        ("run.json", lambda t: "[]", r"run\.json: got list; expected a JSON object"),
         ("evaluation.json", lambda t: t[:-5], r"evaluation\.json: this is not JSON"),
         ("evaluation.json", lambda t: "{}", r"evaluation\.json: evaluation: this is none"),
         ("evaluation.json", lambda t: t.replace('"counts": [511.0', '"counts": ["x"'), r"evaluation\.json: .* damaged"),
@@ -382,7 +382,7 @@ def test_other_damage(run: Path, tmp_path: Path) -> None:
         read_run(run, "r")
     with pytest.raises(NoRun, match=r"no run\.json in it"):
         read_run(tmp_path, "r")
-    with pytest.raises(NoRun, match="found none"):
+    with pytest.raises(NoRun, match="got none"):
         make_report([])
     (run / "metrics.jsonl").unlink()
     (run / "control" / "run.json").unlink()
