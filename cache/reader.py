@@ -1,9 +1,8 @@
-"""Reading a cache: whole shards, decoded or raw, and sequences by their numbers."""
+"""Reading a cache: whole shards and sequences by their numbers."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from .shard.container import (
     unpack,
     unpack_end,
 )
-from .shard.layout import check_attributes, decode_shard, known_arrays, raw_shard
+from .shard.layout import check_attributes, decode_shard, known_arrays
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -108,16 +107,13 @@ class Cache:
         Raises CorruptShard, naming shard and array, where its bytes are not those that were committed.
         """
         streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
-        return self._made_of(index, partial(decode_shard, into=into), streams)
-
-    def raw_shard(self, index: int) -> Arrays:
-        """The streams of a shard and the tables that turn them into targets, for a decoder on a device.
-
-        Names and meanings as in FORMAT.md, and for each part ("head", "draws") also `<part>/table` (int32: what turns
-        ranks into ids), `<part>/list_width` and `<part>/list_begins`; and width, vocab_size, first_sequence, sort_ties,
-        tail_step, temperatures and draw_temperature. Raises as `read_shard`.
-        """
-        return self._made_of(index, raw_shard, None)
+        data, attributes = self._object(index)
+        try:
+            arrays = unpack(data, known_arrays(self.spec, attributes), streams)
+            del data  # decoding needs the room
+            return decode_shard(self.spec, attributes, arrays, into)
+        except Damage as damage:
+            raise corrupt(self.store, index, damage) from damage
 
     def attributes(self, index: int) -> dict[str, Any]:
         """What a shard says of itself (FORMAT.md, "Attributes"), from its last bytes."""
@@ -214,18 +210,6 @@ class Cache:
         attributes = read_attributes(end)
         check_attributes(attributes, self.spec, index)
         return attributes
-
-    def _made_of(
-        self, index: int, make: Callable[[CacheSpec, dict[str, Any], Arrays], Arrays], streams: Workspace | None
-    ) -> Arrays:
-        """What `make` makes of a shard's streams, which are read into `streams`."""
-        data, attributes = self._object(index)
-        try:
-            arrays = unpack(data, known_arrays(self.spec, attributes), streams)
-            del data  # what it is made into needs the room
-            return make(self.spec, attributes, arrays)
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
 
     def _by_sequence(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the shards by their first sequences, and where each begins and ends."""

@@ -218,8 +218,6 @@ class TrainSettings:
     """Shards among which sequences are shuffled: a better shuffle, and more memory."""
     threads: int = 2
     """That read and decode."""
-    decode: Literal["host", "device"] = "host"
-    """Where targets are decoded."""
     allow_partial: bool = False
     """Train from a cache of which shards are missing."""
     tokenizer: str | None = None

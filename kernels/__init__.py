@@ -1,6 +1,5 @@
 """fastkd.kernels: the math of distillation on a device. Needs torch alone; triton when a Triton path is taken."""
 
-from .decode import decode_targets
 from .errors import KDError
 from .lm_head import LMHead
 from .loss.api import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
@@ -16,7 +15,6 @@ __all__ = [
     "LMHead",
     "SparseTargets",
     "TargetsAt",
-    "decode_targets",
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_targets",

@@ -142,7 +142,7 @@ def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Ar
     grid = streams[f"{part}/grid"].astype(np.float32)
     if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
         raise ValueError(f"{part}/grid: log-probabilities of falling order are needed")
-    ids, list_width, begins_N = id_table(part, streams, tokens, spec.vocab_size)
+    ids, list_width, begins_N = _id_table(part, streams, tokens, spec.vocab_size)
     lengths_N = np.zeros(0, np.int64)
     if list_width and tokens is not None:
         lengths_N = _list_lengths(part, streams, tokens)
@@ -157,7 +157,7 @@ def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Ar
     )
 
 
-def id_table(
+def _id_table(
     part: str, streams: Mapping[str, Array], tokens: Array | None, vocab_size: int
 ) -> tuple[Array, int, Array]:
     """What turns ranks into ids: a table, the width of a list, and where in the table each row's list begins `[n]`.

@@ -1,4 +1,4 @@
-"""A shard's attributes and streams to what a reader asks for: decoded arrays, or streams and tables. No files."""
+"""A shard's attributes and streams to the decoded arrays that a reader returns. No files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encoding.grid import LOWEST, codes_of
-from ..encoding.parts import CONTEXT_STREAMS, STREAMS, id_table
+from ..encoding.parts import CONTEXT_STREAMS, STREAMS
 from ..encoding.targets import decode_targets
 from ..errors import CacheError
 from ..manifest import row_of
@@ -70,25 +70,6 @@ def decode_shard(
             decoded[name] = array
     decoded["first_sequence"] = np.array(attributes["first_sequence"], np.int64)
     return decoded
-
-
-def raw_shard(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Arrays) -> Arrays:
-    """The arrays of `Cache.raw_shard`. Damage as `decode_shard`."""
-    _check_shapes(spec, attributes, arrays)
-    raw = dict(arrays)
-    try:
-        for part in ("head", "draws"):
-            if f"{part}/counts" in arrays:
-                table, width, begins = id_table(part, arrays, arrays.get("inputs/tokens"), spec.vocab_size)
-                raw |= {f"{part}/table": table, f"{part}/list_width": np.array(width), f"{part}/list_begins": begins}
-    except _BAD as error:
-        raise Damage(f"its tables cannot be made ({error})") from error
-    codec = spec.settings
-    numbers: dict[str, Any] = {"width": spec.width, "vocab_size": spec.vocab_size}
-    numbers |= {"first_sequence": attributes["first_sequence"]}
-    numbers |= {"sort_ties": codec.sort_ties, "tail_step": codec.tail_step}
-    numbers |= {"temperatures": spec.temperatures, "draw_temperature": spec.draw_temperature}
-    return raw | {name: np.array(value) for name, value in numbers.items()}
 
 
 def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ..data.examples import Examples
 from ..errors import StreamError
+from ..utils.deprecated import deprecated_decode
 from ..utils.distributed import Reduce, summed_over  # noqa: F401  part of the public `fastkd.stream`
 from .batch import LAYOUTS, Step
 from .compact import Shape
@@ -46,7 +47,7 @@ class CachedSource:
         a step, in the same order on all ranks, one step ahead of the step that it is for.
     split: "train" or "held_out", as fixed at capture. skip, max_positions: of one cache, leave out so many sequences at
         the start, and take the first whole sequences of the rest up to so many positions.
-    device: where micro-batches are. decode: "host", or "device": the cache's streams are decoded there.
+    device: where micro-batches are. decode: deprecated; targets are always decoded on the host.
     threads: that read and decode. ahead: steps that are made ahead of time.
     allow_partial: read a cache of which shards are missing.
     data: of a cache of examples, the labelled `Examples` that it was captured from (of a mixture, each of its caches).
@@ -79,7 +80,7 @@ class CachedSource:
         skip: int = 0,
         max_positions: int | None = None,
         device: torch.device | str | None = None,
-        decode: str = "host",
+        decode: str | None = None,
         threads: int = 2,
         ahead: int = 2,
         allow_partial: bool = False,
@@ -92,9 +93,10 @@ class CachedSource:
             _check_integer(name, value, 1)
         for name, value in {"seed": seed, "skip": skip, "rank": rank}.items():
             _check_integer(name, value, 0)
-        for name, text, possible in (("layout", layout, LAYOUTS), ("decode", decode, ("host", "device"))):
-            if text not in possible:
-                raise StreamError(f"{name}: got {text!r}; expected one of {', '.join(possible)}.")
+        if layout not in LAYOUTS:
+            raise StreamError(f"layout: got {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+        if decode is not None:
+            deprecated_decode(decode, StreamError, stacklevel=3)
         if (batch_size is None) == (batch_tokens is None):
             raise StreamError(
                 f"batch_size, batch_tokens: got {batch_size} and {batch_tokens}; expected one of the two."
@@ -132,7 +134,6 @@ class CachedSource:
             spec=specs[0],
             shape=Shape(layout, micro_tokens, micro_batch_size, width, draws),
             device=torch.device("cpu" if device is None else device),
-            on_device=decode == "device",
             rank=rank,
             world_size=world_size,
             reduce=reduce,

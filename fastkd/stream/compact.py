@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..cache.spec import CacheSpec
 from ..kernels import SparseTargets
-from .shards import ENTRIES, OpenShard
+from .shards import OpenShard
 
 Ints = NDArray[np.int64]
 Allocate = Callable[..., Tensor]
-WIDE = ("ids", "logprobs", "draws")
 UNUSED = {"logprobs": -np.inf}  # what stands in places without an entry; else 0
 
 
@@ -37,18 +36,10 @@ class Shape:
 def compact_targets(
     wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
 ) -> SparseTargets:
-    """The targets of these rows of these shards: on the host, or on the device that the shards were decoded on.
+    """The targets of these rows of these shards, on the host, in memory of their own.
 
     index `[rows]`: the position of each in its micro-batch. allocate: makes a tensor on the host, as `torch.empty`.
     """
-    take = _on_device if wanted and wanted[0][0].targets is not None else _on_host
-    return take(wanted, index, spec, shape, allocate)
-
-
-def _on_host(
-    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
-) -> SparseTargets:
-    """The targets of these rows of these shards, in memory of their own."""
     n = len(index)
     out = {
         "ids": allocate((n, shape.width), dtype=torch.int32),
@@ -74,28 +65,6 @@ def _on_host(
     return _targets(out, index, spec)
 
 
-def _on_device(
-    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
-) -> SparseTargets:
-    """The targets of these rows of shards that were decoded on a device, there."""
-    found: dict[str, list[Tensor]] = {}
-    for shard, rows in wanted:
-        assert shard.targets is not None
-        at = allocate(len(rows), dtype=torch.int64)
-        at.numpy()[:] = rows
-        at = at.to(shard.targets.device, non_blocking=True)
-        for name in ENTRIES:
-            if name == "draws" and not shape.draws:
-                continue
-            tensor = getattr(shard.targets, name)
-            some = shard.targets.ids.new_zeros(len(rows), 0) if tensor is None else tensor.index_select(0, at)
-            if name in WIDE and some.shape[1] < shape.width:
-                some = torch.nn.functional.pad(some, (0, shape.width - some.shape[1]), value=UNUSED.get(name, 0))
-            found.setdefault(name, []).append(some)
-    whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
-    return _targets(whole, index.to(whole["ids"].device, non_blocking=True), spec)
-
-
 def _targets(tensors: dict[str, Tensor], index: Tensor, spec: CacheSpec) -> SparseTargets:
     return SparseTargets(
         **tensors,
@@ -108,4 +77,4 @@ def _targets(tensors: dict[str, Tensor], index: Tensor, spec: CacheSpec) -> Spar
 
 def no_targets(spec: CacheSpec, shape: Shape, device: torch.device) -> SparseTargets:
     """Targets of no position."""
-    return _on_host([], torch.zeros(0, dtype=torch.int64), spec, shape, torch.empty).to(device)
+    return compact_targets([], torch.zeros(0, dtype=torch.int64), spec, shape, torch.empty).to(device)

@@ -1,12 +1,7 @@
-"""From a cache's arrays to SparseTargets on a device: where the format on disk meets the math.
-
-raw = cache.raw_shard(3)
-targets = targets_from_raw(raw, device="cuda")  # decoded there
-tokens = raw["inputs/tokens"]
-"""
+"""From a cache's decoded arrays to SparseTargets: where the format on disk meets the math."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,31 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache import CacheSpec
-from ..kernels import SparseTargets, decode_targets
-
-# Read on the host, where the sizes come from.
-_ON_HOST = frozenset({"head/counts", "draws/counts", "temperatures"})
-_STREAMS = ("values", "firsts", "ties", "repeats", "grid", "table", "list_begins")
-_ON_DEVICE = frozenset({"tail", "outcomes", *(f"{part}/{name}" for part in ("head", "draws") for name in _STREAMS)})
+from ..errors import StreamError
+from ..kernels import SparseTargets
 
 
-def targets_from_raw(
-    raw: Mapping[str, NDArray[Any]], *, device: torch.device | str = "cpu", compact: bool = False, impl: str = "auto"
-) -> SparseTargets:
-    """The targets of a shard (`Cache.raw_shard`), decoded on the device, with the numbers of `Cache.read_shard`.
-
-    To a GPU go the streams, about half of what they decode to, from page-locked memory; nothing waits for it. For the
-    CPU, `targets_from_arrays(cache.read_shard(index), cache.spec)` is the same and faster.
-    compact: keep only the positions that count, with `index` their numbers in the shard. impl: see `decode_targets`.
-    """
-    device = torch.device(device)
-    tensors: dict[str, Tensor] = {}
-    for name, array in raw.items():
-        if name in _ON_DEVICE:
-            tensors[name] = _moved(array, device)
-        elif name in _ON_HOST or array.ndim == 0:
-            tensors[name] = torch.from_numpy(array)
-    return decode_targets(tensors, compact=compact, impl=impl)
+def targets_from_raw(*args: Any, **kwargs: Any) -> NoReturn:
+    """Removed: decoded a shard's streams on a device. Raises StreamError."""
+    raise StreamError(
+        "targets_from_raw: targets are always decoded on the host now. Use "
+        "targets_from_arrays(cache.read_shard(index), cache.spec, device=device)."
+    )
 
 
 def targets_from_arrays(

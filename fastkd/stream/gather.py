@@ -30,8 +30,7 @@ class Pieces(NamedTuple):
 def gather(
     sequences: Sequence[tuple[OpenShard[Inputs], Ints]], spec: CacheSpec, shape: Shape, device: torch.device
 ) -> list[MicroBatch]:
-    """The micro-batches of these sequences, by shard. They are on the host, page-locked if the device is a GPU; but
-    targets that were decoded on the device are there."""
+    """The micro-batches of these sequences, by shard. They are on the host, page-locked if the device is a GPU."""
     shards = [shard for shard, _ in sequences]
     parts, windows, done = [], [], 0
     for number, (shard, some) in enumerate(sequences):

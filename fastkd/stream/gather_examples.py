@@ -27,8 +27,7 @@ def gather_examples(
 ) -> list[ExampleBatch]:
     """The micro-batches of these sequences, by shard. A sequence, an example's copies, is never divided.
 
-    data: labelled. They are on the host, page-locked if the device is a GPU; but targets that were decoded on the
-    device are there.
+    data: labelled. They are on the host, page-locked if the device is a GPU.
     """
     lengths = np.concatenate([np.diff(shard.inputs.first_row)[some] for shard, some in sequences])
     shard_of = np.repeat(np.arange(len(sequences)), [len(some) for _, some in sequences])

@@ -17,7 +17,7 @@ from .gather import gather
 from .gather_examples import gather_examples
 from .mixture import Stream
 from .prefetch import Needs, Prefetcher
-from .shards import OpenShard, open_on_device, open_shard
+from .shards import OpenShard, open_shard
 from .split import Table
 from .step_plan import Batch, Lengths, Progress, Share, shares
 
@@ -33,7 +33,6 @@ class Setup:
     spec: CacheSpec
     shape: Shape
     device: torch.device
-    on_device: bool
     rank: int
     world_size: int
     reduce: Reduce | None
@@ -152,9 +151,6 @@ class Run:
         source, place = key
         table = self._setup.tables[source]
         index = int(table.shard[place])
-        if self._setup.on_device:
-            with torch.cuda.stream(self._stream):
-                return open_on_device(table.cache, index, self._setup.device)
         try:
             space = self._free.pop()
         except IndexError:
@@ -183,5 +179,4 @@ class Run:
         return _Made(share, batches, copied)
 
     def _release(self, shard: OpenShard[Any]) -> None:
-        if shard.space is not None:
-            self._free.append(shard.space)
+        self._free.append(shard.space)

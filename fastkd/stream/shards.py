@@ -1,17 +1,14 @@
 """A shard that is open: its rows in memory, with what is needed to take parts of it into micro-batches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..cache.reader import Cache
 from ..cache.workspace import Workspace
 from ..data.examples import EXAMPLES
-from ..kernels import SparseTargets
-from .decode import targets_from_raw
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -59,13 +56,12 @@ AnyInputs = TypeVar("AnyInputs", Inputs, ExampleInputs)
 
 @dataclass(frozen=True, eq=False)
 class OpenShard(Generic[AnyInputs]):
-    """A shard in memory: its targets on the host (rows: ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`), or
-    on a device (targets). space: the memory that the rows are in, to be used again."""
+    """A shard in memory. rows: its targets (ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`). space: the
+    memory that the rows are in, to be used again."""
 
     inputs: AnyInputs
-    rows: dict[str, Array] = field(default_factory=dict)
-    targets: SparseTargets | None = None
-    space: Workspace | None = None
+    rows: dict[str, Array]
+    space: Workspace
 
 
 def ranges(begins: Ints, lengths: Ints) -> Ints:
@@ -75,23 +71,12 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
 
 
 def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard[Any]:
-    """A shard read and decoded on the host, into memory that is kept."""
+    """A shard read and decoded into memory that is kept."""
     arrays = cache.read_shard(index, into=space)
     # entries come first in a row: one that does not count has none in its first place
     counts = arrays["logprobs"][:, 0] > -np.inf
     rows = {name: arrays[name] for name in ENTRIES if name in arrays}
     return OpenShard(_inputs(cache, arrays, counts), rows=rows, space=space)
-
-
-def open_on_device(cache: Cache, index: int, device: torch.device) -> OpenShard[Any]:
-    """A shard read here and decoded on the device."""
-    raw = cache.raw_shard(index)
-    counts = np.zeros(len(raw["tail"][0]), bool)
-    for part in ("head", "draws"):
-        if f"{part}/counts" in raw:
-            counts |= raw[f"{part}/counts"] > 0
-    columns = {name.removeprefix("inputs/"): array for name, array in raw.items()}
-    return OpenShard(_inputs(cache, columns, counts), targets=targets_from_raw(raw, device=device))
 
 
 def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs | ExampleInputs:

@@ -156,7 +156,6 @@ def make_loader(
         skip=settings.skip,
         max_positions=settings.max_positions,
         device=processes.device,
-        decode=settings.decode,
         threads=settings.threads,
         allow_partial=settings.allow_partial,
         data=data,

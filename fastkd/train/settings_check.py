@@ -18,7 +18,7 @@ from .trackers import check_tracker
 RESUME_MAY_CHANGE = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
     "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep", "export",
-    "threads", "decode", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention",
+    "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention",
     "trust_remote_code",
 }  # fmt: skip
 

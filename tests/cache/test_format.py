@@ -90,8 +90,9 @@ def test_settings(tmp_path: Path, codec: str, draws: int, ragged: bool) -> None:
     with create_cache(tmp_path, spec_of(codec, draws=draws)) as writer:
         writer.write_shard(0, {"tokens": tokens}, **arrays)
     if codec == "smallest":
-        assert "head/context_counts" in open_cache(tmp_path).raw_shard(0)
-        assert len(open_cache(tmp_path).raw_shard(0)["head/context_tokens"]) > 2
+        streams = open_cache(tmp_path).zarr_group(0)
+        assert "head/context_counts" in streams
+        assert streams["head/context_tokens"].size > 2
     same(tmp_path)
 
 
@@ -455,6 +456,6 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
     spec = CacheSpec(100_000, 0, draws, codec="smallest", temperatures=(1.0,))
     with create_cache(tmp_path, spec) as writer:
         writer.write_shard(0, {"tokens": np.arange(n) % 2}, ids, logprobs, np.zeros((n, 1)), np.ones((n, draws), int))
-    assert len(open_cache(tmp_path).raw_shard(0)["draws/context_tokens"])
+    assert open_cache(tmp_path).zarr_group(0)["draws/context_tokens"].size
     assert (open_cache(tmp_path).read_shard(0)["draws"] == 1).all()
     same(tmp_path)

@@ -36,12 +36,11 @@ def _no_thread_is_left() -> Iterator[None]:
     assert not left
 
 
-@pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("limits", [{"micro_tokens": 50}, {"micro_tokens": None, "micro_batch_size": 2}])
-def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, decode: str, limits: Any) -> None:
+def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, limits: Any) -> None:
     expected = reference(cache)
-    loader = DistillLoader(cache, batch_size=4, layout=layout, decode=decode, shards_open=3, **limits)
+    loader = DistillLoader(cache, batch_size=4, layout=layout, shards_open=3, **limits)
     steps = list(loader)
     for step in steps:
         for batch in step.micro_batches:
@@ -221,12 +220,11 @@ def test_two_processes(cache: Cache, tmp_path: Path) -> None:
     assert [out.strip() for out, _ in outs] == [expected, expected]
 
 
-@pytest.mark.parametrize("decode", ["host", "device"])
-def test_mixtures(cache: Cache, tmp_path: Path, decode: str) -> None:
+def test_mixtures(cache: Cache, tmp_path: Path) -> None:
     """Positions are shared by the weights; narrower rows, and rows without draws, are filled up."""
     other = make_cache(tmp_path / "other", seed=1, first_token=10_000, k=5)
     expected = reference(cache) | reference(other)
-    loader = DistillLoader([(cache, 3), (other, 1)], batch_size=6, decode=decode, shards_open=3)
+    loader = DistillLoader([(cache, 3), (other, 1)], batch_size=6, shards_open=3)
     seen: list[int] = []
     for step in loader.steps(epochs=3):
         for batch in step.micro_batches:
@@ -240,7 +238,7 @@ def test_mixtures(cache: Cache, tmp_path: Path, decode: str) -> None:
     assert abs(share - 0.75) < 0.03
     assert len(loader) == -(-sum(len(s) for s in [_sequences(cache), _sequences(other)]) // 6)
     assert abs(len(DistillLoader([(cache, 3), (other, 1)], batch_tokens=90)) * 90 - len(seen) / 3) < 200
-    again = DistillLoader([(cache, 3), (other, 1)], batch_size=6, decode=decode, shards_open=3)
+    again = DistillLoader([(cache, 3), (other, 1)], batch_size=6, shards_open=3)
     again.load_state_dict(loader.state_dict())
     assert bits(next(iter(again))) == bits(next(iter(loader)))
 
@@ -458,7 +456,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         ({"batch_size": 2, "micro_tokens": 0}, "micro_tokens: found 0"),
         ({"batch_size": 2, "seed": -1}, "seed: found -1; an integer from 0 on"),
         ({"batch_size": 2, "layout": "ragged"}, "layout: found 'ragged'; one of padded, packed"),
-        ({"batch_size": 2, "decode": "gpu"}, "decode: found 'gpu'; one of host, device"),
+        ({"batch_size": 2, "decode": "device"}, "decode: got 'device'; expected no value.*on the host now"),
         ({"batch_size": 2, "split": "test"}, "split: found 'test'; one of train, held_out"),
         ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank: found 2 of 2"),
         ({"batch_size": 2, "world_size": 2}, "reduce: found None for 2 ranks.*summed_over"),
@@ -590,8 +588,7 @@ def test_devices(cache: Cache) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("decode", ["host", "device"])
-def test_a_gpu_gets_the_same(cache: Cache, decode: str) -> None:
+def test_a_gpu_gets_the_same(cache: Cache) -> None:
     here = [bits(step) for step in DistillLoader(cache, batch_size=3)]
-    there = [bits(step) for step in DistillLoader(cache, batch_size=3, device="cuda", decode=decode)]
+    there = [bits(step) for step in DistillLoader(cache, batch_size=3, device="cuda")]
     assert there == here

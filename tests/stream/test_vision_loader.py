@@ -50,15 +50,14 @@ def test_the_student_sees_the_pixels_that_the_teacher_saw(cache: Cache, teacher:
     assert pictures(ours) == seen
 
 
-@pytest.mark.parametrize("decode", ["host", "device"])
-def test_inputs_labels_and_targets_belong_together(cache: Cache, decode: str) -> None:
+def test_inputs_labels_and_targets_belong_together(cache: Cache) -> None:
     data, model, sizes = examples(), Net(seed=7), []
     which = {
         data.read([n], data.seeds(np.array([n]), np.array([c]))).numpy().tobytes(): n
         for n in range(IMAGES)
         for c in range(COPIES)
     }
-    for step in loader_of(cache, decode=decode):
+    for step in loader_of(cache):
         sizes.append(step.sequences)
         assert step.positions == step.count == COPIES * step.sequences
         numbers = []
