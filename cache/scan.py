@@ -11,11 +11,10 @@ from .errors import CacheError, CorruptShard, NotFound, StoreError
 from .manifest import row_of, table_of
 from .shard.container import TAIL_LENGTH, Damage, read_attributes, stored_digest
 from .shard.layout import check_attributes
-from .spec import CacheSpec, parse_json
+from .spec import CacheSpec
 from .stores import Store
 
 SPEC_KEY = "spec.json"
-PLAN_KEY = "plan.json"
 PREFIX = "shards/"
 _NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
 _REQUESTS = 16  # at a time: a shard's end is small, and what takes time is the asking
@@ -48,17 +47,6 @@ def read_spec(store: Store) -> CacheSpec:
         return CacheSpec.from_json(data)
     except CacheError as error:
         raise CacheError(f"{store.describe()}: {error}") from error
-
-
-def planned_shards(store: Store) -> int:
-    """How many shards the cache is to have, by the plan of its capture; 0 where no plan that can be read is there."""
-    try:
-        plan = parse_json(store.get(PLAN_KEY), PLAN_KEY)
-    except (NotFound, CacheError):  # a cache may have been made by hand; and its shards need no plan
-        return 0
-    totals = plan.get("totals")
-    shards = totals.get("shards") if isinstance(totals, dict) else None
-    return shards if type(shards) is int and 0 < shards < 2**62 else 0
 
 
 def row(store: Store, spec: CacheSpec, index: int, size: int) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from .errors import CacheError
+from .provenance import Provenance
 
 FORMAT = 1
 # What a reader of this version understands. A cache names the features it cannot be read without.
@@ -63,7 +65,8 @@ class CacheSpec:
     shard_positions: positions a shard, at most.
     codec: the name of a setting ("fast", "default", "smallest", "portable") or a `Codec`.
     inputs: the names of the input columns.
-    teacher, tokenizer, dataset: fingerprints, free text. notes: free text that is no part of the hash.
+    teacher, tokenizer, dataset: fingerprints, free text; `Provenance.texts` makes them. notes: free text that is no
+    part of the hash.
 
     Raises CacheError where a value is not one that a cache can have.
     """
@@ -150,6 +153,11 @@ class CacheSpec:
         named |= {"contexts", "ties"} if codec.contexts else set()
         return tuple(sorted(named))
 
+    @cached_property
+    def provenance(self) -> Provenance:
+        """The teacher and the data of the cache: what `teacher`, `tokenizer` and `dataset` say, field by field."""
+        return Provenance.from_texts(self.teacher, self.tokenizer, self.dataset)
+
     @property
     def hash(self) -> str:
         """sha256 of everything but the notes, in hexadecimal: what every shard carries."""
@@ -161,8 +169,9 @@ class CacheSpec:
             "format": "fastkd-cache",
             "version": FORMAT,
             "required": self.required,
-            "optional": (),
+            "optional": ("provenance",),
             "sha256": self.hash,
+            "provenance": asdict(self.provenance),
             "spec": asdict(self),
         }
         return json.dumps(document, indent=2, allow_nan=False).encode() + b"\n"
@@ -199,6 +208,12 @@ class CacheSpec:
             raise CacheError(
                 "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "
                 "the hash of the true one)."
+            )
+        typed, given = asdict(spec.provenance), document.get("provenance", {})
+        if not isinstance(given, dict) or any(given[name] != typed[name] for name in given.keys() & typed.keys()):
+            raise CacheError(
+                "spec.json: its member `provenance` differs from `teacher`, `tokenizer` and `dataset` in `spec`: the "
+                "file was changed. Restore it, or delete that member."
             )
         return spec
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from .capture_plan import planned_shards
 from .errors import CacheError, NotFound, StoreError
 from .manifest import gaps, overlaps, row_of, table_of
 from .reader import Cache, open_cache
 from .scan import (
     PREFIX,
     SPEC_KEY,
-    planned_shards,
     read_spec,
     shard_index,
     shard_key,

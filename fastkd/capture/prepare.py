@@ -1,18 +1,18 @@
 """Before the first shard: the plan and the spec of a capture, kept in its cache; and what may not be continued."""
 
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheError, CacheSpec, NotFound
-from ..cache.scan import PLAN_KEY, read_spec
-from ..cache.spec import differences, parse_json
+from ..cache import CacheError, CacheSpec, NotFound, StoreError
+from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache.provenance import Identity, Provenance
+from ..cache.scan import read_spec
+from ..cache.spec import differences
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import EXAMPLES, Examples
@@ -28,8 +28,6 @@ from .window_plan import VERSION, Plan, PlanSettings, make_plan
 LENGTHS_KEY = "lengths.npz"
 DEFAULT_CONTEXT = 2048
 _WAIT_SECONDS = 2.0
-_DATASET = "sha256 {}, plan {}, draws of seed {}"  # what the spec says of the data
-_PLANNED = re.compile(_DATASET.format("(.+)", "([0-9a-f]{64})", "([0-9]+)"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +55,8 @@ def prepare(
     Raises CacheError where the store holds the cache of another teacher, other data or other settings, naming which.
     """
     dataset = data.fingerprint(progress=progress)
-    there = _plan_there(store) if store is not None else {}
-    if store is not None and there and there.get("dataset") != dataset:
-        raise _refusal(store, _other_data(store, teacher, data, str(there.get("dataset")), dataset))
+    if store is not None and (there := _plan_there(store)) is not None and there.dataset != dataset:
+        raise _refusal(store, _other_data(store, teacher, data, there.dataset, dataset))
     if store is None or claims is None:
         lengths = data.lengths(progress=progress)
     else:
@@ -75,29 +72,28 @@ def keep_plan(store: Store, plan: Plan) -> None:
     """Write the plan, unless it is there. CacheError where another one is, naming what differs."""
     if not store.create(PLAN_KEY, plan.to_json()):
         there = _plan_there(store)
-        if there.get("sha256") != plan.hash:
+        if there is not None and there.sha256 != plan.hash:
             # the same settings and data make another plan by other rules
-            versions = f"version of the plan: {there.get('version')!r} and {VERSION}"
+            versions = f"version of the plan: {there.version} and {VERSION}"
             raise _refusal(store, _other_plan(there, plan) or [versions])
 
 
 def kept_plan(store: Store, spec: CacheSpec) -> tuple[Plan, int]:
     """The plan that a cache was captured by, and the seed of its draws. DataError where they are not to be had."""
-    said = _PLANNED.fullmatch(spec.dataset)
-    if said is None:
+    source = spec.provenance
+    if source.dataset_sha256 is None or source.draw_seed is None:
         raise DataError("its spec names no plan: it was not made by fastkd.capture.")
-    dataset, expected, seed = said.groups()
     try:
         plan_json, lengths_npz = store.get(PLAN_KEY), store.get(LENGTHS_KEY)
     except NotFound as error:
         raise DataError(f"{PLAN_KEY} or {LENGTHS_KEY} is not in it.") from error
-    lengths = lengths_from_npz(lengths_npz, dataset, LENGTHS_KEY)
+    lengths = lengths_from_npz(lengths_npz, source.dataset_sha256, LENGTHS_KEY)
     if lengths is None:
         raise DataError(f"{LENGTHS_KEY} in it is of other data.")
     plan = Plan.from_json(plan_json, lengths)
-    if plan.hash != expected:
+    if plan.hash != source.plan_sha256:
         raise DataError(f"{PLAN_KEY} is another plan than the one its spec names.")
-    return plan, int(seed)
+    return plan, source.draw_seed
 
 
 def plan_settings(
@@ -163,24 +159,35 @@ def spec_of(
         shard_positions=plan.settings.shard_positions,
         codec=settings.codec,
         inputs=EXAMPLES if isinstance(data, Examples) else TEXT,
-        teacher=teacher.fingerprint,
-        tokenizer=_tokenization(data),
-        dataset=_DATASET.format(plan.dataset, plan.hash, settings.seed),
         notes=notes,
+        **provenance_of(teacher, data, plan.dataset, plan.hash, settings.seed).texts(),
     )
 
 
-def _plan_there(store: Store) -> dict[str, Any]:
-    """The plan that a cache has, as JSON; empty where there is none."""
+def provenance_of(
+    teacher: Teacher, data: Documents | Examples, dataset: str, plan: str | None = None, seed: int | None = None
+) -> Provenance:
+    """The provenance of a cache of this teacher and these data. dataset, plan: hashes. seed: of the draws."""
+    text = {} if isinstance(data, Examples) else data.text_settings
+    tokenizer, template = (Identity.of(text[name]) if name in text else None for name in ("tokenizer", "template"))
+    return Provenance(
+        teacher=Identity.of(teacher.fingerprint),
+        tokenizer=tokenizer,
+        template=template,
+        loss_on=text.get("loss_on"),
+        text_documents=text.get("text_documents"),
+        dataset_sha256=dataset,
+        plan_sha256=plan,
+        draw_seed=seed,
+    )
+
+
+def _plan_there(store: Store) -> CapturePlan | None:
+    """The plan that a cache has; None where it has none."""
     try:
-        data = store.get(PLAN_KEY)
-    except NotFound:
-        return {}
-    try:
-        found = parse_json(data, f"{store.describe()}: {PLAN_KEY}")
-        if not isinstance(found.get("settings"), dict):
-            raise CacheError(f"{store.describe()}: {PLAN_KEY}: this is no plan.")
-        return found
+        return read_capture_plan(store)
+    except StoreError:
+        raise
     except CacheError as error:
         raise CacheError(f"{error} Delete it; it is made again from the same data.") from error
 
@@ -236,11 +243,11 @@ def _kept_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDA
     return lengths
 
 
-def _other_plan(there: dict[str, Any], plan: Plan) -> list[str]:
-    """What differs between the plan that is there, as JSON, and ours: settings and data."""
-    theirs, dataset = there.get("settings", {}), there.get("dataset")
+def _other_plan(there: CapturePlan, plan: Plan) -> list[str]:
+    """What differs between the plan that is there and ours: settings and data."""
+    theirs = there.settings
     found = [f"{n}: {theirs.get(n)!r} and {v!r}" for n, v in asdict(plan.settings).items() if theirs.get(n) != v]
-    return found if dataset == plan.dataset else [*found, _two_data(str(dataset), plan.dataset)]
+    return found if there.dataset == plan.dataset else [*found, _two_data(there.dataset, plan.dataset)]
 
 
 def _two_data(theirs: str, ours: str) -> str:
@@ -252,7 +259,8 @@ def _other_data(store: Store, teacher: Teacher, data: Documents | Examples, thei
     spec = _spec_there(store)
     found = []
     if spec is not None:
-        pairs = {"teacher": (spec.teacher, teacher.fingerprint), "tokenizer": (spec.tokenizer, _tokenization(data))}
+        now = provenance_of(teacher, data, ours).texts()
+        pairs = {name: (getattr(spec, name), now[name]) for name in ("teacher", "tokenizer")}
         found = [f"{name}: {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]
     if not any(text.startswith("tokenizer") for text in found):
         found.append(_two_data(theirs, ours))
@@ -265,7 +273,7 @@ def _check_same(store: Store, plan: Plan, spec: CacheSpec) -> None:
     if theirs is None or theirs.hash == spec.hash:
         return
     there = _plan_there(store)
-    different = _other_plan(there, plan) if there else []
+    different = _other_plan(there, plan) if there is not None else []
     others = differences(theirs, spec)
     # the plan, where it differs, says it better than its hash
     different += [text for text in others if not (different and text.startswith(("dataset:", "shard_positions:")))]
@@ -279,10 +287,6 @@ def _spec_there(store: Store) -> CacheSpec | None:
         if isinstance(error.__cause__, NotFound):
             return None
         raise
-
-
-def _tokenization(data: Documents | Examples) -> str:
-    return "" if isinstance(data, Examples) else data.tokenization
 
 
 def _refusal(store: Store, different: list[str]) -> CacheError:

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..cache.capture_plan import CapturePlan
+from ..cache.errors import CacheError
 from ..data.packing import (
     batches,
     held_out,
@@ -238,30 +240,22 @@ class Plan:
 
     def to_json(self) -> bytes:
         """All that is needed, beside the lengths, to make the plan again and know that it is the same."""
-        document = {
-            "format": "fastkd-plan",
-            "version": VERSION,
-            "settings": asdict(self.settings),
-            "dataset": self.dataset,
-            "totals": self.totals,
-            "train_shards": self.train_shards,
-            "sha256": self.hash,
-        }
-        return json.dumps(document, indent=2).encode() + b"\n"
+        written = CapturePlan(
+            asdict(self.settings), self.dataset, self.totals, self.train_shards, sha256=self.hash, version=VERSION
+        )
+        return written.to_json()
 
     @classmethod
     def from_json(cls, data: bytes, lengths: NDArray[np.int32]) -> "Plan":
         """The plan that `to_json` wrote, made again from the lengths. DataError where another one comes out."""
         try:
-            document = json.loads(data)
-            version, settings, dataset = (document[name] for name in ("version", "settings", "dataset"))
-            if document["format"] != "fastkd-plan" or version != VERSION:
-                raise ValueError(f"format {document['format']!r}, version {version!r}, not fastkd-plan {VERSION}")
-            plan = make_plan(lengths, PlanSettings(**settings), str(dataset))
-            expected = document["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+            written = CapturePlan.from_json(data)
+            if written.version != VERSION:
+                raise ValueError(f"version {written.version}, not {VERSION}")
+            plan = make_plan(lengths, PlanSettings(**written.settings), written.dataset)
+        except (CacheError, ValueError, TypeError) as error:
             raise DataError(f"plan: this is no plan that this fastkd can read ({error}).") from error
-        if plan.hash != expected:
+        if plan.hash != written.sha256:
             raise DataError(
                 "plan: another plan follows from these lengths: the dataset is not the one that was planned. Bring "
                 "that one back, or plan anew, for another cache."

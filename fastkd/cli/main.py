@@ -228,8 +228,8 @@ def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
 def seal(command: Seal) -> Outcome:
     """Seal the cache, or say that it is; a cache without shards is refused."""
     from ..cache import open_cache, open_writer
+    from ..cache.capture_plan import planned_shards
     from ..cache.manifest import gaps
-    from ..cache.scan import planned_shards
 
     cache = open_cache(_store(command.cache))
     name = cache.store.describe()

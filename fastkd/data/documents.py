@@ -130,10 +130,9 @@ class Documents:
         return cut_at(self._columns)
 
     @property
-    def tokenization(self) -> str:
-        """What makes tokens of the documents, and which of them count; empty where they are ids."""
-        named = ", ".join(f"{name} {value}" for name, value in self._settings.items() if value)
-        return named if self._tokenizer else ""
+    def text_settings(self) -> dict[str, str]:
+        """Fingerprints of tokenizer and template, loss_on and text_documents; empty where documents are ids."""
+        return {name: value for name, value in self._settings.items() if value} if self._tokenizer else {}
 
     def __len__(self) -> int:
         return int(self._begins[-1])

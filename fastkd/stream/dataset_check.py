@@ -1,17 +1,12 @@
 """A cache of examples needs the data set that it was captured from: whether the one that is given is that one."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..cache.errors import NotFound
+from ..cache.capture_plan import read_capture_plan
 from ..cache.reader import Cache
-from ..cache.scan import PLAN_KEY
-from ..cache.spec import parse_json
 from ..data.examples import EXAMPLES, Examples
 from ..errors import StreamError
-
-_DATASET = re.compile(r"sha256 ([0-9a-f]{64})\b")
 
 
 def check_data(caches: Sequence[Cache], data: Any) -> None:
@@ -44,9 +39,7 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
 
 
 def _check_same(cache: Cache, data: Examples) -> None:
-    said = _DATASET.match(cache.spec.dataset)
-    ours = data.fingerprint()
-    theirs = said[1] if said else None
+    theirs, ours = cache.spec.provenance.dataset_sha256, data.fingerprint()
     if theirs == ours:
         return
     if theirs is None:
@@ -64,12 +57,10 @@ def _check_same(cache: Cache, data: Examples) -> None:
 
 def _planned(cache: Cache, data: Examples) -> list[tuple[str, Any, int]]:
     """What the cache's plan says of its data, and what these are: (name, there, here)."""
-    try:
-        plan = parse_json(cache.store.get(PLAN_KEY), PLAN_KEY)
-    except NotFound:
+    plan = read_capture_plan(cache.store)
+    if plan is None:
         return []
-    totals, settings = plan.get("totals", {}), plan.get("settings", {})
     return [
-        ("examples", totals.get("documents"), len(data)),
-        ("copies", settings.get("context"), data.copies),
+        ("examples", plan.totals.get("documents"), len(data)),
+        ("copies", plan.settings.get("context"), data.copies),
     ]

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.errors import NotFound
+from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache
-from ..cache.scan import PLAN_KEY
-from ..cache.spec import parse_json
 from ..errors import StreamError
 
 Ints = NDArray[np.int64]
@@ -58,7 +56,7 @@ def open_split(
         )
     names = ("shard", "first_sequence", "sequences", "positions")
     number, first_sequence, sequences, positions = (manifest.column(n).to_numpy().astype(np.int64) for n in names)
-    plan = _plan(cache)
+    plan = read_capture_plan(cache.store)
     begin, end = _shards_of(cache, plan, split)
     inside = np.flatnonzero((number >= begin) & (number < end))
     inside = inside[np.argsort(first_sequence[inside], kind="stable")]
@@ -85,25 +83,7 @@ def open_split(
     return replace(table, content=digest.hexdigest())
 
 
-def _plan(cache: Cache) -> dict[str, int] | None:
-    """Shards, and shards to train on, as planned; None for a cache without a plan."""
-    where = f"{PLAN_KEY} of {cache.store.describe()}"
-    try:
-        data = cache.store.get(PLAN_KEY)
-    except NotFound:
-        return None
-    document = parse_json(data, where)
-    totals = document.get("totals")
-    found = {
-        "shards": totals.get("shards") if isinstance(totals, dict) else None,
-        "train_shards": document.get("train_shards"),
-    }
-    if document.get("format") != "fastkd-plan" or not all(type(v) is int and v >= 0 for v in found.values()):
-        raise StreamError(f"{where}: this is no plan that this fastkd can read. Restore the one that was captured.")
-    return {name: int(value) for name, value in found.items() if value is not None}
-
-
-def _shards_of(cache: Cache, plan: dict[str, int] | None, split: str) -> tuple[int, int]:
+def _shards_of(cache: Cache, plan: CapturePlan | None, split: str) -> tuple[int, int]:
     """The numbers of the shards of a split: from, to below."""
     if split not in SPLITS:
         raise StreamError(f"split: got {split!r}; expected one of {', '.join(SPLITS)}.")
@@ -115,16 +95,16 @@ def _shards_of(cache: Cache, plan: dict[str, int] | None, split: str) -> tuple[i
             )
         return 0, 2**62
     if split == "train":
-        return 0, plan["train_shards"]
-    if plan["train_shards"] >= plan["shards"]:
+        return 0, plan.train_shards
+    if plan.train_shards >= plan.shards:
         raise StreamError(
             f"split: found 'held_out', and {cache!r} was captured without (held_out=0). Capture with a fraction of "
             "documents held out, or keep some of it apart with skip and max_positions."
         )
-    return plan["train_shards"], plan["shards"]
+    return plan.train_shards, plan.shards
 
 
-def _check_complete(cache: Cache, plan: dict[str, int] | None, there: Ints, begin: int, end: int) -> None:
+def _check_complete(cache: Cache, plan: CapturePlan | None, there: Ints, begin: int, end: int) -> None:
     """StreamError where shards are missing that were planned; without a plan, between those of an unsealed cache."""
     if plan is not None:
         expected = end - begin

@@ -69,10 +69,11 @@ def check_vocabulary(student: Student, spec: CacheSpec) -> None:
 
 def check_tokenizer(tokenizer: Tokenizer, spec: CacheSpec) -> None:
     """TrainError where the cache says which tokenizer made its tokens, and it was another."""
-    if "sha256 " in spec.tokenizer and f"sha256 {tokenizer.identity}" not in spec.tokenizer:
+    expected = spec.provenance.tokenizer
+    if expected is not None and expected.sha256 not in (None, tokenizer.identity):
         raise TrainError(
-            f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache "
-            f"({spec.tokenizer[:19]}…): the student would learn other tokens than it is given later. Name the cache's "
+            f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache (sha256 "
+            f"{expected.sha256:.12}…): the student would learn other tokens than it is given later. Name the cache's "
             "(--tokenizer), or, if both give the same ids, say so (--allow-other-tokenizer)."
         )
 

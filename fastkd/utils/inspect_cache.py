@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..cache.capture_plan import planned_shards
 from ..cache.errors import NotFound, StoreError
 from ..cache.manifest import STATISTICS, gaps, overlaps
 from ..cache.scan import (
     PREFIX,
     corrupt,
-    planned_shards,
     scan,
     shard_index,
     shard_key,

@@ -19,6 +19,7 @@ from cache_cases import unpacked
 
 from fastkd import __version__
 from fastkd.cache import CacheSpec, CacheWriter, create_cache, open_cache, open_writer
+from fastkd.cache.capture_plan import CapturePlan
 from fastkd.cache.scan import shard_key
 from fastkd.cache.shard.container import pack
 from fastkd.cli import main as cli
@@ -540,7 +541,7 @@ def test_seal(cache: Path, run: Any, run_json: Any) -> None:
 
 
 def test_what_a_plan_has_beyond_the_last_shard_is_missing_from_a_sealed_cache(cache: Path, run: Any) -> None:
-    (cache / "plan.json").write_text(json.dumps({"totals": {"shards": 6}}))
+    (cache / "plan.json").write_bytes(CapturePlan({}, "", {"shards": 6}, train_shards=6, sha256="").to_json())
     status, out, err = run("seal", cache)
     assert status == 0
     assert "sealed, 3 shards" in out

@@ -65,8 +65,8 @@ def test_it_is_part_of_what_the_data_are(tmp_path: Path) -> None:
     opened = {cut: open_documents(path, text_documents=cut, **TEXT) for cut in ("line", "blank-line", "file")}
     assert {cut: len(found) for cut, found in opened.items()} == {"line": 4, "blank-line": 2, "file": 1}
     assert len({found.fingerprint() for found in opened.values()}) == 3
-    assert opened["line"].tokenization == "tokenizer bytes, loss_on all"  # as before there was a choice
-    assert opened["file"].tokenization.endswith("text_documents file")
+    assert opened["line"].text_settings == {"tokenizer": "bytes", "loss_on": "all"}  # as before there was a choice
+    assert opened["file"].text_settings["text_documents"] == "file"
 
 
 def test_what_is_no_text_has_no_such_setting(tmp_path: Path) -> None:
