@@ -13,7 +13,7 @@ from ..data.documents import Documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
-from ..teachers.workers import Group, place_of
+from ..teachers.workers import Group, rank_and_world_size
 from ..utils.output_guard import check_cache_place
 from ..utils.progress import MODES, Lenient
 from ..utils.signals import Stop
@@ -72,7 +72,7 @@ def capture(
     if progress not in MODES:
         raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
     settings = replace(settings, **changes)
-    rank, world_size = place_of(rank, world_size)
+    rank, world_size = rank_and_world_size(rank, world_size)
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
     data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
     store = open_store(out, create=True)

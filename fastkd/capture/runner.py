@@ -20,7 +20,7 @@ from ..cache.scan import listed, shard_key
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
-from ..teachers.workers import Alone, Group
+from ..teachers.workers import Group, SingleProcess
 from ..utils.inspect_cache import runs
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
@@ -88,7 +88,7 @@ class Job:
         self._data, self._plan, self._store, self._claims = data, plan, store, claims
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
         self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # nobody listens yet
-        self._group, self._stop, self._sleep = group or Alone(), stop or Stop(), sleep
+        self._group, self._stop, self._sleep = group or SingleProcess(), stop or Stop(), sleep
         self._runner = replace(runner, on_batch=self._on_batch, should_stop=self._should_stop)
         self._together = False  # whether the others of the group are at a shard; else they wait to be told of one
         self._todo: list[int] = []

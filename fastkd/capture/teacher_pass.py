@@ -213,8 +213,8 @@ def targets_of(
         "seed": ask.seed,
     }
     rows_MX = rows_of(output, shape, vocab_size)
-    if isinstance(output, Hidden) and isinstance(output.head, LMHead):
-        head = output.head
+    if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead):
+        head = output.lm_head
         return linear_topk_targets(
             rows_MX[flat_M],
             head.weight,
@@ -230,8 +230,8 @@ def targets_of(
         some = slice(start, start + ROWS_AT_ONCE)
         chunk = rows_MX[flat_M[some]]
         if isinstance(output, Hidden):
-            assert not isinstance(output.head, LMHead)
-            chunk = output.head(chunk)
+            assert not isinstance(output.lm_head, LMHead)
+            chunk = output.lm_head(chunk)
         try:
             parts.append(topk_targets(chunk, ask.k, positions=numbers_M[some], **options))
         except KDError as error:
@@ -252,9 +252,9 @@ def rows_of(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
             f"{'position' if len(shape) == 2 else 'example'}, is needed."
         )
     width = values.shape[-1]
-    if isinstance(output, Hidden) and isinstance(output.head, LMHead):
-        width = output.head.weight.shape[0]
-    if width != vocab_size and not (isinstance(output, Hidden) and not isinstance(output.head, LMHead)):
+    if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead):
+        width = output.lm_head.weight.shape[0]
+    if width != vocab_size and not (isinstance(output, Hidden) and not isinstance(output.lm_head, LMHead)):
         raise TeacherError(f"teacher: found logits of {width} tokens; vocab_size is {vocab_size}.")
     return values.reshape(-1, values.shape[-1])
 

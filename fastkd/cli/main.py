@@ -120,15 +120,15 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
             loaded.data,
             store,
             _capture_settings(command),
-            rank=loaded.place.worker,
-            world_size=loaded.place.workers,
-            group=loaded.place.group,
+            rank=loaded.worker.rank,
+            world_size=loaded.worker.world_size,
+            group=loaded.worker.group,
             threads=command.threads,
             stop=stop,
             progress=mode_for(events=command.json),
             notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
         )
-        loaded.place.leave()
+        loaded.worker.leave()
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 

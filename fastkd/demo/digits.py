@@ -19,12 +19,12 @@ from ..capture.api import capture
 from ..data.examples import Examples
 from ..errors import DataError
 from ..evaluate.api import Evaluation, compare
+from ..models.module import parameters_and_bytes
 from ..report.make import make_report
 from ..report.measures import MEASURES
 from ..settings import DemoSettings
 from ..train.api import EVALUATION, train
 from ..train.result import CONTROL, RUN
-from ..train.student import parameters_and_bytes
 from ..utils.atomic import write_text
 from ..utils.intervals import Interval
 from ..utils.numbers import with_half

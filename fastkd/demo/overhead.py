@@ -29,4 +29,4 @@ def bare(teacher: Teacher, inputs: torch.Tensor) -> None:
     if isinstance(said, Hidden):
         states = said.states.flatten(0, 1)
         for some in torch.split(states, default_chunk(states, teacher.vocab_size)):
-            logits_of(some, said.head)
+            logits_of(some, said.lm_head)

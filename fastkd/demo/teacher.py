@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from ..cache import Cache, CacheError, open_cache
 from ..cache.stores import MemoryStore
 from ..capture.api import capture
+from ..models.module import parameters_and_bytes
 from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
 from ..teachers.hf import HFTeacher
 from ..teachers.load import load
-from ..train.student import parameters_and_bytes
 from ..utils.hashing import files_sha256
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped

@@ -1,5 +1,6 @@
-"""What teachers and students share about causal language models of transformers: checks and limits."""
+"""Causal language models of transformers, for teachers and students: loading, limits, and checks on a probe."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -7,47 +8,115 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
+from .hub import ModelFiles, brief, load_transformers
+from .lm_head import LMHeadMatch, find_lm_head
 
-_PROBE = (2, 12)  # pieces and tokens that a model is tried on when it is loaded
+_PROBE = (2, 12)  # rows and tokens of the probe batch
 
 
-def check_weights(place: str | Path, info: dict[str, Any], notes: list[str]) -> None:
-    """Refuse a model of which a part would have been drawn at random."""
+@dataclass(eq=False)
+class CausalLM:
+    """A causal model of transformers, and what a probe batch told about it; made by `probe_causal_lm`.
+
+    vocab_size: V, the width of its logits. max_positions: the longest input in tokens; None: no limit, or unknown.
+    lm_head: None if no reading of its config reproduces its logits from its hidden states. tokens: the probe batch,
+    int64 `[B, L]`. notes: remarks for a person, a line each.
+    """
+
+    model: Any
+    name: str
+    vocab_size: int
+    max_positions: int | None
+    lm_head: LMHeadMatch | None
+    tokens: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+def load_causal_lm(
+    source: str | Path, files: ModelFiles, *, attention: str | None = None, notes: list[str], **options: Any
+) -> Any:
+    """The model in these files, as `AutoModelForCausalLM.from_pretrained` loads it.
+
+    source: what the person named, for messages. attention: an attention implementation of transformers; None: its
+    default. notes: gets a line for weights that the model does not use. options: for `from_pretrained`.
+    Raises TeacherError for an adapter, a model that cannot be loaded, or files that lack some of the weights.
+    """
+    transformers = load_transformers()
+    if (files.folder / "adapter_config.json").exists() and not files.gguf:
+        raise TeacherError(f"{source}: got an adapter; expected a whole model. Merge it into its base model first.")
+    options |= files.arguments
+    if files.gguf:
+        # kept quantized, weights would be dequantized at every call, depending on which other packages are installed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if attention is not None:
+        options["attn_implementation"] = attention
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            files.folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:
+        raise TeacherError(
+            f"{source}: transformers cannot load it as a causal language model ({brief(error)}). Check that it is one, "
+            "that its files are complete, and that the settings (attention, dtype, device) are available here."
+        ) from error
+    _check_weights(source, info, notes)
+    return model
+
+
+def probe_causal_lm(model: Any, name: str, notes: list[str]) -> CausalLM:
+    """Run a model, in evaluation mode, on a small batch, and find its limits and its LM head.
+
+    Raises TeacherError if it fails on the batch, or is not causal.
+    """
+    longest = max_positions(model.config, notes)
+    # the same tokens in every process
+    generator = torch.Generator().manual_seed(0)
+    ids = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, ids, (_PROBE[0], min(_PROBE[1], longest or _PROBE[1])), generator=generator)
+    tokens = tokens.to(model.device)
+    with torch.no_grad():
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        except Exception as error:
+            raise TeacherError(
+                f"{name}: {type(model).__name__} was loaded, but fails on {tokens.numel()} tokens ({brief(error)}). "
+                "Try another attention implementation, dtype or device."
+            ) from error
+        _check_causal(model, tokens, logits, name)
+        lm_head = find_lm_head(model, tokens)
+    return CausalLM(model, name, int(logits.shape[-1]), longest, lm_head, tokens, notes)
+
+
+def _check_weights(source: str | Path, info: dict[str, Any], notes: list[str]) -> None:
+    """Refuse a model with weights that were not loaded: transformers initializes those at random."""
     if lacking := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):
         raise TeacherError(
-            f"{place}: {len(lacking)} of the model's weights are not in its files, or of another shape: "
-            f"{', '.join(lacking[:3])}{', …' * (len(lacking) > 3)}. It is of another kind, or was not saved whole."
+            f"{source}: {len(lacking)} of the model's weights are not in its files, or have another shape: "
+            f"{', '.join(lacking[:3])}{', …' * (len(lacking) > 3)}. It is another kind of model, or incomplete."
         )
     if unused := sorted(map(str, info["unexpected_keys"])):
         listed = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
-        notes.append(f"{len(unused)} of the weights in its files are no part of the model: {listed}.")
+        notes.append(f"{len(unused)} of the weights in its files are not used by the model: {listed}.")
 
 
-def check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None:
-    """Refuse a model that looks ahead: pads behind a piece would change what it says of the piece."""
+def _check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None:
+    """Refuse a model whose output depends on later tokens: padding would change the output before it."""
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % int(tokens.max() + 1)
     changed = model(input_ids=other, use_cache=False).logits
     before, after = (z[:, :-1].float() for z in (logits, changed))
     eps = torch.finfo(model.dtype).eps
     moved = ((before - after).abs() > max(1e-5, 4 * eps) * before.abs().max()).any(-1)
-    # In 16 bits a mixture of experts may route a token or two otherwise once an expert's batch is of another size.
+    # In 16 bits a mixture of experts may route a token or two differently if an expert's batch has another size.
     if int(moved.sum()) > (0 if eps < 1e-5 else moved.numel() // 2):
         raise TeacherError(
-            f"{name}: {type(model).__name__} is no causal model: another last token changed what it says of positions "
-            "before it. A decoder is needed (some models are one with is_decoder in their config)."
+            f"{name}: {type(model).__name__} is not a causal model: changing the last token changed its output at "
+            "earlier positions. Expected a decoder (some models need is_decoder in their config)."
         )
 
 
-def some_tokens(model: Any, longest: int | None) -> Tensor:
-    """Tokens to try a model on, the same in every process."""
-    rows, length = _PROBE[0], min(_PROBE[1], longest or _PROBE[1])
-    ids = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, ids, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
 def max_positions(config: Any, notes: list[str]) -> int | None:
-    """The longest piece that a model takes."""
+    """The longest input that a model takes, in tokens, by its config; None: no limit, or unknown."""
     text = config.get_text_config()
     if getattr(text, "alibi", False):
         return None
@@ -57,8 +126,8 @@ def max_positions(config: Any, notes: list[str]) -> int | None:
         short = kind.get("original_max_position_embeddings")
         if kind.get("rope_type") == "longrope" and short and (most is None or short < most):
             notes.append(
-                f"pieces are kept to {short} of its {most} tokens: beyond, what it says of any position of a batch "
-                "changes with the longest piece in it (rope_type longrope)."
+                f"inputs are limited to {short} of its {most} tokens: with rope_type longrope, a longer input changes "
+                "the output of every other input in its batch."
             )
             most = int(short)
     return None if most is None else int(most)

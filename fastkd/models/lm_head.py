@@ -1,4 +1,4 @@
-"""How a model of transformers makes logits of its last hidden states: read from its config, proven on the model."""
+"""How a transformers model computes logits from its last hidden states: read from its config, proven on the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..kernels.lm_head import LMHead
-from .protocol import Project
+from ..kernels import LMHead
+from .protocol import Projection
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
 DIVISORS = ("logits_scaling",)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Hidden states are also tried so loud that the largest product is this: in small logits no cap shows.
-_LOUD = (50.0, 1000.0)
+# Hidden states are also scaled up until the largest product is this: small logits show no softcap.
+_LARGE_PRODUCTS = (50.0, 1000.0)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """z = softcap·tanh(s/softcap) of s = (the head's product)·scale; None where there is none."""
+class LogitTransform:
+    """From the product s of hidden states and LM head to logits: softcap·tanh(s·scale/softcap); None: not applied."""
 
     scale: float | None = None
     softcap: float | None = None
@@ -34,31 +34,17 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class LMHeadMatch:
-    """A head, and the floating-point type of the hidden states that go into it."""
+    """An LM head that reproduces a model's logits, and the floating-point type of the hidden states it takes."""
 
-    head: LMHead | Project
+    lm_head: LMHead | Projection
     dtype: torch.dtype
 
 
-def readings(config: Any) -> Iterator[Reading]:
-    """What a config may mean, the likeliest first: it says what is there, but not what the model does with it."""
-    configs = [config, config.get_text_config()]
+def find_lm_head(model: Any, tokens: Tensor) -> LMHeadMatch | None:
+    """The LM head that computes the model's logits from its last hidden states; None if no reading of its config does.
 
-    def values(names: tuple[str, ...]) -> list[float]:
-        given = [getattr(c, name, None) for name in names for c in configs]
-        return [float(value) for value in given if isinstance(value, (int, float)) and value > 0]
-
-    scales = [1 / value for value in values(DIVISORS)] + values(MULTIPLIERS)
-    for softcap in dict.fromkeys([*values(SOFTCAPS), None]):
-        for scale in dict.fromkeys([*scales, None]):
-            yield Reading(None if scale == 1 else scale, softcap)
-
-
-def find_head(model: Any, tokens: Tensor) -> LMHeadMatch | None:
-    """The head that the model's last hidden states go into; None where no reading of its config gives its logits.
-
-    tokens int64 `[B, L]`: what it is tried on. A head that is one plain matrix on this device comes as such, any other
-    (in parts over several devices, quantised) as the module that it is.
+    tokens int64 `[B, L]`: the inputs it is tested on. An LM head that is one plain matrix on this device is returned as
+    `LMHead`; any other (sharded over several devices, quantized) as a function that calls the model's own module.
     """
     module = model.get_output_embeddings()
     output = model.base_model(input_ids=tokens, use_cache=False)
@@ -68,30 +54,45 @@ def find_head(model: Any, tokens: Tensor) -> LMHeadMatch | None:
     weight = getattr(module, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else model.dtype
     largest = float(module(states.to(dtype)).abs().max()) or 1.0
-    factors = (1.0, *(loud / largest for loud in _LOUD))
-    tried = [(states * factor, _logits(model, module, tokens, factor)) for factor in factors]
-    width = tried[0][1].shape[-1]
-    for reading in readings(model.config):
-        for head in (_matrix(module, reading, width), _project(module, reading, width)):
-            if head and all(_same(logits_of(louder.to(dtype), head), logits, dtype) for louder, logits in tried):
-                return LMHeadMatch(head, dtype)
+    factors = (1.0, *(large / largest for large in _LARGE_PRODUCTS))
+    cases = [((states * factor).to(dtype), _model_logits(model, module, tokens, factor)) for factor in factors]
+    width = cases[0][1].shape[-1]
+    for transform in _transforms(model.config):
+        for lm_head in (_matrix(module, transform, width), _projection(module, transform, width)):
+            if lm_head and all(_same(logits_of(scaled, lm_head), logits, dtype) for scaled, logits in cases):
+                return LMHeadMatch(lm_head, dtype)
     return None
 
 
-def logits_of(states: Tensor, head: LMHead | Project) -> Tensor:
+def logits_of(states: Tensor, lm_head: LMHead | Projection) -> Tensor:
     """Hidden states `[..., D]` to logits `[..., V]`."""
-    if not isinstance(head, LMHead):
-        return head(states)
-    return Reading(head.logit_scale, head.softcap)(torch.nn.functional.linear(states, head.weight, head.bias))
+    if not isinstance(lm_head, LMHead):
+        return lm_head(states)
+    product = torch.nn.functional.linear(states, lm_head.weight, lm_head.bias)
+    return LogitTransform(lm_head.logit_scale, lm_head.softcap)(product)
 
 
-def _logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Tensor:
-    """The model's own logits, of what it puts into its head times a factor."""
+def _transforms(config: Any) -> Iterator[LogitTransform]:
+    """What a config may mean, the likeliest first: models differ in what they do with the same field."""
+    configs = [config, config.get_text_config()]
 
-    def louder(_: Any, arguments: tuple[Any, ...]) -> Any:
+    def values(names: tuple[str, ...]) -> list[float]:
+        given = [getattr(c, name, None) for name in names for c in configs]
+        return [float(value) for value in given if isinstance(value, (int, float)) and value > 0]
+
+    scales = [1 / value for value in values(DIVISORS)] + values(MULTIPLIERS)
+    for softcap in dict.fromkeys([*values(SOFTCAPS), None]):
+        for scale in dict.fromkeys([*scales, None]):
+            yield LogitTransform(None if scale == 1 else scale, softcap)
+
+
+def _model_logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Tensor:
+    """The model's own logits, with the input of its LM head multiplied by a factor."""
+
+    def scale_input(_: Any, arguments: tuple[Any, ...]) -> Any:
         return (arguments[0] * factor, *arguments[1:]) if arguments else None
 
-    hook = module.register_forward_pre_hook(louder)
+    hook = module.register_forward_pre_hook(scale_input)
     try:
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
@@ -99,17 +100,17 @@ def _logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Tensor:
         hook.remove()
 
 
-def _matrix(module: Any, reading: Reading, width: int) -> LMHead | None:
-    """A head that is one matrix of floating-point numbers, of which some models use the first rows only."""
+def _matrix(module: Any, transform: LogitTransform, width: int) -> LMHead | None:
+    """The LM head of a linear layer with floating-point weights, of which some models use the first rows only."""
     weight: Any = getattr(module, "weight", None)
     if type(module) is not torch.nn.Linear or isinstance(weight, DTensor) or not weight.is_floating_point():
         return None
     bias = None if module.bias is None else module.bias.detach()[:width]
-    return LMHead(weight.detach()[:width], bias, reading.softcap, reading.scale)
+    return LMHead(weight.detach()[:width], bias, transform.softcap, transform.scale)
 
 
-def _project(module: Any, reading: Reading, width: int) -> Project:
-    return lambda states: reading(module(states)[..., :width])
+def _projection(module: Any, transform: LogitTransform, width: int) -> Projection:
+    return lambda states: transform(module(states)[..., :width])
 
 
 def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:

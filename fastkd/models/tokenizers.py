@@ -126,7 +126,7 @@ def load_tokenizer(
     """
     if not isinstance(place, (str, Path)):
         if not callable(place) or not hasattr(place, "get_vocab"):
-            raise TeacherError(f"tokenizer: got {type(place).__name__}; expected a place or a transformers tokenizer.")
+            raise TeacherError(f"tokenizer: got {type(place).__name__}; expected a name or a transformers tokenizer.")
         name = Path(getattr(place, "name_or_path", "") or type(place).__name__).name
         return Tokenizer(place, name=name, append_eos=append_eos, template=template)
     transformers = load_transformers()

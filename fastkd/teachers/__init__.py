@@ -1,5 +1,23 @@
-"""Who answers: models (local, tensor-parallel) behind the one protocol `Teacher`.
+"""Teachers: networks on this machine or behind a server, each behind the one protocol `Teacher`.
 
 Belongs here: a new kind of teacher, one file each, and how a name becomes a teacher.
 Does not: what is kept of the answers (capture) or how they are stored (cache).
 """
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from ..kernels import LMHead
+    from ..models.protocol import Hidden, Logits, TopK
+    from .protocol import Teacher
+    from .registry import register_teacher
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "protocol": ["Hidden", "LMHead", "Logits", "Teacher", "TopK"],
+        "registry": ["register_teacher"],
+    },
+)

@@ -1,7 +1,7 @@
 """A causal language model of transformers as a teacher: from a folder, a GGUF file, or a name on the Hub.
 
 teacher = load_hf("HuggingFaceTB/SmolLM2-135M")
-said = teacher(tokens)  # Hidden(states, head), wherever its logits are made of them as its config says
+output = teacher(tokens)  # Hidden(states, lm_head), or Logits if the LM head cannot be read from the model's config
 """
 
 import hashlib
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from ..models.hf import check_causal, check_weights, max_positions, some_tokens
-from ..models.hub import Place, brief, load_transformers, resolve
-from ..models.lm_head import find_head
+from ..models.hf import load_causal_lm, probe_causal_lm
+from ..models.hub import ModelFiles, brief, resolve
 from ..models.protocol import Hidden, Logits, Output
 from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..utils.hashing import files_sha256
 from .tensor_parallel import ParallelGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a config.json holds beside the model: where it was, who wrote it, what the fingerprint says apart.
+# Keys of config.json that do not change the model's output, or that the fingerprint states separately.
 _VOLATILE = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _WEIGHTS = (
     "model.safetensors",
@@ -34,56 +33,54 @@ _WEIGHTS = (
 
 
 class HFTeacher:
-    """A causal model of transformers; made by `load_hf`. See protocol.py for what a teacher is.
+    """A `Teacher` that runs a causal model of transformers; made by `load_hf`.
 
-    name: for people. notes: what they should know of it, a line each. model: the model itself.
+    name: for people. notes: remarks for a person, a line each. model: the model itself.
     """
 
     def __init__(
-        self, model: Any, place: Place, *, name: str, notes: list[str], code: bool = False, progress: bool = False
+        self,
+        model: Any,
+        files: ModelFiles,
+        *,
+        name: str,
+        notes: list[str],
+        trust_remote_code: bool = False,
+        progress: bool = False,
     ) -> None:
-        self.model = model
-        self.name = name
-        self.notes = notes
-        self._place, self._code, self._progress = place, code, progress
+        self.model, self.name, self.notes = model, name, notes
+        self._files, self._trust_remote_code, self._progress = files, trust_remote_code, progress
         self.device: torch.device = model.device
-        self.max_positions = max_positions(model.config, notes)
-        tokens = some_tokens(model, self.max_positions).to(self.device)
-        with torch.inference_mode():
-            try:
-                logits = model(input_ids=tokens, use_cache=False).logits
-            except Exception as error:
-                raise TeacherError(
-                    f"{name}: {type(model).__name__} is there, but fails on {tokens.numel()} tokens ({brief(error)}). "
-                    "Try another attention implementation, dtype or device."
-                ) from error
-            check_causal(model, tokens, logits, name)
-            self._found = find_head(model, tokens)
-        self.vocab_size = int(logits.shape[-1])
-        if self._found is None:
+        probed = probe_causal_lm(model, name, notes)
+        self.vocab_size, self.max_positions, self._lm_head = probed.vocab_size, probed.max_positions, probed.lm_head
+        if self._lm_head is None:
             notes.append(
-                f"{type(model).__name__}: no reading of its config makes its logits of its last hidden states, so they "
-                "are taken whole: [positions, V] is held for every batch, which costs memory and time."
+                f"{type(model).__name__}: no reading of its config reproduces its logits from its last hidden states, "
+                "so full logits [positions, V] are materialized for every batch, which costs memory and time."
             )
 
     def __call__(self, inputs: Tensor) -> Output:
-        """tokens int64 `[B, L]`, padded behind; TeacherError where L is more than it takes."""
+        """inputs: token ids, int64 `[B, L]`, padded at the end. TeacherError if L exceeds `max_positions`."""
         if self.max_positions is not None and inputs.shape[1] > self.max_positions:
-            raise TeacherError(f"{self.name}: got {inputs.shape[1]} tokens; it takes {self.max_positions}. Split them.")
-        # no attention mask: pads come last, and a causal model never looks there
-        if self._found is None:
+            raise TeacherError(
+                f"{self.name}: got {inputs.shape[1]} tokens; expected at most {self.max_positions}. Split them."
+            )
+        # no attention mask: padding comes last, and a causal model never attends to it
+        if self._lm_head is None:
             return Logits(self.model(input_ids=inputs, use_cache=False).logits)
         states = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        return Hidden(states.to(self._found.dtype), self._found.head)
+        return Hidden(states.to(self._lm_head.dtype), self._lm_head.lm_head)
 
     def tokenizer(self, *, append_eos: bool = True, template: str | Path | None = None) -> Tokenizer:
-        """The tokenizer that lies beside it; see `load_tokenizer`."""
-        return load_tokenizer(self._place.path, append_eos=append_eos, template=template, trust_remote_code=self._code)
+        """The tokenizer in the model's folder; see `load_tokenizer`."""
+        return load_tokenizer(
+            self._files.path, append_eos=append_eos, template=template, trust_remote_code=self._trust_remote_code
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Architecture, number of parameters, sha256 of weights and config, dtype, attention, and whether a GGUF."""
-        files, config = _files(self._place, self._code)
+        """Architecture, number of parameters, sha256 of weights and config, dtype, attention, and whether GGUF."""
+        files, config = _hashed_files(self._files, self._trust_remote_code)
         digests = [digest for digest, _ in files_sha256(files, progress=self._progress)]
         whole = hashlib.sha256(json.dumps([digests, config], sort_keys=True).encode()).hexdigest()
         parts = [
@@ -93,11 +90,11 @@ class HFTeacher:
             str(self.model.dtype).removeprefix("torch."),
             f"attention {self.model.config._attn_implementation}",
         ]
-        return ", ".join(parts + ["GGUF"] * bool(self._place.gguf))
+        return ", ".join(parts + ["GGUF"] * bool(self._files.gguf))
 
 
 def load_hf(
-    place: str | Path,
+    source: str | Path,
     *,
     dtype: str = "auto",
     attention: str | None = None,
@@ -107,59 +104,44 @@ def load_hf(
     parallel: ParallelGroup | None = None,
     progress: bool = False,
 ) -> HFTeacher:
-    """A causal language model in evaluation mode.
+    """Load a causal language model, in evaluation mode, as a teacher.
 
-    place: a folder, a GGUF file, or a name on the Hugging Face Hub (with revision: a branch, a tag or a commit).
+    source: a folder, a GGUF file, or a name on the Hugging Face Hub (with revision: a branch, a tag or a commit).
     dtype: "float32", "bfloat16", "float16", or "auto": the model's own on a GPU, float32 on a CPU, where bfloat16
-        takes five times as long. A GGUF is dequantised into it.
-    attention: an attention implementation of transformers ("eager", "sdpa", "flash_attention_2"...); None: its choice.
-    device: default: the GPU where there is one.
+        takes five times as long. GGUF weights are dequantized to it.
+    attention: an attention implementation of transformers ("eager", "sdpa", "flash_attention_2"...); None: its default.
+    device: default: the GPU if there is one.
     trust_remote_code: run the Python code that comes with the model.
-    parallel: the processes over which its layers are divided. All of them load it so, and make the same calls of it,
-        and of the head that it gives, in the same order.
-    progress: a bar on stderr while the weights are hashed.
+    parallel: the processes that the model's layers are divided over. Each of them loads it with the same arguments, and
+        calls it and its LM head in the same order.
+    progress: a progress bar on stderr while the weights are hashed.
 
-    Raises TeacherError where it cannot be loaded, is no causal language model, or lacks weights.
+    Raises TeacherError if the model cannot be loaded, is not a causal language model, or lacks weights.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"dtype: got {dtype!r}; expected one of auto, {', '.join(DTYPES)}.")
-    transformers = load_transformers()
-    found = resolve(place, revision)
-    on = _device(device, parallel)
-    if (found.folder / "adapter_config.json").exists() and not found.gguf:
-        raise TeacherError(f"{place}: an adapter, which is no whole model. Merge it into its model, and name that.")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **found.arguments}
-    options["dtype"] = DTYPES.get(dtype, torch.float32 if on.type == "cpu" else "auto")
-    if found.gguf:
-        # packed, it would be dequantised at every call, and whether it is would depend on what else is installed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if attention is not None:
-        options["attn_implementation"] = attention
+    files = resolve(source, revision)
+    target = _device(device, parallel)
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "dtype": DTYPES.get(dtype, torch.float32 if target.type == "cpu" else "auto"),
+    }
     if parallel is not None and parallel.size > 1:
-        options["distributed_config"] = parallel.plan()
-    elif on.type != "cpu":
-        options["device_map"] = {"": on}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            found.folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except Exception as error:
-        raise TeacherError(
-            f"{place}: transformers cannot load it as a causal language model ({brief(error)}). Check that it is one, "
-            "that its files are whole, and that this machine has what the settings ask for."
-        ) from error
+        options["distributed_config"] = parallel.distributed_config()
+    elif target.type != "cpu":
+        options["device_map"] = {"": target}
     notes: list[str] = []
-    check_weights(place, info, notes)
+    model = load_causal_lm(source, files, attention=attention, notes=notes, **options)
     if parallel is not None:
-        parallel.check(place, model)
+        parallel.check(source, model)
     model.eval().requires_grad_(False)
-    return HFTeacher(model, found, name=found.name, notes=notes, code=trust_remote_code, progress=progress)
+    return HFTeacher(model, files, name=files.name, notes=notes, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def _device(device: str | torch.device | None, parallel: ParallelGroup | None) -> torch.device:
     if parallel is not None:
         if device is not None and torch.device(device).type != parallel.device.type:
-            raise TeacherError(f"device: got {device}, the processes that share the teacher are on {parallel.device}.")
+            raise TeacherError(f"device: got {device}; expected {parallel.device}, as its group of processes has.")
         return parallel.device
     try:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -167,23 +149,22 @@ def _device(device: str | torch.device | None, parallel: ParallelGroup | None) -
         raise TeacherError(f"device: got {device!r} ({brief(error, 80)}); expected cpu, cuda or cuda:N.") from error
 
 
-def _files(place: Place, code: bool) -> tuple[list[Path], Any]:
-    """The files that hold a model's weights (and its code), by name, and what its config.json says of it."""
-    if place.gguf:
-        return [place.folder / place.gguf], None
-    config = json.loads((place.folder / "config.json").read_text())
-    first = config.get("transformers_weights") or next((n for n in _WEIGHTS if (place.folder / n).exists()), None)
+def _hashed_files(files: ModelFiles, with_code: bool) -> tuple[list[Path], Any]:
+    """The files of a model's weights (and its code), sorted by name, and its config.json without volatile keys."""
+    if files.gguf:
+        return [files.path], None
+    config = json.loads((files.folder / "config.json").read_text())
+    first = config.get("transformers_weights") or next((n for n in _WEIGHTS if (files.folder / n).exists()), None)
     if first is None:
-        raise TeacherError(f"{place.folder}: none of {', '.join(_WEIGHTS)} is there to be hashed.")
+        raise TeacherError(f"{files.folder}: got a folder without weights to hash; expected {' or '.join(_WEIGHTS)}.")
     names = {first}
     if first.endswith(".index.json"):
-        names = set(json.loads((place.folder / first).read_text())["weight_map"].values())
-    scripts = place.folder.glob("*.py") if code else ()
-    return [place.folder / name for name in sorted(names)] + sorted(scripts), _lasting(config)
+        names = set(json.loads((files.folder / first).read_text())["weight_map"].values())
+    scripts = files.folder.glob("*.py") if with_code else ()
+    return [files.folder / name for name in sorted(names)] + sorted(scripts), _without_volatile(config)
 
 
-def _lasting(value: Any) -> Any:
-    """A parsed config without what does not decide what the model says."""
+def _without_volatile(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(part) for key, part in value.items() if key not in _VOLATILE}
-    return [_lasting(part) for part in value] if isinstance(value, list) else value
+        return {key: _without_volatile(part) for key, part in value.items() if key not in _VOLATILE}
+    return [_without_volatile(part) for part in value] if isinstance(value, list) else value

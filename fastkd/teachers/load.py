@@ -1,7 +1,8 @@
-"""From what people name or have at hand to a teacher, its data, and this process's place among the workers."""
+"""From names and objects that people give to a teacher, its data, and this process's part among the workers."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,20 @@ from ..utils.factories import is_factory, made_by
 from .hf import HFTeacher, load_hf
 from .module import ModuleTeacher
 from .protocol import Teacher
-from .tensor_parallel import join_group
-from .workers import Alone, Place, place_of
+from .registry import find_loader
+from .tensor_parallel import ParallelGroup, join_group
+from .workers import SingleProcess, Worker, rank_and_world_size
 
+DEFAULTS = ModelSettings()
 _MEMBERS = ("vocab_size", "fingerprint", "device", "max_positions")  # of a Teacher
 
 
 class Loaded(NamedTuple):
-    """A teacher, its data (None where none were asked for), and this process's place."""
+    """A teacher, its data (None if no data settings were given), and the worker that this process belongs to."""
 
     teacher: Teacher
     data: Documents | Examples | None
-    place: Place
+    worker: Worker
 
 
 def load(
@@ -44,59 +47,77 @@ def load(
 ) -> Loaded:
     """A teacher by name (see `TeacherSettings`), and the data that the settings name.
 
-    rank, world_size: as `place_of` takes them; of processes, `parallel` of which make up one worker.
-    progress: a bar on stderr while weights are hashed.
-    Raises TeacherError and DataError, naming what cannot be had.
+    rank, world_size: of this process, as `rank_and_world_size` takes them. parallel: processes per worker.
+    progress: a progress bar on stderr while weights are hashed.
+    Raises TeacherError and DataError.
     """
-    rank, world_size = place_of(rank, world_size)
+    rank, world_size = rank_and_world_size(rank, world_size)
     device = settings.device or _device(os.environ)
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TeacherError(f"device: got {device}, and torch finds no GPU here. Leave it out to use the CPU.")
-    # a file that is not there is missed before the teacher is read, which takes a while
+        raise TeacherError(f"device: got {device}, but torch finds no GPU here. Leave it out to use the CPU.")
+    # before the teacher, which takes a while: a missing file is reported at once
     source = None if data is None else _source(data)
-    place, group = Place(rank, world_size, Alone()), None
+    worker, group = Worker(rank, world_size, SingleProcess()), None
     if parallel > 1:
         group = join_group(rank, world_size, parallel, device=device.partition(":")[0])
-        place = Place(group.worker, group.workers, group)
-    if is_factory(teacher):
-        made = made_by(teacher, TeacherError)
-        if not callable(made):
-            raise TeacherError(f"{teacher}: returned {type(made).__name__}; a Teacher or a torch module is needed.")
-        model = as_teacher(made, source)
-    else:
-        model = load_hf(
-            teacher,
-            dtype=settings.dtype,
-            attention=settings.attention,
-            device=None if group is not None else device,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            parallel=group,
-            progress=progress,
-        )
+        worker = Worker(group.worker, group.workers, group)
+    model = load_teacher(teacher, replace(settings, device=device), source, parallel=group, progress=progress)
     if data is None:
-        return Loaded(model, None, place)
-    named = None
+        return Loaded(model, None, worker)
+    tokenizer = None
     if data.tokenizer is not None:
-        named = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=settings.trust_remote_code)
-    found = as_data(
+        tokenizer = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=settings.trust_remote_code)
+    documents = as_data(
         source,
         model,
-        tokenizer=named,
+        tokenizer=tokenizer,
         template=data.template,
         allow_other_tokenizer=data.allow_other_tokenizer,
         loss_on=data.loss_on,
     )
-    return Loaded(model, found, place)
+    return Loaded(model, documents, worker)
+
+
+def load_teacher(
+    source: str | Path,
+    settings: ModelSettings = DEFAULTS,
+    data: Any = None,
+    *,
+    parallel: ParallelGroup | None = None,
+    progress: bool = False,
+) -> Teacher:
+    """A teacher by name: KIND:NAME of a registered kind, module:factory, or what `load_hf` takes.
+
+    data: see `as_teacher`. parallel, progress: see `load_hf`.
+    """
+    if found := find_loader(str(source)):
+        loader, name = found
+        return as_teacher(loader(name, settings), data)
+    if is_factory(str(source)):
+        made = made_by(str(source), TeacherError)
+        if not callable(made):
+            raise TeacherError(f"{source}: returned {type(made).__name__}; expected a Teacher or a torch module.")
+        return as_teacher(made, data)
+    return load_hf(
+        source,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        device=None if parallel is not None else settings.device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        parallel=parallel,
+        progress=progress,
+    )
 
 
 def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_size: int | None = None) -> Teacher:
-    """A `Teacher` as it is; a folder, a GGUF file or a name on the Hub, loaded; a module or a callable as a teacher.
+    """A `Teacher` as it is; a name, loaded by `load_teacher`; a module or a callable as a `ModuleTeacher`.
 
-    data, fingerprint, vocab_size: for the last; see `ModuleTeacher`.
+    data, fingerprint, vocab_size: for a module or a callable. The first of the data, if they are `Examples`, is the
+    probe input.
     """
     if isinstance(teacher, (str, Path)):
-        return load_hf(teacher)
+        return load_teacher(teacher)
     if all(hasattr(teacher, name) for name in _MEMBERS):
         return teacher  # type: ignore[no-any-return]
     probe = torch.zeros((1, 1), dtype=torch.int64)
@@ -116,11 +137,11 @@ def as_data(
     allow_other_tokenizer: bool = False,
     loss_on: str = "all",
 ) -> Documents | Examples:
-    """`Documents` and `Examples` as they are; of anything else, the documents in it.
+    """`Documents` and `Examples` as they are; for any other source, its documents.
 
     source, column, text_documents: as `open_documents` takes them.
-    tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own. template:
-        a file with a chat template, in place of the tokenizer's.
+    tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own.
+    template: a file with a chat template, instead of the tokenizer's.
     """
     if isinstance(source, (Documents, Examples)):
         return source
@@ -137,9 +158,9 @@ def as_data(
 
 
 def _source(data: DataSettings) -> Any:
-    """The data, opened."""
+    """The data that the settings name, opened."""
     if not data.data:
-        raise DataError("--data: found no file. Name at least one, or a folder, a pattern, or module:factory.")
+        raise DataError("--data: got no file; expected at least one, a folder, a pattern, or module:factory.")
     source: Any = [Path(name) for name in data.data] if len(data.data) > 1 else data.data[0]
     if len(data.data) == 1 and is_factory(data.data[0]):
         source = made_by(data.data[0], DataError)
@@ -149,7 +170,7 @@ def _source(data: DataSettings) -> Any:
 
 
 def _device(environment: Mapping[str, str]) -> str:
-    """This process's GPU, by torchrun's or SLURM's numbers; or the CPU."""
+    """This process's GPU, by torchrun's or SLURM's local rank; the CPU if there is none."""
     if not torch.cuda.is_available():
         return "cpu"
     local = next((environment[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), "0")

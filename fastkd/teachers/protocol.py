@@ -1,40 +1,46 @@
-"""What capture asks of a teacher, and what it gets: hidden states and a head, or logits."""
+"""The protocol `Teacher`: what a capture needs of a teacher, and how it answers."""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..models.protocol import Output
+from ..models.protocol import Output, TopK
+
+Answer = Output | TopK
+"""What a teacher returns for a batch: `Hidden`, `Logits` or `TopK`."""
 
 
 class Teacher(Protocol):
-    """A model in evaluation mode. It is called under `torch.inference_mode`.
+    """A model in evaluation mode, here or behind a server. It is called under `torch.inference_mode`.
 
-    Of text it must be causal: what stands behind a position, pads among it, must not change what it says there.
+    For text it must be causal: tokens after a position, padding included, must not change its answer there.
+
+    A teacher that answers with `TopK` may also have two attributes, which a capture checks before it writes anything:
+    `max_k`, the most entries a position that it returns, and `tail_temperatures`, the temperatures of its tails.
     """
 
     @property
     def vocab_size(self) -> int:
-        """V, the width of its head (which may be wider than its tokenizer), or its number of classes."""
+        """V, the width of its logits (which may exceed the size of its tokenizer), or its number of classes."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """All that decides what it says, as one line of text: architecture, sha256 of the weights, dtype, attention.
-        Never where it lies, nor on which device. It is asked for once a job, and may take as long as hashing does."""
+        """Everything that decides its answers, as one line of text: architecture, sha256 of the weights, dtype,
+        attention; not its path or device. Read once a capture, so it may take as long as hashing the weights does."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go, and its outputs come from."""
+        """The device of its inputs and outputs."""
         ...
 
     @property
     def max_positions(self) -> int | None:
-        """The longest piece of text it takes, in tokens; None where there is no limit, or it is not known."""
+        """The longest input that it takes, in tokens; None: no limit, or unknown."""
         ...
 
-    def __call__(self, inputs: Tensor) -> Output:
-        """inputs: on its device; tokens int64 `[B, L]`, padded behind, or examples `[B, ...]`."""
+    def __call__(self, inputs: Tensor) -> Answer:
+        """inputs: on its device; token ids, int64 `[B, L]`, padded at the end, or examples `[B, ...]`."""
         ...

@@ -1,4 +1,4 @@
-"""Which of how many workers this process is of, and the processes that make that worker up."""
+"""The worker that this process belongs to: its rank among the workers, and the processes that make it up."""
 
 import os
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ T = TypeVar("T")
 
 
 class Group(Protocol):
-    """The processes that make up one worker; one of them leads."""
+    """The processes that make up one worker; one of them is the leader."""
 
     @property
     def leader(self) -> bool:
-        """Whether this one does."""
+        """Whether this process is the leader."""
         ...
 
     def share(self, value: T) -> T:
-        """The leader's value, in each of them. All have to call it."""
+        """The leader's value, in each process. All of them have to call it."""
         ...
 
 
-class Alone:
-    """A worker that is one process."""
+class SingleProcess:
+    """The group of a worker that is one process."""
 
     leader = True
 
@@ -33,30 +33,31 @@ class Alone:
         return value
 
 
-class Place(NamedTuple):
-    """Which of how many workers this process is of, and the processes that make that worker up."""
+class Worker(NamedTuple):
+    """A worker: its rank, the number of workers, and the processes that make it up."""
 
-    worker: int
-    workers: int
+    rank: int
+    world_size: int
     group: Group
 
     def leave(self) -> None:
-        """End what joined the processes of a worker: threads that wait for others would now and then abort one."""
+        """Destroy the process group, if there is one: its threads would sometimes abort an exiting process."""
         if isinstance(self.group, ParallelGroup):
             self.group.leave()
 
 
-def place_of(
+def rank_and_world_size(
     rank: int | None = None, world_size: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> tuple[int, int]:
-    """Which of how many processes this is: as said, else by torchrun's variables, else SLURM's, else 0 of 1."""
+    """The rank of this process and the number of processes: as given, else by torchrun's variables, else by SLURM's,
+    else 0 of 1. CacheError if they do not fit together."""
     if (rank is None) != (world_size is None):
         raise CacheError(f"rank, world_size: got {rank} and {world_size}; expected both, or neither.")
     if rank is None or world_size is None:
         rank, world_size = 0, 1
-        for mine, all_of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if mine in environment and all_of in environment:
-                rank, world_size = int(environment[mine]), int(environment[all_of])
+        for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank_name in environment and size_name in environment:
+                rank, world_size = int(environment[rank_name]), int(environment[size_name])
                 break
     if not 0 <= rank < world_size:
         raise CacheError(f"rank: got {rank} of a world_size of {world_size}; expected 0 to {world_size - 1}.")

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TrainError
+from ..models.module import EXAMPLES, logits_width, output_of, run_probe
 from ..models.protocol import Output
 from ..stream.batch import ExampleBatch
-from .student import EXAMPLES, Student, device_of, output_of, tried
+from .student import Student, device_of
 
 
 def of_classifier(model: nn.Module, name: str, example: Tensor) -> Student:
@@ -19,8 +21,7 @@ def of_classifier(model: nn.Module, name: str, example: Tensor) -> Student:
     probe, training = example.to(device_of(model, name)), model.training
     model.eval()
     with torch.no_grad():
-        what = f"an example of shape {tuple(example.shape)} {example.dtype}"
-        _, width = tried(model, probe, name, what, EXAMPLES)
+        width = logits_width(run_probe(model, probe, name, EXAMPLES, TrainError))
     model.train(training)
     notes = []
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -30,6 +31,6 @@ def of_classifier(model: nn.Module, name: str, example: Tensor) -> Student:
         )
 
     def says(module: Any, batch: ExampleBatch) -> Output:
-        return output_of(module(batch.inputs), name, EXAMPLES)
+        return output_of(module(batch.inputs), name, EXAMPLES, TrainError)
 
     return Student(model, says, name=name, vocab_size=width, notes=notes)

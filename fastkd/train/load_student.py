@@ -10,8 +10,8 @@ from torch import nn
 from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
-from ..models.hf import check_weights
-from ..models.hub import Place, brief, load_transformers, resolve
+from ..models.hf import load_causal_lm
+from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..utils.factories import is_factory, made_by
@@ -42,12 +42,12 @@ def make_student(
     Raises TrainError where it cannot be had, or does not fit the cache: its head is smaller than the teacher's, or its
     tokenizer another.
     """
-    place: Place | None = None
+    files: ModelFiles | None = None
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            student, place = _student(source, settings, data)
-        tokenizer = _tokenizer(place, settings)
+            student, files = _student(source, settings, data)
+        tokenizer = _tokenizer(files, settings)
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
     check_vocabulary(student, spec)
@@ -78,7 +78,7 @@ def check_tokenizer(tokenizer: Tokenizer, spec: CacheSpec) -> None:
         )
 
 
-def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, Place | None]:
+def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:
     if isinstance(source, nn.Module):
         return _of_model(copy.deepcopy(source), type(source).__name__, data), None
     if isinstance(source, (str, Path)) and is_factory(str(source)):
@@ -89,7 +89,7 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
             "module:factory is needed."
         )
     if isinstance(source, (str, Path)):
-        return _from_place(source, settings)
+        return _from_files(source, settings)
     if hasattr(source, "get_text_config"):
         model = _new_model(source, settings)
         return of_transformers(model, type(model).__name__), None
@@ -110,40 +110,26 @@ def _of_model(model: nn.Module, name: str, data: Examples | None) -> Student:
     return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name)
 
 
-def _from_place(source: str | Path, settings: TrainSettings) -> tuple[Student, Place]:
+def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, ModelFiles]:
     transformers = load_transformers()
-    place = resolve(source, settings.revision)
-    if (place.folder / "adapter_config.json").exists() and not place.gguf:
-        raise TrainError(f"{source}: an adapter, which is no whole model. Merge it into its model, and name that.")
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    if not place.gguf and not any(next(place.folder.glob(kind), None) for kind in _WEIGHTS):
-        if not (place.folder / _CONFIG).exists():
-            raise TrainError(f"{source}: neither a {_CONFIG} nor weights are there. Name a model's folder.")
+    files = resolve(source, settings.revision)
+    remote = settings.trust_remote_code
+    if not files.gguf and not any(next(files.folder.glob(kind), None) for kind in _WEIGHTS):
+        if not (files.folder / _CONFIG).exists():
+            raise TrainError(f"{source}: got neither a {_CONFIG} nor weights; expected the folder of a model.")
         try:
-            config = transformers.AutoConfig.from_pretrained(place.folder, **options)
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote)
         except Exception as error:
             raise TrainError(f"{source}: {_CONFIG} cannot be read ({brief(error)}).") from error
-        return of_transformers(_new_model(config, settings), place.name), place
-    if place.gguf:
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if settings.attention is not None:
-        options["attn_implementation"] = settings.attention
-    try:
-        # in half precision a step's change would be lost in rounding
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            place.folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32,
-            **place.arguments, **options,
-        )  # fmt: skip
-    except Exception as error:
-        raise TrainError(
-            f"{source}: transformers cannot load it as a causal language model ({brief(error)}). Check that it is one, "
-            "and that its files are whole."
-        ) from error
+        return of_transformers(_new_model(config, settings), files.name), files
     notes: list[str] = []
-    check_weights(source, info, notes)
-    student = of_transformers(model, place.name)
+    # float32: in half precision the change of a step would be lost in rounding
+    model = load_causal_lm(
+        source, files, attention=settings.attention, notes=notes, trust_remote_code=remote, dtype=torch.float32
+    )
+    student = of_transformers(model, files.name)
     student.notes[:0] = notes
-    return student, place
+    return student, files
 
 
 def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
@@ -160,10 +146,10 @@ def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
     return model
 
 
-def _tokenizer(place: Place | None, settings: TrainSettings) -> Tokenizer | None:
+def _tokenizer(files: ModelFiles | None, settings: TrainSettings) -> Tokenizer | None:
     """The one that was named; else what lies with the student, if anything does."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    if place is None or not (place.gguf or any(place.folder.glob("tokenizer*"))):
+    if files is None or not (files.gguf or any(files.folder.glob("tokenizer*"))):
         return None
-    return load_tokenizer(place.path, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(files.path, trust_remote_code=settings.trust_remote_code)

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from ..errors import TrainError
 from ..kernels import KDLoss, kd_loss, linear_kd_loss
 from ..kernels.lm_head import LMHead
-from ..models.hf import check_causal, max_positions, some_tokens
-from ..models.hub import brief
-from ..models.lm_head import LMHeadMatch, find_head, logits_of
+from ..models.hf import probe_causal_lm
+from ..models.lm_head import LMHeadMatch, logits_of
+from ..models.module import TEXT, logits_width, output_of, parameters_and_bytes, run_probe, separates_documents
 from ..models.protocol import Hidden, Logits, Output
 from ..stream.batch import AnyBatch, MicroBatch
-
-TEXT, EXAMPLES = "[B, L, V]", "[B, V]"  # the shapes of logits
 
 
 class Student(nn.Module):
@@ -76,7 +74,7 @@ class Student(nn.Module):
             said = self._run(batch)
             if isinstance(said, Logits):
                 return kd_loss(said.values.flatten(0, -2), targets, labels, **settings)
-            states, head = said.states.flatten(0, -2), said.head
+            states, head = said.states.flatten(0, -2), said.lm_head
             if isinstance(head, LMHead):
                 return linear_kd_loss(
                     self._alike(states, head), head.weight, targets, labels, bias=head.bias, softcap=head.softcap,
@@ -95,7 +93,9 @@ class Student(nn.Module):
             if isinstance(said, Logits):
                 return said.values.flatten(0, -2)[rows]
             states = said.states.flatten(0, -2)[rows]
-            return logits_of(self._alike(states, said.head) if isinstance(said.head, LMHead) else states, said.head)
+            return logits_of(
+                self._alike(states, said.lm_head) if isinstance(said.lm_head, LMHead) else states, said.lm_head
+            )
 
     @property
     def parameters_and_bytes(self) -> tuple[int, int]:
@@ -137,45 +137,33 @@ class Student(nn.Module):
 
 
 def of_transformers(model: Any, name: str) -> Student:
-    """A causal model of transformers as a student; where its head can be read from its config, and the reading is
-    proven right, it is fused with the loss.
+    """A causal model of transformers as a student; its LM head is fused with the loss if it can be read from its
+    config and reproduces its logits.
 
-    Raises TrainError where it cannot be run, or looks ahead.
+    Raises TeacherError if the model cannot be run, or is not causal.
     """
-    notes: list[str] = []
-    longest = max_positions(model.config, notes)
-    tokens = some_tokens(model, longest).to(model.device)
-    model.eval()  # what is drawn by dropout would differ from what is read
+    model.eval()  # dropout would change the outputs that are compared
+    probed = probe_causal_lm(model, name, [])
     with torch.no_grad():
-        try:
-            logits = model(input_ids=tokens, use_cache=False).logits
-        except Exception as error:
-            raise TrainError(
-                f"{name}: {type(model).__name__} is there, but fails on {tokens.numel()} tokens ({brief(error)}). Try "
-                "another attention implementation."
-            ) from error
-        check_causal(model, tokens, logits, name)
-        found = find_head(model, tokens)
-        packs = _keeps_apart(lambda **inputs: model(use_cache=False, **inputs).logits, tokens)
+        packs = separates_documents(lambda **inputs: model(use_cache=False, **inputs).logits, probed.tokens)
     model.train()
-    if found is None or not isinstance(found.head, LMHead):
-        notes.append(
-            f"{type(model).__name__}: its head is not one matrix of which its config says how it is used, so [positions"
-            ", V] logits are held for every micro-batch, which costs memory and time."
+    if probed.lm_head is None or not isinstance(probed.lm_head.lm_head, LMHead):
+        probed.notes.append(
+            f"{type(model).__name__}: its LM head is not one matrix with a use that its config tells, so full logits "
+            "[positions, V] are materialized for every micro-batch, which costs memory and time."
         )
-    width = int(logits.shape[-1])
     return Student(
-        model, _said_by_transformers(found, width), name=name, vocab_size=width, max_positions=longest, packs=packs,
-        notes=notes,
+        model, _said_by_transformers(probed.lm_head, probed.vocab_size), name=name, vocab_size=probed.vocab_size,
+        max_positions=probed.max_positions, packs=packs, notes=probed.notes,
     )  # fmt: skip
 
 
 def of_module(model: nn.Module, name: str) -> Student:
-    """A module of one's own as a student: it maps token ids `[B, L]` to logits `[B, L, V]`, to an object with `logits`,
-    or to `Hidden` (states and a head), and what it says at a position must not depend on later ones.
+    """Any module as a student: it maps token ids `[B, L]` to logits `[B, L, V]`, to an object with `logits`, or to
+    `Hidden` (states and an LM head); its output at a position must not depend on later ones.
 
-    For packed micro-batches its forward takes `position_ids`, and keeps the pieces apart by them.
-    Raises TrainError where it returns something else.
+    For packed micro-batches its forward takes `position_ids`, and keeps documents apart by them.
+    Raises TrainError if it returns something else.
     """
     probe = torch.zeros((1, 4), dtype=torch.int64, device=device_of(model, name))
     notes: list[str] = []
@@ -183,19 +171,20 @@ def of_module(model: nn.Module, name: str) -> Student:
     training = model.training
     model.eval()
     with torch.no_grad():
-        said, width = tried(model, probe, name, f"token ids of shape {tuple(probe.shape)}", TEXT)
-        packs = takes and _keeps_apart(
-            lambda input_ids, **more: _first(output_of(model(input_ids, **more), name, TEXT)), probe
+        output = run_probe(model, probe, name, TEXT, TrainError)
+        width = logits_width(output)
+        packs = takes and separates_documents(
+            lambda input_ids, **more: _first(output_of(model(input_ids, **more), name, TEXT, TrainError)), probe
         )
     model.train(training)
-    if isinstance(said, Logits) or not isinstance(said.head, LMHead):
+    if isinstance(output, Logits) or not isinstance(output.lm_head, LMHead):
         notes.append(
             f"{type(model).__name__} returns logits, so [positions, V] of them are held for every micro-batch, which "
-            "costs memory and time. Return fastkd.teachers.protocol.Hidden (states and a LMHead) instead."
+            "costs memory and time. Return fastkd.teachers.Hidden (states and an LMHead) instead."
         )
 
     def says(module: nn.Module, batch: MicroBatch) -> Output:
-        return output_of(module(batch.input_ids, **_places(batch)), name, TEXT)
+        return output_of(module(batch.input_ids, **_places(batch)), name, TEXT, TrainError)
 
     return Student(model, says, name=name, vocab_size=width, packs=packs, notes=notes)
 
@@ -206,14 +195,14 @@ def _said_by_transformers(found: LMHeadMatch | None, width: int) -> Callable[[An
         if found is None:
             return Logits(model(**inputs).logits)
         states = model.base_model(**inputs).last_hidden_state
-        if not isinstance(found.head, LMHead):
-            return Hidden(states, found.head)
+        if not isinstance(found.lm_head, LMHead):
+            return Hidden(states, found.lm_head)
         # asked for anew each time: what a wrapper puts in the parameters' place is there
         module = model.get_output_embeddings()
         weight, bias = module.weight, module.bias
         if len(weight) != width:
             weight, bias = weight[:width], None if bias is None else bias[:width]
-        return Hidden(states, LMHead(weight, bias, found.head.softcap, found.head.logit_scale))
+        return Hidden(states, LMHead(weight, bias, found.lm_head.softcap, found.lm_head.logit_scale))
 
     return says
 
@@ -223,28 +212,8 @@ def _places(batch: MicroBatch) -> dict[str, Tensor]:
     return {"position_ids": batch.position_ids} if batch.layout == "packed" else {}
 
 
-def _keeps_apart(run: Callable[..., Tensor], tokens: Tensor) -> bool:
-    """Whether a model says the same of a piece that follows another in one row, told by its position_ids."""
-    length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device)[None]
-    other = (tokens[:1] + 1) % (int(tokens.max()) + 2)
-    try:
-        alone = run(input_ids=tokens[:1], position_ids=places)
-        packed = run(input_ids=torch.cat([other, tokens[:1]], 1), position_ids=torch.cat([places, places], 1))
-    except Exception:  # it takes no position_ids, or not such: then it is not run so
-        return False
-    bound = max(1e-5, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
-    return bool(((packed[:, length:] - alone).abs() <= bound).all())
-
-
 def _first(said: Output) -> Tensor:
     return said.values if isinstance(said, Logits) else said.states
-
-
-def parameters_and_bytes(model: nn.Module) -> tuple[int, int]:
-    """How many numbers a module is made of, each once, and their bytes."""
-    found = list(model.parameters())
-    return sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)
 
 
 def device_of(model: nn.Module, name: str) -> torch.device:
@@ -252,36 +221,3 @@ def device_of(model: nn.Module, name: str) -> torch.device:
     if (parameter := next(model.parameters(), None)) is None:
         raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
     return parameter.device
-
-
-def tried(model: nn.Module, probe: Tensor, name: str, what: str, shape: str) -> tuple[Output, int]:
-    """What a module of one's own says of some inputs, and the width of its logits. what: the inputs, for the TrainError
-    where it fails. shape: see `output_of`."""
-    try:
-        said = output_of(model(probe), name, shape)
-    except TrainError:
-        raise
-    except Exception as error:
-        raise TrainError(
-            f"{name}: {type(model).__name__} fails on {what} ({brief(error)}). A module that maps them to logits, or "
-            "to hidden states and a head, is needed."
-        ) from error
-    if isinstance(said, Logits):
-        return said, int(said.values.shape[-1])
-    if isinstance(said.head, LMHead):
-        return said, len(said.head.weight)
-    return said, int(said.head(said.states.flatten(0, -2)[:1]).shape[-1])
-
-
-def output_of(found: Any, name: str, shape: str) -> Output:
-    """What a module returned, as what it means. shape: of logits, `TEXT` or `EXAMPLES`."""
-    if isinstance(found, (Hidden, Logits)):
-        return found
-    logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != shape.count(",") + 1 or not logits.is_floating_point():
-        theirs = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-        raise TrainError(
-            f"{name}: got {type(found).__name__}{theirs} from the model; logits {shape}, an object with `logits`, "
-            "or fastkd.teachers.protocol.Hidden is needed."
-        )
-    return Logits(logits)

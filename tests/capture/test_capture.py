@@ -19,7 +19,7 @@ from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
 from fastkd.teachers.module import ModuleTeacher
-from fastkd.teachers.workers import place_of
+from fastkd.teachers.workers import rank_and_world_size
 from fastkd.utils.signals import Stop
 
 # a fine grid, so that what is read is what was said
@@ -407,9 +407,9 @@ X = {"fingerprint": "x"}
     ("model", "options", "message"),
     [
         ("absent", {}, "absent: no file or folder here"),
-        (3, {}, "a module or a callable is needed"),
-        (lambda ids: ids, {}, "fingerprint: found none"),
-        (lambda ids: ids, X, "found Tensor from the model; logits"),
+        (3, {}, "expected a module or a callable"),
+        (lambda ids: ids, {}, "fingerprint: got none"),
+        (lambda ids: ids, X, "got Tensor of .* from the model; expected logits"),
         (
             lambda ids: torch.zeros(2, 3),
             {"fingerprint": "x", "vocab_size": 3},
@@ -459,8 +459,8 @@ def test_settings_may_be_given_whole(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_knows_its_place(environment: dict[str, str], expected: tuple[int, int]) -> None:
-    assert place_of(environment=environment) == expected
-    assert place_of(3, 5, environment) == (3, 5)
+    assert rank_and_world_size(environment=environment) == expected
+    assert rank_and_world_size(3, 5, environment) == (3, 5)
 
 
 @pytest.mark.parametrize("given", [(1, 1), (-1, 2), (1, None), (None, 2)])

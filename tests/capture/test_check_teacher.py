@@ -48,7 +48,7 @@ class Variant(Causal):
 
     def forward(self, tokens: Tensor) -> Any:
         found = super().forward(tokens)
-        return self.change(found.states, found.head.weight, tokens)
+        return self.change(found.states, found.lm_head.weight, tokens)
 
 
 def capped(states: Tensor, weight: Tensor, tokens: Tensor) -> Hidden:

@@ -24,9 +24,9 @@ from fastkd.demo.digits_data import (
 )
 from fastkd.demo.digits_net import Net, net, train_teacher
 from fastkd.errors import DataError
+from fastkd.models.module import parameters_and_bytes
 from fastkd.settings import DemoSettings
 from fastkd.stream.split import open_split
-from fastkd.train.student import parameters_and_bytes
 from fastkd.train.trainer import Trainer
 from fastkd.utils.signals import Stop, Stopped
 from fastkd.utils.splitmix import mixed

@@ -159,7 +159,7 @@ def test_a_folder_without_one(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_no_tokenizer() -> None:
-    with pytest.raises(TeacherError, match="found int; a place or a transformers tokenizer"):
+    with pytest.raises(TeacherError, match="got int; expected a name or a transformers tokenizer"):
         load_tokenizer(3)
     with pytest.raises(TeacherError, match="there is no such file"):
         load_tokenizer("/no/such/place")
@@ -235,14 +235,14 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_of())
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     for source, options, message in (
-        (path, {"tokenizer": None}, r"a\.jsonl, line 1 and on: found text, and no tokenizer"),
-        (CHATS, {"tokenizer": None}, "found messages, and no tokenizer"),
+        (path, {"tokenizer": None}, r"a\.jsonl, line 1 and on: got text, and no tokenizer"),
+        (CHATS, {"tokenizer": None}, "got messages, and no tokenizer"),
         (path, {"vocab_size": 289}, r"found ids up to 289; those to 288 have.*Is this the teacher's tokenizer\?"),
-        (path, {"chat": True}, "found text, where messages were asked for"),
-        (CHATS, {"chat": False}, "found messages, where no messages were asked for"),
-        (path, {"loss_on": "assistant"}, "found text, with loss_on"),
-        (IDS, {"loss_on": "assistant"}, "found ids, with loss_on"),
-        (IDS, {"chat": "yes"}, "chat: found 'yes'"),
+        (path, {"chat": True}, "got text, where messages were asked for"),
+        (CHATS, {"chat": False}, "got messages, where no messages were asked for"),
+        (path, {"loss_on": "assistant"}, "got text, with loss_on"),
+        (IDS, {"loss_on": "assistant"}, "got ids, with loss_on"),
+        (IDS, {"chat": "yes"}, "chat: got 'yes'"),
     ):
         with pytest.raises(DataError, match=message):
             documents_of(source, **({"tokenizer": tokenizer, "vocab_size": 290} | options))  # type: ignore[arg-type]

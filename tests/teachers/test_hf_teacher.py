@@ -33,7 +33,7 @@ NO_SDPA = {"gemma2", "bloom", "mamba"}  # transformers has none for them
 def said(teacher: Teacher, tokens: Tensor) -> Tensor:
     """Its logits `[B, L, V]`."""
     output = teacher(tokens)
-    return logits_of(output.states, output.head) if isinstance(output, Hidden) else output.values
+    return logits_of(output.states, output.lm_head) if isinstance(output, Hidden) else output.values
 
 
 def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -50,12 +50,12 @@ def test_hidden_states_and_head_are_the_model(tmp_path: Path, name: str) -> None
     with torch.inference_mode():
         output = teacher(tokens)
     assert isinstance(output, Hidden)
-    assert isinstance(output.head, LMHead)
+    assert isinstance(output.lm_head, LMHead)
     expected = model_of(name)(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(said(teacher, tokens), expected, atol=1e-5, rtol=1e-4)
     assert teacher.vocab_size == VOCAB
     # and so are the targets that are made of them
-    head = output.head
+    head = output.lm_head
     targets = linear_topk_targets(
         output.states, head.weight, 8, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
     )
@@ -87,8 +87,8 @@ def test_a_config_is_believed_as_far_as_the_model_proves_it(
     (folder / "config.json").write_text(json.dumps(config | changes))
     output = load_hf(folder)(some_tokens(1, 5))
     assert isinstance(output, Hidden)
-    assert isinstance(output.head, LMHead)
-    assert (output.head.logit_scale, output.head.softcap) == (scale, softcap)
+    assert isinstance(output.lm_head, LMHead)
+    assert (output.lm_head.logit_scale, output.lm_head.softcap) == (scale, softcap)
 
 
 def test_a_head_that_no_config_explains_gives_logits_and_says_so(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_head_that_no_config_explains_gives_logits_and_says_so(tmp_path: Path)
     tokens = some_tokens(2, 9)
     with torch.inference_mode():
         assert isinstance(teacher(tokens), Logits)
-    assert ["BertLMHeadModel" in note and "whole" in note for note in teacher.notes] == [True]
+    assert ["BertLMHeadModel" in note and "materialized" in note for note in teacher.notes] == [True]
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     torch.testing.assert_close(said(teacher, tokens), expected, atol=1e-6, rtol=1e-5)
 
@@ -114,7 +114,7 @@ def test_a_cap_that_the_config_does_not_name_is_noticed(tmp_path: Path) -> None:
         output = teacher(tokens)
     # the head's module has it, where its matrix has not
     assert isinstance(output, Hidden)
-    assert not isinstance(output.head, LMHead)
+    assert not isinstance(output.lm_head, LMHead)
 
 
 def test_a_head_wider_than_the_tokenizer_or_the_logits(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_pads_behind_a_piece_change_nothing(tmp_path: Path, name: str, attention
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, attention: str) -> None:
-    with pytest.raises(TeacherError, match=r"bert: BertLMHeadModel is no causal model.*decoder"):
+    with pytest.raises(TeacherError, match=r"bert: BertLMHeadModel is not a causal model.*decoder"):
         load_hf(saved(tmp_path, "bert"), attention=attention)
 
 
@@ -173,10 +173,10 @@ def test_dtype(tmp_path: Path, dtype: str) -> None:
     for teacher, expected in ((wide, torch.float32), (narrow, getattr(torch, dtype))):
         output = teacher(tokens)
         assert isinstance(output, Hidden)
-        assert isinstance(output.head, LMHead)
-        assert output.states.dtype == output.head.weight.dtype == expected
+        assert isinstance(output.lm_head, LMHead)
+        assert output.states.dtype == output.lm_head.weight.dtype == expected
     torch.testing.assert_close(said(narrow, tokens), said(wide, tokens), atol=0.02, rtol=0.02)
-    with pytest.raises(TeacherError, match="dtype: found 'int8'; one of auto, float32"):
+    with pytest.raises(TeacherError, match="dtype: got 'int8'; expected one of auto, float32"):
         load_hf(folder, dtype="int8")
 
 
@@ -195,7 +195,7 @@ def test_the_longest_piece(tmp_path: Path, name: str, changes: dict[str, Any], m
     assert teacher.max_positions == most
     if most is not None:
         said(teacher, some_tokens(1, most))
-        with pytest.raises(TeacherError, match=f"got {most + 1} tokens; it takes {most}"):
+        with pytest.raises(TeacherError, match=f"got {most + 1} tokens; expected at most {most}"):
             teacher(some_tokens(1, most + 1))
 
 
@@ -289,7 +289,7 @@ def test_a_name_on_the_hub_that_was_fetched_before(tmp_path: Path, hub: Path) ->
 
 def test_a_name_that_is_not_to_be_had(hub: Path) -> None:
     for name, revision in (("someone/tiny", None), ("someone/tiny", "v2"), ("gpt99", None)):
-        with pytest.raises(TeacherError, match=r"^[^\n]*not to be had.*HF_HUB_OFFLINE[^\n]*hf download \S+`\)\.$"):
+        with pytest.raises(TeacherError, match=r"^[^\n]*cannot be downl.*HF_HUB_OFFLINE[^\n]*hf download \S+`\)\.$"):
             load_hf(name, revision=revision)
 
 
@@ -369,7 +369,7 @@ def test_places_that_hold_no_teacher(tmp_path: Path) -> None:
         (tmp_path / "nowhere", "there is no such file or folder"),
         ("./no/such/folder", "there is no such file or folder"),
         (tmp_path / "empty", "transformers cannot load it"),
-        (tmp_path / "model.bin", "a file that is no .gguf"),
+        (tmp_path / "model.bin", "expected a .gguf file"),
         (tmp_path / "ggufs", r"Name one of them: .*a\.gguf"),
         (tmp_path / "ggufs" / "a.gguf", "transformers cannot load it"),
         (adapter, "an adapter"),
@@ -385,7 +385,7 @@ def test_settings_that_this_machine_cannot_have(tmp_path: Path) -> None:
     for wrong, message in (
         ({"attention": "nonsense"}, "nonsense"),
         ({"attention": "flash_attention_2"}, "[Ff]lash"),
-        ({"device": "nonsense"}, "device: found 'nonsense'"),
+        ({"device": "nonsense"}, "device: got 'nonsense'"),
     ):
         with pytest.raises(TeacherError, match=message):
             load_hf(folder, **wrong)  # type: ignore[arg-type]
@@ -403,10 +403,10 @@ def test_a_model_that_was_not_saved_whole_is_refused(tmp_path: Path) -> None:
         load_hf(folder)
     wrong = weights | {"lm_head.weight": torch.zeros(VOCAB, 31)}
     save_file(wrong, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TeacherError, match=r"1 of the model's weights.*or of another shape: lm_head.weight"):
+    with pytest.raises(TeacherError, match=r"1 of the model's weights.*or have another shape: lm_head.weight"):
         load_hf(folder)
     save_file(weights | {"extra": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load_hf(folder).notes == ["1 of the weights in its files are no part of the model: extra."]
+    assert load_hf(folder).notes == ["1 of the weights in its files are not used by the model: extra."]
 
 
 def test_without_transformers() -> None:

@@ -194,8 +194,8 @@ def test_where_students_come_from(cache: Cache, tmp_path: Path, monkeypatch: pyt
     [
         ("nowhere/at/all", "no such file or folder"),
         ("train_cases:nothing", "module that can be imported"),
-        (3, "found int; a folder, a name"),
-        (dict, "found dict from"),
+        (3, "got int; a folder, a name"),
+        (dict, "got dict from"),
         (nn.Identity(), "nothing to train"),
         (nn.Linear(3, 3), r"fails on token ids of shape \(1, 4\)"),
     ],

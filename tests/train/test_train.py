@@ -67,7 +67,7 @@ def test_ten_steps_against_a_loop_written_out(cache: Cache, tmp_path: Path) -> N
     for number, step in zip(range(10), loader.steps(), strict=False):
         (batch,) = step.micro_batches
         said = model(batch.input_ids)
-        logits = said.states @ said.head.weight.T
+        logits = said.states @ said.lm_head.weight.T
         alpha = 0.3 + 0.5 * number / 9
         loss = kd_loss(logits, batch.targets, batch.labels, alpha=alpha, temperature=2.0, impl="reference").loss
         optimizer.zero_grad()

@@ -208,9 +208,9 @@ def test_hidden_states_and_batch_norms(cache: Cache, tmp_path: Path) -> None:
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(36, 6)), "found a head of 6 outcomes; the cache's teacher has 7"),
         (nn.Sequential(nn.Flatten(), nn.Linear(35, 7)), r"fails on an example of shape \(1, 1, 6, 6\) torch.float32"),
-        (nn.Linear(6, CLASSES), r"found Tensor of shape \(1, 1, 6, 7\) from the model; logits \[B, V\]"),
+        (nn.Linear(6, CLASSES), r"got Tensor of shape \(1, 1, 6, 7\) from the model; expected logits \[B, V\]"),
         (nn.Flatten(), "has no parameters"),
-        ("some/folder", "found 'some/folder' for a cache of examples; a torch module"),
+        ("some/folder", "got 'some/folder' for a cache of examples; a torch module"),
     ],
 )  # fmt: skip
 def test_students_that_do_not_fit(student: Any, message: str, cache: Cache, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def live_rows(output: Output, flat: Array, shape: torch.Size, stored: Stored, sp
 def _chunks(output: Output, rows_MX: Tensor, flat_M: Tensor) -> Iterator[tuple[int, Tensor, LMHead | None]]:
     """Logits of the rows, so many at a time as capture makes: another product may round otherwise. With the head that
     they have yet to be scaled and capped by."""
-    head = output.head if isinstance(output, Hidden) and isinstance(output.head, LMHead) else None
+    head = output.lm_head if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead) else None
     step = ROWS_AT_ONCE if head is None else default_chunk(rows_MX, head.weight.shape[0])
     for start in range(0, len(flat_M), step):
         chunk = rows_MX[flat_M[start : start + step]]
@@ -111,8 +111,8 @@ def _chunks(output: Output, rows_MX: Tensor, flat_M: Tensor) -> Iterator[tuple[i
                 weight = head.weight.t()
                 chunk = torch.mm(chunk, weight) if head.bias is None else torch.addmm(head.bias, chunk, weight)
         elif isinstance(output, Hidden):
-            assert not isinstance(output.head, LMHead)
-            chunk = output.head(chunk)
+            assert not isinstance(output.lm_head, LMHead)
+            chunk = output.lm_head(chunk)
         yield start, chunk, head
 
 

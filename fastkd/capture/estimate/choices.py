@@ -164,7 +164,7 @@ def _said_again(teacher: Teacher, ask: TopKConfig, kept: list[Kept]) -> SparseTa
     for some in kept:
         output, n = some.output, len(some.numbers)
         if isinstance(output, Hidden):
-            output = Hidden(output.states.to(teacher.device), output.head)
+            output = Hidden(output.states.to(teacher.device), output.lm_head)
         else:
             output = Logits(output.values.to(teacher.device))
         flat, numbers = torch.arange(n, device=teacher.device), torch.from_numpy(some.numbers).to(teacher.device)

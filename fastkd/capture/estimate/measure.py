@@ -57,7 +57,7 @@ class Kept:
         """One row in so many."""
         inputs = {name: column[::step] for name, column in self.inputs.items()}
         if isinstance(self.output, Hidden):
-            return Kept(inputs, self.numbers[::step], Hidden(self.output.states[::step], self.output.head))
+            return Kept(inputs, self.numbers[::step], Hidden(self.output.states[::step], self.output.lm_head))
         return Kept(inputs, self.numbers[::step], Logits(self.output.values[::step]))
 
 
@@ -264,5 +264,5 @@ def _kept(some: Rows, output: Output, vocab_size: int) -> Kept:
     chosen = rows_MX[torch.from_numpy(flat[pick]).to(rows_MX.device)].cpu()
     rows_ = at[pick]
     inputs = {name: column[rows_] for name, column in some.inputs.items()}
-    output = Hidden(chosen, output.head) if isinstance(output, Hidden) else Logits(chosen)
+    output = Hidden(chosen, output.lm_head) if isinstance(output, Hidden) else Logits(chosen)
     return Kept(inputs, some.numbers(rows_), output)

@@ -1,0 +1,54 @@
+"""Kinds of teachers: which loader a name such as `vllm:model` belongs to.
+
+A new kind is one file that calls `register_teacher`: a module of this folder named after the kind, a package that
+declares an entry point `KIND = "module:loader"` in the group `fastkd.teachers`, or any module imported beforehand.
+"""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import TeacherError
+from ..settings import ModelSettings
+
+Loader = Callable[[str, ModelSettings], Any]
+"""loader(name, settings): from the text after `KIND:` to a `Teacher`, a torch module or a callable."""
+Function = TypeVar("Function", bound=Loader)
+
+_KIND = re.compile(r"[A-Za-z]\w*")
+_loaders: dict[str, Loader] = {}
+
+
+def register_teacher(kind: str) -> Callable[[Function], Function]:
+    """A decorator that registers a loader: teachers named `KIND:NAME` are then loaded by `loader(NAME, settings)`.
+
+    settings: a `ModelSettings`; its device is set. Raises TeacherError for a kind that is not an identifier, or that
+    is already taken by another function.
+    """
+
+    def register(loader: Function) -> Function:
+        if not _KIND.fullmatch(kind):
+            raise TeacherError(f"teacher kind: got {kind!r}; expected letters, digits and underscores.")
+        if _loaders.setdefault(kind, loader) is not loader:
+            raise TeacherError(f"teacher kind {kind!r}: already registered by {_loaders[kind].__module__}.")
+        return loader
+
+    return register
+
+
+def find_loader(source: str) -> tuple[Loader, str] | None:
+    """The loader of `KIND:NAME`, and the name; None if the source is a path, or its kind is not registered."""
+    kind, colon, name = source.partition(":")
+    if not colon or not _KIND.fullmatch(kind) or Path(source).exists():
+        return None
+    if kind not in _loaders:
+        for entry in entry_points(group="fastkd.teachers", name=kind):
+            _loaders[kind] = entry.load()
+    if kind not in _loaders and find_spec(f"{__package__}.{kind}") is not None:
+        import_module(f"{__package__}.{kind}")
+    loader = _loaders.get(kind)
+    return None if loader is None else (loader, name)
