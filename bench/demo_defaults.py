@@ -15,12 +15,13 @@ from pathlib import Path
 import fastkd
 from fastkd.cache import open_cache
 from fastkd.evaluate.api import Evaluation, compare
+from fastkd.evaluate.measures import DEMO, printed_in
 from fastkd.settings import TrainSettings
 from fastkd.train.api import EVALUATION
 from fastkd.train.checkpoint import FOLDER as CHECKPOINTS
 from fastkd.utils.signals import Stop, stopping
 
-MEASURES = ("cross_entropy", "kl_bucket", "agreement")
+MEASURES = [measure.name for measure in printed_in(DEMO)]
 
 
 def trained(student: str, cache: str, out: Path, settings: TrainSettings, stop: Stop) -> Evaluation:

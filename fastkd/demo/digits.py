@@ -19,9 +19,9 @@ from ..capture.api import capture
 from ..data.examples import Examples
 from ..errors import DataError
 from ..evaluate.api import Evaluation, compare
+from ..evaluate.measures import CLASSIFIER_DEMO, printed_in
 from ..models.module import parameters_and_bytes
 from ..report.make import make_report
-from ..report.measures import MEASURES
 from ..settings import DemoSettings
 from ..train.api import EVALUATION, train
 from ..train.result import CONTROL, RUN
@@ -35,8 +35,6 @@ from .damage import verified
 from .digits_data import CLASSES, HELD_OUT, digits
 from .digits_net import Net, net, train_teacher
 from .stages import Clock
-
-SHOWN = ("cross_entropy", "kl_bucket", "agreement", "accuracy", "ece")
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 def as_json(measures: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
     """The measures that are shown."""
-    return {name: measures[name]._asdict() for name in SHOWN if name in measures}
+    return {m.name: measures[m.name]._asdict() for m in printed_in(CLASSIFIER_DEMO) if m.name in measures}
 
 
 def text_of(report: dict[str, Any]) -> str:
@@ -188,7 +186,7 @@ def text_of(report: dict[str, Any]) -> str:
     settings, positions = report["settings"], report["positions"]
     sizes = [report[name]["parameters"] for name in ("teacher", "student")]
     ran = f"the teacher ran on {report['captured_now']:,}" if report["captured_now"] else "the teacher did not run"
-    shown = [measure for key in SHOWN for measure in MEASURES if measure.key == key]
+    shown = printed_in(CLASSIFIER_DEMO)
     lines = [
         f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each; {ran}",
         f"teacher: {sizes[0]:,} parameters; student: {sizes[1]:,}, {sizes[1] / sizes[0]:.1%} of them",
@@ -199,7 +197,7 @@ def text_of(report: dict[str, Any]) -> str:
     for name, measures in rows.items():
         cells = []
         for measure in shown:
-            found = measures.get(measure.key)
+            found = measures.get(measure.name)
             if found is None:  # the teacher, of itself
                 cells.append("")
                 continue

@@ -3,16 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..evaluate.measures import DEMO, printed_in
 from ..report.runs import Run
 from ..report.sections import paired
 from ..utils.intervals import Interval, to_json
 
-# measure, heading, scale, decimals, unit
-COLUMNS = (
-    ("cross_entropy", "cross-entropy", 1.0, 3, ""),
-    ("kl_bucket", "KL from teacher", 1.0, 4, ""),
-    ("agreement", "top-1 agreement", 100.0, 1, "%"),
-)
 _NAME, _WIDTH = 20, 19
 
 
@@ -40,7 +35,9 @@ def scores_text(runs: Sequence[Run]) -> list[str]:
     found = runs[0].evaluation
     assert found is not None
     of = found.teacher_intervals()
-    lines = [f"{f'{found.windows} held-out windows':<{_NAME}}" + "".join(f"{c[1]:>{_WIDTH}}" for c in COLUMNS)]
+    lines = [
+        f"{f'{found.windows} held-out windows':<{_NAME}}" + "".join(f"{m.short:>{_WIDTH}}" for m in printed_in(DEMO))
+    ]
     least = f"≥ {of['cross_entropy_at_least'].mean:.3f}"
     lines.append(f"{'  teacher':<{_NAME}}{least:>{_WIDTH}}{'0':>{_WIDTH}}{'100%':>{_WIDTH}}")
     for run in sorted(everyone(runs), key=lambda run: bool(run.steps)):  # the damaged student comes first
@@ -56,7 +53,8 @@ def scores_json(run: Run) -> dict[str, Any]:
 
 def _line(name: str, found: Any, *, sign: str) -> str:
     cells = []
-    for measure, _, scale, places, unit in COLUMNS:
-        mean, half = (x * scale for x in found[measure])
+    for measure in printed_in(DEMO):
+        mean, half = (x * measure.scale for x in found[measure.name])
+        unit, places = measure.unit.removeprefix("nats"), measure.decimals
         cells.append(f"{mean:{sign}.{places}f}{unit}" + (f" ± {half:.{places}f}{unit}" if sign else ""))
     return f"{'  ' + name:<{_NAME}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)

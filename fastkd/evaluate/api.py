@@ -27,8 +27,9 @@ from ..stream.batch import AnyBatch
 from ..stream.cached import DistillLoader
 from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import Interval, to_json
-from .measures import Windows, student_rows, teacher_rows
 from .partition import EvalPartition
+from .rows import student_rows, teacher_rows
+from .windows import Windows
 
 FORMAT = "fastkd-evaluation"
 VERSION = 1

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..stream.batch import Step
 from ..stream.cached import DistillLoader
 from ..utils.distributed import ALONE, Processes
-from .measures import Windows
+from .windows import Windows
 
 
 class EvalPartition:

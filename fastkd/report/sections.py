@@ -26,6 +26,7 @@ from .measures import (
     WORDS,
     Measure,
     cell,
+    column,
     difference_cell,
     perplexity,
     verdict,
@@ -75,7 +76,7 @@ def headline(run: Run, title: str = "") -> Section | None:
     cards: list[Card] = []
     pairs = paired(run, run.control)
     for key in ("kl_bucket", "kl_sampled", "agreement", "cross_entropy"):
-        measure = next(m for m in MEASURES if m.key == key)
+        measure = next(m for m in MEASURES if m.name == key)
         if key not in run.measures or (key == "kl_sampled" and "kl_bucket" in run.measures):
             continue
         mean, half = with_half(*run.measures[key], scale=measure.scale)
@@ -87,7 +88,7 @@ def headline(run: Run, title: str = "") -> Section | None:
             tone = verdict(measure, pairs[key])
             difference = " ± ".join(with_half(*pairs[key], scale=measure.scale, sign=True)).replace(" ", THIN)
             more = f"{WORDS[tone]}: {difference}{' points' if unit else ''} against the control"
-        cards.append(Card(measure.name, mean + unit, more, tone))
+        cards.append(Card(measure.label, mean + unit, more, tone))
     if (share := waiting(run)) is not None:
         cards.append(Card("waiting for data", percent(share, 2), "of the time of training; lower is better"))
     return Section(title, [Cards(cards)]) if cards else None
@@ -95,7 +96,7 @@ def headline(run: Run, title: str = "") -> Section | None:
 
 def held_out(runs: Sequence[Run]) -> Section:
     """The table of students against teacher and control, and their differences."""
-    known = [m for m in MEASURES if any(m.key in run.measures for run, _ in students(runs))]
+    known = [m for m in MEASURES if any(m.name in run.measures for run, _ in students(runs))]
     if not known:
         return Section("Held-out data", [Paragraph("No evaluation was found in these runs.")])
     rows = [*_teachers(runs, known)]
@@ -108,7 +109,7 @@ def held_out(runs: Sequence[Run]) -> Section:
     if found is not None:
         seen = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
         caption = f"{decimals(found.count)} positions in {decimals(found.windows)} windows {seen}."
-    blocks: list[Block] = [Table("", [*columns, *(m.column for m in known), PERPLEXITY], rows, caption)]
+    blocks: list[Block] = [Table("", [*columns, *(column(m) for m in known), column(PERPLEXITY)], rows, caption)]
     if differences := _differences(runs, known):
         blocks.append(differences)
     elif len(students(runs)) > 1:
@@ -151,11 +152,11 @@ def _teachers(runs: Sequence[Run], known: Sequence[Measure]) -> Iterator[Row]:
             for name, unit in (("parameters", ""), ("bytes", "B"), ("positions_per_second", ""))
         ]
         for measure in known:
-            if measure.key.startswith("kl_"):
+            if measure.name.startswith("kl_"):
                 cells.append(Cell("0", tone="aside"))
-            elif measure.key == "agreement":
+            elif measure.name == "agreement":
                 cells.append(Cell("100", tone="aside"))
-            elif measure.key == "cross_entropy":
+            elif measure.name == "cross_entropy":
                 cells.append(_at_least(measure, of))
             else:
                 cells.append(cell(measure, of))
@@ -172,7 +173,7 @@ def _at_least(measure: Measure, of: Mapping[str, Interval]) -> Cell:
 def _reading(runs: Sequence[Run], known: Sequence[Measure]) -> list[tuple[str, str]]:
     """What the table's words mean, and which of its figures are bounds."""
     notes = [("±, ranges", "95% intervals; windows are the independent units.")]
-    notes += [(m.short, m.says[0].upper() + m.says[1:]) for m in known]
+    notes += [(m.short, m.about) for m in known]
     found = _evaluated(runs)
     if found is not None:
         of = found.teacher_intervals()
@@ -212,7 +213,7 @@ def _differences(runs: Sequence[Run], known: Sequence[Measure]) -> Table | None:
         return None
     return Table(
         "difference",
-        [m.column for m in known],
+        [column(m) for m in known],
         rows,
         "Paired over the windows: what makes a window hard for all drops out. A difference within its 95% interval is "
         "called noise. Of one training run each: how much another seed would move the figures, they do not tell.",
@@ -251,12 +252,12 @@ def curves(runs: Sequence[Run]) -> Section:
         if not lines:
             continue
         unit = measure.unit
-        caption = f"Held out; {measure.arrow}."
+        caption = f"Held out; {measure.better} is better."
         if any(line.band is not None for line in lines):
             caption += " Bands: 95% intervals of each alone, wider than those of the pairs."
         level = _teacher_level(runs, measure)
         title = f"Held out: {measure.short}"
-        charts.append(Chart(f"held-out-{measure.key}", title, caption, "step", unit, lines, level))
+        charts.append(Chart(f"held-out-{measure.name}", title, caption, "step", unit, lines, level))
     if chart := _reliability(runs):
         charts.append(chart)
     if not charts:
@@ -265,7 +266,7 @@ def curves(runs: Sequence[Run]) -> Section:
 
 
 def _held_out_line(run: Run, series: Series, measure: Measure) -> Line | None:
-    points = [(p.step, p.measures[measure.key]) for p in run.points if measure.key in p.measures]
+    points = [(p.step, p.measures[measure.name]) for p in run.points if measure.name in p.measures]
     if not points:
         return None
     x, y = [step for step, _ in points], [measure.scale * found.mean for _, found in points]
@@ -278,10 +279,10 @@ def _held_out_line(run: Run, series: Series, measure: Measure) -> Line | None:
 
 def _teacher_level(runs: Sequence[Run], measure: Measure) -> tuple[float, str] | None:
     found = _evaluated(runs)
-    if found is None or measure.key not in ("accuracy", "ece", "cross_entropy"):
+    if found is None or measure.name not in ("accuracy", "ece", "cross_entropy"):
         return None
     of = found.teacher_intervals()
-    key, name = measure.key, "teacher"
+    key, name = measure.name, "teacher"
     if key == "cross_entropy":
         key, name = "cross_entropy_at_least", "teacher, at least"
     return (measure.scale * of[key].mean, name) if key in of else None

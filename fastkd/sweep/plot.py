@@ -4,18 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.measures import MEASURES
 from .result import ArmResult, SweepReport
 
 PLOT = "sweep.png"
 _BEST, _ALIKE, _REST, _INK = "#0b6e4f", "#2f6f9f", "#767676", "#222222"
-_LABELS = {
-    "cross_entropy": "cross-entropy (nats)",
-    "kl_bucket": "KL to the teacher, at least (nats)",
-    "kl_sampled": "KL to the teacher, estimated (nats)",
-    "agreement": "top-1 agreement with the teacher",
-    "accuracy": "top-1 accuracy",
-    "ece": "calibration error",
-}
 _BESIDE = ("kl_sampled", "kl_bucket", "cross_entropy")
 
 
@@ -57,7 +50,9 @@ def _panel(ax: Any, arms: "list[ArmResult]", report: SweepReport, measure: str, 
             ax.plot([mean - half, mean + half], [place, place], "-", lw=1.1, color=color, alpha=0.8, zorder=2)
         ax.plot(values, [place] * len(values), "o", ms=5.5, color=color, alpha=0.5, mew=0, zorder=3)
         ax.plot([mean, mean], [place - 0.28, place + 0.28], "-", lw=2.2, color=color, zorder=4)
-    ax.set_xlabel(_LABELS.get(measure, measure), fontsize=9, color=_INK)
+    of = MEASURES[measure]
+    unit = f" ({of.unit})" if of.scale == 1 else ""  # the axis has shares, not per cent
+    ax.set_xlabel(of.label + unit, fontsize=9, color=_INK)
     ax.tick_params(axis="x", labelsize=8)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e8e8e8", lw=0.8)

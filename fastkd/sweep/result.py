@@ -23,10 +23,11 @@ import numpy as np
 
 from ..errors import TrainError
 from ..evaluate.api import Evaluation, compare
-from ..evaluate.measures import Windows
+from ..evaluate.measures import SWEEP as SHOWN
+from ..evaluate.measures import printed_in, sign_of
+from ..evaluate.windows import Windows
 from ..train.api import means
 from ..train.result import RUN
-from ..train.trainer import HIGHER_IS_BETTER
 from ..utils.intervals import t_quantile
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import size_text
@@ -202,8 +203,7 @@ def ranked(
     whole = [arm for arm in report.arms if not arm.diverged]
     if missing := [arm for arm in whole if measure not in arm.values]:
         raise TrainError(f"best: got {measure!r}; the evaluation has {', '.join(missing[0].values)}.")
-    sign = -1 if measure in HIGHER_IS_BETTER else 1
-    whole.sort(key=lambda arm: sign * arm.mean(measure))
+    whole.sort(key=lambda arm: sign_of(measure) * arm.mean(measure))
     if not whole:
         return report
     best = whole[0]
@@ -251,7 +251,7 @@ def sweep_text(report: SweepReport) -> str:
     if not report.complete:
         return f"{report.out}: stopped; every arm has a checkpoint. The same command again goes on."
     lines = [f"note: {note}" for note in report.notes]
-    names = list(dict.fromkeys(n for arm in report.arms for n in arm.values if n != "perplexity"))
+    names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
     width = max(len("arm"), *(len(arm.name) for arm in report.arms)) + 2
     if names:
         lines.append(f"held out: mean over {len(report.seeds)} seeds ± their standard deviation")

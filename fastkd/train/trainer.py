@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ..cache.reader import Cache
 from ..errors import TrainError, WorkRemains
+from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
 from ..stream.batch import Step
@@ -51,7 +52,6 @@ from .trackers import tracker_of
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Measures of a student, by name. Every process calls it, in the same order."""
 _EVALUATIONS = 10  # of a run that does not say how many
-HIGHER_IS_BETTER = ("agreement", "accuracy")
 
 
 class Diverged(TrainError):
@@ -302,7 +302,7 @@ class Trainer:
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
             raise TrainError(f"best: got {name!r}; the evaluation has {', '.join(found)}.")
-        sign = -1 if name in HIGHER_IS_BETTER else 1
+        sign = sign_of(name)
         better = before is None or sign * found[name] < sign * before
         # each process has measured; where they differ in the last digit, one has to decide
         better = bool(self._processes.agree(int(better)))

@@ -21,7 +21,8 @@ import fastkd
 from fastkd.cache import Cache, create_cache, open_cache
 from fastkd.errors import StreamError
 from fastkd.evaluate.api import Evaluation, compare, evaluate
-from fastkd.evaluate.measures import BINS, Windows, student_rows, teacher_rows
+from fastkd.evaluate.rows import student_rows, teacher_rows
+from fastkd.evaluate.windows import BINS, Windows
 from fastkd.stream.batch import MicroBatch
 from fastkd.utils.intervals import Interval, bootstrap_interval, interval, ratio_interval, to_json
 
@@ -150,7 +151,7 @@ def test_draws_alone_have_no_head() -> None:
 def test_logits_go_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     _, student, labels, targets = rows_of()
     whole = student_rows(student, targets, labels)
-    monkeypatch.setattr("fastkd.evaluate.measures._CHUNK", 7 * 30)
+    monkeypatch.setattr("fastkd.evaluate.rows._CHUNK", 7 * 30)
     parts = student_rows(student, targets, labels)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])
@@ -366,7 +367,7 @@ def test_a_wider_head_is_taken(cache: Cache) -> None:
         (lambda b: torch.zeros(b.count + 1, VOCAB), "student: its logits have shape"),
         (lambda b: [1.0], "student: its logits have shape list"),
         (lambda b: torch.full((b.count, VOCAB), math.nan), "cross-entropy is not finite at .* the first in window 0"),
-        ("a name", "student: found str"),
+        ("a name", "student: got str; expected a module"),
     ],
 )
 def test_bad_students_are_named(cache: Cache, student: Any, message: str) -> None:

@@ -59,7 +59,7 @@ from fastkd.utils.numbers import (
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; $x^2$ \x1b[31m\u202e"
 VOID = {"meta", "br", "img"}
-KL, AGREEMENT, ENTROPY = (next(m for m in MEASURES if m.key == k) for k in ("kl_bucket", "agreement", "cross_entropy"))
+KL, AGREEMENT, ENTROPY = (next(m for m in MEASURES if m.name == k) for k in ("kl_bucket", "agreement", "cross_entropy"))
 
 
 class Reader(HTMLParser):
@@ -137,10 +137,10 @@ def test_a_run_beside_its_control(run: Path) -> None:
     ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
     for one in (ours, theirs):
         for measure in MEASURES:
-            mean, half = with_half(*one.intervals()[measure.key], scale=measure.scale)
-            assert f"{mean} ± {half}".replace("\u202f", " ") in found, measure.key
+            mean, half = with_half(*one.intervals()[measure.name], scale=measure.scale)
+            assert f"{mean} ± {half}".replace("\u202f", " ") in found, measure.name
     for key, value in compare(ours, theirs).items():
-        measure = next(m for m in MEASURES if m.key == key)
+        measure = next(m for m in MEASURES if m.name == key)
         mean, half = with_half(*value, scale=measure.scale, sign=True)
         assert f"{mean} ± {half}" in found, key
     known = ours.teacher_intervals()["label_known"].mean
@@ -155,7 +155,7 @@ def test_a_run_beside_its_control(run: Path) -> None:
     assert "settings that all have in common" in found
     assert re.search(r"setting healed healed, control alpha 0\.5 1 What differs", found)
     # the seven curves of the training and the held-out data, the rate, the gradient, and calibration
-    for title in ("Training loss", "Soft part", "Hard part", "Held out: KL, bucket", "Held out: agreement",
+    for title in ("Training loss", "Soft part", "Hard part", "Held out: KL from teacher", "Held out: top-1 agreement",
                   "Held out: cross-entropy", "Learning rate", "Norm of the gradient", "Calibration"):  # fmt: skip
         assert title in found
     # T was constant: no curve of it

@@ -20,7 +20,7 @@ from fastkd.cache import Cache, open_cache
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.evaluate.api import Evaluation, compare
-from fastkd.evaluate.measures import Windows
+from fastkd.evaluate.windows import Windows
 from fastkd.settings import TrainSettings
 from fastkd.stream import loader_pass as run_module
 from fastkd.sweep import api as sweep_module

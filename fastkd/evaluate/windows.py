@@ -1,0 +1,110 @@
+"""Sums of measures over the positions of each window, and their means with 95% intervals over the windows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..utils.intervals import Interval, bootstrap_interval, ratio_interval
+from .rows import Rows
+
+Floats = NDArray[np.float64]
+BINS = 15
+_BIN_SUMS = ("positions", "confidence", "correct")
+
+
+@dataclass(eq=False)
+class Windows:
+    """Sums over the counted positions of each window.
+
+    counts `[W]`: positions. sums: of each measure, `[W]`. bins `[W, BINS, 3]`: by confidence, how many positions, the
+    sum of their confidence, and how many were right; None where there is no best token.
+    """
+
+    counts: Floats
+    sums: dict[str, Floats] = field(default_factory=dict)
+    bins: Floats | None = None
+
+    @classmethod
+    def empty(cls, windows: int) -> "Windows":
+        """Nothing yet of so many windows."""
+        return cls(np.zeros(windows))
+
+    @staticmethod
+    def zero_bins(windows: int) -> Floats:
+        """Bins of so many windows, with nothing in them."""
+        return np.zeros((windows, BINS, len(_BIN_SUMS)))
+
+    def add(self, window: NDArray[np.int64], rows: Rows) -> None:
+        """Add rows: window `[m]` says which each is of."""
+        values = {name: row.double().cpu().numpy() for name, row in rows.items()}
+        np.add.at(self.counts, window, 1.0)
+        confidence = values.pop("confidence", None)
+        for name, row in values.items():
+            np.add.at(self.sums.setdefault(name, np.zeros(len(self.counts))), window, row)
+        if confidence is not None:
+            if self.bins is None:
+                self.bins = self.zero_bins(len(self.counts))
+            which = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+            columns = np.stack([np.ones_like(confidence), confidence, values["accuracy"]], 1)
+            np.add.at(self.bins, (window, which), columns)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Each measure over all positions, with its 95% interval over windows (those that have positions)."""
+        use = self.counts > 0
+        counts = self.counts[use]
+        found = {name: ratio_interval(sums[use], counts) for name, sums in self.sums.items()}
+        if self.bins is not None:
+            found["ece"] = bootstrap_interval(lambda times: self._ece(times, use), len(counts))
+        return found
+
+    def minus(self, other: "Windows") -> dict[str, Interval]:
+        """Each measure that both have, ours minus theirs, window by window. The windows have to be the same."""
+        use = self.counts > 0
+        counts = self.counts[use]
+        shared = [name for name in self.sums if name in other.sums]
+        found = {name: ratio_interval((self.sums[name] - other.sums[name])[use], counts) for name in shared}
+        if self.bins is not None and other.bins is not None:
+            found["ece"] = bootstrap_interval(lambda times: self._ece(times, use) - other._ece(times, use), len(counts))
+        return found
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Of each bin that has positions: how many, their mean confidence and their accuracy."""
+        if self.bins is None:
+            return []
+        return [{"positions": n, "confidence": c / n, "accuracy": a / n} for n, c, a in self.bins.sum(0).tolist() if n]
+
+    def _ece(self, times: Floats, use: NDArray[np.bool_]) -> Floats:
+        """With each window taken so many times, `[resamples, windows]`."""
+        assert self.bins is not None
+        gaps = times @ (self.bins[use, :, 2] - self.bins[use, :, 1])
+        error: Floats = np.abs(gaps).sum(1) / (times @ self.counts[use])
+        return error
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        sums = {name: row.tolist() for name, row in self.sums.items()}
+        return {"counts": self.counts.tolist(), "sums": sums, "bins": None if self.bins is None else self.bins.tolist()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Windows":
+        """What `to_json` made. Raises KeyError, TypeError or ValueError where it is something else."""
+        counts = _finite(data["counts"], 1)
+        sums = {str(name): _finite(row, 1) for name, row in dict(data["sums"]).items()}
+        bins = None if data["bins"] is None else _finite(data["bins"], 3)
+        if any(row.shape != counts.shape for row in sums.values()):
+            raise ValueError("its measures have not as many windows as its counts")
+        if bins is not None and bins.shape != (len(counts), BINS, len(_BIN_SUMS)):
+            raise ValueError(f"its bins have shape {bins.shape}")
+        if not (counts > 0).any():
+            raise ValueError("it has no positions")
+        return cls(counts, sums, bins)
+
+
+def _finite(values: Any, dimensions: int) -> Floats:
+    array = np.asarray(values, np.float64)
+    if array.ndim != dimensions or not np.isfinite(array).all():
+        raise ValueError(f"found numbers that are not finite, or not in {dimensions} dimensions")
+    return array
