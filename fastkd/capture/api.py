@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cache import create_cache
 from ..cache.stores import open_store
-from ..data.describe import understood
+from ..data.describe import describe_documents
 from ..data.documents import Documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
@@ -87,7 +87,7 @@ def capture(
         tell(line)
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     if isinstance(data, Documents):
-        for line in understood(data, prepared.plan.lengths):
+        for line in describe_documents(data, prepared.plan.lengths):
             tell(line)
     tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
     if line := prepare_topk(model.device):

@@ -15,7 +15,7 @@ from ..cache.scan import read_spec
 from ..cache.spec import differences
 from ..cache.stores import Store
 from ..data.documents import Documents
-from ..data.examples import EXAMPLES, Examples
+from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..data.lengths import lengths_from_npz, lengths_to_npz
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
@@ -158,7 +158,7 @@ def spec_of(
         temperatures=settings.temperatures,
         shard_positions=plan.settings.shard_positions,
         codec=settings.codec,
-        inputs=EXAMPLES if isinstance(data, Examples) else TEXT,
+        inputs=EXAMPLE_COLUMNS if isinstance(data, Examples) else TEXT,
         notes=notes,
         **provenance_of(teacher, data, plan.dataset, plan.hash, settings.seed).texts(),
     )

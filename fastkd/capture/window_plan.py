@@ -26,9 +26,9 @@ from ..data.packing import (
     batches,
     held_out,
     pack,
-    piece_counts,
-    piece_lengths,
-    shard_begins,
+    segment_counts,
+    segment_lengths,
+    shard_starts,
 )
 from ..errors import DataError
 
@@ -294,13 +294,13 @@ def make_plan(lengths: Any, settings: PlanSettings, dataset: str, *, progress: b
     ordered = lengths[order]
     counts = np.ones(len(order), np.int32)
     if settings.on_long == "split":
-        counts = piece_counts(ordered, settings.context, settings.overlap)
-    pieces = piece_lengths(ordered, counts, settings.context, settings.overlap)
+        counts = segment_counts(ordered, settings.context, settings.overlap)
+    pieces = segment_lengths(ordered, counts, settings.context, settings.overlap)
     first_piece = np.zeros(len(order) + 1, np.int64)
     np.cumsum(counts, out=first_piece[1:])
     del ordered, counts
-    train = shard_begins(pieces[: first_piece[train_documents]], settings.shard_positions)
-    rest = shard_begins(pieces[first_piece[train_documents] :], settings.shard_positions)
+    train = shard_starts(pieces[: first_piece[train_documents]], settings.shard_positions)
+    rest = shard_starts(pieces[first_piece[train_documents] :], settings.shard_positions)
     begins = np.concatenate([train, rest[1:] + train[-1]])
     shard_rows = np.zeros(len(begins), np.int64)
     np.cumsum(np.add.reduceat(pieces, begins[:-1], dtype=np.int64), out=shard_rows[1:])

@@ -1,5 +1,5 @@
-"""What a teacher is run on: documents, conversations and examples, as token ids or arrays.
+"""Documents, conversations and examples as token ids or arrays: the input of teachers and students.
 
-Belongs here: reading, tokenizing and packing of datasets.
-Does not: anything about a model, or about a cache.
+Belongs here: reading, tokenizing and packing datasets.
+Does not: models, caches.
 """

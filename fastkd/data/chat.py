@@ -1,60 +1,58 @@
-"""A conversation as tokens, and which of its positions count."""
+"""A conversation as token ids, with a loss mask."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
-Tokenizer = Callable[[str], Sequence[int]]
+Encode = Callable[[str], Sequence[int]]
 Template = Callable[[list[dict[str, Any]], bool], str]
-"""(messages, add_generation_prompt) to text, as `tokenizer.apply_chat_template(..., tokenize=False)` makes it."""
+"""(messages, add_generation_prompt) to text, like `tokenizer.apply_chat_template(..., tokenize=False)`."""
 
 
-class NotChat(ValueError):
-    """What a conversation, or the template with it, lacks."""
+class InvalidChat(ValueError):
+    """A conversation that is malformed, or that its template cannot be used with."""
 
 
-def chat_tokens(
-    messages: Messages, template: Template, tokenizer: Tokenizer, loss_on: str
-) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, and for each position whether it counts: `[tokens]` both.
+def chat_tokens(messages: Messages, template: Template, encode: Encode, loss_on: str) -> tuple[list[int], list[bool]]:
+    """The token ids of a conversation and their loss mask, `[tokens]` both.
 
-    loss_on="all": every position counts, and the text is tokenised whole.
-    loss_on="assistant": a position counts if the token it predicts, the next one, is the assistant's. A reply is what
-    the template adds after its generation prompt, to the end of the message (the end-of-turn mark included); it is
-    tokenised apart from what is before it, as it is when a model generates it.
+    loss_on="all": every position counts, and the text is tokenized in one go.
+    loss_on="assistant": a position counts if the token that follows it belongs to an assistant message. An assistant
+    message is what the template adds after the generation prompt, up to and including the end-of-turn mark. It is
+    tokenized separately from the text before it, as in generation.
 
-    The tokenizer must not add special tokens: they are in the template's text. Raises NotChat.
+    encode: text to ids, without special tokens: the template writes them. Raises InvalidChat.
     """
     chat = [_message(message) for message in messages]
     if not chat:
         return [], []
     text = template(chat, False)
     if loss_on == "all":
-        ids = list(tokenizer(text))
+        ids = list(encode(text))
         return ids, [True] * len(ids)
-    ids, theirs, done = [], [], 0
+    ids, from_assistant, done = [], [], 0
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
         before, after = template(chat[:number], True), template(chat[: number + 1], False)
         if not (len(before) >= done and after.startswith(before) and text.startswith(after)):
-            raise NotChat(
-                f"message {number}: the template writes it otherwise once more messages follow, or puts it elsewhere "
-                'than after its generation prompt, so that replies cannot be told apart. Use loss_on="all".'
+            raise InvalidChat(
+                f"message {number}: the template changes its text if more messages follow, or does not place it after "
+                'the generation prompt, so assistant messages cannot be located. Use loss_on="all".'
             )
-        for part, reply in ((text[done : len(before)], False), (text[len(before) : len(after)], True)):
-            tokens = tokenizer(part)
+        for part, is_reply in ((text[done : len(before)], False), (text[len(before) : len(after)], True)):
+            tokens = encode(part)
             ids += tokens
-            theirs += [reply] * len(tokens)
+            from_assistant += [is_reply] * len(tokens)
         done = len(after)
-    rest = tokenizer(text[done:]) if done < len(text) else []
+    rest = encode(text[done:]) if done < len(text) else []
     ids += rest
-    theirs += [False] * len(rest)
-    return ids, theirs[1:] + [False] * bool(theirs)
+    from_assistant += [False] * len(rest)
+    return ids, from_assistant[1:] + [False] * bool(from_assistant)
 
 
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise NotChat(f"got {type(message).__name__} without a role; expected messages with role and content.")
-    # A column of structs has every key in every message, null where JSON has none; templates ask whether one is there.
+        raise InvalidChat(f"got {type(message).__name__} without a role; expected messages with role and content.")
+    # an Arrow struct has every key in every message, null if JSON has none; templates test for a key's presence
     return {key: value for key, value in message.items() if value is not None}

@@ -1,10 +1,11 @@
-"""One column of documents, by row number, from each kind of file: nothing here holds a whole dataset in memory.
+"""One column of a dataset, read by row number. Columns of files never hold the whole column in memory.
 
-A column yields Arrow arrays where the format is Arrow's, else lists of Python values. What the values have to be is
-checked where they become tokens (documents.py). Files of lines: lines.py. Columns are for one thread at a time.
+Columns of Parquet and Arrow files return Arrow arrays, other columns lists of Python values. The values are checked
+when they become tokens (token_ids.py). Text files: lines.py. A column must be used from one thread at a time.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -17,17 +18,17 @@ from ..errors import DataError
 
 Values: TypeAlias = "pa.Array | list[Any]"
 
-CONVENTIONAL = ("input_ids", "tokens", "text", "messages")  # the columns that need not be named
-READ_BYTES = 2**23  # bytes read, or decoded, at a time
+DEFAULT_COLUMNS = ("input_ids", "tokens", "text", "messages")  # used without column= if a table has one of them
+READ_BYTES = 2**23  # read, or decoded, at a time
 
 
 class Column(Protocol):
     """Rows of one column."""
 
     name: str
-    """The column's name; empty where there is none."""
+    """The column's name; empty if it has none."""
     row_bytes: float
-    """What a row takes, about: how many are read at a time follows from it."""
+    """Approximate size of a row, which decides how many are read at a time."""
 
     def __len__(self) -> int: ...
 
@@ -36,22 +37,62 @@ class Column(Protocol):
         ...
 
     def where(self, row: int) -> str:
-        """The row, as a person finds it."""
+        """The row's location, for messages."""
         ...
 
 
-class ParquetColumn:
-    """A column of a Parquet file. Its row groups are decoded a few rows at a time, from a place that only goes on."""
+class _BatchColumn:
+    """A column of a file that is read in Arrow batches, of which the last one is kept."""
+
+    kind = ""
+    name = ""
+    row_bytes = 1.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts = np.zeros(1, np.int64)  # first row of each row group or record batch, and the number of rows
+        self._first, self._batch = 0, pa.nulls(0)  # first row and values of the current batch
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> pa.Array:
+        parts = []
+        with file_errors(self.path, self.kind, f"rows {start} to {stop}"):
+            while start < stop:
+                if not self._first <= start < self._first + len(self._batch):
+                    self._load(start)
+                part = self._batch.slice(start - self._first, stop - start)
+                parts.append(part)
+                start += len(part)
+        return concat_arrays(parts)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row} (from 0)"
+
+    def _group_of(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def _load(self, row: int) -> None:
+        """Make the batch that contains the row the current one."""
+        raise NotImplementedError
+
+
+class ParquetColumn(_BatchColumn):
+    """A column of a Parquet file. A row group is decoded a few rows at a time, in order; reading an earlier row starts
+    it again."""
+
+    kind = "Parquet"
 
     def __init__(self, path: Path, column: str | None) -> None:
-        self.path = path
-        with naming(path, "Parquet"):
-            # without a buffer a row group's whole column would be read at once
+        super().__init__(path)
+        with file_errors(path, self.kind):
+            # without buffer_size a row group's whole column would be read at once
             self._file = pq.ParquetFile(path, buffer_size=2**20)
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
         metadata = self._file.metadata
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        self._begins = np.cumsum([0, *(group.num_rows for group in groups)])
+        self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         size = sum(
             group.column(c).total_uncompressed_size
             for group in groups
@@ -59,50 +100,34 @@ class ParquetColumn:
             if group.column(c).path_in_schema.split(".")[0] == self.name
         )
         self.row_bytes = size / max(1, len(self))
-        self._group, self._first, self._batch = -1, 0, pa.nulls(0)
-        self._iterator: Iterator[pa.RecordBatch] = iter(())
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
 
-    def __len__(self) -> int:
-        return int(self._begins[-1])
-
-    def read(self, start: int, stop: int) -> pa.Array:
-        parts = []
-        with naming(self.path, "Parquet", f"rows {start} to {stop}"):
-            while start < stop:
-                self._go_to(start)
-                part = self._batch.slice(start - self._first, stop - start)
-                parts.append(part)
-                start += len(part)
-        return joined(parts)
-
-    def where(self, row: int) -> str:
-        return f"{self.path}, row {row} (from 0)"
-
-    def _go_to(self, row: int) -> None:
-        """Make the batch with that row the present one."""
-        group = int(np.searchsorted(self._begins, row, side="right")) - 1
+    def _load(self, row: int) -> None:
+        group = self._group_of(row)
         if group != self._group or row < self._first:
-            self._group, self._first, self._batch = group, int(self._begins[group]), pa.nulls(0)
-            count = rows_at_a_time(self.row_bytes)
-            self._iterator = self._file.iter_batches(count, row_groups=[group], columns=[self.name])
+            self._group, self._first, self._batch = group, int(self._starts[group]), pa.nulls(0)
+            count = rows_per_read(self.row_bytes)
+            self._batches = self._file.iter_batches(count, row_groups=[group], columns=[self.name])
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
-            batch = next(self._iterator, None)
+            batch = next(self._batches, None)
             if batch is None:
                 raise pa.ArrowInvalid(f"row group {group} ends before row {row}")
             self._batch = batch.column(0)
 
 
-class ArrowColumn:
-    """A column of an Arrow file or stream (Feather, a Hugging Face cache), mapped into memory.
+class ArrowColumn(_BatchColumn):
+    """A column of a memory-mapped Arrow file or stream (Feather, the cache files of Hugging Face datasets).
 
-    One record batch of a compressed file is decoded at a time; a compressed stream, which nobody writes for keeping,
-    would be decoded whole.
+    Of a compressed file one record batch is decoded at a time; a compressed stream is decoded whole.
     """
 
+    kind = "Arrow"
+
     def __init__(self, path: Path, column: str | None) -> None:
-        self.path = path
-        with naming(path, "Arrow"):
+        super().__init__(path)
+        with file_errors(path, self.kind):
             source = pa.memory_map(str(path))
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
@@ -110,80 +135,52 @@ class ArrowColumn:
             names = opened(source).schema.names
             self.name = choose_column(str(path), names, column)
             source.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[names.index(self.name)])
-            reader = opened(source, options=options)
-            if is_file:
-                self._batches: Any = reader
-                count = reader.num_record_batches
-                sizes = [reader.get_batch(b).num_rows for b in range(count)]
-            else:
-                self._batches = list(reader)
-                sizes = [batch.num_rows for batch in self._batches]
-        self._begins = np.cumsum([0, *sizes])
+            reader: Any = opened(source, options=pa.ipc.IpcReadOptions(included_fields=[names.index(self.name)]))
+            batches = None if is_file else list(reader)
+            self._get = reader.get_batch if batches is None else batches.__getitem__
+            count = reader.num_record_batches if batches is None else len(batches)
+            self._starts = np.cumsum([0, *(self._get(b).num_rows for b in range(count))])
         self.row_bytes = path.stat().st_size / max(1, len(self))
-        self._number, self._batch = -1, pa.nulls(0)
 
-    def __len__(self) -> int:
-        return int(self._begins[-1])
-
-    def read(self, start: int, stop: int) -> pa.Array:
-        parts = []
-        with naming(self.path, "Arrow", f"rows {start} to {stop}"):
-            while start < stop:
-                number = int(np.searchsorted(self._begins, start, side="right")) - 1
-                if number != self._number:
-                    found = self._batches
-                    batch = found[number] if isinstance(found, list) else found.get_batch(number)
-                    self._number, self._batch = number, batch.column(0)
-                part = self._batch.slice(start - int(self._begins[number]), stop - start)
-                parts.append(part)
-                start += len(part)
-        return joined(parts)
-
-    def where(self, row: int) -> str:
-        return f"{self.path}, row {row} (from 0)"
+    def _load(self, row: int) -> None:
+        number = self._group_of(row)
+        self._first, self._batch = int(self._starts[number]), self._get(number).column(0)
 
 
-def rows_at_a_time(row_bytes: float) -> int:
-    """How many rows of that size are read, or decoded, at a time."""
+def rows_per_read(row_bytes: float) -> int:
+    """Number of rows of that size to read, or decode, at a time."""
     return int(min(2**14, max(1, READ_BYTES // max(1.0, row_bytes))))
 
 
 def choose_column(where: str, names: Sequence[str], column: str | None) -> str:
-    """The column that was asked for; where none was, the only one, or the only one of a conventional name."""
-    listed = ", ".join(map(repr, names)) or "no columns at all"
+    """The column of that name; without a name, the only column or the only one in DEFAULT_COLUMNS. Else DataError."""
+    listed = ", ".join(map(repr, names)) or "no columns"
     if column is not None:
         if column not in names:
             raise DataError(f"{where}: there is no column {column!r}. It has {listed}.")
         return column
-    usual = [name for name in names if name in CONVENTIONAL]
-    for few in (names, usual):
-        if len(few) == 1:
-            return few[0]
+    for candidates in (names, [name for name in names if name in DEFAULT_COLUMNS]):
+        if len(candidates) == 1:
+            return candidates[0]
     raise DataError(f"{where}: which column holds the documents? It has {listed}. Name one with column=.")
 
 
-def joined(parts: Sequence[pa.Array]) -> pa.Array:
+def concat_arrays(parts: Sequence[pa.Array]) -> pa.Array:
+    """Arrow arrays as one; of none, an empty one."""
     if not parts:
         return pa.nulls(0)
     return parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
 
 
-class naming:
-    """Whatever a library says of a file, with the file's name before it."""
-
-    def __init__(self, path: Path, kind: str, part: str = "") -> None:
-        self.path, self.kind, self.part = path, kind, part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{self.path}: there is no such file.") from error
-        if isinstance(error, (pa.ArrowException, OSError)):
-            part = f"{self.part}: " if self.part else ""
-            raise DataError(
-                f"{self.path}: {part}cannot be read as {self.kind} ({' '.join(str(error).split())}). It may be "
-                "truncated or of another kind: fetch it again, or leave it out."
-            ) from error
+@contextmanager
+def file_errors(path: Path, kind: str, part: str = "") -> Iterator[None]:
+    """Raise errors of Arrow and of the operating system as a DataError that names the file, and the part of it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: {part + ': ' if part else ''}cannot be read as {kind} ({' '.join(str(error).split())}). It may "
+            "be truncated or of another format: fetch it again, or leave it out."
+        ) from error

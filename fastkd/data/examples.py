@@ -1,4 +1,4 @@
-"""Single examples (images, say) that a classifier is run on, each as often as it is augmented."""
+"""Single examples (images, for instance) for a classifier, each in one or more augmented copies."""
 
 import hashlib
 import json
@@ -15,21 +15,21 @@ from ..errors import DataError
 from ..utils.splitmix import mixed
 
 Augment = Callable[[Tensor, NDArray[np.int64]], Tensor]
-"""(examples `[b, ...]`, their seeds `[b]`) to what the model is given `[b, ...]`; a pure function of both."""
+"""(examples `[b, ...]`, their seeds `[b]`) to model inputs `[b, ...]`; a pure function of both."""
+EXAMPLE_COLUMNS = ("example", "augmentation_seed")  # of a cache of examples
 _BLOCK = 1024  # examples hashed at a time
 
 
 class Examples:
-    """Examples by number, and their augmentations by seed: `read(numbers, seeds)` is the same whenever it is asked.
+    """Examples by number, and their augmentations by seed: `read(numbers, seeds)` always returns the same values.
 
-    inputs: a tensor, an array, or a sequence of either, one entry an example, all of one shape.
-    labels: the class of each, integers `[examples]`: what a student is trained on beside the teacher. A teacher needs
-        none, so they are no part of the fingerprint.
-    augment: changes some examples by their seeds, each by its own alone, whatever stands beside it; with fingerprint,
-        which says which function it is.
-    copies: how many differently augmented copies of each example the teacher sees. seed: of all the seeds.
+    inputs: a tensor, an array, or a sequence of either, one entry per example, all of one shape.
+    labels: the class of each example, integers `[examples]`, for the student's hard loss. A teacher needs none, so they
+        are not part of the fingerprint.
+    augment: augments a batch of examples, each depending only on its own seed; with fingerprint, which identifies it.
+    copies: number of differently augmented copies of each example. seed: what the copies' seeds are derived from.
 
-    What is given must not be changed afterwards.
+    The values must not be changed afterwards.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Examples:
             raise DataError(f"inputs: got {type(inputs).__name__}; expected a tensor, an array or a sequence.")
         if (augment is None) != (not fingerprint):
             raise DataError(
-                f"fingerprint: got {fingerprint!r} {'with' if augment else 'without'} augment; what says which "
-                "function it is belongs to it, so that a cache is never continued with another."
+                f"fingerprint: got {fingerprint!r} {'with' if augment else 'without'} augment; expected one for "
+                "every augment, so that a cache is never continued with another."
             )
         for name, value, least in (("copies", copies, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**31:
                 raise DataError(f"{name}: got {value!r}; expected an integer from {least} on, below 2^31.")
         if copies > 1 and augment is None:
-            raise DataError(f"copies: got {copies} without augment; all copies would be the same.")
+            raise DataError(f"copies: got {copies} without augment; all copies would be equal.")
         self.copies = int(copies)
         self._inputs, self._augment, self._seed, self._named = inputs, augment, int(seed), fingerprint
-        self._labels = None if labels is None else _checked(labels, len(inputs))
+        self._labels = None if labels is None else _checked_labels(labels, len(inputs))
         self._fingerprint = ""
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Examples:
         return np.full(len(self), self.copies, np.int32)
 
     def fingerprint(self, *, progress: bool = False) -> str:
-        """sha256 of the examples' values and of what augments them, computed once."""
+        """sha256 of the examples' values and of their augmentation, computed once."""
         if self._fingerprint:
             return self._fingerprint
         whole = hashlib.sha256(json.dumps(["examples", self._named, self.copies, self._seed]).encode())
@@ -96,11 +96,11 @@ class Examples:
         return found
 
     def labels_fingerprint(self) -> str:
-        """sha256 of the labels; of none, empty."""
+        """sha256 of the labels; empty without labels."""
         return "" if self._labels is None else hashlib.sha256(self._labels.astype("<i8").tobytes()).hexdigest()
 
     def seeds(self, example: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What augments copy number `copy` of each example, `[b]`: 63 well-mixed bits."""
+        """The augmentation seed of copy number `copy` of each example, `[b]`: 63 well-mixed bits."""
         words = np.stack([np.full(len(example), self._seed, np.int64), example, copy], 1)
         state = np.zeros(len(example), np.uint64)
         for column in words.astype(np.uint64).T:
@@ -108,25 +108,25 @@ class Examples:
         return (state >> np.uint64(1)).astype(np.int64)
 
     def read(self, numbers: Sequence[int] | NDArray[Any], seeds: NDArray[np.int64]) -> Tensor:
-        """What the model is given for these examples, augmented by these seeds: `[b, ...]`."""
+        """These examples, augmented by these seeds, as model inputs `[b, ...]`."""
         examples = self._stacked(np.asarray(numbers, np.int64).tolist())
         if self._augment is None:
             return examples
         try:
             changed = self._augment(examples, np.asarray(seeds, np.int64))
         except Exception as error:
-            raise DataError(f"{self.where(int(numbers[0]))} and on: augment failed: {error!r}") from error
+            raise DataError(f"{self.where(int(numbers[0]))} or after it: augment failed: {error!r}") from error
         if not isinstance(changed, Tensor) or len(changed) != len(examples):
             raise DataError(f"augment: got {type(changed).__name__}; expected a tensor of {len(examples)} examples.")
         return changed
 
     def first(self) -> Tensor:
-        """The first example's first copy, `[1, ...]`: what shape and type all have."""
+        """The first copy of the first example, `[1, ...]`; all have its shape and type."""
         first = np.zeros(1, np.int64)
         return self.read(first, self.seeds(first, first))
 
     def where(self, number: int) -> str:
-        """An example, as a person finds it."""
+        """The location of an example, for messages."""
         return f"example {number} (from 0)"
 
     def _stacked(self, numbers: Sequence[int]) -> Tensor:
@@ -139,20 +139,19 @@ class Examples:
         try:
             return torch.stack([torch.as_tensor(np.asarray(self._inputs[i])) for i in numbers])
         except (RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{self.where(numbers[0])} and on: no tensors of one shape ({error}).") from error
+            raise DataError(
+                f"{self.where(numbers[0])} or after it: expected tensors of one shape ({error})."
+            ) from error
 
 
-def _checked(labels: Any, examples: int) -> NDArray[np.int64]:
+def _checked_labels(labels: Any, examples: int) -> NDArray[np.int64]:
     array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if array.shape != (examples,) or array.dtype.kind not in "iu":
         raise DataError(
-            f"labels: got {array.dtype} of shape {array.shape}; expected integers of shape ({examples},), a class "
-            "for each example."
+            f"labels: got {array.dtype} of shape {array.shape}; expected integers of shape ({examples},), the "
+            "class of each example."
         )
     if examples and int(array.min()) < 0:
         at = int(array.argmin())
         raise DataError(f"labels: got {int(array[at])} for example {at} (from 0); classes are numbered from 0.")
     return array.astype(np.int64)
-
-
-EXAMPLES = ("example", "augmentation_seed")

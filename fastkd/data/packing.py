@@ -1,4 +1,7 @@
-"""The arithmetic of a plan: what is held out, where documents are cut, and what shares a shard, a window, a batch."""
+"""The arithmetic of a window plan: held-out documents, segments, and which segments share a shard, a window, a batch.
+
+A segment is a document, or if the document is longer than the context, a part of it.
+"""
 
 from bisect import bisect_left, insort
 
@@ -9,13 +12,13 @@ from ..utils.splitmix import mixed
 
 Ints = NDArray[np.int64]
 Lengths = NDArray[np.int32]
-_BLOCK = 2**18  # documents at a time, where each takes several temporary words
+_BLOCK = 2**18  # documents processed at a time, to bound temporary memory
 
 
 def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which documents are held out, `[documents]`: those whose hashes, of number and seed, are smallest.
+    """Which documents are held out, `[documents]`: those with the smallest hashes of number and seed.
 
-    As many as the fraction says, rounded; but at least one, and at least one is not. None where it is 0.
+    That fraction of them, rounded, but at least one held out and at least one not; with fraction 0 none is held out.
     """
     if not fraction:
         return np.zeros(len(documents), bool)
@@ -29,43 +32,47 @@ def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArra
     return smallest
 
 
-def piece_counts(lengths: Lengths, context: int, overlap: int) -> Lengths:
-    """Pieces of each document, `[documents]`: each new one adds context − overlap tokens, the first adds context."""
+def segment_counts(lengths: Lengths, context: int, overlap: int) -> Lengths:
+    """Number of segments of each document, `[documents]`: the first covers context tokens, each further one adds
+    context − overlap."""
     return np.maximum((lengths - (overlap + 1)) // (context - overlap) + 1, 1)
 
 
-def piece_lengths(lengths: Lengths, counts: Lengths, context: int, overlap: int) -> Lengths:
-    """Positions of each piece, `[pieces]`. All but a document's last have `context`; that one too if it is truncated.
+def segment_lengths(lengths: Lengths, counts: Lengths, context: int, overlap: int) -> Lengths:
+    """Positions of each segment, `[segments]`: `context`, except in a document's last one, which ends with the document
+    (or at `context`, if the document is truncated).
 
-    counts: pieces of each document, `[documents]`.
+    counts: segments of each document, `[documents]`.
     """
-    pieces = np.full(int(counts.sum(dtype=np.int64)), context, np.int32)
+    segments = np.full(int(counts.sum(dtype=np.int64)), context, np.int32)
     done = 0
     for start in range(0, len(lengths), _BLOCK):
         some = slice(start, start + _BLOCK)
         ends = done + np.cumsum(counts[some], dtype=np.int64)
-        # 32 bits suffice: a document's last piece begins inside it
+        # 32 bits suffice: a document's last segment starts inside the document
         last = lengths[some] - (counts[some] - 1) * np.int32(context - overlap)
-        pieces[ends - 1] = np.minimum(last, context)
+        segments[ends - 1] = np.minimum(last, context)
         done = int(ends[-1])
-    return pieces
+    return segments
 
 
-def shard_begins(pieces: Lengths, shard_positions: int) -> Ints:
-    """Where shards begin among consecutive pieces, `[shards + 1]`: each takes what fits in."""
-    ends = np.cumsum(pieces, dtype=np.int64)
-    begins, done = [0], 0
-    while begins[-1] < len(pieces):
-        begins.append(int(np.searchsorted(ends, done + shard_positions, side="right")))
-        done = int(ends[begins[-1] - 1])
-    return np.array(begins, np.int64)
+def shard_starts(segments: Lengths, shard_positions: int) -> Ints:
+    """First segment of each shard, and the number of segments, `[shards + 1]`: consecutive segments share a shard as
+    long as they fit. segments: their lengths."""
+    ends = np.cumsum(segments, dtype=np.int64)
+    starts, done = [0], 0
+    while starts[-1] < len(segments):
+        starts.append(int(np.searchsorted(ends, done + shard_positions, side="right")))
+        done = int(ends[starts[-1] - 1])
+    return np.array(starts, np.int64)
 
 
 def pack(lengths: Lengths, context: int) -> tuple[Ints, int]:
-    """The window of each piece, `[pieces]`, and how many windows there are: best fit, longest pieces first.
+    """The window of each segment, `[segments]`, and the number of windows, by best fit, longest segments first.
 
-    lengths: positions of each piece, 1 to context. A window takes pieces up to `context` positions together. Windows
-    are numbered as they are begun; equal lengths go by the pieces' order, so the answer is one.
+    lengths: positions of each segment, 1 to context. The segments of a window have up to `context` positions together.
+    Windows are numbered in the order they are opened; segments of equal length keep their order, so the result is
+    deterministic.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     windows = np.empty(len(lengths), np.int64)
@@ -73,33 +80,33 @@ def pack(lengths: Lengths, context: int) -> tuple[Ints, int]:
     windows[order[:full]] = np.arange(full)
     count = full
     chosen = []
-    # open windows, ascending by room then number, as one integer each: room << 32 | number
-    rooms: list[int] = []
+    # open windows by free positions, then number, ascending; as one integer each: free << 32 | number
+    open_windows: list[int] = []
     for length in lengths[order[full:]].tolist():
-        place = bisect_left(rooms, length << 32)
-        if place < len(rooms):
-            found = rooms.pop(place)
-            window, room = found & 0xFFFFFFFF, (found >> 32) - length
+        index = bisect_left(open_windows, length << 32)
+        if index < len(open_windows):
+            fitting = open_windows.pop(index)
+            window, free = fitting & 0xFFFFFFFF, (fitting >> 32) - length
         else:
-            window, room = count, context - length
+            window, free = count, context - length
             count += 1
         chosen.append(window)
-        if room:
-            insort(rooms, room << 32 | window)
+        if free:
+            insort(open_windows, free << 32 | window)
     windows[order[full:]] = chosen
     return windows, count
 
 
 def batches(lengths: Ints, batch_tokens: int) -> list[Ints]:
-    """Places of the pieces in each batch, longest first, of equal ones in their order.
+    """Indices of the segments in each batch, longest first, equal lengths in their order.
 
-    lengths: positions of each piece, `[pieces]`, from 1 on. A batch, padded to its longest piece, has up to
-    `batch_tokens` positions; a piece that is longer is a batch alone.
+    lengths: positions of each segment, `[segments]`, from 1 on. A batch, padded to its longest segment, has up to
+    `batch_tokens` positions; a longer segment is a batch of its own.
     """
-    by = np.argsort(-lengths.astype(np.int64), kind="stable")
-    found, begin = [], 0
-    while begin < len(by):
-        end = begin + max(1, batch_tokens // int(lengths[by[begin]]))
-        found.append(by[begin:end])
-        begin = end
-    return found
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    result, start = [], 0
+    while start < len(order):
+        stop = start + max(1, batch_tokens // int(lengths[order[start]]))
+        result.append(order[start:stop])
+        start = stop
+    return result

@@ -1,4 +1,4 @@
-"""Which columns a source has: files, a Hugging Face Dataset, or what is in memory."""
+"""From a source (files, a Hugging Face Dataset, or values in memory) to its columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,32 +8,32 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import (
-    ArrowColumn,
-    Column,
-    ParquetColumn,
-    Values,
-    choose_column,
-    joined,
-)
+from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, concat_arrays
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
-_SUFFIXES = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".jsonl": "lines",
-    ".ndjson": "lines",
-    ".json": "lines",
-    ".txt": "text",
-    ".text": "text",
+_FORMATS: dict[str, Any] = {
+    **dict.fromkeys((".parquet", ".pq"), ParquetColumn),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), ArrowColumn),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesColumn),
+    **dict.fromkeys((".txt", ".text"), TextColumn),
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An opened source: its columns, one after the other, and its files (none for a Dataset or values in memory)."""
+
+    columns: list[Column]
+    files: list[Path]
+
+    @property
+    def text_documents(self) -> str | None:
+        """What a document of its text files is, see `TextColumn`; None without text files."""
+        return next((column.documents for column in self.columns if isinstance(column, TextColumn)), None)
+
+
 class MemoryColumn:
-    """Values that are in memory already: a sequence, a NumPy array of rows, an Arrow array or a column of a table."""
+    """Values in memory: a sequence, a NumPy array of rows, an Arrow array, or a column of an Arrow table."""
 
     name = ""
     row_bytes = 2.0**13
@@ -52,7 +52,7 @@ class MemoryColumn:
     def read(self, start: int, stop: int) -> Values:
         part = self._values[start:stop]
         if isinstance(part, pa.ChunkedArray):
-            return joined(part.chunks)
+            return concat_arrays(part.chunks)
         return part if isinstance(part, pa.Array) else list(part)
 
     def where(self, row: int) -> str:
@@ -60,7 +60,7 @@ class MemoryColumn:
 
 
 class HuggingFaceColumn:
-    """A column of a `datasets.Dataset`, through three things that one has: length, column_names, with_format."""
+    """A column of a `datasets.Dataset`, or of anything else with its length, column_names and with_format."""
 
     row_bytes = 2.0**13
 
@@ -72,92 +72,80 @@ class HuggingFaceColumn:
         return len(self._dataset)
 
     def read(self, start: int, stop: int) -> pa.Array:
-        return joined(self._dataset[start:stop].column(self.name).chunks)
+        return concat_arrays(self._dataset[start:stop].column(self.name).chunks)
 
     def where(self, row: int) -> str:
         return f"the Dataset, row {row} (from 0)"
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A source that was opened before, to look at what it holds."""
+def open_source(source: Any, column: str | None, text_documents: str = "line") -> Source:
+    """Open a source, of which a `Source` is returned as it is.
 
-    columns: list[Column]
-    files: list[Path]
-
-
-def open_column(source: Any, column: str | None, text_documents: str = "line") -> tuple[list[Column], list[Path]]:
-    """The columns that make up a source, one after the other, and their files (none, where it is in memory).
-
-    text_documents: what makes up a document of a text file; see `TextColumn`. DataError where it is not "line", and
-    nothing is text.
+    source, column, text_documents: see `open_documents`. Raises DataError for a source of an unknown kind, a file that
+    cannot be opened, and for text_documents other than "line" without text files.
     """
-    if isinstance(source, Opened):
-        return source.columns, source.files
+    if isinstance(source, Source):
+        return source
     if text_documents not in TEXT_DOCUMENTS:
         raise DataError(f"text_documents: got {text_documents!r}; expected one of {', '.join(TEXT_DOCUMENTS)}.")
-    columns, files = _open_column(source, column, text_documents)
-    if text_documents != "line" and not any(isinstance(found, TextColumn) for found in columns):
+    opened = _open(source, column, text_documents)
+    if text_documents != "line" and opened.text_documents is None:
         raise DataError(
-            f"text_documents: got {text_documents!r}, and no text file to be cut: in all other data a row is a "
-            "document. Leave it out."
+            f"text_documents: got {text_documents!r}, but no text files; in other data every row is a document. Leave "
+            "it out."
         )
-    return columns, files
+    return opened
 
 
-def _open_column(source: Any, column: str | None, text_documents: str) -> tuple[list[Column], list[Path]]:
+def _open(source: Any, column: str | None, text_documents: str) -> Source:
     if isinstance(source, (str, Path)):
         return _open_files([source], column, text_documents)
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, Path) for s in source):
         return _open_files(source, column, text_documents)
     if isinstance(source, (list, tuple)) and source and isinstance(source[0], str) and _is_file(source[0]):
-        # as text, the names themselves would become tokens
-        raise DataError(f"source: found a list of texts of which the first, {source[0]!r}, is a file. Give Paths.")
+        # as a list of texts, the file names themselves would become tokens
+        raise DataError(f"source: got a list of texts, and the first, {source[0]!r}, is a file; expected Paths.")
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
         if isinstance(source.column_names, dict):
-            raise DataError(f"found several splits ({', '.join(source.column_names)}). Choose one: dataset[split].")
+            splits = ", ".join(source.column_names)
+            raise DataError(f"source: got a DatasetDict ({splits}); expected one split: dataset[split].")
         if not hasattr(source, "__len__"):
-            raise DataError("the Dataset is a stream, which has no row numbers. Load it without streaming=True.")
-        return [HuggingFaceColumn(source, column)], []
+            raise DataError("source: got a streaming Dataset, which has no row numbers. Load it without streaming.")
+        return Source([HuggingFaceColumn(source, column)], [])
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (dict, bytes)):
-        return [MemoryColumn(source, column)], []
+        return Source([MemoryColumn(source, column)], [])
     raise DataError(
-        f"source: got {type(source).__name__}; a file, a folder or a pattern, a list of Paths, a Dataset, or "
-        "a sequence of documents is needed."
+        f"source: got {type(source).__name__}; expected a file, a folder, a pattern, a list of Paths, a Dataset, or a "
+        "sequence of documents."
     )
 
 
-def _open_files(
-    places: Sequence[str | Path], column: str | None, text_documents: str
-) -> tuple[list[Column], list[Path]]:
-    paths = [path for place in places for path in _expanded(place)]
-    return [_open_file(path, column, text_documents) for path in paths], paths
+def _open_files(names: Sequence[str | Path], column: str | None, text_documents: str) -> Source:
+    paths = [path for name in names for path in _expand(name)]
+    return Source([_open_file(path, column, text_documents) for path in paths], paths)
 
 
 def _is_file(text: str) -> bool:
-    return len(text) < 1000 and Path(text).suffix.lower() in _SUFFIXES and "\0" not in text and Path(text).is_file()
+    return len(text) < 1000 and Path(text).suffix.lower() in _FORMATS and "\0" not in text and Path(text).is_file()
 
 
-def _expanded(place: str | Path) -> list[Path]:
-    """A file as it is; the files of a folder that have a known suffix, or of a pattern, by name."""
-    path = Path(place)
+def _expand(name: str | Path) -> list[Path]:
+    """A file itself; of a folder, the files with a known suffix; of a pattern, its matches; both sorted by name."""
+    path = Path(name)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-    elif path.exists() or not any(mark in str(place) for mark in "*?["):
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _FORMATS)
+    elif path.exists() or not any(mark in str(name) for mark in "*?["):
         return [path]
     else:
         found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
     if not found:
-        raise DataError(f"{place}: there are no files of {', '.join(_SUFFIXES)}.")
+        raise DataError(f"{name}: there are no files of {', '.join(_FORMATS)}.")
     return found
 
 
 def _open_file(path: Path, column: str | None, text_documents: str) -> Column:
-    known = _SUFFIXES.get(path.suffix.lower())
-    if known is None:
-        raise DataError(f"{path}: unknown kind of file; one of {', '.join(_SUFFIXES)} is needed.")
-    if known == "parquet":
-        return ParquetColumn(path, column)
-    if known == "arrow":
-        return ArrowColumn(path, column)
-    return JsonLinesColumn(path, column) if known == "lines" else TextColumn(path, column, text_documents)
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"{path}: got an unknown suffix; expected one of {', '.join(_FORMATS)}.")
+    opened: Column = kind(path, column, text_documents) if kind is TextColumn else kind(path, column)
+    return opened

@@ -1,7 +1,7 @@
 """A tokenizer of transformers, with what says which one it is: text and conversations to ids.
 
 tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
-docs = documents_of("chats.jsonl", tokenizer=tokenizer, loss_on="assistant", vocab_size=teacher.vocab_size)
+docs = load_documents("chats.jsonl", tokenizer=tokenizer, loss_on="assistant", vocab_size=teacher.vocab_size)
 """
 
 import hashlib

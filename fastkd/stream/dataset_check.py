@@ -5,7 +5,7 @@ from typing import Any
 
 from ..cache.capture_plan import read_capture_plan
 from ..cache.reader import Cache
-from ..data.examples import EXAMPLES, Examples
+from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..errors import StreamError
 
 
@@ -18,10 +18,10 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
             if data is not None:
                 raise StreamError(f"data: got {type(data).__name__} for {cache!r}, which is of text. Leave it out.")
             continue
-        if not set(EXAMPLES) <= set(columns):
+        if not set(EXAMPLE_COLUMNS) <= set(columns):
             raise StreamError(
                 f"{cache!r}: its input columns are {', '.join(columns) or 'none'}; `tokens` of text, or of examples "
-                f"{' and '.join(EXAMPLES)}, are needed. Capture it with fastkd.capture."
+                f"{' and '.join(EXAMPLE_COLUMNS)}, are needed. Capture it with fastkd.capture."
             )
         if not isinstance(data, Examples):
             raise StreamError(

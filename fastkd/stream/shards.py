@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ..cache.reader import Cache
 from ..cache.workspace import Workspace
-from ..data.examples import EXAMPLES
+from ..data.examples import EXAMPLE_COLUMNS
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -84,7 +84,7 @@ def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -
     if "tokens" not in cache.spec.inputs:
         first_row = _begins(arrays["sequence_lengths"])
         # the columns lie in memory that is used again
-        example, seed = (arrays[name].astype(np.int64) for name in EXAMPLES)
+        example, seed = (arrays[name].astype(np.int64) for name in EXAMPLE_COLUMNS)
         return ExampleInputs(example, seed, counts, first_row)
     tokens = arrays["tokens"]
     n = len(tokens)

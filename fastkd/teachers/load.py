@@ -10,8 +10,8 @@ import torch
 
 from ..data.documents import Documents
 from ..data.examples import Examples
-from ..data.load import documents_of, kind_of
-from ..data.sources import Opened, open_column
+from ..data.load import detect_kind, load_documents
+from ..data.sources import open_source
 from ..errors import DataError, TeacherError
 from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from ..settings import DataSettings, ModelSettings
@@ -145,16 +145,16 @@ def as_data(
     """
     if isinstance(source, (Documents, Examples)):
         return source
-    opened = Opened(*open_column(source, column, text_documents))
-    if kind_of(opened.columns) not in ("text", "messages"):
-        return documents_of(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
+    opened = open_source(source, column, text_documents)
+    if detect_kind(opened.columns) not in ("text", "messages"):
+        return load_documents(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, template=template)
     own = None
     if isinstance(teacher, HFTeacher) and not (tokenizer is not None and allow_other_tokenizer):
         own = teacher.tokenizer(template=template)
     chosen = choose_tokenizer(tokenizer, own, allow_other_tokenizer=allow_other_tokenizer)
-    return documents_of(opened, tokenizer=chosen, loss_on=loss_on, vocab_size=teacher.vocab_size)
+    return load_documents(opened, tokenizer=chosen, loss_on=loss_on, vocab_size=teacher.vocab_size)
 
 
 def _source(data: DataSettings) -> Any:
@@ -166,7 +166,7 @@ def _source(data: DataSettings) -> Any:
         source = made_by(data.data[0], DataError)
     if isinstance(source, (Documents, Examples)):
         return source
-    return Opened(*open_column(source, data.column, data.text_documents))
+    return open_source(source, data.column, data.text_documents)
 
 
 def _device(environment: Mapping[str, str]) -> str:

@@ -282,7 +282,7 @@ def test_another_tokenizer_or_template_is_another_cache(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_head_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"found id {VOCAB} at position 1.*Is this the teacher's tokenizer"):
+    with pytest.raises(DataError, match=f"got id {VOCAB} at position 1.*Is this the teacher's tokenizer"):
         capture(tmp_path, [[1, VOCAB]])
     assert not (tmp_path / "spec.json").exists()
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkd.data.chat import NotChat, chat_tokens
+from fastkd.data.chat import InvalidChat, chat_tokens
 from fastkd.data.documents import Documents, open_documents
 from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
@@ -273,20 +273,20 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD: dict[str, tuple[list[Any] | pa.Array, dict[str, Any], str]] = {
-    "an id too large": ([[1, 2], [3, 49152]], {"vocab_size": 49152}, r"{1}.*found id 49152 at position 1"),
-    "a negative id": ([[1, 2], [], [-3]], {}, r"{2}.*found id -3 at position 0"),
-    "null": ([[1], None, [2]], {}, r"{1}.*found null"),
-    "null in it": ([[1], [], [2, None]], {}, r"{2}.*found null at position 1"),
+    "an id too large": ([[1, 2], [3, 49152]], {"vocab_size": 49152}, r"{1}.*got id 49152 at position 1"),
+    "a negative id": ([[1, 2], [], [-3]], {}, r"{2}.*got id -3 at position 0"),
+    "null": ([[1], None, [2]], {}, r"{1}.*got null"),
+    "null in it": ([[1], [], [2, None]], {}, r"{2}.*got null at position 1"),
     "floats": ([[1], [2.5]], {}, r"{.}.*(double|float at position).*of integers"),
-    "text without a tokenizer": (["one", "two"], {}, r"{0}.*found str.*of integers .* needed, or a tokenizer"),
-    "numbers": ([1, 2], {}, r"{0}.*integers? .*needed"),
-    "lists of lists": ([[[1]], [[2]]], {}, r"{0}.*found .*of integers"),
-    "null for text": (["one", None], TEXT, r"{1}.*found null"),
-    "ids for text": ([[1], [2]], TEXT, r"{0}.*got list; expected text.*give no tokenizer"),
+    "text without a tokenizer": (["one", "two"], {}, r"{0}.*got str.*of integers, or a tokenizer"),
+    "numbers": ([1, 2], {}, r"{0}.*expected .*integers"),
+    "lists of lists": ([[[1]], [[2]]], {}, r"{0}.*got .*of integers"),
+    "null for text": (["one", None], TEXT, r"{1}.*got null"),
+    "ids for text": ([[1], [2]], TEXT, r"{0}.*got list; expected text.*leave it out"),
     "text for messages": (["one"], CHAT, r"{0}.*got str; expected messages"),
-    "null for messages": ([CHATS[0], None], CHAT, r"{1}.*found null"),
+    "null for messages": ([CHATS[0], None], CHAT, r"{1}.*got null"),
     "no role": ([CHATS[0], [{"content": "x"}]], CHAT, r"{1}.*without a role"),
-    "no messages": ([["a", "b"]], CHAT, r"{0}.*found str without a role"),
+    "no messages": ([["a", "b"]], CHAT, r"{0}.*got str without a role"),
 }
 
 
@@ -319,9 +319,9 @@ def test_a_tokenizer_that_fails_or_gives_no_ids(tmp_path: Path) -> None:
 
     for tokenizer, message in (
         (fails, "line 2: the tokenizer failed: RuntimeError: no such word"),
-        (lambda text: [0.5], "line 1: from the tokenizer: found float at position 0"),
-        (lambda text: [[1]], "line 1: from the tokenizer: found int64 of 2 dimensions"),
-        (lambda text: [70], "line 1: found id 70 at position 0; ids from 0 to 63"),
+        (lambda text: [0.5], "line 1: from the tokenizer: got float at position 0"),
+        (lambda text: [[1]], "line 1: from the tokenizer: got int64 of 2 dimensions"),
+        (lambda text: [70], "line 1: got id 70 at position 0; expected 0 to 63"),
     ):
         documents = open_documents(path, tokenizer=tokenizer, tokenizer_fingerprint="x", vocab_size=64)
         with pytest.raises(DataError, match=message):
@@ -374,12 +374,12 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = b'{"documents": [1]}\n'
     for line, message in (
-        (b"{oops}\n", "line 2: found not JSON"),
-        (b"\n" + good, "line 2: found an empty line"),
-        (b"[1, 2]\n", "line 2: found list; one JSON object a line"),
-        (b'{"other": [1]}\n', "line 2: there is no 'documents' in it; it has 'other'"),
+        (b"{oops}\n", "line 2: got invalid JSON"),
+        (b"\n" + good, "line 2: got an empty line"),
+        (b"[1, 2]\n", "line 2: got list; expected a JSON object"),
+        (b'{"other": [1]}\n', "line 2: got an object with keys 'other'; expected 'documents'"),
         (b'{"documents": "\xff"}\n', "line 2: not UTF-8"),
-        (b'{"documents": [1', "line 2: found not JSON"),
+        (b'{"documents": [1', "line 2: got invalid JSON"),
     ):
         path.write_bytes(good + line)
         with pytest.raises(DataError, match=message):
@@ -400,21 +400,21 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
         (pa.table({"a": [[1]]}), {"column": "b"}, "no column 'b'. It has 'a'"),
         (pa.table({"a": [[1]], "b": [[1]]}), {}, "which column holds the documents. It has 'a', 'b'"),
         (pa.table({"text": ["a"], "input_ids": [[1]]}), {}, "which column"),
-        ([[1]], {"column": "a"}, "column: found 'a'; list in memory has no columns"),
+        ([[1]], {"column": "a"}, "column: got 'a'; list in memory has no columns"),
         ("nowhere.parquet", {}, "nowhere.parquet: there is no such file"),
         ("nowhere.jsonl", {}, "nowhere.jsonl: there is no such file"),
         ("nowhere.arrow", {}, "nowhere.arrow: there is no such file"),
-        ("nowhere.csv", {}, "nowhere.csv: unknown kind of file; one of .parquet"),
-        (5, {}, "source: found int"),
-        ({"a": [1]}, {}, "source: found dict"),
-        ([[1]], {"vocab_size": 0}, "vocab_size: found 0"),
-        ([[1]], {"vocab_size": 2.0}, "vocab_size: found 2.0"),
-        ([[1]], {"loss_on": "assistant"}, "only messages say whose turn"),
-        ([[1]], {"loss_on": "user"}, "loss_on: found 'user'"),
-        ([[1]], {"tokenizer": encode}, "tokenizer_fingerprint: found '' with a tokenizer"),
-        ([[1]], {"tokenizer_fingerprint": "x"}, "tokenizer_fingerprint: found 'x' without a tokenizer"),
-        ([[1]], {"template": template, "template_fingerprint": "x"}, "template: found one without a tokenizer"),
-        ([[1]], {**TEXT, "template": template}, "template_fingerprint: found '' with a template"),
+        ("nowhere.csv", {}, "nowhere.csv: got an unknown suffix; expected one of .parquet"),
+        (5, {}, "source: got int"),
+        ({"a": [1]}, {}, "source: got dict"),
+        ([[1]], {"vocab_size": 0}, "vocab_size: got 0"),
+        ([[1]], {"vocab_size": 2.0}, "vocab_size: got 2.0"),
+        ([[1]], {"loss_on": "assistant"}, "only messages have roles"),
+        ([[1]], {"loss_on": "user"}, "loss_on: got 'user'"),
+        ([[1]], {"tokenizer": encode}, "tokenizer_fingerprint: got '' with a tokenizer"),
+        ([[1]], {"tokenizer_fingerprint": "x"}, "tokenizer_fingerprint: got 'x' without a tokenizer"),
+        ([[1]], {"template": template, "template_fingerprint": "x"}, "template: got one without a tokenizer"),
+        ([[1]], {**TEXT, "template": template}, "template_fingerprint: got '' with a template"),
     ],
 )
 def test_bad_arguments_are_named(source: Any, options: dict[str, Any], message: str) -> None:
@@ -431,11 +431,11 @@ def test_numbers_that_are_not_there() -> None:
 def test_what_is_no_single_dataset(tmp_path: Path) -> None:
     splits = FakeDataset(table_of(IDS))
     splits.column_names = {"train": ["a"], "test": ["a"]}  # type: ignore[assignment]
-    with pytest.raises(DataError, match=r"several splits \(train, test\)"):
+    with pytest.raises(DataError, match=r"got a DatasetDict \(train, test\)"):
         open_documents(splits)
-    with pytest.raises(DataError, match=r"a\.txt', is a file. Give Paths"):
+    with pytest.raises(DataError, match=r"a\.txt', is a file; expected Paths"):
         open_documents([str(_written(tmp_path / "a.txt", "x"))], **TEXT)
-    with pytest.raises(DataError, match="plain text has no columns"):
+    with pytest.raises(DataError, match="plain text, which has no columns"):
         open_documents(_written(tmp_path / "a.txt", "x"), column="text", **TEXT)
 
 
@@ -484,9 +484,9 @@ def test_a_template_that_rewrites_the_past_is_refused() -> None:
 
     chat = CHATS[3]
     assert chat_tokens(chat, forgets, encode, "all")[0] == encode("<assistant>5|")
-    with pytest.raises(NotChat, match='Use loss_on="all"'):
+    with pytest.raises(InvalidChat, match='Use loss_on="all"'):
         chat_tokens(chat, forgets, encode, "assistant")
-    with pytest.raises(DataError, match=r"document 0 .*message 1: the template writes it otherwise"):
+    with pytest.raises(DataError, match=r"document 0 .*message 1: the template changes its text"):
         open_documents(
             [chat], **{**CHAT, "template": forgets, "template_fingerprint": "f"}, loss_on="assistant"
         ).lengths()

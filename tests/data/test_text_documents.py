@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd.cache import open_cache
 from fastkd.cli import main as cli
-from fastkd.data.describe import SHORT, understood
+from fastkd.data.describe import SHORT, describe_documents
 from fastkd.data.documents import open_documents
 from fastkd.data.lines import TextColumn
 from fastkd.errors import DataError
@@ -72,7 +72,7 @@ def test_it_is_part_of_what_the_data_are(tmp_path: Path) -> None:
 def test_what_is_no_text_has_no_such_setting(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
-    with pytest.raises(DataError, match="text_documents: found 'file', and no text file to be cut"):
+    with pytest.raises(DataError, match="text_documents: got 'file', but no text files"):
         open_documents(path, text_documents="file", **TEXT)
     with pytest.raises(DataError, match="text_documents: got 'page'; expected one of line, blank-line, file"):
         open_documents(path, text_documents="page", **TEXT)
@@ -82,15 +82,19 @@ def test_short_lines_are_named_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("x" * (SHORT - 1) + "\n" + "y" * (SHORT - 1) + "\n\n" + "z" * 100 + "\n")
     data = open_documents(path, **TEXT)
-    said, warning = understood(data, data.lengths())
-    assert said == f"{path}: 4 documents of {SHORT - 1} tokens (median), a document a line"
+    said, warning = describe_documents(data, data.lengths())
+    assert said == f"{path}: 4 documents, median length {SHORT - 1} tokens, one per line"
     assert "--text-documents blank-line" in warning
     path.write_text("x" * SHORT + "\n" + "y" * SHORT + "\n")
     data = open_documents(path, **TEXT)
-    assert understood(data, data.lengths()) == [f"{path}: 2 documents of {SHORT} tokens (median), a document a line"]
+    assert describe_documents(data, data.lengths()) == [
+        f"{path}: 2 documents, median length {SHORT} tokens, one per line"
+    ]
     data = open_documents([[1, 2], [3]])
-    assert understood(data, data.lengths()) == ["the data in memory: 2 documents of 1 token (median)"]
-    assert understood(data, np.zeros(2, np.int32)) == ["the data in memory: 2 documents of 0 tokens (median)"]
+    assert describe_documents(data, data.lengths()) == ["the data in memory: 2 documents, median length 1 token"]
+    assert describe_documents(data, np.zeros(2, np.int32)) == [
+        "the data in memory: 2 documents, median length 0 tokens"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +113,13 @@ def given_(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_capture_says_it_and_keeps_to_it(given_: list[str], tmp_path: Path, capfd: Any) -> None:
     assert cli.main(["capture", *given_, "--out", str(tmp_path / "lines")]) == 0
     told = capfd.readouterr().err
-    assert "book.txt: 43 documents of " in told
+    assert "book.txt: 43 documents, " in told
     assert "warning: half of the lines of " in told
     paragraphs = ["--out", str(tmp_path / "paragraphs"), "--text-documents", "blank-line"]
     assert cli.main(["capture", *given_, *paragraphs]) == 0
     told = capfd.readouterr().err
-    assert "book.txt: 4 documents of " in told
-    assert "tokens (median), a document a paragraph\n" in told
+    assert "book.txt: 4 documents, " in told
+    assert "tokens, one per paragraph\n" in told
     assert "warning" not in told
     assert len(open_cache(tmp_path / "paragraphs").sequences([0])["tokens"]) > 20
     # another cut is other data
@@ -126,14 +130,14 @@ def test_capture_says_it_and_keeps_to_it(given_: list[str], tmp_path: Path, capf
 def test_plan_says_it(given_: list[str], capfd: Any) -> None:
     assert cli.main(["plan", *given_, "--seconds", "0.1", "--no-others"]) == 0
     out, told = capfd.readouterr()
-    assert "book.txt: 43 documents of" in " ".join(out.split())
+    assert "book.txt: 43 documents," in " ".join(out.split())
     assert "--text-documents blank-line" in told
     assert cli.main(["plan", *given_, "--seconds", "0.1", "--no-others", "--text-documents", "file", "--json"]) == 0
-    assert "1 document of " in json.loads(capfd.readouterr().out)["understood"][0]
+    assert "1 document, " in json.loads(capfd.readouterr().out)["understood"][0]
 
 
 def test_in_python(given_: list[str], tmp_path: Path, capfd: Any) -> None:
     settings = {"k": 8, "draws": 4, "context": 64, "shard_positions": 512, "held_out": 0.0}
     report = fastkd.capture(given_[1], given_[3], tmp_path, text_documents="file", progress="lines", **settings)
     assert report.plan["documents"] == 1
-    assert "a document a file" in capfd.readouterr().err
+    assert "one per file" in capfd.readouterr().err

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from hf_cases import SPECIAL, TEMPLATE, WORDS, saved, tokenizer_of
 
-from fastkd.data.load import documents_of, kind_of
-from fastkd.data.sources import open_column
+from fastkd.data.load import detect_kind, load_documents
+from fastkd.data.sources import open_source
 from fastkd.errors import DataError, TeacherError
 from fastkd.models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from fastkd.teachers.hf import load_hf
@@ -126,8 +126,8 @@ def test_a_template_of_a_file(tmp_path: Path) -> None:
 def test_no_template_is_an_error() -> None:
     tokenizer = load_tokenizer(tokenizer_of(template=None))
     with pytest.raises(DataError, match=r"it has no chat template.*Give one in a file"):
-        documents_of([CHAT], tokenizer=tokenizer, vocab_size=300)
-    assert len(documents_of(["the fox"], tokenizer=tokenizer, vocab_size=300)) == 1
+        load_documents([CHAT], tokenizer=tokenizer, vocab_size=300)
+    assert len(load_documents(["the fox"], tokenizer=tokenizer, vocab_size=300)) == 1
 
 
 def test_a_template_that_asks_for_the_date_gets_the_same_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +194,9 @@ def jsonl(path: Path, values: list[Any]) -> Path:
 @pytest.mark.parametrize(("values", "kind"), [(IDS, "ids"), (TEXTS, "text"), (CHATS, "messages")])
 def test_a_column_is_read_as_what_it_holds(tmp_path: Path, holder: str, values: list[Any], kind: str) -> None:
     held: dict[str, Any] = {"list": values, "arrow": pa.array(values), "jsonl": jsonl(tmp_path / "a.jsonl", values)}
-    assert kind_of(open_column(held[holder], None)[0]) == kind
+    assert detect_kind(open_source(held[holder], None).columns) == kind
     tokenizer = load_tokenizer(tokenizer_of(bos=True))
-    found = documents_of(held[holder], tokenizer=tokenizer, vocab_size=300).read(range(len(values)))
+    found = load_documents(held[holder], tokenizer=tokenizer, vocab_size=300).read(range(len(values)))
     if kind == "ids":
         expected = values
     elif kind == "text":
@@ -218,38 +218,35 @@ def test_other_kinds_of_arrow() -> None:
         ([[], []], None),
         ([None], None),
     ):
-        assert kind_of(open_column(values, None)[0]) == kind, values
+        assert detect_kind(open_source(values, None).columns) == kind, values
 
 
 def test_the_assistants_turns_count() -> None:
     backend = tokenizer_of()
-    documents = documents_of([CHAT], tokenizer=load_tokenizer(backend), loss_on="assistant", vocab_size=300)
+    documents = load_documents([CHAT], tokenizer=load_tokenizer(backend), loss_on="assistant", vocab_size=300)
     found = documents[0]
     # a position counts if the next token is the assistant's
     said = text_of(backend, found.tokens[1:][found.loss_mask[:-1]])
     assert said == "over the dog<|end|>\nthe other<|end|>\n"
-    assert documents_of([CHAT], tokenizer=load_tokenizer(backend), vocab_size=300)[0].loss_mask.all()
+    assert load_documents([CHAT], tokenizer=load_tokenizer(backend), vocab_size=300)[0].loss_mask.all()
 
 
 def test_what_does_not_fit_together(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_of())
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     for source, options, message in (
-        (path, {"tokenizer": None}, r"a\.jsonl, line 1 and on: got text, and no tokenizer"),
-        (CHATS, {"tokenizer": None}, "got messages, and no tokenizer"),
-        (path, {"vocab_size": 289}, r"found ids up to 289; those to 288 have.*Is this the teacher's tokenizer\?"),
-        (path, {"chat": True}, "got text, where messages were asked for"),
-        (CHATS, {"chat": False}, "got messages, where no messages were asked for"),
-        (path, {"loss_on": "assistant"}, "got text, with loss_on"),
-        (IDS, {"loss_on": "assistant"}, "got ids, with loss_on"),
-        (IDS, {"chat": "yes"}, "chat: got 'yes'"),
+        (path, {"tokenizer": None}, r"a\.jsonl, line 1: got text without a tokenizer"),
+        (CHATS, {"tokenizer": None}, "got messages without a tokenizer"),
+        (path, {"vocab_size": 289}, r"got ids up to 289; expected up to 288.*Is this the teacher's tokenizer\?"),
+        (path, {"loss_on": "assistant"}, 'loss_on: got "assistant", but .*a.jsonl, line 1 has text'),
+        (IDS, {"loss_on": "assistant"}, "has ids; only messages have roles"),
     ):
         with pytest.raises(DataError, match=message):
-            documents_of(source, **({"tokenizer": tokenizer, "vocab_size": 290} | options))  # type: ignore[arg-type]
+            load_documents(source, **({"tokenizer": tokenizer, "vocab_size": 290} | options))  # type: ignore[arg-type]
     # ids need no tokenizer, and none is compared with them
-    assert documents_of(IDS, tokenizer=tokenizer, vocab_size=9)[0].tokens.tolist() == [5, 6, 7]
-    with pytest.raises(DataError, match="found id 8"):
-        documents_of(IDS, vocab_size=8).read(range(3))
+    assert load_documents(IDS, tokenizer=tokenizer, vocab_size=9)[0].tokens.tolist() == [5, 6, 7]
+    with pytest.raises(DataError, match="got id 8"):
+        load_documents(IDS, vocab_size=8).read(range(3))
 
 
 def test_fingerprints_reach_the_documents(tmp_path: Path) -> None:
@@ -258,7 +255,7 @@ def test_fingerprints_reach_the_documents(tmp_path: Path) -> None:
 
     def fingerprint(source: Any = path, loss_on: str = "all", **options: Any) -> str:
         tokenizer = load_tokenizer(options.pop("backend", backend), **options)
-        return documents_of(source, tokenizer=tokenizer, loss_on=loss_on, vocab_size=300).fingerprint()
+        return load_documents(source, tokenizer=tokenizer, loss_on=loss_on, vocab_size=300).fingerprint()
 
     template = tmp_path / "other.jinja"
     template.write_text(TEMPLATE.replace("\n", " "))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data.describe import understood
+from ...data.describe import describe_documents
 from ...data.documents import Documents
 from ...data.examples import Examples
 from ...errors import DataError
@@ -148,7 +148,7 @@ def estimate(
             "context": plan.settings.context,
             "shard_positions": plan.settings.shard_positions,
         },
-        understood=understood(data, plan.lengths) if isinstance(data, Documents) else [],
+        understood=describe_documents(data, plan.lengths) if isinstance(data, Documents) else [],
         plan=plan.totals,
         measured={
             "batches": found.batches,
