@@ -37,7 +37,7 @@ from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache
-from fastkd.kernels.targets import sampled_reach
+from fastkd.kernels.treatment import sampled_reach
 from fastkd.utils.intervals import interval
 from fastkd.utils.timing import figure
 

@@ -1,24 +1,34 @@
-"""fastkd.kernels: the math of distillation on a device. Needs torch alone; triton when a Triton path is taken."""
+"""fastkd.kernels: the math of distillation on a device. Needs torch; triton only where a Triton path is taken.
 
-from .errors import KDError
-from .lm_head import LMHead
-from .loss.api import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
-from .loss.checks import set_debug
-from .targets import SparseTargets, TargetsAt
-from .topk.api import linear_topk_targets, topk_targets
-from .topk.dispatch import prepare_topk
+Names are loaded on first use: importing fastkd.kernels imports neither torch nor triton.
+"""
 
-__all__ = [
-    "DistillationLoss",
-    "KDError",
-    "KDLoss",
-    "LMHead",
-    "SparseTargets",
-    "TargetsAt",
-    "kd_loss",
-    "linear_kd_loss",
-    "linear_topk_targets",
-    "prepare_topk",
-    "set_debug",
-    "topk_targets",
-]
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from .errors import KDError
+    from .lm_head import LMHead
+    from .loss.api import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
+    from .loss.checks import set_debug
+    from .loss.config import LossConfig
+    from .targets import SparseTargets, TargetsAt
+    from .topk.api import linear_topk_targets, topk_targets
+    from .topk.dispatch import prepare_topk
+    from .treatment import resolve_treatment
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "errors": ["KDError"],
+        "lm_head": ["LMHead"],
+        "loss.api": ["DistillationLoss", "KDLoss", "kd_loss", "linear_kd_loss"],
+        "loss.checks": ["set_debug"],
+        "loss.config": ["LossConfig"],
+        "targets": ["SparseTargets", "TargetsAt"],
+        "topk.api": ["linear_topk_targets", "topk_targets"],
+        "topk.dispatch": ["prepare_topk"],
+        "treatment": ["resolve_treatment"],
+    },
+)

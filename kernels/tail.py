@@ -8,13 +8,15 @@ stored one to infinity. The spline is linear in the values, so one vector of wei
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .errors import KDError
+
+if TYPE_CHECKING:
+    import torch
 
 # A temperature this close (relatively) to a stored one is that one: float32 schedules meet float64 grids.
 ON_GRID = 1e-6
@@ -56,8 +58,10 @@ def spline_table(temperatures: tuple[float, ...]) -> tuple[NDArray[np.float64], 
 
 
 @lru_cache(maxsize=64)
-def device_table(temperatures: tuple[float, ...], device: torch.device) -> Tensor:
+def device_table(temperatures: tuple[float, ...], device: "torch.device") -> "torch.Tensor":
     """`spline_table` in float32 on a device, flat: P knots, then the coefficients. Copied there once and kept."""
+    import torch  # the rest of this file needs NumPy alone
+
     knots, table = spline_table(temperatures)
     return torch.from_numpy(np.concatenate([knots, table.ravel()])).to(device, torch.float32)
 

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from .errors import KDError
-from .tail import ON_GRID, check_temperature, tail_weights
+from .tail import check_temperature, tail_weights
+from .treatment import resolve_treatment
 
-TREATMENTS = ("auto", "bucket", "sampled", "renormalize")
-# `auto` takes the draws up to this multiple of the temperature they were drawn at: beyond it their variance costs
-# more than the bucket's bias (measured in the gradient through a real head).
-SAMPLED_REACH = 1.5
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGER_TYPE = "an integer type (int8 to int64, or uint8: torch does not compute with wider unsigned ones)"
 _INF = float("inf")
-
-
-def sampled_reach(draw_temperature: float) -> float:
-    """The highest temperature at which `auto` takes the draws."""
-    return SAMPLED_REACH * draw_temperature * (1 + ON_GRID)
 
 
 class TargetsAt(NamedTuple):
@@ -182,10 +174,10 @@ class SparseTargets:
             self.draws,
             self.tail,
             self.outcomes,
+            temperature,
+            treatment,
             temperatures=self.temperatures,
             draw_temperature=self.draw_temperature,
-            temperature=temperature,
-            treatment=treatment,
             dtype=dtype,
         )
 
@@ -195,20 +187,17 @@ def targets_at(
     draws: Tensor | None,
     tail: Tensor,
     outcomes: Tensor,
+    temperature: float | Tensor,
+    treatment: str,
     *,
     temperatures: tuple[float, ...],
     draw_temperature: float,
-    temperature: float | Tensor,
-    treatment: str,
     dtype: torch.dtype = torch.float32,
 ) -> TargetsAt:
     """`SparseTargets.at` on bare tensors. A tensor temperature is read on the host here (the Triton kernels do not)."""
-    if treatment not in TREATMENTS:
-        raise KDError(f"treatment: got {treatment!r}; expected one of {', '.join(TREATMENTS)}.")
     t = float(temperature)
     check_temperature(t, temperatures)
-    if treatment == "auto":
-        treatment = "sampled" if draws is not None and t <= sampled_reach(draw_temperature) else "bucket"
+    treatment = resolve_treatment(treatment, t, has_draws=draws is not None, draw_temperature=draw_temperature)
     logprobs = logprobs.to(dtype)
     used = logprobs > -_INF
     drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)

@@ -1,65 +1,10 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the Triton kernels of the teacher side share: arithmetic on logits, in part to the bits of `draws.py`."""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""Functions on numbers and small vectors that Triton kernels, and the Triton forms of divergences, share."""
 
 import triton
 import triton.language as tl
 
-from .topk import draws as dr
-
-MINUS_2_LOG2E = tl.constexpr(dr.MINUS_2_LOG2E)
-C1, C2, C3 = tl.constexpr(dr.C1), tl.constexpr(dr.C2), tl.constexpr(dr.C3)
-C4, C5, C6 = tl.constexpr(dr.C4), tl.constexpr(dr.C5), tl.constexpr(dr.C6)
-LOWEST = tl.constexpr(dr.LOWEST)
 INF = tl.constexpr(float("inf"))
-LOW31 = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def ordered(x):
-    """float32 as an int32 that compares the same way; -0.0 is 0.0."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & LOW31)
-
-
-@triton.jit
-def unordered(key):
-    """The float32 of an `ordered` int32."""
-    return (key ^ ((key >> 31) & LOW31)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exp2_exact(y, SHIFT: tl.constexpr):
-    """`draws._exp2_`, operation by operation. Needs a launch without fused multiply-adds."""
-    y = tl.where(y >= LOWEST, y, LOWEST)
-    y = tl.where(y > 0.0, 0.0, y)
-    whole = tl.floor(y + 0.5)
-    f = y - whole
-    p = f * C6
-    p = (p + C5) * f
-    p = (p + C4) * f
-    p = (p + C3) * f
-    p = (p + C2) * f
-    p = (p + C1) * f
-    p = p + 1.0
-    power = ((whole.to(tl.int32) + (127 + SHIFT)) << 23).to(tl.float32, bitcast=True)
-    return p * power
-
-
-@triton.jit
-def transform(x, scale, cap, inverse_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr):
-    """Scale, then softcap; infinities and NaN stay. EXACT: to the bits of `draws.exact_transform`."""
-    if HAS_SCALE:
-        x = x * scale
-    if HAS_CAP:
-        y = tl.abs(x * inverse_cap) * MINUS_2_LOG2E
-        if EXACT:
-            t = exp2_exact(y, 0)
-        else:
-            t = tl.exp2(y)
-        tanh = tl.div_rn(1.0 - t, 1.0 + t)
-        capped = tl.where(x < 0.0, -tanh, tanh) * cap
-        x = tl.where(tl.abs(x) < INF, capped, x)
-    return x
 
 
 @triton.jit
@@ -70,28 +15,27 @@ def finite_or_zero(x):
 
 @triton.jit
 def log(x):
-    """Natural logarithm, −inf of 0 (said aloud: the interpreter warns of it)."""
+    """Natural logarithm, −inf of 0 (written out: the interpreter warns of it)."""
     return tl.where(x == 0.0, -INF, tl.log(tl.where(x == 0.0, 1.0, x)))
 
 
 @triton.jit
-def sort_descending(x, SIZE: tl.constexpr, STAGES: tl.constexpr):
-    """A bitonic sort of SIZE = 2^STAGES integers. (tl.sort does the same, but takes seconds a row when interpreted.)"""
-    place = tl.arange(0, SIZE)
-    for stage in tl.static_range(1, STAGES + 1):
-        for step in tl.static_range(stage):
-            pairs = tl.reshape(x, [SIZE >> (stage - step), 2, 1 << (stage - 1 - step)])
-            other = tl.reshape(tl.sum(pairs, axis=1)[:, None, :] - pairs, [SIZE])
-            is_left = ((place >> (stage - 1 - step)) & 1) == 0
-            descends = ((place >> stage) & 1) == 0
-            x = tl.where(is_left == descends, tl.maximum(x, other), tl.minimum(x, other))
-    return x
+def logsumexp(x):
+    """log Σ e^x of a small vector; −inf for an empty one."""
+    m = tl.max(x)
+    ref = finite_or_zero(m)
+    return ref + tl.log(tl.sum(tl.exp(x - ref)))
 
 
 @triton.jit
-def column(token, stride_v, UNIT: tl.constexpr):
-    """Offset of a token within its row."""
-    if UNIT:
-        return token
-    else:
-        return token.to(tl.int64) * stride_v
+def log_add(x, y):
+    """log(e^x + e^y)."""
+    m = tl.maximum(x, y)
+    ref = finite_or_zero(m)
+    return ref + tl.log(tl.exp(x - ref) + tl.exp(y - ref))
+
+
+@triton.jit
+def times(weight, x):
+    """weight * x, and 0 where the weight is 0, whatever x is."""
+    return tl.where(weight == 0.0, 0.0, weight * x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import SparseTargets
-from fastkd.kernels.reference import cross_entropy_rows, divergence_rows
+from fastkd.kernels.loss.reference import cross_entropy_rows, divergence_rows
 
 GRID = (1.0, 1.5, 2.0, 4.0)
 CELLS = (

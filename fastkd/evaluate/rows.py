@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import SparseTargets
-from ..kernels.reference import cross_entropy_rows, divergence_rows
+from ..kernels.loss.reference import cross_entropy_rows, divergence_rows
 
 Rows = dict[str, Tensor]
 _CHUNK = 2**24  # numbers of the logits that are worked on at once

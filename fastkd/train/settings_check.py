@@ -9,7 +9,7 @@ from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..kernels import KDError
 from ..kernels.tail import check_temperature
-from ..kernels.targets import sampled_reach
+from ..kernels.treatment import sampled_reach
 from ..settings import TrainSettings
 from .schedule import RAMPS, RATES
 from .trackers import check_tracker

@@ -1,24 +1,22 @@
 """The distillation loss: what users call. Arguments are checked here, the work is done by the operators."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..arguments import check_positive, describe, whole_number
 from ..errors import KDError
+from ..lm_head import LMHead
+from ..tail import check_temperature
 from ..targets import SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
-from .checks import (
-    check_floats,
-    check_positive,
-    check_rows,
-    check_settings,
-    describe,
-    overlaps,
-    whole_number,
-)
+from .checks import check_constant, check_floats, check_rows, overlaps
+from .config import SCHEDULED, LossConfig, LossSettings
 from .linear import default_chunk
 
 
@@ -35,67 +33,44 @@ def kd_loss(
     targets: SparseTargets,
     labels: Tensor | None,
     *,
-    alpha: float | Tensor = 0.5,
-    temperature: float | Tensor = 1.0,
-    divergence: str = "forward_kl",
-    treatment: str = "auto",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    ignore_index: int = -100,
+    config: LossConfig | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: int | Tensor | None = None,
-    impl: str = "auto",
     inplace: bool = False,
+    **settings: Unpack[LossSettings],
 ) -> KDLoss:
-    """`alpha * CE(student, label) + (1 - alpha) * T^2 * D(teacher_T, student_T)`, a mean over the positions that count.
+    """Hard and soft loss of a student against sparse teacher targets, a mean over the positions that count:
+    `alpha * CE(student, label) + (1 - alpha) * T^2 * D(teacher at T, student at T)`.
 
     Shapes: logits `[N, V]`, labels, mask and weights `[N]`, or all with leading dimensions `[B, L, ...]` in place of N;
-    targets over N positions, or compact (`targets.index`). `labels[i]` is what `logits[i]` predicts: nothing shifts.
+    targets over N positions, or compact (`targets.index`). `labels[i]` is what `logits[i]` predicts: nothing is
+    shifted. labels=None: no hard loss (alpha becomes 0, `hard` is NaN).
 
-    Which positions count: those whose label is not `ignore_index`, that `mask` (bool) has, and that targets have a row
-    for. `labels=None`: no hard loss (alpha becomes 0, `hard` is NaN). `weights` multiply a position's loss. The sum is
-    divided by `num_items`, the count of the whole optimizer step (an int or a 0-d tensor; by default the positions that
-    count here, not the sum of the weights; 0 counts as 1). Nothing communicates: sum counts over ranks beforehand.
+    config: a LossConfig; default: `LossConfig()`. settings: fields of LossConfig as keyword arguments (alpha=0.3,
+        divergence="jsd", beta=0.2, ...), which win over the config's.
+    mask: bool; positions where it is False do not count. Nor do those whose label is the config's `ignore_index`, and
+        those that the targets have no row for.
+    weights: factors of the positions' losses.
+    num_items: what the sum is divided by: the count of the whole optimizer step, an int or a 0-d tensor. Default: the
+        positions that count in this call (not the sum of the weights); 0 counts as 1. Nothing communicates: sum the
+        count over ranks beforehand.
+    inplace: write the gradient over the logits, whose buffer is given up. Without effect where no gradient is taken.
+        The logits are unusable afterwards, and an operation that had saved them for its backward raises there.
 
-    alpha and temperature (at most 1000) may be 0-d tensors, so that a schedule neither recompiles nor synchronises.
-    They, weights, num_items and targets are constants: one that requires a gradient is refused.
-    divergence: forward_kl, reverse_kl, jsd (`beta`: M = beta q + (1 - beta) p; beta KL(q|M) + (1 - beta) KL(p|M);
-    Agarwal et al. 2024), skew_kl (KL(q | skew q + (1 - skew) p); Ko et al. 2024), tvd.
-    treatment of the teacher's mass outside the head: bucket (one more outcome), sampled (by the stored draws; Anshumann
-    et al. 2025), renormalize (dropped); auto is sampled for forward_kl where there are draws and T <= 1.5 times
-    the temperature they were drawn at, else bucket. The last two take forward_kl only.
-    impl: auto (triton on a GPU, torch elsewhere and for float64), reference (dense float64), torch, triton.
-    inplace: the logits' buffer is given up; the gradient is written over it. Not in evaluation. The logits are unusable
-    afterwards, and an operation that had saved them for its backward raises there.
+    The config's tensors, weights, num_items and targets are constants: one that requires a gradient is refused.
 
     Gradients are computed in the forward: do not wrap the call in activation checkpointing, which would run all of it
     twice and save nothing. (float16 is the exception: it computes them in the backward, where their scale is known.) A
     second backward through the same loss raises KDError, and so do create_graph=True, forward-mode differentiation and
     the transforms of torch.func.
 
-    Raises KDError where arguments do not fit; for values inside tensors see `set_debug`.
+    Raises KDError where arguments do not fit together; for values inside tensors see `set_debug`.
     """
     _check_student("logits", logits)
-    call = _call(
-        "logits",
-        logits,
-        logits.shape[-1],
-        logits.dtype,
-        targets,
-        labels,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        treatment=treatment,
-        beta=beta,
-        skew=skew,
-        ignore_index=ignore_index,
-        mask=mask,
-        weights=weights,
-        num_items=num_items,
-        impl=impl,
-    )
+    rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
+    call = _call("logits", logits, logits.shape[-1], logits.dtype, targets, loss_config(config, settings), rows)
+    args = call.arguments()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if wanted and inplace and overlaps(logits):
         raise KDError(
@@ -103,86 +78,67 @@ def kd_loss(
             "after expand), with inplace=True; pass logits.contiguous(), or leave inplace out."
         )
     if not wanted:
-        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *call)
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *args)
     elif logits.dtype == torch.float16:
-        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, False, inplace, *call)
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, False, inplace, *args)
     elif inplace:
         with torch.no_grad():
-            loss, hard, soft = torch.ops.fastkd.kd_loss_(logits.detach(), None, *call)
-        loss = torch.ops.fastkd.attach(logits, logits.detach(), loss, call.impl)
+            loss, hard, soft = torch.ops.fastkd.kd_loss_(logits.detach(), None, *args)
+        loss = torch.ops.fastkd.attach(logits, logits.detach(), loss, call.config.impl)
     else:
-        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, True, False, *call)
+        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, True, False, *args)
     return KDLoss(loss, hard.detach(), soft.detach())
 
 
 def linear_kd_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LMHead,
     targets: SparseTargets,
     labels: Tensor | None,
     *,
+    config: LossConfig | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
     chunk_tokens: int | None = None,
     grad_weight: Tensor | None = None,
-    alpha: float | Tensor = 0.5,
-    temperature: float | Tensor = 1.0,
-    divergence: str = "forward_kl",
-    treatment: str = "auto",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    ignore_index: int = -100,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: int | Tensor | None = None,
-    impl: str = "auto",
     inplace: bool = False,
+    **settings: Unpack[LossSettings],
 ) -> KDLoss:
-    """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never held whole.
+    """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never materialized whole.
 
-    Shapes: hidden `[N, D]` (or `[B, L, ..., D]`), weight `[V, D]`, bias `[V]`; the rest as in `kd_loss`. The scale
-    multiplies first (Cohere, Granite), then `softcap * tanh(z / softcap)` (Gemma; with impl="triton" right to
-    softcap * 1e-7). Of compact targets, only the hidden
-    rows they belong to go through the head.
+    Shapes: hidden `[N, D]` (or `[B, L, ..., D]`), weight `[V, D]`, bias `[V]`; the rest as in `kd_loss`. Of compact
+    targets, only the hidden rows that they belong to go through the LM head.
 
-    Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks.
-    grad_weight `[V, D]` float32: an accumulator across micro-batches, whose elements may not share memory. The backward
-    adds the weight's gradient to it, and none arrives at `weight` itself.
-    chunk_tokens: how many positions go through the head at once (by default 2048 on a GPU, some 48 MB of logits on a
-    CPU). Under autocast the matrix products run in its type. `inplace` is there for symmetry with `kd_loss`: there is
-    no buffer of the caller's to give up.
+    weight: the matrix, or an LMHead, which brings bias, softcap and logit_scale with it.
+    logit_scale, softcap: the scale multiplies first (Cohere, Granite), then come the logits `softcap * tanh(z /
+        softcap)` (Gemma; with impl="triton" exact to softcap * 1e-7).
+    chunk_tokens: positions whose logits are computed at once (default: 2048 on a GPU, some 48 MB of logits on a CPU).
+    grad_weight: `[V, D]` float32, an accumulator across micro-batches, whose elements may not share memory. The
+        backward adds the weight's gradient to it, and `weight` itself receives none.
+    inplace: without effect; it is there for symmetry with `kd_loss`.
+
+    Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks. Under
+    autocast the matrix products run in its type.
     """
+    lm_head = _lm_head(weight, bias, softcap, logit_scale)
+    weight, bias, softcap, logit_scale = lm_head.weight, lm_head.bias, lm_head.softcap, lm_head.logit_scale
     _check_student("hidden", hidden)
     _check_student("weight", weight)
     if bias is not None:
         _check_student("bias", bias, 1)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise KDError(
-            f"weight: found shape {tuple(weight.shape)} for hidden {tuple(hidden.shape)}; "
-            f"(V, {hidden.shape[-1]}) is needed."
+            f"weight: got shape {tuple(weight.shape)} with hidden {tuple(hidden.shape)}; "
+            f"expected (V, {hidden.shape[-1]})."
         )
     width, autocast = weight.shape[0], _autocast_type(hidden)
     dtype = hidden.dtype if autocast is None else autocast
-    call = _call(
-        "hidden",
-        hidden,
-        width,
-        dtype,
-        targets,
-        labels,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        treatment=treatment,
-        beta=beta,
-        skew=skew,
-        ignore_index=ignore_index,
-        mask=mask,
-        weights=weights,
-        num_items=num_items,
-        impl=impl,
-    )
+    rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
+    call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)
     for name, tensor, shape in (("weight", weight, weight.shape), ("bias", bias, (width,))):
         if tensor is None:
             continue
@@ -210,52 +166,59 @@ def linear_kd_loss(
     chunk = chunk_tokens or default_chunk(hidden.device, width, dtype.itemsize)
     flat = hidden.flatten(0, -2)
     loss, hard, soft, *_ = torch.ops.fastkd.linear_kd_loss(
-        flat, weight, bias, grad_weight, softcap, logit_scale, chunk, dtype, want, *call
+        flat, weight, bias, grad_weight, softcap, logit_scale, chunk, dtype, want, *call.arguments()
     )
     return KDLoss(loss, hard.detach(), soft.detach())
 
 
 class DistillationLoss(nn.Module):
-    """The settings of a distillation loss in both forms: `module(logits, ...)`, `module.linear(hidden, weight, ...)`.
+    """A LossConfig as a module, for both forms: `module(logits, ...)` and `module.linear(hidden, weight, ...)`.
 
-    Settings are keyword arguments of `kd_loss`; alpha and temperature are plain attributes, to be changed at will.
+    The config's fields are attributes of the module: `module.alpha = 0.3` changes it.
     """
 
-    def __init__(
-        self,
-        *,
-        alpha: float | Tensor = 0.5,
-        temperature: float | Tensor = 1.0,
-        divergence: str = "forward_kl",
-        treatment: str = "auto",
-        beta: float = 0.5,
-        skew: float = 0.1,
-        ignore_index: int = -100,
-        impl: str = "auto",
-    ) -> None:
+    config: LossConfig
+
+    def __init__(self, config: LossConfig | None = None, **settings: Unpack[LossSettings]) -> None:
         super().__init__()
-        self.alpha, self.temperature = alpha, temperature
-        self.divergence, self.treatment, self.beta, self.skew = divergence, treatment, beta, skew
-        self.ignore_index, self.impl = ignore_index, impl
+        self.config = loss_config(config, settings)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in LossConfig.__dataclass_fields__:
+            return getattr(self.config, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LossConfig.__dataclass_fields__:
+            name, value = "config", replace(self.config, **{name: value})
+        super().__setattr__(name, value)
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments that the module stands for."""
-        names = ("alpha", "temperature", "divergence", "treatment", "beta", "skew", "ignore_index", "impl")
-        return {name: getattr(self, name) for name in names}
+        """The config as keyword arguments of `kd_loss`."""
+        return {name: getattr(self.config, name) for name in LossConfig.__dataclass_fields__}
 
     def forward(self, logits: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any) -> KDLoss:
-        """`kd_loss` with the module's settings; `kwargs`: mask, weights, num_items, inplace."""
-        return kd_loss(logits, targets, labels, **self.settings(), **kwargs)
+        """`kd_loss` with the module's config; kwargs: its other arguments (mask, weights, num_items, inplace)."""
+        return kd_loss(logits, targets, labels, config=self.config, **kwargs)
 
     def linear(
-        self, hidden: Tensor, weight: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any
+        self, hidden: Tensor, weight: Tensor | LMHead, targets: SparseTargets, labels: Tensor | None, **kwargs: Any
     ) -> KDLoss:
-        """`linear_kd_loss` with the module's settings; `kwargs`: those of the head, mask, weights, num_items."""
-        return linear_kd_loss(hidden, weight, targets, labels, **self.settings(), **kwargs)
+        """`linear_kd_loss` with the module's config; kwargs: its other arguments."""
+        return linear_kd_loss(hidden, weight, targets, labels, config=self.config, **kwargs)
 
     def extra_repr(self) -> str:
-        """The settings, for printing."""
+        """The config, for printing."""
         return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+
+
+def loss_config(config: LossConfig | None, settings: LossSettings) -> LossConfig:
+    """A config, or the default one, with other values of some fields."""
+    if config is None:
+        return LossConfig(**settings)
+    if not isinstance(config, LossConfig):
+        raise KDError(f"config: got {type(config).__name__}; expected a LossConfig.")
+    return replace(config, **settings) if settings else config
 
 
 def resolve_impl(impl: str, tensor: Tensor, dtype: torch.dtype) -> str:
@@ -319,58 +282,46 @@ def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
         )
 
 
-def _there(value: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """A number that is a tensor, on the device, without waiting for it; None for any other."""
-    return value.detach().to(device, non_blocking=True) if isinstance(value, Tensor) else None
+def _lm_head(weight: Tensor | LMHead, bias: Tensor | None, softcap: float | None, logit_scale: float | None) -> LMHead:
+    if not isinstance(weight, LMHead):
+        return LMHead(weight, bias, softcap, logit_scale)
+    for name, value in (("bias", bias), ("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None:
+            raise KDError(f"{name}: got {describe(value)} beside an LMHead; expected it in the LMHead.")
+    return weight
 
 
 def _call(
-    what: str,
-    x: Tensor,
-    width: int,
-    dtype: torch.dtype,
-    targets: SparseTargets,
-    labels: Tensor | None,
-    *,
-    alpha: float | Tensor,
-    temperature: float | Tensor,
-    divergence: str,
-    treatment: str,
-    beta: float,
-    skew: float,
-    ignore_index: int,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    num_items: int | Tensor | None,
-    impl: str,
-) -> Call:
-    """Check what can be checked without looking inside a tensor, and flatten it all."""
-    check_settings(
-        targets,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        treatment=treatment,
-        beta=beta,
-        skew=skew,
-        impl=impl,
-    )
-    ignore_index = whole_number("ignore_index", ignore_index, "an int")
+    what: str, x: Tensor, width: int, dtype: torch.dtype, targets: SparseTargets, config: LossConfig,
+    rows: Mapping[str, Any],
+) -> Call:  # fmt: skip
+    """Check what can be checked without reading tensors, and flatten the rows.
+
+    what, x: the name of the logits or hidden states `[..., X]`, and them. rows: labels, mask, weights and num_items.
+    """
+    if not isinstance(targets, SparseTargets):
+        raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
+    labels, mask, weights, num_items = (rows[name] for name in ("labels", "mask", "weights", "num_items"))
     if num_items is not None and not isinstance(num_items, Tensor):
         num_items = whole_number("num_items", num_items, "an int or a 0-d tensor, the whole step's count,")
     check_rows(what, tuple(x.shape[:-1]), width, x.device, targets, labels, mask, weights, num_items)
-    if treatment == "auto" and (divergence != "forward_kl" or targets.draws is None):
-        treatment = "bucket"
+
+    def there(number: float | Tensor, name: str) -> Any:
+        """A number; where it is a tensor, on the device, without waiting for it."""
+        if not isinstance(number, Tensor):
+            return number
+        check_constant(name, number)
+        return number.detach().to(x.device, non_blocking=True)
+
+    if not isinstance(config.temperature, Tensor):
+        check_temperature(config.temperature, targets.temperatures)
+    scheduled = {name: there(getattr(config, name), name) for name in SCHEDULED}
     return Call(
         labels=None if labels is None else labels.reshape(-1).long().contiguous(),
         mask=None if mask is None else mask.reshape(-1).contiguous(),
         weights=None if weights is None else weights.detach().reshape(-1).contiguous(),
-        num_items=_there(num_items, x.device),
+        num_items=there(num_items, "num_items") if isinstance(num_items, Tensor) else None,
         items=-1 if num_items is None or isinstance(num_items, Tensor) else num_items,
-        alpha=1.0 if isinstance(alpha, Tensor) else float(alpha),
-        alpha_tensor=_there(alpha, x.device),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        temperature_tensor=_there(temperature, x.device),
         ids=targets.ids,
         logprobs=targets.logprobs,
         draws=targets.draws,
@@ -380,9 +331,5 @@ def _call(
         temperatures=list(targets.temperatures),
         draw_temperature=targets.draw_temperature,
         vocab_size=targets.vocab_size,
-        divergence=divergence,
-        treatment=treatment,
-        mix=float(beta if divergence == "jsd" else skew),
-        ignore_index=ignore_index,
-        impl=resolve_impl(impl, x, dtype),
+        config=replace(config, impl=resolve_impl(config.impl, x, dtype), **scheduled),
     )

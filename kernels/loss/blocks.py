@@ -14,7 +14,7 @@ BLOCK_BYTES = 16 << 20
 
 def total(call: Call, hard_P: Tensor, soft_P: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard and soft (0-d float32) from the losses of the rows. A part with factor 0 adds nothing, even inf."""
-    hard, soft, alpha = hard_P.sum() / divisor, soft_P.sum() / divisor, call.alpha_now()
+    hard, soft, (alpha, _) = hard_P.sum() / divisor, soft_P.sum() / divisor, call.numbers()
     if call.labels is None:
         alpha, hard = 0.0, torch.full_like(soft, torch.nan)
     loss = (alpha * hard if alpha else 0.0) + ((1 - alpha) * soft if alpha < 1 else torch.zeros_like(soft))
@@ -64,7 +64,7 @@ class TorchRows:
         self.scale = scale if upstream is None else upstream.to(self.dtype) * scale
         self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
         # once for all rows: their number of small operations would show in every block
-        self.at = self.call.targets_at(self.call.temperature_now(), self.dtype)
+        self.at = self.call.targets_at(self.call.numbers()[1], self.dtype)
         self.scratch = torch.empty(0, dtype=self.dtype, device=call.ids.device)
         self.hard, self.soft = (torch.empty(self.rows, dtype=self.dtype, device=call.ids.device) for _ in range(2))
 

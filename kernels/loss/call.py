@@ -1,31 +1,27 @@
 """One call of a loss, as all implementations receive it: everything beside the logits, flat, ready for an operator."""
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..targets import TargetsAt, targets_at
+from ..treatment import resolve_treatment
+from .config import SCHEDULED, LossConfig
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+CONFIG = {field.name: field.default for field in fields(LossConfig)}
 
 
 class Call(NamedTuple):
-    """The arguments of a loss in the order of `SCHEMA`. P target rows over N positions; P = N unless compact.
-
-    A number that may be a 0-d tensor is passed twice: as a float, and as a tensor that wins where it is not None.
-    """
+    """The arguments of a loss. P target rows over N positions; P = N unless compact."""
 
     labels: Tensor | None  # [N]
     mask: Tensor | None  # [N] bool
     weights: Tensor | None  # [N]
     num_items: Tensor | None  # []
     items: int  # of the optimizer step; -1: num_items, or else the counted rows
-    alpha: float
-    alpha_tensor: Tensor | None
-    temperature: float
-    temperature_tensor: Tensor | None
     ids: Tensor  # [P, K]
     logprobs: Tensor  # [P, K]
     draws: Tensor | None  # [P, K]
@@ -35,24 +31,49 @@ class Call(NamedTuple):
     temperatures: list[float]  # M
     draw_temperature: float
     vocab_size: int  # the teacher's
-    divergence: str
-    treatment: str  # auto only where it depends on the temperature
-    mix: float  # beta of jsd, skew of skew_kl
-    ignore_index: int
-    impl: str  # "reference", "torch" or "triton"
+    config: LossConfig  # with impl "reference", "torch" or "triton"
+
+    def arguments(self) -> list[Any]:
+        """The call as an operator takes it, in the order of SCHEMA. A number that may be a 0-d tensor is passed twice:
+        as a float, and as a tensor that wins where it is not None."""
+        flat: list[Any] = list(self[:-1])
+        for name in CONFIG:
+            value = getattr(self.config, name)
+            if name in SCHEDULED:
+                flat += split(value)
+            else:
+                flat.append(value if value is None or isinstance(value, (int, str)) else float(value))
+        return flat
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "Call":
+        """The call that `arguments` were made of."""
+        rest = iter(arguments[len(cls._fields) - 1 :])
+        settings = {}
+        for name in CONFIG:
+            value = next(rest)
+            if name in SCHEDULED:
+                tensor = next(rest)
+                value = value if tensor is None else tensor
+            settings[name] = value
+        return cls(*arguments[: len(cls._fields) - 1], LossConfig(**settings))
 
     @property
     def rows(self) -> int:
         """P, the number of target rows."""
         return self.ids.shape[0]
 
-    def alpha_now(self) -> float:
-        """alpha on the host. Reads a tensor: not for the Triton path."""
-        return self.alpha if self.alpha_tensor is None else float(self.alpha_tensor)
+    def numbers(self) -> tuple[float, float]:
+        """alpha and T on the host. Reads tensors: not for the Triton path."""
+        alpha, t = (float(getattr(self.config, name)) for name in SCHEDULED)
+        return alpha, t
 
-    def temperature_now(self) -> float:
-        """The temperature on the host. Reads a tensor: not for the Triton path."""
-        return self.temperature if self.temperature_tensor is None else float(self.temperature_tensor)
+    def treatment(self, t: float | None) -> str:
+        """The treatment at T; None: "auto" where it depends on T."""
+        return resolve_treatment(
+            self.config.treatment, t, has_draws=self.draws is not None, draw_temperature=self.draw_temperature,
+            divergence=self.config.divergence,
+        )  # fmt: skip
 
     def by_row(self) -> "Call":
         """The same call with labels, mask and weights a target row, not a position, and no positions."""
@@ -72,7 +93,7 @@ class Call(NamedTuple):
     def counted(self) -> Tensor:
         """Of a call by row: which rows count, bool `[P]`: the label is not `ignore_index` and the mask has them."""
         rows = torch.ones(self.rows, dtype=torch.bool, device=self.ids.device) if self.mask is None else self.mask
-        return rows if self.labels is None else rows & (self.labels != self.ignore_index)
+        return rows if self.labels is None else rows & (self.labels != self.config.ignore_index)
 
     def by_row_within(self, positions: int) -> tuple["Call", Tensor]:
         """`by_row` and `counted` without a look at any value: a row outside the batch reads another's, and does not
@@ -83,7 +104,7 @@ class Call(NamedTuple):
         call = self._replace(positions=self.positions.clamp(0, max(positions - 1, 0))).by_row()
         return call, call.counted() & inside
 
-    def heaviest(self, positions: int) -> Tensor:
+    def max_abs_weight(self, positions: int) -> Tensor:
         """The largest magnitude among the weights of the rows that count, at least 1: 0-d float32, on the device."""
         call, counted = self.by_row_within(positions)
         assert call.weights is not None
@@ -98,19 +119,24 @@ class Call(NamedTuple):
         total = self.counted().sum() if self.num_items is None else self.num_items
         return total.to(self.ids.device, torch.float32).clamp(min=1)
 
-    def targets_at(self, temperature: float, dtype: torch.dtype) -> TargetsAt:
-        """The teacher of every target row at a temperature, under the call's treatment."""
+    def targets_at(self, t: float, dtype: torch.dtype) -> TargetsAt:
+        """The teacher of every target row at T, under the call's treatment."""
         return targets_at(
             self.logprobs,
             self.draws,
             self.tail,
             self.outcomes,
+            t,
+            self.treatment(t),
             temperatures=tuple(self.temperatures),
             draw_temperature=self.draw_temperature,
-            temperature=temperature,
-            treatment=self.treatment,
             dtype=dtype,
         )
+
+
+def split(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number, and the tensor that wins over it."""
+    return (1.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
 def saveable(value: Any) -> Any:
@@ -118,8 +144,15 @@ def saveable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-_TYPES = (
-    "Tensor? Tensor? Tensor? Tensor? int float Tensor? float Tensor? "
-    "Tensor Tensor Tensor? Tensor Tensor Tensor? float[] float int str str float int str"
+def _kind(name: str, default: Any) -> str:
+    """A field of LossConfig in an operator's schema."""
+    if name in SCHEDULED:
+        return f"float {name}, Tensor? {name}_tensor"
+    return f"{'float?' if default is None else type(default).__name__} {name}"
+
+
+_TYPES = "Tensor? Tensor? Tensor? Tensor? int Tensor Tensor Tensor? Tensor Tensor Tensor? float[] float int"
+SCHEMA = ", ".join(
+    [f"{kind} {name}" for kind, name in zip(_TYPES.split(), Call._fields[:-1], strict=True)]
+    + [_kind(name, default) for name, default in CONFIG.items()]
 )
-SCHEMA = ", ".join(f"{kind} {name}" for kind, name in zip(_TYPES.split(), Call._fields, strict=True))

@@ -1,27 +1,18 @@
 """What is wrong with a call: shapes and settings always, the values inside tensors where reading them is free."""
 
-import operator
 import os
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import describe, is_number
 from ..errors import KDError
 from ..tail import check_temperature
-from ..targets import (
-    FLOATS,
-    INTEGER_TYPE,
-    INTEGERS,
-    TREATMENTS,
-    SparseTargets,
-    sampled_reach,
-)
-from .call import DIVERGENCES, IMPLEMENTATIONS, Call
+from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
+from .call import Call
+from .config import check_numbers
 
-# Beyond it float32 has no digits left for the loss, whose error is 1e-7 T^2.
-HIGHEST_TEMPERATURE = 1000.0
 # A cache keeps log-probabilities as codes, right to half a step (some 0.1 nats at the coarsest): the best entry of a
 # certain teacher may come out that far above 0.
 LOGPROB_ROUNDING = 0.125
@@ -48,38 +39,12 @@ def values_are_checked(device: torch.device) -> bool:
     return _debug or device.type == "cpu"
 
 
-def describe(value: Any) -> str:
-    """What an argument is, for a message."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype}"
-    return f"{repr(value)[:40]} ({type(value).__name__})"
-
-
 def check_floats(name: str, value: Any) -> None:
     """Raise KDError unless it is a dense tensor of a type that can be computed with."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided:
         raise KDError(
             f"{name}: got {describe(value)}; expected a dense tensor of float16, bfloat16, float32 or float64."
         )
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise KDError unless it is a positive, finite number."""
-    if not isinstance(value, Real) or not 0 < float(value) < _INF:
-        raise KDError(f"{name}: got {value!r}; expected a positive, finite number.")
-
-
-def whole_number(name: str, value: Any, needed: str) -> Any:
-    """An int (or torch's symbol for one) from anything that is one, numpy's included. Raises KDError for others."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise KDError(f"{name}: got {describe(value)}; expected {needed}.")
-    else:
-        number = operator.index(value)
-    if not -(2**63) <= number < 2**63:
-        raise KDError(f"{name}: got {number}; expected {needed} below 2^63.")
-    return number
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -93,65 +58,8 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def check_settings(
-    targets: SparseTargets,
-    *,
-    alpha: float | Tensor,
-    temperature: float | Tensor,
-    divergence: str,
-    treatment: str,
-    beta: float,
-    skew: float,
-    impl: str,
-) -> None:
-    """Raise KDError for a setting that no input could make right."""
-    if not isinstance(targets, SparseTargets):
-        raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
-    for name, value, allowed in (
-        ("divergence", divergence, DIVERGENCES),
-        ("treatment", treatment, TREATMENTS),
-        ("impl", impl, IMPLEMENTATIONS),
-    ):
-        if value not in allowed:
-            raise KDError(f"{name}: got {value!r}; expected one of {', '.join(allowed)}.")
-    if divergence != "forward_kl" and treatment not in ("auto", "bucket"):
-        raise KDError(
-            f"treatment: got {treatment!r} with divergence {divergence!r}, which needs the teacher's probability "
-            "wherever the student puts mass; use treatment 'bucket' (or 'auto'), or divergence 'forward_kl'."
-        )
-    for name, number in (("beta", beta), ("skew", skew)):
-        if not isinstance(number, Real) or not 0 < number < 1:
-            raise KDError(f"{name}: got {number!r}; expected a number strictly between 0 and 1.")
-    _check_scalar("alpha", alpha)
-    _check_scalar("temperature", temperature)
-    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-        raise KDError(f"alpha: got {alpha}; expected a number from 0 (soft loss alone) to 1 (hard loss alone).")
-    if not isinstance(temperature, Tensor):
-        _check_temperature(temperature, targets.temperatures)
-
-
-def _check_temperature(temperature: float, temperatures: tuple[float, ...]) -> None:
-    check_temperature(temperature, temperatures)
-    if temperature > HIGHEST_TEMPERATURE:
-        raise KDError(
-            f"temperature: got {temperature}; expected at most {HIGHEST_TEMPERATURE:g}: beyond it the rounding of "
-            "the loss, which grows with T^2, exceeds the loss."
-        )
-
-
-def _check_scalar(name: str, value: float | Tensor) -> None:
-    if isinstance(value, Tensor):
-        if value.ndim:
-            raise KDError(f"{name}: got a tensor of shape {tuple(value.shape)}; expected a number or a 0-d tensor.")
-        if value.is_complex() or value.dtype == torch.bool:
-            raise KDError(f"{name}: got a tensor of {value.dtype}; expected a real number.")
-        _check_constant(name, value)
-    elif not isinstance(value, Real):
-        raise KDError(f"{name}: got {describe(value)}; expected a number or a 0-d tensor.")
-
-
-def _check_constant(name: str, tensor: Tensor) -> None:
-    """The loss has gradients in the student alone: whoever waits for another must not be handed none."""
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Raise KDError for a tensor that requires a gradient: the loss has gradients in the student alone."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise KDError(f"{name}: found a tensor that requires a gradient; it is a constant here, pass {name}.detach().")
 
@@ -168,8 +76,8 @@ def check_rows(
     num_items: int | Tensor | None,
 ) -> None:
     """Raise KDError where the arguments of one call do not fit each other. `leading`: the shape over positions."""
-    _check_constant("targets.logprobs", targets.logprobs)
-    _check_constant("targets.tail", targets.tail)
+    check_constant("targets.logprobs", targets.logprobs)
+    check_constant("targets.tail", targets.tail)
     if width < targets.vocab_size:
         raise KDError(
             f"{what}: found a head of {width} outcomes, narrower than the targets' vocabulary of {targets.vocab_size}; "
@@ -201,21 +109,21 @@ def check_rows(
     if weights is not None:
         if weights.dtype not in FLOATS:
             raise KDError(f"weights: got {weights.dtype}; expected a floating-point type.")
-        _check_constant("weights", weights)
+        check_constant("weights", weights)
     if targets.device != device:
         raise KDError(f"targets: found on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
     if isinstance(num_items, Tensor):
-        _check_scalar("num_items", num_items)
+        is_number("num_items", num_items)
+        check_constant("num_items", num_items)
     elif num_items is not None and num_items < 0:
         raise KDError(f"num_items: got {num_items}; expected the whole step's count.")
 
 
 def check_values(call: Call, positions: int, width: int) -> None:
     """Raise KDError naming the row and the argument of the first bad value in the tensors of a call."""
-    alpha, temperature = call.alpha_now(), call.temperature_now()
-    if not 0 <= alpha <= 1:
-        raise KDError(f"alpha: got {alpha}; expected a number from 0 to 1.")
-    _check_temperature(temperature, tuple(call.temperatures))
+    alpha, t = call.numbers()
+    check_numbers(alpha, t)
+    check_temperature(t, call.temperatures)
     if call.num_items is not None and not call.num_items >= 0:
         raise KDError(f"num_items: got {call.num_items.item()}; expected a count.")
     if call.positions is not None:
@@ -228,22 +136,20 @@ def check_values(call: Call, positions: int, width: int) -> None:
     counted = call.counted()
     if call.labels is not None:
         outside = counted & ((call.labels < 0) | (call.labels >= width))
-        _refuse(outside, "labels", call.labels, f"a number from 0 to {width - 1}, or {call.ignore_index}, is needed")
+        needed = f"a number from 0 to {width - 1}, or {call.config.ignore_index}, is needed"
+        _refuse(outside, "labels", call.labels, needed)
     if call.weights is not None:
         _refuse(counted & ~call.weights.isfinite(), "weights", call.weights, "a finite number is needed")
     _check_targets(call, counted)
     if call.draws is not None:
-        sampled = call.treatment == "sampled" or (
-            call.treatment == "auto" and temperature <= sampled_reach(call.draw_temperature)
-        )
         used = call.logprobs > -_INF
         drawn = used & (call.draws > 0)
         alone = counted & drawn.any(1) & ~(used & ~drawn).any(1)
-        if not sampled and alone.any():
+        if call.treatment(t) != "sampled" and alone.any():
             row = int(alone.nonzero()[0, 0])
             raise KDError(
-                f"treatment: row {row} of the targets has draws and no exact head, which "
-                f"{call.treatment if call.treatment != 'auto' else 'bucket'!r} cannot take; use treatment 'sampled'."
+                f"treatment: row {row} of the targets has draws and no exact head, which {call.treatment(t)!r} cannot "
+                "take; use treatment 'sampled'."
             )
 
 

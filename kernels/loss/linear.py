@@ -1,4 +1,4 @@
-"""The head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
+"""The LM head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
 
 import warnings
 from functools import lru_cache
@@ -7,24 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..lm_head import LMHead
 from .blocks import TorchRows
 from .call import Call
 
-# Logit gradients live in the head's own type, unnormalised where that is float16: 1/N folded into them lost 22% of
-# their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
-# gradients up to 4,094 still fit. Weights of rows are taken relative to the heaviest, where that is above 1.
+# Logit gradients are kept in the LM head's own type, unnormalised where that is float16: 1/N folded into them lost 22%
+# of their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
+# gradients up to 4,094 still fit. Row weights are divided by the largest magnitude among them where that is above 1.
 FLOAT16_SCALE = 16.0
 CUDA_CHUNK = 2048
 CPU_CHUNK_BYTES = 48 << 20
-
-
-class Head(NamedTuple):
-    """What turns hidden states into logits, beside the weight: `softcap(logit_scale * (h W^T + bias))`."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    logit_scale: float | None
 
 
 class Gradients(NamedTuple):
@@ -37,7 +29,7 @@ class Gradients(NamedTuple):
 
 
 def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
-    """How many tokens go through the head at once where the caller does not say."""
+    """Tokens whose logits are computed at once, by default."""
     if device.type == "cpu":
         return max(64, CPU_CHUNK_BYTES // (width * itemsize) // 64 * 64)
     return CUDA_CHUNK
@@ -67,25 +59,25 @@ def _warn_of_old_torch() -> None:
 
 
 def linear_kd_loss_chunks(
-    hidden_ND: Tensor, head: Head, call: Call, *, chunk: int, dtype: torch.dtype, want: tuple[bool, bool, bool]
+    hidden_ND: Tensor, lm_head: LMHead, call: Call, *, chunk: int, dtype: torch.dtype, want: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Loss, hard, soft, and the gradients in (hidden, weight, bias) that are wanted.
 
     Matrix products run in `dtype` (autocast's, or the tensors' own). Peak memory beyond what is returned: one buffer
     `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
     """
-    width, device = head.weight_VD.shape[0], hidden_ND.device
-    settings: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "want_grad": any(want)}
+    width, device = lm_head.weight.shape[0], hidden_ND.device
+    settings: dict[str, Any] = {"softcap": lm_head.softcap, "logit_scale": lm_head.logit_scale, "want_grad": any(want)}
     rescale_later = dtype == torch.float16
-    heaviest = None
+    largest = None
     if rescale_later:
         settings["fixed_scale"] = FLOAT16_SCALE
         if call.weights is not None:
-            heaviest = call.heaviest(hidden_ND.shape[0])
-            settings["upstream"] = 1.0 / heaviest
+            largest = call.max_abs_weight(hidden_ND.shape[0])
+            settings["upstream"] = 1.0 / largest
     rows = _engine(call, hidden_ND.shape[0], width, dtype, settings)
-    weight_VD = head.weight_VD.to(dtype)
-    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    weight_VD = lm_head.weight.to(dtype)
+    bias_V = None if lm_head.bias is None else lm_head.bias.to(dtype)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
 
     # Compact targets: a row that lies outside the batch has the index N. What it reads does not matter, its loss being
@@ -125,7 +117,7 @@ def linear_kd_loss_chunks(
             d_bias += x_CV.sum(0, dtype=accumulator)
     rescale = None
     if rescale_later:
-        rescale = (1.0 if heaviest is None else heaviest) / (rows.divisor * FLOAT16_SCALE)
+        rescale = (1.0 if largest is None else largest) / (rows.divisor * FLOAT16_SCALE)
     if index is not None and d_hidden is not None:
         d_hidden = d_hidden[:n]
     return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
@@ -133,7 +125,7 @@ def linear_kd_loss_chunks(
 
 def _engine(call: Call, positions: int, width: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     what = "hidden @ weight.T"
-    if call.impl == "triton":
+    if call.config.impl == "triton":
         from .triton_impl import TritonRows
 
         return TritonRows(call, positions, width, dtype, what=what, **settings)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import KDError
-from ..reference import kd_loss_reference, linear_reference
+from ..lm_head import LMHead
 from .blocks import kd_loss_blocks
 from .call import SCHEMA, Call, saveable
-from .linear import Head, linear_kd_loss_chunks
+from .linear import linear_kd_loss_chunks
+from .reference import kd_loss_reference, linear_reference
 
-_CALL = len(Call._fields)
+_CALL = SCHEMA.count(",") + 1
 _TAGS = (
     (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides) if hasattr(torch.Tag, "needs_exact_strides") else ()
 )
@@ -47,11 +48,11 @@ _define("accumulate_", "(Tensor(a!) total, Tensor x, Tensor factor) -> ()")
 
 def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Run the implementation that the call names. `out`: where the gradient goes, which may be the logits."""
-    if call.impl == "triton":
+    if call.config.impl == "triton":
         from .triton_impl import kd_loss_triton
 
         return kd_loss_triton(logits, call, upstream, out)
-    run = kd_loss_reference if call.impl == "reference" else kd_loss_blocks
+    run = kd_loss_reference if call.config.impl == "reference" else kd_loss_blocks
     flat = logits.reshape(-1, logits.shape[-1])
     if out is None or out.is_contiguous():
         return run(flat, call, upstream, None if out is None else out.view(flat.shape))
@@ -66,7 +67,7 @@ def _kd_loss(
     logits: Tensor, upstream: Tensor | None, want_grad: bool, inplace: bool, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient = logits.new_empty(logits.shape if want_grad else (0,))
-    return *_losses(logits, Call(*call), upstream, gradient if want_grad else None), gradient
+    return *_losses(logits, Call.of(call), upstream, gradient if want_grad else None), gradient
 
 
 @torch.library.register_fake("fastkd::kd_loss")
@@ -77,7 +78,7 @@ def _kd_loss_fake(logits: Tensor, upstream: Tensor | None, want_grad: bool, inpl
 
 @torch.library.impl("fastkd::kd_loss_", "default")
 def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    losses = _losses(logits, Call(*call), upstream, logits)
+    losses = _losses(logits, Call.of(call), upstream, logits)
     # autograd must see the write: whoever saved these logits for a backward has to be told
     torch.autograd.graph.increment_version(logits)
     return losses
@@ -111,8 +112,8 @@ def _linear(
     want: list[bool],
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    call, empty = Call(*args), hidden.new_empty(0)
-    if call.impl == "reference":
+    call, empty = Call.of(args), hidden.new_empty(0)
+    if call.config.impl == "reference":
         wanted = [x for x, w in zip((hidden, weight, bias), want, strict=True) if w and x is not None]
         *losses, gradients = linear_reference(hidden, weight, bias, call, softcap, logit_scale, wanted)
         remaining = iter(gradients)
@@ -121,9 +122,9 @@ def _linear(
         shaped = [next(remaining).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
         rescale = hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else empty
         return *losses, *shaped, rescale
-    head = Head(weight, bias, softcap, logit_scale)
+    lm_head = LMHead(weight, bias, softcap, logit_scale)
     loss, hard, soft, found = linear_kd_loss_chunks(
-        hidden, head, call, chunk=chunk, dtype=dtype, want=(want[0], want[1], want[2])
+        hidden, lm_head, call, chunk=chunk, dtype=dtype, want=(want[0], want[1], want[2])
     )
     return loss, hard, soft, *(hidden.new_empty(0) if g is None else g for g in found)
 
@@ -213,7 +214,7 @@ def _once(ctx: Any) -> None:
 
 def _kd_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, ctx.want_grad, ctx.inplace, *args = inputs
-    ctx.impl = Call(*args).impl
+    ctx.impl = Call.of(args).config.impl
     _only_loss(ctx, *output[1:])
     if ctx.want_grad:
         ctx.save_for_backward(output[3])
@@ -256,7 +257,7 @@ def _attach_backward(ctx: Any, upstream: Tensor) -> Any:
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight, bias, grad_weight, _, _, _, ctx.dtype, ctx.want, *args = inputs
-    ctx.impl = Call(*args).impl
+    ctx.impl = Call.of(args).config.impl
     _only_loss(ctx, *output[1:])
     ctx.weight_type, ctx.bias_type = weight.dtype, None if bias is None else bias.dtype
     # not saved: other losses of the same step may add to it before this one's backward does

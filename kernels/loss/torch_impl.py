@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..divergences import outcome_terms
+from ..divergences import find_divergence
 from ..targets import TargetsAt
 from .call import Call
 from .checks import check_student
+from .outcomes import outcome_terms
 
 _INF = float("inf")
 
@@ -30,7 +31,7 @@ def loss_rows_(
     at: the teacher of these rows at the call's temperature. scratch: any tensor of x's type, grown and kept for later.
     scale `[]`: what the gradient of each row's loss is multiplied by. Rows that do not count get 0 everywhere.
     """
-    alpha, t = call.alpha_now(), call.temperature_now()
+    (alpha, t), config = call.numbers(), call.config
     counted = call.counted()
     row_weight = torch.ones_like(x_CV[:, 0]) if call.weights is None else call.weights.to(x_CV.dtype)
     row_weight = row_weight.masked_fill(~counted, 0.0)
@@ -87,7 +88,9 @@ def loss_rows_(
     log_p = (z_CK - m[:, None]) / t - log_s_t[:, None]
     check_student(counted & ~(m + s_1.log()).isfinite(), what, first_row)
 
-    divergence, on_support, off_support = outcome_terms(call.divergence, call.mix, at, log_p, log_p_tail)
+    divergence, on_support, off_support = outcome_terms(
+        find_divergence(config.divergence), config.parameter, at, log_p, log_p_tail
+    )
     soft = t * t * divergence * row_weight
     if call.labels is None:
         hard, alpha = torch.full_like(soft, torch.nan), 0.0

@@ -1,17 +1,23 @@
 """The loss on a GPU: launches of the Triton kernels, with nothing that waits for the device."""
 
+from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from .. import triton_math
+from ..divergences import Divergence, find_divergence
 from ..errors import KDError
 from ..interpreter import is_interpreted
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
-from ..targets import sampled_reach
-from .call import DIVERGENCES, Call
-from .checks import HIGHEST_TEMPERATURE, check_student, check_values, values_are_checked
+from ..treatment import sampled_reach
+from .call import Call, split
+from .checks import check_student, check_values, values_are_checked
+from .config import HIGHEST_TEMPERATURE, SCHEDULED
 from .row_passes import sweep_settings, zero_uncovered_kernel
 from .triton_kernels import (
     BUCKET,
@@ -25,6 +31,22 @@ from .triton_kernels import (
 )
 
 INTERPRETED = is_interpreted(loss_kernel)
+
+
+@cache
+def loss_kernel_of(divergence: Divergence) -> Any:
+    """The loss kernel of one divergence: a copy of `loss_kernel` whose `outcome_terms` is the divergence's function.
+
+    It compiles to what a constant argument would give. (Triton takes functions as arguments only in newer versions.)
+    """
+    terms = divergence.triton_terms
+    if isinstance(terms, FunctionType):
+        terms.__globals__.update(tl=tl, tm=triton_math)
+        terms = triton.jit(terms)
+    kernel = loss_kernel.fn
+    names = {**kernel.__globals__, "outcome_terms": terms}
+    copy = FunctionType(kernel.__code__, names, kernel.__name__, kernel.__defaults__, kernel.__closure__)
+    return triton.jit(update_wrapper(copy, kernel))
 
 
 class TritonRows:
@@ -59,7 +81,11 @@ class TritonRows:
         self.divisor = self.params[DIVISOR.value]
         # float32, and not the outputs' memory: the sums are taken in one order by one program
         self.hard, self.soft = torch.empty(2, max(self.rows, 1), dtype=torch.float32, device=device)
-        reach = sampled_reach(call.draw_temperature) if call.treatment == "auto" else float("inf")
+        # where it depends on a tensor, the kernel decides between the draws and the bucket
+        treatment, reach = call.treatment(None), float("inf")
+        if treatment == "auto":
+            treatment, reach = "sampled", sampled_reach(call.draw_temperature)
+        (alpha, alpha_tensor), (t, t_tensor) = (split(getattr(call.config, name)) for name in SCHEDULED)
         prepare_kernel[(1,)](
             self.params,
             device_table(grid, device),
@@ -68,14 +94,14 @@ class TritonRows:
             call.positions,
             call.num_items,
             upstream,
-            call.alpha_tensor,
-            call.temperature_tensor,
-            call.alpha,
-            call.temperature,
+            alpha_tensor,
+            t_tensor,
+            alpha,
+            t,
             call.items,
             self.rows,
             positions,
-            call.ignore_index,
+            call.config.ignore_index,
             reach,
             fixed_scale or 0.0,
             M=m,
@@ -86,12 +112,9 @@ class TritonRows:
             BLOCK_M=self.block_m,
             num_warps=8,
         )
-        treatment = "sampled" if call.treatment == "auto" else call.treatment
-        if treatment == "sampled" and call.draws is None:
-            treatment = "bucket"
         k = call.ids.shape[1]
+        self.kernel = loss_kernel_of(find_divergence(call.config.divergence))
         self.constants: dict[str, Any] = dict(
-            DIVERGENCE=DIVERGENCES.index(call.divergence),
             TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
             WANT_GRAD=want_grad,
             SOFTCAP=softcap is not None,
@@ -140,7 +163,7 @@ class TritonRows:
         if programs == 0:
             return
         call = self.call
-        loss_kernel[(programs,)](
+        self.kernel[(programs,)](
             x,
             g,
             self.hard,
@@ -161,9 +184,9 @@ class TritonRows:
             call.ids.shape[1],
             self.positions,
             call.outcomes.stride(0) if call.outcomes.ndim else 0,
-            call.ignore_index,
+            call.config.ignore_index,
             1.0 / call.draw_temperature,
-            call.mix,
+            call.config.parameter,
             self.softcap,
             self.logit_scale,
             BY_POSITION=by_position,

@@ -10,7 +10,7 @@ divergence, and with it two factors; the second pass, whose reads the L2 cache s
 import triton
 import triton.language as tl
 
-from .call import DIVERGENCES
+from .. import triton_math as tm
 from .row_passes import (
     LOG2_E,
     head,
@@ -22,10 +22,6 @@ from .row_passes import (
     zero_row,
 )
 
-FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
-REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-JSD = tl.constexpr(DIVERGENCES.index("jsd"))
-SKEW_KL = tl.constexpr(DIVERGENCES.index("skew_kl"))
 BUCKET, SAMPLED, RENORMALIZE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Below this share of the student's mass, 1 - Σ_S p has too few digits left for the bucket: sum what is off S itself.
 TINY_TAIL = tl.constexpr(0.125)
@@ -43,9 +39,9 @@ def prepare_kernel(
     num_items_ptr,
     upstream_ptr,
     alpha_ptr,
-    temperature_ptr,
+    t_ptr,
     alpha,
-    temperature,
+    T,
     count,
     P,
     N,
@@ -62,8 +58,8 @@ def prepare_kernel(
     """Everything about a call that is not a row's: alpha, T, the gradient's scale, and the tail's spline weights."""
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr).to(tl.float32)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr).to(tl.float32)
+    if t_ptr is not None:
+        T = tl.load(t_ptr).to(tl.float32)
     nan = float("nan")
     alpha = tl.where((alpha >= 0.0) & (alpha <= 1.0), alpha, nan)
     if labels_ptr is None:
@@ -87,8 +83,8 @@ def prepare_kernel(
     if upstream_ptr is not None:
         scale = scale * tl.load(upstream_ptr).to(tl.float32)
 
-    # The spline's weights of (log outcomes, tail at each temperature), at β = 1/T: see fastkd.kernels.tail.
-    beta = 1.0 / temperature
+    # The spline's weights of (log outcomes, tail at each T), at β = 1/T: see fastkd.kernels.tail.
+    beta = 1.0 / T
     interval = 0
     start = 0.0
     highest = 0.0
@@ -107,13 +103,13 @@ def prepare_kernel(
     weight = weight * t + tl.load(row + 2 * (M + 1), mask=there, other=0.0)
     weight = weight * t + tl.load(row + (M + 1), mask=there, other=0.0)
     weight = weight * t + tl.load(row, mask=there, other=0.0)
-    served = (temperature > 0.0) & (temperature <= HIGHEST) & (beta <= highest * (1.0 + SNAP)) & (on_grid | OFF_GRID)
-    temperature = tl.where(served, temperature, nan)
+    served = (T > 0.0) & (T <= HIGHEST) & (beta <= highest * (1.0 + SNAP)) & (on_grid | OFF_GRID)
+    T = tl.where(served, T, nan)
 
     tl.store(params_ptr + ALPHA, alpha)
-    tl.store(params_ptr + TEMPERATURE, temperature)
+    tl.store(params_ptr + TEMPERATURE, T)
     tl.store(params_ptr + SCALE, scale)
-    tl.store(params_ptr + USE_DRAWS, tl.where(temperature <= reach, 1.0, 0.0))
+    tl.store(params_ptr + USE_DRAWS, tl.where(reach >= T, 1.0, 0.0))
     tl.store(params_ptr + DIVISOR, divisor)
     tl.store(params_ptr + WEIGHTS + m, weight, mask=there)
 
@@ -135,50 +131,10 @@ def _counted(rows, there, labels_ptr, mask_ptr, index_ptr, N, ignore_index):
 
 
 @triton.jit
-def _lse(x):
-    """logsumexp of a small vector; −inf for an empty one."""
-    m = tl.max(x)
-    ref = tl.where(m == float("-inf"), 0.0, m)
-    return ref + tl.log(tl.sum(tl.exp(x - ref)))
-
-
-@triton.jit
-def _log_add(x, y):
-    m = tl.maximum(x, y)
-    ref = tl.where(m == float("-inf"), 0.0, m)
-    return ref + tl.log(tl.exp(x - ref) + tl.exp(y - ref))
-
-
-@triton.jit
-def _times(weight, x):
-    """weight * x where 0 * ±inf is 0."""
-    return tl.where(weight == 0.0, 0.0, weight * x)
-
-
-@triton.jit
-def _slope(w, log_q, log_p, mix, DIVERGENCE: tl.constexpr):
-    """For an outcome: its term of the divergence, and p * b with b the derivative of that term in p."""
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
-    if DIVERGENCE == FORWARD_KL:
-        term = _times(w, log_q - log_p)
-        slope = -w
-    elif DIVERGENCE == REVERSE_KL:
-        term = _times(p, log_p - log_q)
-        slope = term
-    elif DIVERGENCE == JSD or DIVERGENCE == SKEW_KL:
-        log_m = _log_add(log_q + tl.log(mix), log_p + tl.log(1.0 - mix))
-        if DIVERGENCE == JSD:
-            p_over_m = _times(p, log_p - log_m)
-            term = mix * _times(q, log_q - log_m) + (1.0 - mix) * p_over_m
-            slope = (1.0 - mix) * p_over_m
-        else:
-            term = _times(q, log_q - log_m)
-            slope = -(1.0 - mix) * _times(q, tl.exp(log_p - log_m))
-    else:
-        term = 0.5 * tl.abs(q - p)
-        slope = p * tl.where(q > p, -0.5, tl.where(q < p, 0.5, 0.0))
-    return term, slope
+def outcome_terms(weight, log_q, log_p, parameter):
+    """The terms f(q, p) of outcomes, and p df/dp. `loss_kernel_of` puts a divergence's `triton_terms` in its place."""
+    tl.static_assert(False, "no divergence: see loss_kernel_of")
+    return log_q, log_p
 
 
 @triton.jit
@@ -212,10 +168,9 @@ def loss_kernel(
     outcomes_stride,
     ignore_index,
     inverse_draw_temperature,
-    mix,
+    parameter,
     softcap,
     logit_scale,
-    DIVERGENCE: tl.constexpr,
     TREATMENT: tl.constexpr,
     BY_POSITION: tl.constexpr,
     WANT_GRAD: tl.constexpr,
@@ -323,8 +278,8 @@ def loss_kernel(
     has_head = ((counts >> 20) & 0xFFFFF).to(tl.int32) > 0
     has_draws = (counts >> 40).to(tl.int32) > 0
     scaled = logprob / T
-    log_head = _lse(tl.where(in_head, scaled, float("-inf")))
-    log_z = _log_add(log_head, log_tail)
+    log_head = tm.logsumexp(tl.where(in_head, scaled, float("-inf")))
+    log_z = tm.log_add(log_head, log_tail)
     log_z = tl.where(log_z == float("-inf"), 0.0, log_z)
     log_q = scaled - log_z
     log_q_tail = log_tail - log_z
@@ -340,7 +295,7 @@ def loss_kernel(
         # q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
         share = tl.log(tl.maximum(draws, 1.0)) + logprob * (1.0 / T - inverse_draw_temperature)
         share = tl.where(drawn, share, float("-inf"))
-        w = tl.where(drawn & by_draws, tl.exp(share - _lse(share) + log_q_tail), w)
+        w = tl.where(drawn & by_draws, tl.exp(share - tm.logsumexp(share) + log_q_tail), w)
     bad = bad | (has_draws & (has_head == 0) & (by_draws == 0))
     has_support = has_head | by_draws
     # whether the rest of the vocabulary is an outcome of its own
@@ -383,7 +338,7 @@ def loss_kernel(
         log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + (m_off - m) / T - log_s, float("-inf"))
 
     # --- the divergence and its gradient ----------------------------------------------------------------------------
-    term, slope = _slope(w, log_q, log_p, mix, DIVERGENCE)
+    term, slope = outcome_terms(w, log_q, log_p, parameter)
     term = tl.where(support, term, 0.0)
     slope = tl.where(support, slope, 0.0)
     p = tl.exp(log_p)
@@ -394,7 +349,7 @@ def loss_kernel(
         off = -p_tail * mean_slope
     else:
         w_tail = tl.exp(log_q_tail)
-        term_tail, slope_tail = _slope(w_tail, log_q_tail, log_p_tail, mix, DIVERGENCE)
+        term_tail, slope_tail = outcome_terms(w_tail, log_q_tail, log_p_tail, parameter)
         p_tail = tl.exp(log_p_tail)
         divergence = tl.sum(term, 0) + tl.where(bucket, term_tail, 0.0)
         mean_slope = tl.sum(slope, 0) + tl.where(bucket, slope_tail, 0.0)

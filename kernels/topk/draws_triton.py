@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import INF, column, exp2_exact, finite_or_zero, transform
+from ..triton_math import INF, finite_or_zero
 from . import draws as dr
 from .config import Plan
+from .triton_math import column, exp2_exact, transform
 
 STREAM = tl.constexpr(dr.STREAM)
 MIX1 = tl.constexpr(dr.MIX1)

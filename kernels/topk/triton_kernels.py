@@ -16,17 +16,8 @@ run in a fixed order without atomics: results are the same bits on every run. `t
 import triton
 import triton.language as tl
 
-from ..triton_math import (
-    INF,
-    LOW31,
-    column,
-    finite_or_zero,
-    log,
-    ordered,
-    sort_descending,
-    transform,
-    unordered,
-)
+from ..triton_math import INF, finite_or_zero, log
+from .triton_math import LOW31, column, ordered, sort_descending, transform, unordered
 
 LEAST = tl.constexpr(-(2**31))  # below every ordered logit
 LEAST64 = tl.constexpr(-(2**63))

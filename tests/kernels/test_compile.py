@@ -155,12 +155,13 @@ def test_inductor(inplace: bool) -> None:
 @pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss"])
 def test_operators_are_sound(op: str) -> None:
     """torch's own checks of an operator: schema, fakes, autograd registration."""
+    from fastkd import LossConfig
     from fastkd.kernels.loss.api import _call
 
     c = case("plain", 5, 48, 4, 3)
-    settings = {"alpha": 0.5, "temperature": 2.0, "divergence": "forward_kl", "treatment": "auto", "beta": 0.5}
-    settings |= {"skew": 0.1, "ignore_index": -100, "mask": None, "weights": None, "num_items": None, "impl": "torch"}
-    call = _call("logits", c.logits, 48, torch.float32, c.targets, c.labels, **settings)
+    rows = {"labels": c.labels, "mask": None, "weights": None, "num_items": None}
+    config = LossConfig(temperature=2.0, impl="torch")
+    call = _call("logits", c.logits, 48, torch.float32, c.targets, config, rows).arguments()
     if op == "kd_loss":
         args = (c.logits.requires_grad_(), None, True, False, *call)
     else:

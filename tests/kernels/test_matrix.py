@@ -8,7 +8,7 @@ import torch
 from cases import CELLS, KINDS, Case, case, dense_loss
 
 from fastkd import KDError, SparseTargets, kd_loss, linear_kd_loss
-from fastkd.kernels.targets import SAMPLED_REACH
+from fastkd.kernels.treatment import SAMPLED_REACH
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here, not interpreted")
 DEVICE_ON = pytest.mark.parametrize(

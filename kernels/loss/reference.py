@@ -6,47 +6,30 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .loss.blocks import counted_rows
-from .loss.call import Call, saveable
-from .targets import TargetsAt
+from ..divergences import find_divergence
+from ..targets import TargetsAt
+from .blocks import counted_rows
+from .call import Call, saveable
 
 _INF = float("inf")
 
 
-def divergence_rows(u_NV: Tensor, ids_NK: Tensor, at: TargetsAt, divergence: str, mix: float) -> Tensor:
-    """The divergence `[N]` of softmax(u) from a teacher's outcomes: the entries of S and, last, all else as one.
+def divergence_rows(u_NV: Tensor, ids_NK: Tensor, at: TargetsAt, divergence: str, parameter: float) -> Tensor:
+    """A divergence `[N]`, in nats, of softmax(u) from a teacher's outcomes: the entries of S and, last, the tail.
 
-    `mix` is β of the generalised Jensen-Shannon divergence (M = βq + (1-β)p) or λ of the skewed KL (M = λq + (1-λ)p).
+    parameter: the value of the divergence's parameter; not used by those that have none.
     """
     in_support = at.log_q > -_INF
-    dense = torch.zeros_like(u_NV, dtype=torch.int32)
-    dense.scatter_add_(1, ids_NK.long().masked_fill(~in_support, 0), in_support.int())
+    ids = ids_NK.long().masked_fill(~in_support, 0)
+    on_support = torch.zeros_like(u_NV, dtype=torch.int32).scatter_add_(1, ids, in_support.int()) > 0
     log_p = torch.log_softmax(u_NV, 1)
-    log_p_tail = _logsumexp(log_p.masked_fill(dense > 0, -_INF))
-    log_p_entries = log_p.gather(1, ids_NK.long().masked_fill(~in_support, 0))
-
-    has_tail = at.log_q_tail > -_INF if divergence == "forward_kl" else torch.ones_like(at.log_q_tail, dtype=torch.bool)
-    present = torch.cat([in_support, has_tail[:, None]], 1)
+    log_p_tail = _logsumexp(log_p.masked_fill(on_support, -_INF))
+    # entries outside S have probability 0, and the logarithm of it no gradient
+    log_p = torch.cat([log_p.gather(1, ids).masked_fill(~in_support, -_INF), log_p_tail[:, None]], 1)
     log_q = torch.cat([at.log_q, at.log_q_tail[:, None]], 1)
     weight = torch.cat([at.weights, at.log_q_tail.exp()[:, None]], 1)
-    log_p = torch.cat([log_p_entries, log_p_tail[:, None]], 1)
-    # outcomes that a row does not have: probability 0, and logarithms that no gradient can turn into NaN
-    p, q = (x.exp().masked_fill(~present, 0.0) for x in (log_p, log_q))
-    log_p, log_q = log_p.masked_fill(~present, 0.0), log_q.masked_fill(~present, 0.0)
-
-    if divergence == "forward_kl":
-        terms = _times(weight, _minus(log_q, log_p))
-    elif divergence == "reverse_kl":
-        terms = _times(p, _minus(log_p, log_q))
-    elif divergence == "jsd":
-        log_m = _log_mix(mix, log_q, log_p)
-        terms = mix * _times(q, _minus(log_q, log_m)) + (1 - mix) * _times(p, _minus(log_p, log_m))
-    elif divergence == "skew_kl":
-        terms = _times(q, _minus(log_q, _log_mix(mix, log_q, log_p)))
-    else:
-        terms = 0.5 * (q - p).abs()
-    rows = terms.sum(1)
-    rows = torch.where(in_support.any(1), rows, 0.0)
+    terms = find_divergence(divergence).oracle_terms(weight, log_q, log_p, parameter)
+    rows = torch.where(in_support.any(1), terms.sum(1), 0.0)
     return torch.where(at.log_q_tail.isnan(), torch.nan, rows)
 
 
@@ -120,16 +103,15 @@ def _differentiate(
 
 
 def _total(z_CV: Tensor, call: Call, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    t = call.temperature_now()
+    alpha, t = call.numbers()
     at = call.targets_at(t, torch.float64)
-    soft = t * t * divergence_rows(z_CV / t, call.ids, at, call.divergence, call.mix)
+    soft = t * t * divergence_rows(z_CV / t, call.ids, at, call.config.divergence, call.config.parameter)
     hard = torch.zeros_like(soft) if call.labels is None else cross_entropy_rows(z_CV, call.labels.long())
     if call.weights is not None:
         soft, hard = soft * call.weights.double(), hard * call.weights.double()
     hard_mean, soft_mean = hard.sum() / divisor.double(), soft.sum() / divisor.double()
     if call.labels is None:
         return soft_mean, torch.full_like(soft_mean, torch.nan), soft_mean
-    alpha = call.alpha_now()
     # a part with factor 0 adds nothing, even where it is infinite
     loss = (alpha * hard_mean if alpha else hard_mean.detach() * 0) + ((1 - alpha) * soft_mean if alpha < 1 else 0)
     return loss, hard_mean, soft_mean
@@ -139,24 +121,3 @@ def _logsumexp(x: Tensor) -> Tensor:
     """logsumexp over dim 1 whose gradient is 0, not NaN, in a row that is empty."""
     empty = (x == -_INF).all(1)
     return torch.where(empty, -_INF, torch.logsumexp(x.masked_fill(empty[:, None], 0.0), 1))
-
-
-def _minus(a: Tensor, b: Tensor) -> Tensor:
-    """a - b where −inf − (−inf) is 0: the terms it occurs in have weight 0."""
-    both = (a == -_INF) & (b == -_INF)
-    return a.masked_fill(both, 0.0) - b.masked_fill(both, 0.0)
-
-
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x where 0 * ±inf is 0."""
-    zero = weight == 0
-    return weight.masked_fill(zero, 0.0) * x.masked_fill(zero, 0.0)
-
-
-def _log_mix(mix: float, log_q: Tensor, log_p: Tensor) -> Tensor:
-    both = (log_q == -_INF) & (log_p == -_INF)
-    a, b = log_q.masked_fill(both, 0.0), log_p.masked_fill(both, 0.0)
-    mixed = torch.logaddexp(
-        a + torch.log(torch.tensor(mix, dtype=a.dtype)), b + torch.log(torch.tensor(1 - mix, dtype=a.dtype))
-    )
-    return mixed.masked_fill(both, -_INF)

@@ -1,0 +1,54 @@
+"""Checks of single arguments: whole numbers, real numbers and 0-d tensors. Imports torch only for what may be one."""
+
+import operator
+from math import inf
+from numbers import Real
+from typing import Any
+
+from .errors import KDError
+
+
+def describe(value: Any) -> str:
+    """What an argument is, for a message."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return f"{repr(value)[:40]} ({type(value).__name__})"
+
+
+def whole_number(name: str, value: Any, expected: str) -> Any:
+    """An int (or torch's symbol for one) from any integer type, NumPy's included. Raises KDError for others.
+
+    expected: what the number means, for the message.
+    """
+    number = value
+    if type(value) is not int:
+        import torch
+
+        if not isinstance(value, torch.SymInt):
+            if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+                raise KDError(f"{name}: got {describe(value)}; expected {expected}.")
+            number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise KDError(f"{name}: got {number}; expected {expected} below 2^63.")
+    return number
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise KDError unless it is a positive, finite number."""
+    if not isinstance(value, Real) or not 0 < float(value) < inf:
+        raise KDError(f"{name}: got {value!r}; expected a positive, finite number.")
+
+
+def is_number(name: str, value: Any) -> bool:
+    """True for a real number, False for a 0-d tensor of real numbers. Raises KDError for all else."""
+    if isinstance(value, Real):
+        return True
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise KDError(f"{name}: got {describe(value)}; expected a number or a 0-d tensor.")
+    if value.ndim:
+        raise KDError(f"{name}: got a tensor of shape {tuple(value.shape)}; expected a number or a 0-d tensor.")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise KDError(f"{name}: got a tensor of {value.dtype}; expected a real number.")
+    return False
