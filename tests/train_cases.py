@@ -12,6 +12,7 @@ import fastkd
 from fastkd.cache import Cache, open_cache
 from fastkd.kernels.lm_head import LMHead
 from fastkd.models.protocol import Hidden
+from fastkd.train.checkpoint import Checkpoint, read
 
 WIDTH = 12
 # eight shards and more, of pieces of many lengths
@@ -81,6 +82,17 @@ def make_cache(folder: Path, data: Any = None, **changes: Any) -> Cache:
     teacher = Tiny(seed=7)
     fastkd.capture(teacher, documents() if data is None else data, folder, **{**CAPTURE, **changes})
     return open_cache(folder)
+
+
+def bits(run: Path, step: int) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+    """All tensors of a checkpoint, as bytes: equal only if they are equal bit by bit."""
+    found = read(run, step)
+    assert isinstance(found, Checkpoint), found
+    return {
+        f"{group}.{name}": (t.dtype, t.shape, t.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        for group in ("model", "optimizer")
+        for name, t in found.tensors(group).items()
+    }
 
 
 def tied_llama() -> Any:

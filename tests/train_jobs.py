@@ -13,7 +13,7 @@ from typing import Any
 from fastkd.utils.signals import DONE, WORK_REMAINS
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.train.api", "fastkd.evaluate.evaluate"])
+SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.train.api", "fastkd.evaluate.api"])
 
 
 def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
@@ -149,6 +149,7 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
     changes what lies on the disk."""
     from fastkd.train import checkpoint, metrics
     from fastkd.train.trainer import Trainer
+    from fastkd.utils import atomic
 
     left = moment
 
@@ -164,8 +165,9 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
 
     if int(os.environ.get("RANK", "0")) == of:
         for owner, name in (
-            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (checkpoint, "save_file"),
-            (checkpoint.shutil, "rmtree"), (metrics.MetricsLog, "write"), (Trainer, "_make"),
+            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (atomic.shutil, "rmtree"),
+            (checkpoint, "_save"), (checkpoint.dcp.FileSystemWriter, "write_data"),
+            (metrics.MetricsLog, "write"), (Trainer, "_make"),
         ):  # fmt: skip
             setattr(owner, name, dying(getattr(owner, name)))
     train(student, cache, out, changes)

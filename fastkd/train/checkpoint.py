@@ -1,9 +1,10 @@
-"""Checkpoints on disk: a folder each, there whole or not at all; tensors as safetensors, the rest as JSON.
+"""Checkpoints on disk: a folder each, complete or absent, written and read by torch.distributed.checkpoint.
 
-    RUN/checkpoints/step-00000120/  model.safetensors  optimizer.safetensors  state.json
+    RUN/checkpoints/step-00000120/  .metadata  __0_0.distcp  __1_0.distcp ...  state.json
 
-A checkpoint is written into a folder with a leading dot, every file and the folder synced, and renamed. state.json
-holds the size and the sha256 of the other files, so that a damaged one is known for what it is.
+Each process writes its own part of the tensors into a folder with a temporary name; the first one renames it when all
+are done. state.json has the size and sha256 of every other file, so that a damaged checkpoint is detected. Any number
+of processes can load a checkpoint. Version 1 (model.safetensors, optimizer.safetensors) can still be read.
 """
 
 import hashlib
@@ -11,66 +12,129 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import TrainError
-from ..utils.atomic import remove_folder, write_folder
+from ..utils.atomic import PART, commit_folder, drop_folder, remove_folder, start_folder, temporary_folder
+from ..utils.distributed import ALONE, Processes
 
-FORMAT, VERSION = "fastkd-checkpoint", 1
+FORMAT, VERSION = "fastkd-checkpoint", 2
 FOLDER = "checkpoints"
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
+Tensors = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint. state: what was given to `write`."""
+    """A complete checkpoint. state: the JSON document given to `write`. version: of the format on disk."""
 
     folder: Path
     step: int
     state: dict[str, Any]
+    version: int = VERSION
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those written under a name. TrainError where they cannot be read."""
-        path = self.folder / f"{name}.safetensors"
+    def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of a group, by name. Raises TrainError if the files cannot be read."""
+        with self._readable():
+            if self.version == 1:
+                return {name: (tuple(t.shape), t.dtype) for name, t in self._safetensors(group).items()}
+            stored = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+            return {
+                name.removeprefix(f"{group}."): (tuple(one.size), one.properties.dtype)
+                for name, one in stored.items()
+                if name.startswith(f"{group}.") and isinstance(one, TensorStorageMetadata)
+            }
+
+    def load(self, group: str, tensors: Tensors, processes: Processes = ALONE) -> None:
+        """Load a group into tensors in place. Every process calls it, and reads only its own part of DTensors.
+
+        tensors: all with the shapes that `shapes` returns. Raises TrainError if the files cannot be read.
+        """
+        with self._readable(), torch.no_grad():
+            if self.version == 1:
+                stored = self._safetensors(group)
+                for name, tensor in tensors.items():
+                    tensor.copy_(_distributed_like(stored[name], tensor))
+                return
+            named = {f"{group}.{name}": tensor for name, tensor in tensors.items()}
+            reader = dcp.FileSystemReader(self.folder)
+            if processes.group is None:  # torch 2.6 has no public way for one process alone of several
+                _load_state_dict(named, reader, no_dist=True)
+            else:
+                dcp.load(named, storage_reader=reader, process_group=processes.group)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """A group as complete tensors on the CPU. One process may call it alone."""
+        found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.shapes(group).items()}
+        self.load(group, found)
+        return found
+
+    def _safetensors(self, group: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{group}.safetensors")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
         try:
-            return load_file(path)
+            with _cause_of_failure():
+                yield
         except (OSError, SafetensorError) as error:
-            raise TrainError(f"{path}: cannot be read ({error}). Delete {self.folder}, and train again.") from error
+            raise TrainError(f"{self.folder}: cannot be read ({error}). Delete it, and train again.") from error
 
 
-def write(run: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint; one of this step that is there is replaced. Returns its folder.
+def write(
+    run: Path, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], processes: Processes = ALONE
+) -> Path:
+    """Write a checkpoint, replacing one of the same step. Every process calls it. Returns its folder.
 
-    tensors: by name, on the CPU, none of which shares memory. state: what JSON can hold. Raises OSError or
-    SafetensorError where it cannot be written.
+    groups: named tensors, on any device; DTensors are written in parts, other tensors by the first process.
+    state: what JSON can hold. Raises OSError, on all processes, if one of them cannot write.
     """
     final = run / FOLDER / f"step-{step:08d}"
-
-    def fill(folder: Path) -> None:
-        files = {}
-        for name, some in tensors.items():
-            path = folder / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in some.items()}, path)
-            files[path.name] = _identity(path)
-        document = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": dict(state)}
-        (folder / STATE).write_text(json.dumps(document, allow_nan=False))
-
-    write_folder(final, fill)
+    temporary = temporary_folder(final)
+    try:
+        with processes.all_or_none():
+            if processes.first:
+                start_folder(final)
+        _save({f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}, temporary,
+              processes)  # fmt: skip
+        mine: dict[str, Any] = {}
+        with processes.all_or_none():
+            own = [*temporary.glob(f"__{processes.rank}_*"), *([temporary / ".metadata"] if processes.first else [])]
+            mine = {path.name: _identity(path) for path in own}
+        files = {name: identity for part in processes.gather(mine) for name, identity in part.items()}
+        with processes.all_or_none():
+            if processes.first:
+                document = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": dict(state)}
+                (temporary / STATE).write_text(json.dumps(document, allow_nan=False))
+                commit_folder(final)
+    except BaseException:
+        if processes.first:
+            drop_folder(final)
+        raise
     return final
 
 
-def newest(run: Path, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None where there is none of any kind. say: told of those that are damaged.
+def newest(run: Path, warn: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, or None if there are none. warn: called for each damaged one.
 
-    Raises TrainError where all are damaged: to begin anew is not for this to decide.
+    Raises TrainError if all are damaged: starting from scratch must be the user's decision.
     """
     problem = ""
     for step in sorted(steps_of(run), reverse=True):
@@ -78,44 +142,47 @@ def newest(run: Path, say: Callable[[str], None] = lambda text: None) -> Checkpo
         if isinstance(found, Checkpoint):
             return found
         problem = f"{run / FOLDER / f'step-{step:08d}'}: {found}"
-        say(f"{problem}; an older checkpoint is taken.")
+        warn(f"{problem}; an older checkpoint is used.")
     if problem:
-        raise TrainError(f"{problem}, and no other checkpoint is whole. Delete {run / FOLDER} to begin anew.")
+        raise TrainError(f"{problem}, and there is no other complete checkpoint. Delete {run / FOLDER} to start anew.")
     return None
 
 
-def read(run: Path, step: int) -> Checkpoint | str:
-    """A checkpoint, or what is wrong with it."""
+def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
+    """The checkpoint of a step, or a description of what is wrong with it. verify: compare sizes and hashes of files.
+
+    Raises TrainError for a version of the format that is not known.
+    """
     folder = run / FOLDER / f"step-{step:08d}"
     try:
         document = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         return f"{STATE} cannot be read ({error})"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return f"{STATE} is no checkpoint's"
-    if document.get("version") != VERSION:
+        return f"{STATE} is not that of a checkpoint"
+    if (version := document.get("version")) not in (1, VERSION):
         raise TrainError(
-            f"{folder}: found version {document.get('version')!r}, this fastkd reads {VERSION}; use the fastkd that "
-            "wrote it, or train into another folder."
+            f"{folder}: got version {version!r}; expected at most {VERSION}. Use the fastkd that wrote it, or train "
+            "into another folder."
         )
-    for name, expected in document["files"].items():
+    for name, expected in document["files"].items() if verify else ():
         try:
             if _identity(folder / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
         except OSError as error:
             return f"{name} cannot be read ({error})"
-    return Checkpoint(folder, step, document["state"])
+    return Checkpoint(folder, step, document["state"], version)
 
 
 def steps_of(run: Path) -> list[int]:
-    """The steps of which there is a checkpoint, whole or damaged."""
+    """The steps that have a checkpoint, complete or damaged."""
     folder = run / FOLDER
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
 
 
 def prune(run: Path, *, keep: int, best: int | None, last: int) -> None:
-    """Remove all checkpoints but those of the last `keep` steps up to `last`, and of the best."""
+    """Remove all checkpoints except those of the last `keep` steps up to `last`, and of the best step."""
     steps = steps_of(run)
     kept = [step for step in steps if step <= last][-keep:]
     for step in set(steps) - {best, *kept}:
@@ -123,13 +190,40 @@ def prune(run: Path, *, keep: int, best: int | None, last: int) -> None:
 
 
 def clean(run: Path) -> None:
-    """Remove what was being written, or removed, when a run ended."""
+    """Remove the temporary files and folders that an interrupted run left."""
     for folder in (run, run / FOLDER):
-        for left in folder.glob(".*.part"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for path in folder.glob(f".*{PART}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:
+    # buffers may differ between processes: those of the first one are kept
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    writer = dcp.FileSystemWriter(folder)
+    with warnings.catch_warnings(), _cause_of_failure():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
+        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
+
+
+@contextmanager
+def _cause_of_failure() -> Iterator[None]:
+    """Raise what CheckpointException wraps, which is itself no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise (
+            cause if isinstance(cause, OSError) or not isinstance(cause, Exception) else OSError(str(cause))
+        ) from error
+
+
+def _distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def _identity(path: Path) -> list[Any]:
-    """A file's size and hash."""
+    """A file's size and sha256."""
     with open(path, "rb") as file:
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]

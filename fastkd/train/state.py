@@ -1,52 +1,57 @@
-"""A student's weights and its optimizer's state as whole tensors by name, whatever the processes divide them into."""
+"""The tensors of a training, by name, for checkpoints: weights, buffers and the optimizer's state."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import TrainError
+from ..utils.distributed import ALONE, Processes
+from .checkpoint import Checkpoint
+
+MODEL, OPTIMIZER = "model", "optimizer"
+"""Names of the groups of tensors in a checkpoint."""
 
 
-def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each once, whole, on the CPU. Every process calls it; keep: where they are
-    wanted (elsewhere nothing is returned, nor in memory for long)."""
-    return _whole(_named(model), keep)
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, shared ones once. They share memory with the model."""
+    return {name: tensor.detach() for name, tensor in _named(model)}
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put the tensors in. TrainError where the student is another than the one they are of. where: for the message."""
-    ours = dict(_named(model))
-    _check(ours, tensors, where)
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(_like(tensors[name], tensor))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state of each parameter, as `parameter.key`; as `model_tensors`."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state of each parameter, named `parameter.key`. They share memory with the optimizer."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found = (
-        (f"{names[id(p)]}.{key}", value)
+    return {
+        f"{names[id(p)]}.{key}": value
         for group in optimizer.param_groups
         for p in group["params"]
         for key, value in optimizer.state[p].items()
-    )
-    return _whole(found, keep)
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the state in. The model's tensors were checked before."""
+def load_model(checkpoint: Checkpoint, model: nn.Module, processes: Processes = ALONE) -> None:
+    """Load a checkpoint's weights. Raises TrainError if they are those of another student."""
+    tensors = model_tensors(model)
+    _check(tensors, checkpoint)
+    checkpoint.load(MODEL, tensors, processes)
+
+
+def load_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes = ALONE
+) -> None:
+    """Load a checkpoint's optimizer state, after `load_model` has checked that the parameters fit."""
     parameters = dict(model.named_parameters())
-    states: dict[str, dict[str, Any]] = {}
-    for full, tensor in tensors.items():
+    on_device = {
+        id(p) for group in optimizer.param_groups if group["fused"] or group["capturable"] for p in group["params"]
+    }
+    for full, (shape, dtype) in checkpoint.shapes(OPTIMIZER).items():
         name, _, key = full.rpartition(".")
-        # what counts steps is a number beside the parameter, what is of its shape is divided as it is
-        states.setdefault(name, {})[key] = _like(tensor, parameters[name]) if tensor.ndim else tensor.clone()
-    for name, state in states.items():
-        optimizer.state[parameters[name]] = state
+        p = parameters[name]
+        if key == "step":  # a counter, not sharded as the parameter is; torch wants it on the CPU or beside it
+            optimizer.state[p][key] = torch.empty(shape, dtype=dtype, device=p.device if id(p) in on_device else None)
+        else:
+            optimizer.state[p][key] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+    checkpoint.load(OPTIMIZER, optimizer_tensors(optimizer, model), processes)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -57,33 +62,16 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _whole(named: Any, keep: bool) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in named:
-        plain = tensor.detach()
-        whole = plain.full_tensor() if isinstance(plain, DTensor) else plain
-        if keep:
-            found[name] = whole.to("cpu", copy=True)
-    return found
-
-
-def _like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor placed and divided as another."""
-    moved = whole.to(tensor.device)
-    if not isinstance(tensor, DTensor):
-        return moved.clone() if moved is whole else moved
-    return distribute_tensor(moved, tensor.device_mesh, tensor.placements)
-
-
-def _check(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    other = "Train into another folder, or with the student it was begun with."
+def _check(ours: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    theirs, advice = checkpoint.shapes(MODEL), "Train into another folder, or with the student the run began with."
+    where = checkpoint.folder
     if names := sorted(ours.keys() ^ theirs.keys()):
         side = "the checkpoint's student" if names[0] in theirs else "this student"
-        raise TrainError(f"{where}: {names[0]} is in {side} alone ({len(names)} such tensors). {other}")
+        raise TrainError(f"{where}: {names[0]} is in {side} alone ({len(names)} such tensors). {advice}")
     for name, tensor in ours.items():
-        found, need = theirs[name], tensor
-        if (found.shape, found.dtype) != (need.shape, need.dtype):
+        shape, dtype = theirs[name]
+        if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
             raise TrainError(
-                f"{where}: {name} is {tuple(found.shape)} {found.dtype} there, {tuple(need.shape)} {need.dtype} in this"
-                f" student. {other}"
+                f"{where}: {name} is {shape} {dtype} there, {tuple(tensor.shape)} {tensor.dtype} in this student. "
+                f"{advice}"
             )

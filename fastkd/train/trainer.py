@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..cache.reader import Cache
 from ..errors import TrainError, WorkRemains
@@ -45,7 +44,7 @@ from .result import (
 )
 from .schedule import ramp_at, rate_at
 from .settings_check import check_same, resume_fingerprint
-from .state import load_model, load_optimizer, model_tensors, optimizer_tensors
+from .state import MODEL, OPTIMIZER, load_model, load_optimizer, model_tensors, optimizer_tensors
 from .student import Student
 from .trackers import tracker_of
 
@@ -110,7 +109,7 @@ class Trainer:
         found = newest(self._out, self._say) if self._processes.first else None
         step = self._processes.agree(found.step if found else 0)
         if step:
-            whole = found or read(self._out, step)
+            whole = found or read(self._out, step, verify=False)
             if not isinstance(whole, Checkpoint):
                 raise TrainError(f"{self._out}: process {self._processes.rank} finds no checkpoint of step {step} there"
                                  f" ({whole}); all processes need the same folder.")  # fmt: skip
@@ -196,8 +195,8 @@ class Trainer:
         if self._evaluate is None or not (other or again):
             return
         if other:
-            found = self._best_checkpoint()
-            load_model(self.student, found.tensors("model"), str(found.folder))
+            found = self._checkpoint_to_export()
+            load_model(found, self.student, self._processes)
         self._evaluation = self._measured()
 
     def write_run(self, caches: Sequence[Cache], report: TrainReport) -> None:
@@ -325,52 +324,52 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint; all figures up to here are finite."""
-        first = self._processes.first
-        model = model_tensors(self.student, keep=first)
-        optimizer = optimizer_tensors(self.optimizer, self.student, keep=first)
-        if first:
-            state = {
-                "settings": self._deciding,
-                "loader": self._loader.state_dict(),
-                "best": self._best,
-                "metrics": self._metrics,
-                "evaluation": self._evaluation,
-                "processes": self._processes.world_size,
-            }
-            try:
-                write(self._out, self.step, {"model": model, "optimizer": optimizer}, state)
-            except (OSError, SafetensorError) as error:
-                raise WorkRemains(
-                    f"{self._out}: the checkpoint of step {self.step} cannot be written ({error}). Those that are there"
-                    " are kept: make room, and the same command goes on."
-                ) from error
+        tensors = {
+            MODEL: model_tensors(self.student),
+            OPTIMIZER: optimizer_tensors(self.optimizer, self.student),
+        }
+        state = {
+            "settings": self._deciding,
+            "loader": self._loader.state_dict(),
+            "best": self._best,
+            "metrics": self._metrics,
+            "evaluation": self._evaluation,
+            "processes": self._processes.world_size,
+        }
+        try:
+            write(self._out, self.step, tensors, state, self._processes)
+        except OSError as error:
+            raise WorkRemains(
+                f"{self._out}: the checkpoint of step {self.step} cannot be written ({error}). Earlier checkpoints are "
+                "kept: free disk space, and the same command resumes."
+            ) from error
+        if self._processes.first:
             prune(self._out, keep=self._settings.keep, best=self._best.get("step"), last=self.step)
         self._checkpointed = self.step
 
     def _load(self, found: Checkpoint) -> None:
         check_same(found.state["settings"], self._deciding, str(found.folder))
-        load_model(self.student, found.tensors("model"), str(found.folder))
-        load_optimizer(self.optimizer, self.student, found.tensors("optimizer"))
+        load_model(found, self.student, self._processes)
+        load_optimizer(found, self.optimizer, self.student, self._processes)
         self._loader.load_state_dict(found.state["loader"])
         self.step = found.step
         self._best, self._metrics, self._evaluation = (found.state[n] for n in ("best", "metrics", "evaluation"))
 
     def _export(self) -> None:
         """Write the student."""
-        first = self._processes.first
-        tensors = model_tensors(self.student, keep=first)
-        if not first:
-            return
-        if self._settings.export == "best" and self._best:
-            tensors = self._best_checkpoint().tensors("model")
-        write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
+        if self._processes.first:
+            tensors = self._checkpoint_to_export().tensors(MODEL)
+            write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
 
-    def _best_checkpoint(self) -> Checkpoint:
-        best = read(self._out, self._best["step"])
-        if not isinstance(best, Checkpoint):
-            raise TrainError(f"{self._out}: the best checkpoint, of step {self._best['step']}, {best}. Use "
-                             "export='last'.")  # fmt: skip
-        return best
+    def _checkpoint_to_export(self) -> Checkpoint:
+        step = self._best.get("step", self.step) if self._settings.export == "best" else self.step
+        found = read(self._out, step)
+        if not isinstance(found, Checkpoint):
+            raise TrainError(
+                f"{self._out}: the {self._settings.export} checkpoint, of step {step}: {found}. Delete it, and train "
+                "again; or choose the other one (export)."
+            )
+        return found
 
     def _stopped_by(self, what: str, step: int, batch: str) -> Diverged:
         kept = (

@@ -1,4 +1,4 @@
-"""Files and folders that are on disk whole or not at all, and the lock of a folder."""
+"""Atomic writing: a file or a folder is on disk complete, or not at all. And the lock of a folder."""
 
 import fcntl
 import os
@@ -8,11 +8,14 @@ from pathlib import Path
 
 from ..errors import TrainError
 
+PART = ".part"
+"""How the name of a temporary file or folder ends; it begins with a dot."""
+
 
 def lock(run: Path) -> int:
-    """Keep others from training into a folder, until what is returned is closed (os.close), or this process ends.
+    """Lock a folder against other training processes, until `os.close` of the returned descriptor or the process's end.
 
-    Raises TrainError where another does already. Where the file system has no locks, there is none.
+    Raises TrainError if another process holds the lock. On a file system without locks, nothing is locked.
     """
     folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -27,43 +30,74 @@ def lock(run: Path) -> int:
     return folder
 
 
+def write_file(final: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
+    """Create or replace a file. `write` is given the temporary path to write to; sync: survive a power failure."""
+    # processes that write the same file at the same time do not share a temporary one
+    temporary = final.with_name(f".{final.name}.{os.getpid()}{PART}")
+    try:
+        write(temporary)
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        _sync(final.parent)
+
+
+def write_text(final: Path, text: str, *, sync: bool = True) -> None:
+    """Create or replace a text file, in UTF-8."""
+    write_file(final, lambda path: path.write_text(text, encoding="utf-8"), sync=sync)
+
+
 def write_folder(final: Path, fill: Callable[[Path], object]) -> None:
-    """Have a folder that `fill` fills, whole and on disk; one that is there is replaced."""
-    temporary = final.with_name(f".{final.name}.part")
+    """Create or replace a folder. `fill` is given the empty temporary folder to write into."""
+    try:
+        fill(start_folder(final))
+        commit_folder(final)
+    except BaseException:
+        drop_folder(final)
+        raise
+
+
+def start_folder(final: Path) -> Path:
+    """An empty temporary folder, which `commit_folder` gives its final name and `drop_folder` removes."""
+    temporary = temporary_folder(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    try:
-        fill(temporary)
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a full disk it is the last that should be kept
-        raise
+    return temporary
+
+
+def temporary_folder(final: Path) -> Path:
+    """Where the files of a folder are written before they are complete."""
+    return final.with_name(f".{final.name}{PART}")
+
+
+def commit_folder(final: Path) -> None:
+    """Sync a temporary folder to disk and give it its final name, replacing a folder of that name."""
+    temporary = temporary_folder(final)
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
     remove_folder(final)
     os.rename(temporary, final)
-    # else a power cut could take the new name back
+    # otherwise a power failure could undo the rename
     _sync(final.parent)
 
 
-def write_text(final: Path, text: str) -> None:
-    """Have a file of this text, whole and on disk; one that is there is replaced."""
-    temporary = final.with_name(f".{final.name}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    _sync(final.parent)
+def drop_folder(final: Path) -> None:
+    """Remove a temporary folder, if there is one: on a full disk, incomplete files are the last to keep."""
+    shutil.rmtree(temporary_folder(final), ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there; a kill meanwhile leaves none of its name that is not whole."""
+    """Remove a folder, if it exists. If the process is killed meanwhile, no incomplete folder of this name is left."""
     if not folder.exists():
         return
-    going = folder.with_name(f".{folder.name}.gone.part")
+    going = folder.with_name(f".{folder.name}.gone{PART}")
     if going.exists():
         shutil.rmtree(going)
     os.rename(folder, going)

@@ -71,11 +71,32 @@ class Processes:
         return (lambda: values) if self.group is None else summed_over(self.group)(values)
 
     def agree(self, value: int) -> int:
-        """What the first process says."""
+        """The first process's value, on all."""
         return self.begin_sum([value if self.first else 0])()[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks. It has to be picklable."""
+        values = [value] * self.world_size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """If the block fails on one process with an OSError, an OSError is raised on all of them."""
+        problem = None
+        try:
+            yield
+        except OSError as error:
+            problem = error
+        failed = self.begin_sum([int(problem is not None)])()[0]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise OSError(f"{failed} of {self.world_size} processes failed; their own messages say why")
+
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self.begin_sum([0])()
 
 

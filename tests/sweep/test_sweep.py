@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import train_cases
-from train_cases import SMALL, Tiny, documents, make_cache
+from train_cases import SMALL, Tiny, bits, documents, make_cache
 
 import fastkd
 from fastkd.cache import Cache, open_cache
@@ -74,10 +74,7 @@ def sweep(cache: Any, out: Path, arms: Any = ARMS, student: Any = STUDENT, **cha
 
 def left(run: Path) -> dict[str, Any]:
     """What a run came to, to the bit; but for times, and steps before a resumption that pruned others."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
-    found: dict[str, Any] = {
-        p.name: p.read_bytes() for p in (last / "model.safetensors", last / "optimizer.safetensors")
-    }
+    found: dict[str, Any] = bits(run, STEPS)
     found["student"] = (run / "student" / "model.safetensors").read_bytes()
     times = ("seconds", "waiting", "positions_per_second")
     found["metrics"] = [{k: v for k, v in line.items() if k not in times} for line in read_metrics(run)]

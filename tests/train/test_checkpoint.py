@@ -1,5 +1,6 @@
 """Checkpoints are there whole or not at all, and what is left of others is found out and removed."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_cases import Tiny
 
 from fastkd.errors import TrainError
 from fastkd.settings import TrainSettings
-from fastkd.train import checkpoint
-from fastkd.train.checkpoint import clean, newest, prune, read, steps_of, write
+from fastkd.train.checkpoint import FOLDER, clean, newest, prune, read, steps_of, write
 from fastkd.train.optimizer import clip_, decay_groups, make_optimizer
 from fastkd.train.state import load_model, load_optimizer, model_tensors, optimizer_tensors
+from fastkd.utils import atomic
 from fastkd.utils.atomic import lock, write_folder, write_text
 
 
@@ -49,7 +51,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert older.state["text"] == "ü"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_damaged_one_is_known_and_an_older_one_taken(name: str, harm: str, tmp_path: Path) -> None:
     write(tmp_path, 3, tensors(3), {})
@@ -61,30 +63,30 @@ def test_a_damaged_one_is_known_and_an_older_one_taken(name: str, harm: str, tmp
     else:
         data[len(data) // 2] ^= 1 if harm == "flip" else 0
         path.write_bytes(data[: len(data) - (harm == "cut")])
-    said: list[str] = []
-    found = newest(tmp_path, said.append)
+    warnings: list[str] = []
+    found = newest(tmp_path, warnings.append)
     if name == "state.json" and harm == "flip":
         assert found is not None  # a digit of a hash, or a brace: either way nothing false is taken
         assert found.step in (3, 12)
         return
     assert found is not None
     assert found.step == 3
-    assert "step-00000012" in said[0]
-    assert "older" in said[0]
+    assert "step-00000012" in warnings[0]
+    assert "older" in warnings[0]
 
 
 def test_where_none_is_whole_nothing_begins_anew_by_itself(tmp_path: Path) -> None:
     write(tmp_path, 3, tensors(3), {})
-    file_of(tmp_path, 3, "model.safetensors").unlink()
-    with pytest.raises(TrainError, match=r"step-00000003: model.safetensors cannot be read .* to begin anew"):
+    file_of(tmp_path, 3, "__0_0.distcp").unlink()
+    with pytest.raises(TrainError, match=r"step-00000003: __0_0.distcp cannot be read .* to start anew"):
         newest(tmp_path)
 
 
 def test_another_version(tmp_path: Path) -> None:
     write(tmp_path, 3, tensors(3), {})
     path = file_of(tmp_path, 3, "state.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(TrainError, match="found version 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
+    with pytest.raises(TrainError, match="got version 3; expected at most 2"):
         newest(tmp_path)
 
 
@@ -122,13 +124,13 @@ def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 3
     clean(tmp_path)
-    assert not list(tmp_path.rglob(".*"))
+    assert [path.name for path in tmp_path.rglob(".*")] == [".metadata"]
     assert steps_of(tmp_path) == [3]
 
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = checkpoint._sync, os.rename
+    sync, rename = atomic._sync, os.rename
 
     def synced(path: Path) -> None:
         events.append(path.name)
@@ -138,11 +140,12 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
         events.append(f"-> {Path(target).name}")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint, "_sync", synced)
+    monkeypatch.setattr(atomic, "_sync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     write(tmp_path, 3, tensors(3), {})
+    events = [event for event in events if event != "-> .metadata"]  # DCP's own rename, within the folder
     at = events.index("-> step-00000003")
-    assert set(events[:at]) == {"model.safetensors", "optimizer.safetensors", "state.json", ".step-00000003.part"}
+    assert set(events[:at]) == {"__0_0.distcp", ".metadata", "state.json", ".step-00000003.part"}
     assert events[at - 1] == ".step-00000003.part"
     assert events[at + 1 :] == ["checkpoints"]
 
@@ -164,41 +167,71 @@ def test_two_cannot_train_into_one_folder(tmp_path: Path) -> None:
     os.close(lock(tmp_path))
 
 
-def test_weights_and_state_go_and_come_back() -> None:
-    """Shared weights are there once, and an optimizer goes on as it would have."""
-    settings, batch = TrainSettings(), torch.arange(12)[None]
+def trained(seed: int) -> tuple[Tiny, torch.optim.Optimizer]:
+    """A student whose LM head is its embedding, and a parameter that no gradient has reached."""
+    model = Tiny(seed=seed, logits=True)
+    model.embedding.weight = model.head
+    model.unused = nn.Parameter(torch.ones(3))
+    return model, make_optimizer(model, TrainSettings(), torch.device("cpu"))
 
-    def made(seed: int) -> tuple[Tiny, torch.optim.Optimizer]:
-        model = Tiny(seed=seed, logits=True)
-        model.embedding.weight = model.head
-        return model, make_optimizer(model, settings, torch.device("cpu"))
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        model(batch).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.arange(12)[None]).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
-    ours, theirs = made(0), made(5)
-    step(*ours)
-    model, optimizer = model_tensors(ours[0]), optimizer_tensors(ours[1], ours[0])
-    assert "head" not in model or "embedding.weight" not in model
-    load_model(theirs[0], model, "here")
-    load_optimizer(theirs[1], theirs[0], optimizer)
+
+def write_version_1(run: Path, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """What fastkd wrote before DCP."""
+    folder = run / FOLDER / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    files = {}
+    for name, group in groups.items():
+        path = folder / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in group.items()}, path)
+        data = path.read_bytes()
+        files[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
+    document = {"format": "fastkd-checkpoint", "version": 1, "step": step, "files": files, "state": state}
+    (folder / "state.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_weights_and_optimizer_state_are_restored(version: int, tmp_path: Path) -> None:
+    """Shared weights are stored once, and the optimizer's next step is the same."""
+    ours, theirs = trained(0), trained(5)
+    take_step(*ours)
+    groups = {"model": model_tensors(ours[0]), "optimizer": optimizer_tensors(ours[1], ours[0])}
+    assert "head" not in groups["model"] or "embedding.weight" not in groups["model"]
+    assert not any(name.startswith("unused") for name in groups["optimizer"])
+    (write_version_1 if version == 1 else write)(tmp_path, 1, groups, {})
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.version == version
+    load_model(found, theirs[0])
+    load_optimizer(found, theirs[1], theirs[0])
     for pair in (ours, theirs):
-        step(*pair)
+        take_step(*pair)
     for a, b in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not model_tensors(ours[0], keep=False)
+    again = optimizer_tensors(theirs[1], theirs[0])
+    for name, state in optimizer_tensors(ours[1], ours[0]).items():
+        assert torch.equal(state, again[name]), name
 
 
-def test_another_student_is_named() -> None:
-    found = model_tensors(Tiny())
-    with pytest.raises(TrainError, match=r"there: head is \(96, 12\) torch.float32 there, \(99, 12\)|embedding.weight"):
-        load_model(Tiny(vocab=99), found, "there")
+def test_another_student_is_named(tmp_path: Path) -> None:
+    for name, model in (("plain", Tiny()), ("biased", Tiny(bias=True))):
+        write(tmp_path / name, 3, {"model": model_tensors(model)}, {})
+    plain, biased = newest(tmp_path / "plain"), newest(tmp_path / "biased")
+    assert plain is not None
+    assert biased is not None
+    with pytest.raises(
+        TrainError, match=r"plain.*: head is \(96, 12\) torch.float32 there, \(99, 12\)|embedding.weight"
+    ):
+        load_model(plain, Tiny(vocab=99))
     with pytest.raises(TrainError, match=r"head_bias is in this student alone"):
-        load_model(Tiny(bias=True), found, "there")
+        load_model(plain, Tiny(bias=True))
     with pytest.raises(TrainError, match=r"head_bias is in the checkpoint's student alone"):
-        load_model(Tiny(), model_tensors(Tiny(bias=True)), "there")
+        load_model(biased, Tiny())
 
 
 def test_what_decays() -> None:

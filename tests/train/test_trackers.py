@@ -95,7 +95,7 @@ def test_what_is_not_installed_is_said_before_anything_is_done(
     cache: Cache, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(TrainError, match=f"log: found '{name}', which is not installed .*pip install {name}"):
+    with pytest.raises(TrainError, match=f"log: got '{name}', which is not installed .*pip install {name}"):
         fastkd.train(Tiny(), cache, tmp_path / "run", log=name, **CHANGES)
     assert not (tmp_path / "run").exists()
     train = ["--student", "train_cases:tiny", "--cache", cache.store.describe(), "--out", str(tmp_path / "run")]

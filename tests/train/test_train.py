@@ -214,7 +214,7 @@ def test_the_best_is_kept_and_can_be_the_result(cache: Cache, tmp_path: Path) ->
     assert not isinstance(best, str)
     exported = load_file(tmp_path / "student" / "model.safetensors")
     assert_close({f"model.{n}": t for n, t in exported.items()}, best.tensors("model"), 0.0)
-    with pytest.raises(TrainError, match="best: found 'other'; the evaluation has mine"):
+    with pytest.raises(TrainError, match="best: got 'other'; the evaluation has mine"):
         train(cache, tmp_path / "other", evaluate=lambda student: {"mine": 1.0}, evaluate_every=2, best="other")
 
 
@@ -354,17 +354,17 @@ def test_a_full_disk_leaves_work(cache: Cache, tmp_path: Path, monkeypatch: pyte
     from fastkd.errors import WorkRemains
     from fastkd.train import checkpoint
 
-    save = checkpoint.save_file
-    left = iter([True] * 4)  # two files a checkpoint
+    writer = checkpoint.dcp.FileSystemWriter
+    write, left = writer.write_data, iter([True] * 2)  # checkpoints
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any) -> Any:
         if not next(left, False):
             raise OSError(28, "No space left on device")
-        save(*arguments)
+        return write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(WorkRemains, match=r"checkpoint of step 6 cannot be written .*No space.* make room"):
+        patch.setattr(writer, "write_data", full)
+        with pytest.raises(WorkRemains, match=r"checkpoint of step 6 cannot be written .*No space.* free disk space"):
             train(cache, tmp_path, checkpoint_every=2)
     assert steps_of(tmp_path) == [2, 4]
     assert train(cache, tmp_path, checkpoint_every=2).resumed == 4
@@ -387,7 +387,7 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
 
 def test_without_a_held_out_split(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", held_out=0.0)
-    with pytest.raises(TrainError, match=r"evaluate_every: found 5, and .* captured without \(held_out=0\)"):
+    with pytest.raises(TrainError, match=r"evaluate_every: got 5, and .* captured without \(held_out=0\)"):
         train(cache, tmp_path / "run", evaluate_every=5)
     assert not train(cache, tmp_path / "run", evaluate_every=None).evaluation
 
@@ -401,17 +401,17 @@ def test_fewer_sequences_than_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "float16"}, "precision: found 'float16'; one of auto, float32, bfloat16 .*scaling"),
-        ({"rate_schedule": "step"}, "rate_schedule: found 'step'; one of cosine"),
-        ({"parallel": "zero"}, "parallel: found 'zero'"),
-        ({"alpha": 1.5}, "alpha: found 1.5; a number from 0 to 1"),
-        ({"alpha_end": -1.0}, "alpha_end: found -1.0"),
-        ({"warmup": 2.0}, "warmup: found 2.0"),
-        ({"steps": 0}, "steps: found 0; an integer from 1 on"),
-        ({"clip": 0.0}, "clip: found 0.0"),
-        ({"device": "nothing"}, "device: found 'nothing'"),
-        ({"temperature": 0.5}, "temperature: found 0.5.*The cache has tails at"),
-        ({"temperature_end": 0.9}, "temperature: found 0.9"),
+        ({"precision": "float16"}, "precision: got 'float16'; expected one of auto, float32, bfloat16 .*scaling"),
+        ({"rate_schedule": "step"}, "rate_schedule: got 'step'; expected one of cosine"),
+        ({"parallel": "zero"}, "parallel: got 'zero'"),
+        ({"alpha": 1.5}, "alpha: got 1.5; expected a number from 0 to 1"),
+        ({"alpha_end": -1.0}, "alpha_end: got -1.0"),
+        ({"warmup": 2.0}, "warmup: got 2.0"),
+        ({"steps": 0}, "steps: got 0; expected an integer from 1 on"),
+        ({"clip": 0.0}, "clip: got 0.0"),
+        ({"device": "nothing"}, "device: got 'nothing'"),
+        ({"temperature": 0.5}, "temperature: got 0.5.*The cache has tails at"),
+        ({"temperature_end": 0.9}, "temperature: got 0.9"),
         ({"divergence": "reverse_kl", "treatment": "sampled"}, "which takes bucket"),
     ],
 )

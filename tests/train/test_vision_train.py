@@ -11,6 +11,7 @@ import torch
 import train_jobs
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from train_cases import bits
 from vision_cases import CLASSES, COPIES, SMALL, Net, examples, make_cache
 
 import fastkd
@@ -97,10 +98,9 @@ def test_killed_and_gone_on_with_it_comes_to_the_same_bits(place: Path, tmp_path
     given = ("vision_cases:dropping", place / "cache")
     changes = SMALL | {"checkpoint_every": 2}
 
-    def result(run: Path) -> list[bytes]:
-        last = run / "checkpoints" / f"step-{SMALL['steps']:08d}"
+    def result(run: Path) -> tuple[Any, ...]:
         lines = [[line[n] for n in ("step", "loss", "hard", "soft", "grad_norm")] for line in read_metrics(run)]
-        return [(last / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer")] + [repr(lines).encode()]
+        return bits(run, SMALL["steps"]), repr(lines)
 
     train_jobs.run(train_jobs.on_images, train_jobs.train, *given, tmp_path / "whole", changes)
     for moment in (6, 17, 31, 40):
@@ -235,8 +235,8 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     assert last["steps"] == 12
     assert last["difference"].keys() == last["evaluation"].keys()
     assert main(given) == 1
-    assert "data: found NoneType for" in capsys.readouterr().err
+    assert "data: got NoneType for" in capsys.readouterr().err
     assert main([*given, "--data", "vision_cases:CLASSES"]) == 1
     assert "the function raised TypeError" in capsys.readouterr().err
     assert main([*given, "--data", "images.parquet"]) == 1
-    assert "--data: found 'images.parquet'; the module:factory" in capsys.readouterr().err
+    assert "--data: got 'images.parquet'; expected the module:factory" in capsys.readouterr().err
