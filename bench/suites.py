@@ -70,7 +70,6 @@ _ALL = (
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
     Suite("loader", "bench_loader", "ready batches against plain reads, and how well they are shuffled", ("cpu",)),
     Suite("train", "bench_train", "a step of distillation against one of cross-entropy, and with the teacher live"),
-    Suite("sweep", "bench_sweep", "four students from one read of the cache, against their own steps", ("cpu",)),
     Suite("scale", "bench_scale", "a cache of 10^12 positions, of records alone: manifest and order", ("cpu",)),
     Suite("plan", "bench_plan", "planning many documents: seconds and memory", ("cpu",)),
     Suite(

@@ -133,11 +133,11 @@ class Train(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(TrainSettings):
-    """Train several students from one read of a cache.
+    """Train a student with several settings, and rank the results.
 
-    They are the grid of the values given of alpha, temperature, divergence, treatment and rate; all other settings are
-    shared. The same command again goes on where it stopped.
-    Exit status 0: all arms are trained. 75: work remains (after SIGTERM; every arm has a checkpoint): requeue it.
+    The arms are the grid of all values of alpha, temperature, divergence, treatment and rate; all other settings are
+    shared. The same command again resumes.
+    Exit status 0: all arms are trained. 75: work remains (after SIGTERM, which writes a checkpoint): requeue it.
     """
 
     student: str
@@ -160,9 +160,9 @@ class Sweep(TrainSettings):
     rate: tuple[float, ...] = ()  # type: ignore[assignment]
     """The highest learning rates."""
     seeds: int = 2
-    """Trainings of each arm, from `--seed` on, a read of the cache each: what differences are held against."""
+    """Trainings per arm, with seeds from `--seed` on: the noise that differences are compared with."""
     at_once: int | None = None
-    """Arms in memory at once; each further pass reads the cache again. Default: all of a seed's."""
+    """Deprecated, without effect: arms are trained one after another."""
     json: bool = False
     """Print events, one JSON object a line, instead of a bar; the last one is the report."""
 

@@ -1,23 +1,14 @@
-"""The arms of a sweep: what each of them changes in the settings, and which of them can share a memory.
-
-Pure but for `free_memory`; `sweep.py` trains them.
-"""
+"""The arms of a sweep: which settings each of them changes."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..settings import TrainSettings
 from ..train.settings_check import check_settings
-from ..train.student import Student
-from ..utils.text import size_text
 
 FIELDS = ("alpha", "temperature", "divergence", "treatment", "rate")
 _TEXTS = ("divergence", "treatment")
@@ -25,28 +16,28 @@ _TEXTS = ("divergence", "treatment")
 
 @dataclass(frozen=True)
 class Arm:
-    """Changes of some settings, in the order of FIELDS."""
+    """Values of some settings, in the order of FIELDS."""
 
     changes: tuple[tuple[str, float | str], ...]
 
     @property
     def name(self) -> str:
-        """For people, and for the folder: "alpha=0.5,rate=0.001"."""
+        """For messages, and of its folder: "alpha=0.5,rate=0.001"."""
         return ",".join(f"{name}={_text(value)}" for name, value in self.changes) or "unchanged"
 
     def of(self, settings: TrainSettings, seed: int) -> TrainSettings:
-        """The settings of one of its trainings."""
+        """The settings of its training with a seed."""
         changes: dict[str, Any] = dict(self.changes)
         return replace(settings, seed=seed, **changes)
 
 
 def make_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list[Arm], list[str]]:
-    """The arms, and what a person should know of them.
+    """The arms, and notes on those that were left out.
 
-    arms: a mapping {setting: values}, whose grid is taken; or a list of mappings {setting: value}, an arm each.
-    Of a grid, combinations that cannot be, and those that come to the same as another (alpha=1 has no use for a
-    temperature), are left out and noted. Raises TrainError where an arm of a list cannot be, where every arm with one
-    of a grid's values is such, and where two arms are the same.
+    arms: a mapping {setting: values}, for the grid of all combinations; or a list of mappings {setting: value}, one for
+    each arm. Combinations of a grid that are not possible, and those equivalent to another one (with alpha=1 the
+    temperature has no effect), are left out. Raises TrainError if an arm of a list is not possible, if a value of a
+    grid is not possible in any combination, and for duplicates.
     """
     if isinstance(arms, Mapping):
         return _grid(arms, settings, spec)
@@ -68,21 +59,23 @@ def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -
     problems = {arm: problem for arm in found if (problem := _problem(arm, settings, spec))}
     kept = [arm for arm in found if arm not in problems]
     for change in {change for arm in problems for change in arm.changes} - {c for arm in kept for c in arm.changes}:
-        # a value that goes with no other is no matter of combinations
+        # this value is not possible in any combination
         raise TrainError(f"arms: {next(text for arm, text in problems.items() if change in arm.changes)}")
-    notes = [f"arm {arm.name} cannot be, and is left out: {problem}" for arm, problem in problems.items()]
+    notes = [f"arm {arm.name} is not possible, and is left out: {problem}" for arm, problem in problems.items()]
     first: dict[Any, Arm] = {}
     for arm in list(kept):
         own = arm.of(settings, settings.seed)
         if own.alpha == 1.0 and own.alpha_end in (None, 1.0) and first.setdefault(own.rate, arm) is not arm:
             kept.remove(arm)
-            notes.append(f"arm {arm.name} is left out: without a soft loss it comes to {first[own.rate].name}")
+            notes.append(f"arm {arm.name} is left out: without a soft loss it is the same as {first[own.rate].name}")
     return kept, notes
 
 
 def _arm(changes: Mapping[str, Any]) -> Arm:
     if unknown := [name for name in changes if name not in FIELDS]:
-        raise TrainError(f"arms: got {unknown[0]!r}; an arm may change {', '.join(FIELDS)}. Give others to all arms.")
+        raise TrainError(
+            f"arms: got {unknown[0]!r}; expected some of {', '.join(FIELDS)}. Other settings are shared by all arms."
+        )
     return Arm(tuple((name, _value(name, changes[name])) for name in FIELDS if name in changes))
 
 
@@ -99,14 +92,16 @@ def _value(name: str, value: Any) -> float | str:
 
 def _check_each_once(arms: Sequence[Arm]) -> None:
     if not arms:
-        raise TrainError(f"arms: found none. Give values of some of {', '.join(FIELDS)}.")
+        raise TrainError(f"arms: got none; expected values of some of {', '.join(FIELDS)}.")
     for arm in arms:
         if arms.count(arm) > 1:
-            raise TrainError(f"arms: {arm.name} is there {arms.count(arm)} times. Name each value once; seeds repeat.")
+            raise TrainError(
+                f"arms: got {arm.name} {arms.count(arm)} times; expected each once. Use seeds for repetitions."
+            )
 
 
 def _problem(arm: Arm, settings: TrainSettings, spec: CacheSpec) -> str:
-    """What is wrong with an arm; empty where nothing is."""
+    """Why an arm is not possible, or an empty text."""
     try:
         check_settings(arm.of(settings, settings.seed), spec)
     except TrainError as error:
@@ -118,51 +113,3 @@ def _text(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return short if float(short := f"{value:g}") == value else repr(value)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that arms take. each: an arm's weights and its optimizer's state (AdamW's two numbers a weight). beside:
-    the gradients of the arm whose turn it is. Activations are one student's, and not in it. free: of the device."""
-
-    each: int
-    beside: int
-    free: int
-
-    @classmethod
-    def of(cls, student: Student, device: torch.device) -> "Memory":
-        """Of arms like this student."""
-        trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-        return cls(student.parameters_and_bytes[1] + 2 * trained, trained, free_memory(device))
-
-    def at_once(self, arms: int) -> int:
-        """Bytes of so many arms."""
-        return arms * self.each + self.beside
-
-    def check(self, arms: int, at_once: int | None, student: Student, device: torch.device) -> None:
-        """TrainError where they do not fit; a single arm is not refused."""
-        together = min(arms, at_once or arms)
-        if together == 1 or self.at_once(together) <= self.free:
-            return
-        fit = max(1, (self.free - self.beside) // self.each)
-        raise TrainError(
-            f"arms: got {arms}, {together} of them at once, of a student of {student.parameters_and_bytes[0]:,} "
-            f"parameters: {size_text(self.at_once(together))} (weights and AdamW's state, {size_text(self.each)} an "
-            f"arm, and one arm's gradients), and {size_text(self.free)} are free on {device}. Train {fit} at once "
-            f"(--at-once {fit}: {-(-arms // fit)} reads of the cache a seed), or give fewer values."
-        )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had: of the GPU, or of the machine and the control group that this process is in."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # not such a system, or no limit
-        pass
-    return max(0, min(found))

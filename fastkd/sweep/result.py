@@ -1,14 +1,14 @@
-"""What a sweep comes to: its arms side by side, and whether the best is the best.
+"""The results of a sweep: its arms ranked, and whether the best one is significantly better.
 
-A difference between two arms is held against two kinds of noise, each by its 95% interval:
+The difference between two arms is compared with two kinds of noise, each by its 95% interval:
 
-    seeds    would other first weights and another order say the same? The arms share their seeds, so what a seed does
-             to all of them drops out; what is left, pooled over all arms (they are taken to be equally noisy), is the
+    seeds    the effect of other initial weights and another order. All arms are trained with the same seeds, so what a
+             seed changes for all of them cancels; the rest, pooled over all arms (assumed to be equally noisy), is the
              noise. Infinite with one seed.
-    windows  would other held-out text say the same? Pairs of windows, the mean over the seeds: `evaluate.compare`.
+    windows  the effect of other held-out text: over pairs of windows, of the mean over the seeds; `evaluate.compare`.
 
-An arm is told apart from the best where its distance is beyond both. Each pair is judged by itself: of many arms that
-are all alike, the best of them looks better than it is.
+An arm is distinguishable from the best if the difference is larger than both. Each pair is judged by itself, without
+a correction for the number of arms: the best of many equal arms looks better than it is.
 """
 
 import json
@@ -26,30 +26,33 @@ from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import SWEEP as SHOWN
 from ..evaluate.measures import printed_in, sign_of
 from ..evaluate.windows import Windows
-from ..train.api import means
+from ..settings import TrainSettings
+from ..train.api import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
+from ..train.settings_check import check_same, stated
 from ..utils.intervals import t_quantile
+from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
-from ..utils.text import size_text
+from ..utils.text import format_table
 from .arms import Arm
 
 SWEEP, FAILED = "sweep.json", "diverged.json"
-EVALUATION, EVALUATIONS = "evaluation.json", "evaluations.json"  # of one cache; a list, of a mixture
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a training left. identity: of its student. failed: why it has no result; empty where it has one."""
+    """A training that is finished. run: its run.json. evaluations: on the held-out split, one for each cache. failed:
+    why it has no result, or empty."""
 
-    identity: Mapping[str, Any]
+    run: Mapping[str, Any]
     evaluations: Sequence[Evaluation] = ()
     failed: str = ""
 
 
 @dataclass(frozen=True)
 class Behind:
-    """How far an arm is behind the best, in the measure's units, never below 0 but for a measure's noise; by_seeds,
-    by_windows: half the 95% intervals of it; None where they are infinite."""
+    """How far an arm is behind the best, in the measure's units. by_seeds, by_windows: half its 95% intervals, or None
+    if they are infinite."""
 
     distance: float
     by_seeds: float | None
@@ -57,14 +60,15 @@ class Behind:
 
     @property
     def told_apart(self) -> bool:
-        """Whether it is beyond both."""
+        """Whether the distance is larger than both intervals."""
         return all(half is not None and self.distance > half for half in (self.by_seeds, self.by_windows))
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm. changes: of the settings. folders: of its runs, one a seed. values: of each measure, one a finished seed.
-    diverged: why, by seed. behind: the best; None of the best itself, and where it cannot be compared."""
+    """The results of an arm. changes: its settings. folders: its runs, one per seed. values: of each measure, one per
+    finished seed. diverged: error messages by seed. behind: its distance to the best arm, None for the best itself and
+    without a ranking."""
 
     name: str
     changes: dict[str, float | str]
@@ -74,16 +78,16 @@ class ArmResult:
     behind: Behind | None = None
 
     def mean(self, measure: str) -> float:
-        """Over the seeds; NaN where it was not measured."""
+        """Mean over the seeds; NaN if the measure is missing."""
         return fmean(self.values[measure]) if self.values.get(measure) else math.nan
 
     def spread(self, measure: str) -> float | None:
-        """Standard deviation between the seeds; None of one."""
+        """Standard deviation between the seeds; None with one seed."""
         values = self.values.get(measure, [])
         return stdev(values) if len(values) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, and mean and spread of each measure."""
+        """As JSON, with mean and spread of each measure."""
         measures = {n: {"mean": self.mean(n), "spread": self.spread(n)} for n in self.values}
         behind = self.behind and asdict(self.behind) | {"told_apart": self.behind.told_apart}
         return asdict(self) | {"measures": measures, "behind": behind}
@@ -91,14 +95,13 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep did.
+    """What `fastkd.sweep` returns.
 
-    complete: whether all trainings are at their ends, or diverged. seeds: their numbers. arms: the best first, where
-    they can be ranked. measure: that they are ranked by, on the held-out split. best: an arm's name, None where nothing
-    was held out, or while work remains. margin: of the best over the next one. alike: names of those that are not told
-    apart from the best. at_once, bytes_at_once: arms in memory, and what their weights and optimizers take. Of this
-    call: passes (reads of the cache), seconds (of the steps, with waiting), step_seconds (the arms' own part of them),
-    waiting (share of the seconds in which there was no batch). plot: the PNG, None where there is none.
+    complete: whether all trainings are finished, or diverged. seeds: their numbers. arms: ranked, the best first.
+    measure: what they are ranked by, on the held-out split. best: the name of the best arm, None without an evaluation
+    and while work remains. margin: of the best over the next one. alike: names of the arms that are not distinguishable
+    from the best. In this call: trainings (that were started or resumed), seconds (of their steps, with waiting),
+    waiting (fraction of them without a batch). plot: path of the PNG, or None.
     """
 
     out: str
@@ -110,32 +113,29 @@ class SweepReport:
     margin: Behind | None = None
     alike: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    at_once: int = 0
-    bytes_at_once: int = 0
-    passes: int = 0
+    trainings: int = 0
     seconds: float = 0.0
-    step_seconds: float = 0.0
     waiting: float = 0.0
     plot: str | None = None
 
     @property
     def status(self) -> int:
-        """Exit status: 0, or 75 where work remains."""
+        """Exit status: 0, or 75 if work remains."""
         return DONE if self.complete else WORK_REMAINS
 
     @property
     def verdict(self) -> str:
-        """Which arm is the best, and how sure that is; a sentence or two."""
+        """Which arm is the best, and whether that is significant, in a sentence or two."""
         if self.best is None:
-            return "No arm is named the best: nothing was measured on held-out windows." if self.complete else ""
+            return "No ranking: there was no evaluation on held-out windows." if self.complete else ""
         text = f"Best by {self.measure}: {self.best}"
         if self.margin is None:
             return f"{text}, the only one."
         noise = f"± {_number(self.margin.by_seeds)} between seeds, ± {_number(self.margin.by_windows)} between windows"
         text += f", {self.margin.distance:.4f} ahead of the next ({noise})."
         if not self.alike:
-            return f"{text} It is told apart from all others."
-        why = " With one seed nothing can be: give more." if len(self.seeds) == 1 else ""
+            return f"{text} It is distinguishable from all others."
+        why = " More than one seed is needed to distinguish any." if len(self.seeds) == 1 else ""
         return f"{text} Not distinguishable from it: {'; '.join(self.alike)}.{why}"
 
     def to_json(self) -> dict[str, Any]:
@@ -146,15 +146,36 @@ class SweepReport:
 
 
 def read_result(folder: Path) -> Result | None:
-    """What a training of a sweep left; None where it is not done. Raises TrainError where that is damaged."""
+    """The result of a training, or None if it is not finished. Raises TrainError if its files are damaged."""
     if (folder / FAILED).exists():
         return Result({}, failed=str(_read(folder / FAILED)["error"]))
     if not (folder / RUN).exists() or not (document := _read(folder / RUN))["report"]["complete"]:
         return None
     found = [_read(folder / EVALUATION)] if (folder / EVALUATION).exists() else []
     found = _read(folder / EVALUATIONS) if (folder / EVALUATIONS).exists() else found
-    evaluations = [Evaluation.from_json(one) for one in found]
-    return Result({name: document["student"][name] for name in ("name", "parameters")}, evaluations)
+    return Result(document, [Evaluation.from_json(one) for one in found])
+
+
+def check_finished(
+    folder: Path,
+    done: Result,
+    settings: TrainSettings,
+    student: Mapping[str, Any],
+    caches: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise TrainError if a finished training is not the one that is wanted. student: name and parameters; caches:
+    their `train.result.description`."""
+    run, names = done.run, ("spec", "positions")
+    same = {
+        "student": all(run["student"][name] == value for name, value in student.items()),
+        "cache": [[c[n] for n in names] for c in run["caches"]] == [[c[n] for n in names] for c in caches],
+    }
+    if others := [what for what, is_same in same.items() if not is_same]:
+        raise TrainError(
+            f"{folder}: it was trained with another {others[0]}. Sweep into another folder, or delete this one to "
+            "train it again."
+        )
+    check_same(stated(run["settings"]), stated(asdict(settings)), str(folder))
 
 
 def make_report(
@@ -167,8 +188,8 @@ def make_report(
     measure: str,
     notes: Sequence[str] = (),
 ) -> SweepReport:
-    """Arms from what their trainings left. weights: of the caches. measure: to rank by; perplexity is ranked by its
-    logarithm. Raises TrainError where all arms diverged, or the measure was not taken."""
+    """The report, from the result of each training. weights: of the caches. measure: to rank by; perplexity is ranked
+    by its logarithm. Raises TrainError if all arms diverged, or the evaluations lack the measure."""
     measure = "cross_entropy" if measure == "perplexity" else measure
     results = []
     evaluations: dict[str, list[Sequence[Evaluation]]] = {}
@@ -198,11 +219,11 @@ def make_report(
 def ranked(
     report: SweepReport, evaluations: Mapping[str, Sequence[Sequence[Evaluation]]], weights: Sequence[float]
 ) -> SweepReport:
-    """The arms of a complete sweep, the best first, held against it. Those that diverged with any seed come last."""
+    """The arms of a complete sweep, the best first, compared with it. Arms that diverged with any seed come last."""
     measure = report.measure
     whole = [arm for arm in report.arms if not arm.diverged]
     if missing := [arm for arm in whole if measure not in arm.values]:
-        raise TrainError(f"best: got {measure!r}; the evaluation has {', '.join(missing[0].values)}.")
+        raise TrainError(f"best: got {measure!r}; expected one of {', '.join(missing[0].values)}.")
     whole.sort(key=lambda arm: sign_of(measure) * arm.mean(measure))
     if not whole:
         return report
@@ -223,8 +244,8 @@ def ranked(
 
 
 def seed_noise(values: Sequence[Sequence[float]]) -> float:
-    """Half the 95% interval of the difference between two arms' means over the seeds, from values `[arms, seeds]`:
-    what neither the arm nor the seed explains, pooled. Infinite with one seed or one arm."""
+    """Half the 95% interval of the difference between two arms' means over the seeds, from values `[arms, seeds]`: the
+    residual after the effects of arms and seeds, pooled. Infinite with one seed or one arm."""
     x = np.asarray(values, np.float64)
     arms, seeds = x.shape
     freedom = (arms - 1) * (seeds - 1)
@@ -237,7 +258,7 @@ def seed_noise(values: Sequence[Sequence[float]]) -> float:
 def window_noise(
     ours: Sequence[Sequence[Evaluation]], theirs: Sequence[Sequence[Evaluation]], weights: Sequence[float], measure: str
 ) -> float:
-    """Half the 95% interval, over held-out windows, of the difference between two arms, each the mean over its seeds.
+    """Half the 95% interval, over held-out windows, of the difference between two arms, each averaged over its seeds.
     ours, theirs: by seed, then by cache."""
     halves = [
         compare(_mean(a), _mean(b))[measure].half
@@ -247,41 +268,38 @@ def window_noise(
 
 
 def sweep_text(report: SweepReport) -> str:
-    """The report for a person."""
+    """The report as text."""
     if not report.complete:
-        return f"{report.out}: stopped; every arm has a checkpoint. The same command again goes on."
+        return f"{report.out}: stopped. The same command again resumes."
     lines = [f"note: {note}" for note in report.notes]
     names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
-    width = max(len("arm"), *(len(arm.name) for arm in report.arms)) + 2
-    if names:
-        lines.append(f"held out: mean over {len(report.seeds)} seeds ± their standard deviation")
-        lines.append(f"{'arm':<{width}}" + "".join(f"{name:>18}" for name in names) + f"{'behind the best':>18}")
+    rows = [["arm", *names, "behind the best"]]
     for arm in report.arms:
+        cells = [f"{arm.mean(n):.4f} ± {_number(arm.spread(n))}" if n in arm.values else "" for n in names]
+        behind = "best" if arm.name == report.best else ""
+        if arm.behind is not None:
+            behind = f"{arm.behind.distance:.4f}{' ' if arm.behind.told_apart else '?'}"
         if arm.diverged:
-            lines.append(f"{arm.name:<{width}}diverged with seed {', '.join(arm.diverged)}")
-            continue
-        cells = "".join(
-            f"{f'{arm.mean(n):.4f} ± {_number(arm.spread(n))}' if n in arm.values else '':>18}" for n in names
-        )
-        behind = "" if arm.behind is None else f"{arm.behind.distance:.4f}{' ' if arm.behind.told_apart else '?'}"
-        lines.append(f"{arm.name:<{width}}{cells}{'best' if arm.name == report.best else behind:>18}")
+            cells, behind = [""] * len(names), f"diverged with seed {', '.join(arm.diverged)}"
+        rows.append([arm.name, *cells, behind])
+    if names:
+        lines.append(f"held out: mean over {len(report.seeds)} seeds ± standard deviation")
+    lines += format_table(rows)
     if report.alike:
         lines.append("?: not distinguishable from the best")
     lines.append(report.verdict)
-    if report.step_seconds:
+    if report.seconds:
         lines.append(
-            f"{report.passes} reads of the cache, {report.at_once} arms at once in {size_text(report.bytes_at_once)} "
-            f"(weights and optimizers); {report.seconds / report.step_seconds:.3f} of the arms' own step times, "
-            f"{report.waiting:.1%} of the time waiting for data"
+            f"{report.trainings} trainings, {duration(report.seconds)}, {report.waiting:.1%} of it waiting for data"
         )
     lines.append(
-        f"{report.out}/{SWEEP}" + (f", {report.plot}" if report.plot else "") + "; ARM/seed=S is a run's folder"
+        f"{report.out}/{SWEEP}" + (f", {report.plot}" if report.plot else "") + "; ARM/seed=S is the folder of a run"
     )
     return "\n".join(lines)
 
 
 def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """One whose windows are the means of several's."""
+    """The mean of several evaluations of the same windows."""
     windows = [one.student for one in evaluations]
     sums = {name: np.mean([one.sums[name] for one in windows], 0) for name in windows[0].sums}
     bins = [one.bins for one in windows if one.bins is not None]
@@ -293,7 +311,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise TrainError(f"{path}: cannot be read ({error}). Delete {path.parent}, and sweep again.") from error
+        raise TrainError(f"{path}: cannot be read ({error}). Delete {path.parent}, and run the sweep again.") from error
 
 
 def _finite(value: float) -> float | None:

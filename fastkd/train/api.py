@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
 
 DEFAULTS = TrainSettings()
-EVALUATION = "evaluation.json"
+EVALUATION, EVALUATIONS = "evaluation.json", "evaluations.json"  # of one cache; a list, of a mixture
 
 
 def train(
@@ -127,9 +127,11 @@ def _run(
             trainer.measure_result(again=kept == [])
         report = trainer.report()
         if processes.first:
-            trainer.write_run(caches, report)
-            if kept is not None and len(kept) == 1:  # by window, so that runs can be compared in pairs
-                write_text(out / EVALUATION, json.dumps(kept[0].to_json()) + "\n")
+            if kept:  # by window, so that runs can be compared pairwise
+                documents = [one.to_json() for one in kept]
+                name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
+                write_text(out / name, json.dumps(document) + "\n")
+            trainer.write_run(caches, report)  # last: it says that the run is complete
         processes.wait()
         return report
     finally:

@@ -97,7 +97,8 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         made = source()
         if not isinstance(made, nn.Module):
             raise TrainError(f"student: got {type(made).__name__} from {source!r}; expected a torch module.")
-        return _of_model(made, type(made).__name__, data), None
+        # copied, since the callable may return the same module again
+        return _of_model(copy.deepcopy(made), type(made).__name__, data), None
     raise TrainError(
         f"student: got {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
         "callable that returns one is needed."

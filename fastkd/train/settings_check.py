@@ -95,6 +95,13 @@ def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> di
     return {"steps": steps} | {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
 
 
+def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a student becomes, as they were given. settings: of run.json, or the same."""
+    found = {n: v for n, v in settings.items() if n not in RESUME_MAY_CHANGE}
+    steps = settings["steps"] or f"{settings['epochs']} epochs"
+    return {"steps": steps} | {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
+
+
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
     """TrainError, naming them, where settings that decide are others than those a run was begun with."""
     names = sorted(theirs.keys() | ours.keys())

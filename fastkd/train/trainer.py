@@ -54,7 +54,11 @@ _EVALUATIONS = 10  # of a run that does not say how many
 
 
 class Diverged(TrainError):
-    """A loss or a gradient that is not finite."""
+    """A loss or a gradient is not finite. step: the optimizer step in which that happened."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Trainer:
@@ -377,7 +381,8 @@ class Trainer:
         )
         return Diverged(
             f"step {step}: {what} (batch: {batch}). {kept} in {self._out}, and nothing after it. Where the student has "
-            "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder."
+            "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder.",
+            step,
         )
 
     def _say(self, text: str) -> None:
