@@ -1,40 +1,40 @@
-"""What is raised about input: data, teachers, students and how they are trained."""
+"""Errors about user input. Each message names the thing, the evidence, and the next step."""
 
 
 class DataError(Exception):
-    """A dataset, or the way it is to be cut up: the file and row, what was found, and what to do next.
+    """A problem with a dataset or its settings.
 
-    Not a CacheError: that one speaks of what was written, and catching it must not hide a fault in what was read.
+    Not a CacheError, which is about stored caches: catching that must not hide a fault in the input data.
     """
 
 
 class TeacherError(Exception):
-    """A teacher, or its tokenizer: where it lies, what it is, or what it says; and what to do next."""
+    """A problem with a teacher or its tokenizer."""
 
 
 class StreamError(ValueError):
-    """What a student is to be trained on, or how: the argument or cache, what was found, and what to do next."""
+    """A problem with a batch source: its arguments, or the cache that it reads."""
 
 
 class TrainError(Exception):
-    """A student, its training or what was left of an earlier one: the thing, what was found, and what to do next."""
+    """A problem with a student, its training, or the checkpoints of an earlier run."""
 
 
 class WorkRemains(TrainError):
-    """What hindered a training that the same call goes on with afterwards: a full disk, say."""
+    """A recoverable problem, such as a full disk: the same call resumes afterwards."""
 
 
 class ReportError(Exception):
-    """What a report is to be made of: the file and the line, what was found, and what to do next."""
+    """A problem with the files that a report is made of."""
 
 
 class NoRun(ReportError):
-    """What was given is no run's folder."""
+    """The given folder is not a run folder."""
 
 
 class BenchError(Exception):
-    """What a measurement needs: the thing, what was found, and what to do next."""
+    """A problem with a benchmark or its input."""
 
 
 class NoSuite(BenchError):
-    """What was asked for is no suite of measurements, or there is nothing to compare it with."""
+    """Unknown benchmark suite, or no recording to compare with."""

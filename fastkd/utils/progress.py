@@ -1,6 +1,6 @@
-"""How a long job says how far it is: a bar at a terminal, a line a minute elsewhere, or events for a scheduler.
+"""Progress of long jobs: a bar on a terminal, a line per minute elsewhere, or JSON events for a scheduler.
 
-Nothing here ends a job: where a pipe is closed, or the disk with the log is full, it falls silent.
+Reporting never fails a job: after a closed pipe or a full disk, output stops.
 """
 
 import json
@@ -18,17 +18,17 @@ from tqdm import tqdm
 from .numbers import duration as duration
 
 MODES = ("none", "bar", "lines", "events")
-LINE_SECONDS = 60.0  # between two lines, where there is no bar
+LINE_SECONDS = 60.0  # between lines, without a bar
 EVENT_SECONDS = 5.0
-_WINDOW_SECONDS = 60.0  # over which speeds are taken
+_WINDOW_SECONDS = 60.0  # over which rates are averaged
 
 
 class Progress:
-    """Counts units of work, and tells of them. Close it, or use it as a context manager.
+    """Counts units of work and reports them. Close it, or use it as a context manager.
 
-    total: units in all; already: how many of them were there before. shares: names of parts of the time, given in
-    seconds with `add`, that are shown as shares of it. workers: how many share what is left.
-    mode: "bar"; "lines"; "events" (a JSON object a line); "none". `mode_for` chooses.
+    total: units in all. already: units done before this job. shares: names of time shares, passed to `add` in seconds
+    and reported as fractions of the elapsed time. workers: how many workers share the remaining work.
+    mode: "bar", "lines", "events" (one JSON object per line) or "none"; see `mode_for`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Progress:
             )
 
     def add(self, units: int, **seconds: float) -> None:
-        """Work done here, and the seconds of each share in it."""
+        """Add units of work done by this process, and the seconds of each share."""
         self.done += units
         self._mine += units
         for name, value in seconds.items():
@@ -74,17 +74,17 @@ class Progress:
         self._say_now_and_then(now)
 
     def found(self, units: int) -> None:
-        """Work that others did meanwhile; negative where work that was counted came to nothing."""
+        """Add units done by other workers; negative if counted work was discarded."""
         self.done += units
         if self._bar is not None:
             self._bar.update(units)
 
     def figure(self, name: str, value: float, text: str) -> None:
-        """A figure to show beside the rest from now on."""
+        """Show a figure with the progress from now on."""
         self._figures[name] = value, text
 
     def event(self, name: str, **fields: Any) -> None:
-        """Something that happened: an event; or a line, where it has a text. Numbers that JSON has not are null."""
+        """Report an event; outside mode "events", its text as a line. NaN and infinities become null in JSON."""
         if self._mode == "events":
             known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
             self._write(json.dumps({"event": name, **known}, allow_nan=False))
@@ -92,18 +92,18 @@ class Progress:
             self.say(str(text))
 
     def say(self, text: str) -> None:
-        """A line for a person; nothing where there are events, or nobody listens."""
+        """Print a line, in modes "bar" and "lines"."""
         if self._mode in ("bar", "lines"):
             self._write(text)
 
     def now(self) -> dict[str, float]:
-        """Where it stands: units and total, units_per_second, each share, each figure, seconds_left (where units
-        were done in the last minute)."""
+        """Current state: units, total, units_per_second, shares, figures, and seconds_left if any unit was done in
+        the last minute."""
         then, units, shares = self._marks[0]
         elapsed = max(self._clock() - then, 1e-9)
         rate = (self._mine - units) / elapsed
         found = {f"{self.unit}s": float(self.done), "total": float(self.total), f"{self.unit}s_per_second": rate}
-        # seconds are told when they are over: some of the window's first may lie before it
+        # seconds are added when they are over: some may lie before the window
         for name, value in self._shares.items():
             share = (value - shares[name]) / elapsed
             found[name] = min(1.0, share) if share < math.inf else share
@@ -113,7 +113,7 @@ class Progress:
         return found
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -151,7 +151,7 @@ class Progress:
 
 
 class Lenient:
-    """A stream to write to that falls silent where it would fail: nobody can be told any more."""
+    """A stream that drops output after the first failed write."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -160,12 +160,12 @@ class Lenient:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, if that is possible."""
+        """Write, unless writing has failed."""
         self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that is possible."""
+        """Flush, unless writing has failed."""
         self._try(lambda stream: stream.flush())
 
     def _try(self, action: Callable[[TextIO], object]) -> None:
@@ -174,8 +174,8 @@ class Lenient:
         try:
             action(self._stream)
         except BrokenPipeError:
-            # what the stream still holds would fail again when the process ends, and change its exit status
-            with suppress(OSError):  # a stream without a file
+            # buffered text would fail again at exit and change the exit status
+            with suppress(OSError):  # a stream without a file descriptor
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
@@ -185,7 +185,7 @@ class Lenient:
 
 
 def mode_for(*, events: bool = False, stream: TextIO | None = None) -> str:
-    """ "events" where they are asked for, "bar" at a terminal, else "lines"."""
+    """ "events" if requested, "bar" on a terminal, else "lines"."""
     if events:
         return "events"
     stream = stream or sys.stderr

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a job to stop. Imports nothing heavy: it is the first thing that a command does."""
+"""Graceful stop on SIGTERM and SIGINT. Imports nothing heavy: commands enter it first."""
 
 import signal
 import sys
@@ -7,27 +7,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, on which schedulers requeue
+DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, which schedulers can requeue on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _final = False
 
 
 def final() -> None:
-    """This process ends after the job: once asked to stop, no further SIGTERM ends it with another status."""
+    """Declare that the process ends after the job: after a stop request, further SIGTERMs do not change its status."""
     global _final
     _final = True
 
 
 class Stopped(BaseException):
-    """A job was asked to stop. Like KeyboardInterrupt, it is no failure of whatever it comes through."""
+    """The job was asked to stop. Not an error: like KeyboardInterrupt, a BaseException."""
 
 
 @dataclass
 class Stop:
-    """Asks a job to stop: what it has begun is dropped after the present batch, what is finished is kept.
+    """A stop request. Call it to ask the job to stop after the current batch; finished work is kept.
 
-    gentle: whether a job is at work that will do so.
+    gentle: a job is running that checks `asked` and stops by itself.
     """
 
     asked: bool = False
@@ -39,10 +39,10 @@ class Stop:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """A `Stop` that the first SIGTERM or SIGINT asks; at once (`Stopped` is raised) while there is nothing to drop.
+    """Yield a `Stop` that the first SIGTERM or SIGINT triggers. While no job is running, `Stopped` is raised at once.
 
-    A second SIGINT interrupts as usual. A second SIGTERM changes nothing: launchers hand on what schedulers have
-    sent to every process. To be entered in the main thread.
+    A second SIGINT interrupts as usual. A second SIGTERM is ignored: launchers forward signals that schedulers have
+    already sent to every process. Enter it in the main thread.
     """
     stop = Stop()
 
@@ -54,8 +54,8 @@ def stopping() -> Iterator[Stop]:
         stop()
         if not stop.gentle:
             raise Stopped
-        with suppress(OSError, RuntimeError, ValueError):  # nobody listens, or a line was being written
-            print(f"{signal.Signals(number).name}: stopping after the present batch", file=sys.stderr, flush=True)
+        with suppress(OSError, RuntimeError, ValueError):  # stderr is closed, or a line was being written
+            print(f"{signal.Signals(number).name}: stopping after the current batch", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
@@ -71,8 +71,8 @@ def stopping() -> Iterator[Stop]:
 
 
 def _began_as_stopped(error: BaseException | None) -> bool:
-    """Whether an error is what something made of `Stopped`. What is raised while a class is being made, as where a
-    module is imported, comes out as a RuntimeError."""
+    """Whether an error was caused by `Stopped`. Python turns an exception raised while a class is created,
+    as in an import, into a RuntimeError."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__cause__
     return error is not None
