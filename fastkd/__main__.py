@@ -1,4 +1,4 @@
-"""`python -m fastkd` is `fastkd`."""
+"""Entry point of `python -m fastkd` and of the command `fastkd`."""
 
 from typing import NoReturn
 
@@ -8,7 +8,7 @@ from .utils.signals import final
 
 
 def run() -> NoReturn:
-    """Run the command, and end with its status."""
+    """Run the command and exit with its status."""
     final()
     end(main())
 

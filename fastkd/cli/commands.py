@@ -20,7 +20,7 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show the contents and size of a cache, and what is missing."""
+    """Show the contents and size of a cache."""
 
     cache: Place
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
@@ -30,7 +30,7 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(ModelSettings):
-    """Check every shard of a cache; optionally compare with the teacher.
+    """Check a cache for damage, or compare it with its teacher.
 
     The bytes of every shard are compared with their hashes. With --teacher, the teacher is run on a random sample of
     the cache's batches and its outputs are compared with the stored targets.
@@ -67,7 +67,7 @@ class Seal:
 
 @dataclass(frozen=True, kw_only=True)
 class Capture(CaptureSettings, DataSettings, TeacherSettings):
-    """Run a teacher over a dataset and store its targets in a cache.
+    """Run a teacher over a dataset and fill a cache.
 
     Running the same command again resumes.
     Exit status 0: the cache is complete. 75: work remains (after SIGTERM, or with a full disk): requeue it.
@@ -89,7 +89,7 @@ class Capture(CaptureSettings, DataSettings, TeacherSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CaptureSettings, DataSettings, TeacherSettings):
-    """Estimate time, size and cost of a capture from a sample.
+    """Estimate time, size and cost of a capture.
 
     Positions, shards, requests, bytes, hours; and what other settings would take. Nothing is written.
     """
@@ -188,7 +188,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Bench:
-    """Run benchmarks, and compare them with limits and peers.
+    """Run benchmarks against limits and peers.
 
     Without a suite, all of them run. Exit status 1: a suite failed, or with --check a figure got worse.
     """
@@ -223,7 +223,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Demo(DemoSettings):
-    """Run the whole pipeline on real input: cache, students, report.
+    """Run the whole pipeline on real input.
 
     The students are copies of the teacher with layers removed, trained from the cache, beside a hard-label control.
     Running the same command again resumes.

@@ -1,4 +1,4 @@
-"""Messages that speak of settings by their names in Python, in the words of the command line."""
+"""Rewrite error messages that name settings as in Python to name flags of the command line."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
     listed = rf"^((?:{names})(?:, (?:{names}))*)(?=: )"
     text = re.sub(listed, lambda m: ", ".join(flags[name] for name in m[1].split(", ")), text)
     text = re.sub(rf"(?<=[ (])({names})={_VALUE}?(?![\w/=]|,\w)", assigned, text)
-    # what differs, in a list: (there, and now: k: 8 and 9; mass: None and 0.5)
+    # lists of differences: (there, and now: k: 8 and 9; mass: None and 0.5)
     text = re.sub(rf"(?:(?<=now: )|(?<=settings \()|(?<=; ))({names})(?=: )", lambda m: flags[m[1]], text)
     return re.sub(rf"(?<![\w./'\"-])({words})(?![\w/'\"(=-]|\.\w)", lambda m: flags[m[1]], text)
 

@@ -1,4 +1,4 @@
-"""From the words of a command line to one of the commands, with its help and its shell completion; by tyro."""
+"""Parse the command line into one of the commands, with help and shell completion, by tyro."""
 
 import inspect
 import io
@@ -24,13 +24,13 @@ from .commands import COMMANDS
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _ABOUT = (
-    "A teacher runs once, and a cache keeps what it said; students then train on the cache. `fastkd COMMAND --help` "
-    "says what a command takes, `fastkd --version` which fastkd this is."
+    "Knowledge distillation from a cached teacher: the teacher runs once and fills a cache, and students train from it. "
+    "See `fastkd COMMAND --help` for the options of a command."
 )
 
 
 def parse(args: Sequence[str]) -> Any:
-    """The command that is meant, one of `COMMANDS`. SystemExit after help, or after having said what is wrong."""
+    """Parse arguments into one of `COMMANDS`. Raises SystemExit after printing help or a usage error."""
     if not args:
         args = ["--help"]
     try:
@@ -39,14 +39,14 @@ def parse(args: Sequence[str]) -> Any:
         if stop.code:
             from ..cache.stores.base import clean
 
-            # the message quotes the arguments, and a URL among them may hold a password
+            # the message quotes the arguments, and a URL may contain a password
             args = [clean(arg) for arg in args]
         _parse(args, aloud=True)
         raise
 
 
 def completion_script(shell: str) -> str:
-    """What makes a shell ("bash", "zsh" or "fish") complete these commands."""
+    """Completion script for a shell: "bash", "zsh" or "fish"."""
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
         _parse(["--tyro-write-completion", shell, "-"], aloud=True)
@@ -54,7 +54,7 @@ def completion_script(shell: str) -> str:
 
 
 def flags(command: Any) -> dict[str, str]:
-    """What each setting of a command is called on the command line, those apart that have no flag."""
+    """Flag of each setting of a command; positional arguments have none."""
     hints = get_type_hints(type(command), include_extras=True)
     return {
         field.name: "--" + field.name.replace("_", "-")
@@ -64,7 +64,7 @@ def flags(command: Any) -> dict[str, str]:
 
 
 def _parse(args: Sequence[str], *, aloud: bool) -> Any:
-    # a line for each where all are listed; the whole text where one is asked about
+    # the first paragraph in the list of commands; the whole text in the help of one command
     brief = not args or args[0].startswith("-")
     union: Any = reduce(or_, (_subcommand(name, command, brief) for name, command in COMMANDS.items()))
     return tyro.cli(
@@ -84,8 +84,7 @@ def _subcommand(name: str, command: type, brief: bool) -> Any:
 
 
 def _registry() -> ConstructorRegistry:
-    """How the commands' fields are shown: those that have to be given first; a value that may be left out by its type,
-    without a default that says nothing."""
+    """How fields are shown in the help: required ones first; optional ones by their type, without an uninformative default."""
     registry, inner = ConstructorRegistry(), False
 
     def shown(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -119,6 +118,6 @@ def _shown(field: StructFieldSpec) -> StructFieldSpec:
 
 
 def _one_line(text: str | Callable[[], str | None] | None) -> str:
-    """A docstring without the ends of its lines; of a callable, which reads the source, when it is needed."""
+    """A docstring as one line. tyro passes a callable that reads the source lazily."""
     found = text() if callable(text) else text
     return " ".join((found or "").split())

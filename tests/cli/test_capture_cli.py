@@ -135,9 +135,9 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--tokenizer", "{folder}/other"), "is not that of the teacher"),
         (("--context", "5000", "--shard-positions", "8192"), "--context 5000: this teacher takes 2048"),
         (("--mass", "2"), "--mass 2.0: "),
-        (("--rank", "3", "--world-size", "2"), "--rank: found 3 of a --world-size of 2"),
+        (("--rank", "3", "--world-size", "2"), "--rank: got 3 of a --world-size of 2"),
         (("--loss-on", "assistant"), "only messages say whose turn it is"),
-        (("--device", "abacus"), "--device: found 'abacus'"),
+        (("--device", "abacus"), "--device: got 'abacus'"),
     ],
 )
 def test_bad_input_is_one_line_and_1(
@@ -230,7 +230,7 @@ def test_sigterm_is_75_and_the_same_command_goes_on(teacher: Path, tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 75, told
-    assert "SIGTERM: stopping after the present batch" in told
+    assert "SIGTERM: stopping after the current batch" in told
     there = len(list(shards.iterdir()))
     assert there >= 2
     assert not verify_cache(tmp_path / "cache").problems

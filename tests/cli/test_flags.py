@@ -19,9 +19,9 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES}
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("held_out: got 1.5; expected a fraction.", "--held-out 1.5: a fraction is needed."),
-        ("export: got 'mean'; expected one of last, best.", "--export mean: one of last, best is needed."),
-        ("rate: got -1e-05; expected a number.", "--rate -1e-05: a number is needed."),
+        ("held_out: got 1.5; expected a fraction.", "--held-out 1.5: expected a fraction."),
+        ("export: got 'mean'; expected one of last, best.", "--export mean: expected one of last, best."),
+        ("rate: got -1e-05; expected a number.", "--rate -1e-05: expected a number."),
         ("held_out: got 0.5 of 1 document; expected two.", "--held-out: got 0.5 of 1 document; expected two."),
         (
             "rank, world_size: got 1 and None; expected both.",
@@ -84,10 +84,10 @@ def test_commands_say_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     make_cache(tmp_path / "cache")
     train = ["train", "--student", "train_cases:tiny", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "o")]
     for wrong, message in (
-        (["--rate", "-1"], "--rate -1.0: a number from 0 to inf is needed."),
-        (["--checkpoint-every", "0"], "--checkpoint-every 0: an integer from 1 on is needed."),
-        (["--treatment", "sampled", "--divergence", "jsd"], "--treatment: found 'sampled' with divergence 'jsd'"),
-        (["--skip", "9999"], "--skip, --max-positions: found 9999 and None"),
+        (["--rate", "-1"], "--rate -1.0: expected a number from 0 to inf."),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: expected an integer from 1 on."),
+        (["--treatment", "sampled", "--divergence", "jsd"], "--treatment: got 'sampled' with divergence 'jsd'"),
+        (["--skip", "9999"], "--skip, --max-positions: got 9999 and None"),
     ):
         assert cli.main([*train, *wrong]) == 1
         out, told = capfd.readouterr()

@@ -34,7 +34,7 @@ def test_where_something_is_to_be_dropped_it_is_asked(capsys: pytest.CaptureFixt
         stop.gentle = True
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.asked
-    assert capsys.readouterr().err == "SIGTERM: stopping after the present batch\n"
+    assert capsys.readouterr().err == "SIGTERM: stopping after the current batch\n"
 
 
 def test_an_error_of_its_own_stays_one() -> None:
@@ -68,7 +68,7 @@ def test_asking_again_changes_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert tidied
-    assert capsys.readouterr().err == "SIGINT: stopping after the present batch\n"
+    assert capsys.readouterr().err == "SIGINT: stopping after the current batch\n"
 
 
 def test_it_is_asked_with_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
