@@ -7,10 +7,10 @@ _VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
-    """The text with settings called what the command line calls them. flags: that, of each setting's name.
+    """Replace names of settings in a message by their flags. flags: from a setting's name to its flag.
 
-    `held_out: found 1.5; less is needed` becomes `--held-out 1.5: less is needed`, `Use export='last'` becomes `Use
-    --export last`, and a name of several words becomes its flag wherever it stands by itself. Paths stay as they are.
+    `held_out: got 1.5; expected less` becomes `--held-out 1.5: expected less`, `Use export='last'` becomes `Use --export
+    last`, and a name with an underscore becomes its flag wherever it is a word of its own. Paths are not changed.
     """
     if not flags:
         return text

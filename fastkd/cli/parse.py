@@ -24,8 +24,8 @@ from .commands import COMMANDS
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _ABOUT = (
-    "Knowledge distillation from a cached teacher: the teacher runs once and fills a cache, and students train from it. "
-    "See `fastkd COMMAND --help` for the options of a command."
+    "Knowledge distillation from a cached teacher: a teacher runs once and fills a cache, then students train from it. "
+    "`fastkd COMMAND --help` shows the options of a command, `fastkd --version` the version."
 )
 
 
@@ -84,7 +84,7 @@ def _subcommand(name: str, command: type, brief: bool) -> Any:
 
 
 def _registry() -> ConstructorRegistry:
-    """How fields are shown in the help: required ones first; optional ones by their type, without an uninformative default."""
+    """How fields are shown in the help: required ones first, optional ones without an uninformative default."""
     registry, inner = ConstructorRegistry(), False
 
     def shown(info: StructTypeInfo) -> StructConstructorSpec | None:

@@ -395,7 +395,7 @@ def test_a_zip_and_http(cache: Path, tmp_path: Path, server: str, run: Any, run_
     status, out, err = run("verify", f"{server}/cache")
     assert status == 0
     assert "no problem found (3 shards" in out
-    assert "only the manifest's shards were looked at" in err
+    assert "only the shards in the manifest were checked" in err
     for readonly in (tmp_path / "zipped.zip", f"{server}/cache"):
         status, out, err = run("seal", readonly)
         assert (status, out) == (1, "")
@@ -534,7 +534,7 @@ def test_seal(cache: Path, run: Any, run_json: Any) -> None:
     status, out, err = run("seal", cache)
     assert (status, out, err) == (0, f"{cache}: sealed, 3 shards, 96 positions\n", "")
     assert open_cache(cache).sealed
-    assert run("seal", cache)[1] == f"{cache}: was sealed already, 3 shards, 96 positions\n"
+    assert run("seal", cache)[1] == f"{cache}: already sealed, 3 shards, 96 positions\n"
     status, report = run_json("seal", cache)
     assert status == 0
     assert report == {"cache": str(cache), "already": True, "shards": 3, "positions": 96, "missing": []}
@@ -545,11 +545,11 @@ def test_what_a_plan_has_beyond_the_last_shard_is_missing_from_a_sealed_cache(ca
     status, out, err = run("seal", cache)
     assert status == 0
     assert "sealed, 3 shards" in out
-    assert "shards 3-5 are missing, and a sealed cache takes no more. To write them, delete manifest.parquet" in err
+    assert "shards 3-5 are missing, and a sealed cache accepts no more. To write them, delete manifest.parquet" in err
     status, out, _ = run("verify", cache)
     assert status == 0
     assert (
-        "not there (sealed without them): shards 3-5. The same capture again, without manifest.parquet, writes" in out
+        "missing (sealed without them): shards 3-5. Run the same capture again after deleting manifest.parquet" in out
     )
 
 
@@ -558,7 +558,7 @@ def test_seal_says_what_is_missing(cache: Path, run: Any, run_json: Any) -> None
     status, out, err = run("seal", cache)
     assert status == 0
     assert "sealed, 2 shards" in out
-    assert "shards 1 are missing, and a sealed cache takes no more" in err
+    assert "shards 1 are missing, and a sealed cache accepts no more" in err
     assert run_json("seal", cache)[1]["missing"] == [[1, 1]]
 
 
@@ -566,7 +566,7 @@ def test_seal_refuses_no_shards(tmp_path: Path, run: Any) -> None:
     create_cache(tmp_path / "cache", CacheSpec(VOCAB, 4)).close()
     status, out, err = run("seal", tmp_path / "cache")
     assert (status, out) == (1, "")
-    assert "there are no shards yet" in err
+    assert "got a cache without shards" in err
     assert not (tmp_path / "cache" / "manifest.parquet").exists()
 
 
