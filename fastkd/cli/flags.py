@@ -9,8 +9,8 @@ _VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
     """Replace names of settings in a message by their flags. flags: from a setting's name to its flag.
 
-    `held_out: got 1.5; expected less` becomes `--held-out 1.5: expected less`, `Use export='last'` becomes `Use --export
-    last`, and a name with an underscore becomes its flag wherever it is a word of its own. Paths are not changed.
+    `held_out: got 1.5; expected less` becomes `--held-out 1.5: expected less`, `Use export='last'` becomes `Use
+    --export last`, and a name with an underscore becomes its flag wherever it stands alone. Paths are not changed.
     """
     if not flags:
         return text

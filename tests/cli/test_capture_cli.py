@@ -197,7 +197,7 @@ def test_a_full_disk_is_75(teacher: Path, tmp_path: Path, run: Any, monkeypatch:
     monkeypatch.setattr(LocalStore, "create", limited)
     status, _, told = run(*given)
     assert status == 75
-    assert "No space left on device. What was committed stays" in told
+    assert "No space left on device. Committed shards are kept" in told
     monkeypatch.setattr(LocalStore, "create", create)
     assert run(*given)[0] == 0
 
