@@ -1,6 +1,6 @@
-"""A report: runs set side by side on one page of HTML that asks nothing of any server.
+"""Reports: runs side by side on one HTML page that loads nothing from the network.
 
-    run folders ─ runs.py ─▶ Run ─ sections.py ─▶ Page (page.py) ─ html.py, plots.py ─▶ text
+    run folders ─ runs.py ─▶ Comparison ─ sections/ ─▶ Page (page.py) ─ render.py, plots.py, templates/ ─▶ HTML
 
-What comes from files is text to the end, and becomes markup nowhere but in `html.py`, which escapes all of it.
+Belongs here: reading what runs left, and showing it. Does not: measuring (`evaluate`), ranking (`sweep`).
 """

@@ -1,32 +1,27 @@
-"""How a measure is shown: as a cell, as a difference, and in words."""
+"""Measures as cells of a table: a value, a difference, and whether it is better."""
 
 from collections.abc import Mapping
 from math import exp, isfinite
 
 from ..evaluate.measures import REPORT, Measure, printed_in, sign_of
 from ..utils.intervals import Interval
-from ..utils.numbers import (
-    DASH,
-    THIN,
-    decimals,
-    figures,
-    places,
-    with_half,
-)
-from .page import Cell, Column
+from ..utils.numbers import DASH, THIN, decimals, figures, places, with_half
+from .page import UNKNOWN, Cell, Column
 
-*MEASURES, PERPLEXITY = printed_in(REPORT)  # perplexity has no interval of its own
+MEASURES = {measure.name: measure for measure in printed_in(REPORT)}
+PERPLEXITY = MEASURES.pop("perplexity")  # evaluations do not have it: it follows from the cross-entropy
+VERDICTS = {"good": "better", "bad": "worse", "even": "within noise"}
 
 
 def column(measure: Measure) -> Column:
-    """Its column in a table."""
+    """The column of a measure."""
     return Column(measure.short, f"{measure.unit} {'↑' if measure.better == 'higher' else '↓'}")
 
 
 def cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
     """A measure with its interval."""
     if measure.name not in found:
-        return Cell(DASH, tone="aside")
+        return UNKNOWN
     mean, half = with_half(*found[measure.name], scale=measure.scale)
     return Cell(mean, f"±{THIN}{half}" if half else "")
 
@@ -34,7 +29,7 @@ def cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
 def perplexity(found: Mapping[str, Interval]) -> Cell:
     """exp of the cross-entropy, with the ends of its interval."""
     if "cross_entropy" not in found:
-        return Cell(DASH, tone="aside")
+        return UNKNOWN
     value = found["cross_entropy"]
     if not isfinite(value.half) or value.high > 100:
         return Cell(figures(exp(min(value.mean, 700.0))))
@@ -44,20 +39,16 @@ def perplexity(found: Mapping[str, Interval]) -> Cell:
 
 
 def verdict(measure: Measure, difference: Interval) -> str:
-    """One of "good", an improvement beyond the interval; "bad", the other way; and "even"."""
+    """ "good" or "bad" for a difference larger than its interval, else "even"."""
     if abs(difference.mean) <= difference.half:
         return "even"
     return "good" if difference.mean * sign_of(measure.name) < 0 else "bad"
 
 
-WORDS = {"good": "better", "bad": "worse", "even": "within noise"}
-
-
 def difference_cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
-    """A paired difference with its interval, and whether it is one."""
+    """A paired difference with its interval and verdict."""
     if measure.name not in found:
-        return Cell(DASH, tone="aside")
-    value = found[measure.name]
-    mean, half = with_half(*value, scale=measure.scale, sign=True)
-    tone = verdict(measure, value)
-    return Cell(mean, f"±{THIN}{half or '∞'}", tone, WORDS[tone])
+        return UNKNOWN
+    mean, half = with_half(*found[measure.name], scale=measure.scale, sign=True)
+    tone = verdict(measure, found[measure.name])
+    return Cell(mean, f"±{THIN}{half or '∞'}", tone, VERDICTS[tone])

@@ -1,4 +1,7 @@
-"""What a page is made of: plain data, in the words of a report, not of HTML. All text is text."""
+"""The parts of a page as plain data: sections of blocks (tables, charts, cards, text). `render.py` makes HTML of them.
+
+All text is plain text. A new kind of block is a class here and a macro of its name in `templates/blocks.html.j2`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Series:
-    """Who a line belongs to. colour: which of the page's colours, from 0 on; None for a reference, in grey.
-    dashed: for a control."""
+    """What a line of a chart shows. colour: index into the page's colours; None: grey, for a reference. dashed: for a
+    control."""
 
     name: str
     colour: int | None
@@ -16,7 +19,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one series; band: low and high of each point, where there are intervals."""
+    """Points of a series. band: low and high of each point, where intervals are known."""
 
     series: Series
     x: Sequence[float]
@@ -27,8 +30,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot. name: of its file. caption: which way is better, and what else must be known. level: a grey line across,
-    and what it is. diagonal: a grey line where both axes are equal. marks: words at points. log: both axes."""
+    """A plot. name: part of its file name. level: a grey horizontal line and its label. diagonal: a grey line where
+    both axes are equal. marks: points (x, y) and labels. from_zero: both axes start at 0. log: both are logarithmic."""
 
     name: str
     title: str
@@ -45,15 +48,15 @@ class Chart:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts side by side, with one legend."""
+    """Charts side by side with one legend."""
 
     charts: Sequence[Chart]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in a table. more: what stands smaller beside it (its interval). tone: "good", "bad", "even", "aside" for
-    what is not measured, or "". mark: a word for it, so that nothing is said by colour alone."""
+    """A table's cell. more: smaller, below (an interval). tone: "good", "bad", "even", "aside" (not measured) or "".
+    mark: the tone as a word, so that colour alone says nothing."""
 
     text: str
     more: str = ""
@@ -61,9 +64,12 @@ class Cell:
     mark: str = ""
 
 
+UNKNOWN = Cell("\u2013", tone="aside")
+
+
 @dataclass(frozen=True)
 class Column:
-    """A table's column. note: unit, and which way is better. text: words, not figures."""
+    """A table's column. note: unit, and which direction is better. text: words, not numbers."""
 
     name: str
     note: str = ""
@@ -72,7 +78,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: what it is of, and a cell a column. series: its line in the charts. marked: it is pointed out."""
+    """A table's row: its name and a cell per column. series: its line in the charts. marked: highlighted."""
 
     name: str
     cells: Sequence[Cell]
@@ -83,7 +89,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of figures. head: over the column of names. folded: the words to click on, where it is shown on demand."""
+    """A table. head: heading of the column of row names. folded: if not empty, the table is hidden below this line
+    until it is clicked."""
 
     head: str
     columns: Sequence[Column]
@@ -94,7 +101,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One figure to be seen first."""
+    """One number in large type."""
 
     title: str
     figure: str
@@ -104,14 +111,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Some figures side by side."""
+    """Cards side by side."""
 
     cards: Sequence[Card]
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text. aside: smaller."""
+    """Text. aside: in small type."""
 
     text: str
     aside: bool = False
@@ -119,7 +126,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Notes:
-    """Words and what they mean, small. folded: the words to click on, where they are shown on demand."""
+    """Words and their meaning, in small type. folded: as for `Table`."""
 
     items: Sequence[tuple[str, str]]
     folded: str = ""
@@ -127,7 +134,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be typed. title: over it."""
+    """Text in a fixed-width font, such as a command."""
 
     text: str
     title: str = ""
@@ -135,7 +142,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a whole, shown as a bar. share: 0 to 1."""
+    """A bar. share: its length, 0 to 1."""
 
     name: str
     share: float
@@ -144,7 +151,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bars:
-    """Parts of a whole, or probabilities, one under another."""
+    """Bars below each other: parts of a whole."""
 
     bars: Sequence[Share]
     title: str = ""
@@ -153,7 +160,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of a prefix: the most likely next tokens with their probabilities, and a completion."""
+    """A model's most likely next tokens after a prefix, with their probabilities, and its completion."""
 
     model: str
     tops: Sequence[tuple[str, float]]
@@ -162,7 +169,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """A prefix, and each model's answer."""
+    """A prefix and each model's answer."""
 
     prefix: str
     answers: Sequence[Answer]
@@ -188,7 +195,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All of it. lead: under the title. foot: at the end."""
+    """A whole page. lead: below the title. foot: at the end."""
 
     title: str
     lead: str
@@ -197,6 +204,6 @@ class Page:
 
     @property
     def charts(self) -> list[Chart]:
-        """All its charts."""
+        """All charts."""
         blocks = [block for section in self.sections for block in section.blocks]
         return [chart for block in blocks if isinstance(block, Charts) for chart in block.charts]

@@ -1,14 +1,15 @@
-"""Charts drawn with matplotlib: as SVG that takes its colours from the page, and as PNG.
+"""Charts by matplotlib: as SVG with the page's colours, and as PNG.
 
-In the SVG every colour is a stand-in that is replaced by one of the page's variables, so that one drawing serves a
-light and a dark page. Colours are told apart by the colour-blind (Okabe and Ito, 2008; darker or lighter where the
-page needs it), and a control is dashed besides.
+In the SVG, colours are the CSS variables of the page, so that one drawing serves a light and a dark page. They are
+distinguishable for the colour-blind (Okabe and Ito, 2008; made darker or lighter for the background); controls are
+also dashed.
 """
 
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ReportError
@@ -24,10 +25,10 @@ COLOURS = (
     ("#2a8fc4", "#8ccdf0"),
 )
 INK, GRID, GREY = ("#1c2126", "#e4e8ec"), ("#dfe3e8", "#30363d"), ("#68727d", "#98a2ad")
-_POINTS = 240  # of a line, at most: more are averaged in groups
+_POINTS = 240  # maximum of a line; more are averaged in groups
 _SIZE = (4.5, 2.9)  # inches of 72 points
 
-_STAND_INS = {
+_PLACEHOLDERS = {  # colours that are drawn, and what replaces them in the SVG
     **{f"#0a00{i:02x}": f"var(--s{i})" for i in range(len(COLOURS))},
     "#0b0001": "var(--ink)",
     "#0b0002": "var(--grid)",
@@ -36,28 +37,28 @@ _STAND_INS = {
 
 
 def svg(chart: Chart) -> str:
-    """The chart as an SVG element for a page of HTML; its text is text."""
-    stand_ins = list(_STAND_INS)
+    """The chart as an SVG element for HTML; its text stays text. Raises ReportError if matplotlib is not installed."""
+    placeholders = list(_PLACEHOLDERS)
     with _style(chart.name):
-        figure = _draw(chart, stand_ins[:-3], *stand_ins[-3:])
+        figure = _draw(chart, placeholders[:-3], *placeholders[-3:])
         buffer = io.StringIO()
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # an element of a page needs no namespaces, nor anything else that looks like an address; its font is the page's
+    # within HTML it needs no namespaces, and nothing that looks like an address; its font is the page's
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[^"]*pt"', "", text, count=4)
     text = text.replace(" font-family: 'DejaVu Sans', sans-serif;", "")
-    for colour, variable in _STAND_INS.items():
+    for colour, variable in _PLACEHOLDERS.items():
         text = text.replace(colour, variable)
-    # ids of several charts would collide; those that are referred to are hashes with the chart's name in them
+    # ids of several charts would collide, except those that are referred to: hashes that include the chart's name
     used = set(re.findall(r"#([\w.]+)", text))
     return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
 
 
 def png(chart: Chart) -> bytes:
-    """The chart as a PNG on white, with its title and a legend."""
+    """The chart as a PNG on white, with title and legend."""
     with _style(chart.name):
         figure = _draw(chart, [light for light, _ in COLOURS], INK[0], GRID[0], GREY[0], alone=True)
         buffer = io.BytesIO()
@@ -66,44 +67,34 @@ def png(chart: Chart) -> bytes:
 
 
 def legend(charts: Sequence[Chart]) -> list[Series]:
-    """The series of some charts, each once, as they come."""
+    """The distinct series of some charts, in order."""
     return list(dict.fromkeys(line.series for chart in charts for line in chart.lines))
 
 
-class _style:
-    """matplotlib as it is wanted here, and quiet about characters that its font does not have."""
-
-    def __init__(self, salt: str) -> None:
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ReportError(
-                "matplotlib is not installed, and a report is drawn with it; pip install 'fastkd[report]'."
-            ) from error
-        self._context = matplotlib.rc_context(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": salt,
-                "text.parse_math": False,
-                "font.family": "sans-serif",
-                "font.sans-serif": ["DejaVu Sans"],
-                "font.size": 10,
-                "axes.unicode_minus": True,
-                "axes.formatter.limits": (-4, 5),
-                "axes.formatter.useoffset": False,
-                "path.simplify": True,
-            }
-        )
-        self._warnings = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        self._context.__enter__()
-        self._warnings.__enter__()
+@contextmanager
+def _style(salt: str) -> Iterator[None]:
+    """matplotlib's settings for these charts, without warnings about characters that its font lacks."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ReportError(
+            "matplotlib is not installed; charts are drawn with it. Use pip install 'fastkd[report]'."
+        ) from error
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 10,
+        "axes.unicode_minus": True,
+        "axes.formatter.limits": (-4, 5),
+        "axes.formatter.useoffset": False,
+        "path.simplify": True,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-
-    def __exit__(self, *error: Any) -> None:
-        self._warnings.__exit__(*error)
-        self._context.__exit__(*error)
+        yield
 
 
 def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, *, alone: bool = False) -> Any:
@@ -163,13 +154,13 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
     if alone:
         axes.set_title(chart.title, color=ink, fontsize=11, loc="left")
         if chart.lines:
-            # a long name may stick out, and must not squeeze the plot
+            # a long name may extend beyond the plot, and must not shrink it
             axes.legend(frameon=False, fontsize=9, labelcolor=ink).set_in_layout(False)
     return figure
 
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
-    """Both axes: along the lower one each point has its number, along the other 1, 2, 5 and 10 have theirs."""
+    """Both axes; ticks at the points on x, at 1, 2, 5 and 10 on y."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_xscale("log")
@@ -183,7 +174,7 @@ def _logarithmic(axes: Any, chart: Chart) -> None:
 
 
 def _thinned(line: Line) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
-    """The line with at most so many points, each the mean of a group; of lines with bands all are kept."""
+    """x, y and band of a line: at most `_POINTS` points, each the mean of a group; all points of a line with a band."""
     x, y = list(map(float, line.x)), list(map(float, line.y))
     if line.band is not None:
         return x, y, (list(map(float, line.band[0])), list(map(float, line.band[1])))

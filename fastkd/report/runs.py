@@ -1,16 +1,16 @@
-"""A run's folder, read for its report.
+"""Run folders, read for a report.
 
-    run.json          format "fastkd-run": settings, student (name, parameters, bytes, notes), caches (of each place and
-                      spec), machine (versions and hardware), command, report (evaluation, the last held-out measures);
-                      and where somebody measured them: teacher (parameters, bytes, positions_per_second), and of the
-                      student positions_per_second of inference
-    metrics.jsonl     an object a step: step, loss, hard, soft, rate, ..., waiting (the share of its time that the step
-                      waited for data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
-    evaluation.json   the last evaluation, window by window (`Evaluation.to_json`): what pairs are made of
-    control/          a run's folder: the same student on hard labels alone
+    run.json          format "fastkd-run": settings, student (name, parameters, bytes, notes), caches (place and spec of
+                      each), machine (versions and hardware), command, report (evaluation: the last held-out measures);
+                      if measured separately: teacher (parameters, bytes, positions_per_second), and the student's
+                      positions_per_second of inference
+    metrics.jsonl     an object per step: step, loss, hard, soft, rate, ..., waiting (share of the step's time without
+                      data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
+    evaluation.json   the last evaluation, by window (`Evaluation.to_json`), for paired differences
+    control/          the run folder of the same student on hard labels alone
 
-Only run.json has to be there, and what is missing in it is left out of the report. What is there and damaged is an
-error that names it. A line of metrics.jsonl that is being written is no damage.
+Only run.json is required; the report omits what is missing. Damaged files raise ReportError, except that the last line
+of metrics.jsonl may be incomplete: it is being written.
 """
 
 import json
@@ -27,7 +27,7 @@ from ..utils.intervals import Interval
 
 Json = dict[str, Any]
 FORMAT, VERSION = "fastkd-run", 1
-_LINE = 80  # columns of a command on one line
+_LINE = 80  # columns; longer commands are wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,8 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run as its folder tells it. name: what it is called on the page. document: run.json. steps: what was logged of
-    each. points: its evaluations. measures: the last ones. evaluation: window by window. control: None where there is
-    none."""
+    """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations. measures:
+    of the last evaluation. evaluation: the same by window. control: the control's run, if any."""
 
     name: str
     folder: Path
@@ -54,32 +53,32 @@ class Run:
     control: "Run | None" = None
 
     def part(self, *path: str) -> Any:
-        """What run.json has under these keys, one within another; None where it has nothing."""
+        """The value in run.json under these nested keys; None if it is missing."""
         value: Any = self.document
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def number(self, *path: str) -> float | None:
-        """A number of run.json; None where there is none."""
+        """A number in run.json; None if it is missing, or no number."""
         return finite(self.part(*path))
 
     @property
     def caches(self) -> list[tuple[str, str]]:
-        """Of each cache its place, and the hash of its spec."""
+        """Place and spec hash of each cache."""
         found = self.part("caches")
         entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
         return [(str(entry["place"]), str(entry.get("spec", ""))) for entry in entries if "place" in entry]
 
     @property
     def notes(self) -> list[str]:
-        """What was noted of the student."""
+        """Notes about the student."""
         found = self.part("student", "notes")
         return [str(note) for note in found] if isinstance(found, list) else []
 
     @property
     def hardware(self) -> str:
-        """What it was trained on; empty where that was not kept."""
+        """Hardware of the training; empty if unknown."""
         machine = {n: self.part("machine", n) for n in ("gpu", "machine", "threads", "processes")}
         words = [str(machine["gpu"] or machine["machine"] or "")]
         if machine["threads"] and not machine["gpu"]:
@@ -90,26 +89,34 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What was typed, an option a line where it is long; empty where that was not kept."""
+        """The command that was typed, wrapped if it is long; empty if unknown."""
         found = self.part("command")
         return in_lines(list(map(str, found))) if isinstance(found, list) else found if isinstance(found, str) else ""
 
     def logged(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of what was logged under a name; only where it was a number."""
+        """Steps and values of a logged quantity, where it is a number."""
         pairs = [(int(s["step"]), value) for s in self.steps if (value := finite(s.get(name))) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
+    @property
+    def waiting(self) -> float | None:
+        """Share of the steps' time in which no batch was ready; None if it was not logged."""
+        pairs = [(finite(step.get("waiting")), finite(step.get("seconds"))) for step in self.steps]
+        known = [(share, seconds) for share, seconds in pairs if share is not None and seconds is not None]
+        total = sum(seconds for _, seconds in known)
+        return sum(share * seconds for share, seconds in known) / total if total > 0 else None
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, each under a name of its own. Raises ReportError."""
+    """The runs of these folders, under distinct names. Raises ReportError."""
     return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """One run. Raises ReportError where its folder is none of a run, or holds damaged files."""
+    """One run. Raises NoRun if the folder has no run.json, ReportError if a file is damaged."""
     path = folder / "run.json"
     if not path.is_file():
-        raise NoRun(f"{folder}: there is no run.json in it; the folder that `fastkd train` wrote is needed.")
+        raise NoRun(f"{folder}: no run.json in it; expected a folder written by `fastkd train`.")
     document = _document(path)
     made_by = document.get("format", FORMAT), document.get("version", VERSION)
     if made_by != (FORMAT, VERSION):
@@ -140,7 +147,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def measured(summary: Any) -> dict[str, Interval]:
-    """Intervals from a summary: of each measure a number, or its mean, low and high."""
+    """Intervals from a summary, which has a number, or mean, low and high, for each measure."""
     found: dict[str, Interval] = {}
     for name, value in summary.items() if isinstance(summary, Mapping) else ():
         mean = finite(value.get("mean") if isinstance(value, Mapping) else value)
@@ -152,7 +159,7 @@ def measured(summary: Any) -> dict[str, Interval]:
 
 
 def in_lines(arguments: Sequence[str]) -> str:
-    """A command for a shell, an option a line where it is long."""
+    """A command for a shell; a long one with an option per line."""
     whole = shlex.join(arguments)
     if len(whole) <= _LINE:
         return whole
@@ -160,7 +167,7 @@ def in_lines(arguments: Sequence[str]) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or None for all else: text, true and false, NaN, infinities."""
+    """A finite number as float; None for anything else, booleans included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -174,8 +181,7 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
     points: list[Point] = []
     if not path.is_file():
         return steps, points
-    text = _text(path)
-    *lines, last = text.split("\n")
+    *lines, last = _text(path).split("\n")
     if last:
         lines.append(last)
     for number, line in enumerate(lines, 1):
@@ -185,7 +191,7 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines) and last:
-                break  # it is being written
+                break  # it is still being written
             raise ReportError(
                 f"{path}, line {number}: got {line[:60]!r}, which is not JSON. Remove the line, or train again."
             ) from error
@@ -199,7 +205,7 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
             points.append(Point(step, measured(entry["evaluation"])))
         else:
             steps.append(entry)
-    # a run that was resumed has logged some steps twice: the later ones are what went on
+    # a resumed run has logged some steps twice: the later entries are valid
     by_step, by_point = {s["step"]: s for s in steps}, {p.step: p for p in points}
     return [by_step[i] for i in sorted(by_step)], [by_point[i] for i in sorted(by_point)]
 
@@ -217,7 +223,7 @@ def _document(path: Path) -> Json:
     try:
         found = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: this is not JSON ({error}). Restore it, or train again.") from error
+        raise ReportError(f"{path}: not JSON ({error}). Restore it, or train again.") from error
     if not isinstance(found, dict):
         raise ReportError(f"{path}: got {type(found).__name__}; expected a JSON object. Restore it, or train again.")
     return found
@@ -227,15 +233,15 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: it cannot be read ({error}). Restore it, or train again.") from error
+        raise ReportError(f"{path}: cannot be read ({error}). Restore it, or train again.") from error
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of those above as it takes to tell them apart."""
+    """The folders' names, with as many parent folders as make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         twice = next(str(f) for f, p in zip(folders, parts, strict=True) if parts.count(p) > 1)
-        raise ReportError(f"{twice}: found twice among the runs; name each once.")
+        raise ReportError(f"{twice}: given twice; give each run once.")
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):

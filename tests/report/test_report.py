@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,9 +20,8 @@ from fastkd.cache import create_cache
 from fastkd.cli import main as cli
 from fastkd.errors import NoRun, ReportError
 from fastkd.evaluate.api import compare
-from fastkd.report import plots
-from fastkd.report.demo_sections import break_even, completions, cost
-from fastkd.report.html import to_html
+from fastkd.report import plots, render, sections
+from fastkd.report.comparison import Comparison
 from fastkd.report.make import make_report, page_of
 from fastkd.report.measures import MEASURES, cell, difference_cell, perplexity, verdict
 from fastkd.report.page import (
@@ -46,7 +46,10 @@ from fastkd.report.page import (
     Share,
     Table,
 )  # fmt: skip
+from fastkd.report.render import to_html
 from fastkd.report.runs import in_lines, measured, read_run, read_runs
+from fastkd.report.sections.completions import completions_section
+from fastkd.report.sections.cost import break_even, cost_section
 from fastkd.utils.intervals import Interval
 from fastkd.utils.numbers import (
     decimals,
@@ -59,7 +62,7 @@ from fastkd.utils.numbers import (
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; $x^2$ \x1b[31m\u202e"
 VOID = {"meta", "br", "img"}
-KL, AGREEMENT, ENTROPY = (next(m for m in MEASURES if m.name == k) for k in ("kl_bucket", "agreement", "cross_entropy"))
+KL, AGREEMENT, ENTROPY = (MEASURES[name] for name in ("kl_bucket", "agreement", "cross_entropy"))
 
 
 class Reader(HTMLParser):
@@ -120,7 +123,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are not drawn: for tests of all else."""
-    monkeypatch.setattr("fastkd.report.html.svg", lambda chart: "")
+    monkeypatch.setattr("fastkd.report.render.svg", lambda chart: "")
 
 
 def page(*folders: Path) -> Reader:
@@ -136,11 +139,11 @@ def test_a_run_beside_its_control(run: Path) -> None:
     found = page(run).text
     ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
     for one in (ours, theirs):
-        for measure in MEASURES:
+        for measure in MEASURES.values():
             mean, half = with_half(*one.intervals()[measure.name], scale=measure.scale)
             assert f"{mean} ± {half}".replace("\u202f", " ") in found, measure.name
     for key, value in compare(ours, theirs).items():
-        measure = next(m for m in MEASURES if m.name == key)
+        measure = MEASURES[key]
         mean, half = with_half(*value, scale=measure.scale, sign=True)
         assert f"{mean} ± {half}" in found, key
     known = ours.teacher_intervals()["label_known"].mean
@@ -152,11 +155,11 @@ def test_a_run_beside_its_control(run: Path) -> None:
     ):  # fmt: skip
         assert words in found, words
     # α is what differs, and stands apart from what does not
-    assert "settings that all have in common" in found
-    assert re.search(r"setting healed healed, control alpha 0\.5 1 What differs", found)
+    assert "settings that all runs have in common" in found
+    assert re.search(r"setting healed healed, control alpha 0\.5 1 Only what differs", found)
     # the seven curves of the training and the held-out data, the rate, the gradient, and calibration
-    for title in ("Training loss", "Soft part", "Hard part", "Held out: KL from teacher", "Held out: top-1 agreement",
-                  "Held out: cross-entropy", "Learning rate", "Norm of the gradient", "Calibration"):  # fmt: skip
+    for title in ("Training loss", "Soft loss", "Hard loss", "Held out: KL from teacher", "Held out: top-1 agreement",
+                  "Held out: cross-entropy", "Learning rate", "Gradient norm", "Calibration"):  # fmt: skip
         assert title in found
     # T was constant: no curve of it
     assert sum(1 for tag in page(run).tags if tag == "figure") == 12
@@ -186,7 +189,7 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "2 runs compared" in found
     for words in ("a/run", "b/run", "b/run, control", "against a/run", "rate 0.0003 0.0003 0.0001 0.0001"):
         assert words in found
-    with pytest.raises(ReportError, match="found twice"):
+    with pytest.raises(ReportError, match="given twice"):
         read_runs([runs[0], runs[0]])
 
 
@@ -207,10 +210,10 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     (folder / "run.json").write_text("{}")
     found = page(folder).text
     for words in (
-        "No evaluation was found",
-        "Nothing was logged",
-        "No settings were kept",
-        "No command was kept of: bare",
+        "These runs have no evaluation",
+        "nothing was logged",
+        "These runs have no settings",
+        "No command was recorded for bare",
     ):
         assert words in found
     # the last evaluation of the log serves where there is no other; a number alone has no interval
@@ -232,7 +235,7 @@ def test_windows_unknown_the_measures_are_shown(tmp_path: Path) -> None:
     last = read_run(run, "r").points[-1].measures["kl_bucket"]
     assert " ± ".join(with_half(*last)) in found
     assert "against its control" not in found
-    assert "its control: 0.7" in found
+    assert "control: 0.7" in found
     assert "Differences have no intervals here" in found
     assert "teacher, at least" not in found
 
@@ -248,12 +251,12 @@ def test_the_cache(tmp_path: Path) -> None:
     text = (tmp_path / "r.html").read_text()
     found = Reader(text).text
     for words in (
-        "The cache",
-        "64, of which",
-        "8 exact entries, 3 drawn at T = 1",
-        "mass in the head",
+        "Cache",
+        "64, 62 of them counted",
+        "8 top-k entries, 3 draws at T = 1",
+        "mass of the top-k entries",
         "head/values",
-        "small ones",
+        "small arrays",
     ):
         assert words in found
     assert "secret" not in text
@@ -262,10 +265,12 @@ def test_the_cache(tmp_path: Path) -> None:
     # another cache there, none there
     write_run(tmp_path / "other", place=str(tmp_path / "cache"))
     make_report([tmp_path / "other"], tmp_path / "r.html")
-    assert "is another cache than the one that other was trained from" in Reader((tmp_path / "r.html").read_text()).text
+    assert (
+        "holds another cache than the one that other was trained from" in Reader((tmp_path / "r.html").read_text()).text
+    )
     write_run(tmp_path / "gone", place=str(tmp_path / "nowhere"))
     make_report([tmp_path / "gone"], tmp_path / "r.html")
-    assert "cannot be looked at" in (tmp_path / "r.html").read_text()
+    assert "cannot be read" in (tmp_path / "r.html").read_text()
 
 
 # Sections of the demo
@@ -274,8 +279,8 @@ def test_the_cache(tmp_path: Path) -> None:
 def test_completions_and_cost(run: Path) -> None:
     answers = [Answer("teacher", [(" the", 0.71), ("\n", 0.0123)], EVIL), Answer("control", [(EVIL, 2.0)], "")]
     more = [
-        completions([Example(EVIL, answers)]),
-        cost(capture=35, cached=86, live=95, students=3, note="As measured."),
+        completions_section([Example(EVIL, answers)]),
+        cost_section(capture=35, cached=86, live=95, students=3, note="As measured."),
     ]
     text = to_html(page_of(read_runs([run]), more=more))
     asks_nothing(text)
@@ -292,9 +297,29 @@ def test_break_even() -> None:
     assert break_even(capture=350, cached=86, live=96) == 35
     assert break_even(capture=0.1, cached=1, live=100) == 1
     assert break_even(capture=1, cached=86, live=86) is None
-    assert "never" in Reader(to_html(Page("t", "", [cost(capture=1, cached=2, live=1)]))).text
+    assert "never" in Reader(to_html(Page("t", "", [cost_section(capture=1, cached=2, live=1)]))).text
     with pytest.raises(ValueError, match="positive seconds"):
-        cost(capture=1, cached=0, live=1)
+        cost_section(capture=1, cached=0, live=1)
+
+
+# Sections from outside
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_section_from_outside_the_package(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "_registered", [])
+
+    def build(comparison: Comparison) -> Section | None:
+        names = [student.name for student, _ in comparison.students]
+        return Section("Names", [Code(", ".join(names))]) if len(names) > 1 else None
+
+    register_section(build, position=25)
+    found = page(run).text
+    # below the curves and above the speed
+    assert found.index("Training curves") < found.index("Names healed, healed, control") < found.index("Training speed")
+    # a section with nothing to show is left out
+    shutil.rmtree(run / "control")
+    assert "Names" not in page(run).text
 
 
 # Text stays text
@@ -305,12 +330,12 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "evil <b>&'\"", notes=EVIL, **{EVIL: EVIL})
     for path in tmp_path.rglob("run.json"):
         document = json.loads(path.read_text())
-        document |= {"command": ["fastkd", EVIL], "machine": {EVIL: EVIL, "gpu": EVIL}}
+        document |= {"command": ["fastkd", EVIL], "machine": {EVIL: EVIL, "gpu": EVIL}, "caches": [{"place": EVIL}]}
         document["student"]["name"] = EVIL
         path.write_text(json.dumps(document))
     data = evaluation().to_json() | {"device": EVIL}
     (run / "evaluation.json").write_text(json.dumps(data))
-    text = to_html(page_of(read_runs([run]), title=EVIL, notes=[EVIL], command=EVIL))
+    text = to_html(page_of(read_runs([run]), title=EVIL, command=EVIL))
     asks_nothing(text)
     found = Reader(text)
     assert not {"b", "img"} & set(found.tags)
@@ -357,14 +382,14 @@ def damage(run: Path, name: str, change: Callable[[str], str]) -> None:
         ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* expected an object with a step"),
         ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step": "7",', 1), r"line 7: .* an object with a step"),
         ("metrics.jsonl", lambda t: "[" * 100_000 + "\n" + t, r"metrics\.jsonl, line 1"),
-        ("run.json", lambda t: t[:-5], r"run\.json: this is not JSON"),
+        ("run.json", lambda t: t[:-5], r"run\.json: not JSON"),
         (
             "run.json",
             lambda t: t.replace('"version": 1', '"version": 2'),
             r"run\.json: got format 'fastkd-run', version 2",
         ),
         ("run.json", lambda t: "[]", r"run\.json: got list; expected a JSON object"),
-        ("evaluation.json", lambda t: t[:-5], r"evaluation\.json: this is not JSON"),
+        ("evaluation.json", lambda t: t[:-5], r"evaluation\.json: not JSON"),
         ("evaluation.json", lambda t: "{}", r"evaluation\.json: evaluation: this is none"),
         ("evaluation.json", lambda t: t.replace('"counts": [511.0', '"counts": ["x"'), r"evaluation\.json: .* damaged"),
         ("control/metrics.jsonl", lambda t: "x\n" + t, r"control/metrics\.jsonl, line 1"),
@@ -378,7 +403,7 @@ def test_damaged_files_are_named(run: Path, name: str, change: Any, message: str
 
 def test_other_damage(run: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ReportError, match=r"metrics\.jsonl: it cannot be read"):
+    with pytest.raises(ReportError, match=r"metrics\.jsonl: cannot be read"):
         read_run(run, "r")
     with pytest.raises(NoRun, match=r"no run\.json in it"):
         read_run(tmp_path, "r")
@@ -386,10 +411,10 @@ def test_other_damage(run: Path, tmp_path: Path) -> None:
         make_report([])
     (run / "metrics.jsonl").unlink()
     (run / "control" / "run.json").unlink()
-    with pytest.raises(NoRun, match=r"control: there is no run\.json"):
+    with pytest.raises(NoRun, match=r"control: no run\.json"):
         read_run(run, "r")
     shutil.rmtree(run / "control")
-    with pytest.raises(ReportError, match=r"page\.html: it cannot be written"):
+    with pytest.raises(ReportError, match=r"page\.html: cannot be written"):
         make_report([run], run / "run.json" / "page.html")
 
 
@@ -482,11 +507,11 @@ def test_long_lines_are_thinned() -> None:
     assert len(text) < 30_000
 
 
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"matplotlib is not installed.*pip install 'fastkd\[report\]'"):
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package(monkeypatch: pytest.MonkeyPatch, run: Path, package: str) -> None:
+    render._environment.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ReportError, match=rf"{package} is not installed.*pip install 'fastkd\[report\]'"):
         make_report([run])
     assert not (run / "report.html").exists()
 

@@ -1,0 +1,65 @@
+"""Pages as HTML, by Jinja2 from `templates/`. Autoescape is on: text never becomes markup.
+
+The page is one file that loads nothing, and its Content-Security-Policy says so to the browser.
+"""
+
+import unicodedata
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReportError
+from ..utils.numbers import percent
+from .page import Page
+from .plots import COLOURS, GREY, GRID, INK, legend, svg
+
+_UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories of control characters and the like
+
+
+def to_html(page: Page) -> str:
+    """The whole document. Raises ReportError if Jinja2 is not installed, or matplotlib for a page with charts."""
+    text: str = _environment().get_template("page.html.j2").render(page=page)
+    return text
+
+
+@cache
+def _environment() -> Any:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ReportError(
+            "jinja2 is not installed; pages are made with it. Use pip install 'fastkd[report]'."
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=lambda value: _spelled_out(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        svg=lambda chart: Markup(svg(chart)),
+        legend=legend,
+        percent=percent,
+        bar_width=_bar_width,
+        visible_token=_visible_token,
+    )
+    environment.globals.update(zip=partial(zip, strict=True), colours=COLOURS, ink=INK, grid=GRID, grey=GREY)
+    return environment
+
+
+def _spelled_out(text: str) -> str:
+    """Characters that a browser would not show, or that would change the direction of the text, as their codes."""
+    return "".join(c if unicodedata.category(c) not in _UNSEEN or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
+
+
+def _visible_token(token: str) -> str:
+    """A token with visible spaces and line ends."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+
+
+def _bar_width(share: float) -> str:
+    """Per cent, from 0 to 100 for any number; 0 for NaN."""
+    return f"{100 * min(max(share, 0.0), 1.0):.2f}" if share == share else "0"

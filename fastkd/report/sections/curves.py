@@ -1,0 +1,91 @@
+"""Curves of the training: losses, schedules, held-out measures at each evaluation, and calibration."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ...evaluate.measures import Measure
+from ..comparison import Comparison
+from ..measures import MEASURES
+from ..page import Chart, Charts, Line, Paragraph, Section, Series
+from ..runs import Run
+
+POSITION = 20
+_LOSSES = (
+    ("loss", "Training loss", "nats per position",
+     "The minimized loss: α · hard + (1 − α) · T² · soft. Runs of different α or T: compare the parts."),
+    ("soft", "Soft loss", "nats per position", "Divergence from the teacher; lower is better."),
+    ("hard", "Hard loss", "nats per position", "Cross-entropy on the labels of the training data; lower is better."),
+)  # fmt: skip
+_SCHEDULES = (
+    ("rate", "Learning rate"),
+    ("alpha", "α, weight of the hard loss"),
+    ("temperature", "Temperature"),
+    ("grad_norm", "Gradient norm"),
+)
+
+
+def build(comparison: Comparison) -> Section:
+    """All curves that were logged."""
+    charts: list[Chart] = []
+    for name, title, unit, caption in _LOSSES:
+        if lines := _logged(comparison, name):
+            charts.append(Chart(f"training-{name}", title, caption, "step", unit, lines))
+    for measure in MEASURES.values():
+        lines = [line for run, series in comparison.students for line in _held_out(run, series, measure)]
+        if lines:
+            caption = f"Held out; {measure.better} is better."
+            if any(line.band is not None for line in lines):
+                caption += " Bands: 95% intervals of each student by itself, wider than those of paired differences."
+            level = _teacher_level(comparison, measure)
+            title = f"Held out: {measure.short}"
+            charts.append(Chart(f"held-out-{measure.name}", title, caption, "step", measure.unit, lines, level))
+    if lines := _calibration(comparison):
+        caption = "On the dotted line a model is right as often as it is confident; below it, it is overconfident."
+        charts.append(Chart("reliability", "Calibration", caption, "confidence", "accuracy", lines, diagonal=True))
+    if not charts:
+        return Section("Training curves", [Paragraph("These runs have no metrics.jsonl: nothing was logged.")])
+    for name, title in _SCHEDULES:
+        lines = _logged(comparison, name)
+        if any(len(set(line.y)) > 1 for line in lines):  # constants are among the settings
+            charts.append(Chart(f"training-{name}", title, "Value at each step.", "step", "", lines))
+    return Section("Training curves", [Charts(charts)])
+
+
+def _logged(comparison: Comparison, name: str) -> list[Line]:
+    return [Line(series, *points) for run, series in comparison.students if (points := run.logged(name))[0]]
+
+
+def _held_out(run: Run, series: Series, measure: Measure) -> list[Line]:
+    """The measure at each evaluation of a run, as at most one line."""
+    points = [(p.step, p.measures[measure.name]) for p in run.points if measure.name in p.measures]
+    if not points:
+        return []
+    y, low, high = ([measure.scale * getattr(value, end) for _, value in points] for end in ("mean", "low", "high"))
+    band = (low, high) if all(math.isfinite(value.half) for _, value in points) else None
+    return [Line(series, [step for step, _ in points], y, band, markers=True)]
+
+
+def _teacher_level(comparison: Comparison, measure: Measure) -> tuple[float, str] | None:
+    if comparison.evaluation is None or measure.name not in ("accuracy", "ece", "cross_entropy"):
+        return None
+    found = comparison.evaluation.teacher_intervals()
+    bound = measure.name == "cross_entropy"
+    key, name = ("cross_entropy_at_least", "teacher, at least") if bound else (measure.name, "teacher")
+    return (measure.scale * found[key].mean, name) if key in found else None
+
+
+def _calibration(comparison: Comparison) -> list[Line]:
+    """Accuracy by confidence of the teacher and of each student."""
+    lines: list[Line] = []
+    for run, series in comparison.students:
+        if run.evaluation is None:
+            continue
+        if not lines and (bins := run.evaluation.teacher.reliability()):
+            lines.append(_reliability(Series("teacher", None), bins))
+        if bins := run.evaluation.student.reliability():
+            lines.append(_reliability(series, bins))
+    return lines
+
+
+def _reliability(series: Series, bins: Sequence[Mapping[str, float]]) -> Line:
+    return Line(series, [b["confidence"] for b in bins], [b["accuracy"] for b in bins], markers=True)

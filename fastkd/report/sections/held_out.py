@@ -1,0 +1,116 @@
+"""Measures on held-out data: students, controls and teacher in one table, and paired differences."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from ...evaluate.measures import Measure
+from ...utils.intervals import Interval
+from ...utils.numbers import THIN, decimals, figures, percent, prefixed, with_half
+from ..comparison import Comparison, paired_differences
+from ..measures import MEASURES, PERPLEXITY, cell, column, difference_cell, perplexity
+from ..page import UNKNOWN, Block, Cell, Column, Notes, Paragraph, Row, Section, Series, Table
+from ..runs import Run, finite
+
+POSITION = 10
+
+
+def build(comparison: Comparison) -> Section:
+    """The table of measures, the table of differences, and notes on how to read them."""
+    students = comparison.students
+    known = [m for m in MEASURES.values() if any(m.name in run.measures for run, _ in students)]
+    if not known:
+        return Section("Held-out data", [Paragraph("These runs have no evaluation.")])
+    rows = [*_teachers(comparison, known)]
+    for run, series in students:
+        cells = [*_size(run), *(cell(m, run.measures) for m in known), perplexity(run.measures)]
+        rows.append(Row(run.name, cells, series=series))
+    columns = [Column("parameters"), Column("size"), Column("speed", "positions/s ↑")]
+    found, caption = comparison.evaluation, ""
+    if found is not None:
+        which = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
+        caption = f"{decimals(found.count)} positions in {decimals(found.windows)} windows {which}."
+    blocks: list[Block] = [Table("", [*columns, *(column(m) for m in [*known, PERPLEXITY])], rows, caption)]
+    if differences := _differences(comparison, known):
+        blocks.append(differences)
+    elif len(students) > 1:
+        text = "Differences have no intervals here: they need an evaluation.json of each run, of the same windows."
+        blocks.append(Paragraph(text, aside=True))
+    blocks.append(Notes(_notes(comparison, known), "How to read these numbers, and which of them are bounds"))
+    return Section("Held-out data", blocks)
+
+
+def _size(run: Run) -> list[Cell]:
+    """Parameters, bytes, and inference speed: measured separately, or else during the evaluation."""
+    speed = run.number("student", "positions_per_second")
+    if speed is None and run.evaluation is not None and run.evaluation.timed_positions:
+        speed = finite(run.evaluation.positions_per_second)
+    return _size_cells(run.number("student", "parameters"), run.number("student", "bytes"), speed)
+
+
+def _size_cells(parameters: float | None, size: float | None, speed: float | None) -> list[Cell]:
+    numbers = (parameters, ""), (size, "B"), (speed, "")
+    return [UNKNOWN if n is None else Cell(prefixed(n, unit)) for n, unit in numbers]
+
+
+def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]:
+    """A row for the teacher of each cache."""
+    seen: set[str] = set()
+    for run, _ in comparison.students:
+        if run.evaluation is None or run.evaluation.content in seen:
+            continue
+        seen.add(run.evaluation.content)
+        found = run.evaluation.teacher_intervals()
+        least = found["cross_entropy_at_least"]
+        mean, half = with_half(*least)
+        fixed = {
+            "kl_bucket": Cell("0", tone="aside"),
+            "kl_sampled": Cell("0", tone="aside"),
+            "agreement": Cell("100", tone="aside"),
+            "cross_entropy": Cell(f"≥{THIN}{mean}", f"±{THIN}{half}"),
+        }
+        cells = _size_cells(*(run.number("teacher", name) for name in ("parameters", "bytes", "positions_per_second")))
+        cells += [fixed.get(m.name) or cell(m, found) for m in known]
+        cells.append(Cell(f"≥{THIN}{figures(math.exp(min(least.mean, 700.0)))}"))
+        yield Row("teacher", cells, note="from its cached rows", series=Series("teacher", None))
+
+
+def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | None:
+    """Each run against its control, and against the first run."""
+    first, rows = comparison.runs[0], []
+    for run, series in comparison.students:
+        others = [(run.control, "its control")] if run.control is not None else []
+        others += [(first, first.name)] if run in comparison.runs[1:] else []
+        for other, name in others:
+            if found := paired_differences(run, other):
+                cells = [difference_cell(m, found) for m in known]
+                rows.append(Row(run.name, cells, f"against {name}", series))
+    if not rows:
+        return None
+    caption = (
+        "Paired over windows: what makes a window hard for every student cancels. A difference smaller than its 95% "
+        "interval is within noise. Each student is one training run: these intervals do not include the effect of "
+        "another seed."
+    )
+    return Table("difference", [column(m) for m in known], rows, caption)
+
+
+def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, str]]:
+    """The meaning of the columns, and which numbers are bounds."""
+    notes = [("±, ranges", "95% intervals; windows are the independent units.")]
+    notes += [(m.short, m.about) for m in known]
+    evaluation = comparison.evaluation
+    if evaluation is None:
+        return notes
+    found: Mapping[str, Interval] = evaluation.teacher_intervals()
+    text = (
+        f"What its cache knows. {percent(found['label_known'].mean)} of the labels are among the cached entries, with "
+        "their exact probability; any other label has at most the mass outside the entries, so the cross-entropy is a "
+        "lower bound (≥). Its divergence from itself is 0."
+    )
+    if "entropy_at_least" in found:
+        low, high = (figures(found[f"entropy_at_{end}"].mean) for end in ("least", "most"))
+        text += (
+            f" {percent(found['tail_mass'].mean)} of its probability lies outside the top-k entries; its entropy is "
+            f"between {low} and {high} nats."
+        )
+    return [*notes, ("teacher", text), ("speed", f"Student's forward during the evaluation, on {evaluation.device}.")]

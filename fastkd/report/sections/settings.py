@@ -1,0 +1,65 @@
+"""The settings of the runs: those that differ, and the others on demand."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...utils.text import without_credentials
+from ..comparison import Comparison
+from ..page import UNKNOWN, Block, Cell, Column, Paragraph, Row, Section, Table
+from ..runs import finite
+
+POSITION = 40
+
+
+def build(comparison: Comparison) -> Section:
+    """A table of what differs, and a folded one of what all runs share."""
+    runs = [run for run, _ in comparison.students]
+    flat = [
+        dict(_flat(run.part("settings")))
+        | dict(_flat({"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}))
+        | dict(_flat(run.part("machine"), "machine"))
+        for run in runs
+    ]
+    names = list(dict.fromkeys(name for values in flat for name in values))
+    if not names:
+        return Section("Settings", [Paragraph("These runs have no settings.")])
+    blocks: list[Block] = []
+    differ = [name for name in names if len({values.get(name) for values in flat}) > 1]
+    if differ:
+        rows = [
+            Row(name, [Cell(values[name]) if name in values else UNKNOWN for values in flat], marked=True)
+            for name in differ
+        ]
+        columns = [Column(run.name, text=True) for run in runs]
+        blocks.append(Table("setting", columns, rows, "Only what differs between the columns."))
+    elif len(runs) > 1:
+        blocks.append(Paragraph("All runs have the same settings."))
+    if same := [name for name in names if name not in differ]:
+        title = f"{len(same)} settings that all runs have in common" if len(runs) > 1 else f"All {len(same)} settings"
+        rows = [Row(name, [Cell(flat[0][name])]) for name in same]
+        blocks.append(Table("setting", [Column("value", text=True)], rows, folded=title))
+    return Section("Settings", blocks)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names and text."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix and value not in (None, []):
+        yield prefix, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) and finite(value) is not None else json.dumps(value)
