@@ -59,7 +59,7 @@ def _written(command: "Bench", found: "list[Recording]") -> list[str]:
         files[command.markdown] = markdown(found)
     if command.page is not None:
         from fastkd.bench.page import page_of
-        from fastkd.report.html import to_html
+        from fastkd.report.render import to_html
 
         files[command.page] = to_html(page_of(found))
     for path, text in files.items():

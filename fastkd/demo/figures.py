@@ -6,7 +6,6 @@ from typing import Any
 
 from ..report.page import Cell, Column, Row, Section, Table
 from ..report.runs import Run
-from ..report.sections import waiting
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Figure:
 
 def figures_of(*, overhead: float, step: float, runs: Sequence[Run], bytes_per_position: float) -> list[Figure]:
     """All four. runs: those that were trained, with their controls."""
-    shares = [share for run in runs if (share := waiting(run)) is not None]
+    shares = [share for run in runs if (share := run.waiting) is not None]
     most = max(shares)
     return [
         Figure("capture over the bare teacher", overhead, 1.08, f"{overhead:.3f}", "1.08"),

@@ -13,9 +13,9 @@ from typing import Any
 from .. import __version__
 from ..cache import Cache, open_cache
 from ..models.tokenizers import load_tokenizer
-from ..report.demo_sections import completions
 from ..report.make import make_report
 from ..report.runs import Run, read_runs
+from ..report.sections.completions import completions_section
 from ..settings import CaptureSettings, DemoSettings, TrainSettings
 from ..train.result import CONTROL, STUDENT
 from ..utils.atomic import write_text
@@ -90,7 +90,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> Done:
     )
     with clock.stage("report", str(settings.out / "report.html")):
         more = [
-            completions(examples({"teacher": taught["answers"]} | answers)),
+            completions_section(examples({"teacher": taught["answers"]} | answers)),
             cost_section(runs[0], positions=inspected["positions"], overhead=taught["overhead"]),
             figures_section(figures),
             trust_section(flipped, named),

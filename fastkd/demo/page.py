@@ -5,9 +5,9 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from ..report.demo_sections import cost
 from ..report.page import Code, Paragraph, Section
 from ..report.runs import Run, in_lines
+from ..report.sections.cost import cost_section as cost
 from ..settings import CaptureSettings, ModelSettings, TrainSettings
 
 

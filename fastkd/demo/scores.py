@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..evaluate.measures import DEMO, printed_in
+from ..report.comparison import paired_differences
 from ..report.runs import Run
-from ..report.sections import paired
 from ..utils.intervals import Interval, to_json
 
 _NAME, _WIDTH = 20, 19
@@ -25,9 +25,9 @@ def pairs(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Interval]]]:
     assert control is not None
     for run in runs:
         if run.control is not None:
-            yield f"{run.name} - control", paired(run, run.control)
+            yield f"{run.name} - control", paired_differences(run, run.control)
         elif run.steps:
-            yield f"{run.name} - control", paired(run, control)
+            yield f"{run.name} - control", paired_differences(run, control)
 
 
 def scores_text(runs: Sequence[Run]) -> list[str]:

