@@ -2,9 +2,9 @@
 
 
 class KDError(ValueError):
-    """The message names the argument, what was found, and what would be right.
+    """A wrong argument. The message names it, what was got, and what is expected.
 
-    row: the row of the call that it speaks of, where it speaks of one.
+    row: the row of the call that the message is about, or None.
     """
 
     def __init__(self, message: str, *, row: int | None = None) -> None:

@@ -91,7 +91,9 @@ class SparseTargets:
                 wanted = " or ".join(map(str, shapes))
                 raise KDError(f"targets.{name}: got shape {tuple(value.shape)}; expected {wanted} beside ids.")
             if value.device != self.ids.device:
-                raise KDError(f"targets.{name}: found on {value.device}, ids on {self.ids.device}; use .to(device).")
+                raise KDError(
+                    f"targets.{name}: got a tensor on {value.device}, ids on {self.ids.device}; use .to(device)."
+                )
             if name in ("logprobs", "tail") and value.dtype not in FLOATS:
                 raise KDError(f"targets.{name}: got {value.dtype}; expected a floating-point type.")
             if name not in ("logprobs", "tail") and value.dtype not in INTEGERS:

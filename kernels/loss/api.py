@@ -74,8 +74,8 @@ def kd_loss(
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if wanted and inplace and overlaps(logits):
         raise KDError(
-            f"logits: found strides {logits.stride()} for shape {tuple(logits.shape)}, whose elements share memory (as "
-            "after expand), with inplace=True; pass logits.contiguous(), or leave inplace out."
+            f"logits: got strides {logits.stride()} for shape {tuple(logits.shape)} with inplace=True; expected "
+            "elements that share no memory (they do after expand). Pass logits.contiguous(), or leave inplace out."
         )
     if not wanted:
         loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *args)
@@ -161,7 +161,7 @@ def linear_kd_loss(
         _check_accumulator(grad_weight, weight)
         if grad_mode and not weight.requires_grad:
             raise KDError(
-                "grad_weight: found with a weight that does not require a gradient; leave it out, or unfreeze."
+                "grad_weight: got one beside a weight that does not require a gradient; leave it out, or unfreeze it."
             )
     chunk = chunk_tokens or default_chunk(hidden.device, width, dtype.itemsize)
     flat = hidden.flatten(0, -2)
@@ -229,10 +229,10 @@ def resolve_impl(impl: str, tensor: Tensor, dtype: torch.dtype) -> str:
         try:
             from .triton_impl import INTERPRETED
         except ImportError as error:
-            raise KDError("impl: found 'triton', which cannot be imported; install it, or use impl='torch'.") from error
+            raise KDError("impl: got 'triton', which cannot be imported; install it, or use impl='torch'.") from error
         if not tensor.is_cuda and not INTERPRETED:
             raise KDError(
-                f"impl: found 'triton' with a tensor on {tensor.device}; move it to a GPU, use impl='torch', or set "
+                f"impl: got 'triton' with a tensor on {tensor.device}; move it to a GPU, use impl='torch', or set "
                 "TRITON_INTERPRET=1 before triton is imported to interpret the kernels (slow, for tests)."
             )
     return impl
@@ -249,11 +249,11 @@ def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
     if tensor.ndim < least:
         raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected at least {least} dimensions.")
     if _in_a_transform():
-        raise KDError(f"{name}: found inside a transform of torch.func (grad, jvp, vmap); call the loss outside of it.")
+        raise KDError(f"{name}: got a tensor of a torch.func transform (grad, jvp, vmap); call the loss outside of it.")
     if torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        raise KDError(f"{name}: found a forward-mode tangent; the loss has gradients in reverse mode alone.")
+        raise KDError(f"{name}: got a forward-mode tangent; the loss supports reverse mode only.")
 
 
 def _autocast_type(tensor: Tensor) -> torch.dtype | None:
@@ -271,14 +271,14 @@ def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
         raise KDError(f"grad_weight: got on {grad_weight.device}, weight on {weight.device}; expected one device.")
     if grad_weight.requires_grad:
         raise KDError(
-            "grad_weight: found a tensor that requires a gradient; it is added to in place, pass a plain one."
+            "grad_weight: got a tensor that requires a gradient; expected a plain one, which is added to in place."
         )
     if not torch.compiler.is_compiling() and grad_weight.is_inference():
         raise KDError("grad_weight: got a tensor made under torch.inference_mode; expected one that may be written.")
     if overlaps(grad_weight):
         raise KDError(
-            f"grad_weight: found strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}, whose elements "
-            "share memory (as after expand); pass a contiguous one."
+            f"grad_weight: got strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}; expected elements "
+            "that share no memory (they do after expand)."
         )
 
 

@@ -61,7 +61,7 @@ def overlaps(tensor: Tensor) -> bool:
 def check_constant(name: str, tensor: Tensor) -> None:
     """Raise KDError for a tensor that requires a gradient: the loss has gradients in the student alone."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise KDError(f"{name}: found a tensor that requires a gradient; it is a constant here, pass {name}.detach().")
+        raise KDError(f"{name}: got a tensor that requires a gradient; expected a constant. Pass {name}.detach().")
 
 
 def check_rows(
@@ -80,8 +80,8 @@ def check_rows(
     check_constant("targets.tail", targets.tail)
     if width < targets.vocab_size:
         raise KDError(
-            f"{what}: found a head of {width} outcomes, narrower than the targets' vocabulary of {targets.vocab_size}; "
-            "a student must have an outcome for each of the teacher's (a wider, padded head is allowed)."
+            f"{what}: got {width} logits a position, narrower than the targets' vocabulary; expected at least "
+            f"{targets.vocab_size}, one for each of the teacher's tokens (a wider, padded LM head is allowed)."
         )
     positions = 1
     for size in leading:
@@ -101,7 +101,7 @@ def check_rows(
         if tuple(tensor.shape) != leading:
             raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected {leading}, as of {what}.")
         if tensor.device != device:
-            raise KDError(f"{name}: found on {tensor.device}, {what} on {device}; move it there.")
+            raise KDError(f"{name}: got a tensor on {tensor.device}, {what} on {device}; move it there.")
     if labels is not None and labels.dtype not in INTEGERS:
         raise KDError(f"labels: got {labels.dtype}; expected {INTEGER_TYPE}.")
     if mask is not None and mask.dtype != torch.bool:
@@ -111,7 +111,7 @@ def check_rows(
             raise KDError(f"weights: got {weights.dtype}; expected a floating-point type.")
         check_constant("weights", weights)
     if targets.device != device:
-        raise KDError(f"targets: found on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
+        raise KDError(f"targets: got tensors on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
     if isinstance(num_items, Tensor):
         is_number("num_items", num_items)
         check_constant("num_items", num_items)
@@ -128,18 +128,18 @@ def check_values(call: Call, positions: int, width: int) -> None:
         raise KDError(f"num_items: got {call.num_items.item()}; expected a count.")
     if call.positions is not None:
         outside = (call.positions < 0) | (call.positions >= positions)
-        _refuse(outside, "targets.index", call.positions, f"a position from 0 to {positions - 1} is needed")
+        _refuse(outside, "targets.index", call.positions, f"positions from 0 to {positions - 1}")
         ordered = call.positions.sort().values
         twice = torch.isin(call.positions, ordered[1:][ordered[1:] == ordered[:-1]])
-        _refuse(twice, "targets.index", call.positions, "each position at most once is needed")
+        _refuse(twice, "targets.index", call.positions, "each position at most once")
     call = call.by_row()
     counted = call.counted()
     if call.labels is not None:
         outside = counted & ((call.labels < 0) | (call.labels >= width))
-        needed = f"a number from 0 to {width - 1}, or {call.config.ignore_index}, is needed"
-        _refuse(outside, "labels", call.labels, needed)
+        expected = f"a number from 0 to {width - 1}, or {call.config.ignore_index}"
+        _refuse(outside, "labels", call.labels, expected)
     if call.weights is not None:
-        _refuse(counted & ~call.weights.isfinite(), "weights", call.weights, "a finite number is needed")
+        _refuse(counted & ~call.weights.isfinite(), "weights", call.weights, "a finite number")
     _check_targets(call, counted)
     if call.draws is not None:
         used = call.logprobs > -_INF
@@ -162,39 +162,39 @@ def _check_targets(call: Call, counted_P: Tensor) -> None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     empty = tail == -_INF
     wrong = [
-        (outside, "ids", ids, f"ids from 0 to {call.vocab_size - 1} are needed"),
+        (outside, "ids", ids, f"ids from 0 to {call.vocab_size - 1}"),
         (
             ~(logprobs <= LOGPROB_ROUNDING),
             "logprobs",
             logprobs,
-            f"logarithms of probabilities (0 or less; up to {LOGPROB_ROUNDING} passes for rounding), or -inf in unused "
-            "places, are needed",
+            f"logarithms of probabilities (0 or less; up to {LOGPROB_ROUNDING} passes for rounding), or -inf for "
+            "unused entries",
         ),
-        (tail.isnan() | (tail == _INF), "tail", tail, "finite numbers, or -inf for an empty tail, are needed"),
+        (tail.isnan() | (tail == _INF), "tail", tail, "finite numbers, or -inf for an empty tail"),
         (
             empty != empty[:, :1],
             "tail",
             tail,
-            "finite numbers at every temperature, or -inf at every one for an empty tail, are needed",
+            "finite numbers at every temperature, or -inf at every one for an empty tail",
         ),
-        (twice, "ids", ids, "each id at most once in a row is needed"),
+        (twice, "ids", ids, "each id at most once in a row"),
         (
             ((outcomes < 0) | (outcomes > call.vocab_size))[:, None],
             "outcomes",
             outcomes,
-            f"a count from 0 to {call.vocab_size} is needed",
+            f"a count from 0 to {call.vocab_size}",
         ),
         (
             ((outcomes == 0) & ~empty.any(1))[:, None],
             "outcomes",
             outcomes,
-            "the number of outcomes that the row's tail, which is not -inf, stands for is needed",
+            "the number of outcomes that the row's tail stands for, since it is not -inf",
         ),
     ]
     if call.draws is not None:
-        wrong.append((used & (call.draws < 0), "draws", call.draws, "counts, 0 for an entry of the head, are needed"))
-    for bad_PX, name, values, needed in wrong:
-        _refuse(counted_P & bad_PX.any(1), f"targets.{name}", values, needed)
+        wrong.append((used & (call.draws < 0), "draws", call.draws, "counts, 0 for a top-k entry"))
+    for bad_PX, name, values, expected in wrong:
+        _refuse(counted_P & bad_PX.any(1), f"targets.{name}", values, expected)
 
 
 def check_student(bad_C: Tensor, what: str, first_row: int = 0) -> None:
@@ -202,12 +202,12 @@ def check_student(bad_C: Tensor, what: str, first_row: int = 0) -> None:
     if bad_C.any():
         raise KDError(
             f"{what}: row {first_row + int(bad_C.nonzero()[0, 0])} of those that count has NaN or infinite logits; "
-            "finite ones are needed (-inf only for masked outcomes)."
+            "expected finite ones (-inf only for masked tokens)."
         )
 
 
-def _refuse(bad_P: Tensor, name: str, values: Tensor, needed: str) -> None:
+def _refuse(bad_P: Tensor, name: str, values: Tensor, expected: str) -> None:
     if bad_P.any():
         row = int(bad_P.nonzero()[0, 0])
         found = values[row].flatten()[:8].tolist()
-        raise KDError(f"{name}: row {row} has {found}; {needed}.")
+        raise KDError(f"{name}: row {row} has {found}; expected {expected}.")

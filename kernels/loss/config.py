@@ -11,6 +11,7 @@ from ..treatment import TreatmentName, resolve_treatment
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 SCHEDULED = ("alpha", "temperature")  # fields that may be 0-d tensors
+PARAMETERS = ("beta", "skew")  # fields that are the parameter of a divergence
 # Beyond it float32 has no digits left for the loss, whose error is 1e-7 T^2.
 HIGHEST_TEMPERATURE = 1000.0
 
@@ -61,11 +62,11 @@ class LossConfig:
             raise KDError(f"impl: got {self.impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
         resolve_treatment(self.treatment, None, has_draws=False, divergence=self.divergence)
         for parameter in divergence_parameters():
-            if hasattr(self, parameter.name):
+            if parameter.name in PARAMETERS:
                 parameter.check(getattr(self, parameter.name), parameter.name)
         if self.divergence_parameter is not None:
             own = find_divergence(self.divergence).parameter
-            if own is None or hasattr(self, own.name):
+            if own is None or own.name in PARAMETERS:
                 instead = "no parameter" if own is None else f"it as {own.name}"
                 raise KDError(
                     f"divergence_parameter: got {self.divergence_parameter!r} with divergence {self.divergence!r}; "
@@ -80,7 +81,7 @@ class LossConfig:
         own = find_divergence(self.divergence).parameter
         if own is None:
             return 0.0
-        value = getattr(self, own.name, self.divergence_parameter)
+        value = getattr(self, own.name) if own.name in PARAMETERS else self.divergence_parameter
         return float(own.default if value is None else value)
 
 

@@ -201,13 +201,13 @@ def _once(ctx: Any) -> None:
     """The gradient is scaled where it lies: a second backward would scale it twice, and nothing leads through it."""
     if torch.is_grad_enabled():
         raise KDError(
-            "backward: found create_graph=True; the loss has no second derivatives, its gradients being constants "
-            "computed beforehand. Leave it out, or differentiate a loss written in torch operations."
+            "backward: got create_graph=True; the loss has no second derivatives, since its gradients are computed in "
+            "the forward. Leave it out, or differentiate a loss written in torch operations."
         )
     if getattr(ctx, "spent", False):
         raise KDError(
-            "backward: called a second time on the same loss, whose gradients the first one handed out; compute the "
-            "loss again (retain_graph=True does not keep them)."
+            "backward: got a second call on the same loss, whose gradients the first call returned; compute the loss "
+            "again (retain_graph=True does not keep them)."
         )
     ctx.spent = True
 

@@ -222,7 +222,7 @@ def kd_loss_triton(
     width = logits.shape[-1]
     if any(width * abs(x.stride(-1)) >= 2**31 for x in (logits, out) if x is not None):
         raise KDError(
-            f"logits: found a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
+            f"logits: got a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
             "more than 2^31 elements; pass logits.contiguous()."
         )
     rows = TritonRows(

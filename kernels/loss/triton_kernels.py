@@ -39,7 +39,7 @@ def prepare_kernel(
     num_items_ptr,
     upstream_ptr,
     alpha_ptr,
-    t_ptr,
+    T_ptr,
     alpha,
     T,
     count,
@@ -58,8 +58,8 @@ def prepare_kernel(
     """Everything about a call that is not a row's: alpha, T, the gradient's scale, and the tail's spline weights."""
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr).to(tl.float32)
-    if t_ptr is not None:
-        T = tl.load(t_ptr).to(tl.float32)
+    if T_ptr is not None:
+        T = tl.load(T_ptr).to(tl.float32)
     nan = float("nan")
     alpha = tl.where((alpha >= 0.0) & (alpha <= 1.0), alpha, nan)
     if labels_ptr is None:

@@ -5,7 +5,7 @@ import torch
 from cases import case
 from test_matrix import DEVICE_ON
 
-from fastkd import DistillationLoss, SparseTargets, kd_loss, linear_kd_loss
+from fastkd import DistillationLoss, LossConfig, SparseTargets, kd_loss, linear_kd_loss
 
 # torch's own compiler warns of its own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -138,6 +138,35 @@ def test_a_schedule_of_tensors_does_not_recompile(on) -> None:
     assert len(graphs) == 1
 
 
+@DEVICE_ON
+def test_a_config_compiles_and_a_schedule_in_it_does_not_recompile(on) -> None:
+    """LossConfig as an argument, as the module's, and made inside; keyword arguments beside it."""
+    impl, device = on
+    c = case("plain", 5, 48, 4)
+    targets, labels, logits = c.targets.to(device), c.labels.to(device), c.logits.to(device)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(logits, config, module):
+        made = LossConfig(alpha=config.alpha, divergence="jsd", beta=0.3, impl=impl)
+        return (
+            kd_loss(logits, targets, labels, config=config, treatment="bucket").loss,
+            kd_loss(logits, targets, labels, config=made).loss,
+            module(logits, targets, labels).loss,
+        )
+
+    compiled, module = torch.compile(step, fullgraph=True, backend=counting), DistillationLoss(impl=impl)
+    for i in range(4):
+        alpha, t = torch.tensor(0.1 * i, device=device), torch.tensor(1.0 + i / 2, device=device)
+        config = LossConfig(alpha=alpha, temperature=t, impl=impl)
+        module.temperature = t
+        assert all(map(torch.equal, compiled(logits, config, module), step(logits, config, module)))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_inductor(inplace: bool) -> None:
     """The whole compiler, once: code is generated around the operators and the numbers are the same."""
@@ -155,7 +184,6 @@ def test_inductor(inplace: bool) -> None:
 @pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss"])
 def test_operators_are_sound(op: str) -> None:
     """torch's own checks of an operator: schema, fakes, autograd registration."""
-    from fastkd import LossConfig
     from fastkd.kernels.loss.api import _call
 
     c = case("plain", 5, 48, 4, 3)

@@ -14,14 +14,16 @@ COMPILE = """
 import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from fastkd.kernels.divergences import divergence_names, find_divergence
 from fastkd.kernels.loss import row_passes as sweeps, triton_kernels as lt
+from fastkd.kernels.loss.triton_impl import loss_kernel_of
 
 TYPES = {
     "x_ptr": "*{t}", "g_ptr": "*{t}", "labels_ptr": "*i64", "mask_ptr": "*i1", "index_ptr": "*i64", "ids_ptr": "*i32",
     "draws_ptr": "*i32", "outcomes_ptr": "*i32", "x_outer": "i64", "g_outer": "i64", "outer": "i64",
     "covered_ptr": "*i8", "num_items_ptr": "*i64",
 }
-FLOATS = ("alpha", "temperature", "reach", "fixed_scale", "inverse_draw_temperature", "mix", "softcap", "logit_scale")
+FLOATS = ("alpha", "T", "reach", "fixed_scale", "inverse_draw_temperature", "parameter", "softcap", "logit_scale")
 
 def compiled(kernel, constants, dtype="bf16", arch=90, **options):
     names = kernel.arg_names
@@ -44,26 +46,27 @@ def loss(arch, dtype, divergence, treatment, **change):
     settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
     options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
     c = dict(
-        DIVERGENCE=divergence, TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, SOFTCAP=False,
+        TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, SOFTCAP=False,
         SCALED=False, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK_SLOW=512, **settings,
     )
     if treatment != 1:
         c["draws_ptr"] = None
-    return compiled(lt.loss_kernel, {**c, **change}, dtype, arch, **options)
+    return compiled(loss_kernel_of(find_divergence(divergence)), {**c, **change}, dtype, arch, **options)
 
 sizes = {}
 for arch in (80, 90):
-    for number, (divergence, treatment) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0), (4, 0)]):
+    cells = [("forward_kl", 1), ("forward_kl", 2), *((name, 0) for name in divergence_names())]
+    for number, (divergence, treatment) in enumerate(cells):
         dtype = ("bf16", "fp16", "fp32")[number % 3]
         name = f"sm_{arch} {divergence} {treatment} {dtype}"
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
-sizes["strided, capped, out of place"] = loss(90, "fp32", 0, 0, IN_PLACE=False, SOFTCAP=True, SCALED=True)
-sizes["evaluation, compact, no labels"] = loss(90, "bf16", 0, 0, WANT_GRAD=False, labels_ptr=None)
+sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, IN_PLACE=False, SOFTCAP=True, SCALED=True)
+sizes["evaluation, compact, no labels"] = loss(90, "bf16", "forward_kl", 0, WANT_GRAD=False, labels_ptr=None)
 sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8))
 sizes["prepare, floats"] = compiled(
     lt.prepare_kernel,
     dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8, mask_ptr=None, index_ptr=None,
-         num_items_ptr=None, upstream_ptr=None, alpha_ptr=None, temperature_ptr=None),
+         num_items_ptr=None, upstream_ptr=None, alpha_ptr=None, T_ptr=None),
 )
 sizes["total"] = compiled(lt.total_kernel, dict(HARD=True, BLOCK=4096))
 sizes["zero"] = compiled(sweeps.zero_uncovered_kernel, dict(BLOCK=4096))
