@@ -159,8 +159,8 @@ class Step:
         return replace(self, micro_batches=[b.pin_memory() for b in self.micro_batches])
 
 
-def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch:
-    """A micro-batch of one position that does not count. like: targets of no position, of the same cache."""
+def empty_micro_batch(targets: SparseTargets, device: torch.device, layout: str) -> MicroBatch:
+    """A micro-batch of one position that does not count. targets: of no position, of the same cache."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     return MicroBatch(
         input_ids=token,
@@ -168,19 +168,19 @@ def filler(like: SparseTargets, device: torch.device, layout: str) -> MicroBatch
         position_ids=token.clone(),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
         sequences=torch.zeros(1, dtype=torch.int32, device=device),
-        targets=like,
+        targets=targets,
         max_seqlen=1,
         positions=0,
         layout=layout,
     )
 
 
-def example_filler(like: SparseTargets, device: torch.device, example: Tensor) -> ExampleBatch:
+def empty_example_batch(targets: SparseTargets, device: torch.device, example: Tensor) -> ExampleBatch:
     """The same of a cache of examples. example: one, `[1, ...]`."""
     return ExampleBatch(
         inputs=torch.zeros_like(example, device=device),
         labels=torch.full((1,), -100, dtype=torch.int64, device=device),
         sequences=torch.zeros(1, dtype=torch.int32, device=device),
-        targets=like,
+        targets=targets,
         positions=0,
     )

@@ -19,7 +19,7 @@ UNUSED = {"logprobs": -np.inf}  # what stands in places without an entry; else 0
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """What micro-batches are like. layout: see `MicroBatch`. tokens: positions at most, pads included; a row that is
     longer is alone. rows: rows at most (of "packed": windows). None: no limit.
 
@@ -34,7 +34,7 @@ class Shape:
 
 
 def compact_targets(
-    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: Shape, allocate: Allocate
+    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: BatchShape, allocate: Allocate
 ) -> SparseTargets:
     """The targets of these rows of these shards, on the host, in memory of their own.
 
@@ -75,6 +75,6 @@ def _targets(tensors: dict[str, Tensor], index: Tensor, spec: CacheSpec) -> Spar
     )
 
 
-def no_targets(spec: CacheSpec, shape: Shape, device: torch.device) -> SparseTargets:
+def no_targets(spec: CacheSpec, shape: BatchShape, device: torch.device) -> SparseTargets:
     """Targets of no position."""
     return compact_targets([], torch.zeros(0, dtype=torch.int64), spec, shape, torch.empty).to(device)

@@ -1,4 +1,4 @@
-"""A cache of examples needs the data set that it was captured from: whether the one that is given is that one."""
+"""Checks that the data set given with a cache of examples is the one that the cache was captured from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,9 @@ from ..errors import StreamError
 
 
 def check_data(caches: Sequence[Cache], data: Any) -> None:
-    """StreamError where caches cannot be streamed with this data: text with data, examples without, examples of other
-    data than the cache's spec names (with what differs), or without labels that the teacher has classes for."""
+    """StreamError if the caches cannot be read with this data: data with a cache of text; none with a cache of
+    examples, other examples than those in its spec (naming the differences), or labels outside the teacher's classes.
+    """
     for cache in caches:
         columns = cache.spec.inputs
         if "tokens" in columns:
@@ -20,21 +21,21 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
             continue
         if not set(EXAMPLE_COLUMNS) <= set(columns):
             raise StreamError(
-                f"{cache!r}: its input columns are {', '.join(columns) or 'none'}; `tokens` of text, or of examples "
-                f"{' and '.join(EXAMPLE_COLUMNS)}, are needed. Capture it with fastkd.capture."
+                f"{cache!r}: got input columns {', '.join(columns) or 'none'}; expected `tokens` for text, or "
+                f"{' and '.join(EXAMPLE_COLUMNS)} for examples. Capture it with fastkd.capture."
             )
         if not isinstance(data, Examples):
             raise StreamError(
-                f"data: got {type(data).__name__} for {cache!r}, which is of examples and does not hold them. Give "
+                f"data: got {type(data).__name__} for {cache!r}, a cache of examples that does not contain them. Give "
                 "the fastkd.data.examples.Examples that it was captured from (data=, or --data module:factory)."
             )
         _check_same(cache, data)
         if not data.labelled:
-            raise StreamError(f"data: found no labels, and {cache!r} holds none. Give Examples(..., labels=...).")
+            raise StreamError(f"data: got no labels, and {cache!r} contains none. Use Examples(..., labels=...).")
         if data.classes > cache.spec.vocab_size:
             raise StreamError(
-                f"data: found a label {data.classes - 1}; the teacher of {cache!r} has classes 0 to "
-                f"{cache.spec.vocab_size - 1}."
+                f"data: got a label {data.classes - 1}; expected classes from 0 to {cache.spec.vocab_size - 1}, those "
+                f"of the teacher of {cache!r}."
             )
 
 
@@ -44,23 +45,17 @@ def _check_same(cache: Cache, data: Examples) -> None:
         return
     if theirs is None:
         raise StreamError(
-            f"{cache!r}: its spec names no data set (it says {cache.spec.dataset!r}), so that none can be told to be "
-            "the right one. Capture it with fastkd.capture."
+            f"{cache!r}: its spec has no hash of the data set (dataset: {cache.spec.dataset!r}), so the data cannot be "
+            "checked. Capture it with fastkd.capture."
         )
-    found = [f"{name}: {a} there, {b} here" for name, a, b in _planned(cache, data) if a != b]
-    different = "; ".join(found) or "the examples' values, what augments them, or its seed"
+    plan, differences = read_capture_plan(cache.store), []
+    if plan is not None:
+        counts = (
+            ("examples", plan.totals.get("documents"), len(data)),
+            ("copies", plan.settings.get("context"), data.copies),
+        )
+        differences = [f"{name}: {a} in the cache, {b} here" for name, a, b in counts if a != b]
     raise StreamError(
-        f"data: not the data set that {cache!r} was captured from: sha256 {theirs[:12]}… there, {ours[:12]}… here "
-        f"({different}). Give the one that it was captured from."
+        f"data: got sha256 {ours[:12]}…; expected {theirs[:12]}…, the data set that {cache!r} was captured from "
+        f"({'; '.join(differences) or 'the values of the examples, their augmentation, or its seed differ'})."
     )
-
-
-def _planned(cache: Cache, data: Examples) -> list[tuple[str, Any, int]]:
-    """What the cache's plan says of its data, and what these are: (name, there, here)."""
-    plan = read_capture_plan(cache.store)
-    if plan is None:
-        return []
-    return [
-        ("examples", plan.totals.get("documents"), len(data)),
-        ("copies", plan.settings.get("context"), data.copies),
-    ]

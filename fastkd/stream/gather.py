@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..cache.spec import CacheSpec
 from .batch import MicroBatch
-from .compact import Shape, compact_targets
+from .compact import BatchShape, compact_targets
 from .micro_batches import packed_micro_batches, padded_micro_batches
 from .shards import IGNORED, Inputs, OpenShard, ranges
 
@@ -28,7 +28,7 @@ class Pieces(NamedTuple):
 
 
 def gather(
-    sequences: Sequence[tuple[OpenShard[Inputs], Ints]], spec: CacheSpec, shape: Shape, device: torch.device
+    sequences: Sequence[tuple[OpenShard[Inputs], Ints]], spec: CacheSpec, shape: BatchShape, device: torch.device
 ) -> list[MicroBatch]:
     """The micro-batches of these sequences, by shard. They are on the host, page-locked if the device is a GPU."""
     shards = [shard for shard, _ in sequences]
@@ -46,7 +46,7 @@ def gather(
             for at in _cut(pieces.length, np.concatenate(windows), shape)]  # fmt: skip
 
 
-def _cut(lengths: Ints, pieces_of_window: Ints, shape: Shape) -> list[Ints]:
+def _cut(lengths: Ints, pieces_of_window: Ints, shape: BatchShape) -> list[Ints]:
     """The places of the pieces of each micro-batch."""
     if shape.layout == "padded":
         return padded_micro_batches(lengths, shape.tokens, shape.rows)
@@ -58,7 +58,7 @@ def _cut(lengths: Ints, pieces_of_window: Ints, shape: Shape) -> list[Ints]:
 
 
 def _micro_batch(
-    shards: list[OpenShard[Inputs]], pieces: Pieces, spec: CacheSpec, shape: Shape, device: torch.device
+    shards: list[OpenShard[Inputs]], pieces: Pieces, spec: CacheSpec, shape: BatchShape, device: torch.device
 ) -> MicroBatch:
     allocate = partial(torch.empty, pin_memory=device.type == "cuda")
     ends = np.cumsum(pieces.length)

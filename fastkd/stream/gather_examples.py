@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from .batch import ExampleBatch
-from .compact import Shape, compact_targets
+from .compact import BatchShape, compact_targets
 from .micro_batches import packed_micro_batches
 from .shards import IGNORED, ExampleInputs, OpenShard, ranges
 
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 def gather_examples(
     sequences: Sequence[tuple[OpenShard[ExampleInputs], Ints]],
     spec: CacheSpec,
-    shape: Shape,
+    shape: BatchShape,
     device: torch.device,
     data: Examples,
 ) -> list[ExampleBatch]:
@@ -49,7 +49,7 @@ def _micro_batch(
     wanted: list[tuple[OpenShard[ExampleInputs], Ints]],
     sequences: Ints,
     spec: CacheSpec,
-    shape: Shape,
+    shape: BatchShape,
     device: torch.device,
     data: Examples,
 ) -> ExampleBatch:

@@ -1,6 +1,5 @@
 """The order cut into optimizer steps, a step into ranks, a rank's share into micro-batches: pure functions."""
 
-from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +11,11 @@ Ints = NDArray[np.int64]
 
 
 def step_end(lengths: Ints, done: int, batch_tokens: int) -> int | None:
-    """How many of the coming sequences belong to the step that begins after `done` positions of the epoch.
+    """How many of the next sequences belong to the step that begins after `done` positions of the epoch.
 
     Step t takes the sequences that end within the first (t + 1) · batch_tokens positions of the epoch and belong to no
-    step before. So steps have batch_tokens on the average, to within a sequence each, and their number follows from the
-    epoch's positions alone. lengths: of the coming sequences, `[m]`, none above batch_tokens. None: these do not fill
+    earlier step. So steps have batch_tokens on average, to within a sequence each, and their number follows from the
+    epoch's positions alone. lengths: of the next sequences, `[m]`, none above batch_tokens. None: these do not fill
     the step.
     """
     number = -(-done // batch_tokens)
@@ -24,12 +23,12 @@ def step_end(lengths: Ints, done: int, batch_tokens: int) -> int | None:
     return found if found < len(lengths) else None
 
 
-def ranks(lanes: Ints, weights: Ints, world_size: int) -> list[Ints]:
-    """The places of each rank's sequences in a step, for every rank: about equal weights, by lane.
+def split_over_ranks(lanes: Ints, weights: Ints, world_size: int) -> list[Ints]:
+    """The indices of each rank's sequences in a step, for every rank: about equal weights, by lane.
 
-    lanes `[m]`: see `Taken`. A shard keeps its lane, so a rank finds its share in few of the shards that are open: its
-    part of the lanes, and the two it shares with its neighbours. Every rank has a sequence where weights are equal and
-    there are as many sequences as ranks; else one may have none.
+    lanes `[m]`: see `epoch_order.Sequences`. A shard keeps its lane, so a rank's sequences come from few of the open
+    shards: its part of the lanes, and the two that it shares with its neighbours. With equal weights, and at least as
+    many sequences as ranks, every rank has a sequence; else a rank may have none.
     """
     by = np.argsort(lanes, kind="stable")
     ends = np.cumsum(weights[by])
@@ -40,19 +39,23 @@ def ranks(lanes: Ints, weights: Ints, world_size: int) -> list[Ints]:
 
 
 def padded_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
-    """The places of the rows of each micro-batch, rows of like lengths together, the longest first.
+    """The indices of the rows of each micro-batch, rows of similar lengths together, the longest first.
 
-    A micro-batch, padded to its longest row, has up to `tokens` positions and up to `rows` rows; a row that is longer
-    is alone. None: no such limit.
+    A micro-batch, padded to its longest row, has at most `tokens` positions and `rows` rows (None: no limit); a longer
+    row is alone.
     """
     total = int(lengths.sum()) * len(lengths)
-    parts = batches(lengths, total if tokens is None else tokens)
+    size = rows or len(lengths)
     # ascending within: rows of one shard lie together
-    return [np.sort(some) for part in parts for some in _chunks(part, rows)]
+    return [
+        np.sort(batch[i : i + size])
+        for batch in batches(lengths, total if tokens is None else tokens)
+        for i in range(0, len(batch), size)
+    ]
 
 
 def packed_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
-    """The places of the windows of each micro-batch, in order: up to `tokens` positions and `rows` windows."""
+    """The indices of the windows of each micro-batch, in order: at most `tokens` positions and `rows` windows."""
     ends = np.cumsum(lengths)
     found: list[Ints] = []
     begin, done = 0, 0
@@ -64,7 +67,3 @@ def packed_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) ->
         found.append(np.arange(begin, end))
         begin, done = end, int(ends[end - 1])
     return found
-
-
-def _chunks(places: Ints, size: int | None) -> Iterable[Ints]:
-    return [places] if size is None else [places[i : i + size] for i in range(0, len(places), size)]

@@ -1,4 +1,4 @@
-"""What a loader is given to read: one cache or a mixture, and whether its caches can share a student."""
+"""The caches that a loader reads, one or a mixture, and whether they can be used together."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Any
 from ..cache.reader import Cache, open_cache
 from ..errors import StreamError
 from .mixture import SMALLEST_SHARE
-from .split import Table
+from .split import ShardTable
 
 
 def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
-    """The caches and their weights."""
+    """The caches and their weights, of one cache or of a mixture [(cache, weight), ...]."""
     if not isinstance(cache, (list, tuple)):
         return [_open(cache)], [Fraction(1)]
     weights = []
@@ -24,7 +24,7 @@ def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
             raise StreamError(f"cache: got the weight {weight!r} for {entry[0]!r}; expected a positive number.")
         weights.append(Fraction(float(weight)))
     if not weights:
-        raise StreamError("cache: got a mixture of nothing; expected a cache, or pairs of cache and weight.")
+        raise StreamError("cache: got an empty mixture; expected a cache, or pairs of a cache and its weight.")
     return [_open(entry[0]) for entry in cache], weights
 
 
@@ -33,26 +33,27 @@ def _open(cache: Any) -> Cache:
 
 
 def check_alike(caches: Sequence[Cache]) -> None:
-    """StreamError where caches cannot share a student."""
+    """StreamError if the caches of a mixture cannot be used for one student."""
     for cache in caches:
         for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
-            ours, theirs = (getattr(c.spec, name) for c in (cache, caches[0]))
-            if ours != theirs:
+            ours, first = (getattr(c.spec, name) for c in (cache, caches[0]))
+            if ours != first:
                 raise StreamError(
-                    f"cache: {caches[0]!r} and {cache!r} cannot be mixed: {name} is {theirs!r} in one, {ours!r} in the "
-                    "other. Capture one of them anew."
+                    f"cache: {caches[0]!r} and {cache!r} cannot be mixed: {name} is {first!r} in one and {ours!r} in "
+                    "the other. Capture one of them again."
                 )
 
 
-def shares_of(tables: Sequence[Table], weights: Sequence[Fraction]) -> list[Fraction]:
-    """The part of the sequences that each source takes, so that positions are shared by the weights."""
+def shares_of(tables: Sequence[ShardTable], weights: Sequence[Fraction]) -> list[Fraction]:
+    """The part of the sequences to take from each cache, so that its part of the positions is its weight."""
     per_sequence = [
         weight * int(t.sequences.sum()) / int(t.positions.sum()) for t, weight in zip(tables, weights, strict=True)
     ]
-    found = [part / sum(per_sequence, Fraction(0)) for part in per_sequence]
-    for table, share in zip(tables, found, strict=True):
+    shares = [part / sum(per_sequence, Fraction(0)) for part in per_sequence]
+    for table, share in zip(tables, shares, strict=True):
         if share < SMALLEST_SHARE:
             raise StreamError(
-                f"cache: the weight of {table.cache!r} makes for {float(share):.1e} of the sequences; 1e-6 is possible."
+                f"cache: the weight of {table.cache!r} comes to {float(share):.1e} of the sequences; expected at least "
+                "1e-6."
             )
-    return found
+    return shares

@@ -56,12 +56,12 @@ AnyInputs = TypeVar("AnyInputs", Inputs, ExampleInputs)
 
 @dataclass(frozen=True, eq=False)
 class OpenShard(Generic[AnyInputs]):
-    """A shard in memory. rows: its targets (ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`). space: the
+    """A shard in memory. rows: its targets (ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`). workspace: the
     memory that the rows are in, to be used again."""
 
     inputs: AnyInputs
     rows: dict[str, Array]
-    space: Workspace
+    workspace: Workspace
 
 
 def ranges(begins: Ints, lengths: Ints) -> Ints:
@@ -70,13 +70,13 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
     return np.repeat(begins - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def open_shard(cache: Cache, index: int, space: Workspace) -> OpenShard[Any]:
+def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard[Any]:
     """A shard read and decoded into memory that is kept."""
-    arrays = cache.read_shard(index, into=space)
+    arrays = cache.read_shard(index, into=workspace)
     # entries come first in a row: one that does not count has none in its first place
     counts = arrays["logprobs"][:, 0] > -np.inf
     rows = {name: arrays[name] for name in ENTRIES if name in arrays}
-    return OpenShard(_inputs(cache, arrays, counts), rows=rows, space=space)
+    return OpenShard(_inputs(cache, arrays, counts), rows=rows, workspace=workspace)
 
 
 def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs | ExampleInputs:

@@ -1,26 +1,28 @@
-"""What the steps of a loader are made of: the stream, cut, and a rank's share of each step. Lengths alone are read."""
+"""Which sequences each optimizer step has, and each rank's share of it. Reads lengths of sequences, nothing else."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StreamError
-from .micro_batches import ranks, step_end
-from .mixture import Sequences, Stream
-from .split import Table
+from .micro_batches import split_over_ranks, step_end
+from .mixture import MixedSequences, SequenceStream
+from .split import ShardTable
 
 Ints = NDArray[np.int64]
+ShardKey = tuple[int, int]
+"""The number of the source, and the row of the shard in its table."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a loader is: in which epoch, how many sequences and positions of it all ranks together have taken.
-
-    Positions are counted where steps are cut by them, else 0. number: steps taken of the epoch.
-    """
+class LoaderProgress:
+    """The epoch, and what all ranks together have taken of it: sequences, positions (counted if steps are cut by them,
+    else 0) and steps (number)."""
 
     epoch: int = 0
     sequences: int = 0
@@ -29,162 +31,133 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What an optimizer step takes, of all ranks: sequences, or positions on the average."""
+class RankShare:
+    """One rank's share of a step.
 
-    sequences: int | None
-    positions: int | None
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's share of a step. sequences: in the whole step. after: the progress once it is taken.
-
-    shards: (source, place in its table), and the sequences that are taken of each, by their places in the shard. None
-    are there where the rank has no share.
+    sequences: in the whole step. after: the progress once the step is taken.
+    shards: the numbers of this rank's sequences in each shard; empty if the rank has none.
+    still_open: shards that later steps may need.
     """
 
-    epoch: int
-    number: int
     sequences: int
-    shards: list[tuple[tuple[int, int], Ints]]
-    still_open: set[tuple[int, int]]
-    after: Progress
+    shards: dict[ShardKey, Ints]
+    still_open: set[ShardKey]
+    after: LoaderProgress
 
 
-class Lengths:
-    """Positions of sequences, read shard by shard; those of the shards that were looked at last are kept."""
+class StepPlan:
+    """The steps of a loader. Not thread-safe.
 
-    def __init__(self, tables: Sequence[Table], keep: int) -> None:
-        self._tables, self._keep = tables, keep
-        self._kept: OrderedDict[tuple[int, int], Ints] = OrderedDict()
+    tables: of each source of the stream. batch_size: sequences per step on all ranks; or batch_tokens: positions.
+    keep: shards whose sequence lengths are kept in memory.
+    """
 
-    def of(self, some: Sequences) -> Ints:
+    def __init__(
+        self,
+        stream: SequenceStream,
+        tables: Sequence[ShardTable],
+        *,
+        batch_size: int | None,
+        batch_tokens: int | None,
+        keep: int,
+    ) -> None:
+        self.stream, self._tables = stream, tables
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+        self._lengths = lru_cache(keep)(lambda source, shard: tables[source].lengths(shard))
+
+    def steps_per_epoch(self, shares: Sequence[Fraction]) -> int:
+        """By batch_tokens for a mixture: about, from the mean lengths of its sequences.
+
+        shares: the part of the sequences from each source.
+        """
+        if self._batch_size is not None:
+            return -(-len(self.stream) // self._batch_size)
+        assert self._batch_tokens is not None
+        means = [Fraction(int(t.positions.sum()), int(t.sequences.sum())) for t in self._tables]
+        mean = sum((mean * share for mean, share in zip(means, shares, strict=True)), Fraction(0))
+        return ceil(mean * len(self.stream) / self._batch_tokens)
+
+    def shares(
+        self, progress: LoaderProgress, *, rank: int, world_size: int, epochs: int | None
+    ) -> Iterator[RankShare]:
+        """A rank's share of each step from `progress` to the end of its epoch, and of epochs − 1 more (None: for ever).
+
+        Raises StreamError for a sequence longer than a step.
+        """
+        total = len(self.stream)
+        last = None if epochs is None else progress.epoch + epochs
+        while last is None or progress.epoch < last:
+            while progress.sequences < total:
+                sequences, weights = self._step(progress)
+                stop = progress.sequences + len(weights)
+                positions = progress.positions + (0 if self._batch_tokens is None else int(weights.sum()))
+                mine = split_over_ranks(sequences.lane + (sequences.source << 32), weights, world_size)[rank]
+                progress = LoaderProgress(progress.epoch, stop, positions, progress.number + 1)
+                still_open = self.stream.open_at(progress.epoch * total + stop)
+                yield RankShare(len(weights), self._by_shard(sequences, mine), still_open, progress)
+            progress = LoaderProgress(progress.epoch + 1)
+
+    def seek(self, epoch: int, step: int) -> LoaderProgress:
+        """The progress after `step` steps of an epoch. Raises StreamError if the epoch has fewer.
+
+        By batch_tokens it is found by bisection over the sequences of the epoch. The positions before a sequence follow
+        from the tables and the lengths of the sequences in the shards that are open there.
+        """
+        total, base, tokens = len(self.stream), epoch * len(self.stream), self._batch_tokens
+
+        def positions_before(number: int) -> int:
+            return self.stream.positions_before(base + number, [t.positions for t in self._tables], self._lengths)
+
+        before = positions_before(0) if tokens else 0
+        steps = ceil((positions_before(total) - before) / tokens) if tokens else -(-total // (self._batch_size or 1))
+        if step > steps:
+            raise StreamError(f"step: got {step}; expected at most {steps}, the number of steps in epoch {epoch}.")
+        if self._batch_size is not None:
+            return LoaderProgress(epoch, min(step * self._batch_size, total), 0, step)
+        assert tokens is not None
+        low, high = 0, total + 1  # the largest number of sequences with at most step · tokens positions
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if positions_before(middle) - before <= step * tokens else (low, middle)
+        return LoaderProgress(epoch, low, positions_before(low) - before, step)
+
+    def _step(self, progress: LoaderProgress) -> tuple[MixedSequences, Ints]:
+        """The sequences of the step after `progress`, and the weight of each: its positions if they are known, or 1."""
+        base, total = progress.epoch * len(self.stream), len(self.stream)
+        start = base + progress.sequences
+        if self._batch_size is not None:
+            sequences = self.stream.take(start, min(start + self._batch_size, base + total))
+            return sequences, np.ones(len(sequences.source), np.int64)
+        assert self._batch_tokens is not None
+        mean = sum(int(t.positions.sum()) for t in self._tables) / total
+        count = int(1.1 * self._batch_tokens / mean) + 2
+        while True:
+            sequences = self.stream.take(start, min(start + count, base + total))
+            lengths = self._lengths_of(sequences)
+            if (too_long := lengths > self._batch_tokens).any():
+                at = int(too_long.argmax())
+                table = self._tables[int(sequences.source[at])]
+                raise StreamError(
+                    f"batch_tokens: got {self._batch_tokens}; expected at least {lengths[at]}, the positions of a "
+                    f"sequence in shard {table.shard[sequences.shard[at]]} of {table.cache!r}. Or use batch_size."
+                )
+            end = step_end(lengths, progress.positions, self._batch_tokens)
+            if end is not None or start + count >= base + total:
+                return MixedSequences(*(column[:end] for column in sequences)), lengths[:end]
+            count *= 2
+
+    def _lengths_of(self, sequences: MixedSequences) -> Ints:
         """The positions of each, `[m]`."""
-        lengths = np.empty(len(some.source), np.int64)
-        width = int(some.shard.max()) + 1
-        for key in np.unique(some.source * width + some.shard).tolist():
-            source, shard = divmod(key, width)
-            here = np.flatnonzero((some.source == source) & (some.shard == shard))
-            lengths[here] = self.shard(source, shard)[some.sequence[here]]
+        lengths = np.empty(len(sequences.source), np.int64)
+        for source, shard in sorted(set(zip(sequences.source.tolist(), sequences.shard.tolist(), strict=True))):
+            here = np.flatnonzero((sequences.source == source) & (sequences.shard == shard))
+            lengths[here] = self._lengths(source, shard)[sequences.sequence[here]]
         return lengths
 
-    def shard(self, source: int, shard: int) -> Ints:
-        """The positions of each sequence of a shard, `[sequences]`."""
-        key = source, shard
-        if key not in self._kept:
-            self._kept[key] = self._tables[source].lengths(shard)
-            while len(self._kept) > self._keep:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-
-def shares(
-    stream: Stream,
-    tables: Sequence[Table],
-    batch: Batch,
-    progress: Progress,
-    *,
-    rank: int,
-    world_size: int,
-    epochs: int | None,
-    lengths: Lengths,
-) -> Iterator[Share]:
-    """A rank's share of each step from `progress` on, to the end of that epoch and of epochs − 1 more (None: for ever).
-
-    Raises StreamError for a sequence longer than a step.
-    """
-    total = len(stream)
-    last = None if epochs is None else progress.epoch + epochs
-    while last is None or progress.epoch < last:
-        while progress.sequences < total:
-            base = progress.epoch * total
-            start = base + progress.sequences
-            some, weights = _step(stream, batch, progress, start, base + total, tables, lengths)
-            stop = start + len(weights)
-            positions = progress.positions + (0 if batch.positions is None else int(weights.sum()))
-            after = Progress(progress.epoch, stop - base, positions, progress.number + 1)
-            mine = ranks(some.lane + (some.source << 32), weights, world_size)[rank]
-            yield Share(
-                epoch=progress.epoch,
-                number=progress.number,
-                sequences=len(weights),
-                shards=_by_shard(tables, Sequences(*(column[mine] for column in some))),
-                still_open=stream.open_at(stop),
-                after=after,
-            )
-            progress = after
-        progress = Progress(progress.epoch + 1)
-
-
-def seek(stream: Stream, tables: Sequence[Table], batch: Batch, epoch: int, step: int, lengths: Lengths) -> Progress:
-    """The progress of a loader that has taken `step` steps of an epoch.
-
-    By positions, the place is found by bisection: the positions before any place follow from the tables and from the
-    sequence lengths of the shards that are open there.
-
-    Raises StreamError if the epoch has fewer steps.
-    """
-    total = len(stream)
-    base = epoch * total
-    if batch.positions is None:
-        assert batch.sequences is not None
-        _check_step(step, -(-total // batch.sequences))
-        return Progress(epoch, min(step * batch.sequences, total), 0, step)
-    positions = [t.positions for t in tables]
-    before = stream.weight_before(base, positions, lengths.shard)
-    end = stream.weight_before(base + total, positions, lengths.shard) - before
-    _check_step(step, -(-end // batch.positions))
-    low, high, at_low = 0, total, 0  # the last place with at most step · batch.positions before it
-    if step * batch.positions >= end:
-        low, at_low = total, end
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = stream.weight_before(base + middle, positions, lengths.shard) - before
-        if found <= step * batch.positions:
-            low, at_low = middle, found
-        else:
-            high = middle
-    return Progress(epoch, low, at_low, step)
-
-
-def _check_step(step: int, steps: int) -> None:
-    if step > steps:
-        raise StreamError(f"step: got {step}; expected at most {steps}, the steps of the epoch.")
-
-
-def _step(
-    stream: Stream, batch: Batch, progress: Progress, start: int, end: int, tables: Sequence[Table], lengths: Lengths
-) -> tuple[Sequences, Ints]:
-    """The sequences of the step that begins at a place, and the weight of each: its positions, where they are known."""
-    if batch.positions is None:
-        assert batch.sequences is not None
-        some = stream.take(start, min(start + batch.sequences, end))
-        return some, np.ones(len(some.source), np.int64)
-    mean = sum(int(t.positions.sum()) for t in tables) / len(stream)
-    count = int(1.1 * batch.positions / mean) + 2
-    while True:
-        some = stream.take(start, min(start + count, end))
-        found = lengths.of(some)
-        if (found > batch.positions).any():
-            at = int((found > batch.positions).argmax())
-            raise StreamError(
-                f"batch_tokens: got {batch.positions}, and a sequence of {found[at]} positions in shard "
-                f"{tables[int(some.source[at])].shard[some.shard[at]]} of {tables[int(some.source[at])].cache!r}. Take "
-                "at least as many as the longest sequence has, or batch_size."
-            )
-        taken = step_end(found, progress.positions, batch.positions)
-        if taken is None and start + count < end:
-            count *= 2
-            continue
-        return Sequences(*(column[:taken] for column in some)), found[:taken]
-
-
-def _by_shard(tables: Sequence[Table], some: Sequences) -> list[tuple[tuple[int, int], Ints]]:
-    """The sequences by their shards, in the order in which the shards come first."""
-    keys = list(zip(some.source.tolist(), some.shard.tolist(), strict=True))
-    found: dict[tuple[int, int], list[int]] = {}
-    for key, sequence in zip(keys, some.sequence.tolist(), strict=True):
-        found.setdefault(key, []).append(sequence)
-    return [(key, np.array(some) + tables[key[0]].first[key[1]]) for key, some in found.items()]
+    def _by_shard(self, sequences: MixedSequences, mine: Ints) -> dict[ShardKey, Ints]:
+        """Some of the sequences by their shards, in the order in which the shards come first."""
+        found: dict[ShardKey, list[int]] = {}
+        for i in mine.tolist():
+            key = int(sequences.source[i]), int(sequences.shard[i])
+            found.setdefault(key, []).append(int(sequences.sequence[i]))
+        return {key: np.array(numbers) + self._tables[key[0]].first[key[1]] for key, numbers in found.items()}

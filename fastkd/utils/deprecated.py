@@ -1,6 +1,9 @@
 """Settings and functions of earlier versions: what still works warns, and what was removed says what to do instead."""
 
 import warnings
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def deprecated_decode(value: str, error: type[Exception], *, stacklevel: int) -> None:
@@ -15,3 +18,9 @@ def deprecated_decode(value: str, error: type[Exception], *, stacklevel: int) ->
         DeprecationWarning,
         stacklevel=stacklevel + 1,
     )
+
+
+def renamed(old: str, new: str, value: T, *, stacklevel: int) -> T:
+    """The value of an argument given by its old name, with a warning. stacklevel: as for `deprecated_decode`."""
+    warnings.warn(f"{old}: this argument is now named {new}.", DeprecationWarning, stacklevel=stacklevel + 1)
+    return value

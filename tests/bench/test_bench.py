@@ -36,7 +36,7 @@ from fastkd.bench.table import Recording, Row, Table, load, save
 from fastkd.cache import CacheSpec, open_cache
 from fastkd.cli import main as cli
 from fastkd.errors import NoSuite, ReportError
-from fastkd.stream.epoch_order import Taken
+from fastkd.stream.epoch_order import Sequences
 from fastkd.utils.timing import Figure, figure, interleaved
 
 MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
@@ -391,8 +391,8 @@ def test_an_order_that_repeats_itself_is_found(monkeypatch: pytest.MonkeyPatch) 
         def __len__(self) -> int:
             return 4 * SEQUENCES
 
-        def take(self, start: int, stop: int) -> Taken:
-            return Taken(*(np.zeros(stop - start, np.int64) for _ in range(3)))
+        def take(self, start: int, stop: int) -> Sequences:
+            return Sequences(*(np.zeros(stop - start, np.int64) for _ in range(3)))
 
     monkeypatch.setattr(bench_scale, "order", lambda *_, **__: Broken())
     with pytest.raises(AssertionError, match="repeats a sequence"):

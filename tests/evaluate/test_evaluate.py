@@ -377,7 +377,7 @@ def test_bad_students_are_named(cache: Cache, student: Any, message: str) -> Non
 
 def test_empty_splits_are_named(cache: Cache, tmp_path: Path) -> None:
     student = dense(Causal().eval())
-    with pytest.raises(StreamError, match="captured without"):
+    with pytest.raises(StreamError, match="captured with held_out=0"):
         evaluate(student, make_cache(tmp_path / "a", held_out=0.0))
     with pytest.raises(StreamError, match="max_positions"):
         evaluate(student, cache, max_positions=1)

@@ -18,9 +18,9 @@ from stream_cases import TRAIN_SHARDS, bits, check, make_cache, pieces, ranks, r
 from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
 from fastkd.errors import StreamError
-from fastkd.stream import loader_pass as run_module
-from fastkd.stream.loader_pass import Run
-from fastkd.stream.prefetch import MOST_PLANNED, Needs, Prefetcher
+from fastkd.stream import loader_pass
+from fastkd.stream.loader_pass import LoaderPass
+from fastkd.stream.prefetch import MAX_PLANNED, PlannedStep, Prefetcher
 
 
 @pytest.fixture(scope="module")
@@ -290,23 +290,23 @@ def test_without_shuffling_the_order_is_the_data(cache: Cache) -> None:
 def test_shards_in_memory_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     held, most, reads = 0, 0, 0
     lock = threading.Lock()
-    read, release = Run._read, Run._release
+    read, release = LoaderPass._read, LoaderPass._release
 
-    def counted_read(self: Run, key: Any) -> Any:
+    def counted_read(self: LoaderPass, key: Any) -> Any:
         nonlocal held, most, reads
         with lock:
             held, reads = held + 1, reads + 1
             most = max(most, held)
         return read(self, key)
 
-    def counted_release(self: Run, shard: Any) -> None:
+    def counted_release(self: LoaderPass, shard: Any) -> None:
         nonlocal held
         with lock:
             held -= 1
         release(self, shard)
 
-    monkeypatch.setattr(Run, "_read", counted_read)
-    monkeypatch.setattr(Run, "_release", counted_release)
+    monkeypatch.setattr(LoaderPass, "_read", counted_read)
+    monkeypatch.setattr(LoaderPass, "_release", counted_release)
     steps = list(DistillLoader(cache, batch_size=1, shards_open=3, threads=1))
     assert len(steps) > 20
     assert reads == TRAIN_SHARDS  # each once
@@ -326,22 +326,22 @@ def test_plans_do_not_run_away() -> None:
     """Where one shard holds everything and epochs go on for ever, nothing but the plans' number ends planning."""
     drawn = 0
 
-    def plans() -> Iterator[Needs[int]]:
+    def plans() -> Iterator[PlannedStep[int]]:
         nonlocal drawn
         while True:
             drawn += 1
-            yield Needs(drawn, ["shard"], {"shard"})
+            yield PlannedStep(drawn, ["shard"], {"shard"})
 
     ahead: Prefetcher[int, object, int] = Prefetcher(
         plans(), lambda key: key, lambda plan, shards: plan, lambda shard: None, shards=2, steps=2, threads=1
     )
     try:
         assert [ahead.next() for _ in range(5)] == [1, 2, 3, 4, 5]
-        while drawn < MOST_PLANNED:
+        while drawn < MAX_PLANNED:
             time.sleep(0.001)
         time.sleep(0.1)  # for tens of thousands
         # taken, ready, in the assembler's hands, planned, in the planner's hands
-        assert drawn <= 5 + 2 + 1 + MOST_PLANNED + 1
+        assert drawn <= 5 + 2 + 1 + MAX_PLANNED + 1
     finally:
         ahead.close()
 
@@ -414,7 +414,7 @@ def test_errors_of_any_thread_come_out_whole(cache: Cache, monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("made up")
 
-    for name, module in (("gather", run_module), ("open_shard", run_module)):
+    for name, module in (("gather", loader_pass), ("open_shard", loader_pass)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             loader = DistillLoader(cache, batch_size=2)
@@ -448,22 +448,25 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "batch_size, batch_tokens: found None and None; one of the two"),
-        ({"batch_size": 2, "batch_tokens": 2}, "batch_size, batch_tokens: found 2 and 2"),
-        ({"batch_size": 0}, "batch_size: found 0; an integer from 1 on"),
-        ({"batch_size": 2.0}, r"batch_size: found 2\.0"),
-        ({"batch_size": True}, "batch_size: found True"),
-        ({"batch_size": 2, "micro_tokens": 0}, "micro_tokens: found 0"),
-        ({"batch_size": 2, "seed": -1}, "seed: found -1; an integer from 0 on"),
-        ({"batch_size": 2, "layout": "ragged"}, "layout: found 'ragged'; one of padded, packed"),
+        ({}, "batch_size, batch_tokens: got None and None; expected exactly one of the two"),
+        ({"batch_size": 2, "batch_tokens": 2}, "batch_size, batch_tokens: got 2 and 2"),
+        ({"batch_size": 0}, "batch_size: got 0; expected an integer of at least 1"),
+        ({"batch_size": 2.0}, r"batch_size: got 2\.0"),
+        ({"batch_size": True}, "batch_size: got True"),
+        ({"batch_size": 2, "micro_tokens": 0}, "micro_tokens: got 0"),
+        ({"batch_size": 2, "seed": -1}, "seed: got -1; expected an integer of at least 0"),
+        ({"batch_size": 2, "layout": "ragged"}, "layout: got 'ragged'; expected one of padded, packed"),
         ({"batch_size": 2, "decode": "device"}, "decode: got 'device'; expected no value.*on the host now"),
-        ({"batch_size": 2, "split": "test"}, "split: found 'test'; one of train, held_out"),
-        ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank: found 2 of 2"),
-        ({"batch_size": 2, "world_size": 2}, "reduce: found None for 2 ranks.*summed_over"),
-        ({"batch_size": 2, "world_size": 3, "reduce": print}, "world_size: found 3 ranks for .* sequences.*2 a step"),
-        ({"batch_tokens": 99, "world_size": 999, "reduce": print}, "world_size: found 999 ranks"),
-        ({"batch_size": 2, "skip": 10**6}, "skip, max_positions: found 1000000 and None, which leave nothing"),
-        ({"batch_size": 2, "max_positions": 1}, "skip, max_positions: found 0 and 1, which leave nothing"),
+        ({"batch_size": 2, "split": "test"}, "split: got 'test'; expected one of train, held_out"),
+        ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank: got 2; expected 0 to 1"),
+        ({"batch_size": 2, "world_size": 2}, "reduce: got None; expected a function for 2 ranks.*summed_over"),
+        (
+            {"batch_size": 2, "world_size": 3, "reduce": print},
+            "world_size: got 3 ranks; expected at most 2, the sequences per step",
+        ),
+        ({"batch_tokens": 99, "world_size": 999, "reduce": print}, "world_size: got 999 ranks"),
+        ({"batch_size": 2, "skip": 10**6}, "skip, max_positions: got 1000000 and None, which leave nothing"),
+        ({"batch_size": 2, "max_positions": 1}, "skip, max_positions: got 0 and 1, which leave nothing"),
     ],
 )
 def test_bad_settings_are_named(cache: Cache, settings: Any, message: str) -> None:
@@ -472,7 +475,7 @@ def test_bad_settings_are_named(cache: Cache, settings: Any, message: str) -> No
 
 
 def test_a_sequence_longer_than_a_step_is_named(cache: Cache) -> None:
-    with pytest.raises(StreamError, match=r"batch_tokens: found 10, and a sequence of \d+ positions in shard"):
+    with pytest.raises(StreamError, match=r"batch_tokens: got 10; expected at least \d+, .* sequence in shard"):
         next(iter(DistillLoader(cache, batch_tokens=10)))
 
 
@@ -481,28 +484,28 @@ def test_bad_caches_are_named(cache: Cache, tmp_path: Path) -> None:
         with pytest.raises(StreamError, match=message):
             DistillLoader(given, batch_size=2, **settings)
 
-    no([], "cache: found a mixture of nothing")
+    no([], "cache: got an empty mixture")
     no([cache], "pairs of a cache and its weight")
-    no([(cache, 0)], "found the weight 0 for")
-    no([(cache, float("nan"))], "found the weight nan for")
-    no([(cache, 1), (cache, 1)], "skip, max_positions: found with a mixture", skip=1)
-    no([(cache, 1), (cache, 1e-9)], "makes for .* of the sequences")
+    no([(cache, 0)], "got the weight 0 for")
+    no([(cache, float("nan"))], "got the weight nan for")
+    no([(cache, 1), (cache, 1)], "skip, max_positions: got a mixture; expected one cache", skip=1)
+    no([(cache, 1), (cache, 1e-9)], "comes to .* of the sequences")
     for name, change in (
         ("vocab_size", {"vocab_size": 400}),
         ("temperatures", {"temperatures": (1.0, 2.0)}),
         ("tokenizer", {"tokenizer": "another"}),
     ):
         other = make_cache(tmp_path / name, documents=5, **change)
-        no([(cache, 1), (other, 1)], f"cannot be mixed: {name} is .* in one, .* in the other")
+        no([(cache, 1), (other, 1)], f"cannot be mixed: {name} is .* in one and .* in the other")
     unplanned = make_cache(tmp_path / "u", planned=False)
-    no(unplanned, "split: found 'held_out', and .* has no plan.json", split="held_out")
+    no(unplanned, "split: got 'held_out', but .* has no plan.json", split="held_out")
     none = make_cache(tmp_path / "n", held_out=0.0)
-    no(none, "split: found 'held_out', and .* was captured without", split="held_out")
+    no(none, "split: got 'held_out', but .* was captured with held_out=0", split="held_out")
     with create_cache(tmp_path / "e", make_spec(inputs=("example",))) as writer:
         writer.write_shard(0, **make_shard(make_spec(inputs=("example",))))
     no(
         tmp_path / "e",
-        "its input columns are example; `tokens` of text, or of examples example and augmentation_seed",
+        "got input columns example; expected `tokens` for text, or example and augmentation_seed for examples",
     )
     spec = make_spec()
     with create_cache(tmp_path / "o", spec) as writer:
@@ -511,7 +514,7 @@ def test_bad_caches_are_named(cache: Cache, tmp_path: Path) -> None:
     no(tmp_path / "o", "shards 0 and 1 hold some of the same sequences")
     with create_cache(tmp_path / "nothing", spec):
         pass
-    no(tmp_path / "nothing", "found no shard of split 'train'")
+    no(tmp_path / "nothing", "got no shard of split 'train'")
     with create_cache(tmp_path / "bad", spec) as writer:
         writer.write_shard(0, **make_shard(spec))
         writer.store.create("plan.json", b'{"format": "fastkd-plan", "train_shards": -1, "totals": {"shards": 1}}')
@@ -529,11 +532,11 @@ def test_states_of_others_are_refused(cache: Cache, tmp_path: Path) -> None:
         with pytest.raises(StreamError, match=message):
             loader.load_state_dict(given)
 
-    no({**state, "version": 2}, "state: found version 2, this fastkd reads 1")
-    no({}, "state: found version None")
-    no({"version": 1}, "state: found no fingerprint")
-    no({**state, "sequences": 10**6}, "state: found 1000000 sequences of an epoch of")
-    no({**state, "epoch": "one"}, "state: epoch: found 'one'")
+    no({**state, "version": 2}, "state: got version 2; expected 1")
+    no({}, "state: got version None")
+    no({"version": 1}, "state: got no fingerprint")
+    no({**state, "sequences": 10**6}, "state: got 1000000 sequences; expected at most")
+    no({**state, "epoch": "one"}, "state: epoch: got 'one'")
     for change, named in (
         ({"seed": 1}, "seed: 1 there, 0 here"),
         ({"shards_open": 2}, "shards_open: 2 there, 8 here"),
@@ -593,3 +596,12 @@ def test_a_gpu_gets_the_same(cache: Cache) -> None:
     here = [bits(step) for step in DistillLoader(cache, batch_size=3)]
     there = [bits(step) for step in DistillLoader(cache, batch_size=3, device="cuda")]
     assert there == here
+
+
+def test_ahead_is_the_old_name_of_prefetch(cache: Cache) -> None:
+    with pytest.warns(DeprecationWarning, match="ahead: this argument is now named prefetch") as caught:
+        old = DistillLoader(cache, batch_size=4, ahead=1)
+    assert caught[0].filename == __file__
+    assert [bits(step) for step in old] == [bits(step) for step in DistillLoader(cache, batch_size=4, prefetch=1)]
+    with pytest.raises(StreamError, match="prefetch: got 0"), pytest.warns(DeprecationWarning, match="ahead"):
+        DistillLoader(cache, batch_size=4, ahead=0)

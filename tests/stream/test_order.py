@@ -13,10 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastkd.errors import StreamError
 from fastkd.stream.epoch_order import Epoch, order, permutation
-from fastkd.stream.micro_batches import packed_micro_batches, padded_micro_batches, ranks
-from fastkd.stream.mixture import Stream
-from fastkd.stream.step_plan import Batch, Lengths, Progress, Share, shares
+from fastkd.stream.micro_batches import packed_micro_batches, padded_micro_batches, split_over_ranks
+from fastkd.stream.mixture import SequenceStream
+from fastkd.stream.step_plan import LoaderProgress, RankShare, StepPlan
 
 some = hypothesis_settings(max_examples=60, deadline=None)
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12).map(np.array)
@@ -86,7 +87,9 @@ def test_epochs_and_seeds_differ() -> None:
 
 def golden() -> list[int]:
     taken = order(np.array([5, 3, 8, 1, 4]), 7, 2, shards_open=3).take(4, 14)
-    mixed = Stream([np.array([4, 4]), np.array([3])], [Fraction(2, 3), Fraction(1, 3)], 5, shards_open=2, shuffle=True)
+    mixed = SequenceStream(
+        [np.array([4, 4]), np.array([3])], [Fraction(2, 3), Fraction(1, 3)], 5, shards_open=2, shuffle=True
+    )
     some = mixed.take(1000, 1010)
     both = np.concatenate([taken.shard * 10 + taken.sequence, some.source * 100 + some.shard * 10 + some.sequence])
     numbers: list[int] = both.tolist()
@@ -105,7 +108,7 @@ def test_the_order_is_the_same_in_another_process() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_order import golden; print([int(i) for i in golden()])"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == str(golden())
 
@@ -145,7 +148,7 @@ def test_permutations_are_permutations(count: int) -> None:
 def test_a_mixture_keeps_to_its_shares(sources: list[tuple[NDArray[Any], int]], seed: int, data: st.DataObject) -> None:
     total = sum(weight for _, weight in sources)
     parts = [Fraction(weight, total) for _, weight in sources]
-    stream = Stream([counts for counts, _ in sources], parts, seed, shards_open=3, shuffle=True)
+    stream = SequenceStream([counts for counts, _ in sources], parts, seed, shards_open=3, shuffle=True)
     taken = stream.take(0, 4096)
     for end in range(stream.block, 4096, stream.block):
         for j, part in enumerate(parts):
@@ -165,13 +168,13 @@ def test_a_mixture_keeps_to_its_shares(sources: list[tuple[NDArray[Any], int]], 
 
 def test_sources_of_one_size_have_different_orders() -> None:
     counts = np.array([500])
-    stream = Stream([counts, counts], [Fraction(1, 2)] * 2, 0, shards_open=2, shuffle=True)
+    stream = SequenceStream([counts, counts], [Fraction(1, 2)] * 2, 0, shards_open=2, shuffle=True)
     taken = stream.take(0, 1000)
     assert taken.sequence[taken.source == 0].tolist() != taken.sequence[taken.source == 1].tolist()
 
 
 class Lists(NamedTuple):
-    """What a plan asks of a table, from lists: the positions of each sequence of each shard."""
+    """What a plan needs of a `ShardTable`, from lists: the positions of each sequence of each shard."""
 
     of: list[list[int]]
 
@@ -183,78 +186,85 @@ class Lists(NamedTuple):
     def first(self) -> NDArray[Any]:
         return np.zeros(len(self.of), np.int64)
 
-    def lengths(self, place: int) -> NDArray[Any]:
-        return np.array(self.of[place])
+    def lengths(self, row: int) -> NDArray[Any]:
+        return np.array(self.of[row])
 
 
 class Data(NamedTuple):
-    """Sources of a stream, and how it is cut."""
+    """Sources of a stream, and the size of its steps."""
 
     tables: list[Lists]
     seed: int
-    batch: Batch
+    size: dict[str, Any]
 
-    def shares(self, progress: Progress, rank: int, world_size: int, epochs: int = 1) -> list[Share]:
+    def plan(self) -> StepPlan:
         counts = [np.array([len(shard) for shard in t.of]) for t in self.tables]
         parts = [Fraction(1, len(counts))] * len(counts)
-        stream = Stream(counts, parts, self.seed, shards_open=2, shuffle=True)
+        stream = SequenceStream(counts, parts, self.seed, shards_open=2, shuffle=True)
         tables: Any = self.tables
-        return list(
-            shares(
-                stream,
-                tables,
-                self.batch,
-                progress,
-                rank=rank,
-                world_size=world_size,
-                epochs=epochs,
-                lengths=Lengths(tables, 4),
-            )
-        )
+        return StepPlan(stream, tables, **self.size, keep=4)
+
+    def shares(self, progress: LoaderProgress, rank: int, world_size: int, epochs: int = 1) -> list[RankShare]:
+        return list(self.plan().shares(progress, rank=rank, world_size=world_size, epochs=epochs))
 
 
-def sequences(*of: Share) -> list[tuple[tuple[int, int], int]]:
+def sequences(*of: RankShare) -> list[tuple[tuple[int, int], int]]:
     """The sequences of these shares, sorted."""
-    return sorted((key, i) for share in of for key, numbers in share.shards for i in numbers.tolist())
+    return sorted((key, i) for share in of for key, numbers in share.shards.items() for i in numbers.tolist())
 
 
 @st.composite
 def datasets(draw: st.DrawFn) -> Data:
     shard = st.lists(st.integers(1, 20), min_size=1, max_size=12)
     tables = draw(st.lists(st.lists(shard, min_size=1, max_size=4), min_size=1, max_size=2))
-    batch = draw(
-        st.one_of(st.integers(1, 9).map(lambda n: Batch(n, None)), st.integers(20, 99).map(lambda n: Batch(None, n)))
-    )
-    return Data([Lists(t) for t in tables], draw(seeds), batch)
+    size: dict[str, Any] = {"batch_size": None, "batch_tokens": None}
+    size |= draw(st.one_of(st.builds(lambda n: {"batch_size": n}, st.integers(1, 9)),
+                           st.builds(lambda n: {"batch_tokens": n}, st.integers(20, 99))))  # fmt: skip
+    return Data([Lists(t) for t in tables], draw(seeds), size)
+
+
+@some
+@given(datasets())
+def test_seeking_is_where_iterating_comes_to(data: Data) -> None:
+    """For every step of three epochs, in any order, and the end of each."""
+    after = [share.after for share in data.shares(LoaderProgress(), 0, 1, epochs=3)]
+    plan = data.plan()
+    for progress in sorted(after, key=lambda p: hash((p.sequences, p.epoch))):
+        assert plan.seek(progress.epoch, progress.number) == progress
+    for epoch in range(3):
+        steps = sum(progress.epoch == epoch for progress in after)
+        assert plan.seek(epoch, 0) == LoaderProgress(epoch)
+        with pytest.raises(StreamError, match=f"step: got {steps + 1}; expected at most {steps}, .*epoch {epoch}"):
+            plan.seek(epoch, steps + 1)
 
 
 @some
 @given(datasets(), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_ranks_may_change_at_any_step(data: Data, before: int, after: int, drawn: st.DataObject) -> None:
     """Whatever number of ranks goes on, the steps that follow are the same, and each is shared out whole."""
-    alone = data.shares(Progress(), 0, 1, epochs=2)
-    ours = [data.shares(Progress(), rank, before, epochs=2) for rank in range(before)]
+    alone = data.shares(LoaderProgress(), 0, 1, epochs=2)
+    ours = [data.shares(LoaderProgress(), rank, before, epochs=2) for rank in range(before)]
     assert all([s.after for s in rank] == [s.after for s in alone] for rank in ours)
     assert [sequences(*step) for step in zip(*ours, strict=True)] == [sequences(s) for s in alone]
     at = drawn.draw(st.integers(0, len(alone) - 1))
     state = alone[at].after
     theirs = [data.shares(state, rank, after) for rank in range(after)]
-    rest = [s for s in alone[at + 1 :] if s.epoch == state.epoch]
+    rest = [s for s in alone[at + 1 :] if s.after.epoch == state.epoch]
     assert [sequences(*step) for step in zip(*theirs, strict=True)] == [sequences(s) for s in rest]
 
 
 @some
 @given(datasets())
 def test_steps_by_positions(data: Data) -> None:
-    batch_tokens = data.batch.positions
+    batch_tokens = data.size["batch_tokens"]
     if batch_tokens is None:
         return
-    found = data.shares(Progress(), 0, 1)
+    found = data.shares(LoaderProgress(), 0, 1)
     done = 0
     for number, share in enumerate(found):
         size = sum(data.tables[key[0]].of[key[1]][i] for key, i in sequences(share))
         longest = max(data.tables[key[0]].of[key[1]][i] for key, i in sequences(share))
-        assert share.number == number == -(-done // batch_tokens)
+        assert share.after.number - 1 == number == -(-done // batch_tokens)
         assert size < batch_tokens + longest
         done += size
         assert share.after.positions == done
@@ -268,7 +278,7 @@ def test_steps_by_positions(data: Data) -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), min_size=1, max_size=60), st.integers(1, 8))
 def test_ranks_share_a_step(items: list[tuple[int, int]], world_size: int) -> None:
     lanes, weights = (np.array(column) for column in zip(*items, strict=True))
-    parts = ranks(lanes, weights, world_size)
+    parts = split_over_ranks(lanes, weights, world_size)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(items)))
     for part in parts:
         # to within half a sequence at either end
@@ -276,7 +286,7 @@ def test_ranks_share_a_step(items: list[tuple[int, int]], world_size: int) -> No
     in_order = [lane for part in parts for lane in lanes[part].tolist()]
     assert in_order == sorted(in_order), "a rank finds its share in neighbouring lanes"
     if len(items) >= world_size:
-        assert all(len(part) for part in ranks(lanes, np.ones_like(weights), world_size))
+        assert all(len(part) for part in split_over_ranks(lanes, np.ones_like(weights), world_size))
 
 
 @some

@@ -150,18 +150,18 @@ def test_another_data_set_is_refused_and_what_differs_named(cache: Cache) -> Non
     images = np.random.default_rng(0).normal(size=(IMAGES, 1, 6, 6)).astype(np.float32)
     no(
         examples(inputs=images[:-1], labels=[0] * 59),
-        r"sha256 \w{12}… there, \w{12}… here \(examples: 60 there, 59 here",
+        r"got sha256 \w{12}…; expected \w{12}…, .* \(examples: 60 in the cache, 59 here",
     )
-    no(examples(copies=3), "copies: 2 there, 3 here")
+    no(examples(copies=3), "copies: 2 in the cache, 3 here")
     images[3, 0, 2, 2] += 1e-3
-    values = r"\(the examples' values, what augments them, or its seed\)"
+    values = r"\(the values of the examples, their augmentation, or its seed differ\)"
     no(examples(inputs=images), values)
     no(examples(seed=1), values)
     no(examples(augment=brightened, fingerprint="brighter"), values)
-    no(None, "data: found NoneType for .* of examples and does not hold them")
-    no([1, 2], "data: found list for")
-    no(examples(labels=None), r"data: found no labels, .* labels=")
-    no(examples(labels=[CLASSES] * IMAGES), "data: found a label 7; the teacher of .* has classes 0 to 6")
+    no(None, "data: got NoneType for .* of examples that does not contain them")
+    no([1, 2], "data: got list for")
+    no(examples(labels=None), r"data: got no labels, .* labels=")
+    no(examples(labels=[CLASSES] * IMAGES), "data: got a label 7; expected classes from 0 to 6")
 
 
 def test_other_labels_are_another_loader(cache: Cache) -> None:
@@ -173,12 +173,12 @@ def test_other_labels_are_another_loader(cache: Cache) -> None:
 
 def test_data_is_for_caches_of_examples(tmp_path: Path) -> None:
     text = train_cases.make_cache(tmp_path / "text")
-    with pytest.raises(StreamError, match=r"data: found Examples for .*, which is of text"):
+    with pytest.raises(StreamError, match=r"data: got Examples for .*, which is of text"):
         DistillLoader(text, batch_size=4, data=examples())
     spec = make_spec(inputs=("example", "augmentation_seed"), dataset="by hand")
     with create_cache(tmp_path / "hand", spec) as writer:
         writer.write_shard(0, **make_shard(spec))
-    with pytest.raises(StreamError, match=r"its spec names no data set .it says 'by hand'"):
+    with pytest.raises(StreamError, match=r"its spec has no hash of the data set .dataset: 'by hand'"):
         DistillLoader(tmp_path / "hand", batch_size=4, data=examples())
 
 
@@ -195,9 +195,9 @@ def test_an_augmentation_that_fails_is_named(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.5] * 3, r"labels: found float64 of shape \(3,\); integers of shape \(3,\)"),
-        ([1, 2], r"found int64 of shape \(2,\)"),
-        ([1, -1, 0], r"found -1 for example 1 \(from 0\)"),
+        ([0.5] * 3, r"labels: got float64 of shape \(3,\); expected integers of shape \(3,\)"),
+        ([1, 2], r"got int64 of shape \(2,\)"),
+        ([1, -1, 0], r"got -1 for example 1 \(from 0\)"),
     ],
 )
 def test_bad_labels(labels: Any, message: str) -> None:
