@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .errors import KDError
-    from .lm_head import LMHead
-    from .loss.api import DistillationLoss, KDLoss, kd_loss, linear_kd_loss
-    from .loss.checks import set_debug
-    from .loss.config import LossConfig
-    from .targets import SparseTargets, TargetsAt
-    from .topk.api import linear_topk_targets, topk_targets
-    from .topk.dispatch import prepare_topk
-    from .treatment import resolve_treatment
+    from .errors import KDError as KDError
+    from .lm_head import LMHead as LMHead
+    from .loss.api import DistillationLoss as DistillationLoss
+    from .loss.api import KDLoss as KDLoss
+    from .loss.api import kd_loss as kd_loss
+    from .loss.api import linear_kd_loss as linear_kd_loss
+    from .loss.checks import set_debug as set_debug
+    from .loss.config import LossConfig as LossConfig
+    from .targets import SparseTargets as SparseTargets
+    from .targets import TargetsAt as TargetsAt
+    from .topk.api import linear_topk_targets as linear_topk_targets
+    from .topk.api import topk_targets as topk_targets
+    from .topk.dispatch import prepare_topk as prepare_topk
+    from .treatment import resolve_treatment as resolve_treatment
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,

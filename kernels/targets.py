@@ -154,7 +154,7 @@ class SparseTargets:
         positions: Tensor | None = None,
     ) -> "SparseTargets":
         """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`): see `topk_targets`, which this calls."""
-        from .topk.api import topk_targets
+        from . import topk_targets
 
         return topk_targets(
             logits,

@@ -56,7 +56,7 @@ class Call(NamedTuple):
                 tensor = next(rest)
                 value = value if tensor is None else tensor
             settings[name] = value
-        return cls(*arguments[: len(cls._fields) - 1], LossConfig(**settings))
+        return cls._make([*arguments[: len(cls._fields) - 1], LossConfig(**settings)])
 
     @property
     def rows(self) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..lm_head import LMHead
-from .blocks import TorchRows
 from .call import Call
+from .torch_impl import TorchRows
 
 # Logit gradients are kept in the LM head's own type, unnormalised where that is float16: 1/N folded into them lost 22%
 # of their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import KDError
 from ..lm_head import LMHead
-from .blocks import kd_loss_blocks
 from .call import SCHEMA, Call, saveable
 from .linear import linear_kd_loss_chunks
 from .reference import kd_loss_reference, linear_reference
+from .torch_impl import kd_loss_torch
 
 _CALL = SCHEMA.count(",") + 1
 _TAGS = (
@@ -52,7 +52,7 @@ def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | N
         from .triton_impl import kd_loss_triton
 
         return kd_loss_triton(logits, call, upstream, out)
-    run = kd_loss_reference if call.config.impl == "reference" else kd_loss_blocks
+    run = kd_loss_reference if call.config.impl == "reference" else kd_loss_torch
     flat = logits.reshape(-1, logits.shape[-1])
     if out is None or out.is_contiguous():
         return run(flat, call, upstream, None if out is None else out.view(flat.shape))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..divergences import find_divergence
 from ..targets import TargetsAt
-from .blocks import counted_rows
 from .call import Call, saveable
+from .torch_impl import counted_rows
 
 _INF = float("inf")
 

@@ -1,141 +1,284 @@
-"""The loss of a block of rows in pure PyTorch: one work buffer, gradients in the forward, no autograd graph."""
+"""The loss in pure PyTorch, on any device: blocks of rows, each loaded, turned into its gradient and stored.
+
+A divergence is a sum `Σ_S f(q_k, p_k) + f(q_tail, p_tail)` over the support S (the entries that the treatment keeps)
+and the tail. With slope_k = p_k df/dp_k and s the sum of all slopes, its gradient in u = z/T is `slope_k - p_k s` on S;
+off S it is the student's share of the tail, `p_j / p_tail`, times `slope_tail - p_tail s`. So the K + 1 outcomes
+determine everything, and one sweep over the vocabulary writes it.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..divergences import find_divergence
+from ..divergences import Divergence, find_divergence
 from ..targets import TargetsAt
 from .call import Call
-from .checks import check_student
-from .outcomes import outcome_terms
+from .checks import check_student, check_values
 
+# One block of logits in the work type: small enough for the last-level cache, large enough to hide the cost of calls.
+BLOCK_BYTES = 16 << 20
 _INF = float("inf")
 
 
-def loss_rows_(
-    x_CV: Tensor,
-    call: Call,
-    at: TargetsAt,
-    scale: Tensor,
-    scratch: Tensor,
-    *,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    want_grad: bool = True,
-    first_row: int = 0,
-    what: str = "logits",
-) -> tuple[Tensor, Tensor]:
-    """Hard and soft loss of each row (`[C]`, before alpha and the divisor); x becomes the gradient of the total.
-
-    x `[C, V]` float32 or float64: raw logits, a contiguous buffer of the caller's to overwrite. call: by row, C rows.
-    at: the teacher of these rows at the call's temperature. scratch: any tensor of x's type, grown and kept for later.
-    scale `[]`: what the gradient of each row's loss is multiplied by. Rows that do not count get 0 everywhere.
-    """
-    (alpha, t), config = call.numbers(), call.config
-    counted = call.counted()
-    row_weight = torch.ones_like(x_CV[:, 0]) if call.weights is None else call.weights.to(x_CV.dtype)
-    row_weight = row_weight.masked_fill(~counted, 0.0)
-
-    uncapped = None
-    if logit_scale is not None:
-        x_CV.mul_(logit_scale)
-    if softcap is not None:
-        masked = x_CV == -_INF
-        capped = torch.tanh(x_CV / softcap)
-        torch.mul(capped, softcap, out=x_CV).masked_fill_(masked, -_INF)
-        uncapped = capped.square_().neg_().add_(1.0)  # d softcap(z) / dz
-        del masked, capped
-
-    in_support = at.log_q > -_INF
-    # An unused place may hold anything. It points at the row's first entry of S, so that it marks nothing of its own.
-    ids = call.ids.long().masked_fill(~in_support, 0)
-    if ids.shape[1]:
-        ids = torch.where(in_support, ids, ids.gather(1, in_support.int().argmax(1, keepdim=True)))
-    z_CK = x_CV.gather(1, ids)
-    label = None
-    if call.labels is not None:
-        label = call.labels.long().masked_fill(~counted, 0)[:, None]
-        z_label = x_CV.gather(1, label)[:, 0]
-    # With S taken out, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
-    x_CV.scatter_(1, ids, torch.where(in_support.any(1, keepdim=True), -_INF, z_CK))
-
-    z_CK = z_CK.masked_fill(~in_support, -_INF)
-    m_off = x_CV.amax(1)
-    m_ref = torch.where(m_off == -_INF, 0.0, m_off)
-    m = torch.cat([m_off[:, None], z_CK], 1).amax(1)
-    if t == 2.0:  # (z - m) / 2 in one pass, exact, since the halves are
-        torch.add(-0.5 * m_ref[:, None], x_CV, alpha=0.5, out=x_CV)
-    else:
-        x_CV.sub_(m_ref[:, None])
-    if t == 1.0:
-        tempered = x_CV.exp_()
-        s_off_t = s_off_1 = tempered.sum(1)
-    elif t == 2.0:  # e^z is the square of e^(z/2)
-        tempered = x_CV.exp_()
-        s_off_t = tempered.sum(1)
-        s_off_1 = torch.linalg.vector_norm(tempered, dim=1).square_()
-    else:
-        tempered = torch.div(x_CV, t, out=_like(scratch, x_CV)).exp_()
-        s_off_t = tempered.sum(1)
-        s_off_1 = x_CV.exp_().sum(1)
-
-    shift = torch.where(m_off == -_INF, -_INF, m_off - m)  # −inf where S is the whole vocabulary
-    e_CK = (z_CK - m[:, None]).exp()
-    s_1 = s_off_1 * shift.exp() + e_CK.sum(1)
-    s_t = s_off_t * (shift / t).exp() + ((z_CK - m[:, None]) / t).exp().sum(1)
-    log_s_t = s_t.log()
-    log_p_tail = s_off_t.log() + shift / t - log_s_t
-    log_p = (z_CK - m[:, None]) / t - log_s_t[:, None]
-    check_student(counted & ~(m + s_1.log()).isfinite(), what, first_row)
-
-    divergence, on_support, off_support = outcome_terms(
-        find_divergence(config.divergence), config.parameter, at, log_p, log_p_tail
-    )
-    soft = t * t * divergence * row_weight
-    if call.labels is None:
-        hard, alpha = torch.full_like(soft, torch.nan), 0.0
-    else:
-        hard = (s_1.log() - (z_label - m)) * row_weight
-    hard, soft = hard.masked_fill_(~counted, 0.0), soft.masked_fill_(~counted, 0.0)
-    if not want_grad:
-        return hard, soft
-
-    row_scale = row_weight * scale
-    hard_scale = alpha * row_scale
-    # a factor of exactly 0 means that the part is not wanted: 0 * inf must not make it NaN
-    soft_scale = (1.0 - alpha) * t * row_scale
-    a = hard_scale * shift.exp() / s_1
-    b = torch.where((soft_scale == 0) | (s_off_t == 0), 0.0, soft_scale * off_support / s_off_t)
-    if t == 1.0:
-        x_CV.mul_((a + b)[:, None])
-    elif t == 2.0:
-        # two binary operations: addcmul does not vectorise over what is broadcast
-        x_CV.mul_(torch.mul(tempered, a[:, None], out=_like(scratch, x_CV)).add_(b[:, None]))
-    else:
-        x_CV.mul_(a[:, None]).addcmul_(tempered, b[:, None])
-
-    hard_CK = hard_scale[:, None] * (e_CK / s_1[:, None])
-    soft_CK = torch.where(soft_scale[:, None] == 0, 0.0, soft_scale[:, None] * on_support)
-    if label is not None:
-        x_CV.scatter_add_(1, label, -hard_scale[:, None])
-        hard_CK = hard_CK - hard_scale[:, None] * (ids == label)
-    entries = torch.where(in_support, hard_CK + soft_CK, 0.0)
-    if ids.shape[1]:
-        # places outside S repeat the first entry of S, and so does what they write
-        entries = torch.where(in_support, entries, entries.gather(1, in_support.int().argmax(1, keepdim=True)))
-        supported = in_support.any(1, keepdim=True)
-        x_CV.scatter_(1, ids, torch.where(supported, entries, x_CV.gather(1, ids)))
-    if uncapped is not None:
-        x_CV.mul_(uncapped)
-    if logit_scale is not None:
-        x_CV.mul_(logit_scale)
+def counted_rows(call: Call, positions: int, width: int) -> tuple[Call, Tensor | None, Tensor]:
+    """The call over the rows that count alone, their positions (None: all, in order), and the divisor."""
+    check_values(call, positions, width)
+    index, call = call.positions, call.by_row()
+    divisor, counted = call.divisor(), call.counted()
     if not bool(counted.all()):
-        x_CV.masked_fill_(~counted[:, None], 0.0)
-    return hard, soft
+        rows = counted.nonzero()[:, 0]
+        call, index = call.take(rows), rows if index is None else index[rows]
+    elif index is None and call.rows != positions:
+        index = torch.arange(call.rows, device=call.ids.device)
+    return call, index, divisor
 
 
-def _like(scratch: Tensor, x_CV: Tensor) -> Tensor:
-    """Memory of x's shape out of `scratch`: a fresh buffer a block would cost a page fault for every 4 kB."""
-    if scratch.numel() < x_CV.numel():
-        scratch.resize_(x_CV.numel())
-    return scratch[: x_CV.numel()].view(x_CV.shape)
+def outcome_terms(
+    divergence: Divergence, parameter: float, at: TargetsAt, log_p_CK: Tensor, log_p_tail_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence `[C]`, its gradient in u on the support `[C, K]`, and the tail's `slope - p s` `[C]`.
+
+    log_p `[C, K]` and log_p_tail `[C]` are the student's. Entries outside the support get 0, and so does a whole row
+    without support. A row that the treatment cannot take has NaN.
+    """
+    in_support = at.log_q > -_INF
+    has_support = in_support.any(1)
+    log_q = torch.cat([at.log_q, at.log_q_tail[:, None]], 1)
+    log_p = torch.cat([log_p_CK.masked_fill(~in_support, -_INF), log_p_tail_C[:, None]], 1)
+    weight = torch.cat([at.weights, at.log_q_tail.exp()[:, None]], 1)
+    term, slope = divergence.torch_terms(weight, log_q, log_p, parameter)
+    gradient = slope - log_p.exp() * slope.sum(1)[:, None]
+    value = torch.where(has_support, term.sum(1), 0.0)
+    gradient = torch.where(has_support[:, None], gradient, 0.0)
+    return value.masked_fill(at.log_q_tail.isnan(), torch.nan), gradient[:, :-1] * in_support, gradient[:, -1]
+
+
+class _Entries(NamedTuple):
+    """The entries of a block's support: at most K a row."""
+
+    ids: Tensor  # [C, K] int64; an unused entry repeats the row's first entry of S
+    used: Tensor  # [C, K] bool
+    logits: Tensor  # [C, K]; −inf for an unused entry
+
+
+class _Sums(NamedTuple):
+    """A block's rows reduced over all tokens off the support: e^z and e^(z/T), relative to a reference of the row."""
+
+    tempered: Tensor  # [C, V]: e^((z - reference) / T), where the gradient needs it
+    off_1: Tensor  # [C]: Σ e^(z - reference)
+    off_t: Tensor  # [C]: Σ e^((z - reference) / T)
+    m: Tensor  # [C]: the largest logit of the row
+    shift: Tensor  # [C]: reference - m; −inf where the support is the whole vocabulary
+
+
+class TorchRows:
+    """The rows of one call that count, block by block; `TritonRows` is the same on a GPU.
+
+    upstream: the gradient of the loss, 1 by default. fixed_scale: in place of 1/divisor in the gradient.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        positions: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        upstream: Tensor | None = None,
+        fixed_scale: float | None = None,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        want_grad: bool = True,
+        what: str = "logits",
+    ) -> None:
+        self.call, self.index, self.divisor = counted_rows(call, positions, width)
+        self.rows, self.want_grad, self.what = self.call.rows, want_grad, what
+        # of all arithmetic: float64 for float64 logits, else float32
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.softcap, self.logit_scale = softcap, logit_scale
+        divisor = self.divisor.to(self.dtype)
+        scale = 1.0 / divisor if fixed_scale is None else torch.full_like(divisor, fixed_scale)
+        self.scale = scale if upstream is None else upstream.to(self.dtype) * scale
+        self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
+        self.alpha, self.t = self.call.numbers()
+        # once for all rows: their number of small operations would show in every block
+        self.at = self.call.targets_at(self.t, self.dtype)
+        self.scratch = torch.empty(0, dtype=self.dtype, device=call.ids.device)
+        self.hard, self.soft = (torch.empty(self.rows, dtype=self.dtype, device=call.ids.device) for _ in range(2))
+
+    def loss_(self, x_CV: Tensor, first: int) -> None:
+        """Losses of the rows from `first` on, whose raw logits x holds; x becomes their gradient, if one is wanted."""
+        for start in range(0, len(x_CV), self.step):
+            block = x_CV[start : start + self.step]
+            work = block.to(self.dtype)
+            rows = slice(first + start, first + start + len(block))
+            self._block_(work, rows)
+            if self.want_grad and work is not block:
+                block.copy_(work)
+
+    def counted(self) -> Tensor | None:
+        """Which rows count, bool `[P]`; None where all do."""
+        return None
+
+    def safe_index(self) -> Tensor | None:
+        """The positions of the rows, int64 `[P]`; None where they are all of the batch's, in order."""
+        return self.index
+
+    def total(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, hard and soft, 0-d float32. A part with factor 0 adds nothing, even where it is infinite."""
+        hard, soft, alpha = self.hard.sum() / self.divisor, self.soft.sum() / self.divisor, self.alpha
+        if self.call.labels is None:
+            alpha, hard = 0.0, torch.full_like(soft, torch.nan)
+        loss = (alpha * hard if alpha else 0.0) + ((1 - alpha) * soft if alpha < 1 else torch.zeros_like(soft))
+        return loss.float(), hard.float(), soft.float()
+
+    def _block_(self, x_CV: Tensor, rows: slice) -> None:
+        """Losses of a block of rows; x, a contiguous buffer of raw logits in the work type, becomes the gradient."""
+        call, at, t = self.call.take(rows), TargetsAt(*(x[rows] for x in self.at)), self.t
+        row_weight = torch.ones_like(x_CV[:, 0]) if call.weights is None else call.weights.to(x_CV.dtype)
+        cap_slope = self._cap_(x_CV)
+        entries = _entries(x_CV, call, at)
+        label = None
+        if call.labels is not None:
+            label = call.labels.long()[:, None]
+            z_label = x_CV.gather(1, label)[:, 0]
+        # Without S, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
+        supported = entries.used.any(1, keepdim=True)
+        x_CV.scatter_(1, entries.ids, torch.where(supported, -_INF, x_CV.gather(1, entries.ids)))
+        sums = self._sums_(x_CV, entries)
+
+        above_CK = entries.logits - sums.m[:, None]
+        e_CK = above_CK.exp()
+        s_1 = sums.off_1 * sums.shift.exp() + e_CK.sum(1)
+        s_t = sums.off_t * (sums.shift / t).exp() + (above_CK / t).exp().sum(1)
+        log_s_t = s_t.log()
+        log_p_tail = sums.off_t.log() + sums.shift / t - log_s_t
+        log_p = above_CK / t - log_s_t[:, None]
+        check_student(~(sums.m + s_1.log()).isfinite(), self.what, rows.start)
+
+        config = call.config
+        divergence, on_support, off_support = outcome_terms(
+            find_divergence(config.divergence), config.parameter, at, log_p, log_p_tail
+        )
+        self.soft[rows] = t * t * divergence * row_weight
+        if label is None:
+            self.hard[rows] = torch.nan
+        else:
+            self.hard[rows] = (s_1.log() - (z_label - sums.m)) * row_weight
+        if not self.want_grad:
+            return
+
+        row_scale = row_weight * self.scale
+        hard_scale = (0.0 if label is None else self.alpha) * row_scale
+        # a factor of exactly 0 means that the part is not wanted: 0 * inf must not make it NaN
+        soft_scale = (1.0 - (0.0 if label is None else self.alpha)) * t * row_scale
+        self._off_support_(
+            x_CV,
+            sums.tempered,
+            hard_scale * sums.shift.exp() / s_1,
+            torch.where((soft_scale == 0) | (sums.off_t == 0), 0.0, soft_scale * off_support / sums.off_t),
+        )
+        hard_CK = hard_scale[:, None] * (e_CK / s_1[:, None])
+        if label is not None:
+            x_CV.scatter_add_(1, label, -hard_scale[:, None])
+            hard_CK = hard_CK - hard_scale[:, None] * (entries.ids == label)
+        soft_CK = torch.where(soft_scale[:, None] == 0, 0.0, soft_scale[:, None] * on_support)
+        _write_entries_(x_CV, entries, hard_CK + soft_CK)
+        if cap_slope is not None:
+            x_CV.mul_(cap_slope)
+        if self.logit_scale is not None:
+            x_CV.mul_(self.logit_scale)
+
+    def _cap_(self, x_CV: Tensor) -> Tensor | None:
+        """Raw logits to logits, in place: the scale multiplies, then the cap. Returns the cap's derivative `[C, V]`."""
+        if self.logit_scale is not None:
+            x_CV.mul_(self.logit_scale)
+        if self.softcap is None:
+            return None
+        masked = x_CV == -_INF
+        capped = torch.tanh(x_CV / self.softcap)
+        torch.mul(capped, self.softcap, out=x_CV).masked_fill_(masked, -_INF)
+        return capped.square_().neg_().add_(1.0)
+
+    def _sums_(self, x_CV: Tensor, entries: _Entries) -> _Sums:
+        """Reduce a block off its support, whose logits are −inf in x; x becomes e^(z - reference) if T is not 1 or 2,
+        and e^((z - reference) / T) if it is."""
+        t, m_off = self.t, x_CV.amax(1)
+        reference = torch.where(m_off == -_INF, 0.0, m_off)
+        m = torch.cat([m_off[:, None], entries.logits], 1).amax(1)
+        shift = torch.where(m_off == -_INF, -_INF, m_off - m)
+        if t == 2.0:  # (z - m) / 2 in one pass, exact, since the halves are
+            torch.add(-0.5 * reference[:, None], x_CV, alpha=0.5, out=x_CV)
+        else:
+            x_CV.sub_(reference[:, None])
+        if t == 1.0:
+            tempered = x_CV.exp_()
+            off_t = off_1 = tempered.sum(1)
+        elif t == 2.0:  # e^z is the square of e^(z/2)
+            tempered = x_CV.exp_()
+            off_t = tempered.sum(1)
+            off_1 = torch.linalg.vector_norm(tempered, dim=1).square_()
+        else:
+            tempered = torch.div(x_CV, t, out=self._like(x_CV)).exp_()
+            off_t = tempered.sum(1)
+            off_1 = x_CV.exp_().sum(1)
+        return _Sums(tempered, off_1, off_t, m, shift)
+
+    def _off_support_(self, x_CV: Tensor, tempered: Tensor, a: Tensor, b: Tensor) -> None:
+        """x, as `_sums_` leaves it, becomes a e^z + b e^(z/T)."""
+        if self.t == 1.0:
+            x_CV.mul_((a + b)[:, None])
+        elif self.t == 2.0:
+            # two binary operations: addcmul does not vectorise over what is broadcast
+            x_CV.mul_(torch.mul(tempered, a[:, None], out=self._like(x_CV)).add_(b[:, None]))
+        else:
+            x_CV.mul_(a[:, None]).addcmul_(tempered, b[:, None])
+
+    def _like(self, x_CV: Tensor) -> Tensor:
+        """Memory of x's shape that is kept: a fresh buffer for each block would cost a page fault for every 4 kB."""
+        if self.scratch.numel() < x_CV.numel():
+            self.scratch.resize_(x_CV.numel())
+        return self.scratch[: x_CV.numel()].view(x_CV.shape)
+
+
+def _entries(x_CV: Tensor, call: Call, at: TargetsAt) -> _Entries:
+    used = at.log_q > -_INF
+    # An unused entry may hold any id. It gets the row's first entry of S, so that it marks nothing of its own.
+    ids = call.ids.long().masked_fill(~used, 0)
+    if ids.shape[1]:
+        ids = torch.where(used, ids, ids.gather(1, used.int().argmax(1, keepdim=True)))
+    return _Entries(ids, used, x_CV.gather(1, ids).masked_fill(~used, -_INF))
+
+
+def _write_entries_(x_CV: Tensor, entries: _Entries, gradient_CK: Tensor) -> None:
+    """The gradient of the support's entries into x; a row without support stays as it is."""
+    ids, used = entries.ids, entries.used
+    if not ids.shape[1]:
+        return
+    gradient_CK = torch.where(used, gradient_CK, 0.0)
+    # an unused entry repeats the first entry of S, and so does what it writes
+    gradient_CK = torch.where(used, gradient_CK, gradient_CK.gather(1, used.int().argmax(1, keepdim=True)))
+    x_CV.scatter_(1, ids, torch.where(used.any(1, keepdim=True), gradient_CK, x_CV.gather(1, ids)))
+
+
+def kd_loss_torch(
+    logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hard, soft; the gradient times `upstream` goes to `out`, which may be the logits themselves."""
+    positions, width = logits_NV.shape
+    rows = TorchRows(call, positions, width, logits_NV.dtype, upstream=upstream, want_grad=out_NV is not None)
+    uncovered = None
+    if rows.index is not None and out_NV is not None:
+        uncovered = torch.ones(positions, dtype=torch.bool, device=logits_NV.device)
+        uncovered[rows.index] = False
+    buffer = torch.empty(min(rows.step, rows.rows), width, dtype=rows.dtype, device=logits_NV.device)
+    for first in range(0, rows.rows, rows.step):
+        at = slice(first, min(first + rows.step, rows.rows))
+        x = buffer[: at.stop - first].copy_(logits_NV[at if rows.index is None else rows.index[at]])
+        rows.loss_(x, first)
+        if out_NV is not None:
+            out_NV[at if rows.index is None else rows.index[at]] = x.to(out_NV.dtype)
+    if uncovered is not None and out_NV is not None:
+        out_NV[uncovered] = 0.0
+    return rows.total()

@@ -479,11 +479,11 @@ def peak_bytes(device: str, function) -> int:
 def test_evaluation_does_no_gradient_work(dtype: torch.dtype, on, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under no_grad, inference_mode, or on logits without a gradient: the same loss, the logits untouched even where
     they are given up, nothing saved, and no memory for a gradient."""
-    from fastkd.kernels.loss import blocks
+    from fastkd.kernels.loss import torch_impl
 
     impl, device = on
     c = case("certain", 64, 700, 8, 4)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 700 * 4)  # or a block would be as large as the logits
+    monkeypatch.setattr(torch_impl, "BLOCK_BYTES", 4 * 700 * 4)  # or a block would be as large as the logits
     loss, _ = run(c, on, dtype=dtype, temperature=2.0)
     targets, labels = c.targets.to(device), c.labels.to(device)
     hidden = torch.eye(64, device=device, dtype=dtype)
