@@ -28,10 +28,10 @@ from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture.answers import TopKConfig
 from fastkd.capture.prepare import prepare
-from fastkd.capture.rows import rows, teacher_inputs
-from fastkd.capture.teacher_pass import Runner
-from fastkd.capture.teacher_pass import TopKConfig as Targets
+from fastkd.capture.rows import read_shard_rows, teacher_inputs
+from fastkd.capture.teacher_pass import TeacherPass, _Shard
 from fastkd.data.documents import Documents, open_documents
 from fastkd.kernels import linear_topk_targets
 from fastkd.kernels.lm_head import LMHead
@@ -83,7 +83,9 @@ def bench(
     """One teacher's rows."""
     device = teacher.device.type
     plan = prepare(teacher, data, settings).plan
-    batches = [teacher_inputs(rows(plan, data, i), data, p) for i in range(plan.shards) for p in plan.batches(i)]
+    batches = [
+        teacher_inputs(read_shard_rows(plan, data, i), data, p) for i in range(plan.shards) for p in plan.batches(i)
+    ]
     positions, buffer = plan.totals["positions"], buffer_for(teacher)
     table.title(
         f"{teacher.fingerprint}: {positions:,} positions, {len(batches)} batches of {tuple(batches[0].shape)}, "
@@ -124,7 +126,7 @@ def bench(
 def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, bare_us: float) -> None:
     """What the overhead is made of, each part timed alone: microseconds a position, and as a share of the teacher's."""
     device, prepared = teacher.device.type, prepare(teacher, data, settings)
-    plan, some = prepared.plan, rows(prepared.plan, data, 0)
+    plan, some = prepared.plan, read_shard_rows(prepared.plan, data, 0)
     places = plan.batches(0)[0]
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     states, buffer = teacher(inputs).states.flatten(0, 1), buffer_for(teacher)
@@ -133,10 +135,10 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     def targets(draws: int) -> Callable[[], object]:
         return lambda: linear_topk_targets(states, teacher.head.weight, settings.k, draws=draws, **asked)
 
-    asked_for = Targets(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
-    runner = Runner(teacher, asked_for)
-    arrays, _ = runner.run(some, plan.batches(0), data, 0)
-    pending = runner._issue(some, places, data, 0)
+    asked_for = TopKConfig(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
+    teacher_pass, source = TeacherPass(teacher, asked_for), _Shard(some, data, 0)
+    arrays, _ = teacher_pass.run(some, plan.batches(0), data, 0)
+    pending = teacher_pass._submit(source, places)
 
     def write() -> None:
         with create_cache(MemoryStore(), prepared.spec) as writer:
@@ -161,8 +163,8 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     )
     host = interleaved(
         {
-            "read": lambda: [teacher_inputs(rows(plan, data, 0), data, p) for p in plan.batches(0)],
-            "collect": lambda: runner._collect(pending, arrays, some, data, 0),
+            "read": lambda: [teacher_inputs(read_shard_rows(plan, data, 0), data, p) for p in plan.batches(0)],
+            "collect": lambda: teacher_pass._collect(pending, arrays, source),
             "write": write,
         },
         device="cpu",

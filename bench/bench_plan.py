@@ -32,8 +32,8 @@ CHILD = """
 import json, sys, time
 import numpy as np
 from fastkd.data.documents import open_documents
-from fastkd.capture.window_plan import PlanSettings, make_plan
-from fastkd.capture.rows import rows
+from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
+from fastkd.capture.rows import read_shard_rows
 place, settings = sys.argv[1], json.loads(sys.argv[2])
 figures = {}
 def timed(name, run):
@@ -47,7 +47,7 @@ else:
     documents = timed("opened", lambda: open_documents(place, vocab_size=49152))
     fingerprint = timed("hashed", documents.fingerprint)
     lengths = timed("measured", documents.lengths)
-plan = timed("planned", lambda: make_plan(lengths, PlanSettings(**settings), fingerprint))
+plan = timed("planned", lambda: make_window_plan(lengths, WindowPlanSettings(**settings), fingerprint))
 timed("written", plan.to_json)
 figures["all"] = sum(figures.values())
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -57,7 +57,7 @@ figures["windows"], figures["shards"] = plan.windows, plan.shards
 if not place.endswith(".npy"):
     train, held_out = range(0, plan.train_shards, max(1, plan.train_shards // 4)), range(plan.train_shards, plan.shards)
     for name, some in (("train", train), ("held out", held_out[:2])):
-        read = timed(name, lambda: sum(len(rows(plan, documents, i)) for i in some))
+        read = timed(name, lambda: sum(len(read_shard_rows(plan, documents, i)) for i in some))
         figures[name] = read / figures[name] / 1e6
 print(json.dumps(figures))
 """

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from fastkd import DistillLoader
 from fastkd.cache import Cache, create_cache, open_cache
-from fastkd.capture.rows import TEXT, rows
-from fastkd.capture.window_plan import PlanSettings, make_plan
+from fastkd.capture.rows import TEXT, read_shard_rows
+from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
 from fastkd.data.documents import open_documents
 from fastkd.stream.batch import MicroBatch, Step
 
@@ -48,12 +48,12 @@ def make_cache(
     settings = make_spec(**{"inputs": TEXT, "shard_positions": 60, **spec})
     lengths = np.random.default_rng(seed).integers(1, 40, documents)
     data = open_documents([list(range(n)) for n in lengths.tolist()])
-    cut = PlanSettings(24, overlap=3, shard_positions=60, held_out=held_out, seed=seed)
-    plan = make_plan(lengths, cut, "made up")
+    cut = WindowPlanSettings(24, overlap=3, shard_positions=60, held_out=held_out, seed=seed)
+    plan = make_window_plan(lengths, cut, "made up")
     token = first_token
     with create_cache(place, settings) as writer:
         for index in range(plan.shards):
-            some = rows(plan, data, index)
+            some = read_shard_rows(plan, data, index)
             inputs = some.inputs | {"tokens": np.arange(token, token + len(some), dtype=np.int32)}
             token += len(some)
             if index in leave_out:

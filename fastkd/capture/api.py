@@ -1,4 +1,4 @@
-"""`fastkd.capture`: from a teacher and a dataset to a cache."""
+"""`fastkd.capture`: run a teacher over a dataset and store its targets in a cache."""
 
 import json
 import sys
@@ -17,11 +17,12 @@ from ..teachers.workers import Group, rank_and_world_size
 from ..utils.output_guard import check_cache_place
 from ..utils.progress import MODES, Lenient
 from ..utils.signals import Stop
+from .answers import check_limits, topk_config
 from .claims import Claims
-from .prepare import ask_for, keep_plan, prepare
-from .runner import CaptureReport, Job
-from .teacher_pass import Runner
-from .text import beyond_text, plan_text
+from .prepare import prepare, write_window_plan
+from .runner import CaptureReport, CaptureRunner
+from .teacher_pass import TeacherPass
+from .text import large_k_text, plan_text
 
 DEFAULTS = CaptureSettings()
 
@@ -47,25 +48,25 @@ def capture(
     notes: str = "",
     **changes: Any,
 ) -> CaptureReport:
-    """Run a teacher once over a dataset, and keep what it says in a cache. Called again, it writes what is missing.
+    """Run a teacher once over a dataset, and store its targets in a cache. Calling it again continues it.
 
-    teacher: a folder, a GGUF file or a name on the Hub (`load_hf` has more to say of those); a `Teacher`; or a
-        `nn.Module` or callable that maps token ids `[B, L]` (or examples) to logits, with fingerprint (a callable's
-        identity; a module's weights are hashed) and vocab_size (found out where None).
+    teacher: a `Teacher`; a `nn.Module` or callable that maps token ids `[B, L]` (or examples) to logits, with
+        fingerprint (identifies a callable; a module's weights are hashed) and vocab_size (None: determined by running
+        it); or a name: a folder, a GGUF file, a name on the Hub, module:factory, or KIND:NAME of a registered kind.
     data: files, a Hugging Face `Dataset`, or documents in memory, with column and text_documents: see `open_documents`.
-        Ids are taken as they are; text and conversations are tokenised by tokenizer (a place, a `Tokenizer`, or one of
-        transformers; None: the teacher's own). loss_on: "all", or of conversations "assistant". Or `Documents`, or
+        Token ids are used as they are; text and conversations are tokenized by tokenizer (a name, a `Tokenizer`, or one
+        of transformers; None: the teacher's own). loss_on: "all", or for conversations "assistant". Or `Documents`, or
         `Examples`.
     out: a folder, a URL (s3://, gs://, az://), or a `Store`.
-    settings, changes: a `CaptureSettings`, and fields of it that differ: `capture(..., k=64, draws=0)`.
-    rank, world_size: which of how many workers this is; None: torchrun's or SLURM's variables, else 0 of 1.
-    group: the processes that make up this worker (`teacher/parallel.py`); None: this one.
-    threads: on which shards are encoded and written. stop: ask for a stop with `stop()`, from a signal's handler, say.
-    progress: "none", "bar", "lines" or "events". notes: free text for the cache, no part of what must be equal.
+    settings, changes: a `CaptureSettings`, and fields of it to replace: `capture(..., k=64, draws=0)`.
+    rank, world_size: of this worker among all workers; None: from torchrun's or SLURM's variables, else 0 of 1.
+    group: the processes that make up this worker (see `join_group`); None: this process.
+    threads: for encoding and writing shards. stop: call `stop()` to stop early, from a signal handler for example.
+    progress: "none", "bar", "lines" or "events". notes: free text for the cache; two workers' may differ.
 
-    Returns what was done; `complete` says whether anything is left. Raises DataError for the data, TeacherError for the
-    teacher (NaN in its logits, say), CacheError where the cache is another's, or what is there is no cache, and
-    StoreError where a store failed (a full disk, say): what was committed stays, and the same call goes on from there.
+    Returns a report; its `complete` says whether work remains. Raises DataError about the data, TeacherError about the
+    teacher (NaN in its logits, for example), CacheError if `out` holds another cache or none that can be continued, and
+    StoreError if a store failed (a full disk, for example): committed shards stay, and the same call continues.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
         raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
@@ -78,13 +79,13 @@ def capture(
     store = open_store(out, create=True)
     check_cache_place(store)
     claims = Claims(store, rank, world_size)
-
-    tell = _teller(progress if group is None or group.leader else "none")
-
+    tell = _notifier(progress if group is None or group.leader else "none")
     for note in getattr(model, "notes", []):
         tell(f"teacher: {note}")
-    for line in beyond_text(settings.k, settings.draws, model.vocab_size):
+    for line in large_k_text(settings.k, settings.draws, model.vocab_size):
         tell(line)
+    config = topk_config(settings)
+    check_limits(model, config)
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     if isinstance(data, Documents):
         for line in describe_documents(data, prepared.plan.lengths):
@@ -92,8 +93,8 @@ def capture(
     tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
     if line := prepare_topk(model.device):
         tell(line)
-    job = Job(
-        Runner(model, ask_for(settings)),
+    runner = CaptureRunner(
+        TeacherPass(model, config),
         data,
         prepared.plan,
         store,
@@ -105,21 +106,21 @@ def capture(
         progress_mode=progress,
     )
     if group is not None and not group.leader:
-        return job.run(None)
+        return runner.run(None)
     try:
-        # before the spec: where two begin at once with other settings, the plan names them
-        keep_plan(store, prepared.plan)
+        # before the spec: if two workers start with different settings, the plan names the differences
+        write_window_plan(store, prepared.plan)
         writer = create_cache(store, prepared.spec, threads=threads, queue=1)
     except BaseException:
         if group is not None:
-            group.share(None)  # the others wait to be told of a shard
+            group.share(None)  # the other processes wait for the leader
         raise
     with writer:
-        return job.run(writer)
+        return runner.run(writer)
 
 
-def _teller(progress: str) -> Callable[..., None]:
-    """What says a line to whoever reads: tell(text, event, **fields)."""
+def _notifier(progress: str) -> Callable[..., None]:
+    """A function that prints a line, or an event as JSON: tell(text, event, **fields)."""
     stream: Any = Lenient(sys.stdout if progress == "events" else sys.stderr)
 
     def tell(text: str, event: str = "note", **fields: Any) -> None:

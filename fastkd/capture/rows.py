@@ -1,4 +1,4 @@
-"""A shard's rows, from its documents or examples: what the teacher is run on, and what lies beside the targets."""
+"""The rows of a shard, read from its documents or examples: the teacher's inputs, and the cache's input columns."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +11,23 @@ from torch import Tensor
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import DataError
-from .window_plan import Plan, Shard
+from .window_plan import ShardPlan, WindowPlan
 
 Ints = NDArray[np.int64]
 TEXT = ("tokens", "loss_mask", "document")
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """The n rows of a shard, window by window, each window piece by piece. Of text, row i is what the teacher says
-    after its piece's tokens up to the i-th; of examples, what it says of one.
+class ShardRows:
+    """The n rows of a shard, window by window and segment by segment. A row is one example, or one position of text:
+    its target is the teacher's distribution after the tokens of the segment up to and including it.
 
     inputs: the cache's input columns, `[n]` each: tokens int32, loss_mask bool, document int64; or example int64 and
         augmentation_seed int64.
-    counts: bool `[n]`, whether the row counts: the document says so, and it is no context.
-    sequence_lengths: uint32 `[windows]`. document_lengths: uint32 `[pieces]`, of the pieces (context included), which
-        may not see each other.
-    document, start: int64 `[pieces]`: which document a piece is of, from which of its tokens on.
+    counts: bool `[n]`, whether the row gets a target: the loss mask includes it, and it is not repeated context.
+    sequence_lengths: uint32 `[windows]`. document_lengths: uint32 `[segments]`, context included; segments do not
+        attend to each other.
+    document, start: int64 `[segments]`: the document of each segment, and its first token there.
     first_sequence: the number of the first window.
     """
 
@@ -42,61 +42,60 @@ class Rows:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def of_pieces(self, places: Ints) -> tuple[Ints, Ints]:
-        """The rows of some pieces, one piece after the other: `[m]`, and each one's place in its piece: `[m]`."""
+    def rows_of(self, segments: Ints) -> tuple[Ints, Ints]:
+        """The rows of some segments, one segment after the other, `[m]`, and their offsets in their segments, `[m]`."""
         lengths = self.document_lengths.astype(np.int64)
-        begins = np.cumsum(lengths) - lengths
-        some = lengths[places]
-        within = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
-        return np.repeat(begins[places], some) + within, within
+        starts = np.cumsum(lengths) - lengths
+        offsets = _offsets(lengths[segments])
+        return np.repeat(starts[segments], lengths[segments]) + offsets, offsets
 
-    def counted(self, places: Ints) -> tuple[Ints, Ints]:
-        """The rows of some pieces that count, `[m]`, and where the teacher speaks of each when it is given these pieces
-        as `teacher_inputs` has them: `[m]`, among all places of `[pieces, L]`, or of examples."""
-        at, within = self.of_pieces(places)
-        flat = np.arange(len(at))
+    def counted(self, segments: Ints) -> tuple[Ints, Ints]:
+        """The rows of some segments that get a target, `[m]`, and the index of each in the teacher's flattened output
+        for these segments, `[segments · L]` (see `teacher_inputs`) or `[examples]`."""
+        rows, offsets = self.rows_of(segments)
+        flat = np.arange(len(rows))
         if "tokens" in self.inputs:
-            lengths = self.document_lengths[places].astype(np.int64)
-            flat = np.repeat(np.arange(len(places)) * int(lengths.max()), lengths) + within
-        counts = self.counts[at]
-        return at[counts], flat[counts]
+            lengths = self.document_lengths[segments].astype(np.int64)
+            flat = np.repeat(np.arange(len(segments)) * int(lengths.max()), lengths) + offsets
+        counts = self.counts[rows]
+        return rows[counts], flat[counts]
 
-    def part(self, places: Ints) -> "Rows":
-        """The rows of some pieces alone, each piece a window."""
-        at, _ = self.of_pieces(places)
-        return Rows(
-            inputs={name: column[at] for name, column in self.inputs.items()},
-            counts=self.counts[at],
-            sequence_lengths=self.document_lengths[places],
-            document_lengths=self.document_lengths[places],
-            document=self.document[places],
-            start=self.start[places],
+    def select(self, segments: Ints) -> "ShardRows":
+        """The rows of some segments alone, each segment a window."""
+        rows, _ = self.rows_of(segments)
+        return ShardRows(
+            inputs={name: column[rows] for name, column in self.inputs.items()},
+            counts=self.counts[rows],
+            sequence_lengths=self.document_lengths[segments],
+            document_lengths=self.document_lengths[segments],
+            document=self.document[segments],
+            start=self.start[segments],
             first_sequence=0,
         )
 
-    def numbers(self, rows: Ints) -> Ints:
-        """The number of each row in the data set, `[m]`, whatever the plan: document · 2^31 + place in the document."""
+    def row_numbers(self, rows: Ints) -> Ints:
+        """A number for each row that does not depend on the plan, `[m]`: document · 2^31 + offset in the document."""
         ends = np.cumsum(self.document_lengths, dtype=np.int64)
-        piece = np.searchsorted(ends, rows, side="right")
-        place = rows - (ends[piece] - self.document_lengths[piece]) + self.start[piece]
-        return (self.document[piece] << 31) + place
+        segment = np.searchsorted(ends, rows, side="right")
+        offset = rows - (ends[segment] - self.document_lengths[segment]) + self.start[segment]
+        return (self.document[segment] << 31) + offset
 
 
-def rows(plan: Plan, data: Documents | Examples, shard: int) -> Rows:
-    """The rows of a shard. DataError where a document is not as long as when it was planned."""
+def read_shard_rows(plan: WindowPlan, data: Documents | Examples, shard: int) -> ShardRows:
+    """The rows of a shard. DataError if the length of a document has changed since it was planned."""
     here = plan.shard(shard)
     lengths = here.stop - here.start
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    counts = place >= np.repeat(here.context, lengths)
+    offsets = _offsets(lengths)
+    counts = offsets >= np.repeat(here.context, lengths)
     document = np.repeat(here.document, lengths)
     if isinstance(data, Examples):
-        copy = place + np.repeat(here.start, lengths)
+        copy = offsets + np.repeat(here.start, lengths)
         inputs: dict[str, NDArray[Any]] = {"example": document, "augmentation_seed": data.seeds(document, copy)}
     else:
-        tokens, loss_mask = _tokens(plan, data, here, lengths, place)
+        tokens, loss_mask = _tokens(plan, data, here, offsets)
         counts &= loss_mask
         inputs = {"tokens": tokens, "loss_mask": counts, "document": document}
-    return Rows(
+    return ShardRows(
         inputs=inputs,
         counts=counts,
         sequence_lengths=here.window_lengths.astype(np.uint32),
@@ -107,35 +106,39 @@ def rows(plan: Plan, data: Documents | Examples, shard: int) -> Rows:
     )
 
 
-def teacher_inputs(some: Rows, data: Documents | Examples | None, places: Ints) -> Tensor:
-    """What the teacher is given for these pieces: tokens int64 `[pieces, L]`, padded with 0; or examples `[m, ...]`.
+def teacher_inputs(rows: ShardRows, data: Documents | Examples | None, segments: Ints) -> Tensor:
+    """The teacher's inputs for some segments: token ids int64 `[segments, L]`, or examples `[m, ...]`.
 
-    Pads come last, so that a causal teacher needs no mask.
+    Padding, with id 0, comes last, so that a causal teacher needs no mask.
     """
-    at, within = some.of_pieces(places)
+    chosen, offsets = rows.rows_of(segments)
     if isinstance(data, Examples):
-        return data.read(some.inputs["example"][at], some.inputs["augmentation_seed"][at])
-    lengths = some.document_lengths[places].astype(np.int64)
-    padded = np.zeros((len(places), int(lengths.max())), np.int64)
-    padded[np.repeat(np.arange(len(places)), lengths), within] = some.inputs["tokens"][at]
+        return data.read(rows.inputs["example"][chosen], rows.inputs["augmentation_seed"][chosen])
+    lengths = rows.document_lengths[segments].astype(np.int64)
+    padded = np.zeros((len(segments), int(lengths.max())), np.int64)
+    padded[np.repeat(np.arange(len(segments)), lengths), offsets] = rows.inputs["tokens"][chosen]
     return torch.from_numpy(padded)
 
 
+def _offsets(lengths: Ints) -> Ints:
+    """0 to length − 1 for each length, one after the other."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 def _tokens(
-    plan: Plan, documents: Documents, here: Shard, lengths: Ints, place: Ints
+    plan: WindowPlan, documents: Documents, shard: ShardPlan, offsets: Ints
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Tokens and loss mask of the rows, `[n]` each."""
-    numbers, which = np.unique(here.document, return_inverse=True)
+    """Tokens and loss mask of a shard's rows, `[n]` each. offsets: of the rows in their segments."""
+    numbers, which = np.unique(shard.document, return_inverse=True)
     read = documents.read(numbers)
     planned = plan.lengths[numbers]
     if len(changed := np.flatnonzero(read.lengths != planned)):
         first = changed[0]
         raise DataError(
-            f"{documents.where(int(numbers[first]))}: got {read.lengths[first]} tokens where the plan has "
-            f"{planned[first]}: the dataset, the tokenizer or the template has changed. Bring back what was planned, "
-            "or plan anew, for another cache."
+            f"{documents.where(int(numbers[first]))}: got {read.lengths[first]} tokens; expected {planned[first]}, as "
+            "planned: the dataset, tokenizer or template has changed. Restore it, or capture into a new cache."
         )
-    # where each piece's first token lies among those that were read
-    source = (np.cumsum(read.lengths) - read.lengths)[which] + here.start
-    taken = place + np.repeat(source, lengths)
-    return read.tokens[taken], read.loss_mask[taken]
+    # the first token of each segment in what was read
+    starts = (np.cumsum(read.lengths) - read.lengths)[which] + shard.start
+    chosen = offsets + np.repeat(starts, shard.stop - shard.start)
+    return read.tokens[chosen], read.loss_mask[chosen]

@@ -1,7 +1,7 @@
-"""The job: shards of a plan, run and committed one after the other, by any number of workers that may die.
+"""Capturing the shards of a window plan, one after the other, by any number of workers that may be killed at any time.
 
-Each worker takes its own share first (shard i is worker i mod world_size's), then what others have left. Claims keep
-two from doing the same; where they do it all the same, the first commit wins and the other is told.
+Each worker starts with its own share (shard i belongs to worker i mod world_size), then takes shards that others have
+not done. Claims prevent duplicate work; if two workers still capture the same shard, the first commit wins.
 """
 
 import time
@@ -25,21 +25,21 @@ from ..utils.inspect_cache import runs
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
 from .claims import Claims
-from .rows import Rows, rows
-from .teacher_pass import Runner
-from .window_plan import Plan
+from .rows import ShardRows, read_shard_rows
+from .teacher_pass import TeacherPass
+from .window_plan import WindowPlan
 
-_FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # between two looks at what others do; each is twice as long as the last
+_FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each pause is twice the last
 
 
 @dataclass(frozen=True)
 class CaptureReport:
     """What a capture did.
 
-    complete: every shard of the plan is there, and the cache is sealed. missing: shards, [from, to]. plan: see
-    `Plan.totals`. What this worker did, now: shards_written, with positions_written and bytes_written;
-    positions_captured, those included that another worker wrote first; seconds; teacher_busy (share of them in which
-    the teacher ran); batches_halved (which did not fit into memory).
+    complete: whether the cache has every shard, and is sealed. missing: the other shards, as ranges [first, last].
+    plan: `WindowPlan.totals`. The rest is about this worker in this run: shards_written, positions_written and
+    bytes_written; positions_captured, including shards that another worker committed first; seconds; teacher_busy, the
+    fraction of them in which the teacher ran; batches_halved, because they did not fit into memory.
     """
 
     cache: str
@@ -56,25 +56,25 @@ class CaptureReport:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 where the cache is complete, 75 where work remains."""
+        """The exit status: 0 if the cache is complete, 75 if work remains."""
         return DONE if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
-        """The report, for a machine."""
+        """The report as JSON values."""
         return {**asdict(self), "status": self.status}
 
 
-class Job:
-    """One worker's part in filling a cache whose spec and plan are there. For one `run`.
+class CaptureRunner:
+    """Captures one worker's part of a cache whose spec and plan are written. For one `run`.
 
-    progress_mode: see `Progress`. sleep: waits so many seconds.
+    progress_mode: see `Progress`. sleep: waits for a number of seconds.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        teacher_pass: TeacherPass,
         data: Documents | Examples,
-        plan: Plan,
+        plan: WindowPlan,
         store: Store,
         claims: Claims,
         *,
@@ -87,23 +87,23 @@ class Job:
     ) -> None:
         self._data, self._plan, self._store, self._claims = data, plan, store, claims
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
-        self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # nobody listens yet
+        self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
         self._group, self._stop, self._sleep = group or SingleProcess(), stop or Stop(), sleep
-        self._runner = replace(runner, on_batch=self._on_batch, should_stop=self._should_stop)
-        self._together = False  # whether the others of the group are at a shard; else they wait to be told of one
+        self._pass = replace(teacher_pass, on_batch=self._on_batch, should_stop=self._should_stop)
+        self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
-        self._next: int | None = None  # of those, the one that is probably taken next
+        self._next: int | None = None  # probably the next one of them
         self._submitted: dict[int, Future[Commit]] = {}
-        self._sizes: Mapping[int, int] = {}  # of the shards that were committed here
-        self._ahead: tuple[int, Future[Rows]] | None = None
+        self._sizes: Mapping[int, int] = {}  # bytes of the shards that this worker committed
+        self._prefetched: tuple[int, Future[ShardRows]] | None = None
         self._busy = 0.0
-        self._partial = 0  # positions of a shard that is not committed yet
+        self._partial = 0  # positions of the current shard that the teacher has run on
         self._report = CaptureReport(store.describe(), False, [], plan.totals)
 
     def run(self, writer: CacheWriter | None) -> CaptureReport:
-        """Work until every shard is there, or a stop is asked for. writer: the leader's; None in the others.
+        """Capture until the cache has every shard, or a stop is requested. writer: None unless this is the leader.
 
-        Raises what a stage of the work raised: DataError, TeacherError, CacheError, or StoreError where a store failed.
+        Raises DataError, TeacherError, CacheError, or StoreError.
         """
         self._stop.gentle = True
         report: CaptureReport | None = None
@@ -115,29 +115,29 @@ class Job:
         finally:
             self._stop.gentle = False
             self._progress.close()
-            if writer is not None and not self._together:  # where the teacher failed, it failed in all of them
+            if writer is not None and not self._group_busy:  # if the teacher failed, it failed in the whole group
                 self._group.share(report)
 
-    def _there(self) -> set[int]:
-        """The shards that are there. CacheError where nothing can be added to them."""
-        sealed = self._is_there(MANIFEST_KEY)  # asked for first: another worker may just be at its end
-        there = set(listed(self._store))
-        if strange := sorted(there - set(range(self._plan.shards))):
+    def _committed_shards(self) -> set[int]:
+        """The shards that the cache has. CacheError if no shards can be added to it."""
+        sealed = self._exists(MANIFEST_KEY)  # before the shards: another worker may be about to seal
+        committed = set(listed(self._store))
+        if unknown := sorted(committed - set(range(self._plan.shards))):
             raise CacheError(
-                f"{self._store.describe()}: shard {strange[0]} is there, and the plan has {self._plan.shards}: it is "
-                "of something else. Write to another place."
+                f"{self._store.describe()}: got shard {unknown[0]}; expected only the {self._plan.shards} shards of "
+                "the plan. It belongs to something else: write to another folder."
             )
-        if sealed and len(there) < self._plan.shards:
+        if sealed and len(committed) < self._plan.shards:
             raise CacheError(
-                f"{self._store.describe()}: the cache is sealed, with {len(there)} of {self._plan.shards} shards. To "
-                f"write the others, delete {MANIFEST_KEY} (no target is lost by that); it is made again at the end."
+                f"{self._store.describe()}: the cache is sealed, with {len(committed)} of {self._plan.shards} shards. "
+                f"To write the others, delete {MANIFEST_KEY}: no target is lost, and it is written again at the end."
             )
-        return there
+        return committed
 
     def _lead(self, writer: CacheWriter) -> CaptureReport:
-        begun = time.perf_counter()
-        self._work(writer)
-        seconds = time.perf_counter() - begun
+        started = time.perf_counter()
+        self._capture_shards(writer)
+        seconds = time.perf_counter() - started
         missing = set(range(self._plan.shards)) - set(listed(self._store))
         if not missing:
             cache = open_cache(self._store)
@@ -146,34 +146,34 @@ class Job:
         busy = self._busy / seconds if seconds else 0.0
         return replace(self._report, complete=not missing, missing=runs(missing), seconds=seconds, teacher_busy=busy)
 
-    def _work(self, writer: CacheWriter) -> None:
-        there = self._there()
+    def _capture_shards(self, writer: CacheWriter) -> None:
+        committed = self._committed_shards()
         self._sizes = writer.sizes
         self._progress = Progress(
             self._plan.totals["positions"],
             unit="position",
-            already=sum(map(self._positions, there)),
+            already=sum(map(self._positions, committed)),
             shares=("teacher_busy",),
             workers=self._world_size,
             mode=self._progress_mode,
         )
-        # its own shards in order, then those of others from their ends: where those are taken up last
+        # its own shards in order, then those of the others in reverse: the others get to those last
         own, others = range(self._rank, self._plan.shards, self._world_size), reversed(range(self._plan.shards))
         order = [*own, *(i for i in others if i % self._world_size != self._rank)]
-        self._todo = [i for i in order if i not in there]
+        self._todo = [i for i in order if i not in committed]
         pool = ThreadPoolExecutor(1, "fastkd-rows")
         try:
-            for index in self._taken():
-                some = self._rows(index, pool)
+            for index in self._claimed_shards():
+                rows = self._read_rows(index, pool)
                 self._collect(wait=False)
-                self._together = True
+                self._group_busy = True
                 self._group.share(index)
-                said = self._ask(index, some)
-                self._together = False
-                self._submit(index, some, writer, *said)
+                answers = self._run_teacher(index, rows)
+                self._group_busy = False
+                self._submit(index, rows, writer, *answers)
             self._collect(wait=True)
         except Stopped:
-            self._together = False
+            self._group_busy = False
             self._collect(wait=True)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -181,70 +181,70 @@ class Job:
                 self._claims.drop(name)
 
     def _follow(self) -> CaptureReport:
-        """Run what the leader runs. Returns what it reports; CacheError where it failed."""
-        while isinstance(told := self._group.share(None), int):
+        """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
+        while isinstance(shared := self._group.share(None), int):
             with suppress(Stopped):
-                self._ask(told, rows(self._plan, self._data, told))
-        if not isinstance(told, CaptureReport):
-            raise CacheError("the process that leads this worker failed; its message says why.")
-        return told
+                self._run_teacher(shared, read_shard_rows(self._plan, self._data, shared))
+        if not isinstance(shared, CaptureReport):
+            raise CacheError("the leading process of this worker failed; see its error message.")
+        return shared
 
-    def _taken(self) -> Iterator[int]:
-        """The shards that this worker is to do, one at a time; waits where others may still be at theirs."""
+    def _claimed_shards(self) -> Iterator[int]:
+        """The shards that this worker claims, one at a time; waits for shards that others have claimed."""
         pause = _FIRST_PAUSE
         while self._todo:
             if self._stop.asked:
                 raise Stopped
-            left, place = float("inf"), 0
-            while place < len(self._todo):
-                index = self._todo[place]
-                if self._is_there(shard_key(index)):
-                    del self._todo[place]
+            left, i = float("inf"), 0
+            while i < len(self._todo):
+                index = self._todo[i]
+                if self._exists(shard_key(index)):
+                    del self._todo[i]
                     self._progress.found(self._positions(index))
                 elif seconds := self._claims.take(str(index)):
-                    left, place = min(left, seconds), place + 1
+                    left, i = min(left, seconds), i + 1
                 else:
-                    del self._todo[place]
-                    self._next = self._todo[place] if place < len(self._todo) else None
+                    del self._todo[i]
+                    self._next = self._todo[i] if i < len(self._todo) else None
                     pause = _FIRST_PAUSE
                     yield index
-                    break  # from the first again: what another left may have come free
+                    break  # from the start again: claims of others may have expired
             else:
                 self._collect(wait=False)
                 self._claims.keep()
                 if self._todo:
                     if pause == _FIRST_PAUSE:
-                        self._progress.say(f"{len(self._todo)} shards are with other workers; waiting for them")
+                        self._progress.say(f"waiting for other workers, which have claimed {len(self._todo)} shards")
                     self._sleep(min(left, pause))
                     pause = min(2 * pause, _POLL_SECONDS)
 
-    def _rows(self, index: int, pool: ThreadPoolExecutor) -> Rows:
-        """The rows of a shard, read ahead where it was foreseen; then the next one's are read ahead."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == index:
-            some = ahead[1].result()
+    def _read_rows(self, index: int, pool: ThreadPoolExecutor) -> ShardRows:
+        """The rows of a shard, prefetched if it was expected; then the next shard's are prefetched."""
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched[0] == index:
+            rows = prefetched[1].result()
         else:
-            if ahead is not None:
-                ahead[1].exception()  # one reader at a time
-            some = rows(self._plan, self._data, index)
+            if prefetched is not None:
+                prefetched[1].exception()  # one reader at a time
+            rows = read_shard_rows(self._plan, self._data, index)
         if self._next is not None:
-            self._ahead = self._next, pool.submit(rows, self._plan, self._data, self._next)
-        return some
+            self._prefetched = self._next, pool.submit(read_shard_rows, self._plan, self._data, self._next)
+        return rows
 
-    def _ask(self, index: int, some: Rows) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """What the teacher says of a shard: see `Runner.run`."""
+    def _run_teacher(self, index: int, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]]]:
+        """The targets of a shard: see `TeacherPass.run`."""
         self._partial = 0
         try:
-            return self._runner.run(some, self._plan.batches(index), self._data, index)
+            return self._pass.run(rows, self._plan.batches(index), self._data, index)
         except BaseException:
             self._progress.found(-self._partial)
             raise
 
     def _submit(
-        self, index: int, some: Rows, writer: CacheWriter, arrays: dict[str, Any], halved: dict[str, list[int]]
+        self, index: int, rows: ShardRows, writer: CacheWriter, arrays: dict[str, Any], halved: dict[str, list[int]]
     ) -> None:
         """Give a shard to the writer."""
-        device = self._runner.teacher.device
+        device = self._pass.teacher.device
         record = {
             "fastkd": __version__,
             "torch": torch.__version__,
@@ -254,21 +254,21 @@ class Job:
         }
         self._report = replace(
             self._report,
-            positions_captured=self._report.positions_captured + len(some),
+            positions_captured=self._report.positions_captured + len(rows),
             batches_halved=self._report.batches_halved + len(halved),
         )
         self._submitted[index] = writer.submit_shard(
             index,
-            some.inputs,
+            rows.inputs,
             **arrays,
-            sequence_lengths=some.sequence_lengths,
-            document_lengths=some.document_lengths,
-            first_sequence=some.first_sequence,
+            sequence_lengths=rows.sequence_lengths,
+            document_lengths=rows.document_lengths,
+            first_sequence=rows.first_sequence,
             record=record,
         )
 
     def _collect(self, *, wait: bool) -> None:
-        """What became of the shards that the writer has; raises what it raised."""
+        """Account for the shards that the writer has finished, or wait for all; raises what the writer raised."""
         for index, future in list(self._submitted.items()):
             if not (wait or future.done()):
                 continue
@@ -276,7 +276,7 @@ class Job:
             del self._submitted[index]
             self._claims.done(str(index))
             if commit is Commit.ALREADY_THERE:
-                self._progress.say(f"shard {index}: another worker was faster")
+                self._progress.say(f"shard {index}: another worker committed it first")
                 continue
             size = self._sizes[index]
             self._report = replace(
@@ -299,7 +299,7 @@ class Job:
     def _should_stop(self) -> bool:
         return self._group.share(self._stop.asked)
 
-    def _is_there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         try:
             self._store.get_tail(key, 1)
         except NotFound:

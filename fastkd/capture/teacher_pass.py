@@ -1,6 +1,6 @@
-"""A teacher over a shard's batches: what it says of every row that counts, as the arrays that a cache takes.
+"""A teacher's pass over the batches of a shard: the targets of every row that counts, as the arrays a cache stores.
 
-While the device works on one batch, what it said of the one before is copied to the host and put in place.
+While the device runs one batch, the targets of the batch before it are copied to the host.
 """
 
 import time
@@ -16,154 +16,165 @@ from torch import Tensor
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
-from ..kernels import KDError, SparseTargets, linear_topk_targets, topk_targets
-from ..kernels.lm_head import LMHead
-from ..models.protocol import Hidden, Output
+from ..kernels import KDError
 from ..teachers.protocol import Teacher
 from ..utils.signals import Stopped
-from .rows import Rows, teacher_inputs
+from .answers import FIELDS, TopKConfig, targets_of
+from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-FIELDS = ("ids", "logprobs", "tail", "outcomes", "draws")
-ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
 
 
-@dataclass(frozen=True)
-class TopKConfig:
-    """What is kept of each row: see `topk_targets`."""
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """A shard's rows, and where they come from. data: None for tokens whose documents are not at hand."""
 
-    k: int
-    draws: int = 0
-    draw_temperature: float = 1.0
-    mass: float | None = None
-    temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
-    seed: int = 0
+    rows: ShardRows
+    data: Documents | Examples | None
+    index: int
+
+    def where(self, document: int) -> str:
+        """A document's description, for messages."""
+        return f"document {document}" if self.data is None else self.data.where(document)
+
+    def bad_row(self, row: int, problem: str) -> TeacherError:
+        """The error for a row that gets no valid target."""
+        number = int(self.rows.row_numbers(np.array([row]))[0])
+        return TeacherError(
+            f"{self.where(number >> 31)}, position {number & (2**31 - 1)}: the teacher failed there: {problem}. "
+            f"Nothing of shard {self.index} was written. Try a wider dtype (float16 overflows where bfloat16 and "
+            "float32 do not), or leave the document out."
+        )
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A batch that was given to the device."""
+    """A batch that was submitted to the device. rows: those of the shard that count. positions: without padding.
 
-    rows: Ints  # of the shard, those that count
-    positions: int  # of the batch, without pads
-    targets: dict[str, Tensor]  # on the host, once `copied`
-    copied: torch.cuda.Event | None
-    begun: torch.cuda.Event | None
-    seconds: float  # where there are no events
+    targets: on the host, once `copied`. started, copied: None on devices without events, where seconds is the duration.
+    """
+
+    rows: Ints
+    positions: int
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    started: torch.cuda.Event | None = None
+    copied: torch.cuda.Event | None = None
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
-class Runner:
-    """Runs a teacher. Keeps, from shard to shard, how large a batch did not fit into memory.
+class TeacherPass:
+    """Runs a teacher over the batches of shards. Remembers the batch size that did not fit into memory.
 
-    on_batch: told of each batch's positions, and of the seconds that the device was busy with it.
-    should_stop: asked before each batch; where it says so, `Stopped` is raised.
+    on_batch: called with each batch's positions, and the seconds that the device was busy with it.
+    should_stop: called before each batch; if it returns True, `Stopped` is raised.
     """
 
     teacher: Teacher
-    ask: TopKConfig
+    config: TopKConfig
     on_batch: Callable[[int, float], None] = lambda positions, seconds: None
     should_stop: Callable[[], bool] = lambda: False
     _too_large: int | None = None
     _stream: Any = field(default=None, repr=False)
 
     def run(
-        self, some: Rows, batches: list[Ints], data: Documents | Examples | None, shard: int
+        self, rows: ShardRows, batches: list[Ints], data: Documents | Examples | None, shard: int
     ) -> tuple[dict[str, Array], dict[str, list[int]]]:
-        """What the teacher says of a shard: the arrays of `CacheWriter.write_shard`; and of each batch that did not
-        fit, by its number, the pieces of each part that it was halved into.
+        """The targets of a shard, as the arrays of `CacheWriter.write_shard`; and for each batch that did not fit into
+        memory, by its number, how many segments each of its parts had.
 
-        Raises TeacherError where it says NaN or infinity, naming document and position.
+        batches: the segments of each batch. Raises TeacherError for NaN or infinity, naming document and position.
         """
-        arrays = self._room(len(some))
+        source = _Shard(rows, data, shard)
+        arrays = self._empty_arrays(len(rows))
         halved: dict[str, list[int]] = {}
-        waiting: _Pending | None = None
-        for number, places in enumerate(batches):
-            parts = []
-            for pending in self._parts(some, places, data, shard):
-                parts.append(pending[0])
-                if waiting is not None:
-                    self._collect(waiting, arrays, some, data, shard)
-                waiting = pending[1]
-            if len(parts) > 1:
-                halved[str(number)] = parts
-        if waiting is not None:
-            self._collect(waiting, arrays, some, data, shard)
+        pending: _Pending | None = None
+        for number, segments in enumerate(batches):
+            sizes = []
+            for size, submitted in self._submit_parts(source, segments):
+                sizes.append(size)
+                if pending is not None:
+                    self._collect(pending, arrays, source)
+                pending = submitted
+            if len(sizes) > 1:
+                halved[str(number)] = sizes
+        if pending is not None:
+            self._collect(pending, arrays, source)
         return arrays, halved
 
-    def _room(self, n: int) -> dict[str, Array]:
-        """The arrays of a shard of which no row counts yet."""
-        ask, width = self.ask, min(self.ask.k, self.teacher.vocab_size) + self.ask.draws
+    def _empty_arrays(self, n: int) -> dict[str, Array]:
+        """The arrays of n rows without targets."""
+        config, width = self.config, min(self.config.k, self.teacher.vocab_size) + self.config.draws
         arrays: dict[str, Array] = {
             "ids": np.zeros((n, width), np.int32),
             "logprobs": np.full((n, width), -np.inf, np.float32),
-            "tail": np.full((n, len(ask.temperatures)), -np.inf, np.float32),
+            "tail": np.full((n, len(config.temperatures)), -np.inf, np.float32),
             "outcomes": np.zeros(n, np.int32),
         }
-        if ask.draws:
+        if config.draws:
             arrays["draws"] = np.zeros((n, width), np.int32)
         return arrays
 
-    def _parts(
-        self, some: Rows, places: Ints, data: Documents | Examples | None, shard: int
-    ) -> Iterator[tuple[int, _Pending]]:
-        """A batch, or its halves, their halves and so on where it does not fit: how many pieces, and what comes."""
+    def _submit_parts(self, source: _Shard, segments: Ints) -> Iterator[tuple[int, _Pending]]:
+        """Submit a batch, or if it does not fit into memory its halves, their halves and so on: for each the number of
+        segments, and the submitted batch."""
         if self.should_stop():
             raise Stopped
-        padded = len(places) * int(some.document_lengths[places].max())
-        if len(places) == 1 or self._too_large is None or padded < self._too_large:
+        padded = len(segments) * int(source.rows.document_lengths[segments].max())
+        if len(segments) == 1 or self._too_large is None or padded < self._too_large:
             try:
-                pending = self._issue(some, places, data, shard)
+                pending = self._submit(source, segments)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                if len(places) == 1:
-                    where = data.where(int(some.document[places[0]])) if data is not None else f"shard {shard}"
+                if len(segments) == 1:
+                    where = source.where(int(source.rows.document[segments[0]]))
                     raise TeacherError(
-                        f"{where}: one piece of {padded} positions does not fit into the device's memory beside the "
+                        f"{where}: one segment of {padded} positions does not fit into the device's memory beside the "
                         "teacher. Use a smaller context, another dtype, or --teacher-parallel."
                     ) from error
                 self._too_large = padded
             else:
-                yield len(places), pending
+                yield len(segments), pending
                 return
-            # outside of the handler: the error's frames hold what is to be freed
+            # outside the handler, as the error's frames hold the memory to free
             if self.teacher.device.type == "cuda":
                 torch.cuda.empty_cache()
-        middle = (len(places) + 1) // 2
-        yield from self._parts(some, places[:middle], data, shard)
-        yield from self._parts(some, places[middle:], data, shard)
+        middle = (len(segments) + 1) // 2
+        yield from self._submit_parts(source, segments[:middle])
+        yield from self._submit_parts(source, segments[middle:])
 
     @torch.inference_mode()
-    def _issue(self, some: Rows, places: Ints, data: Documents | Examples | None, shard: int) -> _Pending:
-        """Give a batch to the device; what it says is on its way to the host when this returns."""
-        rows, flat = some.counted(places)
-        positions = int(some.document_lengths[places].sum(dtype=np.int64))
+    def _submit(self, source: _Shard, segments: Ints) -> _Pending:
+        """Submit a batch to the device, and the copy of its targets to the host."""
+        rows, flat = source.rows.counted(segments)
+        pending = _Pending(rows, int(source.rows.document_lengths[segments].sum(dtype=np.int64)))
         if not len(rows):
-            return _Pending(rows, positions, {}, None, None, 0.0)
+            return pending
         device = self.teacher.device
         inputs, flat_M, numbers_M = (
             _to(tensor, device)
             for tensor in (
-                teacher_inputs(some, data, places),
+                teacher_inputs(source.rows, source.data, segments),
                 torch.from_numpy(flat),
-                torch.from_numpy(some.numbers(rows)),
+                torch.from_numpy(source.rows.row_numbers(rows)),
             )
         )
-        begun = time.perf_counter()
-        start = _event(device)
-        output = self.teacher(inputs)
+        clock = time.perf_counter()
+        pending.started = _event(device)
+        answer = self.teacher(inputs)
         try:
-            leading = inputs.shape[: 2 if "tokens" in some.inputs else 1]
-            targets = targets_of(output, flat_M, numbers_M, self.ask, leading, self.teacher.vocab_size)
+            shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
+            targets = targets_of(answer, flat_M, numbers_M, self.config, shape, self.teacher.vocab_size)
         except KDError as error:
             if error.row is None:
                 raise
-            raise _bad_row(some, int(rows[error.row]), data, shard, str(error)) from error
-        host = {name: t for name in FIELDS if (t := getattr(targets, name)) is not None}
+            raise source.bad_row(int(rows[error.row]), str(error)) from error
+        pending.targets = host = {name: t for name in FIELDS if (t := getattr(targets, name)) is not None}
         if device.type != "cuda":
-            return _Pending(rows, positions, host, None, None, time.perf_counter() - begun)
+            pending.seconds = time.perf_counter() - clock
+            return pending
         done = _event(device)
         assert done is not None
         if self._stream is None:
@@ -174,116 +185,23 @@ class Runner:
                 host[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 host[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._stream)
-            copied = _event(device, self._stream)
-        return _Pending(rows, positions, host, copied, start, 0.0)
+            pending.copied = _event(device, self._stream)
+        return pending
 
-    def _collect(
-        self, pending: _Pending, arrays: dict[str, Array], some: Rows, data: Documents | Examples | None, shard: int
-    ) -> None:
-        """Put what was said of a batch into its rows."""
-        seconds = pending.seconds
-        if pending.copied is not None and pending.begun is not None:
+    def _collect(self, pending: _Pending, arrays: dict[str, Array], source: _Shard) -> None:
+        """Write a batch's targets into the arrays."""
+        if pending.copied is not None and pending.started is not None:
             pending.copied.synchronize()
-            seconds = pending.begun.elapsed_time(pending.copied) / 1e3
+            pending.seconds = pending.started.elapsed_time(pending.copied) / 1e3
         if pending.targets:
-            said = {name: tensor.numpy() for name, tensor in pending.targets.items()}
-            bad = np.isnan(said["tail"]).any(1) | np.isnan(said["logprobs"]).any(1)
+            columns = {name: tensor.numpy() for name, tensor in pending.targets.items()}
+            bad = np.isnan(columns["tail"]).any(1) | np.isnan(columns["logprobs"]).any(1)
             if bad.any():
                 row = int(pending.rows[int(bad.argmax())])
-                raise _bad_row(some, row, data, shard, "its logits have NaN, +inf, or no finite number")
-            for name, values in said.items():
+                raise source.bad_row(row, "its logits have NaN, +inf, or no finite number")
+            for name, values in columns.items():
                 arrays[name][pending.rows] = values
-        self.on_batch(pending.positions, seconds)
-
-
-def targets_of(
-    output: Output, flat_M: Tensor, numbers_M: Tensor, ask: TopKConfig, shape: torch.Size, vocab_size: int
-) -> SparseTargets:
-    """The targets of some rows of a teacher's output.
-
-    flat_M: int64 `[m]`, the rows, among all of `[B, L]` (or `[B]`). numbers_M: int64 `[m]`, their numbers in the data
-    set, which the draws depend on. shape: `[B, L]` or `[B]`. Raises TeacherError where the output is of another shape,
-    and KDError (with `row`, of the m) where a row is not finite, on the CPU.
-    """
-    options: dict[str, Any] = {
-        "temperatures": ask.temperatures,
-        "mass": ask.mass,
-        "draws": ask.draws,
-        "draw_temperature": ask.draw_temperature,
-        "seed": ask.seed,
-    }
-    rows_MX = rows_of(output, shape, vocab_size)
-    if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead):
-        head = output.lm_head
-        return linear_topk_targets(
-            rows_MX[flat_M],
-            head.weight,
-            ask.k,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            positions=numbers_M,
-            **options,
-        )
-    parts = []
-    for start in range(0, len(flat_M), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        chunk = rows_MX[flat_M[some]]
-        if isinstance(output, Hidden):
-            assert not isinstance(output.lm_head, LMHead)
-            chunk = output.lm_head(chunk)
-        try:
-            parts.append(topk_targets(chunk, ask.k, positions=numbers_M[some], **options))
-        except KDError as error:
-            if error.row is None:
-                raise
-            raise KDError(str(error), row=start + error.row) from error
-    return joined(parts)
-
-
-def rows_of(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
-    """All rows of a teacher's output, `[B·L, D or V]`. shape: `[B, L]` of text, `[B]` of examples. TeacherError where
-    the output has not a row for each."""
-    values = output.states if isinstance(output, Hidden) else output.values
-    if tuple(values.shape[:-1]) != tuple(shape):
-        needed = ", ".join(map(str, shape))
-        raise TeacherError(
-            f"teacher: found an output of shape {tuple(values.shape)}; ({needed}, V), a row for each "
-            f"{'position' if len(shape) == 2 else 'example'}, is needed."
-        )
-    width = values.shape[-1]
-    if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead):
-        width = output.lm_head.weight.shape[0]
-    if width != vocab_size and not (isinstance(output, Hidden) and not isinstance(output.lm_head, LMHead)):
-        raise TeacherError(f"teacher: found logits of {width} tokens; vocab_size is {vocab_size}.")
-    return values.reshape(-1, values.shape[-1])
-
-
-def joined(parts: list[SparseTargets]) -> SparseTargets:
-    """Targets one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    found = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS if getattr(first, name) is not None
-    }
-    return SparseTargets(
-        **found,
-        vocab_size=first.vocab_size,
-        temperatures=first.temperatures,
-        draw_temperature=first.draw_temperature,
-    )
-
-
-def _bad_row(some: Rows, row: int, data: Documents | Examples | None, shard: int, found: str) -> TeacherError:
-    """The error for a row of which the teacher says what no teacher can."""
-    number = int(some.numbers(np.array([row]))[0])
-    document, place = number >> 31, number & (2**31 - 1)
-    where = data.where(document) if data is not None else f"document {document}"
-    return TeacherError(
-        f"{where}, position {place}: the teacher failed there: {found}. Nothing of shard {shard} was written. Try a "
-        "wider dtype (float16 overflows where bfloat16 and float32 do not), or leave the document out."
-    )
+        self.on_batch(pending.positions, pending.seconds)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -295,7 +213,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _event(device: torch.device, stream: Any = None) -> torch.cuda.Event | None:
-    """The device's present moment; None where it has no events."""
+    """A recorded event; None on devices without events."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,13 +1,13 @@
-"""What a capture plans, and what it did, for a person."""
+"""A window plan and a capture's report as text."""
 
 from ..utils.progress import duration
 from ..utils.text import printable, ranges, size_text
 from .runner import CaptureReport
-from .window_plan import Plan
+from .window_plan import WindowPlan
 
 
-def plan_text(plan: Plan) -> str:
-    """One line: what the data are, and how they are cut up."""
+def plan_text(plan: WindowPlan) -> str:
+    """One line: the data, and how they are divided."""
     totals, settings = plan.totals, plan.settings
     parts = [f"{totals['documents']:,} documents"]
     notes = [
@@ -15,26 +15,24 @@ def plan_text(plan: Plan) -> str:
         (totals["held_out"], "held out"),
         (totals["long"], f"longer than the context of {settings.context}: {settings.on_long}"),
     ]
-    if told := [f"{count:,} {what}" for count, what in notes if count]:
-        parts[0] += f" ({'; '.join(told)})"
+    if counted := [f"{count:,} {what}" for count, what in notes if count]:
+        parts[0] += f" ({'; '.join(counted)})"
     if totals["dropped_tokens"]:
         parts.append(f"{totals['dropped_tokens']:,} tokens dropped")
     parts.append(f"{totals['positions']:,} positions in {totals['windows']:,} windows and {totals['shards']:,} shards")
     return "plan: " + ", ".join(parts)
 
 
-def beyond_text(k: int, draws: int, vocab_size: int) -> list[str]:
-    """A line where more entries are asked for than the teacher has outcomes; none otherwise."""
+def large_k_text(k: int, draws: int, vocab_size: int) -> list[str]:
+    """A line if k exceeds the teacher's number of outcomes; none otherwise."""
     if k <= vocab_size:
         return []
-    nothing = f", and the {draws:,} draws have nothing left to draw from" if draws else ""
-    return [
-        f"k = {k:,} is more than the teacher's {vocab_size:,} outcomes: every target holds all of them exactly{nothing}"
-    ]
+    no_draws = f", and the {draws:,} draws are unused" if draws else ""
+    return [f"k = {k:,} exceeds the teacher's {vocab_size:,} outcomes: every target holds all of them{no_draws}"]
 
 
 def capture_text(report: CaptureReport) -> str:
-    """What a capture did, and what is left."""
+    """What a capture did, and what remains to be done."""
     totals = report.plan
     lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
     lines[0] += (
@@ -51,7 +49,7 @@ def capture_text(report: CaptureReport) -> str:
     elif report.complete:
         lines.append("this run: nothing to do, the teacher did not run")
     if report.batches_halved:
-        lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; it is recorded")
+        lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; this is recorded")
     if not report.complete:
-        lines.append("The same command again goes on from here.")
+        lines.append("Run the same command again to continue.")
     return "\n".join(printable(line) for line in lines)

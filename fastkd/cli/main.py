@@ -95,10 +95,10 @@ def capture(command: Capture) -> Outcome:
 
 def _captured(command: Capture, stop: Stop) -> Outcome:
     from ..cache import open_store
-    from ..capture.settings_check import check_asked
+    from ..capture.settings import check_settings
     from ..utils.progress import mode_for
 
-    check_asked(_capture_settings(command))
+    check_settings(_capture_settings(command))
     store = open_store(command.out, create=True)
     check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
@@ -135,13 +135,13 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
 def plan(command: Plan) -> Outcome:
     """Estimate a capture from a slice of it."""
-    from ..capture.settings_check import check_asked
+    from ..capture.settings import check_settings
 
-    check_asked(_capture_settings(command))
+    check_settings(_capture_settings(command))
     _note(f"loading {command.teacher}", events=False)
     from ..capture.estimate.estimate import estimate
     from ..capture.estimate.text import estimate_text
-    from ..capture.text import beyond_text
+    from ..capture.text import large_k_text
     from ..kernels import prepare_topk
     from ..teachers.load import load
 
@@ -161,7 +161,7 @@ def plan(command: Plan) -> Outcome:
         progress=_at_terminal(),
     )
     told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
-    told += beyond_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
+    told += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
     return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
 
 

@@ -35,7 +35,7 @@ from fastkd.cache import CacheError, StoreError, open_cache
 from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
-from fastkd.capture.runner import Job
+from fastkd.capture.runner import CaptureRunner
 from fastkd.data.documents import open_documents
 from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
@@ -365,9 +365,9 @@ def test_an_error_in_the_writer_stops_the_teacher_at_the_next_shard(
         return encode(*args)
 
     monkeypatch.setattr(writer_module, "encode_targets", broken)
-    ask, asked = Job._ask, []
+    ask, asked = CaptureRunner._run_teacher, []
 
-    def counted(job: Job, index: int, *args: Any) -> Any:
+    def counted(job: CaptureRunner, index: int, *args: Any) -> Any:
         asked.append(index)
         if len(asked) == 4:
             told.set()
@@ -375,7 +375,7 @@ def test_an_error_in_the_writer_stops_the_teacher_at_the_next_shard(
                 time.sleep(0.001)
         return ask(job, index, *args)
 
-    monkeypatch.setattr(Job, "_ask", counted)
+    monkeypatch.setattr(CaptureRunner, "_run_teacher", counted)
     with pytest.raises(CacheError, match="they do not descend"):
         capture(store, teacher=teacher)
     assert asked == [0, 1, 2, 3]

@@ -28,10 +28,11 @@ from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
 from fastkd.capture import runner as job_module
+from fastkd.capture.answers import TopKConfig
 from fastkd.capture.claims import Claims
-from fastkd.capture.prepare import keep_plan, prepare
-from fastkd.capture.runner import CaptureReport, Job
-from fastkd.capture.teacher_pass import Runner, TopKConfig
+from fastkd.capture.prepare import prepare, write_window_plan
+from fastkd.capture.runner import CaptureReport, CaptureRunner
+from fastkd.capture.teacher_pass import TeacherPass
 from fastkd.data.documents import open_documents
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
@@ -97,14 +98,14 @@ def test_of_two_that_begin_at_once_with_other_settings_one_is_refused(
         assert capture(store, **changes).shards_written == 0
 
 
-def prepared(store: Any, claims: Claims, **options: Any) -> Job:
+def prepared(store: Any, claims: Claims, **options: Any) -> CaptureRunner:
     """A job whose spec and plan are in the store."""
     data, settings = open_documents(documents(), vocab_size=VOCAB), CaptureSettings(**without(SMALL))
     teacher = ModuleTeacher(Causal(), vocab_size=VOCAB, fingerprint="the same")
     found = prepare(teacher, data, settings, store, claims)
-    keep_plan(store, found.plan)
-    runner = Runner(teacher, TopKConfig(k=settings.k, draws=settings.draws, seed=settings.seed))
-    job = Job(runner, data, found.plan, store, claims, **options)
+    write_window_plan(store, found.plan)
+    runner = TeacherPass(teacher, TopKConfig(k=settings.k, draws=settings.draws, seed=settings.seed))
+    job = CaptureRunner(runner, data, found.plan, store, claims, **options)
     job.spec = found.spec  # type: ignore[attr-defined]
     return job
 
@@ -113,7 +114,7 @@ def without(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "fingerprint"}
 
 
-def run(job: Job) -> CaptureReport:
+def run(job: CaptureRunner) -> CaptureReport:
     with create_cache(job._store, job.spec) as writer:  # type: ignore[attr-defined]
         return job.run(writer)
 
@@ -164,7 +165,7 @@ def test_a_stop_ends_the_wait_for_others(whole: dict[int, str]) -> None:
 
 def test_only_what_is_run_is_read(whole: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """While another works at some of the shards that are left."""
-    store, clock, read, rows = MemoryStore(), Clock(), [], job_module.rows
+    store, clock, read, read_rows = MemoryStore(), Clock(), [], job_module.read_shard_rows
     other = Claims(store, 1, 2, clock)
     other._me["host"] = "elsewhere"
     held = ["4", "7"]
@@ -173,9 +174,9 @@ def test_only_what_is_run_is_read(whole: dict[int, str], monkeypatch: pytest.Mon
 
     def counted(plan: Any, data: Any, index: int) -> Any:
         read.append(index)
-        return rows(plan, data, index)
+        return read_rows(plan, data, index)
 
-    monkeypatch.setattr(job_module, "rows", counted)
+    monkeypatch.setattr(job_module, "read_shard_rows", counted)
     assert run(prepared(store, Claims(store, 0, 2, clock), rank=0, world_size=2, sleep=clock.sleep)).complete
     assert contents(store) == whole
     # what was read ahead and turned out to be another's is read once more, not each time
@@ -278,9 +279,9 @@ def test_a_group_is_stopped_by_its_leader(whole: dict[int, str]) -> None:
 def test_a_job_holds_few_shards_at_a_time(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the writer is: one that is run, those that are encoded, and one that waits."""
     alive: set[int] = set()
-    most, made, encode, room = 0, 0, writer_module.encode_targets, Runner._room
+    most, made, encode, room = 0, 0, writer_module.encode_targets, TeacherPass._empty_arrays
 
-    def counted(runner: Runner, n: int) -> Any:
+    def counted(runner: TeacherPass, n: int) -> Any:
         nonlocal most, made
         arrays, made = room(runner, n), made + 1
         alive.add(made)
@@ -292,7 +293,7 @@ def test_a_job_holds_few_shards_at_a_time(threads: int, monkeypatch: pytest.Monk
         time.sleep(0.02)
         return encode(*args)
 
-    monkeypatch.setattr(Runner, "_room", counted)
+    monkeypatch.setattr(TeacherPass, "_empty_arrays", counted)
     monkeypatch.setattr(writer_module, "encode_targets", slow)
     assert capture(MemoryStore(), documents(90), threads=threads).complete
     assert made > 25

@@ -24,7 +24,7 @@ from fastkd.capture.estimate.costs import Clock, host_bytes, manifest_bytes, obj
 from fastkd.capture.estimate.estimate import Estimate, _relative_error, estimate
 from fastkd.capture.estimate.measure import halvings
 from fastkd.capture.estimate.text import estimate_text
-from fastkd.capture.window_plan import PlanSettings, make_plan
+from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
 from fastkd.data.documents import Documents, open_documents
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
@@ -297,7 +297,7 @@ def test_halvings_name_each_number_once_the_middle_first(count: int) -> None:
 
 def test_hours_and_cost_follow_from_the_slice() -> None:
     lengths = np.full(100, 100, np.int32)
-    plan = make_plan(lengths, PlanSettings(context=100, shard_positions=1000), "x")
+    plan = make_window_plan(lengths, WindowPlanSettings(context=100, shard_positions=1000), "x")
     assert plan.shards == 10
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     one, four = Clock(plan, 1, 3.0, cpu), Clock(plan, 4, 3.0, cpu)
@@ -352,7 +352,7 @@ def test_the_error_of_the_speed_is_that_of_a_mean() -> None:
 
 
 def test_memory_of_the_host_follows_from_the_shapes() -> None:
-    plan = make_plan(np.full(50, 100, np.int32), PlanSettings(context=100, shard_positions=1000), "x")
+    plan = make_window_plan(np.full(50, 100, np.int32), WindowPlanSettings(context=100, shard_positions=1000), "x")
     small, large = (host_bytes(CacheSpec(vocab_size=100, k=k, draws=2), plan) for k in (10, 50))
     assert small > 3 * 1000 * 12 * 12
     assert large - small == 1000 * 40 * (3 * 12 + 20)

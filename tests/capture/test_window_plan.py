@@ -17,21 +17,21 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fastkd.cache import CacheSpec, create_cache, open_cache
-from fastkd.capture.rows import TEXT, rows, teacher_inputs
-from fastkd.capture.window_plan import Plan, PlanSettings, make_plan
+from fastkd.capture.rows import TEXT, read_shard_rows, teacher_inputs
+from fastkd.capture.window_plan import WindowPlan, WindowPlanSettings, make_window_plan
 from fastkd.data.documents import open_documents
 from fastkd.data.packing import pack
 from fastkd.errors import DataError
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> WindowPlan:
     """A plan for up to 40 documents of up to 60 tokens, by any settings."""
     lengths = draw(st.lists(st.integers(0, 60), min_size=2, max_size=40))
     lengths[:2] = [max(1, n) for n in lengths[:2]]
     on_long = draw(st.sampled_from(["split", "truncate"]))
     context = draw(st.integers(1, 70))
-    settings = PlanSettings(
+    settings = WindowPlanSettings(
         context=context,
         packing=draw(st.sampled_from(["pack", "keep"])),
         on_long=on_long,
@@ -41,10 +41,10 @@ def plans(draw: st.DrawFn) -> Plan:
         held_out=draw(st.sampled_from([0, 0.1, 0.5, 0.99])),
         seed=draw(st.integers(0, 2**63 - 1)),
     )
-    return make_plan(lengths, settings, "dataset")
+    return make_window_plan(lengths, settings, "dataset")
 
 
-def split_of(plan: Plan) -> dict[int, bool]:
+def split_of(plan: WindowPlan) -> dict[int, bool]:
     """Whether each document is held out, from the shards alone; no document may be both."""
     found: dict[int, bool] = {}
     for index in range(plan.shards):
@@ -59,7 +59,7 @@ some = hypothesis_settings(max_examples=100, deadline=None)
 
 @some
 @given(plans())
-def test_every_token_is_in_one_counted_place(plan: Plan) -> None:
+def test_every_token_is_in_one_counted_place(plan: WindowPlan) -> None:
     settings = plan.settings
     counted = {(d, t): 0 for d, n in enumerate(plan.lengths.tolist()) for t in range(n)}
     for number in range(plan.windows):
@@ -80,7 +80,7 @@ def test_every_token_is_in_one_counted_place(plan: Plan) -> None:
 
 @some
 @given(plans())
-def test_windows_and_their_context(plan: Plan) -> None:
+def test_windows_and_their_context(plan: WindowPlan) -> None:
     settings = plan.settings
     for number in range(plan.windows):
         pieces = plan.window(number)
@@ -100,7 +100,7 @@ def test_windows_and_their_context(plan: Plan) -> None:
 
 @some
 @given(plans())
-def test_no_short_document_is_cut(plan: Plan) -> None:
+def test_no_short_document_is_cut(plan: WindowPlan) -> None:
     lengths = plan.lengths.tolist()
     for number in range(plan.windows):
         for piece in plan.window(number):
@@ -110,7 +110,7 @@ def test_no_short_document_is_cut(plan: Plan) -> None:
 
 @some
 @given(plans())
-def test_the_held_out_documents(plan: Plan) -> None:
+def test_the_held_out_documents(plan: WindowPlan) -> None:
     held_out = split_of(plan)
     kept = np.flatnonzero(plan.lengths)
     assert sorted(held_out) == kept.tolist()
@@ -118,7 +118,7 @@ def test_the_held_out_documents(plan: Plan) -> None:
     expected = min(max(1, round(fraction * len(kept))), len(kept) - 1) if fraction else 0
     assert sum(held_out.values()) == plan.totals["held_out"] == expected
     # it is the documents and the seed that decide, nothing else
-    other = make_plan(plan.lengths, PlanSettings(7, held_out=fraction, seed=plan.settings.seed), "another")
+    other = make_window_plan(plan.lengths, WindowPlanSettings(7, held_out=fraction, seed=plan.settings.seed), "another")
     assert split_of(other) == held_out
     assert [plan.shard(i).held_out for i in range(plan.shards)] == sorted(
         plan.shard(i).held_out for i in range(plan.shards)
@@ -127,7 +127,7 @@ def test_the_held_out_documents(plan: Plan) -> None:
 
 @some
 @given(plans())
-def test_shards_and_batches_are_partitions(plan: Plan) -> None:
+def test_shards_and_batches_are_partitions(plan: WindowPlan) -> None:
     settings = plan.settings
     windows, documents = 0, -1
     for index in range(plan.shards):
@@ -173,14 +173,14 @@ def test_packing_is_best_fit() -> None:
 
 @some
 @given(plans(), st.randoms(use_true_random=False))
-def test_rows_are_the_windows(plan: Plan, random: Any) -> None:
+def test_rows_are_the_windows(plan: WindowPlan, random: Any) -> None:
     """Whatever the order in which shards are read, and where each lies after the documents' tokens say so."""
     documents = [np.arange(n) + 1000 * d for d, n in enumerate(plan.lengths.tolist())]
     source = open_documents(documents)
     order = list(range(plan.shards))
     random.shuffle(order)
     for index in order:
-        found = rows(plan, source, index)
+        found = read_shard_rows(plan, source, index)
         count = len(plan.shard(index).window_lengths)
         expected: dict[str, list[Any]] = {"tokens": [], "mask": [], "numbers": [], "sequences": [], "documents": []}
         for number in range(found.first_sequence, found.first_sequence + count):
@@ -199,7 +199,7 @@ def test_rows_are_the_windows(plan: Plan, random: Any) -> None:
         tokens = found.inputs["tokens"]
         assert tokens.tolist() == expected["tokens"]
         assert found.counts.tolist() == found.inputs["loss_mask"].tolist() == expected["mask"]
-        assert found.numbers(np.arange(len(found))).tolist() == expected["numbers"]
+        assert found.row_numbers(np.arange(len(found))).tolist() == expected["numbers"]
         assert found.inputs["document"].tolist() == [n >> 31 for n in expected["numbers"]]
         assert found.sequence_lengths.tolist() == expected["sequences"]
         assert found.document_lengths.tolist() == expected["documents"]
@@ -214,16 +214,16 @@ def test_rows_are_the_windows(plan: Plan, random: Any) -> None:
 
 @some
 @given(plans())
-def test_a_plan_is_made_again_from_its_json(plan: Plan) -> None:
+def test_a_plan_is_made_again_from_its_json(plan: WindowPlan) -> None:
     data = plan.to_json()
     assert len(data) < 2000
-    again = Plan.from_json(data, plan.lengths)
+    again = WindowPlan.from_json(data, plan.lengths)
     assert again.hash == plan.hash
     assert again.settings == plan.settings
     changed = plan.lengths.copy()
     changed[0] += 1
-    with pytest.raises(DataError, match="another plan follows from these lengths"):
-        Plan.from_json(data, changed)
+    with pytest.raises(DataError, match="these lengths give another plan"):
+        WindowPlan.from_json(data, changed)
 
 
 WINDOWS = [
@@ -239,11 +239,11 @@ WINDOWS = [
     [(8, 0, 11, False)],
 ]
 BATCHES = [[0, 3], [1, 4, 2, 5], [0], [0, 1], [2], [0, 1]]
-GOLDEN = PlanSettings(16, overlap=3, shard_positions=40, batch_tokens=33, held_out=0.3, seed=5)
+GOLDEN = WindowPlanSettings(16, overlap=3, shard_positions=40, batch_tokens=33, held_out=0.3, seed=5)
 
 
-def golden() -> Plan:
-    return make_plan(np.array([5, 0, 30, 16, 2, 9, 17, 1, 11, 8]), GOLDEN, "dataset")
+def golden() -> WindowPlan:
+    return make_window_plan(np.array([5, 0, 30, 16, 2, 9, 17, 1, 11, 8]), GOLDEN, "dataset")
 
 
 def test_the_rules_have_not_changed() -> None:
@@ -265,26 +265,28 @@ def test_the_hash_is_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("change", [{"seed": 6}, {"overlap": 2}, {"batch_tokens": 21}, {"packing": "keep"}])
 def test_the_hash_follows_settings_and_dataset(change: dict[str, Any]) -> None:
     lengths = golden().lengths
-    assert make_plan(lengths, replace(GOLDEN, **change), "dataset").hash != golden().hash
-    assert make_plan(lengths, GOLDEN, "other").hash != golden().hash
-    assert make_plan(lengths.astype(np.uint16), GOLDEN, "dataset").hash == golden().hash
+    assert make_window_plan(lengths, replace(GOLDEN, **change), "dataset").hash != golden().hash
+    assert make_window_plan(lengths, GOLDEN, "other").hash != golden().hash
+    assert make_window_plan(lengths.astype(np.uint16), GOLDEN, "dataset").hash == golden().hash
 
 
 def test_a_plan_keeps_its_own_lengths() -> None:
     lengths = np.array([3, 4], np.int32)
-    plan = make_plan(lengths, PlanSettings(8), "")
+    plan = make_window_plan(lengths, WindowPlanSettings(8), "")
     before = plan.hash
     lengths[0] = 8
-    assert make_plan([3, 4], PlanSettings(8), "").hash == before
+    assert make_window_plan([3, 4], WindowPlanSettings(8), "").hash == before
     with pytest.raises(ValueError, match="read-only"):
         plan.lengths[0] = 8
 
 
 def test_held_out_documents_are_spread_evenly() -> None:
-    plan = make_plan(np.ones(100_000, np.int32), PlanSettings(8, held_out=0.1), "")
+    plan = make_window_plan(np.ones(100_000, np.int32), WindowPlanSettings(8, held_out=0.1), "")
     held_out = np.sort(plan.order[-10_000:])
     assert np.abs(np.histogram(held_out, 20, (0, 100_000))[0] - 500).max() < 110
-    others = [make_plan(plan.lengths, PlanSettings(8, held_out=0.1, seed=s), "").order[-10_000:] for s in (1, 2)]
+    others = [
+        make_window_plan(plan.lengths, WindowPlanSettings(8, held_out=0.1, seed=s), "").order[-10_000:] for s in (1, 2)
+    ]
     for other in others:
         assert 800 < len(np.intersect1d(held_out, other)) < 1200
 
@@ -292,80 +294,80 @@ def test_held_out_documents_are_spread_evenly() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 0}, "context: found 0"),
-        ({"context": True}, "context: found True"),
-        ({"context": 8.0}, r"context: found 8\.0"),
-        ({"overlap": -1}, "overlap: found -1"),
-        ({"overlap": 8}, r"overlap: found 8; less than the context \(8\)"),
-        ({"overlap": 1, "on_long": "truncate"}, "overlap: found 1; .*only with on_long"),
-        ({"packing": "tight"}, "packing: found 'tight'; one of pack, keep"),
-        ({"on_long": "drop"}, "on_long: found 'drop'; one of split, truncate, error"),
-        ({"shard_positions": 7}, "shard_positions: found 7; a window of 8 has to fit in"),
-        ({"batch_tokens": 0}, "batch_tokens: found 0"),
-        ({"held_out": 1}, "held_out: found 1; a fraction"),
-        ({"held_out": float("nan")}, "held_out: found nan"),
-        ({"held_out": "0.1"}, "held_out: found '0.1'"),
-        ({"seed": -1}, "seed: found -1"),
+        ({"context": 0}, "context: got 0"),
+        ({"context": True}, "context: got True"),
+        ({"context": 8.0}, r"context: got 8\.0"),
+        ({"overlap": -1}, "overlap: got -1"),
+        ({"overlap": 8}, r"overlap: got 8; expected less than the context \(8\)"),
+        ({"overlap": 1, "on_long": "truncate"}, "overlap: got 1; .*with on_long"),
+        ({"packing": "tight"}, "packing: got 'tight'; expected one of pack, keep"),
+        ({"on_long": "drop"}, "on_long: got 'drop'; expected one of split, truncate, error"),
+        ({"shard_positions": 7}, "shard_positions: got 7; expected at least the context \\(8\\)"),
+        ({"batch_tokens": 0}, "batch_tokens: got 0"),
+        ({"held_out": 1}, "held_out: got 1; expected a fraction"),
+        ({"held_out": float("nan")}, "held_out: got nan"),
+        ({"held_out": "0.1"}, "held_out: got '0.1'"),
+        ({"seed": -1}, "seed: got -1"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        PlanSettings(**{"context": 8, **change})
+        WindowPlanSettings(**{"context": 8, **change})
 
 
 @pytest.mark.parametrize(
     ("lengths", "settings", "message"),
     [
-        ([], PlanSettings(8), "found no tokens in any of the 0 documents"),
-        ([0, 0], PlanSettings(8), "found no tokens in any of the 2 documents"),
-        ([3, 9, 10], PlanSettings(8, on_long="error"), "document 1: found 9 tokens, and 2 documents longer"),
-        ([0, 3], PlanSettings(8, held_out=0.1), "held_out: found 0.1 of 1 document"),
-        ([3, -1], PlanSettings(8), "lengths: found int64"),
-        ([3.0], PlanSettings(8), "lengths: found float64"),
-        ([[3]], PlanSettings(8), r"lengths: found int64 of shape \(1, 1\)"),
-        ([2**31], PlanSettings(8), "lengths: found int64"),
+        ([], WindowPlanSettings(8), "got 0 documents without tokens"),
+        ([0, 0], WindowPlanSettings(8), "got 2 documents without tokens"),
+        ([3, 9, 10], WindowPlanSettings(8, on_long="error"), "document 1: got 9 tokens \\(2 documents are too long\\)"),
+        ([0, 3], WindowPlanSettings(8, held_out=0.1), "held_out: got 0.1 and one document"),
+        ([3, -1], WindowPlanSettings(8), "lengths: got int64"),
+        ([3.0], WindowPlanSettings(8), "lengths: got float64"),
+        ([[3]], WindowPlanSettings(8), r"lengths: got int64 of shape \(1, 1\)"),
+        ([2**31], WindowPlanSettings(8), "lengths: got int64"),
     ],
 )
-def test_bad_lengths_are_named(lengths: Any, settings: PlanSettings, message: str) -> None:
+def test_bad_lengths_are_named(lengths: Any, settings: WindowPlanSettings, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        make_plan(lengths, settings, "")
+        make_window_plan(lengths, settings, "")
 
 
 def test_numbers_that_are_not_there() -> None:
     plan = golden()
     for number in (-1, plan.windows):
-        with pytest.raises(DataError, match=r"window .*numbered from 0"):
+        with pytest.raises(DataError, match=r"window: got .*; expected 0 to"):
             plan.window(number)
     for number in (-1, plan.shards):
-        with pytest.raises(DataError, match=r"shard .*numbered from 0"):
+        with pytest.raises(DataError, match=r"shard: got .*; expected 0 to"):
             plan.shard(number)
 
 
 def test_json_that_is_no_plan() -> None:
     good = json.loads(golden().to_json())
     for bad in (b"", b"[]", b"{}", *(json.dumps(good | c).encode() for c in ({"version": 2}, {"settings": {"a": 1}}))):
-        with pytest.raises(DataError, match="no plan that this fastkd can read"):
-            Plan.from_json(bad, golden().lengths)
+        with pytest.raises(DataError, match="cannot be read by this version"):
+            WindowPlan.from_json(bad, golden().lengths)
 
 
 def test_a_document_of_the_largest_length() -> None:
-    plan = make_plan([2**31 - 1], PlanSettings(2**30, overlap=2**29, shard_positions=2**31 - 1), "")
+    plan = make_window_plan([2**31 - 1], WindowPlanSettings(2**30, overlap=2**29, shard_positions=2**31 - 1), "")
     assert [plan.window(w)[-1].stop for w in range(plan.windows)] == [2**30, 2**30 + 2**29, 2**31 - 1]
 
 
 def test_a_changed_dataset_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"ids": [[1, 2], [3]]}), path)
-    plan = make_plan(open_documents(path).lengths(), PlanSettings(8), "")
+    plan = make_window_plan(open_documents(path).lengths(), WindowPlanSettings(8), "")
     pq.write_table(pa.table({"ids": [[1, 2], [3, 4]]}), path)
-    with pytest.raises(DataError, match=r"a\.parquet, row 1 .*found 2 tokens where the plan has 1"):
-        rows(plan, open_documents(path), 0)
+    with pytest.raises(DataError, match=r"a\.parquet, row 1 .*got 2 tokens; expected 1, as planned"):
+        read_shard_rows(plan, open_documents(path), 0)
 
 
 def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    make_plan([3], PlanSettings(8), "")
+    make_window_plan([3], WindowPlanSettings(8), "")
     assert capsys.readouterr() == ("", "")
-    make_plan([3], PlanSettings(8), "", progress=True)
+    make_window_plan([3], WindowPlanSettings(8), "", progress=True)
     captured = capsys.readouterr()
     assert not captured.out
     assert "plan: 100%" in captured.err
@@ -382,12 +384,12 @@ def test_shards_of_a_plan_make_a_cache(tmp_path: Path) -> None:
         template_fingerprint="colons",
         loss_on="assistant",
     )
-    settings = PlanSettings(30, overlap=4, shard_positions=64)
-    plan = make_plan(source.lengths(), settings, source.fingerprint())
+    settings = WindowPlanSettings(30, overlap=4, shard_positions=64)
+    plan = make_window_plan(source.lengths(), settings, source.fingerprint())
     spec = CacheSpec(vocab_size=256, k=1, temperatures=(1.0,), shard_positions=64, inputs=TEXT)
     with create_cache(tmp_path / "cache", spec) as writer:
         for index in range(plan.shards):
-            some_rows = rows(plan, source, index)
+            some_rows = read_shard_rows(plan, source, index)
             counts = some_rows.counts[:, None]
             writer.write_shard(
                 index,

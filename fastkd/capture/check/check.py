@@ -21,9 +21,10 @@ from ...errors import DataError, TeacherError
 from ...kernels import KDError
 from ...models.protocol import Hidden
 from ...teachers.protocol import Teacher
-from ..prepare import kept_plan
-from ..rows import Ints, Rows, teacher_inputs
-from ..window_plan import Plan
+from ..answers import full_output
+from ..prepare import read_window_plan
+from ..rows import Ints, ShardRows, teacher_inputs
+from ..window_plan import WindowPlan
 from .compare import Difference, Floats, apart, divergence
 from .live import Live, Stored, live_rows
 
@@ -252,8 +253,8 @@ _KINDS = {
 
 
 def _as_run(
-    cache: Cache, index: int, arrays: dict[str, Array], plan: Plan | None
-) -> tuple[Rows, list[list[Ints]], dict[str, Any] | None]:
+    cache: Cache, index: int, arrays: dict[str, Array], plan: WindowPlan | None
+) -> tuple[ShardRows, list[list[Ints]], dict[str, Any] | None]:
     """A shard's rows, the pieces of the parts of each of its batches, and its record; None where it says too little:
     then every sequence is a batch."""
     record = cache.attributes(index).get("record")
@@ -270,7 +271,7 @@ def _as_run(
         here = plan.shard(index)
         if np.array_equal(here.stop - here.start, lengths):
             document, start = here.document, here.start
-    some = Rows(
+    some = ShardRows(
         inputs={name: arrays[name] for name in cache.spec.inputs},
         counts=arrays["logprobs"][:, 0] > -np.inf,
         sequence_lengths=arrays["sequence_lengths"],
@@ -302,7 +303,7 @@ def _compare(
     teacher: Teacher,
     data: Examples | None,
     shard: int,
-    some: Rows,
+    some: ShardRows,
     places: Ints,
     arrays: dict[str, Array],
     draw_seed: int | None,
@@ -313,13 +314,13 @@ def _compare(
         return
     numbers = None
     if draw_seed is not None and (some.document[places] >= 0).all():
-        numbers = some.numbers(rows)
+        numbers = some.row_numbers(rows)
     fields = {name: arrays[name][rows] for name in ("ids", "logprobs", "tail", "outcomes")}
     draws = arrays["draws"][rows] if "draws" in arrays else None
     stored = Stored(**fields, draws=draws, numbers=numbers, seed=draw_seed or 0)
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     try:
-        output = teacher(inputs)
+        output = full_output(teacher(inputs))
         live = live_rows(output, flat, inputs.shape[: 2 if "tokens" in some.inputs else 1], stored, found.spec)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
@@ -355,7 +356,7 @@ def _check_fits(cache: Cache, shards: list[int], teacher: Teacher, data: Example
         raise DataError(f"data: {name} is of examples, which it does not hold; give them, as they were captured.")
 
 
-def _check_inputs(some: Rows, shard: int, teacher: Teacher) -> None:
+def _check_inputs(some: ShardRows, shard: int, teacher: Teacher) -> None:
     """What the teacher cannot be given is named before a device meets it."""
     if "tokens" not in some.inputs:
         return
@@ -372,12 +373,12 @@ def _check_inputs(some: Rows, shard: int, teacher: Teacher) -> None:
         )
 
 
-def _planned(cache: Cache) -> tuple[Plan | None, int | None, str]:
+def _planned(cache: Cache) -> tuple[WindowPlan | None, int | None, str]:
     """The plan and the seed of the draws, or why they are not to be had."""
     if not cache.spec.draws:
         return None, None, "the cache has no draws"
     try:
-        return *kept_plan(cache.store, cache.spec), ""
+        return *read_window_plan(cache.store, cache.spec), ""
     except DataError as error:
         return None, None, str(error)
 

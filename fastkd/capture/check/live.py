@@ -16,7 +16,7 @@ from ...kernels.lm_head import LMHead
 from ...kernels.topk.api import default_chunk
 from ...kernels.topk.draws import exact_transform
 from ...models.protocol import Hidden, Output
-from ..teacher_pass import ROWS_AT_ONCE, rows_of
+from ..answers import ROWS_AT_ONCE, flat_rows
 
 Array = NDArray[Any]
 _BLOCK_BYTES = {"cpu": 16 << 20}  # of float32 logits at a time
@@ -71,7 +71,7 @@ def live_rows(output: Output, flat: Array, shape: torch.Size, stored: Stored, sp
     rows' logits are ever there in float32. Raises TeacherError where the output is of another shape, and KDError (with
     `row`, of the m) where a row has NaN, +inf or no finite number.
     """
-    rows_MX = rows_of(output, shape, spec.vocab_size)
+    rows_MX = flat_rows(output, shape, spec.vocab_size)
     flat_M = torch.from_numpy(flat).to(rows_MX.device)
     block = _BLOCK_BYTES.get(rows_MX.device.type, _BLOCK_BYTES_ELSEWHERE) // (4 * spec.vocab_size)
     parts = []

@@ -13,10 +13,9 @@ from ...kernels import KDError, SparseTargets
 from ...models.protocol import Hidden, Logits
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
-from ..prepare import ask_for
-from ..rows import Rows
-from ..teacher_pass import FIELDS, TopKConfig, joined, targets_of
-from ..window_plan import Plan
+from ..answers import FIELDS, TopKConfig, joined, targets_of, topk_config
+from ..rows import ShardRows
+from ..window_plan import WindowPlan
 from .costs import Clock
 from .measure import Kept, Said, Slice
 from .sizes import TARGETS, measure_sizes
@@ -71,7 +70,7 @@ def choices(
     spec: CacheSpec,
     settings: CaptureSettings,
     found: Slice,
-    plan: Plan,
+    plan: WindowPlan,
     of_all: dict[str, float],
     base: tuple[float, float],
     clock: Clock,
@@ -136,7 +135,7 @@ def _tried(
     teacher: Teacher, spec: CacheSpec, settings: CaptureSettings, keeping: Keeping, kept: list[Kept], shard: float
 ) -> _Tried:
     """The rows that were kept, kept so. shard: positions that count, of a shard."""
-    ask = ask_for(settings, keeping)
+    ask = topk_config(settings, keeping)
     spent = []
     for _ in range(_REPEATS):
         begun = time.perf_counter()
@@ -145,7 +144,7 @@ def _tried(
     n = len(targets)
     ones = np.ones(n, np.uint32)
     inputs = {name: np.concatenate([some.inputs[name] for some in kept]) for name in spec.inputs}
-    some = Rows(inputs, np.ones(n, bool), ones, ones, np.zeros(n, np.int64), np.zeros(n, np.int64), 0)
+    some = ShardRows(inputs, np.ones(n, bool), ones, ones, np.zeros(n, np.int64), np.zeros(n, np.int64), 0)
     arrays = {name: t.numpy() for name in FIELDS if (t := getattr(targets, name)) is not None}
     sizes = measure_sizes(replace(spec, **keeping._asdict()), Said(some, arrays), shard)
     taken = sizes.of(np.array([round(shard)]))

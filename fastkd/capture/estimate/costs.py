@@ -8,7 +8,7 @@ import torch
 from ...cache import CacheSpec
 from ...data.lengths import lengths_to_npz
 from ..claims import FIRST_SECONDS, LONGEST_SECONDS
-from ..window_plan import Plan
+from ..window_plan import WindowPlan
 
 _PAGE = 1000  # objects that a listing names at a time
 _CLAIM_BYTES = 200
@@ -55,7 +55,7 @@ def _renewals(seconds: float) -> int:
     return count
 
 
-def other_bytes(plan: Plan, spec: CacheSpec) -> float:
+def other_bytes(plan: WindowPlan, spec: CacheSpec) -> float:
     """Bytes of all objects that are no shards."""
     lengths = len(lengths_to_npz(plan.lengths, plan.dataset))
     written = len(spec.to_json()) + len(plan.to_json()) + lengths + manifest_bytes(plan.shards)
@@ -67,7 +67,7 @@ def manifest_bytes(shards: int) -> int:
     return _MANIFEST_BYTES[0] + _MANIFEST_BYTES[1] * shards
 
 
-def host_bytes(spec: CacheSpec, plan: Plan) -> int:
+def host_bytes(spec: CacheSpec, plan: WindowPlan) -> int:
     """Memory of a worker on the host, by shapes: the plan, and shards being run, read, encoded and written."""
     n = int(np.diff(plan.shard_rows).max())
     places = n * spec.width
@@ -75,7 +75,7 @@ def host_bytes(spec: CacheSpec, plan: Plan) -> int:
     shard = places * entry + n * (4 * len(spec.temperatures) + 4 + 32)
     held = min(3, plan.shards)  # one is run, one is encoded, one waits
     encoding = places * _ENCODING_BYTES[spec.settings.contexts]
-    return held * shard + encoding + 64 * n + 24 * len(plan.lengths) + 8 * int(plan.first_piece[-1])
+    return held * shard + encoding + 64 * n + 24 * len(plan.lengths) + 8 * int(plan.first_segment[-1])
 
 
 class Clock:
@@ -84,7 +84,7 @@ class Clock:
     price_per_hour: of a worker; None: not known. device: where the teacher is.
     """
 
-    def __init__(self, plan: Plan, workers: int, price_per_hour: float | None, device: torch.device) -> None:
+    def __init__(self, plan: WindowPlan, workers: int, price_per_hour: float | None, device: torch.device) -> None:
         # shards are not shared: the last ones leave workers without any
         rounds = math.ceil(plan.shards / workers)
         self._positions = plan.totals["positions"] * rounds / plan.shards

@@ -14,7 +14,8 @@ from ...data.examples import Examples
 from ...errors import DataError
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
-from ..prepare import ask_for, prepare
+from ..answers import topk_config
+from ..prepare import prepare
 from .choices import Choice, choices
 from .costs import Clock, host_bytes, objects, other_bytes, requests
 from .measure import run_slice
@@ -123,7 +124,7 @@ def estimate(
     plan, spec = prepared.plan, prepared.spec
     begun = time.perf_counter()
     part = seconds / 2 if others else seconds
-    found = run_slice(teacher, data, plan, ask_for(settings), seconds=part, least=batches, progress=progress)
+    found = run_slice(teacher, data, plan, topk_config(settings), seconds=part, least=batches, progress=progress)
     context = plan.settings.context if plan.settings.packing == "pack" else None
     shard_rows = np.diff(plan.shard_rows)
     sizes = measure_sizes(spec, joined_said(found.said), float(shard_rows.mean()), context)

@@ -17,9 +17,10 @@ from ...data.documents import Documents
 from ...data.examples import Examples
 from ...models.protocol import Hidden, Logits, Output
 from ...teachers.protocol import Teacher
-from ..rows import Ints, Rows, rows
-from ..teacher_pass import Runner, TopKConfig, rows_of
-from ..window_plan import Plan
+from ..answers import TopKConfig, flat_rows, full_output
+from ..rows import Ints, ShardRows, read_shard_rows
+from ..teacher_pass import TeacherPass
+from ..window_plan import WindowPlan
 
 Array = NDArray[Any]
 
@@ -33,13 +34,13 @@ _POSITIONS = 2**17  # whose targets are held: more teach little about their size
 class Said:
     """Rows, and what the teacher said of them: the arrays of `CacheWriter.write_shard`, `[n, …]` each."""
 
-    some: Rows
+    some: ShardRows
     arrays: dict[str, Array]
 
     def part(self, places: Ints) -> "Said":
         """Some pieces of it."""
-        at, _ = self.some.of_pieces(places)
-        return Said(self.some.part(places), {name: array[at] for name, array in self.arrays.items()})
+        at, _ = self.some.rows_of(places)
+        return Said(self.some.select(places), {name: array[at] for name, array in self.arrays.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Slice:
 def run_slice(
     teacher: Teacher,
     data: Documents | Examples,
-    plan: Plan,
+    plan: WindowPlan,
     ask: TopKConfig,
     *,
     seconds: float,
@@ -94,19 +95,19 @@ def run_slice(
     """Run batches of a plan for about so many seconds at most, a warm-up included; but `least` batches.
 
     They come from up to three shards, drawn at random; in each the middle one first, then those between, so that long
-    and short pieces have their share whenever time is up. progress: a bar on stderr. Raises as `Runner.run`.
+    and short pieces have their share whenever time is up. progress: a bar on stderr. Raises as `TeacherPass.run`.
     """
     found = Slice()
     tap = _Tap(teacher)
-    runner = Runner(tap, ask, on_batch=lambda positions, busy: found.parts.append((positions, busy)))
+    runner = TeacherPass(tap, ask, on_batch=lambda positions, busy: found.parts.append((positions, busy)))
     shards = _Shards(plan, data)
     order = shards.order()
     began = time.perf_counter()
-    _warm_up(Runner(teacher, ask), shards, data, seconds)
+    _warm_up(TeacherPass(teacher, ask), shards, data, seconds)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
 
-    def run(shard: int, numbers: list[int]) -> Rows:
+    def run(shard: int, numbers: list[int]) -> ShardRows:
         some, batches = shards.part(shard, numbers)
         begun = time.perf_counter()
         arrays, halved = runner.run(some, batches, data, shard)
@@ -173,7 +174,7 @@ class _Tap:
         return self.teacher.max_positions
 
     def __call__(self, inputs: Tensor) -> Output:
-        output = self.teacher(inputs)
+        output = full_output(self.teacher(inputs))
         if self.outputs is not None:
             self.outputs.append(output)
         return output
@@ -182,12 +183,12 @@ class _Tap:
 class _Shards:
     """Some shards of a plan, drawn at random, each read when it is first needed."""
 
-    def __init__(self, plan: Plan, data: Documents | Examples) -> None:
+    def __init__(self, plan: WindowPlan, data: Documents | Examples) -> None:
         self._plan, self._data = plan, data
         random = np.random.default_rng(plan.settings.seed)
         share = np.diff(plan.shard_rows) / plan.shard_rows[-1]
         self.chosen: list[int] = random.choice(plan.shards, min(_SHARDS, plan.shards), replace=False, p=share).tolist()
-        self._rows: dict[int, Rows] = {}
+        self._rows: dict[int, ShardRows] = {}
         self._batches: dict[int, list[Ints]] = {}
 
     @property
@@ -201,13 +202,13 @@ class _Shards:
             self._batches[shard] = self._plan.batches(shard)
         return self._batches[shard]
 
-    def part(self, shard: int, numbers: list[int]) -> tuple[Rows, list[Ints]]:
+    def part(self, shard: int, numbers: list[int]) -> tuple[ShardRows, list[Ints]]:
         """The rows of some batches alone, and the places of each one's pieces among them."""
         if shard not in self._rows:
-            self._rows[shard] = rows(self._plan, self._data, shard)
+            self._rows[shard] = read_shard_rows(self._plan, self._data, shard)
         places = [self.batches(shard)[number] for number in numbers]
         ends = np.cumsum([len(some) for some in places])
-        return self._rows[shard].part(np.concatenate(places)), np.split(np.arange(ends[-1]), ends[:-1])
+        return self._rows[shard].select(np.concatenate(places)), np.split(np.arange(ends[-1]), ends[:-1])
 
     def order(self) -> Iterator[tuple[int, int]]:
         """All batches, the shards by turns."""
@@ -234,7 +235,7 @@ def halvings(count: int) -> Iterator[int]:
         bits += 1
 
 
-def _warm_up(runner: Runner, shards: _Shards, data: Documents | Examples, seconds: float) -> None:
+def _warm_up(runner: TeacherPass, shards: _Shards, data: Documents | Examples, seconds: float) -> None:
     """One piece of the first batch, twice, and all of it; as far as there is time to spare."""
     shard, number = next(shards.order())
     some, (places,) = shards.part(shard, [number])
@@ -250,14 +251,14 @@ def _warm_up(runner: Runner, shards: _Shards, data: Documents | Examples, second
 
 
 @torch.inference_mode()
-def _kept(some: Rows, output: Output, vocab_size: int) -> Kept:
+def _kept(some: ShardRows, output: Output, vocab_size: int) -> Kept:
     """Evenly chosen rows of a batch that was all of `some`, run at once."""
     places = np.arange(len(some.document_lengths))
     at, flat = some.counted(places)
     lengths = some.document_lengths.astype(np.int64)
     values = output.states if isinstance(output, Hidden) else output.values
     shape = values.shape[:2] if "tokens" in some.inputs else torch.Size([int(lengths.sum())])
-    rows_MX = rows_of(output, shape, vocab_size)
+    rows_MX = flat_rows(output, shape, vocab_size)
     size = rows_MX.shape[1] * rows_MX.element_size()
     most = max(1, min(len(at), _KEPT_ROWS, _KEPT_BYTES // size))
     pick = np.unique(np.linspace(0, len(at) - 1, most).round().astype(np.int64))
@@ -265,4 +266,4 @@ def _kept(some: Rows, output: Output, vocab_size: int) -> Kept:
     rows_ = at[pick]
     inputs = {name: column[rows_] for name, column in some.inputs.items()}
     output = Hidden(chosen, output.lm_head) if isinstance(output, Hidden) else Logits(chosen)
-    return Kept(inputs, some.numbers(rows_), output)
+    return Kept(inputs, some.row_numbers(rows_), output)

@@ -20,7 +20,7 @@ from ...cache import CacheSpec, Workspace, create_cache, open_cache
 from ...cache.scan import listed
 from ...cache.stores import MemoryStore
 from ...data.packing import pack
-from ..rows import Rows
+from ..rows import ShardRows
 from .measure import Said
 
 Array = NDArray[Any]
@@ -102,7 +102,7 @@ def joined_said(said: list[Said]) -> Said:
         return np.concatenate([getattr(part, name) for part in some])
 
     return Said(
-        Rows(
+        ShardRows(
             inputs={name: np.concatenate([part.inputs[name] for part in some]) for name in some[0].inputs},
             counts=column("counts"),
             sequence_lengths=column("sequence_lengths"),

@@ -1,0 +1,203 @@
+"""From a teacher's answer (hidden states, logits or top-k entries) to sparse targets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TeacherError
+from ..kernels import KDError, LMHead, SparseTargets, linear_topk_targets, topk_targets
+from ..models.protocol import Hidden, Output, TopK
+from ..settings import CaptureSettings
+from ..teachers.protocol import Answer, Teacher
+
+FIELDS = ("ids", "logprobs", "tail", "outcomes", "draws")
+ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
+_LOST_TO_ROUNDING = 2.0**-24  # the least missing probability that float32 log-probabilities tell
+_EXCESS = 1e-3  # by which the probabilities of an answer may exceed 1, as rounding makes them
+
+
+@dataclass(frozen=True)
+class TopKConfig:
+    """What is kept of each row: see `topk_targets`."""
+
+    k: int
+    draws: int = 0
+    draw_temperature: float = 1.0
+    mass: float | None = None
+    temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    seed: int = 0
+
+
+def topk_config(settings: CaptureSettings, keeping: tuple[int, int, float | None] | None = None) -> TopKConfig:
+    """The top-k config of these settings, or with another k, draws and mass."""
+    k, draws, mass = keeping or (settings.k, settings.draws, settings.mass)
+    return TopKConfig(k, draws, settings.draw_temperature, mass, settings.temperatures, settings.seed)
+
+
+def check_limits(teacher: Teacher, config: TopKConfig) -> None:
+    """TeacherError if the teacher declares `tail_temperatures` or `max_k`, and the config asks for more."""
+    temperatures = getattr(teacher, "tail_temperatures", None)
+    max_k = getattr(teacher, "max_k", None)
+    if temperatures is not None or max_k is not None:
+        _check_topk(config, config.k if max_k is None else max_k, temperatures or (1.0,), teacher.vocab_size)
+
+
+def targets_of(
+    answer: Answer, flat_M: Tensor, numbers_M: Tensor, config: TopKConfig, shape: torch.Size, vocab_size: int
+) -> SparseTargets:
+    """The targets of some rows of a teacher's answer.
+
+    flat_M: int64 `[m]`, indices of the rows in the flattened `[B, L]` (or `[B]`). numbers_M: int64 `[m]`, the rows'
+    numbers in the dataset, which seed their draws. shape: `[B, L]` or `[B]`. Raises TeacherError if the answer has
+    another shape or lacks what the config needs, and KDError (with `row`, of the m) for a row that is no distribution;
+    for logits and hidden states on the CPU only.
+    """
+    if isinstance(answer, TopK):
+        return _targets_of_topk(answer, flat_M, config, shape, vocab_size)
+    options: dict[str, Any] = {
+        "temperatures": config.temperatures,
+        "mass": config.mass,
+        "draws": config.draws,
+        "draw_temperature": config.draw_temperature,
+        "seed": config.seed,
+    }
+    rows_MX = flat_rows(answer, shape, vocab_size)
+    lm_head = answer.lm_head if isinstance(answer, Hidden) else None
+    if isinstance(lm_head, LMHead):
+        return linear_topk_targets(
+            rows_MX[flat_M],
+            lm_head.weight,
+            config.k,
+            bias=lm_head.bias,
+            softcap=lm_head.softcap,
+            logit_scale=lm_head.logit_scale,
+            positions=numbers_M,
+            **options,
+        )
+    parts = []
+    for start in range(0, len(flat_M), ROWS_AT_ONCE):
+        chunk = slice(start, start + ROWS_AT_ONCE)
+        logits_CV = rows_MX[flat_M[chunk]]
+        if lm_head is not None:
+            logits_CV = lm_head(logits_CV)
+        try:
+            parts.append(topk_targets(logits_CV, config.k, positions=numbers_M[chunk], **options))
+        except KDError as error:
+            if error.row is None:
+                raise
+            raise KDError(str(error), row=start + error.row) from error
+    return joined(parts)
+
+
+def full_output(answer: Answer) -> Output:
+    """The answer, for uses that need all logits. TeacherError for top-k entries."""
+    if isinstance(answer, TopK):
+        raise TeacherError("teacher: got top-k entries; expected hidden states or logits, as this needs all logits.")
+    return answer
+
+
+def flat_rows(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
+    """The rows of a teacher's hidden states or logits, `[B·L, D or V]`. shape: `[B, L]` for text, `[B]` for examples.
+    TeacherError if the output has another shape."""
+    values = output.states if isinstance(output, Hidden) else output.values
+    _check_shape(values, shape, "V")
+    lm_head = output.lm_head if isinstance(output, Hidden) else None
+    if lm_head is None or isinstance(lm_head, LMHead):
+        width = values.shape[-1] if lm_head is None else len(lm_head.weight)
+        if width != vocab_size:
+            raise TeacherError(f"teacher: got logits of {width} tokens; expected vocab_size, {vocab_size}.")
+    return values.reshape(-1, values.shape[-1])
+
+
+def _targets_of_topk(
+    answer: TopK, flat_M: Tensor, config: TopKConfig, shape: torch.Size, vocab_size: int
+) -> SparseTargets:
+    """Top-k entries, best first; entries that are not kept, by k or by mass, are added to the tail."""
+    _check_shape(answer.ids, shape, "K")
+    _check_shape(answer.logprobs, shape, "K")
+    width = answer.ids.shape[-1]
+    _check_topk(config, width, answer.temperatures, vocab_size)
+    logprobs_MK, order = answer.logprobs.reshape(-1, width)[flat_M].double().sort(1, descending=True, stable=True)
+    ids_MK = answer.ids.reshape(-1, width)[flat_M].gather(1, order)
+    used = logprobs_MK > -torch.inf
+    p_MK = logprobs_MK.exp()
+    missing_M = 1 - p_MK.sum(1)
+    _check_rows(ids_MK, logprobs_MK, used, missing_M, vocab_size)
+    kept = used & (torch.arange(width, device=used.device) < config.k)
+    if config.mass is not None:
+        kept &= p_MK.cumsum(1) - p_MK < config.mass
+    if answer.tail is None:
+        floor = torch.where(used.sum(1) < vocab_size, _LOST_TO_ROUNDING, 0.0)
+        tail_MM = torch.maximum(missing_M, floor).log()[:, None]
+    else:
+        _check_shape(answer.tail, shape, "M")
+        columns = [answer.temperatures.index(t) for t in config.temperatures]
+        tail_MM = answer.tail.reshape(-1, answer.tail.shape[-1])[flat_M].double()[:, columns]
+    dropped_MK = logprobs_MK.masked_fill(kept, -torch.inf)
+    dropped = torch.stack([torch.logsumexp(dropped_MK / t, 1) for t in config.temperatures], 1)
+    k = min(config.k, vocab_size)
+    return SparseTargets(
+        ids=ids_MK.masked_fill(~kept, 0)[:, :k].int(),
+        logprobs=logprobs_MK.masked_fill(~kept, -torch.inf)[:, :k].float(),
+        tail=torch.logaddexp(tail_MM, dropped).float(),
+        outcomes=(vocab_size - kept.sum(1)).int(),
+        vocab_size=vocab_size,
+        temperatures=config.temperatures,
+    )
+
+
+def _check_topk(config: TopKConfig, max_k: int, temperatures: tuple[float, ...], vocab_size: int) -> None:
+    """TeacherError if top-k entries with tails at these temperatures are not enough for the config."""
+    if config.draws:
+        raise TeacherError(
+            f"draws: got {config.draws}; expected 0: this teacher answers with top-k entries, so there is nothing to "
+            "draw from. Use --draws 0."
+        )
+    if lacking := [t for t in config.temperatures if t not in temperatures]:
+        raise TeacherError(
+            f"temperatures: got {', '.join(map(str, lacking))}; expected none but {', '.join(map(str, temperatures))}, "
+            "the temperatures of the tails that this teacher answers with."
+        )
+    if min(config.k, vocab_size) > max_k:
+        raise TeacherError(f"k: got {config.k}; expected at most {max_k}, the entries that this teacher answers with.")
+
+
+def _check_rows(ids_MK: Tensor, logprobs_MK: Tensor, used: Tensor, missing_M: Tensor, vocab_size: int) -> None:
+    """KDError for the first row whose entries are no part of a distribution."""
+    entry = torch.arange(ids_MK.shape[1], device=ids_MK.device)
+    by_id = torch.where(used, ids_MK.long(), -1 - entry).sort(1).values
+    for bad_M, problem in (
+        (logprobs_MK.isnan().any(1), "got NaN; expected log-probabilities"),
+        ((used & ((ids_MK < 0) | (ids_MK >= vocab_size))).any(1), f"expected ids from 0 to {vocab_size - 1}"),
+        (~used.any(1), "got no entry; expected at least one"),
+        ((by_id[:, 1:] == by_id[:, :-1]).any(1), "got an id twice; expected each at most once"),
+        (missing_M < -_EXCESS, "got probabilities that sum to more than 1"),
+    ):
+        if bool(bad_M.any()):
+            raise KDError(f"its top-k entries: {problem}", row=int(bad_M.nonzero()[0, 0]))
+
+
+def _check_shape(values: Tensor, shape: torch.Size, last: str) -> None:
+    if tuple(values.shape[:-1]) != tuple(shape):
+        raise TeacherError(
+            f"teacher: got an answer of shape {tuple(values.shape)}; expected ({', '.join(map(str, shape))}, {last}), "
+            f"a row for each {'position' if len(shape) == 2 else 'example'}."
+        )
+
+
+def joined(parts: list[SparseTargets]) -> SparseTargets:
+    """Targets one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    found = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS if getattr(first, name) is not None
+    }
+    return SparseTargets(
+        **found,
+        vocab_size=first.vocab_size,
+        temperatures=first.temperatures,
+        draw_temperature=first.draw_temperature,
+    )
