@@ -119,7 +119,7 @@ def _targets_of_topk(
     _check_shape(answer.logprobs, shape, "K")
     width = answer.ids.shape[-1]
     _check_topk(config, width, answer.temperatures, vocab_size)
-    logprobs_MK, order = answer.logprobs.reshape(-1, width)[flat_M].double().sort(1, descending=True, stable=True)
+    logprobs_MK, order = answer.logprobs.reshape(-1, width)[flat_M].double().sort(dim=1, descending=True, stable=True)
     ids_MK = answer.ids.reshape(-1, width)[flat_M].gather(1, order)
     used = logprobs_MK > -torch.inf
     p_MK = logprobs_MK.exp()
@@ -129,8 +129,8 @@ def _targets_of_topk(
     if config.mass is not None:
         kept &= p_MK.cumsum(1) - p_MK < config.mass
     if answer.tail is None:
-        floor = torch.where(used.sum(1) < vocab_size, _LOST_TO_ROUNDING, 0.0)
-        tail_MM = torch.maximum(missing_M, floor).log()[:, None]
+        missing_M = torch.where(used.sum(1) < vocab_size, missing_M.clamp(min=_LOST_TO_ROUNDING), 0.0)
+        tail_MM = missing_M.log()[:, None]
     else:
         _check_shape(answer.tail, shape, "M")
         columns = [answer.temperatures.index(t) for t in config.temperatures]

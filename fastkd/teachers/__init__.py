@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from ..kernels import LMHead
-    from ..models.protocol import Hidden, Logits, TopK
-    from .protocol import Teacher
+    from .protocol import Hidden, LMHead, Logits, Teacher, TopK
     from .registry import register_teacher
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

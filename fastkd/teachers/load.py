@@ -1,7 +1,6 @@
 """From names and objects that people give to a teacher, its data, and this process's part among the workers."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,16 +51,14 @@ def load(
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
-    device = settings.device or _device(os.environ)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TeacherError(f"device: got {device}, but torch finds no GPU here. Leave it out to use the CPU.")
+    settings = replace(settings, device=_device(settings.device))
     # before the teacher, which takes a while: a missing file is reported at once
     source = None if data is None else _source(data)
     worker, group = Worker(rank, world_size, SingleProcess()), None
     if parallel > 1:
-        group = join_group(rank, world_size, parallel, device=device.partition(":")[0])
+        group = join_group(rank, world_size, parallel, device=str(settings.device).partition(":")[0])
         worker = Worker(group.worker, group.workers, group)
-    model = load_teacher(teacher, replace(settings, device=device), source, parallel=group, progress=progress)
+    model = load_teacher(teacher, settings, source, parallel=group, progress=progress)
     if data is None:
         return Loaded(model, None, worker)
     tokenizer = None
@@ -90,6 +87,7 @@ def load_teacher(
 
     data: see `as_teacher`. parallel, progress: see `load_hf`.
     """
+    settings = replace(settings, device=_device(settings.device))
     if found := find_loader(str(source)):
         loader, name = found
         return as_teacher(loader(name, settings), data)
@@ -169,9 +167,13 @@ def _source(data: DataSettings) -> Any:
     return open_source(source, data.column, data.text_documents)
 
 
-def _device(environment: Mapping[str, str]) -> str:
-    """This process's GPU, by torchrun's or SLURM's local rank; the CPU if there is none."""
+def _device(device: str | None) -> str:
+    """The device, if it is available; by default the GPU of this process's local rank, or the CPU without a GPU."""
+    if device is not None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise TeacherError(f"device: got {device}, but torch finds no GPU here. Leave it out to use the CPU.")
+        return device
     if not torch.cuda.is_available():
         return "cpu"
-    local = next((environment[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), "0")
+    local = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0")
     return f"cuda:{int(local) % torch.cuda.device_count()}"

@@ -5,7 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.protocol import Output, TopK
+from ..kernels import LMHead
+from ..models.protocol import Hidden, Logits, Output, TopK
+
+__all__ = ["Answer", "Hidden", "LMHead", "Logits", "Teacher", "TopK"]
 
 Answer = Output | TopK
 """What a teacher returns for a batch: `Hidden`, `Logits` or `TopK`."""

@@ -238,7 +238,7 @@ def test_batches_that_do_not_fit_are_halved_and_that_is_recorded(tmp_path: Path)
 
 
 def test_a_piece_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=r"document \d+ .*one piece of 16 positions does not fit"):
+    with pytest.raises(TeacherError, match=r"document \d+ .*one segment of 16 positions does not fit"):
         capture(tmp_path, teacher=Limited(15))
 
 
@@ -392,11 +392,11 @@ def test_an_image_classifier_with_replayed_augmentation(tmp_path: Path) -> None:
 
 
 def test_bad_examples_are_named() -> None:
-    with pytest.raises(DataError, match="fingerprint: found '' with augment"):
+    with pytest.raises(DataError, match="fingerprint: got '' with augment"):
         Examples(torch.zeros(2, 3), augment=shifted)
-    with pytest.raises(DataError, match="copies: found 2 without augment"):
+    with pytest.raises(DataError, match="copies: got 2 without augment"):
         Examples(torch.zeros(2, 3), copies=2)
-    with pytest.raises(DataError, match="no tensors of one shape"):
+    with pytest.raises(DataError, match="expected tensors of one shape"):
         Examples([torch.zeros(2), torch.zeros(3)]).fingerprint()
 
 
@@ -413,12 +413,12 @@ X = {"fingerprint": "x"}
         (
             lambda ids: torch.zeros(2, 3),
             {"fingerprint": "x", "vocab_size": 3},
-            r"an output of shape \(2, 3\); \(1, 3, V\), a row for each position",
+            r"got an answer of shape \(2, 3\); expected \(1, 3, V\), a row for each position",
         ),
         (
             lambda ids: torch.zeros(*ids.shape, 5),
             {"fingerprint": "x", "vocab_size": 4},
-            "logits of 5 tokens; vocab_size is 4",
+            "got logits of 5 tokens; expected vocab_size, 4",
         ),
     ],
 )
@@ -472,7 +472,7 @@ def test_places_that_are_none(given: tuple[Any, Any], tmp_path: Path) -> None:
 def test_a_context_longer_than_the_teachers(tmp_path: Path) -> None:
     teacher = ModuleTeacher(Causal(), vocab_size=VOCAB)
     teacher.max_positions = 12
-    with pytest.raises(TeacherError, match="context: found 16; this teacher takes 12"):
+    with pytest.raises(TeacherError, match="context: got 16; expected at most 12"):
         capture(tmp_path, teacher=teacher)
     capture(tmp_path, teacher=teacher, context=None)
     assert json.loads((tmp_path / "plan.json").read_text())["settings"]["context"] == 12
@@ -482,7 +482,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
     capture(tmp_path)
     shard = tmp_path / "shards" / "999.zarr.zip"
     shard.write_bytes((tmp_path / "shards" / "0.zarr.zip").read_bytes())
-    with pytest.raises(CacheError, match="shard 999 is there, and the plan has"):
+    with pytest.raises(CacheError, match="got shard 999; expected only the 11 shards"):
         capture(tmp_path)
 
 

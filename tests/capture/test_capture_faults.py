@@ -298,7 +298,7 @@ def test_lengths_that_are_damaged_are_named(whole: dict[int, str]) -> None:
     with pytest.raises(DataError, match=r"memory://, lengths\.npz: no lengths can be read .* Delete it"):
         capture(store)
     store._objects["lengths.npz"] = lengths_to_npz(truth[1:], fingerprint)
-    with pytest.raises(DataError, match=r"the lengths of 29 documents, where there are 30\. Delete it"):
+    with pytest.raises(DataError, match=r"got the lengths of 29 documents; expected 30\. Delete it"):
         capture(store)
     del store._objects["lengths.npz"]
     assert capture(store).complete
@@ -419,5 +419,5 @@ def test_a_reader_that_goes_away_does_not_end_a_capture(whole: dict[int, str], m
 
 
 def test_an_unknown_kind_of_progress_is_refused() -> None:
-    with pytest.raises(ValueError, match="progress: found 'bars'; one of none, bar, lines, events"):
+    with pytest.raises(ValueError, match="progress: got 'bars'; expected one of none, bar, lines, events"):
         capture(MemoryStore(), progress="bars")

@@ -249,7 +249,7 @@ def test_a_leader_that_fails_leaves_nobody_behind(pattern: str, whole: dict[int,
     found = together(store)
     assert isinstance(found["leader"], StoreError)
     assert isinstance(found["follower"], CacheError)
-    assert "leads this worker failed" in str(found["follower"])
+    assert "the leading process of this worker failed" in str(found["follower"])
     store.full = False
     completes(store, whole)
 

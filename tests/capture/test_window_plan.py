@@ -255,9 +255,9 @@ def test_the_rules_have_not_changed() -> None:
 
 
 def test_the_hash_is_the_same_in_another_process() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_plan import golden; print(golden().hash)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_window_plan import golden; print(golden().hash)"
     out = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parents[1])], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == golden().hash
 
