@@ -3,3 +3,15 @@
 Belongs here: a new measure, and how measures are compared and divided over processes.
 Does not: training, or pages that show the measures (report).
 """
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from .api import Evaluation, compare, evaluate
+    from .measures import MEASURES
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"api": ["Evaluation", "compare", "evaluate"], "measures": ["MEASURES"]}
+)

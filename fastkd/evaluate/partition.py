@@ -1,7 +1,7 @@
-"""An evaluation divided over processes: which steps each makes, and how their sums become one's.
+"""An evaluation divided over processes: which steps each computes, and the sums over all of them.
 
-Steps are whole: each process makes the very micro-batches that one alone would make, so that each window's sums are
-the same numbers, whoever made them.
+Steps are whole: each process computes the same micro-batches as a single process would, so that the sums of each window
+are the same numbers, whichever process computes them.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,44 +16,42 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..stream.batch import Step
-from ..stream.cached import DistillLoader
+from ..stream.cached import CachedSource
 from ..utils.distributed import ALONE, Processes
 from .windows import Windows
 
 
 class EvalPartition:
-    """One process's part of the steps of an epoch of a loader, which itself is of one rank, and cut by batch_size.
+    """This process's part of the steps of an epoch.
 
-    Where there are fewer steps than processes, each makes all of them, and nothing is summed.
+    source: not divided over ranks, with a batch_size. windows: of the epoch. student: checked for FSDP2.
+    With fewer steps than processes, each process computes all of them, and nothing is summed.
     """
 
-    def __init__(
-        self, loader: DistillLoader, windows: int, windows_a_step: int, processes: Processes, student: Any
-    ) -> None:
-        self._loader, count = loader, len(loader)
+    def __init__(self, source: CachedSource, windows: int, processes: Processes, student: Any) -> None:
+        self._source, count = source, len(source)
         self._processes = processes if count >= processes.world_size else ALONE
         world = self._processes.world_size
-        begins = [count * rank // world for rank in range(world + 1)]
-        self._first, self._last = begins[self._processes.rank], begins[self._processes.rank + 1]
-        self._most = -(-count // world)
-        # FSDP2 gathers a layer's parts in every forward: all have to make equally many, at the same time
+        self._first, self._last = (count * rank // world for rank in (self._processes.rank, self._processes.rank + 1))
+        self._max_steps = -(-count // world)
+        # FSDP2 gathers the shards of a layer in every forward, so all processes must run equally many, at the same time
         modules = student.modules() if isinstance(student, nn.Module) else ()
-        self._together = world > 1 and any(isinstance(module, FSDPModule) for module in modules)
-        self.window = min(self._first * windows_a_step, windows)
+        self._in_lockstep = world > 1 and any(isinstance(module, FSDPModule) for module in modules)
+        self.first_window = min(self._first * source.fingerprint["batch_size"], windows)
         """The number of the first window of the first step."""
 
     def steps(self, forward: Callable[[Any], object]) -> Iterator[Step]:
-        """The steps of this process. forward: of a micro-batch, called where others make more forwards than this one,
-        which makes one of each micro-batch that has positions that count."""
-        state = self._loader.state_dict()
-        self._loader.load_state_dict(state | {"epoch": 0, "sequences": self.window, "steps": self._first})
-        mine = islice(self._loader.steps(epochs=1), self._last - self._first)
+        """The steps of this process; the caller runs one forward for each micro-batch with positions that count.
+
+        forward: of a micro-batch, called in addition if other processes run more forwards than this one.
+        """
+        self._source.seek(0, self._first)
+        mine = islice(self._source.steps(epochs=1), self._last - self._first)
         last: Any = None
-        for _ in range(self._most):
+        for _ in range(self._max_steps):
             step = next(mine, None)
-            counts = [] if step is None else [batch.count for batch in step.micro_batches]
-            forwards = sum(count > 0 for count in counts)
-            most = self._max(forwards) if self._together else forwards
+            forwards = 0 if step is None else sum(batch.count > 0 for batch in step.micro_batches)
+            most = self._max(forwards) if self._in_lockstep else forwards
             if step is not None:
                 last = step.micro_batches[-1]
                 yield step
@@ -61,19 +59,16 @@ class EvalPartition:
                 forward(last)
 
     def sum(self, windows: Windows) -> Windows:
-        """The sums of all processes; each window has been seen by one of them."""
+        """The sums of all processes; each window was computed by one of them."""
         if self._processes.group is None:
             return windows
-        group = self._processes.group
-        known: list[Any] = [None] * self._processes.world_size
-        dist.all_gather_object(known, (sorted(windows.sums), windows.bins is not None), group=group)
-        told: list[tuple[list[str], bool]] = known
-        nothing = np.zeros(len(windows.counts))
+        gathered: list[Any] = [None] * self._processes.world_size
+        dist.all_gather_object(gathered, (set(windows.sums), windows.bins is not None), group=self._processes.group)
+        nothing, names = np.zeros(len(windows.counts)), sorted(set[str]().union(*(names for names, _ in gathered)))
         counts = self._summed(windows.counts)
-        names = sorted({name for some, _ in told for name in some})
         sums = {name: self._summed(windows.sums.get(name, nothing)) for name in names}
         bins = None
-        if any(has for _, has in told):
+        if any(has_bins for _, has_bins in gathered):
             bins = self._summed(Windows.zero_bins(len(nothing)) if windows.bins is None else windows.bins)
         return Windows(counts, sums, bins)
 

@@ -298,9 +298,9 @@ def test_pairs(cache: Cache) -> None:
     for name in ("cross_entropy", "accuracy"):
         assert found[name].half < 0.5 * ours.intervals()[name].half
     assert all(value == Interval(0.0, 0.0) for value in compare(ours, ours).values())
-    with pytest.raises(StreamError, match="compare: the evaluations are of different windows"):
+    with pytest.raises(StreamError, match="compare: got evaluations of different windows"):
         compare(ours, evaluate(dense(model), cache, max_positions=60))
-    with pytest.raises(StreamError, match="compare: the evaluations count different positions"):
+    with pytest.raises(StreamError, match="compare: got evaluations that count different positions"):
         compare(ours, replace(theirs, student=Windows(theirs.student.counts + 1, theirs.student.sums)))
 
 
@@ -319,14 +319,14 @@ def test_json(cache: Cache) -> None:
 def test_damaged_evaluations_are_named(cache: Cache) -> None:
     good = evaluate(Student(1), cache, max_positions=100).to_json()
     for change, message in (
-        ({"format": "other"}, "this is none"),
-        ({"version": 9}, "found version 9"),
+        ({"format": "other"}, "expected what `Evaluation.to_json` returned"),
+        ({"version": 9}, "got version 9"),
         ({"student": {}}, "damaged"),
         ({"seconds": "soon"}, "damaged"),
         ({"positions": math.inf}, "damaged"),
-        ({"student": good["student"] | {"sums": {}}}, "it has no accuracy, cross_entropy"),
-        ({"teacher": good["student"]}, "it has no cross_entropy_at_least"),
-        ({"teacher": good["teacher"] | {"counts": [n + 1 for n in good["teacher"]["counts"]]}}, "other counts"),
+        ({"student": good["student"] | {"sums": {}}}, "student: no accuracy, cross_entropy"),
+        ({"teacher": good["student"]}, "teacher: no cross_entropy_at_least"),
+        ({"teacher": good["teacher"] | {"counts": [n + 1 for n in good["teacher"]["counts"]]}}, "different counts"),
         ({"student": good["student"] | {"counts": [0.0] * len(good["student"]["counts"])}}, "no positions"),
         ({"student": good["student"] | {"counts": [1.0]}}, "not as many windows"),
         ({"student": good["student"] | {"bins": [[[1.0]]]}}, "bins have shape"),
@@ -334,7 +334,7 @@ def test_damaged_evaluations_are_named(cache: Cache) -> None:
     ):
         with pytest.raises(StreamError, match=message):
             Evaluation.from_json(good | change)
-    with pytest.raises(StreamError, match="this is none"):
+    with pytest.raises(StreamError, match="expected what `Evaluation"):
         Evaluation.from_json([1])
 
 
@@ -363,9 +363,9 @@ def test_a_wider_head_is_taken(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        (lambda b: torch.zeros(b.count, VOCAB - 1), "student: its logits have shape"),
-        (lambda b: torch.zeros(b.count + 1, VOCAB), "student: its logits have shape"),
-        (lambda b: [1.0], "student: its logits have shape list"),
+        (lambda b: torch.zeros(b.count, VOCAB - 1), "student: got logits of shape"),
+        (lambda b: torch.zeros(b.count + 1, VOCAB), "student: got logits of shape"),
+        (lambda b: [1.0], "student: got logits of shape list"),
         (lambda b: torch.full((b.count, VOCAB), math.nan), "cross-entropy is not finite at .* the first in window 0"),
         ("a name", "student: got str; expected a module"),
     ],
@@ -387,7 +387,7 @@ def test_empty_splits_are_named(cache: Cache, tmp_path: Path) -> None:
     with create_cache(tmp_path / "b", spec) as writer:
         shard = make_shard(spec, 12, sequences=1, uncounted=0) | {"sequence_lengths": [1] * 12}
         writer.write_shard(0, **shard | {"inputs": {"tokens": np.arange(12)}})
-    with pytest.raises(StreamError, match="no position in them counts"):
+    with pytest.raises(StreamError, match="in which no position counts"):
         evaluate(student, tmp_path / "b", split="train")
 
 

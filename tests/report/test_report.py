@@ -391,7 +391,7 @@ def damage(run: Path, name: str, change: Callable[[str], str]) -> None:
         ),
         ("run.json", lambda t: "[]", r"run\.json: got list; expected a JSON object"),
         ("evaluation.json", lambda t: t[:-5], r"evaluation\.json: not JSON"),
-        ("evaluation.json", lambda t: "{}", r"evaluation\.json: evaluation: this is none"),
+        ("evaluation.json", lambda t: "{}", r"evaluation\.json: evaluation: got something else"),
         ("evaluation.json", lambda t: t.replace('"counts": [511.0', '"counts": ["x"'), r"evaluation\.json: .* damaged"),
         ("control/metrics.jsonl", lambda t: "x\n" + t, r"control/metrics\.jsonl, line 1"),
     ],
