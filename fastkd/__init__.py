@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import lazy_loader
 
+from .utils.deprecated import find_moved_modules
+
 if TYPE_CHECKING:
     from .capture.api import capture
     from .kernels import (
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .train.result import TrainReport
 
 __version__ = "0.1.0.dev0"
+find_moved_modules()
 
 __getattr__, _, _names = lazy_loader.attach(
     __name__,

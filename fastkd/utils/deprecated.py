@@ -1,9 +1,50 @@
 """Settings and functions of earlier versions: what still works warns, and what was removed says what to do instead."""
 
+import importlib
+import sys
 import warnings
-from typing import TypeVar
+from collections.abc import Mapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# Documented modules that have moved: the new module, and renamed names. None: a package of such modules.
+_MOVED: Mapping[str, tuple[str, Mapping[str, str]] | None] = {
+    "fastkd.student": None,
+    "fastkd.student.evaluate": ("fastkd.evaluate", {}),
+    "fastkd.teacher": None,
+    "fastkd.teacher.protocol": ("fastkd.teachers", {"Head": "LMHead"}),
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Imports documented modules from their former places, with a DeprecationWarning."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that has moved."""
+        return ModuleSpec(fullname, self, is_package=_MOVED[fullname] is None) if fullname in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let the names of the module come from its new place."""
+        moved = _MOVED[module.__name__]
+        if moved is None:
+            return
+        place, renames = moved
+        warnings.warn(f"{module.__name__} has moved: import from {place}.", DeprecationWarning, stacklevel=2)
+
+        def names(name: str) -> Any:
+            return getattr(importlib.import_module(place), renames.get(name, name))
+
+        module.__getattr__ = names  # type: ignore[method-assign]
+
+
+def find_moved_modules() -> None:
+    """Make modules that have moved importable from their former places."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())
 
 
 def deprecated_decode(value: str, error: type[Exception], *, stacklevel: int) -> None:
