@@ -30,10 +30,10 @@ class TopKConfig:
     seed: int = 0
 
 
-def topk_config(settings: CaptureSettings, keeping: tuple[int, int, float | None] | None = None) -> TopKConfig:
-    """The top-k config of these settings, or with another k, draws and mass."""
-    k, draws, mass = keeping or (settings.k, settings.draws, settings.mass)
-    return TopKConfig(k, draws, settings.draw_temperature, mass, settings.temperatures, settings.seed)
+def topk_config(settings: CaptureSettings) -> TopKConfig:
+    """The top-k config of these settings."""
+    draws, mass = settings.draws, settings.mass
+    return TopKConfig(settings.k, draws, settings.draw_temperature, mass, settings.temperatures, settings.seed)
 
 
 def check_limits(teacher: Teacher, config: TopKConfig) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 
 from fastkd.cache import open_cache
 
-EXAMPLE_COLUMNS = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_import_server_logprobs(tmp_path: Path) -> None:
-    example = runpy.run_path(str(EXAMPLE_COLUMNS / "import_server_logprobs.py"))
+    example = runpy.run_path(str(EXAMPLES / "import_server_logprobs.py"))
     example["main"](str(tmp_path / "cache"))
     cache = open_cache(tmp_path / "cache")
     assert cache.sealed

@@ -18,11 +18,18 @@ from fastkd.cache.manifest import to_parquet
 from fastkd.cache.scan import listed
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture.claims import Claims
-from fastkd.capture.estimate import choices, measure
-from fastkd.capture.estimate import estimate as estimating
-from fastkd.capture.estimate.costs import Clock, host_bytes, manifest_bytes, objects, requests
+from fastkd.capture.estimate import estimate as estimate_module
+from fastkd.capture.estimate import measure
+from fastkd.capture.estimate.costs import (
+    capture_hours,
+    host_bytes,
+    manifest_bytes,
+    objects,
+    position_seconds,
+    requests,
+)
 from fastkd.capture.estimate.estimate import Estimate, _relative_error, estimate
-from fastkd.capture.estimate.measure import halvings
+from fastkd.capture.estimate.measure import middle_first
 from fastkd.capture.estimate.text import estimate_text
 from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
 from fastkd.data.documents import Documents, open_documents
@@ -81,9 +88,9 @@ def answers() -> Documents:
 
 
 def estimated(data: Any = None, model: Any = None, settings: CaptureSettings = SETTINGS, **options: Any) -> Estimate:
-    """By two batches, and without other choices, unless more is asked for."""
+    """From two batches, unless options say otherwise."""
     teacher = ModuleTeacher(model or Zipf(), vocab_size=VOCAB, fingerprint="it")
-    return estimate(teacher, data or prose(), settings, **{"seconds": 0, "batches": 2, "others": False, **options})
+    return estimate(teacher, data or prose(), settings, **{"seconds": 0, "min_batches": 2, **options})
 
 
 def taken(data: Any, settings: CaptureSettings, **changes: Any) -> tuple[int, Any, Any]:
@@ -116,45 +123,46 @@ def test_bytes_are_those_of_the_capture(data: Any, settings: CaptureSettings) ->
     assert report.objects == len(list(store.list("")))
 
 
-def test_small_slices_are_not_believed_to_the_letter() -> None:
-    """What a slice pays for its vocabulary, a shard pays as well, and once."""
+def test_a_small_sample_is_not_extrapolated_linearly() -> None:
+    """The sample pays for its vocabulary as a whole shard does, once."""
     report = estimated(prose(350))
-    size, _, store = taken(prose(350), SETTINGS)
-    attributes = open_cache(store).attributes(0)
-    tables = sum(n for name, n in attributes["bytes"].items() if name.endswith(("/classes", "/grid")))
-    headers = listed(store)[0] - sum(attributes["bytes"].values())
-    assert abs(report.once_a_shard / (tables + headers) - 1) < 0.25
+    size, _, _ = taken(prose(350), SETTINGS)
     assert report.measured["positions"] < 0.15 * report.plan["positions"]
     assert abs(report.bytes / size - 1) < 0.04
 
 
-def test_other_choices_cost_what_they_then_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "_LEAST_ROWS", 1024)  # whatever the time
-    report = estimated(prose(120), others=True)
-    assert [c.asked for c in report.choices].count(True) == 1
-    assert report.choices[0].bytes == report.bytes
-    by = {(c.k, c.draws, c.mass): c for c in report.choices}
-    assert len(by) == len(report.choices) == 15
-    for k, draws, mass in ((64, 8, None), (24, 8, 0.9), (24, 0, None), (0, 50, None)):
-        changed = CaptureSettings(**{**vars(SETTINGS), "k": k, "draws": draws, "mass": mass})
-        size, _, _ = taken(prose(120), changed)
-        assert abs(by[k, draws, mass].bytes / size - 1) < 0.05
-    sizes = [by[k, 8, None].bytes for k in (16, 32, 48, 64, 128)]
+def test_another_k_costs_what_it_then_costs() -> None:
+    report = estimated(prose(120))
+    by_k = {cost.k: cost for cost in report.by_k}
+    assert list(by_k) == [16, 24, 32, 64, 128]
+    assert by_k[24].bytes == report.bytes
+    for k in (16, 64):
+        size, _, _ = taken(prose(120), CaptureSettings(**{**vars(SETTINGS), "k": k}))
+        assert abs(by_k[k].bytes / size - 1) < 0.05
+    sizes = [cost.bytes for cost in report.by_k]
     assert sizes == sorted(sizes)
 
 
-def test_what_heads_hold_is_what_they_hold() -> None:
-    report = estimated(prose(120), others=True)
+def test_the_mass_of_top_k_entries_is_that_of_the_cache() -> None:
+    report = estimated(prose(120))
+    (cost,) = (cost for cost in report.by_k if cost.k == SETTINGS.k)
     _, _, store = taken(prose(120), SETTINGS)
     cache = open_cache(store)
     means, counted = cache.manifest.column("mass_mean").to_numpy(), cache.manifest.column("counted").to_numpy()
-    assert abs(report.choices[0].mass_1 - float(np.average(means, weights=counted))) < 0.02
+    assert cost.mass_1 == pytest.approx(float(np.average(means, weights=counted)), abs=0.02)
     arrays = cache.read_shard(0)
     at_two = fastkd.targets_from_arrays(arrays, cache.spec).at(2.0, "bucket").log_q_tail.exp()
-    assert report.choices[0].mass_2 == pytest.approx(1 - float(at_two.mean()), abs=0.02)
-    assert {c.mass_1 for c in report.choices if c.k == 0} == {0.0}
-    cut = CaptureSettings(**{**vars(SETTINGS), "temperatures": (1.0, 1.5)})
-    assert {c.mass_2 for c in estimated(prose(40), settings=cut, others=True).choices if c.k} == {None}
+    assert cost.mass_2 == pytest.approx(1 - float(at_two.mean()), abs=0.02)
+    masses = [cost.mass_1 for cost in report.by_k if cost.mass_1 is not None]
+    assert masses == sorted(masses)
+    assert len(masses) == 5
+    without = CaptureSettings(**{**vars(SETTINGS), "temperatures": (1.0, 1.5)})
+    assert {cost.mass_2 for cost in estimated(prose(40), settings=without).by_k} == {None}
+
+
+def test_draws_without_top_k_hold_no_mass() -> None:
+    report = estimated(prose(40), settings=CaptureSettings(k=0, draws=20, context=128, shard_positions=4096))
+    assert (report.by_k[0].k, report.by_k[0].mass_1, report.by_k[0].bytes) == (0, 0.0, report.bytes)
 
 
 class Counting:
@@ -192,7 +200,7 @@ def test_requests_are_those_of_the_capture() -> None:
     settings = CaptureSettings(k=5, draws=3, context=16, shard_positions=64, batch_tokens=40)
     teacher = ModuleTeacher(Causal(), vocab_size=97)
     data = open_documents(documents(), vocab_size=97)
-    report = estimate(teacher, data, settings, seconds=0, others=False)
+    report = estimate(teacher, data, settings, seconds=0)
     store = Counting()
     captured = fastkd.capture(teacher, data, store, settings)
     assert captured.plan["shards"] > 5
@@ -222,11 +230,11 @@ def test_claims_are_renewed_as_often_as_is_said(seconds: int) -> None:
 
 def test_the_teacher_is_run_once_on_each_batch() -> None:
     model = Zipf()
-    report = estimated(prose(40), model, others=True)
-    # one piece, where there is no time for more, to warm up
+    report = estimated(prose(40), model)
+    # one segment to warm up, if there is no time for more
     assert len(model.calls) - report.measured["batches"] == 1
     assert model.calls[0][0] == 1
-    assert len(report.choices) == 15
+    assert len(report.by_k) == 5
 
 
 class Slow(Zipf):
@@ -248,8 +256,8 @@ class Slow(Zipf):
 def test_the_time_that_is_asked_for_is_kept_to(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Slow()
     monkeypatch.setattr(measure, "time", model)
-    monkeypatch.setattr(estimating, "time", model)
-    report = estimated(model=model, batches=1, seconds=seconds)
+    monkeypatch.setattr(estimate_module, "time", model)
+    report = estimated(model=model, min_batches=1, seconds=seconds)
     found, batch = report.measured, 4.1  # seconds of one, at most; the data have some nine
     assert found["seconds_spent"] == pytest.approx(model.now)
     assert found["seconds_spent"] <= max(seconds + batch / 2, 1.6 * batch)
@@ -257,14 +265,14 @@ def test_the_time_that_is_asked_for_is_kept_to(seconds: float, monkeypatch: pyte
         assert found["seconds_spent"] >= seconds - batch / 2
     text = " ".join(estimate_text(report).split())
     assert (found["batches"] == 1) == (seconds < 7)
-    assert (f"where {seconds:g} were asked for: a batch is the least that is run" in text) == (seconds < 4)
+    assert (f"in all instead of {seconds:g}: at least one batch is run" in text) == (seconds < 4)
 
 
 def test_states_and_logits_come_to_the_same() -> None:
-    one, other = (estimated(prose(60), Zipf(hidden=h), others=True) for h in (True, False))
+    one, other = (estimated(prose(60), Zipf(hidden=h)) for h in (True, False))
     assert one.bytes == pytest.approx(other.bytes, rel=1e-3)
-    for a, b in zip(one.choices, other.choices, strict=True):
-        assert (a.k, a.draws, a.mass) == (b.k, b.draws, b.mass)
+    for a, b in zip(one.by_k, other.by_k, strict=True):
+        assert a.k == b.k
         assert a.bytes == pytest.approx(b.bytes, rel=1e-3)
         assert a.mass_1 == pytest.approx(b.mass_1, abs=1e-4)
 
@@ -280,19 +288,18 @@ def test_batches_of_all_lengths_from_some_shards() -> None:
     lengths = [length for _, length in model.calls[3:]]
     assert min(lengths) < 50
     assert max(lengths) == 256
-    assert report.low is not None
-    assert report.high is not None
-    assert report.low < report.positions_per_second < report.high
-    assert report.slowest_batch < report.fastest_batch
+    assert report.hours_low is not None
+    assert report.hours_high is not None
+    assert report.hours_low < report.hours < report.hours_high
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 100])
-def test_halvings_name_each_number_once_the_middle_first(count: int) -> None:
-    found = list(halvings(count))
+def test_each_number_once_the_middle_first(count: int) -> None:
+    found = list(middle_first(count))
     assert sorted(found) == list(range(count))
     assert found[0] == (count - 1) // 2
     if count == 100:
-        assert found[:7] == [49, 24, 74, 12, 37, 62, 87]
+        assert found[:7] == [49, 24, 74, 11, 36, 61, 87]
 
 
 def test_hours_and_cost_follow_from_the_slice() -> None:
@@ -300,37 +307,18 @@ def test_hours_and_cost_follow_from_the_slice() -> None:
     plan = make_window_plan(lengths, WindowPlanSettings(context=100, shard_positions=1000), "x")
     assert plan.shards == 10
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    one, four = Clock(plan, 1, 3.0, cpu), Clock(plan, 4, 3.0, cpu)
-    assert one.hours(0.36) == pytest.approx(1.0)
-    assert four.hours(0.36) == pytest.approx(0.3)  # ten shards: three rounds, not two and a half
-    assert one.cost(0.36) == pytest.approx(3.0)
-    assert four.cost(0.36) == pytest.approx(3.6)
-    assert Clock(plan, 1, None, cpu).cost(0.36) is None
-    assert one.position(1.0, 0.5) == 1 + 0.5 / torch.get_num_threads()
-    assert Clock(plan, 1, None, gpu).position(1.0, 0.5) == 1.0
-    report = estimated(prose(60), workers=2, price_per_hour=1.5, others=True)
+    assert capture_hours(plan, 1, 0.36) == pytest.approx(1.0)
+    assert capture_hours(plan, 4, 0.36) == pytest.approx(0.3)  # ten shards: three rounds, not two and a half
+    assert position_seconds(1.0, 0.5, cpu) == 1 + 0.5 / torch.get_num_threads()
+    assert position_seconds(1.0, 0.5, gpu) == 1.0
+    assert position_seconds(1.0, 1.5, gpu) == 1.5
+    report = estimated(prose(60), workers=2, price_per_hour=1.5)
     each = 3600 * report.hours / report.plan["positions"]
     shards = report.plan["shards"]
     assert each == pytest.approx(math.ceil(shards / 2) / shards / report.positions_per_second)
     assert report.cost == pytest.approx(1.5 * report.worker_hours)
     assert report.worker_hours == 2 * report.hours
-    assert report.choices[0].hours == pytest.approx(report.hours)
-    assert report.choices[0].cost == pytest.approx(report.cost)
-
-
-def test_other_amounts_of_data_follow_from_the_slice() -> None:
-    report = estimated(prose(60), price_per_hour=1.5, student_rate=5e4)
-    assert [scale.positions for scale in report.scales] == [10**9, 10**11, 10**12]
-    for scale in report.scales:
-        assert scale.worker_hours == pytest.approx(scale.positions / report.positions_per_second / 3600)
-        assert scale.cost == pytest.approx(1.5 * scale.worker_hours)
-        assert scale.shards == math.ceil(scale.positions / 2**20)
-        assert scale.objects >= 2 * scale.shards  # and a claim on each
-        # tables are shared by more positions there than here
-        assert 0.5 * report.bytes_per_position < scale.bytes / scale.positions < report.bytes_per_position
-    decode = report.seconds_per_position["decode"]
-    assert decode
-    assert report.readers == {gpus: max(1, math.ceil(gpus * 5e4 * decode)) for gpus in (8, 64, 512)}
+    assert estimated(prose(60)).cost is None
 
 
 def test_the_manifest_is_as_large_as_is_said() -> None:
@@ -366,11 +354,12 @@ class Limited(Zipf):
 
 
 def test_batches_that_do_not_fit_are_said() -> None:
-    report = estimated(model=Limited(), others=True)
+    report = estimated(model=Limited())
     assert report.measured["batches_halved"] == 2
     assert "2 of the batches did not fit into memory and were halved" in " ".join(estimate_text(report).split())
-    # their outputs came in parts, and none was kept
-    assert report.choices == []
+    # the answers came in parts, which the table does not take
+    assert report.by_k == []
+    assert "Other k" not in estimate_text(report)
     assert report.bytes == pytest.approx(estimated().bytes, rel=1e-3)
 
 
@@ -397,11 +386,11 @@ def test_examples() -> None:
     captured = fastkd.capture(Classifier(), data, store, settings)
     assert report.plan == captured.plan
     assert abs(report.bytes / sum(listed(store).values()) - 1) < 0.04
-    # heads beyond the classes are no choices
-    assert {c.k for c in report.choices} == {0, 6, 16, 32}
+    # no k beyond the 40 classes
+    assert [cost.k for cost in report.by_k] == [6, 16, 32]
 
 
-def test_where_nothing_counts_there_is_nothing_to_choose() -> None:
+def test_without_targets_there_is_no_table() -> None:
     data = open_documents(
         [[{"role": "user", "content": "hm"}]] * 9,
         tokenizer=lambda text: [ord(c) for c in text],
@@ -410,23 +399,24 @@ def test_where_nothing_counts_there_is_nothing_to_choose() -> None:
         template_fingerprint="plain",
         loss_on="assistant",
     )
-    report = estimated(data, others=True)
-    assert report.choices == []
+    report = estimated(data)
+    assert report.by_k == []
     assert report.plan["positions"] == 18
     assert report.bytes > 0
 
 
 def test_the_text() -> None:
-    report = estimated(prose(40), workers=3, price_per_hour=2.5, others=True)
+    report = estimated(prose(40), workers=3, price_per_hour=2.5)
     text = estimate_text(report)
     assert max(map(len, text.splitlines())) <= 80
-    said = " ".join(text.split())
-    assert f"{report.plan['positions']:,}, in {report.plan['windows']:,} windows" in said
-    assert "at 2.5 an hour" in said
-    assert "with 3 workers" in said
-    assert "1,000 billion positions" in said
-    assert "100,000 positions/s each" in said
-    assert text.count("\n* ") == 1
+    words = " ".join(text.split())
+    assert f"{report.plan['positions']:,}, in {report.plan['windows']:,} windows" in words
+    assert "at 2.5 an hour" in words
+    assert "with 3 workers" in words
+    (marked,) = (line for line in text.splitlines() if line.startswith("* "))
+    cost = report.by_k[1]
+    assert marked.split()[:3] == ["*", "24", f"{cost.bytes_per_position:.1f}"]
+    assert marked.split()[-2:] == [f"{cost.mass_1:.3f}", f"{cost.mass_2:.3f}"]
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["plan"] == report.plan
     assert "cost" not in estimate_text(estimated(model=Limited()))
 
@@ -434,10 +424,10 @@ def test_the_text() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 0}, "workers: found 0"),
-        ({"seconds": -1}, "seconds: found -1"),
-        ({"price_per_hour": math.inf}, "price_per_hour: found inf"),
-        ({"student_rate": -1}, "student_rate: found -1"),
+        ({"workers": 0}, "workers: got 0"),
+        ({"seconds": -1}, "seconds: got -1"),
+        ({"price_per_hour": math.inf}, "price_per_hour: got inf"),
+        ({"min_batches": 0}, "min_batches: got 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:

@@ -317,7 +317,7 @@ def test_more_entries_than_outcomes(teacher: Path, tmp_path: Path, run: Any, cap
     said = "k = 301 is more than the teacher's 300 outcomes: every target holds all of them exactly, and the 4 draws"
     assert (status, said in told, "complete and sealed" in text) == (0, True, True)
     assert open_cache(tmp_path / "cache").sealed
-    assert cli.main(["plan", *given, "--seconds", "0", "--no-others"]) == 0
+    assert cli.main(["plan", *given, "--seconds", "0"]) == 0
     assert said in capfd.readouterr().err
     assert "outcomes" not in run(*given, "--k", 300, "--out", tmp_path / "whole")[2]
 
@@ -330,7 +330,7 @@ def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkey
     out = capfd.readouterr().out
     for word in ("positions", "Requests", "cost", "with 2 workers", "Other settings"):
         assert word in out
-    assert cli.main(["plan", *given, "--no-others", "--json"]) == 0
+    assert cli.main(["plan", *given, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["plan"]["documents"] == 12
     assert found["choices"] == []

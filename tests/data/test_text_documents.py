@@ -128,12 +128,12 @@ def test_capture_says_it_and_keeps_to_it(given_: list[str], tmp_path: Path, capf
 
 
 def test_plan_says_it(given_: list[str], capfd: Any) -> None:
-    assert cli.main(["plan", *given_, "--seconds", "0.1", "--no-others"]) == 0
+    assert cli.main(["plan", *given_, "--seconds", "0.1"]) == 0
     out, told = capfd.readouterr()
     assert "book.txt: 43 documents," in " ".join(out.split())
     assert "--text-documents blank-line" in told
-    assert cli.main(["plan", *given_, "--seconds", "0.1", "--no-others", "--text-documents", "file", "--json"]) == 0
-    assert "1 document, " in json.loads(capfd.readouterr().out)["understood"][0]
+    assert cli.main(["plan", *given_, "--seconds", "0.1", "--text-documents", "file", "--json"]) == 0
+    assert "1 document, " in json.loads(capfd.readouterr().out)["data"][0]
 
 
 def test_in_python(given_: list[str], tmp_path: Path, capfd: Any) -> None:

@@ -1,11 +1,11 @@
-"""A slice of a capture, run as capture runs it and timed: some of its batches, and what the teacher said in them."""
+"""A sample of a capture: some of its batches, run as capture runs them, and timed."""
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from itertools import islice, zip_longest
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,128 +15,121 @@ from tqdm import tqdm
 
 from ...data.documents import Documents
 from ...data.examples import Examples
-from ...models.protocol import Hidden, Logits, Output
-from ...teachers.protocol import Teacher
-from ..answers import TopKConfig, flat_rows, full_output
+from ...teachers.protocol import Answer, Teacher
+from ..answers import TopKConfig
 from ..rows import Ints, ShardRows, read_shard_rows
 from ..teacher_pass import TeacherPass
 from ..window_plan import WindowPlan
 
 Array = NDArray[Any]
 
-_SHARDS = 3  # the slice is taken from
-_KEPT_BATCHES = 4  # whose outputs are kept, some rows of each
-_KEPT_ROWS, _KEPT_BYTES = 1024, 64 << 20  # of each, at most
-_POSITIONS = 2**17  # whose targets are held: more teach little about their size
+_SHARDS = 3  # that batches are taken from
+_ALONE = 4  # batches run one at a time, before they overlap
+_KEPT_POSITIONS = 2**17  # whose targets are kept; more would not improve the estimate of their size
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
-    """Rows, and what the teacher said of them: the arrays of `CacheWriter.write_shard`, `[n, …]` each."""
+class CapturedRows:
+    """Rows and their targets: the arrays of `CacheWriter.write_shard`, `[n, …]` each."""
 
-    some: ShardRows
+    rows: ShardRows
     arrays: dict[str, Array]
 
-    def part(self, places: Ints) -> "Said":
-        """Some pieces of it."""
-        at, _ = self.some.rows_of(places)
-        return Said(self.some.select(places), {name: array[at] for name, array in self.arrays.items()})
+    def select(self, segments: Ints) -> "CapturedRows":
+        """The rows of some segments."""
+        at, _ = self.rows.rows_of(segments)
+        return CapturedRows(self.rows.select(segments), {name: array[at] for name, array in self.arrays.items()})
 
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Some rows that count, and the teacher's output there, on the host: `[n, D]` or `[n, V]`.
-
-    inputs: the cache's input columns, `[n]` each. numbers: of the rows in the data set, `[n]`.
-    """
-
-    inputs: dict[str, Array]
-    numbers: Ints
-    output: Output
-
-    def every(self, step: int) -> "Kept":
-        """One row in so many."""
-        inputs = {name: column[::step] for name, column in self.inputs.items()}
-        if isinstance(self.output, Hidden):
-            return Kept(inputs, self.numbers[::step], Hidden(self.output.states[::step], self.output.lm_head))
-        return Kept(inputs, self.numbers[::step], Logits(self.output.values[::step]))
+    @classmethod
+    def cat(cls, parts: list["CapturedRows"]) -> "CapturedRows":
+        """The rows of all parts, one after the other."""
+        names = ("counts", "sequence_lengths", "document_lengths", "document", "start")
+        return cls(
+            ShardRows(
+                inputs={n: np.concatenate([part.rows.inputs[n] for part in parts]) for n in parts[0].rows.inputs},
+                first_sequence=0,
+                **{n: np.concatenate([getattr(part.rows, n) for part in parts]) for n in names},
+            ),
+            {n: np.concatenate([part.arrays[n] for part in parts]) for n in parts[0].arrays},
+        )
 
 
 @dataclass(eq=False)
-class Slice:
-    """What was run. batches: how many; parts: positions and the device's seconds of each, or of its halves where it
-    did not fit into memory; halved: how many did not. positions; seconds: by the clock.
+class Sample:
+    """The batches that were run.
 
-    shards: that they are of. device_peak: bytes in use on the device,
-    at most; None on a CPU. said: of some 2^17 positions, at most. kept: of a few batches.
+    batches: their number; halved: those that did not fit into memory and were halved. shards: the shards they are from.
+    positions, seconds: of all of them, by the clock. parts: positions and device seconds of each batch (or half).
+    captured: rows and targets of up to 2^17 positions. device_peak: peak memory on the device, bytes; None on a CPU.
     """
 
     batches: int = 0
-    parts: list[tuple[int, float]] = field(default_factory=list)
+    halved: int = 0
     shards: list[int] = field(default_factory=list)
     positions: int = 0
     seconds: float = 0.0
-    halved: int = 0
+    parts: list[tuple[int, float]] = field(default_factory=list)
+    captured: list[CapturedRows] = field(default_factory=list)
     device_peak: int | None = None
-    said: list[Said] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
 
 
-def run_slice(
+def run_sample(
     teacher: Teacher,
     data: Documents | Examples,
     plan: WindowPlan,
-    ask: TopKConfig,
+    config: TopKConfig,
     *,
     seconds: float,
-    least: int = 1,
+    min_batches: int = 1,
+    on_answer: Callable[[ShardRows, Answer], None] = lambda rows, answer: None,
     progress: bool = False,
-) -> Slice:
-    """Run batches of a plan for about so many seconds at most, a warm-up included; but `least` batches.
+) -> Sample:
+    """Run batches of a plan for about that many seconds, warm-up included, and at least `min_batches`.
 
-    They come from up to three shards, drawn at random; in each the middle one first, then those between, so that long
-    and short pieces have their share whenever time is up. progress: a bar on stderr. Raises as `TeacherPass.run`.
+    The batches come from up to three random shards, the middle one of each shard first and then those between, so that
+    short and long segments are represented whenever the time is up. on_answer: called with the rows of each of the
+    first batches that fits into memory, and the teacher's answer. progress: a bar on stderr. Raises as
+    `TeacherPass.run`.
     """
-    found = Slice()
-    tap = _Tap(teacher)
-    runner = TeacherPass(tap, ask, on_batch=lambda positions, busy: found.parts.append((positions, busy)))
+    sample = Sample()
+    recorder = _Recorder(teacher)
+    runner = TeacherPass(cast(Teacher, recorder), config, on_batch=lambda *part: sample.parts.append(part))
     shards = _Shards(plan, data)
     order = shards.order()
     began = time.perf_counter()
-    _warm_up(TeacherPass(teacher, ask), shards, data, seconds)
+    _warm_up(TeacherPass(teacher, config), shards, data, seconds)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
 
     def run(shard: int, numbers: list[int]) -> ShardRows:
-        some, batches = shards.part(shard, numbers)
+        some, batches = shards.batch_rows(shard, numbers)
         begun = time.perf_counter()
         arrays, halved = runner.run(some, batches, data, shard)
-        found.seconds += time.perf_counter() - begun
-        found.batches += len(numbers)
-        found.positions += len(some)
-        found.halved += len(halved)
-        if sum(len(said.some) for said in found.said) < _POSITIONS:
-            found.said.append(Said(some, arrays))
+        sample.seconds += time.perf_counter() - begun
+        sample.batches += len(numbers)
+        sample.positions += len(some)
+        sample.halved += len(halved)
+        if sum(len(part.rows) for part in sample.captured) < _KEPT_POSITIONS:
+            sample.captured.append(CapturedRows(some, arrays))
         bar.update(len(numbers))
         return some
 
     def affordable() -> float:
-        """How many batches there is time for: half a one too many, at most."""
-        each = max(found.seconds / found.batches, 1e-6)
-        return max(least - found.batches, (seconds - (time.perf_counter() - began)) / each + 0.5)
+        """Number of batches there is time for, rounded."""
+        each = max(sample.seconds / sample.batches, 1e-6)
+        return max(min_batches - sample.batches, (seconds - (time.perf_counter() - began)) / each + 0.5)
 
     with tqdm(desc="measure", unit="batch", disable=not progress) as bar:
-        for shard, number in order:
-            tap.outputs = []
+        for shard, number in islice(order, _ALONE):
+            recorder.answers = []
             some = run(shard, [number])
-            outputs, tap.outputs = tap.outputs, None
-            if len(outputs) == 1:
-                found.kept.append(_kept(some, outputs[0], teacher.vocab_size))
-            del outputs
-            if found.batches >= _KEPT_BATCHES or affordable() < 1:
+            if len(recorder.answers) == 1:
+                on_answer(some, recorder.answers[0])
+            if affordable() < 1:
                 break
+        recorder.answers = None
         while (count := affordable()) >= 1:
-            # several at a time, so that the stages overlap as they will
+            # several at a time, so that device and host overlap as in a capture
             by_shard = defaultdict(list)
             for shard, number in islice(order, min(int(count), 64)):
                 by_shard[shard].append(number)
@@ -144,126 +137,81 @@ def run_slice(
                 break
             for shard, numbers in by_shard.items():
                 run(shard, numbers)
-    found.shards = shards.read
+    sample.shards = shards.used
     if teacher.device.type == "cuda":
-        found.device_peak = torch.cuda.max_memory_allocated(teacher.device)
-    return found
+        sample.device_peak = torch.cuda.max_memory_allocated(teacher.device)
+    return sample
 
 
-class _Tap:
-    """A teacher whose outputs are also put into a list, where there is one."""
+class _Recorder:
+    """A teacher whose answers are also put into a list, if there is one."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
-        self.outputs: list[Output] | None = None
+        self._teacher = teacher
+        self.answers: list[Answer] | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.teacher.vocab_size
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
 
-    @property
-    def fingerprint(self) -> str:
-        return self.teacher.fingerprint
-
-    @property
-    def device(self) -> torch.device:
-        return self.teacher.device
-
-    @property
-    def max_positions(self) -> int | None:
-        return self.teacher.max_positions
-
-    def __call__(self, inputs: Tensor) -> Output:
-        output = full_output(self.teacher(inputs))
-        if self.outputs is not None:
-            self.outputs.append(output)
-        return output
+    def __call__(self, inputs: Tensor) -> Answer:
+        answer = self._teacher(inputs)
+        if self.answers is not None:
+            self.answers.append(answer)
+        return answer
 
 
 class _Shards:
-    """Some shards of a plan, drawn at random, each read when it is first needed."""
+    """Random shards of a plan, each read when it is first used."""
 
     def __init__(self, plan: WindowPlan, data: Documents | Examples) -> None:
         self._plan, self._data = plan, data
         random = np.random.default_rng(plan.settings.seed)
         share = np.diff(plan.shard_rows) / plan.shard_rows[-1]
-        self.chosen: list[int] = random.choice(plan.shards, min(_SHARDS, plan.shards), replace=False, p=share).tolist()
+        chosen = random.choice(plan.shards, min(_SHARDS, plan.shards), replace=False, p=share).tolist()
+        self._batches = {shard: plan.batches(shard) for shard in chosen}
         self._rows: dict[int, ShardRows] = {}
-        self._batches: dict[int, list[Ints]] = {}
 
     @property
-    def read(self) -> list[int]:
-        """Those that were needed."""
+    def used(self) -> list[int]:
         return sorted(self._rows)
 
-    def batches(self, shard: int) -> list[Ints]:
-        """Its batches."""
-        if shard not in self._batches:
-            self._batches[shard] = self._plan.batches(shard)
-        return self._batches[shard]
-
-    def part(self, shard: int, numbers: list[int]) -> tuple[ShardRows, list[Ints]]:
-        """The rows of some batches alone, and the places of each one's pieces among them."""
+    def batch_rows(self, shard: int, numbers: list[int]) -> tuple[ShardRows, list[Ints]]:
+        """The rows of some batches of a shard, and the indices of each batch's segments among them."""
         if shard not in self._rows:
             self._rows[shard] = read_shard_rows(self._plan, self._data, shard)
-        places = [self.batches(shard)[number] for number in numbers]
-        ends = np.cumsum([len(some) for some in places])
-        return self._rows[shard].select(np.concatenate(places)), np.split(np.arange(ends[-1]), ends[:-1])
+        segments = [self._batches[shard][number] for number in numbers]
+        ends = np.cumsum([len(batch) for batch in segments])
+        return self._rows[shard].select(np.concatenate(segments)), np.split(np.arange(ends[-1]), ends[:-1])
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """All batches, the shards by turns."""
-        left = [(shard, halvings(len(self.batches(shard)))) for shard in self.chosen]
-        while left:
-            for item in list(left):
-                shard, numbers = item
-                if (number := next(numbers, None)) is None:
-                    left.remove(item)
-                else:
-                    yield shard, number
+        """Shard and number of every batch, the shards in turn."""
+        by_shard = [[(shard, n) for n in middle_first(len(batches))] for shard, batches in self._batches.items()]
+        return (item for turn in zip_longest(*by_shard) for item in turn if item is not None)
 
 
-def halvings(count: int) -> Iterator[int]:
-    """0 to count − 1, each once: the middle, the middles of both halves, and so on."""
-    seen: set[int] = set()
-    bits = 1
-    while len(seen) < count:
-        for odd in range(1, 2**bits, 2):
-            number = (odd * count - 1) >> bits
-            if number not in seen:
-                seen.add(number)
-                yield number
-        bits += 1
+def middle_first(count: int) -> Iterator[int]:
+    """0 to count − 1, each once: the middle, then the middles of both halves, and so on."""
+    ranges = deque([(0, count)])
+    while ranges:
+        start, stop = ranges.popleft()
+        if start < stop:
+            middle = (start + stop - 1) // 2
+            yield middle
+            ranges += [(start, middle), (middle + 1, stop)]
 
 
 def _warm_up(runner: TeacherPass, shards: _Shards, data: Documents | Examples, seconds: float) -> None:
-    """One piece of the first batch, twice, and all of it; as far as there is time to spare."""
+    """Run one segment of the first batch, once more if there is time (the first may compile), and then the batch."""
     shard, number = next(shards.order())
-    some, (places,) = shards.part(shard, [number])
-    begun = time.perf_counter()
-    runner.run(some, [places[:1]], data, shard)
-    one = time.perf_counter() - begun
+    some, (segments,) = shards.batch_rows(shard, [number])
+    one = _timed(runner, some, segments[:1], data, shard)
     if one < seconds / 8:
-        begun = time.perf_counter()
-        runner.run(some, [places[:1]], data, shard)
-        one = time.perf_counter() - begun
-    if one * len(places) < seconds / 4:
-        runner.run(some, [places], data, shard)
+        one = _timed(runner, some, segments[:1], data, shard)
+    if one * len(segments) < seconds / 4:
+        _timed(runner, some, segments, data, shard)
 
 
-@torch.inference_mode()
-def _kept(some: ShardRows, output: Output, vocab_size: int) -> Kept:
-    """Evenly chosen rows of a batch that was all of `some`, run at once."""
-    places = np.arange(len(some.document_lengths))
-    at, flat = some.counted(places)
-    lengths = some.document_lengths.astype(np.int64)
-    values = output.states if isinstance(output, Hidden) else output.values
-    shape = values.shape[:2] if "tokens" in some.inputs else torch.Size([int(lengths.sum())])
-    rows_MX = flat_rows(output, shape, vocab_size)
-    size = rows_MX.shape[1] * rows_MX.element_size()
-    most = max(1, min(len(at), _KEPT_ROWS, _KEPT_BYTES // size))
-    pick = np.unique(np.linspace(0, len(at) - 1, most).round().astype(np.int64))
-    chosen = rows_MX[torch.from_numpy(flat[pick]).to(rows_MX.device)].cpu()
-    rows_ = at[pick]
-    inputs = {name: column[rows_] for name, column in some.inputs.items()}
-    output = Hidden(chosen, output.lm_head) if isinstance(output, Hidden) else Logits(chosen)
-    return Kept(inputs, some.row_numbers(rows_), output)
+def _timed(runner: TeacherPass, some: ShardRows, segments: Ints, data: Documents | Examples, shard: int) -> float:
+    begun = time.perf_counter()
+    runner.run(some, [segments], data, shard)
+    return time.perf_counter() - begun
