@@ -91,19 +91,16 @@ class Capture(CaptureSettings, DataSettings, TeacherSettings):
 class Plan(CaptureSettings, DataSettings, TeacherSettings):
     """Estimate time, size and cost of a capture.
 
-    Positions, shards, requests, bytes, hours; and what other settings would take. Nothing is written.
+    Prints positions, shards, bytes, requests, hours and cost, and the size for other values of k. Runs a sample of the
+    capture; nothing is written.
     """
 
     seconds: float = 20.0
-    """How long to measure, about, warm-up included; half of it goes to other settings. One batch is run at least."""
+    """Approximate seconds to run the sample, warm-up included. At least one batch is run."""
     workers: int = 1
     """Number of machines like this one that share the work."""
     price_per_hour: float | None = None
     """Price of one machine per hour."""
-    no_others: bool = False
-    """Leave out what other k, mass and draws would cost."""
-    student_rate: float = 100_000.0
-    """Positions a second at which one GPU will train a student: what readers are reckoned for."""
     json: bool = False
     """Print one JSON object instead of text."""
 

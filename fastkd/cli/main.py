@@ -134,7 +134,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
 
 def plan(command: Plan) -> Outcome:
-    """Estimate a capture from a slice of it."""
+    """Estimate a capture from a sample of it."""
     from ..capture.settings import check_settings
 
     check_settings(_capture_settings(command))
@@ -148,21 +148,22 @@ def plan(command: Plan) -> Outcome:
     loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
     assert loaded.data is not None
     prepared = prepare_topk(loaded.teacher.device)
-    _note(f"measuring the data, then a slice: {command.seconds:g} s, or a batch where that takes longer", events=False)
-    found = estimate(
+    _note(
+        f"measuring the data, then running a sample for {command.seconds:g} s, or one batch if it takes longer",
+        events=False,
+    )
+    report = estimate(
         loaded.teacher,
         loaded.data,
         _capture_settings(command),
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
         workers=command.workers,
-        others=not command.no_others,
-        student_rate=command.student_rate,
         progress=_at_terminal(),
     )
-    told = [*getattr(loaded.teacher, "notes", []), *found.understood[1:]]
-    told += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
-    return Outcome(found.to_json(), estimate_text(found), 0, "; ".join(told))
+    notes = [*getattr(loaded.teacher, "notes", []), *report.data[1:]]
+    notes += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
+    return Outcome(report.to_json(), estimate_text(report), 0, "; ".join(notes))
 
 
 def _capture_settings(command: Capture | Plan) -> CaptureSettings:

@@ -328,10 +328,13 @@ def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkey
     given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--seconds", "0.1"]
     assert cli.main(["plan", *given, "--price-per-hour", "3", "--workers", "2"]) == 0
     out = capfd.readouterr().out
-    for word in ("positions", "Requests", "cost", "with 2 workers", "Other settings"):
+    for word in ("positions", "Requests", "cost", "with 2 workers", "Other k"):
         assert word in out
     assert cli.main(["plan", *given, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["plan"]["documents"] == 12
-    assert found["choices"] == []
+    assert [cost["k"] for cost in found["by_k"]] == sorted({16, 32, 64, 128, found["settings"]["k"]})
+    for flag in ("--no-others", "--student-rate"):
+        assert cli.main(["plan", *given, flag, "1"]) == 2
+    assert "--no-others" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
