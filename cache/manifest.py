@@ -1,9 +1,9 @@
-"""The manifest: one row a shard, made from what they say of themselves, and written once when a cache is sealed."""
+"""The manifest: one row per shard, made from the shards' attributes, and written once when a cache is sealed."""
 
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _ATTEMPT = re.compile("[0-9a-f]{32}")
 
 
 def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict[str, Any]:
-    """The row of a shard of `size` bytes. CacheError where its attributes do not say what they must."""
+    """The row of a shard of `size` bytes. CacheError where its attributes are not those of a shard."""
     try:
         row: dict[str, Any] = {"shard": attributes["index"], "bytes": size, "written": attributes["written"]}
         row |= {name: attributes[name] for name in _COUNTS if name != "bytes"}
@@ -41,7 +41,7 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
         row["object_sha256"] = bytes.fromhex(object_sha256)
         row["attempt"] = attributes["attempt"]
         if not all(type(row[name]) is int and 0 <= row[name] < 2**62 for name in ("shard", "written", *_COUNTS)):
-            raise ValueError("a count is no natural number")
+            raise ValueError("a count is no integer from 0 on")
         statistics = [row[f"{what}_{which}"] for what in ("mass", "entropy") for which in STATISTICS]
         if not all(value is None or _is_number(value) for value in statistics):
             raise ValueError("a statistic is no number")
@@ -50,14 +50,14 @@ def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict
             or len(row["object_sha256"]) != 32
             or not _ATTEMPT.fullmatch(row["attempt"])
         ):
-            raise ValueError("a hash or the attempt is not what it should be")
+            raise ValueError("a hash or the attempt is malformed")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CacheError(f"its attributes are not those of a shard ({error!r})") from error
     return row
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """The manifest of these rows, by number."""
+    """The manifest of these rows, sorted by shard."""
     return pa.Table.from_pylist(sorted(rows, key=lambda r: r["shard"]), schema=SCHEMA)
 
 
@@ -71,17 +71,17 @@ def to_parquet(table: pa.Table, spec_hash: str) -> bytes:
 
 def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
     """The table in manifest.parquet. CacheError where it is damaged or belongs to another cache."""
-    cure = "Delete it and seal the cache again: it is made from the shards, and they are not touched by that."
+    step = "Delete it and seal the cache again: it is made from the shards, which stay as they are."
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data),
-            read_dictionary=["attempt"],  # one long text may stand for many rows, and is not multiplied so
+            read_dictionary=["attempt"],  # one long text may be that of many rows: keep it once
             thrift_string_size_limit=2**26,
             thrift_container_size_limit=2**22,
         )
         if file.metadata.num_rows > min(_MOST_SHARDS, len(data) // _ROW):
             raise ValueError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
-        table = file.read(use_threads=False)  # a short process then has no threads to end
+        table = file.read(use_threads=False)  # no threads that a short process must end
         metadata = table.schema.metadata or {}
         table = _with_plain_attempts(table).replace_schema_metadata(None)
         if table.schema != SCHEMA:
@@ -90,21 +90,21 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
             raise ValueError("its shards do not ascend")
         found = _digest(table, spec_hash)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise CacheError(f"{KEY}: not readable as a manifest ({error}). {cure}") from error
+        raise CacheError(f"{KEY}: not readable as a manifest ({error}). {step}") from error
     if metadata.get(b"fastkd.spec") != spec_hash.encode():
-        raise CacheError(f"{KEY}: it belongs to a cache of other settings. {cure}")
+        raise CacheError(f"{KEY}: it belongs to a cache of other settings. {step}")
     if metadata.get(b"fastkd.sha256") != found.encode():
-        raise CacheError(f"{KEY}: its contents differ from its own hash. {cure}")
+        raise CacheError(f"{KEY}: its contents differ from its own hash. {step}")
     return table
 
 
 def _with_plain_attempts(table: pa.Table) -> pa.Table:
-    """The attempts as text, once it is known that they are short."""
+    """The attempts as text, after a check that they are short."""
     column = table.column("attempt")
     if pa.types.is_dictionary(column.type):
         for chunk in column.chunks:
             if chunk.dictionary.nbytes > 64 * (len(chunk.dictionary) + 1):
-                raise ValueError("its attempts are longer than an attempt's name")
+                raise ValueError("its attempts are longer than 32 characters")
         column = column.cast(pa.string())
     return table.set_column(table.schema.get_field_index("attempt"), SCHEMA.field("attempt"), column)
 
@@ -118,11 +118,25 @@ def overlaps(table: pa.Table) -> list[tuple[int, int]]:
 
 
 def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end: int = 0) -> list[list[int]]:
-    """The numbers that nothing covers below the last that something does, and below `end`: [from, to], inclusive."""
+    """The numbers that no range covers, below the last one that is covered and below `end`: [from, to], inclusive.
+
+    starts, counts: where each range begins, and how many numbers it covers.
+    """
     by = np.argsort(starts, kind="stable")
     covered = np.concatenate([[0], np.maximum.accumulate((starts + counts)[by])])
     found = [[int(covered[i]), int(starts[by][i]) - 1] for i in np.flatnonzero(starts[by] > covered[:-1])]
     return found + [[int(covered[-1]), end - 1]] * bool(end > covered[-1])
+
+
+def runs(numbers: Collection[int]) -> list[list[int]]:
+    """Numbers as ranges [from, to], both included."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -140,7 +154,7 @@ def _digest(table: pa.Table, spec_hash: str) -> str:
 
 
 def _canonical(column: pa.Array) -> list[Any]:
-    """Bytes that depend on the values alone, not on offsets or on what stands under a null."""
+    """Bytes that depend on the values alone, not on offsets or on the bytes under a null."""
     if pa.types.is_string(column.type):
         return ["\0".join(column.to_pylist()).encode()]
     if pa.types.is_fixed_size_binary(column.type):

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+TEXTS = ("teacher", "tokenizer", "dataset", "notes")  # the texts of a spec
 _SHA256 = "[0-9a-f]{64}"
 _HASH_IN_TEXT = re.compile(rf"\bsha256 ({_SHA256})\b")
 _TOKENIZER = re.compile(

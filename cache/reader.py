@@ -1,8 +1,9 @@
-"""Reading a cache: whole shards and sequences by their numbers."""
+"""Reading a cache: whole shards, decoded, and sequences by their numbers."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,20 +11,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import CacheError, NotFound
-from .manifest import KEY, from_parquet, overlaps
-from .scan import corrupt, listed, read_spec, scan, shard_key
+from .manifest import overlaps
+from .scan import corrupt, listed, read_manifest, read_spec, scan, shard_key
 from .shard.container import (
     TAIL_LENGTH,
     Damage,
     check_bytes,
     length_of_end,
     members,
-    read_attributes,
     stored_digest,
     unpack,
     unpack_end,
 )
-from .shard.layout import check_attributes, decode_shard, known_arrays
+from .shard.layout import decode_shard, known_arrays, shard_attributes
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -42,24 +42,19 @@ _KEPT = 2  # decoded shards a thread keeps for `sequences`
 def open_cache(path_or_store: Any) -> "Cache":
     """A cache to read from: a folder, a zip of one, a URL, an obstore store, or a `Store`.
 
-    A sealed cache takes two requests; of one that is not, the shards are listed when they are first asked for.
-    CacheError where there is none, or none that this version can read.
+    A sealed cache takes two requests; the shards of any other are listed when they are first needed.
+    CacheError where there is no cache, or none that this version can read.
     """
     store = open_store(path_or_store)
     spec = read_spec(store)
-    try:
-        data = store.get(KEY)
-    except NotFound:
-        return Cache(store, spec, None)
-    try:
-        manifest = from_parquet(data, spec.hash)
-    except CacheError as error:
-        raise CacheError(f"{store.describe()}: {error}") from error
-    return Cache(store, spec, manifest)
+    return Cache(store, spec, read_manifest(store, spec))
 
 
 class Cache:
-    """A cache, open for reading. Safe to use from several threads and processes (forked or spawned)."""
+    """A cache, open for reading. Safe to use from several threads and processes (forked or spawned).
+
+    store, spec: where it lies, and its settings. sealed: whether it has a manifest, and takes no more shards.
+    """
 
     def __init__(self, store: Store, spec: CacheSpec, manifest: pa.Table | None) -> None:
         self.store = store
@@ -81,7 +76,7 @@ class Cache:
 
     @property
     def manifest(self) -> pa.Table:
-        """One row a shard: its sequences, counts, statistics and hashes. Unsealed: as it was when first asked."""
+        """One row per shard: its sequences, counts, statistics and hashes. Unsealed: as of the first access."""
         if self._manifest is None:
             self._manifest = scan(self.store, self.spec, listed(self.store))
         return self._manifest
@@ -97,40 +92,34 @@ class Cache:
     def read_shard(self, index: int, *, into: Workspace | None = None) -> Arrays:
         """All of a shard of n positions, decoded.
 
-        ids int32 and logprobs float32 `[n, K]` (unused places: 0 and −inf), tail float32 `[n, M]`, outcomes int32
+        ids int32 and logprobs float32 `[n, K]` (unused entries: 0 and −inf), tail float32 `[n, M]`, outcomes int32
         `[n]`, draws int32 `[n, K]` where the cache has draws, the input columns by their names `[n]`, sequence_lengths
         and (where given) document_lengths uint32 `[s]`, first_sequence int64 `[]`. K is the spec's width.
 
-        into: memory for the `[n, K]` arrays, which then hold until the next shard is read into it: for a reader of many
-        shards this is much faster than new memory. A thread that reads keeps memory for the streams of one shard.
+        into: memory for the `[n, K]` arrays, which the next shard read into it overwrites: much faster than new memory,
+        for many shards. Each thread that reads keeps memory for the streams of one shard.
 
         Raises CorruptShard, naming shard and array, where its bytes are not those that were committed.
         """
-        streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
         data, attributes = self._object(index)
-        try:
+        streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
+        with self._errors(index):
             arrays = unpack(data, known_arrays(self.spec, attributes), streams)
-            del data  # decoding needs the room
+            del data  # its memory is needed for the decoded arrays
             return decode_shard(self.spec, attributes, arrays, into)
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
 
     def attributes(self, index: int) -> dict[str, Any]:
-        """What a shard says of itself (FORMAT.md, "Attributes"), from its last bytes."""
-        try:
+        """The attributes of a shard (FORMAT.md, "Attributes"), from its last bytes."""
+        with self._errors(index):
             return self._attributes(self.store.get_tail(shard_key(index), TAIL_LENGTH), index)
-        except NotFound as error:
-            raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
 
     def sequence_lengths(self, index: int) -> NDArray[np.int64]:
         """Rows of each sequence of a shard, `[s]`, from the end of its object: some 3% of it, and no decoding.
 
-        Raises CorruptShard as `read_shard`, but only of what it reads.
+        Raises CorruptShard as `read_shard`, but only for the bytes that it reads.
         """
         key = shard_key(index)
-        try:
+        with self._errors(index):
             end = self.store.get_tail(key, TAIL_LENGTH)
             attributes = self._attributes(end, index)
             if (length := length_of_end(attributes, "sequence_lengths")) > len(end) >= TAIL_LENGTH:
@@ -139,41 +128,37 @@ class Cache:
             shape, total = (attributes["sequences"],), attributes["positions"]
             if lengths.shape != shape or int(lengths.sum(dtype=np.int64)) != total:
                 raise Damage("it does not fit the sequences and positions", "sequence_lengths")
-        except NotFound as error:
-            raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
-        return lengths.astype(np.int64)
+            return lengths.astype(np.int64)
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
 
-        sequence_lengths are those of the sequences asked for. Whole shards are read; the last two are kept a thread.
+        sequence_lengths are those of these sequences. Whole shards are read; each thread keeps the last two.
         """
         wanted = _numbers(numbers)
         shard, first, stop = self._by_sequence()
         place = np.searchsorted(first, wanted, side="right") - 1
         missing = (place < 0) | (wanted >= stop[place]) if len(stop) else np.ones(len(wanted), bool)
         if missing.any():
-            raise CacheError(f"numbers: found sequence {wanted[missing.argmax()]}, which no shard of {self!r} holds.")
+            raise CacheError(f"numbers: got sequence {wanted[missing.argmax()]}, which no shard of {self!r} holds.")
         pieces: dict[int, Arrays] = {}
-        for index in dict.fromkeys(shard[place].tolist()):  # in the order asked for
+        for index in dict.fromkeys(shard[place].tolist()):  # in the order of the numbers
             here = np.flatnonzero(shard[place] == index)
             pieces |= self._pieces(index, wanted[here], here)
         names = list(pieces[0])
         for name in names:
             if len(types := {piece[name].dtype for piece in pieces.values()}) > 1:
                 raise CacheError(
-                    f"numbers: got {name} of types {' and '.join(sorted(map(str, types)))} in these shards; read "
-                    "them apart, with read_shard."
+                    f"numbers: got {name} of types {' and '.join(sorted(map(str, types)))} in these shards. Read "
+                    "them one by one, with read_shard."
                 )
         return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
 
     def verify(self, deep: bool = True, progress: bool = False) -> "Report":
-        """Every shard's bytes against its hash and the manifest; deep: what they decode to, too. See `verify.py`."""
+        """Check every shard against its hash and the manifest; deep: its decoded arrays, too. See `verify.verify`."""
         from .verify import verify
 
-        return verify(self, deep=deep, progress=progress)
+        return verify(self.store, self.spec, self._manifest if self.sealed else None, deep=deep, progress=progress)
 
     def zarr_group(self, index: int) -> "zarr.Group":
         """A shard as a Zarr group in memory: the streams as any Zarr reader sees them. Checked as by `read_shard`."""
@@ -187,16 +172,20 @@ class Cache:
 
     def _object(self, index: int) -> tuple[bytes, dict[str, Any]]:
         """A shard's object and its attributes: the bytes that were committed, of this shard of this cache."""
-        try:
+        with self._errors(index):
             data = self.store.get(shard_key(index))
+            check_bytes(data)
+            return data, self._attributes(data, index)
+
+    @contextmanager
+    def _errors(self, index: int) -> Iterator[None]:
+        """Errors with a shard, as CacheError and CorruptShard that name it."""
+        try:
+            yield
         except NotFound as error:
             raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
-        try:
-            check_bytes(data)
-            attributes = self._attributes(data, index)
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
-        return data, attributes
 
     def _attributes(self, end: bytes, index: int) -> dict[str, Any]:
         """The attributes of an object, or of its end. Damage where it is not this shard of this cache."""
@@ -207,9 +196,7 @@ class Cache:
                 raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
             if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(end):
                 raise Damage("it is another object than the one that was sealed")
-        attributes = read_attributes(end)
-        check_attributes(attributes, self.spec, index)
-        return attributes
+        return shard_attributes(end, self.spec, index)
 
     def _by_sequence(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the shards by their first sequences, and where each begins and ends."""
@@ -218,7 +205,7 @@ class Cache:
             if pairs := overlaps(self.manifest):
                 raise CacheError(
                     f"{self!r}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; first_sequence "
-                    "must come from one plan. Read them apart, with read_shard."
+                    "must come from one plan. Read them one by one, with read_shard."
                 )
             by = np.argsort(first, kind="stable")
             self._order = shard[by], first[by], (first + count)[by]

@@ -1,4 +1,4 @@
-"""What lies in a store: the spec, and one row a shard, read from the shards themselves."""
+"""What lies in a store: the spec, the manifest, and the shards, whose rows are read from the shards themselves."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +8,16 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError
-from .manifest import row_of, table_of
-from .shard.container import TAIL_LENGTH, Damage, read_attributes, stored_digest
-from .shard.layout import check_attributes
+from .manifest import KEY, from_parquet, row_of, table_of
+from .shard.container import TAIL_LENGTH, Damage, stored_digest
+from .shard.layout import shard_attributes
 from .spec import CacheSpec
 from .stores import Store
 
 SPEC_KEY = "spec.json"
 PREFIX = "shards/"
 _NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
-_REQUESTS = 16  # at a time: a shard's end is small, and what takes time is the asking
+_REQUESTS = 16  # at a time: a shard's end is small, and most of the time goes into waiting
 
 
 def shard_key(index: int) -> str:
@@ -32,13 +32,13 @@ def shard_index(key: str) -> int | None:
 
 
 def listed(store: Store) -> dict[int, int]:
-    """The shards that a store holds, by number, with the size of each in bytes."""
+    """The shards in a store: their numbers, ascending, and the size of each in bytes."""
     found = ((shard_index(entry.key), entry.size) for entry in store.list(PREFIX))
     return dict(sorted((index, size) for index, size in found if index is not None))
 
 
 def read_spec(store: Store) -> CacheSpec:
-    """The spec of the cache in a store."""
+    """The spec of the cache in a store. CacheError where there is none, or none that this version can read."""
     try:
         data = store.get(SPEC_KEY)
     except NotFound as error:
@@ -49,31 +49,49 @@ def read_spec(store: Store) -> CacheSpec:
         raise CacheError(f"{store.describe()}: {error}") from error
 
 
-def row(store: Store, spec: CacheSpec, index: int, size: int) -> dict[str, Any]:
-    """The manifest's row of a shard. CorruptShard where its end is not that of this shard of this cache."""
+def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
+    """The manifest of a sealed cache; None for one that is not sealed. CacheError where it is damaged."""
     try:
-        end = store.get_tail(shard_key(index), TAIL_LENGTH)
-        attributes = read_attributes(end)
-        check_attributes(attributes, spec, index)
-        return row_of(attributes, size, stored_digest(end))
-    except StoreError:
-        raise
-    except (Damage, CacheError) as error:
-        raise corrupt(store, index, error) from error
+        data = store.get(KEY)
+    except NotFound:
+        return None
+    try:
+        return from_parquet(data, spec.hash)
+    except CacheError as error:
+        raise CacheError(f"{store.describe()}: {error}") from error
+
+
+def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest's row of a shard of `size` bytes, and its attributes, from its object or the end of it. Damage, or
+    CacheError, where it is not this shard of this cache."""
+    attributes = shard_attributes(end, spec, index)
+    return row_of(attributes, size, stored_digest(end)), attributes
 
 
 def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
-    """The manifest of these shards, from their ends: one small request each. progress: a bar on stderr."""
+    """The manifest of these shards, from their ends: one small request each.
+
+    sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard where an end is damaged.
+    """
+
+    def row(index: int, size: int) -> dict[str, Any]:
+        try:
+            return shard_row(spec, index, store.get_tail(shard_key(index), TAIL_LENGTH), size)[0]
+        except StoreError:
+            raise
+        except (Damage, CacheError) as error:
+            raise corrupt(store, index, error) from error
+
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        rows = pool.map(lambda item: row(store, spec, *item), sizes.items())
+        rows = pool.map(row, sizes, sizes.values())
         return table_of(tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False))
 
 
 def corrupt(store: Store, index: int, error: Exception) -> CorruptShard:
-    """The error to raise for a damaged shard: which one, which array, and what to do."""
+    """The error to raise for a damaged shard: which one, which array, and the next step."""
     array = getattr(error, "array", None)
     where = f', array "{array}"' if array else ""
     return CorruptShard(
-        f"shard {index} of {store.describe()}{where}: {error}. Delete {shard_key(index)} and, where it is there, "
+        f"shard {index} of {store.describe()}{where}: {error}. Delete {shard_key(index)} and, if it exists, "
         "manifest.parquet, and capture again with the same settings: only what is missing is written."
     )

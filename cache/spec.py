@@ -1,8 +1,7 @@
-"""What a cache is: one frozen dataclass, written once as spec.json, its hash in every shard."""
+"""The settings of a cache: one frozen dataclass, written once as spec.json, with its hash in every shard."""
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,27 +9,31 @@ from functools import cached_property
 from typing import Any
 
 from .errors import CacheError
-from .provenance import Provenance
+from .provenance import TEXTS, Provenance
+from .values import integer, number, positive
 
 FORMAT = 1
-# What a reader of this version understands. A cache names the features it cannot be read without.
+# The features that this version reads. A cache names those that it cannot be read without.
 FEATURES = frozenset({"rows", "draws", "ties", "contexts", "pcodec", "zstd"})
 RESERVED = frozenset(
     {"ids", "logprobs", "tail", "draws", "outcomes", "sequence_lengths", "document_lengths", "first_sequence"}
 )
-COMPRESSORS = ("pcodec", "zstd")
-STEPS = ("step", "cap", "tail_step", "draw_step")
-MOST_COLUMNS = 64  # inputs, and temperatures: what a shard says of itself has to fit into its last 64 KiB
-LONGEST_TEXT = 2**16  # characters: spec.json stays below the size that a reader takes
+COMPRESSORS = {"pcodec": 12, "zstd": 19}  # and their highest level
+_STEPS = ("step", "cap", "tail_step", "draw_step")
+_RANGES = {
+    "vocab_size": (1, 2**26), "k": (0, 2**16 - 1), "draws": (0, 2**16 - 1), "shard_positions": (1, 2**31 - 1)
+}  # fmt: skip
+MOST_COLUMNS = 64  # inputs, and temperatures: the attributes of a shard must fit into its last 64 KiB
+LONGEST_TEXT = 2**16  # characters: spec.json stays below the size that readers accept
 
 
 @dataclass(frozen=True)
 class Codec:
     """How targets become bytes. Steps are in nats; see FORMAT.md.
 
-    step, growth, cap: the grid of the head's log-probabilities: min(step·e^(growth·x), cap) at a log-probability of −x.
-    tail_step: of the tails. draw_step: of the drawn entries' log-probabilities.
-    sort_ties: entries of equal code go by rank, which is smaller; without, they keep their order.
+    step, growth, cap: the grid of the top-k entries' log-probabilities, whose step is min(step·e^(growth·x), cap) at a
+    log-probability of −x. tail_step, draw_step: the steps of tails and of drawn entries' log-probabilities.
+    sort_ties: entries of equal code are sorted by rank, which is smaller; otherwise they keep their order.
     contexts: ids are ranked given the input column `tokens`: smaller still, and slower.
     compressor: "pcodec", or "zstd" for readers that know only the codecs of the Zarr v3 core. level: the compressor's.
     """
@@ -56,19 +59,19 @@ CODECS = {
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The settings and fingerprints of a cache.
+    """The settings of a cache, and the fingerprints of what it was captured from.
 
-    vocab_size: the width of the teacher's head. k: entries of a row's exact head, at most. draws: drawn entries, at
-    most.
-    draw_temperature: what they are drawn at. mass: where heads are cut (None: nowhere).
-    temperatures: where tails are stored; ascending, 1.0 among them.
-    shard_positions: positions a shard, at most.
+    vocab_size: the width V of the teacher's output. k: top-k entries of a row, at most. draws: drawn entries of a row,
+    at most. draw_temperature: the temperature of the draws. mass: the top-k entries of a row end once their
+    probabilities add up to this (None: they do not).
+    temperatures: at which tails are stored; ascending, 1.0 among them.
+    shard_positions: positions of a shard, at most.
     codec: the name of a setting ("fast", "default", "smallest", "portable") or a `Codec`.
     inputs: the names of the input columns.
-    teacher, tokenizer, dataset: fingerprints, free text; `Provenance.texts` makes them. notes: free text that is no
-    part of the hash.
+    teacher, tokenizer, dataset: fingerprints, free text; `Provenance.texts` makes them. notes: free text that is not
+    covered by the hash.
 
-    Raises CacheError where a value is not one that a cache can have.
+    Raises CacheError for a value that a cache cannot have.
     """
 
     vocab_size: int
@@ -86,61 +89,56 @@ class CacheSpec:
     notes: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.codec, str):
-            if self.codec not in CODECS:
-                raise CacheError(f"codec: got {self.codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
-            object.__setattr__(self, "codec", CODECS[self.codec])
-        if not isinstance(self.codec, Codec):
-            raise CacheError(f"codec: got {self.codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
         for name in ("temperatures", "inputs"):
             value = getattr(self, name)
             if isinstance(value, (str, set, frozenset)) or not hasattr(value, "__iter__"):
-                raise CacheError(f"{name}: got {value!r}; expected a sequence, in an order of its own.")
-            object.__setattr__(self, name, tuple(value))
+                raise CacheError(f"{name}: got {value!r}; expected a list or a tuple.")
+            put(name, tuple(value))
             if len(getattr(self, name)) > MOST_COLUMNS:
-                raise CacheError(f"{name}: got {len(getattr(self, name))}; {MOST_COLUMNS} are possible.")
-        for name, low, high in (
-            ("vocab_size", 1, 2**26),
-            ("k", 0, 2**16 - 1),
-            ("draws", 0, 2**16 - 1),
-            ("shard_positions", 1, 2**31 - 1),
-        ):
-            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
+                raise CacheError(f"{name}: got {len(getattr(self, name))} values; expected at most {MOST_COLUMNS}.")
+        for name, (low, high) in _RANGES.items():
+            put(name, integer(name, getattr(self, name), low, high))
         if self.k + self.draws == 0:
-            raise CacheError("k: got 0 with draws=0; expected a head, draws or both.")
-        object.__setattr__(self, "draw_temperature", _positive("draw_temperature", self.draw_temperature))
-        object.__setattr__(self, "temperatures", tuple(_positive("temperatures", t) for t in self.temperatures))
+            raise CacheError("k: got 0 with draws=0; expected top-k entries, draws or both.")
+        put("draw_temperature", positive("draw_temperature", self.draw_temperature))
+        put("temperatures", tuple(positive("temperatures", t) for t in self.temperatures))
         if 1.0 not in self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
             raise CacheError(f"temperatures: got {self.temperatures}; expected ascending numbers with 1.0 among them.")
         if self.mass is not None:
-            object.__setattr__(self, "mass", _positive("mass", self.mass))
+            put("mass", positive("mass", self.mass))
             if not self.mass <= 1:
                 raise CacheError(f"mass: got {self.mass}; expected a probability, up to 1, or None.")
         for name in self.inputs:
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in RESERVED:
-                raise CacheError(f"inputs: got {name!r}; expected a name of letters, digits and _, and none of ours.")
+                raise CacheError(
+                    f"inputs: got {name!r}; expected a name of letters, digits and _, up to 64, that is not reserved "
+                    f"({', '.join(sorted(RESERVED))})."
+                )
         if len(set(self.inputs)) != len(self.inputs):
             raise CacheError(f"inputs: got {self.inputs}; expected distinct names.")
-        for name in ("teacher", "tokenizer", "dataset", "notes"):
-            if not isinstance(getattr(self, name), str):
-                raise CacheError(f"{name}: got {getattr(self, name)!r}; expected text.")
-            if len(getattr(self, name)) > LONGEST_TEXT:
-                raise CacheError(f"{name}: got {len(getattr(self, name))} characters; {LONGEST_TEXT} are possible.")
-        object.__setattr__(self, "codec", _checked(self.codec))
-        if self.codec.contexts and "tokens" not in self.inputs:
+        for name in TEXTS:
+            text = getattr(self, name)
+            if not isinstance(text, str) or len(text) > LONGEST_TEXT:
+                shown = repr(text) if not isinstance(text, str) else f"{len(text)} characters"
+                raise CacheError(f"{name}: got {shown}; expected text of at most {LONGEST_TEXT} characters.")
+        put("codec", _checked(self.codec))
+        if self.settings.contexts and "tokens" not in self.inputs:
             raise CacheError(
                 'codec: contexts need the input column "tokens"; use another setting, or name that column.'
             )
 
     @property
     def settings(self) -> Codec:
-        """The codec, as the `Codec` it stands for."""
+        """The codec, as a `Codec`."""
         assert isinstance(self.codec, Codec)
         return self.codec
 
     @property
     def width(self) -> int:
-        """The places of a decoded row: head and draws."""
+        """K, the columns of a decoded row: top-k entries and draws."""
         return min(self.k, self.vocab_size) + self.draws
 
     @property
@@ -160,7 +158,7 @@ class CacheSpec:
 
     @property
     def hash(self) -> str:
-        """sha256 of everything but the notes, in hexadecimal: what every shard carries."""
+        """sha256 of all fields but the notes, in hexadecimal. Every shard carries it."""
         return hashlib.sha256(_canonical(asdict(replace(self, notes="")))).hexdigest()
 
     def to_json(self) -> bytes:
@@ -178,21 +176,21 @@ class CacheSpec:
 
     @classmethod
     def from_json(cls, data: bytes) -> "CacheSpec":
-        """The spec in spec.json. CacheError where it is none, is damaged, or asks for what this version cannot read."""
+        """The spec in spec.json. CacheError where it is damaged, of another format, or needs a newer version."""
         document = parse_json(data, "spec.json")
         if document.get("format") != "fastkd-cache":
             raise CacheError("spec.json: this is not the spec of a fastkd cache.")
         if type(document.get("version")) is not int or document["version"] != FORMAT:
             raise CacheError(
-                f"spec.json: found format version {document.get('version')!r}, this fastkd reads version {FORMAT}; "
-                "use the fastkd that wrote the cache, or a newer one."
+                f"spec.json: got format version {document.get('version')!r}; expected {FORMAT}. Use the fastkd that "
+                "wrote the cache, or a newer one."
             )
         required = document.get("required")
         if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
             raise CacheError(f"spec.json: required: got {required!r}; expected a list of features.")
         if unknown := sorted(set(required) - FEATURES):
             raise CacheError(
-                f"spec.json: the cache needs {', '.join(unknown)}, which this fastkd does not know; use a newer one."
+                f"spec.json: got required features {', '.join(unknown)}, unknown to this fastkd. Use a newer one."
             )
         values = document.get("spec")
         if not isinstance(values, dict):
@@ -203,11 +201,11 @@ class CacheSpec:
         except CacheError as error:
             raise CacheError(f"spec.json: {error}") from error
         if not set(spec.required) <= set(required):
-            raise CacheError(f"spec.json: required: got {required}; its settings need {list(spec.required)}.")
+            raise CacheError(f"spec.json: required: got {required}; expected {list(spec.required)} for its settings.")
         if spec.hash != document.get("sha256"):
             raise CacheError(
-                "spec.json: its hash does not fit its contents: the file was changed. Restore it (every shard carries "
-                "the hash of the true one)."
+                "spec.json: its hash differs from its contents: the file was changed. Restore it (every shard has the "
+                "hash of the original)."
             )
         typed, given = asdict(spec.provenance), document.get("provenance", {})
         if not isinstance(given, dict) or any(given[name] != typed[name] for name in given.keys() & typed.keys()):
@@ -219,7 +217,7 @@ class CacheSpec:
 
 
 def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
-    """The fields of the hash that two specs differ in, with both values."""
+    """The fields in which two specs differ, with both values; without notes."""
     return [
         f"{f.name}: {getattr(one, f.name)!r} and {getattr(other, f.name)!r}"
         for f in fields(CacheSpec)
@@ -228,9 +226,9 @@ def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from a file that may hold anything."""
+    """A JSON object from a file of any content. CacheError, naming the file, where it is none."""
     if len(data) > 2**22:
-        raise CacheError(f"{name}: got {len(data)} bytes; this is no metadata of a cache.")
+        raise CacheError(f"{name}: got {len(data)} bytes; expected at most 4 MiB.")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -248,47 +246,27 @@ def _known(cls: type, values: Any) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     if not isinstance(values, Mapping) or set(values) != names:
         found = sorted(values) if isinstance(values, Mapping) else values
-        raise CacheError(f"spec.json: got {found} where {sorted(names)} are needed.")
+        raise CacheError(f"spec.json: got {found}; expected {sorted(names)}.")
     return dict(values)
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= int(value) <= high:
-        raise CacheError(f"{name}: got {value!r}; expected an integer from {low} to {high}.")
-    return int(value)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-            raise ValueError
-        return float(value)
-    except (ValueError, OverflowError, TypeError):
-        raise CacheError(f"{name}: got {value!r}; expected a number.") from None
-
-
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 < number < math.inf:
-        raise CacheError(f"{name}: got {value!r}; expected a positive number.")
-    return number
-
-
-def _checked(codec: Codec) -> Codec:
-    """The codec with its numbers as Python's own, so that equal codecs have one hash."""
-    numbers: dict[str, Any] = {name: _positive(f"codec.{name}", getattr(codec, name)) for name in STEPS}
+def _checked(codec: Any) -> Codec:
+    """The codec that a name or a `Codec` stands for, with Python's own numbers, so that equal codecs have one hash."""
+    codec = CODECS.get(codec, codec) if isinstance(codec, str) else codec
+    if not isinstance(codec, Codec):
+        raise CacheError(f"codec: got {codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
+    numbers: dict[str, Any] = {name: positive(f"codec.{name}", getattr(codec, name)) for name in _STEPS}
     for name, value in numbers.items():
         if not 1e-4 <= value <= 8:
-            raise CacheError(f"codec.{name}: got {value}; 0.0001 to 8 nats are possible.")
-    numbers["growth"] = _number("codec.growth", codec.growth) + 0.0  # no −0
+            raise CacheError(f"codec.{name}: got {value}; expected 0.0001 to 8 nats.")
+    numbers["growth"] = number("codec.growth", codec.growth) + 0.0  # no −0
     if numbers["growth"] and not 1e-4 <= numbers["growth"] <= 1:
-        raise CacheError(f"codec.growth: got {codec.growth!r}; 0, and 0.0001 to 1, are possible.")
+        raise CacheError(f"codec.growth: got {codec.growth!r}; expected 0, or 0.0001 to 1.")
     if numbers["cap"] < numbers["step"]:
-        raise CacheError(f"codec.cap: got {codec.cap}, below the step of {codec.step}.")
+        raise CacheError(f"codec.cap: got {codec.cap}; expected at least the step of {codec.step}.")
     for name in ("sort_ties", "contexts"):
         if not isinstance(getattr(codec, name), bool):
             raise CacheError(f"codec.{name}: got {getattr(codec, name)!r}; expected True or False.")
-    if codec.compressor not in COMPRESSORS:
+    if codec.compressor not in tuple(COMPRESSORS):
         raise CacheError(f"codec.compressor: got {codec.compressor!r}; expected one of {', '.join(COMPRESSORS)}.")
-    level = _integer("codec.level", codec.level, 0, 12 if codec.compressor == "pcodec" else 19)
-    return replace(codec, level=level, **numbers)
+    return replace(codec, level=integer("codec.level", codec.level, 0, COMPRESSORS[codec.compressor]), **numbers)

@@ -6,29 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from .capture_plan import planned_shards
 from .errors import CacheError, NotFound, StoreError
-from .manifest import gaps, overlaps, row_of, table_of
-from .reader import Cache, open_cache
-from .scan import (
-    PREFIX,
-    SPEC_KEY,
-    read_spec,
-    shard_index,
-    shard_key,
-)
-from .shard.container import (
-    Damage,
-    check_bytes,
-    content_hash,
-    read_attributes,
-    stored_digest,
-    unpack,
-)
-from .shard.layout import check_attributes, decode_shard, known_arrays
-from .stores import Entry, Store, open_store
+from .manifest import gaps, overlaps, table_of
+from .scan import PREFIX, SPEC_KEY, read_manifest, read_spec, shard_index, shard_key, shard_row
+from .shard.container import Damage, check_bytes, content_hash, unpack
+from .shard.layout import decode_shard, known_arrays
+from .spec import CacheSpec
+from .stores import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,12 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `verify` found. Falsy where there is a problem. unlisted: why a sealed cache's store could not be listed;
-    what lies there beside the shards of the manifest was then not looked for."""
+    """The result of `verify`. False where there is a problem.
+
+    shards, positions, bytes: how many were checked. deep, sealed: whether arrays were decoded, and the cache is sealed.
+    unlisted: why a sealed cache's store could not be listed; objects that the manifest does not name were then not
+    looked for. missing: numbers of shards that do not exist, as [from, to], up to the last one or the last planned one.
+    """
 
     shards: int = 0
     positions: int = 0
@@ -56,7 +48,6 @@ class Report:
     sealed: bool = False
     unlisted: str | None = None
     problems: list[Problem] = field(default_factory=list)
-    # Of an unsealed cache: numbers below the highest that are not there, as [from, to].
     missing: list[list[int]] = field(default_factory=list)
 
     @property
@@ -68,112 +59,96 @@ class Report:
 
 
 def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = False) -> Report:
-    """`verify` of a cache that may not even open: a spec or a manifest that cannot be read is a problem too.
+    """`verify` the cache at a path, a URL or in a store. A spec or a manifest that cannot be read is a problem too.
 
     Raises CacheError where there is no cache, and StoreError where the store fails.
     """
     store = open_store(path_or_store)
     try:
-        return verify(open_cache(store), deep=deep, progress=progress)
+        spec = read_spec(store)
+        return verify(store, spec, read_manifest(store, spec), deep=deep, progress=progress)
     except StoreError:
         raise
     except CacheError as error:
         found = Problem(None, None, str(error).removeprefix(f"{store.describe()}: "))
         if isinstance(error.__cause__, NotFound):
-            if not (there := _shards_without_spec(store)):
+            if not (shards := _shards_without_spec(store)):
                 raise
-            found = Problem(None, None, f"{SPEC_KEY} is missing, and {there} objects in {PREFIX} are there; restore it")
+            found = Problem(None, None, f"{SPEC_KEY} is missing, and {shards} objects in {PREFIX} exist; restore it")
     report = Report(deep=deep)
-    # The shards need no manifest, and whoever mends it wants to know how they are. Where it is the spec that cannot be
-    # read, or there is no listing, the one problem says enough.
+    # Shards can be checked without their manifest. Without the spec, or a listing, this one problem is the report.
     with suppress(CacheError):
-        report = verify(Cache(store, read_spec(store), None), deep=deep, progress=progress)
+        report = verify(store, read_spec(store), None, deep=deep, progress=progress)
     report.problems.insert(0, found)
     return report
 
 
-def verify(cache: Cache, *, deep: bool = True, progress: bool = False) -> Report:
-    """Check every shard of a cache.
+def verify(
+    store: Store, spec: CacheSpec, manifest: pa.Table | None, *, deep: bool = True, progress: bool = False
+) -> Report:
+    """Check every shard of a cache. manifest: that of a sealed cache.
 
-    Each object is read whole and compared with its own hash, its name, the spec, and (sealed) the manifest. deep: its
-    arrays are decoded as a reader would, and their contents compared with the hash of them. Shards that are missing
-    between others, that overlap, or that a sealed cache does not know are problems too. Raises StoreError where the
-    store fails.
+    Each object is read whole and compared with its own hash, its name, the spec, and the manifest. deep: its arrays are
+    decoded as a reader would, and compared with the hash of their contents. Shards that are missing between others,
+    that overlap, or that are not in the manifest are problems too. Raises StoreError where the store fails.
     """
-    report = Report(deep=deep, sealed=cache.sealed)
-    entries: list[Entry] = []
+    sealed = manifest is not None
+    report = Report(deep=deep, sealed=sealed)
+    numbers: dict[str, int | None] = {}
     try:
-        entries = list(cache.store.list(PREFIX))
+        numbers = {entry.key: shard_index(entry.key) for entry in store.list(PREFIX)}
     except StoreError as error:  # HTTP has no listing
-        if not cache.sealed:
+        if not sealed:
             raise
         report.unlisted = str(error)
-    numbers = {entry.key: shard_index(entry.key) for entry in entries}
-    there = {index for index in numbers.values() if index is not None}
-    known = {row["shard"]: row for row in cache.manifest.to_pylist()} if cache.sealed else {}
+    known = {} if manifest is None else {row["shard"]: row for row in manifest.to_pylist()}
+    indices = sorted({index for index in numbers.values() if index is not None} | known.keys())
     rows: list[dict[str, Any]] = []
-    indices = sorted(there | known.keys())
     for index in tqdm(indices, unit="shard", disable=not progress, desc="verify"):
-        for problem in _check(cache, index, known.get(index), deep, report, rows):
-            report.problems.append(problem)
-    table = table_of(rows)
-    report.missing = gaps(np.array(indices, np.int64), end=planned_shards(cache.store))
-    if not cache.sealed:  # else who sealed it was told
-        for first, last in report.missing:
-            if (
-                0 < first < max(indices, default=0)
-            ):  # what comes before the first may be another writer's, who has not begun
-                what = "it is missing" if first == last else f"it and all up to {last} are missing"
-                report.problems.append(Problem(first, None, f"{what}, between others that are there"))
-    for one, other in overlaps(table):
+        try:
+            data = store.get(shard_key(index))
+        except NotFound:
+            report.problems.append(Problem(index, None, "it is in the manifest, and its object is missing"))
+            continue
+        report.shards += 1
+        report.bytes += len(data)
+        try:
+            row = _checked_row(spec, index, data, known.get(index), deep)
+        except (Damage, CacheError) as error:
+            report.problems.append(Problem(index, getattr(error, "array", None), str(error)))
+            continue
+        if sealed and index not in known:
+            what = "it is not in the manifest: it was written after the cache was sealed"
+            report.problems.append(Problem(index, None, what))
+        rows.append(row)
+        report.positions += row["positions"]
+    report.missing = gaps(np.array(indices, np.int64), end=planned_shards(store))
+    report.problems += [] if sealed else _missing_between(report.missing, indices)
+    for one, other in overlaps(table_of(rows)):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for key in sorted(key for key, index in numbers.items() if index is None):
         report.problems.append(Problem(None, None, f"{key} is no shard's name"))
     return report
 
 
-def _check(
-    cache: Cache, index: int, known: dict[str, Any] | None, deep: bool, report: Report, rows: list[dict[str, Any]]
-) -> Iterator[Problem]:
-    try:
-        data = cache.store.get(shard_key(index))
-    except NotFound:
-        yield Problem(index, None, "it is in the manifest, and its object is missing")
-        return
-    report.shards += 1
-    report.bytes += len(data)
-    try:
-        check_bytes(data)
-        attributes = read_attributes(data)
-        check_attributes(attributes, cache.spec, index)
-        row = row_of(attributes, len(data), stored_digest(data))
-        if cache.sealed and known is None:
-            yield Problem(index, None, "it is not in the manifest: it was written after the cache was sealed")
-        elif known is not None and known["object_sha256"] != row["object_sha256"]:
-            raise Damage("it is another object than the one that was sealed")
-        elif known is not None and known != row:
-            raise Damage("the manifest says something else of it")
-        if deep:
-            arrays = unpack(data, known_arrays(cache.spec, attributes))
-            if content_hash(arrays) != attributes.get("content"):
-                raise Damage("what it decodes to differs from the hash of it")
-            _check_decoded(decode_shard(cache.spec, attributes, arrays), attributes)
-    except (Damage, CacheError) as error:
-        yield Problem(index, getattr(error, "array", None), str(error))
-        return
-    rows.append(row)
-    report.positions += row["positions"]
-
-
-def _shards_without_spec(store: Store) -> int:
-    try:
-        return sum(1 for _ in store.list(PREFIX))
-    except StoreError:
-        return 0
+def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any] | None, deep: bool) -> dict[str, Any]:
+    """The manifest's row of a shard, from its object. Damage where it is wrong. known: the row as it was sealed."""
+    check_bytes(data)
+    row, attributes = shard_row(spec, index, data, len(data))
+    if known is not None and known["object_sha256"] != row["object_sha256"]:
+        raise Damage("it is another object than the one that was sealed")
+    if known is not None and known != row:
+        raise Damage("its attributes differ from the manifest")
+    if deep:
+        arrays = unpack(data, known_arrays(spec, attributes))
+        if content_hash(arrays) != attributes.get("content"):
+            raise Damage("its decoded arrays differ from the hash of its contents")
+        _check_decoded(decode_shard(spec, attributes, arrays), attributes)
+    return row
 
 
 def _check_decoded(decoded: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """The counts that the shard gives of itself."""
+    """Damage where the attributes count otherwise than the arrays."""
     used = decoded["logprobs"] > -np.inf
     drawn = decoded["draws"] > 0 if "draws" in decoded else np.zeros_like(used)
     counts = {
@@ -185,4 +160,20 @@ def _check_decoded(decoded: dict[str, Any], attributes: dict[str, Any]) -> None:
     }
     for name, value in counts.items():
         if attributes.get(name) != value:
-            raise Damage(f"it says {attributes.get(name)} {name}, and holds {value}")
+            raise Damage(f"got {name} {attributes.get(name)} in its attributes; its arrays have {value}")
+
+
+def _missing_between(missing: list[list[int]], indices: list[int]) -> Iterator[Problem]:
+    """Problems for shards that are missing between others. Those before the first may be another writer's, which has
+    not begun."""
+    for first, last in missing:
+        if 0 < first < max(indices, default=0):
+            what = "it is missing" if first == last else f"it and all up to {last} are missing"
+            yield Problem(first, None, f"{what}, between others that exist")
+
+
+def _shards_without_spec(store: Store) -> int:
+    try:
+        return sum(1 for _ in store.list(PREFIX))
+    except StoreError:
+        return 0

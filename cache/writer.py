@@ -1,4 +1,4 @@
-"""Writing a cache: many shards at a time, each committed whole or not at all."""
+"""Writing a cache: several shards at a time, each committed whole or not at all."""
 
 import os
 import time
@@ -28,79 +28,78 @@ from .encoding.targets import Targets, encode_targets
 from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
 from .manifest import KEY, from_parquet, overlaps, to_parquet
 from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
-from .shard.container import TAIL_LENGTH, Damage, content_hash, pack, read_attributes
-from .shard.layout import check_attributes
+from .shard.container import TAIL_LENGTH, Damage, content_hash, pack
+from .shard.layout import check_attributes, shard_attributes
 from .spec import FORMAT, CacheSpec, differences
 from .stores import Store, open_store
+from .values import integer
 
 Array = NDArray[Any]
 
 
 class Commit(StrEnum):
-    """What became of a shard."""
+    """The result of writing a shard."""
 
     COMMITTED = "committed"
     ALREADY_THERE = "already there"
 
 
 def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
-    """A writer for a cache of these settings: a new one, or one that is there already and has the same settings.
+    """A writer for a cache of these settings: a new one, or an existing one of the same settings.
 
     path_or_store: a folder, a URL (s3://, gs://, az://, memory://), an obstore store, or a `Store`.
-    threads: how many shards are encoded at a time. queue: how many more may wait before `submit_shard` does.
+    threads: how many shards are encoded at a time. queue: how many more can be submitted before `submit_shard` waits.
 
-    Raises CacheError where a cache of other settings is there (of another teacher, say), naming what differs.
+    Raises CacheError for an existing cache of other settings (of another teacher, for example), naming what differs.
     """
     if not isinstance(spec, CacheSpec):
         raise CacheError(f"spec: got {type(spec).__name__}; expected a CacheSpec.")
-    for name, value, least in (("threads", threads, 1), ("queue", queue, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
-            raise CacheError(f"{name}: got {value!r}; expected an integer from {least} on.")
+    threads, queue = integer("threads", threads, 1), integer("queue", queue, 0)
     store = open_store(path_or_store, create=True)
     if not store.create(SPEC_KEY, spec.to_json()):
-        there = read_spec(store)
-        if there.hash != spec.hash:
+        existing = read_spec(store)
+        if existing.hash != spec.hash:
             raise CacheError(
-                f"{store.describe()}: a cache of other settings is there ({'; '.join(differences(there, spec))}). "
+                f"{store.describe()}: a cache of other settings exists ({'; '.join(differences(existing, spec))}). "
                 "Write to another place, or with the settings it has."
             )
-        spec = there
+        spec = existing
     store.sweep()
-    return CacheWriter(store, spec, threads=int(threads), queue=int(queue))
+    return CacheWriter(store, spec, threads=threads, queue=queue)
 
 
 def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
-    """A writer for the cache that is there, with the settings it has. Arguments as in `create_cache`.
+    """A writer for an existing cache, with its settings. Arguments as in `create_cache`.
 
-    Raises CacheError where there is no cache, and ReadOnly where none can be written.
+    Raises CacheError where there is no cache, and ReadOnly where the store cannot be written.
     """
     store = open_store(path_or_store)
     spec = read_spec(store)
     if store.readonly:
-        raise ReadOnly(f"{store.describe()}: this cache can only be read here. Write to it where it was made.")
+        raise ReadOnly(f"{store.describe()}: this cache can only be read here. Write to it where it was created.")
     return create_cache(store, spec, threads=threads, queue=queue)
 
 
 class Submission(Future[Commit]):
-    """The future of a shard. It knows whether anybody has asked how it went."""
+    """The future of a shard. seen: whether its result or its error was read."""
 
-    asked = False
+    seen = False
 
     def result(self, timeout: float | None = None) -> Commit:
-        """What became of the shard; raises what `write_shard` raised."""
-        self.asked = True
+        """What `write_shard` returned; raises what it raised."""
+        self.seen = True
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `write_shard` raised, or None."""
-        self.asked = True
+        self.seen = True
         return super().exception(timeout)
 
 
 class CacheWriter:
     """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads.
 
-    A process that was forked needs a writer of its own.
+    A forked process must create another writer.
 
     sizes: bytes of each shard that this writer has committed, by its number.
     """
@@ -113,7 +112,7 @@ class CacheWriter:
         self._lock = Lock()
         self._pending: set[Submission] = set()
         self.sizes: dict[int, int] = {}
-        self._failed: dict[int, Submission] = {}  # by shard, until the shard is written after all
+        self._failed: dict[int, Submission] = {}  # by shard, until the shard is written
         self._closed = False
         self._process = os.getpid()
 
@@ -135,41 +134,44 @@ class CacheWriter:
 
         index: the shard's number. inputs: the columns that the spec names, `[n]` each.
         ids, logprobs, tail, draws, outcomes: `[n, K]`, `[n, K]`, `[n, M]`, `[n, K]`, `[n]` or one for all, as in
-            SparseTargets (NumPy arrays); a position that does not count has no entries (log-probability −inf, id 0, in
-            all places). outcomes defaults to all of the vocabulary outside the head.
+            SparseTargets (NumPy arrays); a position that does not count has no entries (log-probability −inf and id 0
+            throughout). outcomes defaults to all of the vocabulary outside the top-k entries.
         sequence_lengths: of consecutive sequences that make up the shard (default: one). document_lengths: of the
             documents in them, likewise. first_sequence: the number of the first sequence in the whole cache.
-        record: how the shard came about, for people and tools: JSON of up to 16 KiB, kept among its attributes and no
-            part of its contents.
+        record: how the shard was made, for people and tools: JSON of up to 16 KiB, kept in its attributes, not
+            covered by the hash of its contents.
 
-        Log-probabilities and tails are rounded to the steps of the spec's codec, and entries that fall on one step are
-        put in an order of their own.
+        Log-probabilities and tails are rounded to the steps of the spec's codec; entries that round to the same step
+        may be reordered.
 
-        Returns COMMITTED, or ALREADY_THERE where a shard of this number was committed before: that one stays. Raises
-        CacheError, before anything is written, where the arrays are not what a teacher can have said.
+        Returns COMMITTED, or ALREADY_THERE for a shard that was committed before and stays as it is. Raises CacheError,
+        before anything is written, for arrays that cannot be a teacher's.
         """
         self._check_open()
         index = check_number("index", index)
         targets = check_targets(self.spec, ids, logprobs, tail, draws, outcomes)
         check_sorted(targets)
-        positions = len(targets.ids)
+        n = len(targets.ids)
         first = check_number("first_sequence", first_sequence)
-        columns = check_inputs(self.spec, inputs, positions)
-        lengths = check_lengths(
-            "sequence_lengths", [positions] if sequence_lengths is None else sequence_lengths, positions
-        )
+        columns = check_inputs(self.spec, inputs, n)
+        lengths = check_lengths("sequence_lengths", [n] if sequence_lengths is None else sequence_lengths, n)
         arrays: dict[str, Array] = {f"inputs/{name}": column for name, column in columns.items()}
         arrays["sequence_lengths"] = lengths
         if document_lengths is not None:
-            arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, positions)
-        mine = {"first_sequence": first, "sequences": len(lengths), "positions": positions}
+            arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, n)
+        mine: dict[str, Any] = {"first_sequence": first, "sequences": len(lengths), "positions": n}
         recorded = {} if record is None else {"record": check_record(record)}
-        if self._there(index, mine) is not None:
+        if self._attempt_of(index, mine) is not None:
             return self._written(index, Commit.ALREADY_THERE)
         self._check_unsealed(index)
         arrays |= encode_targets(self.spec, targets, columns.get("tokens"))
-        attempt = uuid.uuid4().hex
-        attributes = {
+        return self._commit(index, mine, arrays, self._attributes(index, mine, targets, arrays) | recorded)
+
+    def _attributes(
+        self, index: int, mine: Mapping[str, Any], targets: Targets, arrays: Mapping[str, Array]
+    ) -> dict[str, Any]:
+        """The attributes of a shard, with an attempt of its own."""
+        return {
             "format": FORMAT,
             "spec": self.spec.hash,
             "index": index,
@@ -179,38 +181,41 @@ class CacheWriter:
             "draw_entries": int(targets.draw_counts.sum()),
             "statistics": _statistics(targets, self.spec),
             "content": content_hash(arrays),
-            "attempt": attempt,
+            "attempt": uuid.uuid4().hex,
             "written": int(time.time()),
-            **recorded,
         }
-        data = pack(arrays, attributes, self.spec.settings, positions)
-        check_attributes(attributes, self.spec, index)  # what readers would refuse must not be committed
+
+    def _commit(
+        self, index: int, mine: Mapping[str, Any], arrays: Mapping[str, Array], attributes: Mapping[str, Any]
+    ) -> Commit:
+        """Pack and create a shard's object."""
+        data = pack(arrays, attributes, self.spec.settings, mine["positions"])
+        check_attributes(attributes, self.spec, index)  # never commit what readers would refuse
         try:
-            created = self.store.create(shard_key(index), data)
+            created, existing = self.store.create(shard_key(index), data), None
         except StoreError:
-            # Maybe the answer was lost, not the object: whose is there?
-            if self._there(index, mine) != attempt:
+            # The response may be lost, not the object: which attempt created what exists now?
+            created, existing = False, self._attempt_of(index, mine)
+            if existing != attributes["attempt"]:
                 raise
-            created = True
-        if created:
-            self.sizes[index] = len(data)
-            return self._written(index, Commit.COMMITTED)
-        # An attempt of our own may have been made twice by the store's client. Nothing there: it was deleted meanwhile.
-        if (there := self._there(index, mine)) is None:
-            raise StoreError(
-                f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; write the "
-                "shard again."
-            )
-        if there != attempt:
-            return self._written(index, Commit.ALREADY_THERE)
+        if not created:
+            # The store's client may have repeated a request of this attempt.
+            existing = existing or self._attempt_of(index, mine)
+            if existing is None:
+                raise StoreError(
+                    f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; "
+                    "write the shard again."
+                )
+            if existing != attributes["attempt"]:
+                return self._written(index, Commit.ALREADY_THERE)
         self.sizes[index] = len(data)
         return self._written(index, Commit.COMMITTED)
 
     def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
-        """`write_shard` on a thread of the writer's own; returns at once while its queue has room, else when it has.
+        """`write_shard` on a thread of the writer; waits while its queue is full.
 
-        The arrays must not be changed before the future is done. Its error, if nobody asks for it, is raised by
-        `close`.
+        The arrays must not be changed before the future is done. An error that is not read from the future is raised
+        by `close`.
         """
         self._check_open()
         self._room.acquire()
@@ -225,11 +230,11 @@ class CacheWriter:
         return future
 
     def seal(self, *, progress: bool = False) -> pa.Table:
-        """Write the manifest of a finished cache, and return it. From then on the cache opens with two requests.
+        """Write the manifest of a finished cache, and return it. A sealed cache opens with two requests.
 
-        progress: a bar on stderr while the shards are looked at.
-        Raises CacheError where there is no shard, where one failed and was not written since, where two hold the same
-        sequences, or where a manifest of other shards is there.
+        progress: a bar on stderr while the shards are scanned.
+        Raises CacheError if there is no shard, if one failed and was not written since, if two hold the same sequences,
+        or if a manifest of other shards exists.
         """
         self._check_open()
         self._wait()
@@ -257,18 +262,18 @@ class CacheWriter:
         return table
 
     def close(self) -> None:
-        """Wait for everything submitted; raise the first error that nobody asked for, with the others as notes."""
+        """Wait for everything submitted; raise the first error that was not read, with the others as notes."""
         if self._closed or self._process != os.getpid():
             return
         try:
             self._wait()
-        except BaseException:  # an interrupt: what has not begun is dropped
+        except BaseException:  # an interrupt: shards that have not begun are dropped
             self._closed = True
             self._pool.shutdown(cancel_futures=True)
             raise
         self._closed = True
         self._pool.shutdown()
-        errors = [error for f in self._failed.values() if not f.asked and (error := f.exception()) is not None]
+        errors = [error for f in self._failed.values() if not f.seen and (error := f.exception()) is not None]
         for other in errors[1:]:
             errors[0].add_note(f"and: {other}")
         if errors:
@@ -295,7 +300,7 @@ class CacheWriter:
             call.clear()
             future.set_result(self.write_shard(index, *args, **kwargs))
         except BaseException as error:
-            # An error keeps its frames, and the frames that called them: none of them may keep the shard's arrays.
+            # An error keeps its frames, and the frames that called them: none of them must keep the shard's arrays.
             traceback.clear_frames(error.__traceback__)
             args = kwargs = None
             with self._lock:
@@ -321,12 +326,12 @@ class CacheWriter:
 
     def _check_open(self) -> None:
         if self._process != os.getpid():
-            raise CacheError(f"{self.store.describe()}: this writer belongs to another process; make one in this one.")
+            raise CacheError(f"{self.store.describe()}: this writer belongs to another process; open one here.")
         if self._closed:
-            raise CacheError(f"{self.store.describe()}: this writer is closed; make another.")
+            raise CacheError(f"{self.store.describe()}: this writer is closed; open another.")
 
     def _check_unsealed(self, index: int) -> None:
-        # asked for every shard: another process may seal the cache at any time
+        # checked for every shard: another process may seal the cache at any time
         try:
             self.store.get_tail(KEY, 8)
         except NotFound:
@@ -336,28 +341,27 @@ class CacheWriter:
             "(no target is lost by that), and seal the cache again afterwards."
         )
 
-    def _there(self, index: int, mine: Mapping[str, int]) -> str | None:
-        """The attempt that committed the shard; None where it is not there. CacheError where it is not what we mean."""
+    def _attempt_of(self, index: int, mine: Mapping[str, Any]) -> str | None:
+        """The attempt that committed a shard; None if it does not exist. CacheError where it differs from `mine`."""
         try:
             end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
         except NotFound:
             return None
-        cure = f"Delete {shard_key(index)} and write it again."
+        step = f"Delete {shard_key(index)} and write it again."
         try:
-            attributes = read_attributes(end)
-            check_attributes(attributes, self.spec, index)
+            attributes = shard_attributes(end, self.spec, index)
         except Damage as damage:
-            raise CorruptShard(f"shard {index} of {self.store.describe()}: {damage}. {cure}") from damage
+            raise CorruptShard(f"shard {index} of {self.store.describe()}: {damage}. {step}") from damage
         if others := [f"{name} {attributes[name]} and {v}" for name, v in mine.items() if attributes[name] != v]:
             raise CacheError(
-                f"shard {index} of {self.store.describe()}: the one that is there is of another plan "
-                f"({', '.join(others)}). Write to another cache, or, if it is wrong: {cure}"
+                f"shard {index} of {self.store.describe()}: the existing one is of another plan ({', '.join(others)}). "
+                f"Write to another cache, or, if it is wrong: {step}"
             )
         return str(attributes["attempt"])
 
 
 def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | None]]:
-    """Head mass and the entropy (nats) of head and bucket, over the positions that count: mean, quantiles."""
+    """Mean and quantiles over the counted positions: mass of the top-k entries, entropy (nats) with the tail as one."""
     head = np.arange(targets.ids.shape[1]) < targets.head_counts[:, None]
     mass, entropy = np.empty(len(head)), np.empty(len(head))
     tail = targets.tail[:, spec.temperatures.index(1.0)].astype(np.float64)

@@ -1,4 +1,4 @@
-"""A shard's attributes and streams to the decoded arrays that a reader returns. No files."""
+"""A shard's attributes, checked, and its streams decoded to the arrays that a reader returns. No files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,30 +13,36 @@ from ..errors import CacheError
 from ..manifest import row_of
 from ..spec import FORMAT, CacheSpec
 from ..workspace import Workspace
-from .container import LARGEST, Damage
+from .container import LARGEST, Damage, read_attributes
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-_BAD = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # what streams that contradict each other lead to
+_BAD = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # raised for streams that contradict each other
+
+
+def shard_attributes(end: bytes, spec: CacheSpec, index: int) -> dict[str, Any]:
+    """The attributes of a shard, from its object or the last TAIL_LENGTH bytes of it. Raises as `check_attributes`."""
+    attributes = read_attributes(end)
+    check_attributes(attributes, spec, index)
+    return attributes
 
 
 def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
     """Damage where the attributes are those of another shard, or of another cache."""
-    if attributes.get("format") != FORMAT:
-        raise Damage(f"it is of format version {attributes.get('format')!r}; version {FORMAT} is read")
+    for name, expected in (("format", FORMAT), ("index", index)):
+        if attributes.get(name) != expected:
+            raise Damage(f"got {name} {attributes.get(name)!r}; expected {expected}")
     if attributes.get("spec") != spec.hash:
         raise Damage("it belongs to a cache of other settings")
-    if attributes.get("index") != index:
-        raise Damage(f"it is shard {attributes.get('index')}, under another's name")
     try:
         counts = row_of(attributes, 0, "00" * 32)
     except CacheError as error:
         raise Damage(str(error)) from error
     n, sequences, entries = counts["positions"], counts["sequences"], counts["head_entries"] + counts["draw_entries"]
     if not 1 <= n <= spec.shard_positions or n * spec.width * 4 > LARGEST:
-        raise Damage(f"it says that it holds {n} positions of {spec.width} places")
+        raise Damage(f"got {n} positions of up to {spec.width} entries; that is more than a shard holds, or nothing")
     if not 1 <= sequences <= n or entries > n * spec.width or counts["counted"] > n:
-        raise Damage(f"it says that {n} positions hold {sequences} sequences and {entries} entries")
+        raise Damage(f"got {sequences} sequences and {entries} entries in {n} positions; expected fewer")
 
 
 def known_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str, int]:
@@ -73,7 +79,7 @@ def decode_shard(
 
 
 def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Damage where an array has another shape than the counts say: before anything is made of it."""
+    """Damage where the shape of an array differs from the counts."""
     n, sequences = attributes["positions"], attributes["sequences"]
     shapes: dict[str, tuple[Any, ...]] = {f"inputs/{name}": (n,) for name in spec.inputs}
     shapes |= {"tail": (len(spec.temperatures), n), "sequence_lengths": (sequences,)}
@@ -84,7 +90,7 @@ def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mappin
         if name not in arrays:
             raise Damage("it is missing", name)
         if arrays[name].shape != shape:
-            raise Damage(f"found shape {arrays[name].shape} where {shape} is needed", name)
+            raise Damage(f"got shape {arrays[name].shape}; expected {shape}", name)
     for name in ("sequence_lengths", "document_lengths"):
         if name not in arrays:
             continue
@@ -95,6 +101,6 @@ def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mappin
             or lengths.min(initial=1) < 1
             or lengths.max(initial=1) > n
         ):
-            raise Damage("lengths of one position and more are needed", name)
+            raise Damage(f"got lengths outside 1 to {n}", name)
         if int(lengths.sum(dtype=np.int64)) != n:
-            raise Damage(f"its sum is not the {n} positions", name)
+            raise Damage(f"got another sum than the {n} positions", name)

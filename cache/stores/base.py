@@ -1,21 +1,16 @@
-"""What every store shares: the protocol, the check of keys, and messages that never show a credential."""
+"""What all stores share: the protocol, checks of keys, and error messages without credentials."""
 
-import re
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
-from ..errors import ReadOnly, StoreError
+from ..credentials import redact
+from ..errors import NotFound, ReadOnly, StoreError
 
-# Where a store keeps what is its own: unfinished attempts, a probe. Never listed, never an object's key.
+# Where a store keeps its own objects: unfinished attempts, a probe. Never listed, never an object's key.
 ATTEMPTS = "attempts"
 PROBE = f"{ATTEMPTS}/exclusive-create"
 PROBE_TEXT = b"fastkd asks with this object whether the store creates exclusively.\n"
-
-
-NO_LISTING = (
-    "{store}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be read from here: run "
-    "`fastkd seal` on it where it was written."
-)
 
 Names = list[str]  # inside a store's class, `list` is a method
 
@@ -29,7 +24,7 @@ class Entry(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """Immutable objects by key, each made whole and once. Anything with these members is a store.
+    """Immutable objects by key, each created whole and once. Anything with these members is a store.
 
     Keys are relative paths with "/" between their parts. Every method raises StoreError when a request fails.
     """
@@ -52,14 +47,14 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """The objects whose key starts with `prefix` ("shards/"), in no order; without the store's own files."""
+        """The objects whose key starts with `prefix` ("shards/"), in any order; without the store's own files."""
         ...
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
-        """Make the object if none is there. True: made whole by this call. False: one was there; it is untouched.
+        """Create the object if it is absent. True: this call created it, whole. False: it exists and is untouched.
 
-        After a StoreError the object may be there or not; and a store that retries a lost answer may say False of
-        an object that this call made. What the object says of its writer decides.
+        After a StoreError the object may exist or not; and a store that repeats a request whose response was lost may
+        return False for an object that this call created. The object's own attributes say who wrote it.
         """
         ...
 
@@ -79,51 +74,27 @@ def check_key(store: Store, key: str) -> list[str]:
     return parts
 
 
-def check_prefix(store: Store, prefix: str) -> list[str]:
-    """The folders that a prefix of keys names in full. Raises StoreError if it leads out of the store."""
-    folders = prefix.split("/")[:-1]
-    if folders:
-        check_key(store, "/".join(folders))
-    return folders
-
-
-def check_length(length: int) -> None:
-    """Raises ValueError unless a tail of `length` bytes can be asked for."""
-    if length < 1:
-        raise ValueError(f"the tail of an object is at least one byte, not {length}")
-
-
 def flat(data: bytes | memoryview) -> memoryview:
     """The bytes of `data` as a flat, contiguous view. Raises TypeError if they are not contiguous."""
     view = memoryview(data)
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def clean(text: str) -> str:
-    """`text` without what may be a credential: user:password@ and queries of URLs, values named like secrets."""
-    text = re.sub(r"(\w://[^\s?\"'<>]*)\?[^\s\"'<>]*", r"\1", text)
-    text = re.sub(r"(\w://)[^/\s\"'<>]*@", r"\1", text)
-    secret = (
-        r"sig|signature|secret\w*|password|\w*token|\w*credentials?|access_?key\w*|sas_key|account_key|x-amz-[\w-]+"
-    )
-    return re.sub(rf"(?i)\b({secret})(['\"]?\s*[=:]\s*['\"]?)(Bearer\s+|Basic\s+)?[^&\s\"',}}]+", r"\1\2…", text)
-
-
 def words(error: BaseException) -> str:
-    """What an error says, on one line of reasonable length and without credentials."""
+    """The message of an error, on one line of reasonable length and without credentials."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
     else:
         text = str(error).split("\n\nDebug source")[0]
-    text = " ".join(clean(text).split()) or type(error).__name__
+    text = " ".join(redact(text).split()) or type(error).__name__
     return text if len(text) <= 600 else text[:600] + " …"
 
 
 def harmless(error: BaseException) -> BaseException:
-    """The error itself as a cause to chain, or its cleaned words where a traceback would print a credential."""
+    """The error itself as a cause to chain, or its cleaned message where a traceback would print a credential."""
     link: BaseException | None = error
     while link is not None:
-        if clean(str(link)) != str(link):
+        if redact(str(link)) != str(link):
             return StoreError(f"{type(error).__name__}: {words(error)}")
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return error
@@ -132,12 +103,20 @@ def harmless(error: BaseException) -> BaseException:
 def refuse(
     store: Store, operation: str, key: str, error: BaseException, step: str, kind: type[StoreError] = StoreError
 ) -> NoReturn:
-    """Raise `kind` for a request that failed, naming store, operation, object, the error's words and the next step."""
+    """Raise `kind` for a request that failed, naming store, operation, object, its message and the next step."""
     raise kind(f"{store.describe()}: {operation} of {key!r} failed: {words(error)}. {step}") from harmless(error)
 
 
 class BaseStore:
-    """The members that most stores have in common."""
+    """A store in which keys are checked and errors are named. A kind of store fills in `describe` and some of `_read`,
+    `_entries`, `_put` and `_size`, which may raise `ERRORS`, with FileNotFoundError for an object that is absent."""
+
+    ERRORS: tuple[type[Exception], ...] = (Exception,)
+    NEXT_STEP = "Check the address, the credentials and the connection."
+
+    readonly_reason = ""  # why it is only read; empty for a store that can be written
+    _exclusive = True  # whether it is known that creations of one object exclude each other
+    _probe_lock = threading.Lock()
 
     def describe(self) -> str:
         raise NotImplementedError
@@ -147,23 +126,108 @@ class BaseStore:
 
     @property
     def readonly(self) -> bool:
-        return False
+        return bool(self.readonly_reason)
 
-    def sweep(self) -> Names:
-        """Nothing: here an attempt leaves nothing behind."""
-        return []
+    def get(self, key: str) -> bytes:
+        return self._object(key, None)
 
+    def get_tail(self, key: str, length: int) -> bytes:
+        if length < 1:
+            raise ValueError(f"length: got {length}; expected at least one byte")
+        return self._object(key, length)
 
-class ReadOnlyStore(BaseStore):
-    """A store that is read and never written."""
-
-    @property
-    def readonly(self) -> bool:
-        return True
+    def list(self, prefix: str) -> Iterator[Entry]:
+        folders = prefix.split("/")[:-1]
+        if folders:
+            check_key(self, "/".join(folders))
+        return self._listing(folders, prefix)
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
-        """Refused. Raises ReadOnly."""
-        raise ReadOnly(
-            f"{self.describe()}: {key!r} cannot be created, this kind of store is read-only. "
-            "Write the cache to a local folder or an object store (s3://, gs://, az://)."
+        check_key(self, key)
+        if self.readonly_reason:
+            raise ReadOnly(
+                f"{self.describe()}: {key!r} cannot be created: {self.readonly_reason}. Write the cache to a local "
+                "folder or an object store (s3://, gs://, az://)."
+            )
+        view = flat(data)
+        self._check_size(key, view)
+        with self._probe_lock:
+            # A server that ignores the condition of a creation accepts a second one, too.
+            if not self._exclusive and self._created(PROBE, PROBE_TEXT) and self._created(PROBE, PROBE_TEXT):
+                raise ReadOnly(
+                    f"{self.describe()}: the server, or its client, ignores `If-None-Match: *`, so two writers could "
+                    "overwrite each other's shards. Use a newer version or another store; reading from this one is "
+                    "safe."
+                )
+            self._exclusive = True
+        return self._created(key, view)
+
+    def sweep(self) -> Names:
+        return []  # most attempts leave nothing behind
+
+    def _read(self, key: str, length: int | None) -> bytes:
+        """The object, or its last `length` bytes."""
+        raise NotImplementedError
+
+    def _entries(self, folders: Names) -> Iterator[Entry]:
+        """The objects below a folder, or more than these."""
+        raise NotImplementedError
+
+    def _put(self, key: str, data: memoryview) -> bool:
+        """Create an object. False where it exists."""
+        raise NotImplementedError
+
+    def _size(self, key: str) -> int:
+        """Bytes of an object."""
+        raise NotImplementedError
+
+    def _check_size(self, key: str, data: memoryview) -> None:
+        """StoreError where an object is too large for the store."""
+
+    def _next_step(self, error: Exception) -> str:
+        return self.NEXT_STEP
+
+    def _object(self, key: str, length: int | None) -> bytes:
+        check_key(self, key)
+        try:
+            return self._read(key, length)
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            refuse(self, "reading", key, error, "There is no such object, or no such bucket.", NotFound)
+        except self.ERRORS as error:
+            if length is not None and self._is_empty(key):
+                return b""  # an empty object has no last byte, and servers say so in many ways
+            refuse(self, "reading", key, error, self._next_step(error))
+
+    def _is_empty(self, key: str) -> bool:
+        try:
+            return self._size(key) == 0
+        except Exception:
+            return False  # the first error is the one to report
+
+    def _listing(self, folders: Names, prefix: str) -> Iterator[Entry]:
+        try:
+            for entry in self._entries(folders):
+                if entry.key.startswith(prefix) and not entry.key.startswith(f"{ATTEMPTS}/"):
+                    yield entry
+        except StoreError:
+            raise
+        except self.ERRORS as error:
+            refuse(self, "listing", prefix, error, self._next_step(error))
+
+    def _created(self, key: str, data: bytes | memoryview) -> bool:
+        try:
+            return self._put(key, memoryview(data))
+        except StoreError:
+            raise
+        except self.ERRORS as error:
+            step = f"It may have been committed all the same. {self._next_step(error)}"
+            refuse(self, "creation", key, error, step)
+
+    def _refuse_listing(self, prefix: str = "") -> NoReturn:
+        """Raise StoreError: there is no listing over HTTP."""
+        raise StoreError(
+            f"{self.describe()}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be "
+            "read from here: run `fastkd seal` on it where it was written."
         )

@@ -5,23 +5,17 @@ import fcntl
 import logging
 import os
 import stat
+import urllib.parse
+import urllib.request
 import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import NotFound
-from .base import (
-    ATTEMPTS,
-    BaseStore,
-    Entry,
-    Names,
-    check_key,
-    check_length,
-    check_prefix,
-    flat,
-    refuse,
-)
+from ..credentials import redact
+from ..errors import CacheError, NotFound
+from .base import ATTEMPTS, BaseStore, Entry, Names, Store, refuse
+from .registry import open_store, register_store
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +29,12 @@ class LocalStore(BaseStore):
     """Objects are files under one folder.
 
     An attempt writes a file in `attempts/`, syncs it, and links it to its final name, which fails if that exists; so
-    an object is never partial, and a power cut does not take back what `create` reported. The attempt's file is
-    locked (flock) as long as its writer lives, which is how `sweep` knows the dead. Reading writes nothing, and
-    follows no symbolic link below the folder. Modes follow the umask. May be pickled, and used after a fork.
+    an object is never partial, and a power cut does not undo what `create` reported. The attempt's file is locked
+    (flock) while its writer lives, which is how `sweep` recognizes dead attempts. Reading writes nothing, and follows
+    no symbolic link below the folder. Modes follow the umask. Can be pickled, and used after a fork.
     """
+
+    ERRORS = (OSError,)
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.realpath(root)
@@ -52,34 +48,19 @@ class LocalStore(BaseStore):
         """Whether this process may not write the folder (permissions, or a read-only file system)."""
         return not os.access(self._root, os.W_OK | os.X_OK)
 
-    def get(self, key: str) -> bytes:
-        return self._read(key, None)
-
-    def get_tail(self, key: str, length: int) -> bytes:
-        check_length(length)
-        return self._read(key, length)
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        folders = check_prefix(self, prefix)
-        return (entry for entry in self._entries(folders) if entry.key.startswith(prefix))
-
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        *folders, name = check_key(self, key)
-        view = flat(data)
-        try:
-            with self._folder(folders, make=True) as target:
-                if _exists(name, target):
-                    os.fsync(target)  # whoever linked it may not have synced it yet, and False is a promise too
-                    return False
-                with self._folder([ATTEMPTS], make=True) as attempts:
-                    return self._commit(key, name, target, attempts, view)
-        except OSError as error:
-            refuse(self, "creation", key, error, _next_step(error))
+    def _put(self, key: str, data: memoryview) -> bool:
+        *folders, name = key.split("/")
+        with self._folder(folders, make=True) as target:
+            if _exists(name, target):
+                os.fsync(target)  # whoever linked it may not have synced it yet, and False is a promise too
+                return False
+            with self._folder([ATTEMPTS], make=True) as attempts:
+                return self._commit(key, name, target, attempts, data)
 
     def sweep(self) -> Names:
         """Remove the files of attempts whose writer is gone; their names. Raises StoreError.
 
-        Where the file system has no locks nothing is removed: a dead attempt looks like a living one.
+        On a file system without locks nothing is removed: a dead attempt looks like a living one.
         """
         try:
             with self._folder([ATTEMPTS]) as attempts:
@@ -88,7 +69,7 @@ class LocalStore(BaseStore):
         except FileNotFoundError:
             return []  # nobody has attempted anything yet
         except OSError as error:
-            refuse(self, "sweeping", ATTEMPTS, error, _next_step(error))
+            refuse(self, "sweeping", ATTEMPTS, error, self._next_step(error))
 
     @contextmanager
     def _folder(self, folders: Names, make: bool = False) -> Iterator[int]:
@@ -111,24 +92,19 @@ class LocalStore(BaseStore):
             os.close(folder)
 
     def _read(self, key: str, length: int | None) -> bytes:
-        *folders, name = check_key(self, key)
+        *folders, name = key.split("/")
+        with self._folder(folders) as folder:
+            # Non-blocking, so that a pipe of that name is refused and not waited for.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         try:
-            with self._folder(folders) as folder:
-                # Non-blocking, so that a pipe of that name is refused and not waited for.
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                status = os.fstat(file)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError(errno.EINVAL, "not a regular file")
-                with open(file, "rb", buffering=0, closefd=False) as reader:
-                    reader.seek(0 if length is None else max(0, status.st_size - length))
-                    return reader.readall()
-            finally:
-                os.close(file)
-        except FileNotFoundError as error:
-            refuse(self, "reading", key, error, "There is no such object.", NotFound)
-        except OSError as error:
-            refuse(self, "reading", key, error, _next_step(error))
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            with open(file, "rb", buffering=0, closefd=False) as reader:
+                reader.seek(0 if length is None else max(0, status.st_size - length))
+                return reader.readall()
+        finally:
+            os.close(file)
 
     def _entries(self, folders: Names) -> Iterator[Entry]:
         inner, found = deque[Names](), deque[Entry]()
@@ -146,11 +122,19 @@ class LocalStore(BaseStore):
         except FileNotFoundError as error:
             if not os.path.isdir(self._root):
                 refuse(self, "listing", "/".join(folders), error, "Has the cache been moved?", NotFound)
-        except OSError as error:
-            refuse(self, "listing", "/".join(folders), error, _next_step(error))
         yield from found
         for path in inner:
             yield from self._entries(path)
+
+    def _next_step(self, error: Exception) -> str:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return "Nothing was committed. Free some space (or raise the quota) and run again; what is committed stays."
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return "Nothing was changed. Check the folder's owner and mode, and whether its file system is read-only."
+        if code in (errno.ELOOP, errno.ENOTDIR):
+            return "A cache's objects are its own files: symbolic links are not followed. Copy it with `cp -rL`."
+        return "If this message does not explain it, look at the disk and at the kernel's log, then run again."
 
     def _commit(self, key: str, name: str, target: int, attempts: int, view: memoryview) -> bool:
         """Write, sync, link, sync, unlink. True if the object is this attempt's."""
@@ -190,6 +174,29 @@ class LocalStore(BaseStore):
             return created
         finally:
             os.close(file)
+
+
+@register_store("")
+def open_path(path: str, create: bool) -> LocalStore:
+    """The folder at a path, made with `create`. Raises NotFound where it does not exist, StoreError on failure."""
+    try:
+        if create:
+            make_folder(path)
+        elif not os.path.isdir(path):
+            what = "a file, not a folder" if os.path.exists(path) else "not there"
+            raise NotFound(f"{path}: {what}. A cache is a folder; `fastkd capture`, or `create_cache`, makes one.")
+    except OSError as error:
+        refuse(LocalStore(path), "opening", "", error, "The folder cannot be made; check the path and its owner.")
+    return LocalStore(path)
+
+
+@register_store("file://")
+def open_file_url(url: str, create: bool) -> Store:
+    """The store at the path of a URL of this machine."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise CacheError(f"{redact(url)!r} names no folder of this machine. Give its path, or file:///path.")
+    return open_store(urllib.request.url2pathname(parts.path), create=create)
 
 
 def make_folder(path: str) -> None:
@@ -275,13 +282,3 @@ def _remove_dead(name: str, attempts: int) -> bool:
         return False  # a living writer holds it
     finally:
         os.close(file)
-
-
-def _next_step(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "Nothing was committed. Free some space (or raise the quota) and run again; what is committed stays."
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "Nothing was changed. Check the folder's owner and mode, and whether its file system is read-only."
-    if error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return "A cache's objects are its own files: symbolic links are not followed. Copy it with `cp -rL`."
-    return "If the system's words do not explain it, look at the disk and at the kernel's log, then run again."

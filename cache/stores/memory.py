@@ -1,17 +1,11 @@
-"""A cache in this process's memory, for tests and for trying things out."""
+"""A cache in the memory of this process, for tests and for trying things out."""
 
 import threading
 from collections.abc import Iterator
 
-from ..errors import NotFound, StoreError
-from .base import (
-    BaseStore,
-    Entry,
-    check_key,
-    check_length,
-    check_prefix,
-    flat,
-)
+from ..errors import StoreError
+from .base import BaseStore, Entry, Names
+from .registry import register_store
 
 
 class MemoryStore(BaseStore):
@@ -28,26 +22,18 @@ class MemoryStore(BaseStore):
     def describe(self) -> str:
         return f"memory://{self._name}"
 
-    def get(self, key: str) -> bytes:
-        check_key(self, key)
-        try:
-            return self._objects[key]
-        except KeyError:
-            raise NotFound(f"{self.describe()}: there is no object {key!r}.") from None
+    def _read(self, key: str, length: int | None) -> bytes:
+        if key not in self._objects:
+            raise FileNotFoundError("there is no such object")
+        return self._objects[key][-(length or 0) :]
 
-    def get_tail(self, key: str, length: int) -> bytes:
-        check_length(length)
-        return self.get(key)[-length:]
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        check_prefix(self, prefix)
+    def _entries(self, folders: Names) -> Iterator[Entry]:
         with self._lock:
-            found = [Entry(key, len(data)) for key, data in self._objects.items() if key.startswith(prefix)]
+            found = [Entry(key, len(data)) for key, data in self._objects.items()]
         return iter(found)
 
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        check_key(self, key)
-        copy = bytes(flat(data))
+    def _put(self, key: str, data: memoryview) -> bool:
+        copy = bytes(data)
         with self._lock:
             if key in self._objects:
                 return False
@@ -59,7 +45,9 @@ _named: dict[str, MemoryStore] = {}
 _named_lock = threading.Lock()
 
 
-def named(name: str) -> MemoryStore:
-    """This process's store of that name, made when it is first asked for."""
+@register_store("memory://")
+def open_named(url: str, create: bool) -> MemoryStore:
+    """This process's store of that name, created on first use."""
+    name = url.partition("://")[2]
     with _named_lock:
         return _named.setdefault(name, MemoryStore(name))

@@ -16,12 +16,12 @@ import torch
 from .. import __version__
 from ..cache import CacheError, CacheWriter, Commit, NotFound, open_cache
 from ..cache.manifest import KEY as MANIFEST_KEY
+from ..cache.manifest import runs
 from ..cache.scan import listed, shard_key
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..teachers.workers import Group, SingleProcess
-from ..utils.inspect_cache import runs
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
 from .claims import Claims

@@ -173,7 +173,7 @@ def _capture_settings(command: Capture | Plan) -> CaptureSettings:
 def inspect(command: Inspect) -> Outcome:
     """Describe the cache."""
     from ..cache import open_cache
-    from ..utils.inspect_cache import inspect_cache
+    from ..cache.inspect import inspect_cache
 
     report = inspect_cache(open_cache(_store(command.cache)), progress=_at_terminal())
     return Outcome(report, report_text(report))
@@ -373,14 +373,14 @@ class _Recoverable(Exception):
 @contextmanager
 def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
     """Turn these errors into `_Recoverable`, except for a store that does not exist or is read-only."""
-    from ..cache.stores.base import clean
+    from ..cache.credentials import redact
 
     try:
         yield
     except (ReadOnly, NotFound):
         raise
     except errors as error:
-        raise _Recoverable(clean(f"{error}{more}")) from error
+        raise _Recoverable(redact(f"{error}{more}")) from error
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
@@ -414,10 +414,10 @@ def _store(place: str) -> "Store":
 
 
 def _failure(error: Exception, command: Any) -> Outcome:
-    from ..cache.stores.base import clean
+    from ..cache.credentials import redact
 
     absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
-    text = clean(in_flags(str(error), flags(command)))
+    text = redact(in_flags(str(error), flags(command)))
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 

@@ -37,10 +37,10 @@ def parse(args: Sequence[str]) -> Any:
         return _parse(args, aloud=False)
     except SystemExit as stop:
         if stop.code:
-            from ..cache.stores.base import clean
+            from ..cache.credentials import redact
 
             # the message quotes the arguments, and a URL may contain a password
-            args = [clean(arg) for arg in args]
+            args = [redact(arg) for arg in args]
         _parse(args, aloud=True)
         raise
 

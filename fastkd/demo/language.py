@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..cache import Cache, open_cache
+from ..cache.inspect import inspect_cache
 from ..models.tokenizers import load_tokenizer
 from ..report.make import make_report
 from ..report.runs import Run, read_runs
@@ -19,7 +20,6 @@ from ..report.sections.completions import completions_section
 from ..settings import CaptureSettings, DemoSettings, TrainSettings
 from ..train.result import CONTROL, STUDENT
 from ..utils.atomic import write_text
-from ..utils.inspect_cache import inspect_cache
 from ..utils.signals import Stop
 from ..utils.text import report_text
 from . import Done, smollm2

@@ -1,20 +1,24 @@
-"""The report of `inspect_cache.py` as text for 80 columns, and what text in general needs. Imports nothing heavy.
+"""The report of `cache.inspect` as text for 80 columns, and what text in general needs. Imports nothing heavy.
 
 Whatever text a cache brings along (fingerprints, notes, names) may be hostile: it is shown without credentials and
 without control characters.
 """
 
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from ..cache.credentials import without_credentials
+from ..cache.provenance import TEXTS
 from .numbers import size_text as size_text
 
 Report = dict[str, Any]
 
-TEXTS = ("teacher", "tokenizer", "dataset", "notes")  # the spec's free text
+__all__ = [
+    "TEXTS", "labelled", "printable", "ranges", "report_text", "size_text", "without_credentials"
+]  # fmt: skip
+
 _WIDTH = 80
 _LABEL = 20  # columns of a line's label
 _MOST_LISTED = 8  # ranges, or objects, on one line
@@ -29,11 +33,6 @@ def report_text(report: Report) -> str:
     if report["mass"]["mean"] is not None:
         lines += ["", *_distribution(report)]
     return "\n".join(printable(line) for line in [*lines, "", *_missing(report)])
-
-
-def without_credentials(text: str) -> str:
-    """Free text with its URLs cut: no user:password@, and no query, which may be a signature."""
-    return re.sub(r"(\w://[^\s?\"'<>]*)\?[^\s\"'<>]*", r"\1?…", re.sub(r"(\w://)[^/\s\"'<>]*@", r"\1…@", text))
 
 
 def printable(text: str) -> str:

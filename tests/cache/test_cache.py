@@ -187,50 +187,56 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "id beyond the vocabulary": (lambda s: s["ids"].__setitem__((5, 2), 500), r"ids: row 5, place 2: found 500"),
-    "negative id": (lambda s: s["ids"].__setitem__((5, 2), -1), r"ids: row 5, place 2"),
-    "head not sorted": (lambda s: s["logprobs"].__setitem__((5, 2), -50.0), r"logprobs: row 5, place 3.*best first"),
-    "nan": (lambda s: s["logprobs"].__setitem__((5, 2), np.nan), r"logprobs: row 5, place 2: found nan"),
-    "positive": (lambda s: s["logprobs"].__setitem__((5, 0), 0.5), r"logprobs: row 5, place 0: found 0.5"),
-    "hole in the head": (lambda s: s["logprobs"].__setitem__((5, 2), -np.inf), r"row 5, place 2: found -inf inside"),
-    "last of a head": (lambda s: s["logprobs"].__setitem__((5, 7), -np.inf), r"row 5, place 7: found -inf for id"),
-    "twins": (lambda s: s["ids"].__setitem__((5, 3), s["ids"][5, 2]), r"ids: row 5: found id \d+ twice"),
+    "id beyond the vocabulary": (lambda s: s["ids"].__setitem__((5, 2), 500), r"ids: row 5, column 2: got 500"),
+    "negative id": (lambda s: s["ids"].__setitem__((5, 2), -1), r"ids: row 5, column 2"),
+    "head not sorted": (
+        lambda s: s["logprobs"].__setitem__((5, 2), -50.0),
+        r"logprobs: row 5, column 3.*falling",
+    ),
+    "nan": (lambda s: s["logprobs"].__setitem__((5, 2), np.nan), r"logprobs: row 5, column 2: got nan"),
+    "positive": (lambda s: s["logprobs"].__setitem__((5, 0), 0.5), r"logprobs: row 5, column 0: got 0.5"),
+    "hole in the head": (lambda s: s["logprobs"].__setitem__((5, 2), -np.inf), r"row 5, column 2: got -inf, then"),
+    "last of a head": (lambda s: s["logprobs"].__setitem__((5, 7), -np.inf), r"row 5, column 7: got -inf for id"),
+    "twins": (lambda s: s["ids"].__setitem__((5, 3), s["ids"][5, 2]), r"ids: row 5: got id \d+ twice"),
     "nan tail": (lambda s: s["tail"].__setitem__((5, 1), np.nan), r"tail: row 5, temperature 1"),
     "infinite tail": (lambda s: s["tail"].__setitem__((5, 1), np.inf), r"tail: row 5, temperature 1"),
     "half a tail": (lambda s: s["tail"].__setitem__((5, 1), -np.inf), r"tail: row 5"),
-    "short tail": (lambda s: s.update(tail=s["tail"][:50]), r"tail: found shape \(50, 4\)"),
-    "few temperatures": (lambda s: s.update(tail=s["tail"][:, :2]), r"tail: found shape \(96, 2\)"),
-    "short ids": (lambda s: s.update(ids=s["ids"][:50]), r"logprobs: found shape"),
+    "short tail": (lambda s: s.update(tail=s["tail"][:50]), r"tail: got shape \(50, 4\)"),
+    "few temperatures": (lambda s: s.update(tail=s["tail"][:, :2]), r"tail: got shape \(96, 2\)"),
+    "short ids": (lambda s: s.update(ids=s["ids"][:50]), r"logprobs: got shape"),
     "short tokens": (
         lambda s: s["inputs"].update(tokens=np.zeros(5, int)),
-        r"inputs\['tokens'\]: found 5 values for 96",
+        r"inputs\['tokens'\]: got 5 values; expected 96",
     ),
-    "no tokens": (lambda s: s.update(inputs={}), r"inputs: found \[\]"),
-    "another column": (lambda s: s["inputs"].update(more=np.zeros(96)), r"inputs: found \['more', 'tokens'\]"),
-    "sequences too short": (lambda s: s.update(sequence_lengths=[90]), r"sequence_lengths: found a sum of 90 for 96"),
-    "empty sequence": (lambda s: s.update(sequence_lengths=[96, 0]), r"sequence_lengths: place 1: found 0"),
-    "documents too long": (lambda s: s.update(document_lengths=[97]), r"document_lengths: place 0: found 97"),
-    "draws nobody asked for": (lambda s: s.update(draws=np.ones((96, 8), int)), r"draws: found drawn entries"),
-    "too many outcomes": (lambda s: s.update(outcomes=600), r"outcomes: row 0: found 600"),
-    "float ids": (lambda s: s.update(ids=s["ids"].astype(float)), r"ids: found float64; integers"),
-    "integer log-probabilities": (lambda s: s.update(logprobs=s["ids"]), r"logprobs: found int64"),
-    "too wide": (lambda s: s.update(ids=np.zeros((96, 9), int)), r"ids: found 9 places"),
-    "no rows": (lambda s: s.update(ids=s["ids"][:0]), r"ids: found no rows"),
-    "first sequence": (lambda s: s.update(first_sequence=-1), r"first_sequence: found -1"),
-    "logits": (lambda s: s.update(logprobs=s["logprobs"] + 9), r"logprobs: row \d+, place 0"),
-    "abyss": (lambda s: s["logprobs"].__setitem__((5, 7), -1e9), r"logprobs: row 5, place 7.*below"),
-    "tail above one": (lambda s: s["tail"].__setitem__((5, 0), 45.0), r"tail: row 5, temperature 0: found 45"),
+    "no tokens": (lambda s: s.update(inputs={}), r"inputs: got \[\]"),
+    "another column": (lambda s: s["inputs"].update(more=np.zeros(96)), r"inputs: got \['more', 'tokens'\]"),
+    "sequences too short": (
+        lambda s: s.update(sequence_lengths=[90]),
+        r"sequence_lengths: got a sum of 90; expected",
+    ),
+    "empty sequence": (lambda s: s.update(sequence_lengths=[96, 0]), r"sequence_lengths: element 1: got 0"),
+    "documents too long": (lambda s: s.update(document_lengths=[97]), r"document_lengths: element 0: got 97"),
+    "draws nobody asked for": (lambda s: s.update(draws=np.ones((96, 8), int)), r"draws: got drawn entries"),
+    "too many outcomes": (lambda s: s.update(outcomes=600), r"outcomes: row 0: got 600"),
+    "float ids": (lambda s: s.update(ids=s["ids"].astype(float)), r"ids: got float64; expected integers"),
+    "integer log-probabilities": (lambda s: s.update(logprobs=s["ids"]), r"logprobs: got int64"),
+    "too wide": (lambda s: s.update(ids=np.zeros((96, 9), int)), r"ids: got 9 columns"),
+    "no rows": (lambda s: s.update(ids=s["ids"][:0]), r"ids: got 0 rows"),
+    "first sequence": (lambda s: s.update(first_sequence=-1), r"first_sequence: got -1"),
+    "logits": (lambda s: s.update(logprobs=s["logprobs"] + 9), r"logprobs: row \d+, column 0"),
+    "abyss": (lambda s: s["logprobs"].__setitem__((5, 7), -1e9), r"logprobs: row 5, column 7.*at least"),
+    "tail above one": (lambda s: s["tail"].__setitem__((5, 0), 45.0), r"tail: row 5, temperature 0: got 45"),
     "lengths that wrap around": (
         lambda s: s.update(sequence_lengths=np.array([2**62] * 4 + [96])),
-        r"sequence_lengths: place 0",
+        r"sequence_lengths: element 0",
     ),
     "entries that vanish in float32": (
         lambda s: s.update(logprobs=np.where(np.arange(8) == 7, -1e300, s["logprobs"].astype(np.float64))),
-        r"logprobs: row 0, place 7: found -1e\+300",
+        r"logprobs: row 0, column 7: got -1e\+300",
     ),
-    "masked": (lambda s: s.update(logprobs=np.ma.masked_array(s["logprobs"])), r"logprobs: found a masked array"),
-    "ragged outcomes": (lambda s: s.update(outcomes=[[1], [1, 2]]), r"outcomes: found what is no NumPy array"),
-    "ragged list": (lambda s: s.update(ids=[[1], [1, 2]]), r"ids: found what is no NumPy array"),
+    "masked": (lambda s: s.update(logprobs=np.ma.masked_array(s["logprobs"])), r"logprobs: got a masked array"),
+    "ragged outcomes": (lambda s: s.update(outcomes=[[1], [1, 2]]), r"outcomes: got list; expected a NumPy array"),
+    "ragged list": (lambda s: s.update(ids=[[1], [1, 2]]), r"ids: got list; expected a NumPy array"),
 }
 
 
@@ -252,12 +258,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, case: s
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s["draws"].__setitem__((5, 6), -1), r"draws: row 5, place 6: found -1"),
-        (lambda s: s["draws"].__setitem__((5, 0), 1), r"draws: row 5, place 0.*before the head's last"),
-        (lambda s: s["draws"].__setitem__((5, 5), 40), r"draws: row 5, place 5: found 40"),
-        (lambda s: s.update(draws=s["draws"].astype(np.int64) + (s["draws"] > 0) * 2**32), r"draws: row 0, place 5"),
-        (lambda s: s.update(outcomes=0), r"outcomes: row 0: found 0"),
-        (lambda s: s.pop("draws"), r"draws: found None"),
+        (lambda s: s["draws"].__setitem__((5, 6), -1), r"draws: row 5, column 6: got -1"),
+        (lambda s: s["draws"].__setitem__((5, 0), 1), r"draws: row 5, column 0.*before the last top-k"),
+        (lambda s: s["draws"].__setitem__((5, 5), 40), r"draws: row 5, column 5: got 40"),
+        (lambda s: s.update(draws=s["draws"].astype(np.int64) + (s["draws"] > 0) * 2**32), r"draws: row 0, column 5"),
+        (lambda s: s.update(outcomes=0), r"outcomes: row 0: got 0"),
+        (lambda s: s.pop("draws"), r"draws: got None"),
     ],
 )
 def test_bad_draws_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
@@ -271,29 +277,29 @@ def test_bad_draws_are_refused(tmp_path: Path, spoil: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size: found 0"),
+        ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"vocab_size": True}, "vocab_size"),
-        ({"k": -1}, "k: found -1"),
-        ({"k": 0}, "k: found 0 with draws=0"),
-        ({"k": 8.5}, "k: found 8.5"),
-        ({"mass": 1.5}, "mass: found 1.5"),
-        ({"mass": 0}, "mass: found 0"),
+        ({"k": -1}, "k: got -1"),
+        ({"k": 0}, "k: got 0 with draws=0"),
+        ({"k": 8.5}, "k: got 8.5"),
+        ({"mass": 1.5}, "mass: got 1.5"),
+        ({"mass": 0}, "mass: got 0"),
         ({"temperatures": (2.0,)}, "temperatures"),
         ({"temperatures": (2.0, 1.0)}, "temperatures"),
-        ({"temperatures": (1.0, float("nan"))}, "temperatures: found nan"),
-        ({"draw_temperature": 0}, "draw_temperature: found 0"),
-        ({"codec": "gzip"}, "codec: found 'gzip'; one of fast, default, smallest, portable"),
-        ({"codec": Codec(compressor="lzma")}, "codec.compressor: found 'lzma'"),
+        ({"temperatures": (1.0, float("nan"))}, "temperatures: got nan"),
+        ({"draw_temperature": 0}, "draw_temperature: got 0"),
+        ({"codec": "gzip"}, "codec: got 'gzip'; expected one of fast, default, smallest, portable"),
+        ({"codec": Codec(compressor="lzma")}, "codec.compressor: got 'lzma'"),
         ({"codec": Codec(step=0)}, "codec.step"),
         ({"codec": Codec(step=1.0, cap=0.5)}, "codec.cap"),
-        ({"inputs": ("ids",)}, "inputs: found 'ids'"),
-        ({"inputs": ("../up",)}, "inputs: found '../up'"),
+        ({"inputs": ("ids",)}, "inputs: got 'ids'"),
+        ({"inputs": ("../up",)}, "inputs: got '../up'"),
         ({"inputs": ("a", "a")}, "inputs"),
         ({"inputs": {"tokens", "loss_mask"}}, "inputs: got {"),
-        ({"inputs": "tokens"}, "inputs: found 'tokens'"),
+        ({"inputs": "tokens"}, "inputs: got 'tokens'"),
         ({"codec": "smallest", "inputs": ("example",)}, "contexts need"),
         ({"shard_positions": 0}, "shard_positions"),
-        ({"teacher": 5}, "teacher: found 5"),
+        ({"teacher": 5}, "teacher: got 5"),
     ],
 )
 def test_bad_specs_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -311,11 +317,11 @@ def test_a_spec_survives_its_file_and_its_hash_leaves_out_the_notes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "format version 2"),
-        (lambda d: d.update(required=[*d["required"], "tensor-trains"]), "needs tensor-trains"),
+        (lambda d: d.update(version=2), "got format version 2; expected 1"),
+        (lambda d: d.update(required=[*d["required"], "tensor-trains"]), "required features tensor-trains"),
         (lambda d: d.update(format="other"), "not the spec of a fastkd cache"),
-        (lambda d: d["spec"].update(k=9), "its hash does not fit"),
-        (lambda d: d["spec"].update(surprise=1), "are needed"),
+        (lambda d: d["spec"].update(k=9), "its hash differs"),
+        (lambda d: d["spec"].update(surprise=1), "surprise.*; expected "),
         (lambda d: d.pop("spec"), "`spec` is missing"),
     ],
 )
@@ -519,7 +525,7 @@ def test_a_writer_says_that_it_was_forked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numbers", [[1.9], ["2"], [True], [], 3, [[1]], [2**63], [float("nan")]])
 def test_numbers_of_sequences_are_numbers(tmp_path: Path, numbers: Any) -> None:
     sealed(tmp_path, 1)
-    with pytest.raises(CacheError, match="numbers: found"):
+    with pytest.raises(CacheError, match="numbers: got"):
         open_cache(tmp_path).sequences(numbers)
 
 

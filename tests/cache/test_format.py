@@ -389,7 +389,7 @@ def test_the_most_columns_fit_into_the_end_of_a_shard(tmp_path: Path) -> None:
 
 def test_numbers_too_high(tmp_path: Path) -> None:
     for fields in ({"index": 10**18}, {"first_sequence": 10**18}):
-        with pytest.raises(CacheError, match=r"10\^18"):
+        with pytest.raises(CacheError, match=r"from 0 to 999,"):
             write_one(tmp_path, spec_of("default"), **fields)
     write_one(tmp_path, spec_of("default"), index=10**18 - 1)
     assert open_cache(tmp_path).shards == [10**18 - 1]
@@ -402,7 +402,7 @@ def test_sizes_that_no_shard_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for module, name in ((shardfile, "LARGEST"), (shard, "LARGEST")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 1000)
-            with pytest.raises(CorruptShard, match=r"more than|it says that it holds"):
+            with pytest.raises(CorruptShard, match=r"more than|got .* positions"):
                 open_cache(tmp_path).read_shard(0)
     for module in (shardfile, checks):
         with monkeypatch.context() as patch:

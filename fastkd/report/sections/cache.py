@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...cache import CacheError, open_cache
-from ...utils.inspect_cache import inspect_cache
+from ...cache.inspect import inspect_cache
 from ...utils.numbers import DASH, THIN, decimals, figures, percent, prefixed
 from ...utils.text import TEXTS, without_credentials
 from ..comparison import Comparison

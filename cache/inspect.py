@@ -1,43 +1,37 @@
-"""What a cache holds: from a `Cache` to a plain report, made of what JSON knows. `report_text.py` makes it text."""
+"""What a cache holds, as a report of JSON values."""
 
-from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.capture_plan import planned_shards
-from ..cache.errors import NotFound, StoreError
-from ..cache.manifest import STATISTICS, gaps, overlaps
-from ..cache.scan import (
-    PREFIX,
-    corrupt,
-    scan,
-    shard_index,
-    shard_key,
-)
-from ..cache.shard.container import TAIL_LENGTH, Damage, read_attributes
-from ..cache.shard.layout import check_attributes
-from ..cache.spec import CODECS, FORMAT
-from .text import TEXTS, without_credentials
+from .capture_plan import planned_shards
+from .credentials import without_credentials
+from .errors import NotFound, StoreError
+from .manifest import STATISTICS, gaps, overlaps, runs
+from .provenance import TEXTS
+from .scan import PREFIX, corrupt, scan, shard_index, shard_key
+from .shard.container import TAIL_LENGTH, Damage
+from .shard.layout import shard_attributes
+from .spec import CODECS, FORMAT
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..cache import Cache
+    from .reader import Cache
 
 Report = dict[str, Any]
 
-MOST_READ = 32  # shards whose own account of their arrays is read
+MOST_READ = 32  # shards from which the sizes of arrays are read
 _COUNTS = ("sequences", "positions", "counted", "head_entries", "draw_entries", "bytes")
 
 
 def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
-    """What the cache is, from whom, how much it holds, what that costs, and what is missing.
+    """The settings and fingerprints of a cache, how much it holds, how many bytes that takes, and what is missing.
 
-    Of each shard its end is read; of a sealed cache, the ends of up to 32 shards. Where the store cannot be listed,
-    `missing.listed` is False, and only the manifest speaks. Numbers of shards and sequences are given as [from, to],
-    both included. progress: a bar on stderr.
+    The end of each shard is read; of a sealed cache, the ends of up to 32 shards. If the store cannot be listed,
+    `missing.listed` is False, and the report is from the manifest alone. Numbers of shards and sequences are given as
+    [from, to], both included. progress: a bar on stderr.
 
     Raises CorruptShard where a shard's end is damaged, StoreError where the store fails.
     """
@@ -81,7 +75,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
 
 
 def _statistics(table: "pa.Table", what: str) -> dict[str, float | None]:
-    """The mean over all positions that count; and of each quantile, the mean of the shards' own, by what counts."""
+    """The mean over all counted positions; for quantiles the mean over shards, weighted by their counted positions."""
     weight = table.column("counted").to_numpy().astype(np.float64)
     found: dict[str, float | None] = {}
     for which in STATISTICS:
@@ -92,7 +86,7 @@ def _statistics(table: "pa.Table", what: str) -> dict[str, float | None]:
 
 
 def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Report, set[int]]:
-    """Bytes a position by array, from up to MOST_READ shards, evenly chosen; and those that were not to be had."""
+    """Bytes per position by array, from up to MOST_READ evenly chosen shards; and the shards that do not exist."""
     places = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), MOST_READ)).round().astype(int))
     chosen, gone = [shards[i] for i in places] if shards else [], set()
     rows = {row["shard"]: row for row in table.select(["shard", "bytes", "positions"]).to_pylist()}
@@ -100,12 +94,11 @@ def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Repor
     positions = total = read = 0
     for index in chosen:
         try:
-            attributes = read_attributes(cache.store.get_tail(shard_key(index), TAIL_LENGTH))
-            check_attributes(attributes, cache.spec, index)
+            attributes = shard_attributes(cache.store.get_tail(shard_key(index), TAIL_LENGTH), cache.spec, index)
             taken = attributes.get("bytes")
             size = rows[index]["bytes"]
             if not isinstance(taken, dict) or not all(type(n) is int and 0 <= n <= size for n in taken.values()):
-                raise Damage("it does not say how many bytes its arrays take")
+                raise Damage("it does not have the sizes of its arrays")
         except NotFound:
             gone.add(index)
             continue
@@ -119,14 +112,3 @@ def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Repor
     sized = [*sorted(by_array.items(), key=lambda item: -item[1]), ("other", total - sum(by_array.values()))]
     each = {name: size / positions for name, size in sized} if positions else {}
     return {"shards_read": read, "bytes_per_position": each}, gone
-
-
-def runs(numbers: Collection[int]) -> list[list[int]]:
-    """Numbers as [from, to], both included."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return found
