@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastkd import SparseTargets, linear_topk_targets, targets_from_arrays
+from fastkd import SparseTargets, linear_topk_targets
 from fastkd.bench.bench_train import VOCAB, Steps
 from fastkd.bench.cases import GRID
 from fastkd.bench.run import run_cases, to_stderr
@@ -57,7 +57,10 @@ class Jobs(Steps):
     def cached(self) -> list[Tensor]:
         """A step from the cache."""
         arrays = self.cache.read_shard(next(self.numbers))
-        return self._distil(targets_from_arrays(arrays, self.cache.spec, device=self.device))
+        targets = SparseTargets.from_arrays(
+            arrays, vocab_size=VOCAB, temperatures=GRID, draw_temperature=1.0, device=self.device
+        )
+        return self._distil(targets)
 
     def targets(self) -> list[Tensor]:
         """A step with the teacher live, on the targets that the cache has."""
@@ -78,17 +81,11 @@ class Jobs(Steps):
         return create_cache(place, CacheSpec(VOCAB, K, DRAWS, temperatures=GRID, shard_positions=positions))
 
     def _write(self, writer: CacheWriter, number: int) -> None:
-        targets = self._asked().to("cpu")
-        assert targets.draws is not None
         rows, length = self.batch.input_ids.shape
         writer.write_shard(
             number,
             inputs={"tokens": self.batch.input_ids.flatten().cpu().numpy()},
-            ids=targets.ids.numpy(),
-            logprobs=targets.logprobs.numpy(),
-            tail=targets.tail.numpy(),
-            outcomes=targets.outcomes.numpy(),
-            draws=targets.draws.numpy(),
+            **self._asked().arrays(),
             sequence_lengths=[length] * rows,
             first_sequence=number * rows,
         )

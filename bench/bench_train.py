@@ -13,6 +13,7 @@ of a billion parameters, random; elsewhere smaller ones.
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,7 @@ def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> Mic
     tokens = torch.randint(VOCAB, (rows, length), generator=random).to(device)
     labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
     index = (labels.flatten() >= 0).nonzero()[:, 0]
-    fields = {name: getattr(targets, name) for name in ("vocab_size", "temperatures", "draw_temperature")}
-    some = targets[: len(index)]
-    compact = SparseTargets(
-        ids=some.ids, logprobs=some.logprobs, tail=some.tail, outcomes=some.outcomes, draws=some.draws, index=index,
-        **fields,
-    )  # fmt: skip
+    compact = replace(targets[: len(index)], index=index)
     places = torch.arange(length, device=device).expand(rows, -1).contiguous()
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
     sequences = torch.arange(rows, device=device)

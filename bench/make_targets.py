@@ -40,9 +40,8 @@ def make(out: Path, windows: int | None = None, teacher: Path | None = None) -> 
         positions = torch.arange(at * WINDOW, at * WINDOW + len(hidden))
         for name, shape in SHAPES.items():
             targets = linear_topk_targets(hidden, model.lm_head.weight, positions=positions, **shape)
-            for field in ("ids", "logprobs", "tail", "draws", "outcomes"):
-                if (values := getattr(targets, field)) is not None:
-                    parts.setdefault(f"{name}_{field}", []).append(values.numpy())
+            for field, values in targets.arrays().items():
+                parts.setdefault(f"{name}_{field}", []).append(values)
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     arrays["tokens"] = tokens.flatten().numpy().astype(np.int32)
     arrays["vocab_size"] = np.array(model.lm_head.weight.shape[0])

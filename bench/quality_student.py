@@ -32,13 +32,7 @@ class Shape:
             )
             for rows in torch.arange(problem.trained).split(_ROWS)
         ]
-        whole = {
-            name: torch.cat([getattr(part, name) for part in found])
-            for name in ("ids", "logprobs", "tail", "outcomes", *(["draws"] if self.draws else []))
-        }
-        return SparseTargets(
-            **whole, vocab_size=len(problem.head_VD), temperatures=found[0].temperatures, draw_temperature=self.t_d
-        )
+        return SparseTargets.cat(found)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import kd_loss, linear_kd_loss
+from fastkd import SparseTargets, kd_loss, linear_kd_loss
 from fastkd.bench.cases import GRID, known_targets, student_logits
 from fastkd.cache import Cache, CacheSpec, Workspace, create_cache, open_cache
 from fastkd.kernels import topk_targets
-from fastkd.stream.decode import targets_from_arrays
 from fastkd.stream.epoch_order import order
 
 Benchmark = Any
@@ -115,7 +114,7 @@ def test_read_shard(benchmark: Benchmark, cache: Cache) -> None:
 
 def test_targets_from_arrays(benchmark: Benchmark, cache: Cache) -> None:
     arrays = cache.read_shard(0)
-    assert len(benchmark(lambda: targets_from_arrays(arrays, cache.spec))) == 1024
+    assert len(benchmark(lambda: SparseTargets.from_arrays(arrays, vocab_size=V, temperatures=GRID))) == 1024
 
 
 def test_order(benchmark: Benchmark) -> None:

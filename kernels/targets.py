@@ -1,11 +1,13 @@
-"""SparseTargets: what a teacher said, in a few numbers a position, and what follows from them at any temperature."""
+"""SparseTargets: a teacher's soft targets, a few numbers a position; its distribution at any temperature."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import KDError
@@ -18,13 +20,45 @@ INTEGER_TYPE = "an integer type (int8 to int64, or uint8: torch does not compute
 _INF = float("inf")
 
 
-class TargetsAt(NamedTuple):
-    """The teacher at one temperature under one treatment: what a loss sees.
+class Field(NamedTuple):
+    """A tensor of `SparseTargets`.
 
-    log_q `[N, K]`: true log-probability of each entry of the support S; −inf marks a place outside S.
+    dtype: as top-k makes it and as a cache returns it; a loss takes any type of the same kind.
+    fill: the value of an unused entry, or of a row without a target.
+    shape: its dimensions, a letter each: N rows, K entries a row, M temperatures.
+    """
+
+    name: str
+    dtype: torch.dtype
+    fill: float
+    shape: str
+    optional: bool = False
+
+
+FIELDS = (
+    Field("ids", torch.int32, 0, "NK"),
+    Field("logprobs", torch.float32, -_INF, "NK"),
+    Field("tail", torch.float32, -_INF, "NM"),
+    Field("outcomes", torch.int32, 0, "N"),
+    Field("draws", torch.int32, 0, "NK", optional=True),
+)
+"""The tensors of `SparseTargets` that a cache stores, under the same names."""
+INDEX = Field("index", torch.int64, 0, "N", optional=True)
+_EXPECTED = {"outcomes": "a tensor or an int", "draws": "a tensor or None", "index": "a tensor or None"}
+
+
+def _sizes(field: Field, rows: int, width: int, temperatures: int) -> tuple[int, ...]:
+    sizes = {"N": rows, "K": width, "M": temperatures}
+    return tuple(sizes[letter] for letter in field.shape)
+
+
+class TargetsAt(NamedTuple):
+    """The teacher's distribution at one temperature under one treatment: what a loss computes with.
+
+    log_q `[N, K]`: true log-probability of each entry of the support S; −inf for an entry outside S.
     weights `[N, K]`: the weight of each entry's term; equal to q except under `sampled`. 0 outside S.
-    log_q_tail `[N]`: log-probability of everything outside S as one outcome; −inf where there is none. NaN in a row
-        that the treatment cannot take (draws alone, under `bucket` or `renormalize`).
+    log_q_tail `[N]`: log-probability of everything outside S as one outcome; −inf where nothing is. NaN in a row that
+        does not fit the treatment (draws alone, under `bucket` or `renormalize`).
     """
 
     log_q: Tensor
@@ -34,21 +68,22 @@ class TargetsAt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """Sparse soft targets of N positions: K entries each, and the log-partition of all that is not among them.
+    """Sparse soft targets of N positions: K entries each, and the log-partition of everything else.
 
-    ids `[N, K]` int: first the head (exact, best first), then the drawn tail entries (best first). Unused places come
-        last: id 0, logprob −inf, draws 0.
+    ids `[N, K]` int: token ids; first the top-k entries (exact, best first), then the drawn ones (best first). Unused
+        entries come last: id 0, logprob −inf, draws 0.
     logprobs `[N, K]` float: natural log of the teacher's probability at T = 1 under its full softmax.
-    tail `[N, M]` float: `log Σ_{j outside the head} p_j^(1/T_m)` for each temperature of the grid.
-    outcomes `[N]` or `[]` int: finite teacher logits outside the head.
-    draws `[N, K]` int or None: 0 for a member of the head; c >= 1: drawn c times, with replacement, from the tail's
-        softmax at `draw_temperature`.
-    temperatures: the grid, M distinct numbers with 1.0 among them.
-    vocab_size: the width of the teacher's head.
-    index `[N]` int64 or None: for compact targets, the (flattened) position each row belongs to; positions without a
-        row do not count in a loss. Without it, row i is position i.
+    tail `[N, M]` float: `log Σ p_j^(1/T_m)` over all tokens j but the top-k entries, for each stored temperature.
+    outcomes `[N]` or `[]` int: finite teacher logits that are not top-k entries.
+    draws `[N, K]` int or None: 0 for a top-k entry; c >= 1: drawn c times, with replacement, from the tail's softmax
+        at `draw_temperature`.
+    temperatures: the stored temperatures, M distinct numbers with 1.0 among them.
+    vocab_size: outputs of the teacher's LM head.
+    index `[N]` int64 or None: for compact targets, the (flattened) position of each row; positions without a row do not
+        count in a loss. Without it, row i is position i.
 
-    Raises KDError where shapes or types do not fit together. What the tensors hold is checked where they are used.
+    Raises KDError where shapes or types do not fit together. The values inside the tensors are checked where they are
+    used.
     """
 
     ids: Tensor
@@ -62,44 +97,21 @@ class SparseTargets:
     index: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ids", "logprobs", "tail", "draws", "index"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) and (name not in ("draws", "index") or value is not None):
-                raise KDError(f"targets.{name}: got {type(value).__name__}; expected a tensor.")
-        if not isinstance(self.outcomes, Tensor):
-            if not isinstance(self.outcomes, Integral):
-                raise KDError(f"targets.outcomes: got {self.outcomes!r}; expected a tensor or an int.")
-            object.__setattr__(self, "outcomes", torch.as_tensor(int(self.outcomes), device=self.ids.device))
+        for field in (*FIELDS, INDEX):
+            value = getattr(self, field.name)
+            if field.name == "outcomes" and isinstance(value, Integral):  # one number for all rows
+                object.__setattr__(self, "outcomes", torch.as_tensor(int(value), device=self.ids.device))
+            elif not isinstance(value, Tensor) and not (field.optional and value is None):
+                raise KDError(
+                    f"targets.{field.name}: got {value!r:.40}; expected {_EXPECTED.get(field.name, 'a tensor')}."
+                )
         if self.ids.ndim != 2:
             raise KDError(f"targets.ids: got shape {tuple(self.ids.shape)}; expected (positions, entries).")
         if not isinstance(self.temperatures, Iterable) or not all(isinstance(t, Real) for t in self.temperatures):
             raise KDError(f"temperatures: got {self.temperatures!r}; expected numbers.")
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        n = self.ids.shape[0]
-        expected: dict[str, list[tuple[int, ...]]] = {
-            "logprobs": [tuple(self.ids.shape)],
-            "draws": [tuple(self.ids.shape)],
-            "tail": [(n, len(self.temperatures))],
-            "outcomes": [(n,), ()],
-            "index": [(n,)],
-        }
-        for name, shapes in expected.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if tuple(value.shape) not in shapes:
-                wanted = " or ".join(map(str, shapes))
-                raise KDError(f"targets.{name}: got shape {tuple(value.shape)}; expected {wanted} beside ids.")
-            if value.device != self.ids.device:
-                raise KDError(
-                    f"targets.{name}: got a tensor on {value.device}, ids on {self.ids.device}; use .to(device)."
-                )
-            if name in ("logprobs", "tail") and value.dtype not in FLOATS:
-                raise KDError(f"targets.{name}: got {value.dtype}; expected a floating-point type.")
-            if name not in ("logprobs", "tail") and value.dtype not in INTEGERS:
-                raise KDError(f"targets.{name}: got {value.dtype}; expected {INTEGER_TYPE}.")
-        if self.ids.dtype not in INTEGERS:
-            raise KDError(f"targets.ids: got {self.ids.dtype}; expected {INTEGER_TYPE}.")
+        for field in (*FIELDS, INDEX):
+            self._check_field(field)
         grid = self.temperatures
         # compared one by one: torch.compile may hold them as symbols, of which it knows neither `in` nor sets
         distinct = all(s != t for i, t in enumerate(grid) for s in grid[:i])
@@ -108,37 +120,171 @@ class SparseTargets:
         if not isinstance(self.draw_temperature, Real) or not 0 < self.draw_temperature < _INF:
             raise KDError(f"draw_temperature: got {self.draw_temperature!r}; expected a positive number.")
         if not isinstance(self.vocab_size, Integral) or self.vocab_size < 1:
-            raise KDError(f"vocab_size: got {self.vocab_size!r}; expected the width of the teacher's head.")
+            raise KDError(f"vocab_size: got {self.vocab_size!r}; expected a positive integer.")
         # numpy's numbers become Python's: an operator takes no others
         object.__setattr__(self, "draw_temperature", float(self.draw_temperature))
         object.__setattr__(self, "vocab_size", int(self.vocab_size))
+
+    def _check_field(self, field: Field) -> None:
+        value = getattr(self, field.name)
+        if value is None:
+            return
+        expected = _sizes(field, *self.ids.shape, len(self.temperatures))
+        one_for_all = field.name == "outcomes" and value.ndim == 0
+        if tuple(value.shape) != expected and not one_for_all:
+            raise KDError(f"targets.{field.name}: got shape {tuple(value.shape)}; expected {expected}, to fit ids.")
+        if value.device != self.ids.device:
+            raise KDError(
+                f"targets.{field.name}: got a tensor on {value.device}; expected it beside ids on {self.ids.device}."
+            )
+        if field.dtype.is_floating_point and value.dtype not in FLOATS:
+            raise KDError(f"targets.{field.name}: got {value.dtype}; expected a floating-point type.")
+        if not field.dtype.is_floating_point and value.dtype not in INTEGERS:
+            raise KDError(f"targets.{field.name}: got {value.dtype}; expected {INTEGER_TYPE}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     @property
+    def width(self) -> int:
+        """K, the entries a row."""
+        return self.ids.shape[1]
+
+    @property
     def device(self) -> torch.device:
-        """Where the targets are."""
+        """The device of all tensors."""
         return self.ids.device
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, `index` included."""
+        return [x for field in (*FIELDS, INDEX) if (x := getattr(self, field.name)) is not None]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **changed)
 
-    def __getitem__(self, rows: slice | Tensor) -> "SparseTargets":
-        """The targets of some rows: a slice, a boolean mask or a tensor of row numbers."""
+    def take(self, rows: slice | Tensor) -> "SparseTargets":
+        """The targets of some rows: a slice, a boolean mask or a tensor of row numbers. `targets[rows]` is the same."""
         if not isinstance(rows, (slice, Tensor)):
             raise KDError(f"targets[...]: got {type(rows).__name__}; expected a slice, a mask or a tensor of rows.")
         return self._map(lambda x: x if x.ndim == 0 else x[rows])
+
+    __getitem__ = take
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
         """The targets on another device."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SparseTargets":
-        """The targets in page-locked memory, from which a copy to a device can run ahead."""
+        """The targets in page-locked memory, from which a copy to a device does not block."""
         return self._map(lambda x: x.pin_memory())
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        width: int,
+        *,
+        vocab_size: int,
+        temperatures: Sequence[float] = (1.0,),
+        draws: bool = False,
+        draw_temperature: float = 1.0,
+        device: torch.device | str | None = None,
+        pin_memory: bool = False,
+        fill: bool = True,
+    ) -> "SparseTargets":
+        """Targets of `rows` rows without entries, to be written into. fill=False leaves their values uninitialised."""
+        columns: dict[str, Any] = {}
+        for field in FIELDS:
+            if field.optional and not draws:
+                continue
+            sizes = _sizes(field, rows, width, len(temperatures))
+            column = columns[field.name] = torch.empty(sizes, dtype=field.dtype, device=device, pin_memory=pin_memory)
+            if fill:
+                column.fill_(field.fill)
+        return cls(
+            **columns,
+            vocab_size=vocab_size,
+            temperatures=tuple(temperatures),
+            draw_temperature=draw_temperature,
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence["SparseTargets"]) -> "SparseTargets":
+        """The rows of several targets, one after another. Narrower rows are filled up with unused entries, and rows
+        without draws with 0 draws. KDError where vocab_size, temperatures or draw_temperature differ, or where some
+        have an index and others none."""
+        if not parts:
+            raise KDError("cat: got no targets; expected at least one.")
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        for name in ("vocab_size", "temperatures", "draw_temperature"):
+            if len(values := {getattr(part, name) for part in parts}) > 1:
+                raise KDError(f"cat: got targets of different {name}: {', '.join(map(str, values))}; expected one.")
+        if len({part.index is None for part in parts}) > 1:
+            raise KDError("cat: got targets with and without an index; expected an index in all or in none.")
+        width = max(part.width for part in parts)
+        columns: dict[str, Any] = {
+            field.name: torch.cat([part._column(field, width) for part in parts])
+            for field in (*FIELDS, INDEX)
+            if any(getattr(part, field.name) is not None for part in parts)
+        }
+        return replace(first, **columns)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        vocab_size: int,
+        temperatures: Sequence[float],
+        draw_temperature: float = 1.0,
+        device: torch.device | str | None = None,
+        index: NDArray[np.int64] | None = None,
+    ) -> "SparseTargets":
+        """Targets of the arrays in a cache's shard (`Cache.read_shard`, `Cache.sequences`): ids, logprobs, tail,
+        outcomes and maybe draws; other names are ignored. vocab_size, temperatures, draw_temperature: of the cache's
+        spec.
+
+        On the CPU (the default) the targets share the arrays' memory. To a GPU they are copied from page-locked memory
+        without waiting. KDError where an array is missing.
+        """
+        device = torch.device("cpu" if device is None else device)
+        columns: dict[str, Any] = {}
+        for field in FIELDS:
+            if field.name in arrays:
+                columns[field.name] = _on_device(arrays[field.name], device)
+            elif not field.optional:
+                raise KDError(f"arrays: got no {field.name!r} among {', '.join(arrays)}; expected a shard's arrays.")
+        return cls(
+            **columns,
+            vocab_size=vocab_size,
+            temperatures=tuple(temperatures),
+            draw_temperature=draw_temperature,
+            index=None if index is None else _on_device(index, device),
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The targets as arrays in the types of `FIELDS`: what `CacheWriter.write_shard` takes, without `index`. On the
+        CPU they share the tensors' memory where the types agree."""
+        return {
+            field.name: self._column(field, self.width).detach().to("cpu", field.dtype).numpy()
+            for field in FIELDS
+            if getattr(self, field.name) is not None
+        }
+
+    def _column(self, field: Field, width: int) -> Tensor:
+        """A field with a row each, and of entries, rows of this width; filled up where they are narrower or missing."""
+        value: Tensor | None = getattr(self, field.name)
+        if value is None:
+            return torch.full((len(self), width), field.fill, dtype=field.dtype, device=self.device)
+        if value.ndim == 0:
+            return value.to(field.dtype).expand(len(self))
+        if field.shape == "NK" and value.shape[1] < width:
+            return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=field.fill)
+        return value
 
     @classmethod
     def from_logits(
@@ -153,7 +299,7 @@ class SparseTargets:
         seed: int = 0,
         positions: Tensor | None = None,
     ) -> "SparseTargets":
-        """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`): see `topk_targets`, which this calls."""
+        """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`), by `topk_targets`; see there."""
         from . import topk_targets
 
         return topk_targets(
@@ -170,7 +316,10 @@ class SparseTargets:
     def at(
         self, temperature: float | Tensor, treatment: str = "auto", *, dtype: torch.dtype = torch.float32
     ) -> TargetsAt:
-        """The teacher at a temperature under a treatment, in `dtype`. Raises KDError where either cannot be had."""
+        """The teacher's distribution at a temperature under a treatment, in `dtype`.
+
+        KDError for an unknown treatment, or a temperature that these targets do not serve.
+        """
         return targets_at(
             self.logprobs,
             self.draws,
@@ -182,6 +331,14 @@ class SparseTargets:
             draw_temperature=self.draw_temperature,
             dtype=dtype,
         )
+
+
+def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor on the device; on the CPU it shares the array's memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def targets_at(
@@ -203,25 +360,25 @@ def targets_at(
     logprobs = logprobs.to(dtype)
     used = logprobs > -_INF
     drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)
-    head = used & ~drawn
+    exact = used & ~drawn
 
     log_tail = _tail_at(t, tail.to(dtype), outcomes, temperatures)
     scaled = logprobs / t
-    log_head = _logsumexp(scaled.masked_fill(~head, -_INF))
-    log_z = torch.logaddexp(log_head, log_tail)
+    log_exact = _logsumexp(scaled.masked_fill(~exact, -_INF))
+    log_z = torch.logaddexp(log_exact, log_tail)
     log_z = torch.where(log_z > -_INF, log_z, 0.0)  # a row with nothing in it at all stays −inf, not NaN
     log_q = scaled - log_z[:, None]
     log_q_tail = log_tail - log_z
 
-    draws_only = drawn.any(1) & ~head.any(1)
+    draws_only = drawn.any(1) & ~exact.any(1)
     if treatment == "renormalize":
-        log_q = (scaled - log_head[:, None]).masked_fill(~head, -_INF)
+        log_q = (scaled - log_exact[:, None]).masked_fill(~exact, -_INF)
         log_q_tail = torch.full_like(log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
         return TargetsAt(log_q, log_q.exp(), log_q_tail)
-    in_head = log_q.masked_fill(~head, -_INF)
+    in_exact = log_q.masked_fill(~exact, -_INF)
     if treatment == "bucket":
-        log_q_tail = torch.where(head.any(1), log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
-        return TargetsAt(in_head, in_head.exp(), log_q_tail)
+        log_q_tail = torch.where(exact.any(1), log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
+        return TargetsAt(in_exact, in_exact.exp(), log_q_tail)
 
     # sampled: q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
     counts = draws.clamp(min=1).to(dtype) if draws is not None else torch.ones_like(logprobs)
@@ -229,16 +386,16 @@ def targets_at(
     share = share.masked_fill(~drawn, -_INF)
     log_share = share - _logsumexp(share)[:, None]
     has_draws = drawn.any(1)
-    log_w = torch.where(drawn, log_share + log_q_tail[:, None], in_head)
-    in_support = head | drawn
+    log_w = torch.where(drawn, log_share + log_q_tail[:, None], in_exact)
+    in_support = exact | drawn
     log_q = log_q.masked_fill(~in_support, -_INF)
     # a row without draws falls back to the bucket
-    log_q_tail = torch.where(has_draws | ~head.any(1), -_INF, log_q_tail)
+    log_q_tail = torch.where(has_draws | ~exact.any(1), -_INF, log_q_tail)
     return TargetsAt(log_q, log_w.masked_fill(~in_support, -_INF).exp(), log_q_tail)
 
 
 def _tail_at(t: float, tail_NM: Tensor, outcomes: Tensor, temperatures: tuple[float, ...]) -> Tensor:
-    """The tail's log-partition `[N]` at temperature t; −inf where the tail is empty."""
+    """The tail's log-partition `[N]` at temperature t; −inf for an empty tail."""
     weights = tail_weights(t, temperatures)
     empty = (outcomes <= 0) | (tail_NM == -_INF).any(1)
     result = torch.zeros_like(tail_NM[:, 0])

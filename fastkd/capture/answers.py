@@ -12,7 +12,6 @@ from ..models.protocol import Hidden, Output, TopK
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
 
-FIELDS = ("ids", "logprobs", "tail", "outcomes", "draws")
 ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
 _LOST_TO_ROUNDING = 2.0**-24  # the least missing probability that float32 log-probabilities tell
 _EXCESS = 1e-3  # by which the probabilities of an answer may exceed 1, as rounding makes them
@@ -88,7 +87,7 @@ def targets_of(
             if error.row is None:
                 raise
             raise KDError(str(error), row=start + error.row) from error
-    return joined(parts)
+    return SparseTargets.cat(parts)
 
 
 def full_output(answer: Answer) -> Output:
@@ -185,19 +184,3 @@ def _check_shape(values: Tensor, shape: torch.Size, last: str) -> None:
             f"teacher: got an answer of shape {tuple(values.shape)}; expected ({', '.join(map(str, shape))}, {last}), "
             f"a row for each {'position' if len(shape) == 2 else 'example'}."
         )
-
-
-def joined(parts: list[SparseTargets]) -> SparseTargets:
-    """Targets one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    found = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS if getattr(first, name) is not None
-    }
-    return SparseTargets(
-        **found,
-        vocab_size=first.vocab_size,
-        temperatures=first.temperatures,
-        draw_temperature=first.draw_temperature,
-    )

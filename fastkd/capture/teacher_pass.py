@@ -16,10 +16,10 @@ from torch import Tensor
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
-from ..kernels import KDError
+from ..kernels import KDError, SparseTargets
 from ..teachers.protocol import Teacher
 from ..utils.signals import Stopped
-from .answers import FIELDS, TopKConfig, targets_of
+from .answers import TopKConfig, targets_of
 from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]
@@ -52,12 +52,12 @@ class _Shard:
 class _Pending:
     """A batch that was submitted to the device. rows: those of the shard that count. positions: without padding.
 
-    targets: on the host, once `copied`. started, copied: None on devices without events, where seconds is the duration.
+    targets: on the host, once `copied`; None for no rows. started, copied: None on devices without events, where seconds is the duration.
     """
 
     rows: Ints
     positions: int
-    targets: dict[str, Tensor] = field(default_factory=dict)
+    targets: SparseTargets | None = None
     started: torch.cuda.Event | None = None
     copied: torch.cuda.Event | None = None
     seconds: float = 0.0
@@ -105,16 +105,15 @@ class TeacherPass:
 
     def _empty_arrays(self, n: int) -> dict[str, Array]:
         """The arrays of n rows without targets."""
-        config, width = self.config, min(self.config.k, self.teacher.vocab_size) + self.config.draws
-        arrays: dict[str, Array] = {
-            "ids": np.zeros((n, width), np.int32),
-            "logprobs": np.full((n, width), -np.inf, np.float32),
-            "tail": np.full((n, len(config.temperatures)), -np.inf, np.float32),
-            "outcomes": np.zeros(n, np.int32),
-        }
-        if config.draws:
-            arrays["draws"] = np.zeros((n, width), np.int32)
-        return arrays
+        config, vocab_size = self.config, self.teacher.vocab_size
+        return SparseTargets.empty(
+            n,
+            min(config.k, vocab_size) + config.draws,
+            vocab_size=vocab_size,
+            temperatures=config.temperatures,
+            draws=config.draws > 0,
+            device="cpu",
+        ).arrays()
 
     def _submit_parts(self, source: _Shard, segments: Ints) -> Iterator[tuple[int, _Pending]]:
         """Submit a batch, or if it does not fit into memory its halves, their halves and so on: for each the number of
@@ -171,8 +170,8 @@ class TeacherPass:
             if error.row is None:
                 raise
             raise source.bad_row(int(rows[error.row]), str(error)) from error
-        pending.targets = host = {name: t for name in FIELDS if (t := getattr(targets, name)) is not None}
         if device.type != "cuda":
+            pending.targets = targets
             pending.seconds = time.perf_counter() - clock
             return pending
         done = _event(device)
@@ -181,9 +180,8 @@ class TeacherPass:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(done)
-            for name, tensor in host.items():
-                host[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                host[name].copy_(tensor, non_blocking=True)
+            pending.targets = targets.to("cpu", non_blocking=True)  # into page-locked memory
+            for tensor in targets.tensors():
                 tensor.record_stream(self._stream)
             pending.copied = _event(device, self._stream)
         return pending
@@ -193,8 +191,8 @@ class TeacherPass:
         if pending.copied is not None and pending.started is not None:
             pending.copied.synchronize()
             pending.seconds = pending.started.elapsed_time(pending.copied) / 1e3
-        if pending.targets:
-            columns = {name: tensor.numpy() for name, tensor in pending.targets.items()}
+        if pending.targets is not None:
+            columns = pending.targets.arrays()
             bad = np.isnan(columns["tail"]).any(1) | np.isnan(columns["logprobs"]).any(1)
             if bad.any():
                 row = int(pending.rows[int(bad.argmax())])

@@ -46,8 +46,7 @@ class AnyBatch(ABC):
     def tensors(self) -> list[Tensor]:
         """All its tensors."""
         own = [getattr(self, f.name) for f in fields(self)]
-        theirs = [getattr(self.targets, f.name) for f in fields(self.targets)]
-        return [x for x in own + theirs if isinstance(x, Tensor)]
+        return [x for x in own if isinstance(x, Tensor)] + self.targets.tensors()
 
     @abstractmethod
     def windows(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Targets of chosen rows of open shards, in memory of their own: what a micro-batch holds."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..cache.spec import CacheSpec
 from ..kernels import SparseTargets
+from ..kernels.targets import FIELDS
 from .shards import OpenShard
 
 Ints = NDArray[np.int64]
-Allocate = Callable[..., Tensor]
-UNUSED = {"logprobs": -np.inf}  # what stands in places without an entry; else 0
 
 
 @dataclass(frozen=True)
@@ -34,47 +33,51 @@ class BatchShape:
 
 
 def compact_targets(
-    wanted: Sequence[tuple[OpenShard[Any], Ints]], index: Tensor, spec: CacheSpec, shape: BatchShape, allocate: Allocate
+    wanted: Sequence[tuple[OpenShard[Any], Ints]],
+    index: Tensor,
+    spec: CacheSpec,
+    shape: BatchShape,
+    *,
+    pin_memory: bool,
 ) -> SparseTargets:
     """The targets of these rows of these shards, on the host, in memory of their own.
 
-    index `[rows]`: the position of each in its micro-batch. allocate: makes a tensor on the host, as `torch.empty`.
+    index `[rows]`: the position of each in its micro-batch.
     """
-    n = len(index)
-    out = {
-        "ids": allocate((n, shape.width), dtype=torch.int32),
-        "logprobs": allocate((n, shape.width), dtype=torch.float32),
-        "tail": allocate((n, len(spec.temperatures)), dtype=torch.float32),
-        "outcomes": allocate(n, dtype=torch.int32),
-    }
-    if shape.draws:
-        out["draws"] = allocate((n, shape.width), dtype=torch.int32)
+    found = _unfilled(len(index), spec, shape, pin_memory)
     done = 0
     for shard, rows in wanted:
-        for name, tensor in out.items():
-            target, source = tensor.numpy()[done : done + len(rows)], shard.rows.get(name)
+        for field in FIELDS:
+            if (tensor := getattr(found, field.name)) is None:
+                continue
+            target, source = tensor.numpy()[done : done + len(rows)], shard.rows.get(field.name)
             if source is not None and source.shape[1:] == target.shape[1:]:
                 # mode: with "raise" the result is made apart, and copied
                 np.take(source, rows, axis=0, out=target, mode="clip")
                 continue
             # of a cache of narrower rows, or without draws
-            target.fill(UNUSED.get(name, 0))
+            target.fill(field.fill)
             if source is not None:
                 target[:, : source.shape[1]] = source[rows]
         done += len(rows)
-    return _targets(out, index, spec)
-
-
-def _targets(tensors: dict[str, Tensor], index: Tensor, spec: CacheSpec) -> SparseTargets:
-    return SparseTargets(
-        **tensors,
-        vocab_size=spec.vocab_size,
-        temperatures=spec.temperatures,
-        draw_temperature=spec.draw_temperature,
-        index=index,
-    )
+    return replace(found, index=index)
 
 
 def no_targets(spec: CacheSpec, shape: BatchShape, device: torch.device) -> SparseTargets:
     """Targets of no position."""
-    return compact_targets([], torch.zeros(0, dtype=torch.int64), spec, shape, torch.empty).to(device)
+    index = torch.zeros(0, dtype=torch.int64)
+    return replace(_unfilled(0, spec, shape, pin_memory=False), index=index).to(device)
+
+
+def _unfilled(rows: int, spec: CacheSpec, shape: BatchShape, pin_memory: bool) -> SparseTargets:
+    return SparseTargets.empty(
+        rows,
+        shape.width,
+        vocab_size=spec.vocab_size,
+        temperatures=spec.temperatures,
+        draws=shape.draws,
+        draw_temperature=spec.draw_temperature,
+        device="cpu",
+        pin_memory=pin_memory,
+        fill=False,
+    )

@@ -96,7 +96,7 @@ def _micro_batch(
         position_ids=columns[2],
         cu_seqlens=cu_seqlens,
         sequences=sequences,
-        targets=compact_targets(wanted, index, spec, shape, allocate),
+        targets=compact_targets(wanted, index, spec, shape, pin_memory=device.type == "cuda"),
         max_seqlen=longest,
         positions=n,
         layout=shape.layout,

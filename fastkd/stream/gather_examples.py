@@ -72,6 +72,6 @@ def _micro_batch(
         inputs=inputs.pin_memory() if on_gpu else inputs,
         labels=labels,
         sequences=of,
-        targets=compact_targets(kept, index, spec, shape, allocate),
+        targets=compact_targets(kept, index, spec, shape, pin_memory=on_gpu),
         positions=n,
     )

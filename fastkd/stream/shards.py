@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from ..cache.reader import Cache
 from ..cache.workspace import Workspace
 from ..data.examples import EXAMPLE_COLUMNS
+from ..kernels.targets import FIELDS
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 IGNORED = -100
-ENTRIES = ("ids", "logprobs", "draws", "tail", "outcomes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard[Any]
     arrays = cache.read_shard(index, into=workspace)
     # entries come first in a row: one that does not count has none in its first place
     counts = arrays["logprobs"][:, 0] > -np.inf
-    rows = {name: arrays[name] for name in ENTRIES if name in arrays}
+    rows = {field.name: arrays[field.name] for field in FIELDS if field.name in arrays}
     return OpenShard(_inputs(cache, arrays, counts), rows=rows, workspace=workspace)
 
 

@@ -12,7 +12,7 @@ from ..arguments import check_positive, describe, whole_number
 from ..errors import KDError
 from ..lm_head import LMHead
 from ..tail import check_temperature
-from ..targets import SparseTargets
+from ..targets import FIELDS, SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
 from .checks import check_constant, check_floats, check_rows, overlaps
@@ -322,11 +322,7 @@ def _call(
         weights=None if weights is None else weights.detach().reshape(-1).contiguous(),
         num_items=there(num_items, "num_items") if isinstance(num_items, Tensor) else None,
         items=-1 if num_items is None or isinstance(num_items, Tensor) else num_items,
-        ids=targets.ids,
-        logprobs=targets.logprobs,
-        draws=targets.draws,
-        tail=targets.tail,
-        outcomes=targets.outcomes,
+        **{field.name: getattr(targets, field.name) for field in FIELDS},
         positions=None if targets.index is None else targets.index.long().contiguous(),
         temperatures=list(targets.temperatures),
         draw_temperature=targets.draw_temperature,

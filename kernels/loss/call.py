@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..targets import TargetsAt, targets_at
+from ..targets import FIELDS, TargetsAt, targets_at
 from ..treatment import resolve_treatment
 from .config import SCHEDULED, LossConfig
 
@@ -86,7 +86,7 @@ class Call(NamedTuple):
     def take(self, rows: slice | Tensor) -> "Call":
         """A call by row, for some of its rows."""
         assert self.positions is None
-        names = ("labels", "mask", "weights", "ids", "logprobs", "draws", "tail", "outcomes")
+        names = ("labels", "mask", "weights", *(field.name for field in FIELDS))
         some: dict[str, Any] = {k: v if (v := getattr(self, k)) is None or v.ndim == 0 else v[rows] for k in names}
         return self._replace(**some)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import KDError
 from ..targets import SparseTargets
-from .config import Plan, Rows
+from .config import Plan
 from .dispatch import filler
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -70,13 +70,13 @@ def topk_targets(
     )
     positions_N = _positions(positions, logits, "logits")
     fill = filler(impl, logits, plan)
-    out = Rows.empty(positions_N.numel(), plan, logits.device)
+    out = plan.unfilled(positions_N.numel(), logits.device)
     start = 0
     for rows_NV in _as_rows(logits):
         some = slice(start, start + len(rows_NV))
         fill(rows_NV, out[some], plan, positions_N[some], start)
         start = some.stop
-    return _targets(out, plan)
+    return out
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def linear_topk_targets(
     rows = positions_N.numel()
     if chunk_tokens is None:
         chunk_tokens = default_chunk(hidden, vocab)
-    out = Rows.empty(rows, plan, hidden.device)
+    out = plan.unfilled(rows, hidden.device)
     buffer = torch.empty((min(chunk_tokens, rows), vocab), dtype=hidden.dtype, device=hidden.device)
     start = 0
     # autocast would turn the operands of a matrix product into another dtype than the buffer's
@@ -147,7 +147,7 @@ def linear_topk_targets(
                     torch.addmm(bias, chunk_CD, weight.t(), out=logits_CV)
                 fill(logits_CV, out[some], plan, positions_N[some], start)
                 start = some.stop
-    return _targets(out, plan)
+    return out
 
 
 def default_chunk(hidden: Tensor, vocab_size: int) -> int:
@@ -155,19 +155,6 @@ def default_chunk(hidden: Tensor, vocab_size: int) -> int:
     if hidden.device.type != "cpu":
         return CHUNK_TOKENS
     return max(1, CHUNK_BYTES // (vocab_size * hidden.element_size()))
-
-
-def _targets(out: Rows, plan: Plan) -> SparseTargets:
-    return SparseTargets(
-        ids=out.ids,
-        logprobs=out.logprobs,
-        tail=out.tail,
-        outcomes=out.outcomes,
-        vocab_size=plan.vocab_size,
-        draws=out.draws,
-        temperatures=plan.temperatures,
-        draw_temperature=plan.draw_temperature,
-    )
 
 
 def _as_rows(tensor: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KDError
+from ..targets import SparseTargets
 
 MAX_POWER = 8  # of an exponential, that another is made as
 
@@ -25,10 +26,17 @@ class Plan:
     softcap: float | None
     logit_scale: float | None
 
-    @property
-    def width(self) -> int:
-        """K, the places of a row."""
-        return self.k + self.draws
+    def unfilled(self, rows: int, device: torch.device) -> SparseTargets:
+        """Targets of some rows, to be filled."""
+        return SparseTargets.empty(
+            rows,
+            self.k + self.draws,
+            vocab_size=self.vocab_size,
+            temperatures=self.temperatures,
+            draws=self.draws > 0,
+            draw_temperature=self.draw_temperature,
+            device=device,
+        )
 
     def chains(self) -> tuple[tuple[int, int], ...]:
         """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
@@ -49,39 +57,6 @@ class Plan:
                     left.remove(m)
                     last = m
         return tuple(steps)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The fields of SparseTargets being filled: ids int32 0, logprobs float32 −inf and draws int32 0 at first `[N, K]`,
-    tail float32 `[N, M]`, outcomes int32 `[N]`."""
-
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
-    outcomes: Tensor
-    draws: Tensor | None
-
-    @classmethod
-    def empty(cls, rows: int, plan: Plan, device: torch.device) -> "Rows":
-        """Room for some rows."""
-        shape = (rows, plan.width)
-        return cls(
-            ids=torch.zeros(shape, dtype=torch.int32, device=device),
-            logprobs=torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
-            tail=torch.empty((rows, len(plan.temperatures)), dtype=torch.float32, device=device),
-            outcomes=torch.empty(rows, dtype=torch.int32, device=device),
-            draws=torch.zeros(shape, dtype=torch.int32, device=device) if plan.draws else None,
-        )
-
-    def __getitem__(self, rows: slice) -> "Rows":
-        return Rows(
-            self.ids[rows],
-            self.logprobs[rows],
-            self.tail[rows],
-            self.outcomes[rows],
-            None if self.draws is None else self.draws[rows],
-        )
 
 
 def refuse(fine_n: Tensor, top_x: Tensor, first_row: int) -> None:

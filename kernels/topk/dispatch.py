@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import KDError
-from .config import Plan, Rows
+from ..targets import SparseTargets
+from .config import Plan
 from .fill import fill_rows
 from .torch_impl import TORCH
 
 IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
-Fill = Callable[[Tensor, Rows, Plan, Tensor, int], None]
+Fill = Callable[[Tensor, SparseTargets, Plan, Tensor, int], None]
 """Fill rows of targets from logits `[N, V]`, positions `[N]` and the number of the first row in an error message."""
 # Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
 ROWS_AT_ONCE = 8192
@@ -85,7 +86,7 @@ def _check_triton(rows: Tensor, plan: Plan) -> None:
         )
 
 
-def _fill_triton(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def _fill_triton(logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
     from .triton_impl import fill_triton
 
     for start in range(0, len(logits_NV), ROWS_AT_ONCE):

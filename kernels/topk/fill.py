@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .config import Plan, Rows, refuse
+from ..targets import SparseTargets
+from .config import Plan, refuse
 from .draws import Tail, exact_transform, merge, row_keys
 
 GROUP = 32  # tokens whose units are added up for the draws
@@ -66,7 +67,9 @@ def transform(x: Tensor, plan: Plan) -> Tensor:
     return x
 
 
-def fill_rows(sweeps: Sweeps, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def fill_rows(
+    sweeps: Sweeps, logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int
+) -> None:
     """Fill `out` from logits `[N, V]` of any stride. `first_row`: the number of the first row in an error message."""
     rows, vocab = logits_NV.shape
     groups = -(-vocab // GROUP)
@@ -156,7 +159,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _finish(swept: Swept, out: Rows, plan: Plan, first_row: int, state: State | None) -> None:
+def _finish(swept: Swept, out: SparseTargets, plan: Plan, first_row: int, state: State | None) -> None:
     """From what was found of a block to its targets. state: to be filled but for its sums, where there are draws."""
     head_x, head_id, tail_top_x, sums_nM = swept.head_x, swept.head_id, swept.tail_top_x, swept.tail_sums
     row_top, k = swept.row_top, plan.k
@@ -212,7 +215,7 @@ def _finish(swept: Swept, out: Rows, plan: Plan, first_row: int, state: State | 
             state.edge_id.fill_(-1)
 
 
-def _draw(sweeps: Sweeps, state: State, logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor) -> None:
+def _draw(sweeps: Sweeps, state: State, logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor) -> None:
     """Draw from some rows, and write the draws down."""
     tail = Tail(
         sums=state.sums,
@@ -242,7 +245,7 @@ def merge_drawn(
     kept_N: Tensor,
     top_N: Tensor,
     log_total_N: Tensor,
-    out: Rows,
+    out: SparseTargets,
     plan: Plan,
 ) -> None:
     """Write drawn ids (any order) and their logprobs behind the head. `top`, `log_total`: the row's log-partition."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import draws as dr
-from .config import Plan, Rows
+from .config import Plan
 from .draws import Tail, exponent_scale, reciprocal, weight_bits
 from .fill import GROUP, State, Swept, fill_rows
 
@@ -506,5 +506,5 @@ def compile_all() -> float:
     logits = _room(1, GROUP).zero_()
     for mass in (None, 0.5):
         plan = Plan(GROUP, 1, (1.0,), mass, 1, 1.0, 0, None, None)
-        fill_rows(NUMBA, logits, Rows.empty(1, plan, logits.device), plan, _room(1, dtype=torch.int64).zero_(), 0)
+        fill_rows(NUMBA, logits, plan.unfilled(1, logits.device), plan, _room(1, dtype=torch.int64).zero_(), 0)
     return time.perf_counter() - began

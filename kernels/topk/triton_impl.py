@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from ..interpreter import is_interpreted
+from ..targets import SparseTargets
 from . import draws as dr
-from .config import Plan, Rows, refuse
+from .config import Plan, refuse
 from .draws_triton import draw
 from .fill import merge_drawn
 from .triton_kernels import _finish, _pick, _scan, _select
@@ -47,7 +48,7 @@ def _log2e_over_t(temperatures: tuple[float, ...], device: torch.device) -> Tens
     return _scales[key]
 
 
-def fill_triton(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def fill_triton(logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
     """Fill `out` from logits `[N, V]` (bfloat16, float16 or float32, any stride), k at most MAX_K.
 
     `first_row`: the number of the first row in an error message, which only CPU tensors can give.
@@ -57,7 +58,7 @@ def fill_triton(logits_NV: Tensor, out: Rows, plan: Plan, positions_N: Tensor, f
         _launch(logits_NV, out, plan, positions_N, first_row)
 
 
-def _launch(x: Tensor, out: Rows, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def _launch(x: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
     rows, vocab = x.shape
     k, many, device = plan.k, len(plan.temperatures), x.device
     stride_n, stride_v = x.stride()

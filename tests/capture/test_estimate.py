@@ -151,7 +151,10 @@ def test_the_mass_of_top_k_entries_is_that_of_the_cache() -> None:
     means, counted = cache.manifest.column("mass_mean").to_numpy(), cache.manifest.column("counted").to_numpy()
     assert cost.mass_1 == pytest.approx(float(np.average(means, weights=counted)), abs=0.02)
     arrays = cache.read_shard(0)
-    at_two = fastkd.targets_from_arrays(arrays, cache.spec).at(2.0, "bucket").log_q_tail.exp()
+    targets = fastkd.SparseTargets.from_arrays(
+        arrays, vocab_size=cache.spec.vocab_size, temperatures=cache.spec.temperatures
+    )
+    at_two = targets.at(2.0, "bucket").log_q_tail.exp()
     assert cost.mass_2 == pytest.approx(1 - float(at_two.mean()), abs=0.02)
     masses = [cost.mass_1 for cost in report.by_k if cost.mass_1 is not None]
     assert masses == sorted(masses)

@@ -1,12 +1,17 @@
-"""SparseTargets: shapes, slices, and the teacher at a temperature against the dense teacher."""
+"""SparseTargets: shapes, rows, arrays and back, and the teacher at a temperature against the dense teacher."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import GRID, case, sparse
 
-from fastkd import KDError, SparseTargets
+from fastkd import KDError, SparseTargets, targets_from_arrays
+from fastkd.cache import CacheSpec, create_cache, open_cache
+from fastkd.kernels.targets import FIELDS, INDEX
 
 
 def dense_teacher(seed: int = 0, n: int = 6, v: int = 40) -> torch.Tensor:
@@ -91,6 +96,105 @@ def test_slices_move_together() -> None:
         targets[3]
 
 
+def same(one: SparseTargets, other: SparseTargets) -> bool:
+    """All fields are equal, types included."""
+    columns = [(getattr(one, f.name), getattr(other, f.name)) for f in (*FIELDS, INDEX)]
+    settings = all(getattr(one, n) == getattr(other, n) for n in ("vocab_size", "temperatures", "draw_temperature"))
+    return settings and all(
+        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)) for a, b in columns
+    )
+
+
+def test_the_parts_of_targets_make_the_whole_again() -> None:
+    targets = replace(case("plain", 9, 50, 4, 3).targets, index=torch.arange(9) * 2)
+    assert same(SparseTargets.cat([targets[:2], targets.take(torch.tensor([2])), targets[3:3], targets[3:]]), targets)
+    assert SparseTargets.cat([targets]) is targets
+
+
+def test_narrower_rows_and_rows_without_draws_are_filled_up() -> None:
+    wide, narrow = case("plain", 3, 50, 4, 3).targets, case("plain", 2, 50, 4).targets
+    both = SparseTargets.cat([wide, replace(narrow, outcomes=46)])
+    assert both.width == wide.width > narrow.width
+    assert same(both[:3], wide)
+    assert torch.equal(both.logprobs[3:, : narrow.width], narrow.logprobs)
+    assert bool((both.logprobs[3:, narrow.width :] == -math.inf).all())
+    assert not both.ids[3:, narrow.width :].any()
+    assert not both.draws[3:].any()
+    assert both.outcomes[3:].tolist() == [46, 46]
+    loss = both.at(2.0, "sampled").weights[3:, : narrow.width]
+    assert torch.equal(loss, narrow.at(2.0, "bucket").weights)
+
+
+def test_targets_that_do_not_belong_together_are_refused() -> None:
+    one = case("plain", 3, 50, 4).targets
+    for other, says in (
+        (replace(one, vocab_size=51), "vocab_size: 50, 51"),
+        (replace(one, temperatures=(1.0, 2.0, 3.0, 4.0)), "different temperatures"),
+        (replace(one, index=torch.arange(3)), "index in all or in none"),
+    ):
+        with pytest.raises(KDError, match=f"cat: .*{says}"):
+            SparseTargets.cat([one, other])
+    with pytest.raises(KDError, match="cat: got no targets"):
+        SparseTargets.cat([])
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_empty_targets_have_no_entries(draws: bool) -> None:
+    empty = SparseTargets.empty(5, 3, vocab_size=50, temperatures=GRID, draws=draws, draw_temperature=1.5, device="cpu")
+    assert (len(empty), empty.width, empty.vocab_size, empty.temperatures) == (5, 3, 50, GRID)
+    assert empty.draw_temperature == 1.5
+    assert not empty.at(1.0, "bucket").weights.any()
+    for field in FIELDS:
+        column = getattr(empty, field.name)
+        assert (column is None) == (field.optional and not draws)
+        assert column is None or (column.dtype == field.dtype and bool((column == field.fill).all()))
+    assert len(SparseTargets.empty(0, 3, vocab_size=50, fill=False)) == 0
+
+
+def test_arrays_and_back() -> None:
+    targets = case("plain", 9, 50, 4, 3).targets
+    arrays = targets.arrays()
+    assert list(arrays) == [field.name for field in FIELDS]
+    options = {"vocab_size": 50, "temperatures": GRID}
+    assert same(SparseTargets.from_arrays(arrays | {"tokens": np.zeros(9)}, **options), targets)
+    assert arrays["ids"].ctypes.data == targets.ids.data_ptr()
+    compact = SparseTargets.from_arrays(arrays, **options, index=np.arange(9) * 3)
+    assert same(compact, replace(targets, index=torch.arange(9) * 3))
+    other = replace(targets, ids=targets.ids.long(), logprobs=targets.logprobs.double(), outcomes=46, draws=None)
+    assert {n: a.dtype for n, a in other.arrays().items()} == {n: a.dtype for n, a in arrays.items() if n != "draws"}
+    assert other.arrays()["outcomes"].tolist() == [46] * 9
+    del arrays["tail"]
+    with pytest.raises(KDError, match="arrays: got no 'tail' among ids, logprobs"):
+        SparseTargets.from_arrays(arrays, **options)
+
+
+def test_a_cache_has_the_fields_under_the_same_names_and_types(tmp_path: Path) -> None:
+    """The cache may not import the kernels: what it returns is held against their table here."""
+    n, k, draws = 6, 3, 2
+    logits = torch.randn(n, 20, generator=torch.Generator().manual_seed(0)) * 3
+    targets = SparseTargets.from_logits(logits, k, temperatures=GRID, draws=draws)
+    with create_cache(tmp_path, CacheSpec(20, k, draws, temperatures=GRID)) as writer:
+        writer.write_shard(0, {"tokens": np.arange(n)}, **targets.arrays())
+    cache = open_cache(tmp_path)
+    read = cache.read_shard(0)
+    of_a_row = {name for name, array in read.items() if array.ndim and len(array) == n} - {"tokens"}
+    assert of_a_row - {"sequence_lengths"} == {field.name for field in FIELDS}
+    for field in FIELDS:
+        assert torch.from_numpy(read[field.name]).dtype == field.dtype
+        assert read[field.name].shape == tuple(getattr(targets, field.name).shape)
+    stored = SparseTargets.from_arrays(read, vocab_size=20, temperatures=GRID)
+    assert torch.equal(stored.ids, targets.ids)
+    assert torch.equal(stored.draws, targets.draws)
+    assert torch.allclose(stored.tail, targets.tail, atol=0.05)
+    with pytest.warns(DeprecationWarning, match=r"SparseTargets\.from_arrays"):
+        assert same(targets_from_arrays(read, cache.spec), stored)
+    read["logprobs"][2], read["ids"][2], read["draws"][2] = -np.inf, 0, 0
+    with pytest.warns(DeprecationWarning, match="from_arrays"):
+        compact = targets_from_arrays(read, cache.spec, compact=True)
+    assert compact.index.tolist() == [0, 1, 3, 4, 5]
+    assert torch.equal(compact.ids, targets.ids[compact.index])
+
+
 @pytest.mark.gpu
 def test_pinned_memory_reaches_the_device() -> None:
     targets = case("plain", 9, 50, 4, 3).targets.pin_memory()
@@ -101,7 +205,7 @@ def test_pinned_memory_reaches_the_device() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"logprobs": torch.zeros(3, 4)}, "targets.logprobs: found shape"),
+        ({"logprobs": torch.zeros(3, 4)}, "targets.logprobs: got shape"),
         ({"tail": torch.zeros(9, 3)}, "targets.tail"),
         ({"draws": torch.zeros(9, 8)}, "targets.draws"),
         ({"draws": torch.zeros(9, 2, dtype=torch.int32)}, "targets.draws"),
@@ -109,21 +213,21 @@ def test_pinned_memory_reaches_the_device() -> None:
         ({"ids": torch.zeros(9, dtype=torch.int32)}, "targets.ids"),
         ({"outcomes": torch.zeros(4, dtype=torch.int32)}, "targets.outcomes"),
         ({"index": torch.zeros(4, dtype=torch.int64)}, "targets.index"),
-        ({"temperatures": (2.0, 1.5, 3.0, 4.0)}, "temperatures: found"),
-        ({"temperatures": (1.0, 1.0, 2.0, 4.0)}, "temperatures: found"),
+        ({"temperatures": (2.0, 1.5, 3.0, 4.0)}, "temperatures: got"),
+        ({"temperatures": (1.0, 1.0, 2.0, 4.0)}, "temperatures: got"),
         ({"draw_temperature": 0.0}, "draw_temperature"),
         ({"vocab_size": 0}, "vocab_size"),
-        ({"vocab_size": 50.0}, "vocab_size: found 50.0"),
-        ({"vocab_size": "a"}, "vocab_size: found 'a'"),
-        ({"draw_temperature": "a"}, "draw_temperature: found 'a'"),
-        ({"temperatures": None}, "temperatures: found None"),
-        ({"temperatures": "1.0"}, "temperatures: found '1.0'"),
-        ({"ids": [[1]]}, "targets.ids: found list"),
-        ({"logprobs": None}, "targets.logprobs: found NoneType"),
-        ({"logprobs": torch.zeros(9, 8, dtype=torch.complex64)}, "targets.logprobs: found torch.complex64"),
-        ({"index": torch.arange(9).bool()}, "targets.index: found torch.bool"),
-        ({"outcomes": "a"}, "targets.outcomes: found 'a'"),
-        ({"outcomes": 46.0}, "targets.outcomes: found 46.0"),
+        ({"vocab_size": 50.0}, "vocab_size: got 50.0"),
+        ({"vocab_size": "a"}, "vocab_size: got 'a'"),
+        ({"draw_temperature": "a"}, "draw_temperature: got 'a'"),
+        ({"temperatures": None}, "temperatures: got None"),
+        ({"temperatures": "1.0"}, "temperatures: got '1.0'"),
+        ({"ids": [[1]]}, "targets.ids: got \\[\\[1\\]\\]"),
+        ({"logprobs": None}, "targets.logprobs: got None; expected a tensor"),
+        ({"logprobs": torch.zeros(9, 8, dtype=torch.complex64)}, "targets.logprobs: got torch.complex64"),
+        ({"index": torch.arange(9).bool()}, "targets.index: got torch.bool"),
+        ({"outcomes": "a"}, "targets.outcomes: got 'a'"),
+        ({"outcomes": 46.0}, "targets.outcomes: got 46.0"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict, says: str) -> None:

@@ -19,6 +19,7 @@ from ...data.examples import Examples
 from ...data.packing import batches
 from ...errors import DataError, TeacherError
 from ...kernels import KDError
+from ...kernels.targets import FIELDS
 from ...models.protocol import Hidden
 from ...teachers.protocol import Teacher
 from ..answers import full_output
@@ -315,9 +316,8 @@ def _compare(
     numbers = None
     if draw_seed is not None and (some.document[places] >= 0).all():
         numbers = some.row_numbers(rows)
-    fields = {name: arrays[name][rows] for name in ("ids", "logprobs", "tail", "outcomes")}
-    draws = arrays["draws"][rows] if "draws" in arrays else None
-    stored = Stored(**fields, draws=draws, numbers=numbers, seed=draw_seed or 0)
+    fields = {field.name: arrays[field.name][rows] for field in FIELDS if field.name in arrays}
+    stored = Stored(**fields, numbers=numbers, seed=draw_seed or 0)
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     try:
         output = full_output(teacher(inputs))

@@ -32,7 +32,7 @@ class Stored:
     logprobs: Array  # [m, K]
     tail: Array  # [m, M]
     outcomes: Array  # [m]
-    draws: Array | None  # [m, K]
+    draws: Array | None = None  # [m, K]
     numbers: Array | None = None
     seed: int = 0
 

@@ -11,7 +11,7 @@ from ...kernels import KDError, SparseTargets
 from ...models.lm_head import logits_of
 from ...models.protocol import Hidden, Logits
 from ...teachers.protocol import Answer
-from ..answers import FIELDS, TopKConfig, joined, targets_of
+from ..answers import TopKConfig, targets_of
 from ..rows import Ints, ShardRows
 from .measure import CapturedRows
 from .sizes import measure_sizes
@@ -78,7 +78,7 @@ class KTable:
         """
         if not self._inputs:
             return []
-        targets = {k: joined(parts) for k, parts in self._targets.items()}
+        targets = {k: SparseTargets.cat(parts) for k, parts in self._targets.items()}
         sizes = {k: self._target_bytes(found, k, max(shard_counted, 1.0)) for k, found in targets.items()}
         share = sum(size for name, size in total.items() if name.startswith(_TARGETS))
         costs = []
@@ -92,9 +92,8 @@ class KTable:
         n = len(targets)
         ones, zeros = np.ones(n, np.uint32), np.zeros(n, np.int64)
         inputs = {name: np.concatenate([part[name] for part in self._inputs]) for name in self._spec.inputs}
-        arrays = {name: t.numpy() for name in FIELDS if (t := getattr(targets, name)) is not None}
         rows = ShardRows(inputs, np.ones(n, bool), ones, ones, zeros, zeros, 0)
-        sizes = measure_sizes(replace(self._spec, k=k), CapturedRows(rows, arrays), shard_counted)
+        sizes = measure_sizes(replace(self._spec, k=k), CapturedRows(rows, targets.arrays()), shard_counted)
         by_array = sizes.of(np.array([round(shard_counted)]))
         return sum(size for name, size in by_array.items() if name.startswith(_TARGETS))
 
