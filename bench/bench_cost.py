@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,10 +83,11 @@ class Jobs(Steps):
 
     def _write(self, writer: CacheWriter, number: int) -> None:
         rows, length = self.batch.input_ids.shape
+        written: dict[str, Any] = {**self._asked().arrays()}
         writer.write_shard(
             number,
             inputs={"tokens": self.batch.input_ids.flatten().cpu().numpy()},
-            **self._asked().arrays(),
+            **written,
             sequence_lengths=[length] * rows,
             first_sequence=number * rows,
         )

@@ -52,7 +52,8 @@ class _Shard:
 class _Pending:
     """A batch that was submitted to the device. rows: those of the shard that count. positions: without padding.
 
-    targets: on the host, once `copied`; None for no rows. started, copied: None on devices without events, where seconds is the duration.
+    targets: on the host, once `copied`; None for no rows. started, copied: None on devices without events, where
+    seconds is the duration.
     """
 
     rows: Ints
