@@ -1,4 +1,4 @@
-"""Whether Triton kernels are interpreted, which is the only way they run on CPU tensors."""
+"""Whether Triton kernels are interpreted, which is how they run on CPU tensors."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ import triton
 
 
 def is_interpreted(kernel: Any) -> bool:
-    """True where a kernel was imported under TRITON_INTERPRET=1: that is when triton decides, for good."""
+    """True for a kernel that was imported under TRITON_INTERPRET=1; triton decides it at the import."""
     return not isinstance(kernel, triton.JITFunction)

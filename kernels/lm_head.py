@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """What makes hidden states into logits: z = softcap·tanh(s/softcap) of s = (hidden @ weight.T + bias)·logit_scale.
+    """An LM head: logits z = softcap·tanh(s/softcap) of hidden states, with s = (hidden @ weight.T + bias)·logit_scale.
 
     weight `[V, D]`, bias `[V]` or None; softcap, logit_scale: None where there is none.
     """

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from ..arguments import check_positive, describe, whole_number
 from ..errors import KDError
 from ..lm_head import LMHead
-from ..tail import check_temperature
 from ..targets import FIELDS, SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
@@ -313,8 +312,7 @@ def _call(
         check_constant(name, number)
         return number.detach().to(x.device, non_blocking=True)
 
-    if not isinstance(config.temperature, Tensor):
-        check_temperature(config.temperature, targets.temperatures)
+    config.check_grid(targets.temperatures)
     scheduled = {name: there(getattr(config, name), name) for name in SCHEDULED}
     return Call(
         labels=None if labels is None else labels.reshape(-1).long().contiguous(),

@@ -1,4 +1,4 @@
-"""One call of a loss, as all implementations receive it: everything beside the logits, flat, ready for an operator."""
+"""One call of a loss, as all implementations receive it: everything but the logits or hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -76,7 +76,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def by_row(self) -> "Call":
-        """The same call with labels, mask and weights a target row, not a position, and no positions."""
+        """The same call with labels, mask and weights per target row instead of per position, and no positions."""
         if self.positions is None:
             return self
         names = ("labels", "mask", "weights")
@@ -84,7 +84,7 @@ class Call(NamedTuple):
         return self._replace(positions=None, **at)
 
     def take(self, rows: slice | Tensor) -> "Call":
-        """A call by row, for some of its rows."""
+        """Some rows of a call by row."""
         assert self.positions is None
         names = ("labels", "mask", "weights", *(field.name for field in FIELDS))
         some: dict[str, Any] = {k: v if (v := getattr(self, k)) is None or v.ndim == 0 else v[rows] for k in names}
@@ -96,8 +96,8 @@ class Call(NamedTuple):
         return rows if self.labels is None else rows & (self.labels != self.config.ignore_index)
 
     def by_row_within(self, positions: int) -> tuple["Call", Tensor]:
-        """`by_row` and `counted` without a look at any value: a row outside the batch reads another's, and does not
-        count."""
+        """`by_row` and `counted` without reading any value: a row whose position is outside the batch does not count,
+        and has the label, mask and weight of another."""
         if self.positions is None:
             return self, self.counted()
         inside = (self.positions >= 0) & (self.positions < positions)
@@ -108,7 +108,7 @@ class Call(NamedTuple):
         """The largest magnitude among the weights of the rows that count, at least 1: 0-d float32, on the device."""
         call, counted = self.by_row_within(positions)
         assert call.weights is not None
-        # what is not finite makes its own row's loss NaN and says nothing about the others
+        # a weight that is not finite makes its own row's loss NaN, and does not concern the others
         weights = call.weights.float().abs().masked_fill(~counted, 0.0).nan_to_num(nan=0.0, posinf=0.0)
         return torch.cat([weights, weights.new_ones(1)]).amax()
 

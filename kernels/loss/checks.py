@@ -1,4 +1,4 @@
-"""What is wrong with a call: shapes and settings always, the values inside tensors where reading them is free."""
+"""Checks of a call: shapes and types always, the values inside tensors where reading them costs no wait."""
 
 import os
 from typing import Any
@@ -22,25 +22,26 @@ _debug = os.environ.get("FASTKD_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values inside tensors on every device, at the price of synchronising with it.
+    """Check the values inside tensors on every device, which synchronises with it.
 
-    Off (unless the environment has FASTKD_DEBUG=1): values are checked on the CPU, and everywhere by the two
-    implementations that wait for the device anyway, `torch` and `reference`. The Triton kernels on a GPU read and write
-    nothing out of bounds, and a row with a bad id, label, log-probability or setting has the loss NaN. What they do not
-    see: an id twice in a row, or a position twice in `targets.index` (both give a wrong loss and gradient); outcomes or
-    draws that are no counts; log-probabilities above 0. On: the call raises KDError naming row and argument.
+    On: a call raises KDError, naming row and argument. Off (the default, unless the environment has FASTKD_DEBUG=1):
+    values are checked on the CPU, and everywhere by the implementations `torch` and `reference`, which wait for the
+    device anyway. The Triton kernels on a GPU read and write nothing out of bounds, and a row with a bad id, label,
+    log-probability or setting has the loss NaN. They do not detect an id twice in a row, or a position twice in
+    `targets.index` (both give a wrong loss and gradient), outcomes or draws that are no counts, and log-probabilities
+    above 0.
     """
     global _debug
     _debug = enabled
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether the Triton kernels' calls on this device look inside their tensors."""
+    """Whether calls of the Triton kernels on this device check the values inside tensors."""
     return _debug or device.type == "cpu"
 
 
 def check_floats(name: str, value: Any) -> None:
-    """Raise KDError unless it is a dense tensor of a type that can be computed with."""
+    """Raise KDError unless it is a dense tensor of a floating-point type that the loss supports."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided:
         raise KDError(
             f"{name}: got {describe(value)}; expected a dense tensor of float16, bfloat16, float32 or float64."
@@ -49,7 +50,7 @@ def check_floats(name: str, value: Any) -> None:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether elements of a tensor may share memory, as those of an expanded one do."""
-    # every dimension has to step over all that the finer ones reach
+    # each dimension has to step over all elements of the finer ones
     steps = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     for i, (stride, _) in enumerate(steps):
         finer = (s * (n - 1) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j < i))
@@ -75,7 +76,7 @@ def check_rows(
     weights: Tensor | None,
     num_items: int | Tensor | None,
 ) -> None:
-    """Raise KDError where the arguments of one call do not fit each other. `leading`: the shape over positions."""
+    """Raise KDError where the arguments of one call do not fit each other. leading: the shape over positions."""
     check_constant("targets.logprobs", targets.logprobs)
     check_constant("targets.tail", targets.tail)
     if width < targets.vocab_size:
@@ -175,7 +176,7 @@ def _check_targets(call: Call, counted_P: Tensor) -> None:
             empty != empty[:, :1],
             "tail",
             tail,
-            "finite numbers at every temperature, or -inf at every one for an empty tail",
+            "finite numbers at all temperatures, or -inf at all for an empty tail",
         ),
         (twice, "ids", ids, "each id at most once in a row"),
         (

@@ -1,11 +1,12 @@
 # mypy: allow-untyped-decorators
-"""The operators: what torch.compile and autograd see of the losses. Forward computes gradients; backward scales them.
+"""The losses as operators, for autograd and torch.compile. The forward computes gradients; the backward scales them.
 
 `kd_loss` and `linear_kd_loss` are functional, with fakes and autograd formulas. `kd_loss_` writes the gradient over the
 logits; an operator that mutates cannot register autograd, so `attach` ties its result to the graph.
 
-Logit gradients in float16 are not stored between forward and backward: scaled by 1/N they underflow, and the scale they
-need (GradScaler's) is only known in the backward. There the forward evaluates, and the backward computes the gradient.
+Logit gradients in float16 are not stored between forward and backward: scaled by 1/N they underflow, and the scale that
+they need (GradScaler's) is only known in the backward. For float16 the forward computes the loss alone, and the
+backward the gradient.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ _define("accumulate_", "(Tensor(a!) total, Tensor x, Tensor factor) -> ()")
 
 
 def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the implementation that the call names. `out`: where the gradient goes, which may be the logits."""
+    """Run the implementation that the config names. out: where the gradient goes, which may be the logits."""
     if call.config.impl == "triton":
         from .triton_impl import kd_loss_triton
 
@@ -56,7 +57,7 @@ def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | N
     flat = logits.reshape(-1, logits.shape[-1])
     if out is None or out.is_contiguous():
         return run(flat, call, upstream, None if out is None else out.view(flat.shape))
-    fresh = torch.empty_like(flat)  # a strided buffer given up in place: rows cannot be addressed as one matrix
+    fresh = torch.empty_like(flat)  # the strided buffer's rows cannot be addressed as one matrix
     losses = run(flat, call, upstream, fresh)
     out.copy_(fresh.view(out.shape))
     return losses
@@ -79,7 +80,7 @@ def _kd_loss_fake(logits: Tensor, upstream: Tensor | None, want_grad: bool, inpl
 @torch.library.impl("fastkd::kd_loss_", "default")
 def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = _losses(logits, Call.of(call), upstream, logits)
-    # autograd must see the write: whoever saved these logits for a backward has to be told
+    # autograd must see the write: an operation that saved these logits for its backward has to raise
     torch.autograd.graph.increment_version(logits)
     return losses
 
@@ -192,13 +193,13 @@ def _accumulate_fake(total: Tensor, x: Tensor, factor: Tensor) -> None:
 
 
 def _only_loss(ctx: Any, *others: Tensor) -> None:
-    """Of an operator's outputs only the loss has a gradient: without this, zeros as large as `[V, D]` would arrive."""
+    """Only the loss has a gradient. Without this, autograd would make zeros of `[V, D]` for the other outputs."""
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
 def _once(ctx: Any) -> None:
-    """The gradient is scaled where it lies: a second backward would scale it twice, and nothing leads through it."""
+    """Refuse a second backward, which would scale the gradient in place again, and second derivatives."""
     if torch.is_grad_enabled():
         raise KDError(
             "backward: got create_graph=True; the loss has no second derivatives, since its gradients are computed in "

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment,attr-defined"
-"""Sweeps over rows of logits in Triton: reduce one, write its gradient, and the small kernels that touch it all."""
+"""Passes over rows of logits in Triton: reduce a row, write its gradient, and small kernels over whole tensors."""
 
 import math
 from typing import Any
@@ -13,8 +13,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def head(raw, SOFTCAP: tl.constexpr, softcap, SCALED: tl.constexpr, logit_scale):
-    """Logits in float32 from what the head's product left: the scale multiplies, then the cap; −inf stays −inf."""
+def logits_of(raw, SOFTCAP: tl.constexpr, softcap, SCALED: tl.constexpr, logit_scale):
+    """Logits in float32 from raw ones, the LM head's matrix product: the scale, then the cap; −inf stays −inf."""
     x = raw.to(tl.float32)
     if SCALED:
         x = x * logit_scale
@@ -25,7 +25,8 @@ def head(raw, SOFTCAP: tl.constexpr, softcap, SCALED: tl.constexpr, logit_scale)
 
 
 @triton.jit
-def through_head(g, z, SOFTCAP: tl.constexpr, softcap, SCALED: tl.constexpr, logit_scale):
+def through_cap(g, z, SOFTCAP: tl.constexpr, softcap, SCALED: tl.constexpr, logit_scale):
+    """The gradient in raw logits from the gradient g in the logits z."""
     if SOFTCAP:
         y = z * (1.0 / softcap)
         g = tl.where(z == float("-inf"), 0.0, g * (1.0 - y * y))
@@ -76,7 +77,7 @@ def _reduce(
     for start in range(0, V, BLOCK):
         there = start + cols < V
         raw = tl.load(row_ptr + (start + cols) * stride, mask=there, other=float("-inf"), eviction_policy=KEEP)
-        z = head(tl.reshape(raw, (REPEATS, THREADS, VEC)), SOFTCAP, softcap, SCALED, logit_scale)
+        z = logits_of(tl.reshape(raw, (REPEATS, THREADS, VEC)), SOFTCAP, softcap, SCALED, logit_scale)
         # tl.max drops a NaN; the sums below keep it
         new = tl.maximum(m, tl.max(tl.max(z, 2), 0))
         ref = tl.where(new == float("-inf"), 0.0, new)
@@ -162,7 +163,7 @@ def reduce_without(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maximum and Σ e^((z-m)/T) of a row without the columns in `ids`: slow, for rows that may not be marked."""
+    """Maximum and Σ e^((z-m)/T) of a row without the columns in `ids`: slow, for rows that may not be written to."""
     rate = LOG2_E / T
     m = float("-inf")
     s_t = 0.0
@@ -171,7 +172,7 @@ def reduce_without(
         hit = tl.max(((start + cols)[:, None] == ids[None, :]).to(tl.int32), 1)
         there = (start + cols < V) & (hit == 0)
         raw = tl.load(row_ptr + (start + cols) * stride, mask=there, other=float("-inf"))
-        z = head(raw, SOFTCAP, softcap, SCALED, logit_scale)
+        z = logits_of(raw, SOFTCAP, softcap, SCALED, logit_scale)
         new = tl.maximum(m, tl.max(z))
         ref = tl.where(new == float("-inf"), 0.0, new)
         s_t = s_t * tl.exp2((m - ref) * rate) + tl.sum(tl.exp2((z - ref) * rate))
@@ -198,12 +199,12 @@ def _write(
     BLOCK: tl.constexpr,
     DONE: tl.constexpr,
 ):
-    """a e^(z-m) + b e^((z-m)/T), through the head's own derivative, to every column of the row."""
+    """a e^(z-m) + b e^((z-m)/T), as a gradient in raw logits, to every column of the row."""
     cols = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         there = start + cols < V
         raw = tl.load(x_ptr + (start + cols) * x_stride, mask=there, eviction_policy=DONE)
-        z = head(raw, SOFTCAP, softcap, SCALED, logit_scale)
+        z = logits_of(raw, SOFTCAP, softcap, SCALED, logit_scale)
         e_1, e_t = _exp_pair(z, m, rate, MODE)
         if MODE == 1:
             g = (a + b) * e_t
@@ -211,7 +212,7 @@ def _write(
             g = (a * e_t + b) * e_t
         else:
             g = a * e_1 + b * e_t
-        g = through_head(g, z, SOFTCAP, softcap, SCALED, logit_scale)
+        g = through_cap(g, z, SOFTCAP, softcap, SCALED, logit_scale)
         tl.store(g_ptr + (start + cols) * g_stride, g.to(g_ptr.dtype.element_ty), mask=there, eviction_policy=DONE)
 
 
@@ -251,6 +252,7 @@ def write_row(
 
 @triton.jit
 def zero_row(g_ptr, stride, V, BLOCK: tl.constexpr):
+    """Zeros in a row."""
     cols = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         tl.store(g_ptr + (start + cols) * stride, tl.zeros((BLOCK,), g_ptr.dtype.element_ty), mask=start + cols < V)
@@ -258,7 +260,7 @@ def zero_row(g_ptr, stride, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def zero_uncovered_kernel(g_ptr, covered_ptr, outer, inner_stride, stride, inner, V, BLOCK: tl.constexpr):
-    """Zeros in the rows of the gradient that no target row belongs to."""
+    """Zeros in the rows of the gradient that have no target row."""
     position = tl.program_id(0).to(tl.int64)
     if tl.load(covered_ptr + position) == 0:
         zero_row(g_ptr + (position // inner) * outer + (position % inner) * inner_stride, stride, V, BLOCK)
@@ -266,7 +268,7 @@ def zero_uncovered_kernel(g_ptr, covered_ptr, outer, inner_stride, stride, inner
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, numel, rounds, BLOCK: tl.constexpr):
-    """x *= factor; a factor of 1 costs nothing, and no one has to ask the device for it."""
+    """x *= factor. A factor of 1 costs nothing, and the host does not wait to learn it."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
@@ -281,20 +283,21 @@ def scale_triton_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, in place, for a contiguous x."""
     block = 4096
     if x.numel():
-        # no more programs than a GPU holds at once: a quarter of a million that only look at the factor take as long
-        # as a tenth of the loss
+        # no more programs than a GPU holds at once: a quarter of a million that only read the factor would take a tenth
+        # of the loss's time
         blocks = triton.cdiv(x.numel(), block)
         programs = min(blocks, 1056)
         scale_kernel[(programs,)](x, factor, x.numel(), triton.cdiv(blocks, programs), BLOCK=block, num_warps=8)
 
 
 def sweep_settings(width: int, itemsize: int) -> dict[str, Any]:
-    """Tile, warps, registers and cache hints of the sweeps.
+    """Tile, warps, registers and cache hints of the passes over a row.
 
-    The second read of a row must come from L2: few rows in flight, each wide, and what is done with leaves first. A
-    multiprocessor holds 32 warps of 64 registers: one long row, or two short ones, whose waits hide one another.
+    The second read of a row must come from L2: few rows in flight, each wide, and columns that are done are evicted
+    first. A multiprocessor holds 32 warps of 64 registers: one long row, or two short ones that hide each other's
+    waits.
     """
-    # triton knows of a length only whether 16 divides it: without that, single elements, a thread's apart
+    # triton specialises on whether 16 divides the length: if not, it loads single elements
     vec = 16 // itemsize if width % 16 == 0 else 1
     tile = triton.next_power_of_2(width)
     warps = max(4, min(32 if width * itemsize > 131072 else 16, tile // 512))

@@ -1,4 +1,4 @@
-"""The loss on a GPU: launches of the Triton kernels, with nothing that waits for the device."""
+"""The loss on a GPU: launches of the Triton kernels. Nothing waits for the device."""
 
 from functools import cache, update_wrapper
 from types import FunctionType
@@ -50,7 +50,7 @@ def loss_kernel_of(divergence: Divergence) -> Any:
 
 
 class TritonRows:
-    """The rows of one call on a GPU: `TorchRows`, without a look at any value. Rows that do not count are swept too."""
+    """The rows of one call on a GPU: `TorchRows` without reading any value. Rows that do not count are computed too."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class TritonRows:
         self.block_m = triton.next_power_of_2(m + 1)
         self.params = torch.empty(WEIGHTS.value + m + 1, dtype=torch.float32, device=device)
         self.divisor = self.params[DIVISOR.value]
-        # float32, and not the outputs' memory: the sums are taken in one order by one program
+        # float32, and summed by one program in one order
         self.hard, self.soft = torch.empty(2, max(self.rows, 1), dtype=torch.float32, device=device)
         # where it depends on a tensor, the kernel decides between the draws and the bucket
         treatment, reach = call.treatment(None), float("inf")
@@ -147,7 +147,7 @@ class TritonRows:
                 )
 
     def safe_index(self) -> Tensor | None:
-        """The positions of the rows, int64 `[P]`; those outside the batch all at N, one past its end."""
+        """The positions of the rows, int64 `[P]`, N for those outside the batch; None where they are all, in order."""
         if self.index is None:
             return None
         inside = (self.index >= 0) & (self.index < self.positions)

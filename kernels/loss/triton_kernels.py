@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment,attr-defined"
-"""The loss in Triton: one program a row, one online pass over its logits, one write of its gradient.
+"""The loss in Triton: one program per row, one online pass over its logits, one write of its gradient.
 
-The first pass collects the row's maximum and the sums of e^(z-m) and e^((z-m)/T). The K+1 outcomes settle the
-divergence, and with it two factors; the second pass, whose reads the L2 cache serves, writes
+The first pass collects the row's maximum and the sums of e^(z-m) and e^((z-m)/T). The K+1 outcomes (see torch_impl.py)
+determine the divergence and two factors a and b; the second pass, whose reads come from the L2 cache, writes
 `a e^(z-m) + b e^((z-m)/T)` everywhere. Then the entries of S and the label are overwritten with their own values.
 """
 
@@ -13,11 +13,11 @@ import triton.language as tl
 from .. import triton_math as tm
 from .row_passes import (
     LOG2_E,
-    head,
+    logits_of,
     reduce_row,
     reduce_tempered,
     reduce_without,
-    through_head,
+    through_cap,
     write_row,
     zero_row,
 )
@@ -25,7 +25,7 @@ from .row_passes import (
 BUCKET, SAMPLED, RENORMALIZE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Below this share of the student's mass, 1 - Σ_S p has too few digits left for the bucket: sum what is off S itself.
 TINY_TAIL = tl.constexpr(0.125)
-# Settings of a call, as the prepare kernel leaves them for the others.
+# Where `prepare_kernel` stores the numbers of a call.
 ALPHA, TEMPERATURE, SCALE, USE_DRAWS, DIVISOR, WEIGHTS = (tl.constexpr(i) for i in range(6))
 
 
@@ -55,7 +55,7 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Everything about a call that is not a row's: alpha, T, the gradient's scale, and the tail's spline weights."""
+    """The numbers that all rows of a call share: alpha, T, the gradient's scale, and the tail's spline weights."""
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr).to(tl.float32)
     if T_ptr is not None:
@@ -75,7 +75,7 @@ def prepare_kernel(
                 rows = start + tl.arange(0, BLOCK)
                 counted += _counted(rows, rows < P, labels_ptr, mask_ptr, index_ptr, N, ignore_index).to(tl.int32)
             divisor = tl.sum(counted).to(tl.float32)
-    # a count that is none makes the loss NaN: `maximum` would take it for 1
+    # a negative or NaN count makes the loss NaN: `maximum` would make it 1
     divisor = tl.where(divisor >= 0.0, tl.maximum(divisor, 1.0), nan)
     scale = 1.0 / divisor
     if fixed_scale != 0.0:
@@ -116,7 +116,7 @@ def prepare_kernel(
 
 @triton.jit
 def _counted(rows, there, labels_ptr, mask_ptr, index_ptr, N, ignore_index):
-    """Which target rows count. A position outside the batch counts, so that its NaN is seen."""
+    """Which target rows count. A row whose position lies outside the batch counts, so that its NaN shows."""
     positions = rows
     inside = there
     if index_ptr is not None:
@@ -187,7 +187,7 @@ def loss_kernel(
     DONE: tl.constexpr,
     BLOCK_SLOW: tl.constexpr,
 ):
-    """One target row: its losses (times its weight), and its gradient where one is wanted."""
+    """The losses of one target row (times its weight), and its gradient if WANT_GRAD."""
     pid = tl.program_id(0)
     row = (first_row + pid).to(tl.int64)
     position = row
@@ -203,7 +203,7 @@ def loss_kernel(
     if WANT_GRAD:
         g_ptr += outer * g_outer + at * g_inner
 
-    # everything small is asked for here, before the first wait: one trip to memory, not one after another
+    # all small loads are issued here, before the first wait: their latencies overlap
     alpha = tl.load(params_ptr + ALPHA)
     T = tl.load(params_ptr + TEMPERATURE)
     k = tl.arange(0, BLOCK_K)
@@ -226,7 +226,7 @@ def loss_kernel(
     if mask_ptr is not None:
         counted = counted & (tl.load(mask_ptr + position) != 0)
     if not inside:
-        # no position to read or write: the row says so in its loss
+        # there is no position to read or write: the loss is NaN
         tl.store(hard_ptr + row, float("nan"))
         tl.store(soft_ptr + row, float("nan"))
         if WANT_GRAD and not BY_POSITION:
@@ -250,7 +250,7 @@ def loss_kernel(
     used = logprob > float("-inf")
     wrong = (used & ((ids < 0) | (ids >= teacher_V))) | (logprob != logprob)
     ids = tl.where((ids < 0) | (ids >= V), 0, ids)
-    # under alpha = 1 a soft loss of NaN adds nothing: the hard loss has to say it too
+    # with alpha = 1 a soft loss of NaN adds nothing: the hard loss must be NaN too
     bad = T != T
     if labels_ptr is not None:
         outside = (label < 0) | (label >= V)
@@ -270,16 +270,16 @@ def loss_kernel(
         drawn = used & (draws > 0.0)
     else:
         draws = tl.zeros((BLOCK_K,), tl.float32)
-    in_head = used & (drawn == 0)
+    in_topk = used & (drawn == 0)
     # three counts in one sum: a sum across warps costs as much as a hundred instructions
     tl.static_assert(BLOCK_K < 2**20)
-    counts = tl.sum(wrong.to(tl.int64) + (in_head.to(tl.int64) << 20) + (drawn.to(tl.int64) << 40), 0)
+    counts = tl.sum(wrong.to(tl.int64) + (in_topk.to(tl.int64) << 20) + (drawn.to(tl.int64) << 40), 0)
     bad = bad | ((counts & 0xFFFFF).to(tl.int32) > 0)
-    has_head = ((counts >> 20) & 0xFFFFF).to(tl.int32) > 0
+    has_topk = ((counts >> 20) & 0xFFFFF).to(tl.int32) > 0
     has_draws = (counts >> 40).to(tl.int32) > 0
     scaled = logprob / T
-    log_head = tm.logsumexp(tl.where(in_head, scaled, float("-inf")))
-    log_z = tm.log_add(log_head, log_tail)
+    log_topk = tm.logsumexp(tl.where(in_topk, scaled, float("-inf")))
+    log_z = tm.log_add(log_topk, log_tail)
     log_z = tl.where(log_z == float("-inf"), 0.0, log_z)
     log_q = scaled - log_z
     log_q_tail = log_tail - log_z
@@ -287,8 +287,8 @@ def loss_kernel(
     if TREATMENT == SAMPLED:
         by_draws = has_draws & (tl.load(params_ptr + USE_DRAWS) > 0.0)
     if TREATMENT == RENORMALIZE:
-        log_q = scaled - log_head
-    support = in_head | (drawn & by_draws)
+        log_q = scaled - log_topk
+    support = in_topk | (drawn & by_draws)
     log_q = tl.where(support, log_q, float("-inf"))
     w = tl.exp(log_q)
     if TREATMENT == SAMPLED:
@@ -296,21 +296,23 @@ def loss_kernel(
         share = tl.log(tl.maximum(draws, 1.0)) + logprob * (1.0 / T - inverse_draw_temperature)
         share = tl.where(drawn, share, float("-inf"))
         w = tl.where(drawn & by_draws, tl.exp(share - tm.logsumexp(share) + log_q_tail), w)
-    bad = bad | (has_draws & (has_head == 0) & (by_draws == 0))
-    has_support = has_head | by_draws
-    # whether the rest of the vocabulary is an outcome of its own
-    bucket = has_head & (by_draws == 0) & (TREATMENT != RENORMALIZE)
+    bad = bad | (has_draws & (has_topk == 0) & (by_draws == 0))
+    has_support = has_topk | by_draws
+    # whether the rest of the vocabulary is one outcome
+    bucket = has_topk & (by_draws == 0) & (TREATMENT != RENORMALIZE)
     log_q_tail = tl.where(bucket, log_q_tail, float("-inf"))
 
     # --- the student ----------------------------------------------------------------------------------------------
-    z = head(tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), SOFTCAP, softcap, SCALED, logit_scale)
+    z = logits_of(
+        tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), SOFTCAP, softcap, SCALED, logit_scale
+    )
     z_label = 0.0
     if labels_ptr is not None:
-        z_label = head(tl.load(x_ptr + label * x_stride), SOFTCAP, softcap, SCALED, logit_scale)
+        z_label = logits_of(tl.load(x_ptr + label * x_stride), SOFTCAP, softcap, SCALED, logit_scale)
     e_1 = tl.exp(z - m)
     log_s = tl.log(s_t)
     log_p = tl.where(support, (z - m) / T - log_s, float("-inf"))
-    # e^((z-m)/T) as the sweep forms it, so that what the sum has of these entries cancels to the last digit
+    # e^((z-m)/T) as the pass over the row computes it, so that these entries cancel in its sum to the last digit
     p_tail = 1.0 - tl.sum(tl.where(support, tl.exp2((z - m) * (LOG2_E / T)), 0.0), 0) / s_t
     m_off = m
     s_off = s_t * tl.maximum(p_tail, 0.0)
@@ -378,21 +380,21 @@ def loss_kernel(
         g_label = 0.0
         if labels_ptr is not None:
             g_entries = g_entries - tl.where(ids == label, hard_scale, 0.0)
-            # the label off S: its share of both parts, less its own mass
+            # the label off S: its share of both parts, minus the hard loss's own term
             g_label = a * tl.exp(z_label - base) + b * tl.exp((z_label - base) / T) - hard_scale
-            g_label = through_head(g_label, z_label, SOFTCAP, softcap, SCALED, logit_scale)
-        g_entries = through_head(g_entries, z, SOFTCAP, softcap, SCALED, logit_scale)
-        # every warp has read its entries of S before another's share of the sweep overwrites them
+            g_label = through_cap(g_label, z_label, SOFTCAP, softcap, SCALED, logit_scale)
+        g_entries = through_cap(g_entries, z, SOFTCAP, softcap, SCALED, logit_scale)
+        # all warps have read their entries of S before another warp's part of the pass overwrites them
         tl.debug_barrier()
         write_row(
             x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, DONE
         )
-        # every thread's share of the sweep lies before the entries that overwrite it
+        # all threads have written their part of the pass before the entries overwrite it
         tl.debug_barrier()
         element = g_ptr.dtype.element_ty
         if labels_ptr is not None:
             tl.store(g_ptr + label * g_stride, g_label.to(element))
-            # a label on S is an entry of S: that store comes last
+            # a label in S is an entry of S, whose store comes last
             tl.debug_barrier()
         tl.store(g_ptr + ids * g_stride, g_entries.to(element), mask=support)
 

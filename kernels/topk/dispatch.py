@@ -81,8 +81,8 @@ def _check_triton(rows: Tensor, plan: Plan) -> None:
         )
     if rows.device.type != "cuda" and not INTERPRETED:
         raise KDError(
-            f"impl: found 'triton' for tensors on {rows.device}; CUDA tensors, or the Triton interpreter "
-            "(TRITON_INTERPRET=1 before triton is imported), are needed. Use impl='auto'."
+            f"impl: got 'triton' for tensors on {rows.device}; expected CUDA tensors, or the Triton interpreter "
+            "(TRITON_INTERPRET=1 before triton is imported). Use impl='auto'."
         )
 
 

@@ -109,7 +109,7 @@ VALUES = [
     ({"targets": with_value("logprobs", 4, 0, 0.2)}, "targets.logprobs: row 4 .*0 or less"),
     ({"targets": with_value("logprobs", 4, 0, math.inf)}, "targets.logprobs: row 4"),
     ({"targets": with_value("tail", 1, 2, math.nan)}, "targets.tail: row 1"),
-    ({"targets": with_value("tail", 1, 2, -math.inf)}, "targets.tail: row 1 .*every temperature"),
+    ({"targets": with_value("tail", 1, 2, -math.inf)}, "targets.tail: row 1 .*all temperatures"),
     ({"targets": with_value("draws", 5, 4, -1)}, "targets.draws: row 5"),
     ({"targets": changed(outcomes=torch.tensor([46, 46, 46, -1, 46, 46]))}, "targets.outcomes: row 3 has .-1.;"),
     ({"targets": changed(outcomes=torch.tensor([46, 46, 46, 46, 51, 46]))}, "targets.outcomes: row 4 has .51.;"),
