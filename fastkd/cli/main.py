@@ -206,13 +206,13 @@ def verify(command: Verify) -> Outcome:
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
     if command.teacher is None or not found.ok:
         return Outcome(report, text, 0 if found.ok else 1, warning)
-    live = _live(command, command.teacher, store)
-    report |= {"ok": live.ok, "teacher": live.to_json()}
-    return Outcome(report, f"{text}\n\n{check_text(live)}", 0 if live.ok else 1, warning)
+    check = _check_teacher(command, command.teacher, store)
+    report |= {"ok": check.ok, "teacher": check.to_json()}
+    return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
 
 
-def _live(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
-    """The cache against its teacher, run again."""
+def _check_teacher(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
+    """The check of a cache against its teacher."""
     from ..cache import open_cache
     from ..capture.check.check import check_teacher
     from ..data.examples import Examples

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.cache import CacheError, CacheSpec, create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
-from fastkd.capture.check import live
+from fastkd.capture.check import recompute
 from fastkd.capture.check.check import check_teacher
 from fastkd.capture.check.text import check_text
 from fastkd.data.examples import Examples
@@ -88,7 +88,7 @@ def test_what_is_left_on_equal_hardware_is_the_codecs_error(model: Any, changes:
     assert report.ok
     assert report
     assert report.excess == 0
-    assert report.as_recorded
+    assert report.recorded_batches
     assert report.fingerprint is True
     assert report.shards == cache.shards
     assert report.positions == sum(cache.manifest.column("counted").to_pylist())
@@ -96,18 +96,18 @@ def test_what_is_left_on_equal_hardware_is_the_codecs_error(model: Any, changes:
         assert found.compared == sum(cache.manifest.column(_COUNT[kind]).to_pylist()) * (4 if kind == "tail" else 1)
         assert found.over == 0
         # the bound is one: it is nearly reached
-        if found.compared > 500 and kind != "outside" and cache.spec.k < VOCAB:
+        if found.compared > 500 and kind != "rank" and cache.spec.k < VOCAB:
             assert found.largest > 0.7 * found.bound
-    assert report.drawn_again == (1.0 if cache.spec.draws else None)
+    assert report.same_draws == (1.0 if cache.spec.draws else None)
     assert (report.kl is None) == (cache.spec.k == 0)
     assert (report.kl or 0) < 2e-3
     text = check_text(report)
-    assert text.endswith("ok: what this teacher says, to within the codec's error")
+    assert text.endswith("ok: the cache matches the teacher to within the codec's error")
     assert max(map(len, text.splitlines())) <= 80
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["ok"] is True
 
 
-_COUNT = {"head": "head_entries", "outside": "head_entries", "drawn": "draw_entries", "tail": "counted"}
+_COUNT = {"top_k": "head_entries", "rank": "head_entries", "draws": "draw_entries", "tail": "counted"}
 
 
 class Limited(Variant):
@@ -129,7 +129,7 @@ def test_the_batches_are_those_of_the_capture_halves_among_them() -> None:
     assert report.excess == 0
     assert sorted(first.calls) == sorted(again.calls)
     again.most = 4
-    with pytest.raises(TeacherError, match="does not fit into the device's memory, and capture ran it"):
+    with pytest.raises(TeacherError, match="does not fit into the device's memory, although it did in the capture"):
         check_teacher(cache, teacher(again))
 
 
@@ -138,7 +138,7 @@ def test_a_sample_is_one_of_many_and_the_seed_decides() -> None:
     found = [check_teacher(cache, teacher(), positions=150, seed=seed) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
     assert all(150 <= report.positions < 190 for report in found)
-    assert all(report.shards_there > len(report.shards) > 3 for report in found)
+    assert all(report.cache_shards > len(report.shards) > 3 for report in found)
     assert found[0].shards != found[2].shards
     one, other = check_teacher(cache, teacher(), positions=9), check_teacher(cache, teacher(), positions=9)
     assert one.seed != other.seed
@@ -149,7 +149,7 @@ def test_another_teacher_of_the_same_shape_is_caught(positions: int) -> None:
     cache = captured()
     named = check_teacher(cache, teacher(Causal(seed=1), "other"), positions=positions)
     assert named.fingerprint is False
-    assert "the cache is of another teacher: 'it', and this is 'other'" in named.problems[0]
+    assert "another teacher: got 'other'; expected 'it'" in named.problems[0]
     assert len(named.problems) > 1
     # one that passes itself off as the right one
     hidden = check_teacher(cache, teacher(Causal(seed=1)), positions=positions)
@@ -157,15 +157,15 @@ def test_another_teacher_of_the_same_shape_is_caught(positions: int) -> None:
     assert hidden.fingerprint is True
     assert hidden.excess > 1
     text = check_text(hidden)
-    assert "nats from what the teacher says; the codec explains" in " ".join(text.split())
-    assert "Delete the shards that are named" in text
+    assert "nats from the teacher's; the codec explains" in " ".join(text.split())
+    assert "Delete the shards named above" in text
 
 
 def test_the_right_numbers_under_another_name_are_a_problem_too() -> None:
     report = check_teacher(captured(), teacher(fingerprint="renamed"), positions=50)
     assert report.excess == 0
-    assert [problem[:33] for problem in report.problems] == ["the cache is of another teacher: "]
-    assert "Give the teacher that the cache was captured from" in check_text(report)
+    assert [problem[:17] for problem in report.problems] == ["another teacher: "]
+    assert "Use the teacher that the cache was captured from" in check_text(report)
 
 
 def test_a_head_whose_tokens_are_shuffled_is_caught() -> None:
@@ -173,7 +173,7 @@ def test_a_head_whose_tokens_are_shuffled_is_caught() -> None:
     model = Variant(lambda states, weight, tokens: states @ weight[shuffled].T)
     report = check_teacher(captured(), teacher(model), positions=50)
     assert not report.ok
-    assert report.differences["outside"].over > 0
+    assert report.differences["rank"].over > 0
 
 
 def copied(
@@ -204,9 +204,7 @@ def test_a_shard_with_other_tokens_is_named() -> None:
     assert check_teacher(copied(captured()), teacher(), positions=ALL).ok
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "amount"), [("logprobs", "an entry of the head", 0.3), ("tail", "a tail", 0.2)]
-)
+@pytest.mark.parametrize(("name", "kind", "amount"), [("logprobs", "a top-k entry", 0.3), ("tail", "a tail", 0.2)])
 def test_one_number_that_is_wrong_is_named(name: str, kind: str, amount: float) -> None:
     def change(index: int, arrays: Any) -> Any:
         if index == 2:
@@ -226,10 +224,10 @@ def test_draws_of_another_seed_are_caught() -> None:
     other = captured(held_out=0.0, seed=1)
     report = check_teacher(copied(other, spec=there.spec, plan=there.store), teacher(), positions=ALL)
     assert report.excess == 0
-    assert report.drawn_again is not None
-    assert report.drawn_again < 0.5
-    assert "the draws are not those of this seed" in report.problems[0]
-    assert "are drawn again, id by id" in check_text(report)
+    assert report.same_draws is not None
+    assert report.same_draws < 0.5
+    assert "drawn with another seed" in report.problems[0]
+    assert "the same ids in " in check_text(report)
 
 
 def test_where_the_plan_is_gone_draws_are_not_drawn_again() -> None:
@@ -237,9 +235,9 @@ def test_where_the_plan_is_gone_draws_are_not_drawn_again() -> None:
     del cache.store._objects["lengths.npz"]
     report = check_teacher(cache, teacher(), positions=50)
     assert report.ok
-    assert report.drawn_again is None
-    assert "plan.json or lengths.npz is not in it" in report.not_drawn
-    assert "not drawn again: plan.json or lengths.npz" in check_text(report)
+    assert report.same_draws is None
+    assert "it lacks plan.json or lengths.npz" in report.draws_unknown
+    assert "not repeated: it lacks plan.json or lengths.npz" in check_text(report)
 
 
 class Noisy(Causal):
@@ -290,17 +288,17 @@ def test_a_cache_without_records_is_run_sequence_by_sequence() -> None:
     assert report.ok
     assert report.excess == 0
     assert report.fingerprint is None
-    assert report.as_recorded is False
+    assert report.recorded_batches is False
     assert sorted(model.calls) == sorted((1, int(n)) for n in lengths)
-    assert "its spec names no plan" in report.not_drawn
-    assert "sequence by sequence" in check_text(report)
+    assert "its spec names no plan" in report.draws_unknown
+    assert "one sequence each" in check_text(report)
     assert "the spec names none" in check_text(report)
 
 
 @pytest.mark.parametrize("record", [{}, {"batch_tokens": 0}, {"batch_tokens": 40, "halved": {"0": [99]}}])
 def test_a_record_that_says_too_little_is_none(record: dict[str, Any]) -> None:
     report = check_teacher(copied(captured(packing="keep"), record=record), teacher(), positions=200)
-    assert report.as_recorded is False
+    assert report.recorded_batches is False
     assert report.ok
 
 
@@ -319,7 +317,7 @@ def test_other_outcomes_are_a_problem() -> None:
 def test_a_few_rows_at_a_time_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = captured()
     whole = check_teacher(cache, teacher(), positions=ALL, seed=0)
-    monkeypatch.setitem(live._BLOCK_BYTES, "cpu", 3 * 4 * VOCAB)
+    monkeypatch.setitem(recompute._BLOCK_BYTES, "cpu", 3 * 4 * VOCAB)
     assert check_teacher(cache, teacher(), positions=ALL, seed=0) == whole
 
 
@@ -351,29 +349,29 @@ def test_examples_are_augmented_again() -> None:
     classifier = ModuleTeacher(Classifier(), vocab_size=7)
     report = check_teacher(cache, classifier, positions=ALL, data=data)
     assert report.ok
-    assert (report.excess, report.positions, report.drawn_again) == (0, 80, 1.0)
+    assert (report.excess, report.positions, report.same_draws) == (0, 80, 1.0)
     assert not check_teacher(cache, ModuleTeacher(Classifier(1), vocab_size=7), data=data).ok
     others = Examples(torch.randn(20, 3, 3), augment=shifted, fingerprint="roll", copies=4, seed=5)
     assert check_teacher(cache, classifier, data=others).problems
-    with pytest.raises(DataError, match="is of examples, which it does not hold"):
+    with pytest.raises(DataError, match="is a cache of examples, which it does not contain"):
         check_teacher(cache, classifier)
 
 
 def test_what_cannot_be_checked_is_named() -> None:
     cache = captured()
-    with pytest.raises(TeacherError, match="a vocabulary of 96 where the cache's has 97: it is of another teacher"):
+    with pytest.raises(TeacherError, match="got a vocabulary of 96; expected 97, that of the cache's teacher"):
         check_teacher(cache, ModuleTeacher(Causal(), vocab_size=96))
     short = teacher()
     short.max_positions = 7
-    with pytest.raises(TeacherError, match="this teacher takes 7 at most"):
+    with pytest.raises(TeacherError, match="this teacher takes at most 7"):
         check_teacher(cache, short)
-    with pytest.raises(CacheError, match="positions: found 0"):
+    with pytest.raises(CacheError, match="positions: got 0"):
         check_teacher(cache, teacher(), positions=0)
-    with pytest.raises(CacheError, match="tolerance: found -1"):
+    with pytest.raises(CacheError, match="tolerance: got -1"):
         check_teacher(cache, teacher(), tolerance=-1)
     store = MemoryStore()
     create_cache(store, cache.spec).close()
-    with pytest.raises(CacheError, match="there are no shards yet"):
+    with pytest.raises(CacheError, match="has no shards yet"):
         check_teacher(open_cache(store), teacher())
     nothing = MemoryStore()
     create_cache(nothing, replace(cache.spec, inputs=("other",))).close()
@@ -384,7 +382,7 @@ def test_what_cannot_be_checked_is_named() -> None:
         arrays["tokens"] = np.where(np.arange(len(arrays["tokens"])) == 4, VOCAB, arrays["tokens"])
         return arrays
 
-    with pytest.raises(CacheError, match=r"shard \d+, row 4: found token 97 in a vocabulary of 97"):
+    with pytest.raises(CacheError, match=r"shard \d+, row 4: got token 97; expected 0 to 96"):
         check_teacher(copied(cache, change), teacher())
 
 
@@ -395,5 +393,5 @@ def test_a_cache_without_inputs_cannot_be_run() -> None:
         writer.write_shard(
             0, {}, ids=ones.astype(int), logprobs=ones.astype(np.float32) - 1, tail=np.zeros((2, 4)) - 1.0
         )
-    with pytest.raises(CacheError, match="its inputs are none; with neither tokens nor examples"):
+    with pytest.raises(CacheError, match="got inputs none; expected tokens or examples"):
         check_teacher(open_cache(store), teacher())

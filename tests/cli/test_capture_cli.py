@@ -302,7 +302,7 @@ def test_a_cache_against_its_teacher(teacher: Path, tmp_path: Path, run: Any, ca
     cache = tmp_path / "cache"
     assert run("--teacher", teacher, "--data", data, "--out", cache, *SMALL)[0] == 0
     assert cli.main(["verify", str(cache), "--teacher", str(teacher), "--positions", "100"]) == 0
-    assert "ok: what this teacher says, to within the codec's error" in capfd.readouterr().out
+    assert "ok: the cache matches the teacher to within the codec's error" in capfd.readouterr().out
     other = saved(tmp_path, "llama", vocab_size=300, seed=1)
     assert cli.main(["verify", str(cache), "--teacher", str(other), "--json"]) == 1
     found = json.loads(capfd.readouterr().out)

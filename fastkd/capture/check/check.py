@@ -1,7 +1,7 @@
-"""Is a cache what this teacher says? A random sample of its own batches is run again, and compared.
+"""Check a cache against its teacher: run a random sample of its batches again, and compare.
 
-A batch is run as capture ran it: the same pieces, in the same order, halved where it was halved. On equal hardware what
-is left is the codec's error alone, which is bounded.
+A batch is run as in the capture: the same segments in the same order, halved if it was halved. On the same hardware
+only the codec's error remains, which is bounded.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ...cache import Cache, CacheError, CacheSpec, Workspace
-from ...data.examples import Examples
+from ...cache import Cache, CacheError, Workspace
+from ...data.examples import EXAMPLE_COLUMNS, Examples
 from ...data.packing import batches
 from ...errors import DataError, TeacherError
 from ...kernels import KDError
@@ -26,28 +26,34 @@ from ..answers import full_output
 from ..prepare import read_window_plan
 from ..rows import Ints, ShardRows, teacher_inputs
 from ..window_plan import WindowPlan
-from .compare import Difference, Floats, apart, divergence
-from .live import Live, Stored, live_rows
+from .compare import Difference, Floats, deviations, kl_divergence
+from .recompute import Recomputed, Stored, recompute
 
 Array = NDArray[Any]
 
-_SHARDS = 8  # the sample is spread over so many, where one batch of each does not suffice already
-_EQUAL = 1e-4  # nats: where no number exceeds its bound by more, two computations are the same
-_LEAST_DRAWN = 0.9  # of the rows: what the same computation draws again, at least
+_SHARDS = 8  # shards to spread the sample over, unless it needs more
+_EQUAL = 1e-4  # nats of excess up to which two computations count as the same
+_MIN_SAME_DRAWS = 0.9  # share of the rows in which the same computation repeats the draws, at least
+_KINDS = {
+    "top_k": "a top-k entry is",
+    "rank": "a top-k entry is not among the best, and",
+    "draws": "a drawn entry is",
+    "tail": "a tail is",
+}
 
 
 @dataclass(frozen=True)
 class TeacherCheck:
-    """What `check_teacher` found. Falsy where there is a problem.
+    """The result of `check_teacher`; false if there are problems.
 
-    fingerprint: whether the teacher's is the spec's; None where the spec has none. seed: of the sample.
-    positions, batches: how many were compared. shards: which, of shards_there. as_recorded: whether all of them say how
-    they were run; else they were run sequence by sequence.
-    differences: by kind: "head" and "drawn" (log-probabilities), "tail", and "outside": entries of a head that are not
-    among as many of the teacher's best, by how much they miss it. outcomes: rows with another number of outcomes.
-    drawn_again: the share of the rows in which the same is drawn again; None where that cannot be known, and not_drawn
-    says why. kl, kl_largest: KL(teacher now || stored), all outside the head as one outcome; None without heads.
-    tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and versions of torch.
+    teacher, expected: fingerprints of the teacher and in the spec; fingerprint: whether they are equal; None if the
+        spec has none. seed: of the sample. positions, batches: how many were compared. shards: which were sampled, of
+        cache_shards. recorded_batches: whether the capture's batches were repeated; else every sequence was a batch.
+    differences: by kind: "top_k", "draws" and "tail" (log-probabilities), and "rank": by how much top-k entries miss
+        being among as many of the teacher's best. outcomes: rows with another number of outcomes.
+    same_draws: share of the rows with the same draws; None if unknown, and draws_unknown says why.
+    kl, kl_max: KL(teacher now || stored), everything outside the top-k entries as one outcome; None without top-k.
+    tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and torch versions.
     """
 
     cache: str
@@ -58,14 +64,14 @@ class TeacherCheck:
     positions: int
     batches: int
     shards: list[int]
-    shards_there: int
-    as_recorded: bool
+    cache_shards: int
+    recorded_batches: bool
     differences: dict[str, Difference]
     outcomes: int
-    drawn_again: float | None
-    not_drawn: str
+    same_draws: float | None
+    draws_unknown: str
     kl: float | None
-    kl_largest: float | None
+    kl_max: float | None
     tolerance: float
     captured_on: list[str]
     checked_on: str
@@ -73,21 +79,21 @@ class TeacherCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the cache is this teacher's, and nothing exceeds its bound by more than the tolerance."""
+        """Whether the teacher is the cache's, and no number exceeds its bound by more than the tolerance."""
         return not self.problems
 
     @property
     def excess(self) -> float:
-        """The most that any number exceeds its bound by, in nats. 0: the codec explains every difference."""
+        """The largest excess of a number over its bound, in nats. 0: the codec explains all differences."""
         return max(d.excess for d in self.differences.values())
 
     def __bool__(self) -> bool:
         return self.ok
 
     def to_json(self) -> dict[str, Any]:
-        """The report, for a machine; null for what is infinite."""
-        found = {**asdict(self), "ok": self.ok, "excess": self.excess}
-        return {name: _finite(value) for name, value in found.items()}
+        """The result as a JSON object; null for infinite numbers."""
+        result = {**asdict(self), "ok": self.ok, "excess": self.excess}
+        return {name: _finite(value) for name, value in result.items()}
 
 
 def check_teacher(
@@ -100,281 +106,260 @@ def check_teacher(
     tolerance: float | None = None,
     progress: bool = False,
 ) -> TeacherCheck:
-    """Run a random sample of a cache's batches again, and compare what the teacher says with what is stored.
+    """Run the teacher on a random sample of a cache's batches, and compare its answers with what is stored.
 
-    positions: whole batches are run until so many were compared. seed: of the sample; None: a random one.
-    data: the examples, where the cache is of such.
-    tolerance: nats by which a number may exceed the codec's bound, since another device, or another version of torch,
-        computes otherwise; None: 64 units in the last place of the type that the teacher computes in (0.5 for bfloat16,
-        0.06 for float16), and at least 0.01. progress: a bar on stderr.
+    positions: how many to compare, at least; batches are run whole. seed: of the sample; None: random. data: the
+        examples of a cache of examples. progress: a bar on stderr.
+    tolerance: nats by which a number may exceed the codec's bound, as another device or torch version rounds
+        differently. None: 64 units in the last place of the teacher's dtype (0.5 for bfloat16, 0.06 for float16), and
+        at least 0.01.
 
-    Raises TeacherError where the teacher cannot have made such a cache, or fails; CacheError where the cache holds
-    nothing that it could be given; DataError without the examples that it needs; CorruptShard for a damaged shard.
+    Raises TeacherError if the teacher cannot have made the cache, or fails; CacheError if the cache holds no inputs for
+    a teacher; DataError without the examples; CorruptShard for a damaged shard.
     """
-    spec = cache.spec
     shards = cache.shards
     _check_fits(cache, shards, teacher, data)
-    data = None if "tokens" in spec.inputs else data
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise CacheError(f"tolerance: got {tolerance}; expected a number of nats, from 0 on.")
     if positions < 1:
         raise CacheError(f"positions: got {positions}; expected at least one.")
     seed = secrets.randbelow(2**31) if seed is None else seed
     random = np.random.default_rng(seed)
-    plan, draw_seed, not_drawn = _planned(cache)
-    found = _Found(spec, tolerance)
-    workspace = Workspace()
-    seen: list[int] = []
-    recorded, captured_on = True, set()
+    checker = _Checker(cache, teacher, None if "tokens" in cache.spec.inputs else data, tolerance)
     with tqdm(total=positions, unit="position", desc="compare", disable=not progress) as bar:
         for index in random.permutation(shards).tolist():
-            arrays = cache.read_shard(index, into=workspace)
-            some, parts, record = _as_run(cache, index, arrays, plan)
-            _check_inputs(some, index, teacher)
-            recorded &= record is not None
-            captured_on |= {f"{record.get('device')}, torch {record.get('torch')}"} if record else set()
-            seen.append(index)
-            before = found.positions
-            for number in random.permutation(len(parts)).tolist():
-                for places in parts[number]:
-                    compared = found.positions
-                    _compare(found, teacher, data, index, some, places, arrays, draw_seed)
-                    bar.update(min(found.positions - compared, positions - bar.n))
-                enough = found.positions >= positions
-                if enough or found.positions - before >= positions / min(_SHARDS, len(shards)):
+            shard = checker.read(index)
+            before = checker.positions
+            for number in random.permutation(len(shard.batches)).tolist():
+                for segments in shard.batches[number]:
+                    compared = checker.positions
+                    checker.compare(shard, segments)
+                    bar.update(min(checker.positions - compared, positions - bar.n))
+                share = positions / min(_SHARDS, len(shards))
+                if checker.positions >= positions or checker.positions - before >= share:
                     break
-            if found.positions >= positions:
+            if checker.positions >= positions:
                 break
-    same = teacher.fingerprint == spec.teacher if spec.teacher else None
-    return found.report(
-        cache=cache.store.describe(),
-        teacher=teacher.fingerprint,
-        fingerprint=same,
-        seed=seed,
-        shards=sorted(seen),
-        shards_there=len(shards),
-        as_recorded=recorded,
-        not_drawn=not_drawn,
-        captured_on=sorted(captured_on),
-        checked_on=f"{_device_name(teacher.device)}, torch {torch.__version__}",
-    )
+    return checker.result(seed, len(shards))
 
 
-class _Found:
-    """What has been found so far. For one check."""
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """A shard of the cache: its arrays, rows, and the segments of the parts of each batch."""
 
-    def __init__(self, spec: CacheSpec, tolerance: float | None) -> None:
-        self.spec = spec
+    index: int
+    arrays: dict[str, Array]
+    rows: ShardRows
+    batches: list[list[Ints]]
+
+
+class _Checker:
+    """Compares batches, and collects the result."""
+
+    def __init__(self, cache: Cache, teacher: Teacher, data: Examples | None, tolerance: float | None) -> None:
+        self.cache, self.spec, self.teacher, self.data = cache, cache.spec, teacher, data
         self.positions = self.batches = 0
-        self._given = tolerance
-        self._tolerance = 0.01
-        kinds = {"head": spec.k, "outside": spec.k, "drawn": spec.draws, "tail": 1}
-        self._differences = {kind: Difference() for kind, there in kinds.items() if there}
-        self._outcomes: dict[int, int] = {}  # rows by shard
-        self._worst: dict[int, tuple[float, str]] = {}  # by shard: the excess, and where
+        self._plan, self._draw_seed, self._draws_unknown = _window_plan(cache)
+        self._workspace = Workspace()
+        self._tolerance = tolerance
+        self._least_tolerance = 0.01
+        self._shards: list[int] = []
+        self._recorded = True
+        self._captured_on: set[str] = set()
+        kinds = {"top_k": self.spec.k, "rank": self.spec.k, "draws": self.spec.draws, "tail": 1}
+        self._differences = {kind: Difference() for kind, used in kinds.items() if used}
+        self._outcomes: dict[int, int] = {}  # by shard: rows with another number of outcomes
+        self._worst: dict[int, tuple[float, str]] = {}  # by shard: the largest excess, and a description
         self._kl: list[Floats] = []
-        self._same: list[NDArray[np.bool_]] = []
+        self._same_draws: list[NDArray[np.bool_]] = []
 
-    @property
-    def tolerance(self) -> float:
-        """What is tolerated of a teacher that computes in the types seen so far."""
-        return self._tolerance if self._given is None else self._given
+    def read(self, index: int) -> _Shard:
+        """A shard, with its batches as they were captured; without a record of them, every sequence is a batch."""
+        arrays = self.cache.read_shard(index, into=self._workspace)
+        record = self.cache.attributes(index).get("record")
+        lengths = arrays.get("document_lengths")
+        recorded = None
+        if isinstance(record, dict) and lengths is not None:
+            recorded = _recorded_batches(lengths.astype(np.int64), record)
+        if recorded is None or lengths is None:
+            self._recorded = False
+            lengths = arrays["sequence_lengths"]
+        else:
+            self._captured_on.add(f"{record.get('device')}, torch {record.get('torch')}")
+        document, start = np.full(len(lengths), -1, np.int64), np.zeros(len(lengths), np.int64)
+        if self._plan is not None and recorded is not None and index < self._plan.shards:
+            planned = self._plan.shard(index)
+            if np.array_equal(planned.stop - planned.start, lengths):
+                document, start = planned.document, planned.start
+        rows = ShardRows(
+            inputs={name: arrays[name] for name in self.spec.inputs},
+            counts=arrays["logprobs"][:, 0] > -np.inf,
+            sequence_lengths=arrays["sequence_lengths"],
+            document_lengths=lengths,
+            document=document,
+            start=start,
+            first_sequence=int(arrays["first_sequence"]),
+        )
+        _check_inputs(rows, index, self.teacher)
+        self._shards.append(index)
+        return _Shard(index, arrays, rows, recorded or [[np.array([i])] for i in range(len(lengths))])
 
-    def saw(self, dtype: torch.dtype) -> None:
-        """The type that a teacher's output has."""
-        self._tolerance = max(self._tolerance, 64 * torch.finfo(dtype).eps)
+    @torch.inference_mode()
+    def compare(self, shard: _Shard, segments: Ints) -> None:
+        """Run the teacher on some segments of a shard, and compare."""
+        rows, flat = shard.rows.counted(segments)
+        if not len(rows):
+            return
+        known = self._draw_seed is not None and (shard.rows.document[segments] >= 0).all()
+        stored = Stored(
+            **{field.name: shard.arrays[field.name][rows] for field in FIELDS if field.name in shard.arrays},
+            numbers=shard.rows.row_numbers(rows) if known else None,
+            seed=self._draw_seed or 0,
+        )
+        inputs = teacher_inputs(shard.rows, self.data, segments).to(self.teacher.device)
+        shape = inputs.shape[: 2 if "tokens" in self.spec.inputs else 1]
+        try:
+            output = full_output(self.teacher(inputs))
+            now = recompute(output, flat, shape, stored, self.spec)
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"shard {shard.index}: a batch of {inputs.numel()} positions does not fit into the device's memory, "
+                "although it did in the capture. Check on a device with as much memory."
+            ) from error
+        except KDError as error:
+            where = f"row {rows[error.row]}" if error.row is not None else "a batch"
+            raise TeacherError(f"shard {shard.index}, {where}: the teacher failed there: {error}.") from error
+        dtype = output.states.dtype if isinstance(output, Hidden) else output.values.dtype
+        self._least_tolerance = max(self._least_tolerance, 64 * torch.finfo(dtype).eps)
+        self.batches += 1
+        self._add(shard, rows, stored, now)
 
-    def add(self, shard: int, rows: Ints, stored: Stored, live: Live, documents: Array | None) -> None:
-        """Rows of a shard, compared."""
+    def _add(self, shard: _Shard, rows: Ints, stored: Stored, now: Recomputed) -> None:
+        index = shard.index
         self.positions += len(rows)
-        for kind, numbers in apart(self.spec, stored, live).items():
-            self._differences[kind] += Difference.of(numbers)
-            excess = numbers.excess
-            if len(excess) and excess.max() > self._worst.get(shard, (0.0, ""))[0]:
-                at = int(excess.argmax())
-                row = numbers.row[at]
+        documents = shard.rows.inputs.get("document", shard.rows.inputs.get("example"))
+        for kind, found in deviations(self.spec, stored, now).items():
+            self._differences[kind] += Difference.of(found)
+            if len(found.excess) and found.excess.max() > self._worst.get(index, (0.0, ""))[0]:
+                at = int(found.excess.argmax())
+                row = rows[found.row[at]]
                 document = "" if documents is None else f" (document {documents[row]})"
-                self._worst[shard] = (
-                    float(excess[at]),
-                    f"shard {shard}, row {rows[row]}{document}: {_KINDS[kind]} {numbers.difference[at]:.3g} nats from "
-                    f"what the teacher says; the codec explains {numbers.bound[at]:.2g}",
+                self._worst[index] = (
+                    float(found.excess[at]),
+                    f"shard {index}, row {row}{document}: {_KINDS[kind]} {found.distance[at]:.3g} nats from the "
+                    f"teacher's; the codec explains {found.bound[at]:.2g}",
                 )
-        others = int(np.count_nonzero(live.outcomes != stored.outcomes))
-        self._outcomes[shard] = self._outcomes.get(shard, 0) + others
+        different = int(np.count_nonzero(now.outcomes != stored.outcomes))
+        self._outcomes[index] = self._outcomes.get(index, 0) + different
         if self.spec.k:
-            self._kl.append(divergence(self.spec, stored, live))
-        if live.same_draws is not None:
-            self._same.append(live.same_draws)
+            self._kl.append(kl_divergence(self.spec, stored, now))
+        if now.same_draws is not None:
+            self._same_draws.append(now.same_draws)
 
-    def report(self, *, teacher: str, fingerprint: bool | None, not_drawn: str, **known: Any) -> TeacherCheck:
-        """The report, with all that is wrong."""
+    def result(self, seed: int, cache_shards: int) -> TeacherCheck:
+        """The result, with all problems."""
+        expected, teacher = self.spec.teacher, self.teacher.fingerprint
+        kl = np.concatenate(self._kl) if self._kl else None
+        same_draws = float(np.concatenate(self._same_draws).mean()) if self._same_draws else None
+        tolerance = self._least_tolerance if self._tolerance is None else self._tolerance
+        return TeacherCheck(
+            cache=self.cache.store.describe(),
+            teacher=teacher,
+            expected=expected,
+            fingerprint=teacher == expected if expected else None,
+            seed=seed,
+            positions=self.positions,
+            batches=self.batches,
+            shards=sorted(self._shards),
+            cache_shards=cache_shards,
+            recorded_batches=self._recorded,
+            differences=self._differences,
+            outcomes=sum(self._outcomes.values()),
+            same_draws=same_draws,
+            draws_unknown=self._draws_unknown,
+            kl=None if kl is None else float(kl.mean()),
+            kl_max=None if kl is None else float(kl.max()),
+            tolerance=tolerance,
+            captured_on=sorted(self._captured_on),
+            checked_on=f"{_device_name(self.teacher.device)}, torch {torch.__version__}",
+            problems=self._problems(teacher, tolerance, same_draws),
+        )
+
+    def _problems(self, teacher: str, tolerance: float, same_draws: float | None) -> list[str]:
         problems = []
-        if fingerprint is False:
-            problems.append(f"the cache is of another teacher: {self.spec.teacher!r}, and this is {teacher!r}")
+        if self.spec.teacher and teacher != self.spec.teacher:
+            problems.append(f"another teacher: got {teacher!r}; expected {self.spec.teacher!r}, which the spec names")
         for _, (excess, text) in sorted(self._worst.items()):
-            if excess > self.tolerance:
-                problems.append(f"{text}, and {self.tolerance:.2g} more is tolerated")
+            if excess > tolerance:
+                problems.append(f"{text}, and the tolerance is {tolerance:.2g}")
         for shard, count in sorted(self._outcomes.items()):
             if count:
                 problems.append(f"shard {shard}: {count} rows with another number of outcomes than the teacher's")
-        drawn = float(np.concatenate(self._same).mean()) if self._same else None
-        worst = max(d.excess for d in self._differences.values())
-        if drawn is not None and drawn < _LEAST_DRAWN and worst <= _EQUAL:
+        excess = max(d.excess for d in self._differences.values())
+        if same_draws is not None and same_draws < _MIN_SAME_DRAWS and excess <= _EQUAL:
             problems.append(
-                f"only {drawn:.1%} of the rows are drawn again from the same distributions: the draws are not those of "
-                "this seed"
+                f"only {same_draws:.1%} of the rows have the same draws, although the distributions are the same: they "
+                "were drawn with another seed"
             )
         if not self.positions:
-            problems.append("no position counts in what was looked at: nothing was compared")
-        kl = np.concatenate(self._kl) if self._kl else None
-        return TeacherCheck(
-            teacher=teacher,
-            expected=self.spec.teacher,
-            fingerprint=fingerprint,
-            positions=self.positions,
-            batches=self.batches,
-            differences=self._differences,
-            outcomes=sum(self._outcomes.values()),
-            drawn_again=drawn,
-            not_drawn=not_drawn,
-            kl=None if kl is None else float(kl.mean()),
-            kl_largest=None if kl is None else float(kl.max()),
-            tolerance=self.tolerance,
-            problems=problems,
-            **known,
-        )
+            problems.append("no position of the sample has a target: nothing was compared")
+        return problems
 
 
-_KINDS = {
-    "head": "an entry of the head is",
-    "drawn": "a drawn entry is",
-    "tail": "a tail is",
-    "outside": "an entry of the head is not among the best, and",
-}
-
-
-def _as_run(
-    cache: Cache, index: int, arrays: dict[str, Array], plan: WindowPlan | None
-) -> tuple[ShardRows, list[list[Ints]], dict[str, Any] | None]:
-    """A shard's rows, the pieces of the parts of each of its batches, and its record; None where it says too little:
-    then every sequence is a batch."""
-    record = cache.attributes(index).get("record")
-    lengths = arrays.get("document_lengths")
-    parts = None
-    if isinstance(record, dict) and lengths is not None:
-        parts = _recorded(lengths.astype(np.int64), record)
-    if parts is None or lengths is None:
-        record, lengths = None, arrays["sequence_lengths"]
-        parts = [[np.array([i])] for i in range(len(lengths))]
-    start = np.zeros(len(lengths), np.int64)
-    document = np.full(len(lengths), -1, np.int64)
-    if plan is not None and record is not None and index < plan.shards:
-        here = plan.shard(index)
-        if np.array_equal(here.stop - here.start, lengths):
-            document, start = here.document, here.start
-    some = ShardRows(
-        inputs={name: arrays[name] for name in cache.spec.inputs},
-        counts=arrays["logprobs"][:, 0] > -np.inf,
-        sequence_lengths=arrays["sequence_lengths"],
-        document_lengths=lengths,
-        document=document,
-        start=start,
-        first_sequence=int(arrays["first_sequence"]),
-    )
-    return some, parts, record
-
-
-def _recorded(lengths: Ints, record: dict[str, Any]) -> list[list[Ints]] | None:
-    """The parts of each batch, as a record has them; None where it does not fit the pieces."""
-    most, halved = record.get("batch_tokens"), record.get("halved")
-    if type(most) is not int or most < 1 or not isinstance(halved, dict):
+def _recorded_batches(lengths: Ints, record: dict[str, Any]) -> list[list[Ints]] | None:
+    """The segments of the parts of each batch, by a shard's record; None if the record does not fit the segments."""
+    batch_tokens, halved = record.get("batch_tokens"), record.get("halved")
+    if type(batch_tokens) is not int or batch_tokens < 1 or not isinstance(halved, dict):
         return None
     found = []
-    for number, places in enumerate(batches(lengths, most)):
-        sizes = halved.get(str(number), [len(places)])
-        if not isinstance(sizes, list) or not all(type(n) is int and n > 0 for n in sizes) or sum(sizes) != len(places):
+    for number, segments in enumerate(batches(lengths, batch_tokens)):
+        sizes = halved.get(str(number), [len(segments)])
+        if not isinstance(sizes, list) or not all(type(n) is int and n > 0 for n in sizes):
             return None
-        found.append(np.split(places, np.cumsum(sizes)[:-1]))
+        if sum(sizes) != len(segments):
+            return None
+        found.append(np.split(segments, np.cumsum(sizes)[:-1]))
     return found
-
-
-@torch.inference_mode()
-def _compare(
-    found: _Found,
-    teacher: Teacher,
-    data: Examples | None,
-    shard: int,
-    some: ShardRows,
-    places: Ints,
-    arrays: dict[str, Array],
-    draw_seed: int | None,
-) -> None:
-    """Run some pieces, and compare."""
-    rows, flat = some.counted(places)
-    if not len(rows):
-        return
-    numbers = None
-    if draw_seed is not None and (some.document[places] >= 0).all():
-        numbers = some.row_numbers(rows)
-    fields = {field.name: arrays[field.name][rows] for field in FIELDS if field.name in arrays}
-    stored = Stored(**fields, numbers=numbers, seed=draw_seed or 0)
-    inputs = teacher_inputs(some, data, places).to(teacher.device)
-    try:
-        output = full_output(teacher(inputs))
-        live = live_rows(output, flat, inputs.shape[: 2 if "tokens" in some.inputs else 1], stored, found.spec)
-    except torch.OutOfMemoryError as error:
-        raise TeacherError(
-            f"shard {shard}: a batch of {inputs.numel()} positions does not fit into the device's memory, and capture "
-            "ran it. Check on a device as large as capture's."
-        ) from error
-    except KDError as error:
-        where = f"row {rows[error.row]}" if error.row is not None else "a batch"
-        raise TeacherError(f"shard {shard}, {where}: the teacher failed there: {error}.") from error
-    found.saw(output.states.dtype if isinstance(output, Hidden) else output.values.dtype)
-    found.batches += 1
-    documents = some.inputs.get("document", some.inputs.get("example"))
-    found.add(shard, rows, stored, live, None if documents is None else documents[rows])
 
 
 def _check_fits(cache: Cache, shards: list[int], teacher: Teacher, data: Examples | None) -> None:
     spec, name = cache.spec, cache.store.describe()
     if not shards:
-        raise CacheError(f"{name}: there are no shards yet; there is nothing to compare.")
+        raise CacheError(f"{name}: the cache has no shards yet; there is nothing to compare.")
     if teacher.vocab_size != spec.vocab_size:
         raise TeacherError(
-            f"teacher: found a vocabulary of {teacher.vocab_size} where the cache's has {spec.vocab_size}: it is of "
-            f"another teacher ({spec.teacher!r}). Nothing was compared."
+            f"teacher: got a vocabulary of {teacher.vocab_size}; expected {spec.vocab_size}, that of the cache's "
+            f"teacher ({spec.teacher!r}). Nothing was compared."
         )
     if "tokens" in spec.inputs:
         return
-    if "example" not in spec.inputs or "augmentation_seed" not in spec.inputs:
+    if not set(EXAMPLE_COLUMNS) <= set(spec.inputs):
         raise CacheError(
-            f"{name}: its inputs are {', '.join(spec.inputs) or 'none'}; with neither tokens nor examples there is "
-            "nothing to give to a teacher."
+            f"{name}: got inputs {', '.join(spec.inputs) or 'none'}; expected tokens or examples, to run a teacher on."
         )
     if data is None:
-        raise DataError(f"data: {name} is of examples, which it does not hold; give them, as they were captured.")
+        raise DataError(f"data: got none; {name} is a cache of examples, which it does not contain. Name them.")
 
 
-def _check_inputs(some: ShardRows, shard: int, teacher: Teacher) -> None:
-    """What the teacher cannot be given is named before a device meets it."""
-    if "tokens" not in some.inputs:
+def _check_inputs(rows: ShardRows, shard: int, teacher: Teacher) -> None:
+    """Errors for inputs that would fail on the device."""
+    if "tokens" not in rows.inputs:
         return
-    tokens, longest = some.inputs["tokens"], int(some.document_lengths.max())
+    tokens, longest = rows.inputs["tokens"], int(rows.document_lengths.max())
     if len(bad := np.flatnonzero((tokens < 0) | (tokens >= teacher.vocab_size))):
         raise CacheError(
-            f"shard {shard}, row {bad[0]}: found token {tokens[bad[0]]} in a vocabulary of {teacher.vocab_size}, which "
-            "no teacher can be given. Delete the shard and capture again."
+            f"shard {shard}, row {bad[0]}: got token {tokens[bad[0]]}; expected 0 to {teacher.vocab_size - 1}. Delete "
+            "the shard and capture again."
         )
     if teacher.max_positions is not None and longest > teacher.max_positions:
         raise TeacherError(
-            f"shard {shard}: found a piece of {longest} positions; this teacher takes {teacher.max_positions} at most. "
+            f"shard {shard}: got a segment of {longest} positions; this teacher takes at most {teacher.max_positions}. "
             "It cannot have made this cache."
         )
 
 
-def _planned(cache: Cache) -> tuple[WindowPlan | None, int | None, str]:
-    """The plan and the seed of the draws, or why they are not to be had."""
+def _window_plan(cache: Cache) -> tuple[WindowPlan | None, int | None, str]:
+    """The window plan and the seed of the draws; or why they are unknown."""
     if not cache.spec.draws:
         return None, None, "the cache has no draws"
     try:
@@ -388,7 +373,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """What JSON can say."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Stored numbers beside those that a teacher says now: how far apart they are, and how far the codec lets them be."""
+"""Stored numbers against recomputed ones: how far apart they are, and how far the codec lets them be."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,31 +8,31 @@ from numpy.typing import NDArray
 
 from ...cache import CacheSpec
 from ...cache.encoding.grid import steps_at
-from .live import Live, Stored
+from .recompute import Recomputed, Stored
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# What float32 adds to the codec's error: nats, for each nat of the number, and for each nat of the bound.
+# What float32 adds to the codec's error: nats, nats per nat of the value, and nats per nat of the bound.
 _ROUNDING = 1e-5, 1e-6, 2e-3
 
 
-class Apart(NamedTuple):
-    """e numbers of one kind: the row of each, how far it is from the teacher's, how far the codec lets it be, and how
-    much further it is: nats, `[e]` each."""
+class Deviations(NamedTuple):
+    """e numbers of one kind, in nats, `[e]` each: the row of each, its distance from the teacher's, the distance that
+    the codec allows, and the excess of the one over the other."""
 
     row: Ints
-    difference: Floats
+    distance: Floats
     bound: Floats
     excess: Floats
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the stored numbers of one kind lie from what the teacher says now; nats.
+    """A summary of the deviations of one kind, in nats.
 
-    compared: how many there are. largest: the largest difference; bound: what the codec may differ by, there.
-    over: how many differ by more than their bound. excess: by how much more, at most.
+    compared: how many numbers. largest: the largest distance; bound: what the codec allows there. over: how many
+    exceed their bound. excess: by how much, at most.
     """
 
     compared: int = 0
@@ -41,75 +41,72 @@ class Difference:
     over: int = 0
     excess: float = 0.0
 
-    def __add__(self, more: "Difference") -> "Difference":
-        largest = self if self.largest > more.largest or not more.compared else more
+    def __add__(self, other: "Difference") -> "Difference":
+        largest = self if self.largest > other.largest or not other.compared else other
         return Difference(
-            self.compared + more.compared,
+            self.compared + other.compared,
             largest.largest,
             largest.bound,
-            self.over + more.over,
-            max(self.excess, more.excess),
+            self.over + other.over,
+            max(self.excess, other.excess),
         )
 
     @classmethod
-    def of(cls, apart: Apart) -> "Difference":
-        """What there is to say of these numbers."""
-        if not len(apart.row):
+    def of(cls, deviations: Deviations) -> "Difference":
+        """The summary of some deviations."""
+        row, distance, bound, excess = deviations
+        if not len(row):
             return cls()
-        at = int(apart.difference.argmax())
-        return cls(
-            len(apart.row),
-            float(apart.difference[at]),
-            float(apart.bound[at]),
-            int(np.count_nonzero(apart.excess)),
-            float(apart.excess.max()),
-        )
+        at = int(distance.argmax())
+        over = int(np.count_nonzero(excess))
+        return cls(len(row), float(distance[at]), float(bound[at]), over, float(excess.max()))
 
 
-def apart(spec: CacheSpec, stored: Stored, live: Live) -> dict[str, Apart]:
-    """By kind: "head" and "drawn" (log-probabilities), "tail"; and "outside": by how much the entries of a head miss
-    being among as many of the teacher's best, which the codec lets them by as much as it may hide."""
+def deviations(spec: CacheSpec, stored: Stored, now: Recomputed) -> dict[str, Deviations]:
+    """By kind: "top_k", "draws" and "tail" (log-probabilities), and "rank": by how much top-k entries miss being among
+    as many of the teacher's best, which the codec may hide to its own precision."""
     codec = spec.settings
-    now, then = live.logprobs.astype(np.float64), stored.logprobs.astype(np.float64)
+    logprobs, before = now.logprobs.astype(np.float64), stored.logprobs.astype(np.float64)
     found = {}
     if spec.k:
-        row, place = np.nonzero(stored.head)
-        a, b = now[row, place], then[row, place]
-        found["head"] = _apart(row, a - b, _half_steps(spec, np.minimum(a, b)), b)
-        missed = np.maximum(live.last.astype(np.float64)[row] - a, 0)
-        found["outside"] = _apart(row, missed, _half_steps(spec, a), b)
+        row, entry = np.nonzero(stored.top_k)
+        a, b = logprobs[row, entry], before[row, entry]
+        found["top_k"] = _deviations(row, a - b, _half_steps(spec, np.minimum(a, b)), b)
+        missed = np.maximum(now.last.astype(np.float64)[row] - a, 0)
+        found["rank"] = _deviations(row, missed, _half_steps(spec, a), b)
     if spec.draws:
-        row, place = np.nonzero(stored.used & ~stored.head)
-        a, b = now[row, place], then[row, place]
-        found["drawn"] = _apart(row, a - b, np.full(len(row), codec.draw_step / 2), b)
-    a, b = live.tail.astype(np.float64).reshape(-1), stored.tail.astype(np.float64).reshape(-1)
+        row, entry = np.nonzero(stored.used & ~stored.top_k)
+        a, b = logprobs[row, entry], before[row, entry]
+        found["draws"] = _deviations(row, a - b, np.full(len(row), codec.draw_step / 2), b)
+    a, b = now.tail.astype(np.float64).reshape(-1), stored.tail.astype(np.float64).reshape(-1)
     row = np.repeat(np.arange(len(stored.tail)), stored.tail.shape[1])
     with np.errstate(invalid="ignore"):
-        difference = np.where(a == b, 0.0, a - b)  # −inf from −inf is nothing
-    found["tail"] = _apart(row, difference, np.full(len(row), codec.tail_step / 2), np.where(np.isfinite(b), b, 0.0))
+        difference = np.where(a == b, 0.0, a - b)  # −inf and −inf are equal
+    bound = np.full(len(row), codec.tail_step / 2)
+    found["tail"] = _deviations(row, difference, bound, np.where(np.isfinite(b), b, 0.0))
     return found
 
 
-def divergence(spec: CacheSpec, stored: Stored, live: Live) -> Floats:
-    """KL(now || stored) `[m]`, all outside the stored head as one outcome; the stored one scaled to 1."""
+def kl_divergence(spec: CacheSpec, stored: Stored, now: Recomputed) -> Floats:
+    """KL(now || stored), `[m]`, everything outside the stored top-k entries as one outcome; the stored distribution
+    normalized."""
     one = spec.temperatures.index(1.0)
-    head = stored.head
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = (
-            np.column_stack([np.where(head, logprobs, -np.inf), tail[:, one]]).astype(np.float64)
-            for logprobs, tail in ((live.logprobs, live.tail), (stored.logprobs, stored.tail))
+            np.column_stack([np.where(stored.top_k, logprobs, -np.inf), tail[:, one]]).astype(np.float64)
+            for logprobs, tail in ((now.logprobs, now.tail), (stored.logprobs, stored.tail))
         )
         q -= np.log(np.exp(q).sum(1, keepdims=True))
         terms = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0)
-    found: Floats = terms.sum(1)
-    return found
+    kl: Floats = terms.sum(1)
+    return kl
 
 
-def _apart(row: Ints, difference: Floats, bound: Floats, value: Floats) -> Apart:
-    difference = np.where(np.isnan(difference), np.inf, np.abs(difference))
+def _deviations(row: Ints, difference: Floats, bound: Floats, value: Floats) -> Deviations:
+    distance = np.where(np.isnan(difference), np.inf, np.abs(difference))
     nats, of_value, of_bound = _ROUNDING
     allowed = bound * (1 + of_bound) + nats + of_value * np.abs(value)
-    return Apart(row, difference, bound, np.maximum(difference - allowed, 0))
+    return Deviations(row, distance, bound, np.maximum(distance - allowed, 0))
 
 
 def _half_steps(spec: CacheSpec, logprobs: Floats) -> Floats:
