@@ -100,15 +100,15 @@ class Steps:
     def distil_from(self, batch: MicroBatch) -> list[Tensor]:
         """On a batch's targets."""
         return self._step(
-            lambda: self.student(batch, alpha=self.alpha, temperature=self.temperature, num_items=batch.count).loss
+            lambda: self.student(batch, alpha=self.alpha, temperature=self.temperature, num_items=batch.count)["loss"]
         )
 
     def fused(self) -> list[Tensor]:
         """Cross-entropy by the same engine."""
         return self._step(
-            lambda: (
-                self.student(self.labels_only, alpha=self.one, temperature=self.one, num_items=self.batch.count).loss
-            )
+            lambda: self.student(self.labels_only, alpha=self.one, temperature=self.one, num_items=self.batch.count)[
+                "loss"
+            ]
         )
 
     def plain(self) -> list[Tensor]:

@@ -1,8 +1,14 @@
 """Settings: one frozen dataclass per stage. The command line is built from them. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from .kernels.divergences import DivergenceName
+from .kernels.treatment import TreatmentName
+
+if TYPE_CHECKING:
+    from .kernels import LossConfig
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,9 @@ class TrainSettings:
     """Temperature at the last step. Default: constant."""
     temperature_schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the schedule from temperature to temperature_end."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    divergence: DivergenceName = "forward_kl"
     """Divergence between teacher and student distributions."""
-    treatment: Literal["auto", "bucket", "sampled", "renormalize"] = "auto"
+    treatment: TreatmentName = "auto"
     """Treatment of the teacher's probability mass outside the stored entries; see docs/losses.md."""
     beta: float = 0.5
     """Mixing weight of the teacher in the divergence jsd."""
@@ -233,3 +239,10 @@ class TrainSettings:
     """Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with a student."""
+
+    def loss_config(self) -> "LossConfig":
+        """The settings of the distillation loss. Raises KDError for values that are not possible."""
+        from .kernels import LossConfig
+
+        names = {field.name for field in fields(LossConfig)} & {field.name for field in fields(self)}
+        return LossConfig(**{name: getattr(self, name) for name in names})

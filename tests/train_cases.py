@@ -84,6 +84,33 @@ def make_cache(folder: Path, data: Any = None, **changes: Any) -> Cache:
     return open_cache(folder)
 
 
+class Toy:
+    """An objective from outside the package: cross-entropy, and a penalty on large logits that fades out."""
+
+    signals = ("labels", "targets")
+    outputs = ("logits",)
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {"strength": self.strength * (1 - step / steps)}
+
+    def losses(self, batch: Any, outputs: Any, *, num_items: Any, strength: Any) -> dict[str, Tensor]:
+        logits = outputs["logits"]
+        labels = batch.labels.flatten()[batch.targets.index]
+        cross_entropy = nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items
+        l2 = strength * logits.square().mean(1).sum() / num_items
+        return {"loss": cross_entropy + l2, "cross_entropy": cross_entropy, "l2": l2}
+
+    def describe(self) -> dict[str, Any]:
+        return {"strength": self.strength}
+
+
+def toy_objective(strength: float) -> Any:
+    return Toy(strength)
+
+
 def bits(run: Path, step: int) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
     """All tensors of a checkpoint, as bytes: equal only if they are equal bit by bit."""
     found = read(run, step)

@@ -66,6 +66,13 @@ def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None
     assert fastkd.train(student, cache, out, **changes).status == 0
 
 
+def train_toy(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
+    """With an objective from outside the package."""
+    import train_cases
+
+    train(student, cache, out, changes | {"objective": train_cases.toy_objective(0.01)})
+
+
 def on_images(
     job: Callable[..., None], student: Any, cache: Path, out: Path, changes: dict[str, Any], *more: Any
 ) -> None:
@@ -130,7 +137,7 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
 
     from fastkd.evaluate.api import evaluate
     from fastkd.train.student import of_module
-    from fastkd.utils.distributed import together
+    from fastkd.utils.distributed import joined_processes
 
     student, calls = of_module(Tiny(seed=3), "measured"), 0
 
@@ -139,7 +146,7 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
         calls += 1
         return student.eval().logits(batch)
 
-    with together("cpu") as processes:
+    with joined_processes("cpu") as processes:
         found = evaluate(counted, cache, batch_tokens=batch_tokens, processes=processes).to_json()
         (out / f"{processes.world_size}-{processes.rank}.json").write_text(json.dumps([calls, found]))
 

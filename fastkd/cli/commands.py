@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..kernels.divergences import DivergenceName
+from ..kernels.treatment import TreatmentName
 from ..settings import (
     CaptureSettings,
     DataSettings,
@@ -150,9 +152,9 @@ class Sweep(TrainSettings):
     """Weights of the hard loss: 0 trains on the teacher alone, 1 on the labels alone."""
     temperature: tuple[float, ...] = ()  # type: ignore[assignment]
     """Temperatures of the soft loss. They must be ones that the cache supports."""
-    divergence: tuple[Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"], ...] = ()  # type: ignore[assignment]
+    divergence: tuple[DivergenceName, ...] = ()  # type: ignore[assignment]
     """Divergences between teacher and student distributions."""
-    treatment: tuple[Literal["auto", "bucket", "sampled", "renormalize"], ...] = ()  # type: ignore[assignment]
+    treatment: tuple[TreatmentName, ...] = ()  # type: ignore[assignment]
     """Treatments of the teacher's probability mass outside the stored entries."""
     rate: tuple[float, ...] = ()  # type: ignore[assignment]
     """Peak learning rates."""

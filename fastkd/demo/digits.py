@@ -5,7 +5,6 @@ DEMO/digits/  teacher.safetensors  cache/  student/ (a run, with control/)  repo
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..report.make import make_report
 from ..settings import DemoSettings
 from ..train.api import EVALUATION, train
 from ..train.result import CONTROL, RUN
-from ..utils.atomic import write_text
+from ..utils.atomic import write_file, write_text
 from ..utils.intervals import Interval
 from ..utils.numbers import with_half
 from ..utils.progress import mode_for
@@ -122,9 +121,7 @@ def have_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, clock: Clo
         clock.say(f"teacher: {path} cannot be read ({error})")
     teacher = train_teacher(sizes.teacher_width, data, seed, epochs=sizes.teacher_epochs, progress=mode_for())
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file(teacher.state_dict(), part, metadata={"made": made})
-    os.replace(part, path)
+    write_file(path, lambda part: save_file(teacher.state_dict(), part, metadata={"made": made}))
     return teacher, True
 
 

@@ -9,11 +9,12 @@ from ..cache import Cache
 from ..kernels import SparseTargets
 from ..settings import TrainSettings
 from ..stream.batch import MicroBatch
-from ..train.api import make_loader
+from ..train.api import make_source
 from ..train.load_student import make_student
+from ..train.objective import TokenKD
 from ..train.optimizer import clip_, make_optimizer
 from ..train.trainer import autocast_of
-from ..utils.distributed import together
+from ..utils.distributed import joined_processes
 from ..utils.timing import interleaved
 
 ROUNDS = 3
@@ -24,11 +25,12 @@ def step_ratio(folder: Path, cache: Cache, settings: TrainSettings) -> dict[str,
 
     folder: of the student, which is read for this and left as it is.
     """
-    with together(settings.device) as processes:
+    with joined_processes(settings.device) as processes:
         student = make_student(folder, cache.spec, settings).student.to(processes.device).train()
         student.autocast = autocast_of(settings.precision, processes.device)
+        student.objective = TokenKD.from_settings(settings)
         optimizer = make_optimizer(student, settings, processes.device)
-        loader = make_loader(cache, settings, processes)
+        loader = make_source(cache, settings, processes)
         try:
             step = next(loader.steps())
         finally:
@@ -37,7 +39,7 @@ def step_ratio(folder: Path, cache: Cache, settings: TrainSettings) -> dict[str,
         def take(batches: list[MicroBatch], alpha: float) -> None:
             for batch in batches:
                 scalar = torch.full((), alpha, device=processes.device)
-                student(batch, alpha=scalar, temperature=settings.temperature, num_items=step.count).loss.backward()
+                student(batch, num_items=step.count, alpha=scalar)["loss"].backward()
             clip_(student.parameters(), settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

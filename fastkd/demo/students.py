@@ -17,10 +17,10 @@ from ..settings import TrainSettings
 from ..train.api import EVALUATION
 from ..train.checkpoint import FOLDER as CHECKPOINTS
 from ..train.load_student import make_student
-from ..train.result import CONTROL, RUN, run_document
+from ..train.result import CONTROL, RUN, describe_cache, run_document
 from ..train.trainer import autocast_of
 from ..utils.atomic import remove_folder, write_folder, write_text
-from ..utils.distributed import together
+from ..utils.distributed import joined_processes
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
 from .artifacts import Json, keep, there
@@ -66,11 +66,13 @@ def have_evaluated(student: Path, cache: Cache, out: Path, settings: TrainSettin
     now."""
     if there(out / MADE, of) is not None:
         return False
-    with together(settings.device) as processes:
+    with joined_processes(settings.device) as processes:
         made = make_student(student, cache.spec, settings).student.to(processes.device)
         made.autocast = autocast_of(settings.precision, processes.device)
         found = evaluate(made, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
-        document = run_document(made, made.parameters_and_bytes, [cache], processes.device, 1)
+        document = run_document(
+            made, made.parameters_and_bytes, {"caches": [describe_cache(cache)]}, processes.device, 1
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / EVALUATION, json.dumps(found.to_json()) + "\n")
     write_text(out / RUN, json.dumps(document, indent=1) + "\n")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..models.tokenizers import Tokenizer
+from ..utils.atomic import write_file
 
 Array = NDArray[Any]
 COLUMN = "input_ids"
@@ -74,9 +75,7 @@ def have_windows(path: Path, windows: Array) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({COLUMN: pa.array(windows.tolist(), pa.list_(pa.int32()))})
-    temporary = path.with_name(f".{path.name}.part")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    write_file(path, lambda part: pq.write_table(table, part))
 
 
 def windows_in(path: Path) -> Array:

@@ -15,11 +15,9 @@ from typing import Any
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..settings import TrainSettings
-from ..stream.dataset_check import check_data
-from ..stream.open_caches import open_sources
-from ..train.api import DEFAULTS, held_out, train
+from ..train.api import DEFAULTS, Inputs, held_out, train
 from ..train.load_student import make_student
-from ..train.result import TrainReport, description
+from ..train.result import TrainReport, describe_cache
 from ..train.trainer import Diverged
 from ..utils.atomic import lock, write_text
 from ..utils.distributed import process_count
@@ -50,8 +48,8 @@ def sweep(
     student, cache, data, settings, changes: as for `train`; the settings are those that all arms share.
     out: the sweep's folder. Called again with the same arguments, the sweep resumes; with more arms or seeds, finished
         trainings are kept.
-    arms: {"alpha": [0, 0.5], "temperature": [1, 2]} for their grid, or a list of {setting: value}, one for each arm.
-        The settings may be alpha, temperature, divergence, treatment and rate. See `make_arms`.
+    arms: {"alpha": [0, 0.5], "rate": [3e-4, 1e-3]} for their grid, or a list of {setting: value}, one for each arm; of
+        the settings in `arms.FIELDS`. See `make_arms`.
     seeds: trainings per arm, with seeds from `settings.seed` on: the noise that differences are compared with.
     at_once: deprecated, without effect.
     stop: stops the sweep when called; the current training writes a checkpoint. progress: "none", "bar", "lines" or
@@ -74,14 +72,15 @@ def sweep(
             "torchrun, or train the arms one by one with fastkd train."
         )
     check_sweep_place(out)
-    caches, weights = open_sources(cache)
-    check_data(caches, data)
-    chosen, notes = make_arms(arms, settings, caches[0].spec)
-    probe = make_student(student, caches[0].spec, settings, data).student
+    inputs = Inputs.of(cache, data)
+    if inputs.spec is None:
+        raise TrainError("cache: got a batch source; expected a cache, or a mixture of caches.")
+    chosen, notes = make_arms(arms, settings, inputs.spec)
+    probe = make_student(student, inputs.spec, settings, data).student
     identity = {"name": probe.name, "parameters": probe.parameters_and_bytes[0]}
     notes += [f"student: {note}" for note in probe.notes]
     del probe
-    measured = held_out(settings, caches, [float(w) for w in weights]) is not None
+    measured = held_out(settings, inputs) is not None
     with ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
@@ -94,7 +93,7 @@ def sweep(
         for number, (arm, seed, folder) in enumerate(runs, 1):
             own, done = arm.of(settings, seed), read_result(folder)
             if done is not None and not done.failed:
-                check_finished(folder, done, own, identity, [description(c) for c in caches])
+                check_finished(folder, done, own, identity, [describe_cache(c) for c in inputs.caches])
             if stop.asked or (done is not None and (done.failed or done.evaluations or not measured)):
                 continue
             say.event("note", text=f"training {number} of {len(runs)}: {arm.name}, seed {seed}")
@@ -104,9 +103,7 @@ def sweep(
                 write_text(folder / FAILED, json.dumps({"step": error.step, "error": str(error)}) + "\n")
                 say.event("note", text=f"{arm.name}, seed {seed}: diverged; continuing with the next. {error}")
         results = {(arm, seed): read_result(folder) for arm, seed, folder in runs}
-        report = make_report(
-            out, chosen, list(numbers), results, [float(w) for w in weights], measure=settings.best, notes=notes
-        )
+        report = make_report(out, chosen, list(numbers), results, inputs.weights, measure=settings.best, notes=notes)
         seconds = sum(one.seconds for one in reports)
         waiting = sum(one.seconds * one.waiting for one in reports) / seconds if seconds else 0.0
         report = replace(report, trainings=len(reports), seconds=seconds, waiting=waiting)

@@ -1,4 +1,4 @@
-"""A sweep as a picture: every arm's seeds and mean, by the measure that ranks them and by others beside it."""
+"""A plot of a sweep: seeds and mean of each arm, by the measure of the ranking and by a second one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,14 @@ _BESIDE = ("kl_sampled", "kl_bucket", "cross_entropy")
 
 
 def plot(report: SweepReport, path: Path) -> None:
-    """Write the PNG. Raises ModuleNotFoundError where matplotlib is not installed."""
+    """Write the PNG. Raises ModuleNotFoundError if matplotlib is not installed."""
     from matplotlib.figure import Figure
 
     arms = [arm for arm in report.arms if not arm.diverged]
     beside = next((n for n in _BESIDE if n != report.measure and all(n in arm.values for arm in arms)), None)
     measures = [report.measure] + ([beside] if beside else [])
     names = [_name(arm) for arm in arms]
-    # both texts have their room: neither is cut off, however short the other is
+    # wide enough for the longest name, and for the title
     width = max(0.075 * max(map(len, names)) + 0.4 + 3.9 * len(measures), 8.2)
     figure = Figure(figsize=(width, 2.0 + 0.34 * len(arms)), dpi=160, layout="constrained")
     axes: Any = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
@@ -41,7 +41,8 @@ def plot(report: SweepReport, path: Path) -> None:
 
 
 def _panel(ax: Any, arms: "list[ArmResult]", report: SweepReport, measure: str, *, ranks: bool) -> None:
-    """A measure. Where it ranks: an arm is told apart from the best where its line does not come to the best's mean."""
+    """One measure. ranks: it is the measure of the ranking, with intervals: an arm whose line does not reach the best's
+    mean is distinguishable from it."""
     if ranks:
         ax.axvline(arms[0].mean(measure), color=_BEST, lw=1, ls=(0, (3, 3)), alpha=0.8, zorder=1)
     for place, arm in enumerate(arms):
@@ -51,7 +52,7 @@ def _panel(ax: Any, arms: "list[ArmResult]", report: SweepReport, measure: str, 
         ax.plot(values, [place] * len(values), "o", ms=5.5, color=color, alpha=0.5, mew=0, zorder=3)
         ax.plot([mean, mean], [place - 0.28, place + 0.28], "-", lw=2.2, color=color, zorder=4)
     of = MEASURES[measure]
-    unit = f" ({of.unit})" if of.scale == 1 else ""  # the axis has shares, not per cent
+    unit = f" ({of.unit})" if of.scale == 1 else ""  # fractions are not scaled to percent
     ax.set_xlabel(of.label + unit, fontsize=9, color=_INK)
     ax.tick_params(axis="x", labelsize=8)
     ax.tick_params(axis="y", length=0)
@@ -64,7 +65,7 @@ def _panel(ax: Any, arms: "list[ArmResult]", report: SweepReport, measure: str, 
 
 
 def _half(arm: ArmResult) -> float | None:
-    """Of its distance to the best the wider of the two intervals; None where one is not known."""
+    """The wider of the two intervals of the distance to the best; None if one is unknown."""
     if arm.behind is None or arm.behind.by_seeds is None or arm.behind.by_windows is None:
         return None
     return max(arm.behind.by_seeds, arm.behind.by_windows)
@@ -75,7 +76,9 @@ def _title(report: SweepReport, arms: "list[ArmResult]") -> str:
     if report.margin is None:
         return f"{best}: the only arm"
     count = len(report.alike)
-    others = f"{count} other{'s' * (count > 1)} not distinguishable from it" if count else "told apart from all others"
+    others = (
+        f"{count} other{'s' * (count > 1)} not distinguishable from it" if count else "distinguishable from all others"
+    )
     return f"Best: {best}\n{report.margin.distance:.4f} ahead of the next; {others}"
 
 
@@ -88,7 +91,7 @@ def _color(arm: ArmResult, report: SweepReport) -> str:
 
 
 def plotted(report: SweepReport) -> SweepReport:
-    """The report with a plot beside it, or a note on why there is none."""
+    """The report with a plot, or with a note on why there is none."""
     if report.best is None:
         return report
     path = Path(report.out) / PLOT

@@ -164,7 +164,7 @@ def check_finished(
     caches: Sequence[Mapping[str, Any]],
 ) -> None:
     """Raise TrainError if a finished training is not the one that is wanted. student: name and parameters; caches:
-    their `train.result.description`."""
+    their `train.result.describe_cache`."""
     run, names = done.run, ("spec", "positions")
     same = {
         "student": all(run["student"][name] == value for name, value in student.items()),

@@ -1,32 +1,34 @@
-"""`fastkd.train`: a student trained from a cache; called again, it goes on where it stopped.
+"""`fastkd.train`: train a student from a cache. Called again with the same arguments, it resumes.
 
-RUN/  run.json  metrics.jsonl  checkpoints/  student/  control/ (the same again)
+RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/ (the same again)
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..cache.reader import Cache
+from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import StreamError, TrainError
 from ..settings import TrainSettings
-from ..stream.cached import DistillLoader
+from ..stream.cached import CachedSource
 from ..stream.dataset_check import check_data
 from ..stream.open_caches import open_sources
+from ..stream.source import BatchSource
 from ..stream.split import open_split
 from ..utils.atomic import write_text
-from ..utils.distributed import ALONE, Processes, together
+from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_run_place
 from ..utils.signals import Stop
 from .load_student import make_student
-from .result import CONTROL, RUN, TrainReport
+from .objective import Objective
+from .result import CONTROL, RUN, TrainReport, describe_cache
 from .settings_check import check_settings
 from .student import Student
 from .trainer import Evaluate, Trainer
@@ -45,106 +47,135 @@ def train(
     settings: TrainSettings = DEFAULTS,
     *,
     data: Examples | None = None,
+    objective: Objective | None = None,
     control: bool = False,
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
     progress: str = "none",
     **changes: Any,
 ) -> TrainReport:
-    """Train a student from a cache. Called again with the same arguments, it goes on from the last checkpoint.
+    """Train a student from a cache. Called again with the same arguments, it resumes from the last checkpoint.
 
     student: a folder or a name of a causal model of transformers, a config (new weights), a torch module, or a
-        callable that returns one; see `make_student`. A module that is given is left as it is.
-    cache: a `Cache`, what `open_cache` takes, or a mixture [(cache, weight), ...].
-    data: of a cache of examples, the labelled `Examples` that it was captured from; the student is then a module that
-        maps them to logits, or what returns one.
-    out: the run's folder, which all processes see.
-    settings, changes: a `TrainSettings`, and fields of it that differ: `train(..., rate=1e-3, alpha=0)`.
+        callable that returns one; see `make_student`. A module is copied, and not changed.
+    cache: a `Cache`, an argument of `open_cache`, a mixture [(cache, weight), ...], or a `BatchSource`.
+    data: for a cache of examples, the labelled `Examples` that it was captured from; the student is then a module that
+        maps them to logits, or a callable that returns one.
+    out: the run's folder, which all processes share.
+    settings, changes: a `TrainSettings`, and other values of its fields: `train(..., rate=1e-3, alpha=0)`.
+    objective: an `Objective` instead of the distillation loss of the settings (`TokenKD`).
     control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control.
-    evaluate: measures a student, every `evaluate_every` steps and at the end; None: `fastkd.evaluate.api` on the
-        held-out split.
-    stop: ask for a stop with `stop()`, from a signal's handler, say: a checkpoint is written.
+    evaluate: measures a student, every `evaluate_every` steps and at the end. Default: `fastkd.evaluate` on the
+        held-out split of the caches.
+    stop: stops the training when called, for example by a signal handler; a checkpoint is written.
     progress: "none", "bar", "lines" or "events".
 
-    Under torchrun, or in a process group that is there, all processes call it alike; the first one writes.
-    Returns what was done; `status` is 75 where work remains. Raises TrainError for the student, the settings, a folder
-    that is no run's, the checkpoints, and for a loss or a gradient that is not finite; StreamError and CacheError for
-    the cache.
+    Under torchrun, or in an initialized process group, all processes make the same call; the first one writes the log.
+    Returns the report; its `status` is 75 if work remains. Raises TrainError for the student, the settings, a folder
+    with other files, damaged checkpoints, and for a loss or a gradient that is not finite (`Diverged`); StreamError and
+    CacheError for the cache.
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
         raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
     settings = replace(settings, **changes)
     check_run_place(Path(out))
-    caches, weights = open_sources(cache)
-    check_data(caches, data)
-    check_settings(settings, caches[0].spec)
-    with together(settings.device) as processes, ExitStack() as stack:
+    inputs = Inputs.of(cache, data)
+    check_settings(settings, inputs.spec, objective)
+    with joined_processes(settings.device) as processes, ExitStack() as stack:
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        kept: list[Evaluation] = []
-
-        def keep(found: list["Evaluation"]) -> None:
-            kept[:] = found
-
-        measure = evaluate or held_out(settings, caches, [float(w) for w in weights], keep, data, processes)
-        source = caches[0] if len(caches) == 1 else list(zip(caches, weights, strict=True))
-        run = partial(_run, source, caches, data, processes, measure, None if evaluate else kept, stop, progress)
-        report = run(student, Path(out), settings)
+        held = None if evaluate else held_out(settings, inputs, processes)
+        job = _Job(student, inputs, processes, evaluate or held, held, stop or Stop(), progress)
+        report = job.run(Path(out), settings, objective)
         if control and report.complete:
-            plain = replace(settings, alpha=1.0, alpha_end=None)
-            report = replace(report, control=run(student, Path(out) / CONTROL, plain))
+            hard_labels = replace(settings, alpha=1.0, alpha_end=None)
+            report = replace(report, control=job.run(Path(out) / CONTROL, hard_labels, None))
             if processes.first:
-                _note_control(Path(out), report)
+                _add_control(Path(out), report)
         return report
 
 
-def _run(
-    cache: Any,
-    caches: Sequence[Cache],
-    data: Examples | None,
-    processes: Processes,
-    evaluate: Evaluate | None,
-    kept: list["Evaluation"] | None,
-    stop: Stop | None,
-    progress: str,
-    student: Any,
-    out: Path,
-    settings: TrainSettings,
-) -> TrainReport:
-    """One training. kept: the last evaluations, one of each cache; None where `evaluate` is the caller's."""
-    if kept is not None:
-        kept.clear()  # another run's
-    made = make_student(student, caches[0].spec, settings, data)
-    loader = make_loader(cache, settings, processes, data)
-    trainer = Trainer(made, loader, processes, settings, out, evaluate=evaluate, progress=progress)
-    try:
-        trainer.resume()
-        if stop is not None:
-            stop.gentle = True
-        trainer.run(stop or Stop())
-        if trainer.step >= trainer.steps:
-            # of a run that was at its end already, what was measured is not known by window
-            trainer.measure_result(again=kept == [])
-        report = trainer.report()
-        if processes.first:
-            if kept:  # by window, so that runs can be compared pairwise
-                documents = [one.to_json() for one in kept]
-                name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
-                write_text(out / name, json.dumps(document) + "\n")
-            trainer.write_run(caches, report)  # last: it says that the run is complete
-        processes.wait()
-        return report
-    finally:
-        if stop is not None:
-            stop.gentle = False
-        trainer.close()
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a student is trained on: caches with their weights, and the data of caches of examples; or a source."""
+
+    caches: Sequence[Cache] = ()
+    weights: Sequence[float] = ()
+    data: Examples | None = None
+    source: BatchSource | None = None
+
+    @classmethod
+    def of(cls, cache: Any, data: Examples | None = None) -> "Inputs":
+        """The inputs for an argument `cache` of `train`. Raises StreamError and CacheError."""
+        if isinstance(cache, BatchSource):
+            return cls(data=data, source=cache)
+        caches, weights = open_sources(cache)
+        check_data(caches, data)
+        return cls(caches, [float(weight) for weight in weights], data)
+
+    @property
+    def spec(self) -> CacheSpec | None:
+        """The spec of the first cache."""
+        return self.caches[0].spec if self.caches else None
+
+    def open(self, settings: TrainSettings, processes: Processes) -> BatchSource:
+        """The source of a training, before the first step of the first epoch."""
+        if self.source is not None:
+            self.source.seek(0, 0)
+            return self.source
+        mixture = list(zip(self.caches, self.weights, strict=True))
+        return make_source(self.caches[0] if len(mixture) == 1 else mixture, settings, processes, self.data)
 
 
-def make_loader(
-    cache: Any, settings: TrainSettings, processes: Processes, data: Examples | None = None
-) -> DistillLoader:
-    """What a training of these settings reads. Raises StreamError and CacheError."""
-    return DistillLoader(
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Arguments of `train` that its runs share. held: `evaluate`, if it is the default one."""
+
+    student: Any
+    inputs: Inputs
+    processes: Processes
+    evaluate: Evaluate | None
+    held: "HeldOut | None"
+    stop: Stop
+    progress: str
+
+    def run(self, out: Path, settings: TrainSettings, objective: Objective | None) -> TrainReport:
+        """Train, or resume, in a folder."""
+        inputs, held, first = self.inputs, self.held, self.processes.first
+        if held is not None:
+            held.evaluations.clear()  # those of another run
+        made = make_student(self.student, inputs.spec, settings, inputs.data)
+        trainer = Trainer(
+            made, inputs.open(settings, self.processes), self.processes, settings, out, objective=objective,
+            evaluate=self.evaluate, progress=self.progress,
+        )  # fmt: skip
+        try:
+            trainer.resume()
+            self.stop.gentle = True
+            trainer.run(self.stop)
+            if trainer.step >= trainer.steps:
+                # of a run that was complete already, there are no evaluations by window
+                trainer.evaluate_result(again=held is not None and not held.evaluations)
+            report = trainer.report()
+            if first:
+                if held is not None and held.evaluations:  # by window, so that runs can be compared pairwise
+                    documents = [one.to_json() for one in held.evaluations]
+                    name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
+                    write_text(out / name, json.dumps(document) + "\n")
+                caches = {"caches": [describe_cache(cache) for cache in inputs.caches]}
+                trainer.write_run(report, caches if inputs.source is None else None)  # last: the run is then complete
+            self.processes.wait()
+            return report
+        finally:
+            self.stop.gentle = False
+            trainer.close()
+
+
+def make_source(
+    cache: Any, settings: TrainSettings, processes: Processes = ALONE, data: Examples | None = None
+) -> CachedSource:
+    """The source that a training with these settings reads. Raises StreamError and CacheError."""
+    return CachedSource(
         cache,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens if settings.batch_size is None else None,
@@ -164,58 +195,65 @@ def make_loader(
     )
 
 
-def held_out(
-    settings: TrainSettings,
-    caches: Sequence[Cache],
-    weights: Sequence[float],
-    keep: Callable[[list["Evaluation"]], object] = lambda found: None,
-    data: Examples | None = None,
-    processes: Processes = ALONE,
-) -> Evaluate | None:
-    """Measures on the held-out split: of a mixture, the mean over its caches by their weights. None where no evaluation
-    is asked for; TrainError where one is, and nothing was held out. keep: given what was found, of each cache.
-    processes: over which the windows are divided."""
-    if settings.evaluate_every == 0:
-        return None
-    try:
-        for cache in caches:
-            open_split(cache, "held_out", allow_partial=settings.allow_partial)
-    except StreamError as error:
-        if settings.evaluate_every is None:
-            return None
-        raise TrainError(f"evaluate_every: got {settings.evaluate_every}, and {error}") from error
-    from ..evaluate.api import evaluate
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Evaluates a student on the held-out split of each cache; returns the means over caches, by their weights.
 
-    def measures(student: Student) -> dict[str, float]:
-        found = [
+    processes: they share the work. evaluations: the last ones, one for each cache.
+    """
+
+    settings: TrainSettings
+    inputs: Inputs
+    processes: Processes
+    evaluations: "list[Evaluation]"
+
+    def __call__(self, student: Student) -> dict[str, float]:
+        from ..evaluate.api import evaluate
+
+        self.evaluations[:] = [
             evaluate(
                 student,
                 cache,
-                data=data,
-                batch_tokens=settings.micro_tokens,
-                max_positions=settings.evaluate_positions,
-                processes=processes,
+                data=self.inputs.data,
+                batch_tokens=self.settings.micro_tokens,
+                max_positions=self.settings.evaluate_positions,
+                processes=self.processes,
             )
-            for cache in caches
+            for cache in self.inputs.caches
         ]
-        keep(found)
-        return means(found, weights)
-
-    return measures
+        return means(self.evaluations, self.inputs.weights)
 
 
-def means(found: Sequence["Evaluation"], weights: Sequence[float]) -> dict[str, float]:
-    """Each measure, the mean over caches by their weights."""
+def held_out(settings: TrainSettings, inputs: Inputs, processes: Processes = ALONE) -> HeldOut | None:
+    """The default evaluation of a training; None without a held-out split, and if the settings want none. Raises
+    TrainError if they want one and there is no held-out split."""
+    if settings.evaluate_every == 0:
+        return None
+    problem = "" if inputs.caches else "a batch source has no held-out split. Pass evaluate."
+    try:
+        for cache in inputs.caches:
+            open_split(cache, "held_out", allow_partial=settings.allow_partial)
+    except StreamError as error:
+        problem = str(error)
+    if not problem:
+        return HeldOut(settings, inputs, processes, [])
+    if settings.evaluate_every is None:
+        return None
+    raise TrainError(f"evaluate_every: got {settings.evaluate_every}, and {problem}")
+
+
+def means(evaluations: "Sequence[Evaluation]", weights: Sequence[float]) -> dict[str, float]:
+    """The mean of each measure over caches, by their weights."""
     total: dict[str, float] = {}
-    for one, weight in zip(found, weights, strict=True):
+    for one, weight in zip(evaluations, weights, strict=True):
         for name, value in one.summary().items():
             if (mean := value["mean"]) is not None:
                 total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
     return total
 
 
-def _note_control(out: Path, report: TrainReport) -> None:
-    """run.json with the control beside the student."""
+def _add_control(out: Path, report: TrainReport) -> None:
+    """Add the control to run.json."""
     document = json.loads((out / RUN).read_text())
     document["report"] = report.to_json()
     write_text(out / RUN, json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""From what people name or have at hand to a student: a config, a folder, a name, a module or what makes one."""
+"""`make_student`: a student from a folder, a name, a config, a torch module, or a callable that returns one."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,6 @@ from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..utils.factories import is_factory, made_by
-from .classifier import of_classifier
 from .student import Student, of_module, of_transformers
 
 DEFAULTS = TrainSettings()
@@ -24,23 +23,24 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "
 
 
 class LoadedStudent(NamedTuple):
-    """A student, and the tokenizer that goes with it, if one is known."""
+    """A student, and its tokenizer if it has one."""
 
     student: Student
     tokenizer: Tokenizer | None
 
 
 def make_student(
-    source: Any, spec: CacheSpec, settings: TrainSettings = DEFAULTS, data: Examples | None = None
+    source: Any, spec: CacheSpec | None, settings: TrainSettings = DEFAULTS, data: Examples | None = None
 ) -> LoadedStudent:
-    """The student that is to learn from a cache, on the CPU, weights in float32 (a module's: as they are).
+    """The student of a training, on the CPU, with weights in float32 (a module's weights keep their types).
 
     source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
-        config: the weights are then new, by the settings' seed; a `nn.Module` (a copy of it is trained); a callable
-        that returns a module; or module:factory, which returns any of these.
-    data: of a cache of examples, these. The student is then a module, or what returns one.
-    Raises TrainError where it cannot be had, or does not fit the cache: its head is smaller than the teacher's, or its
-    tokenizer another.
+        config: the weights are then new, by the settings' seed; a torch module or a callable that returns one, which is
+        copied; or module:factory, which returns any of these.
+    spec: of the cache; None for another source of batches. data: for a cache of examples, these; the student is then a
+        module, or a callable that returns one.
+    Raises TrainError if it cannot be loaded, or does not fit the cache: fewer logits than the teacher, or another
+    tokenizer.
     """
     files: ModelFiles | None = None
     try:
@@ -50,31 +50,31 @@ def make_student(
         tokenizer = _tokenizer(files, settings)
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
-    check_vocabulary(student, spec)
-    if tokenizer is not None and not settings.allow_other_tokenizer:
+    if spec is not None:
+        check_vocabulary(student, spec)
+    if spec is not None and tokenizer is not None and not settings.allow_other_tokenizer:
         check_tokenizer(tokenizer, spec)
     return LoadedStudent(student, tokenizer)
 
 
 def check_vocabulary(student: Student, spec: CacheSpec) -> None:
-    """TrainError where the student has no outcome for some of the teacher's. A larger head is a padded one: the
-    teacher gives what is beyond its own no probability."""
+    """Raise TrainError if the student has fewer logits than the teacher. It may have more: a padded vocabulary."""
     if student.vocab_size < spec.vocab_size:
         raise TrainError(
-            f"{student.name}: found a head of {student.vocab_size} outcomes; the cache's teacher has {spec.vocab_size}."
-            f" Give the student vocab_size={spec.vocab_size} (or more, padded), or capture with a teacher of its "
-            "vocabulary."
+            f"{student.name}: got a vocabulary of {student.vocab_size}; expected at least {spec.vocab_size}, that of "
+            f"the cache's teacher. Give the student vocab_size={spec.vocab_size} (or more, padded), or capture with a "
+            "teacher of its vocabulary."
         )
 
 
 def check_tokenizer(tokenizer: Tokenizer, spec: CacheSpec) -> None:
-    """TrainError where the cache says which tokenizer made its tokens, and it was another."""
+    """Raise TrainError if the cache's tokens were made by another tokenizer."""
     expected = spec.provenance.tokenizer
     if expected is not None and expected.sha256 not in (None, tokenizer.identity):
         raise TrainError(
             f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache (sha256 "
-            f"{expected.sha256:.12}…): the student would learn other tokens than it is given later. Name the cache's "
-            "(--tokenizer), or, if both give the same ids, say so (--allow-other-tokenizer)."
+            f"{expected.sha256:.12}…): the student would be trained with other tokens than it is used with. Use the "
+            "cache's tokenizer (--tokenizer), or --allow-other-tokenizer if both give the same ids."
         )
 
 
@@ -85,8 +85,8 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         return _student(made_by(str(source), TrainError), settings, data)
     if data is not None and not callable(source):
         raise TrainError(
-            f"student: got {source!r} for a cache of examples; a torch module, a callable that returns one, or "
-            "module:factory is needed."
+            f"student: got {source!r} for a cache of examples; expected a torch module, a callable that returns "
+            "one, or module:factory."
         )
     if isinstance(source, (str, Path)):
         return _from_files(source, settings)
@@ -100,14 +100,14 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         # copied, since the callable may return the same module again
         return _of_model(copy.deepcopy(made), type(made).__name__, data), None
     raise TrainError(
-        f"student: got {type(source).__name__}; a folder, a name, a config of transformers, a torch module, or a "
-        "callable that returns one is needed."
+        f"student: got {type(source).__name__}; expected a folder, a name, a config of transformers, a torch "
+        "module, or a callable that returns one."
     )
 
 
 def _of_model(model: nn.Module, name: str, data: Examples | None) -> Student:
     if data is not None:
-        return of_classifier(model, name, data.first())
+        return of_module(model, name, data.first())
     return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name)
 
 
@@ -142,13 +142,13 @@ def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     except Exception as error:
         raise TrainError(
-            f"student: transformers makes no causal language model of {type(config).__name__} ({brief(error)})."
+            f"student: transformers cannot make a causal language model of {type(config).__name__} ({brief(error)})."
         ) from error
     return model
 
 
 def _tokenizer(files: ModelFiles | None, settings: TrainSettings) -> Tokenizer | None:
-    """The one that was named; else what lies with the student, if anything does."""
+    """The tokenizer of the settings; otherwise the one in the student's folder, if there is one."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
     if files is None or not (files.gguf or any(files.folder.glob("tokenizer*"))):

@@ -1,13 +1,13 @@
-"""What a run says of its steps: metrics.jsonl, a JSON object a line, and what is shown while it goes on.
+"""Metrics of a run's steps and evaluations: metrics.jsonl, a JSON object per line.
 
-A step: step (from 1 on), epoch, loss, hard, soft, rate, alpha, temperature, grad_norm (before clipping), positions,
-sequences, positions_per_second, seconds, waiting (share of them in which there was no batch). An evaluation: step, and
-"evaluation", an object of measures.
+A step: step (from 1 on), epoch, the objective's loss and parts (loss, hard, soft), rate, the objective's schedule
+(alpha, ...), grad_norm (before clipping), positions, sequences, positions_per_second, seconds, waiting (fraction of
+them without a batch). An evaluation: step, and "evaluation", an object of measures.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,29 @@ FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
-class StepDone:
-    """A step whose figures are still on the device. figures `[4]`: loss, hard, soft, norm of the gradient; batch: what
-    it was made of, for people."""
+class StepMetrics:
+    """The metrics of a step, some of them still on the device.
+
+    parts: names of the objective's losses. values `[parts + 1]`: the losses, and the norm of the gradient. known:
+    metrics on the host. batch: describes the step's batch in messages.
+    """
 
     step: int
-    figures: Tensor
+    parts: tuple[str, ...]
+    values: Tensor
     known: dict[str, Any]
     batch: str
 
     def record(self) -> dict[str, Any]:
-        """All of it; waits for the step to be over."""
-        loss, hard, soft, norm = self.figures.tolist()
-        return {"step": self.step, "loss": loss, "hard": hard, "soft": soft, "grad_norm": norm} | self.known
+        """All metrics; waits until the step is over."""
+        values = dict(zip((*self.parts, "grad_norm"), self.values.tolist(), strict=True))
+        return {"step": self.step, **values, **self.known}
 
 
 class MetricsLog:
-    """The file of a run; what was said of steps after `step`, which will be made again, is taken out of it.
+    """The file of a run, opened after `step`: lines of later steps, which will be made again, are removed.
 
-    tracker: told the same.
+    tracker: is given the same entries.
     """
 
     def __init__(self, run: Path, step: int, tracker: Tracker | None = None) -> None:
@@ -50,21 +54,21 @@ class MetricsLog:
         self._tracker = tracker
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Add a line, for whoever reads along."""
+        """Append a line, and flush it."""
         self._file.write(_line(entry))
         self._file.flush()
         if self._tracker is not None:
             self._tracker.write(entry)
 
     def close(self) -> None:
-        """No more."""
+        """Close the file and the tracker."""
         self._file.close()
         if self._tracker is not None:
             self._tracker.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl; the last one may have been cut off by a kill."""
+    """The complete lines of a run's metrics.jsonl; a kill may have cut off the last one."""
     path = run / FILE
     if not path.exists():
         return []
@@ -79,9 +83,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def finite(record: Mapping[str, Any]) -> str | None:
-    """The first of a step's figures that is not a finite number; None where all are."""
-    return next((name for name in ("loss", "hard", "soft", "grad_norm") if not math.isfinite(record[name])), None)
+def not_finite(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these metrics that is NaN or infinite, or None."""
+    return next((name for name in names if not math.isfinite(record[name])), None)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

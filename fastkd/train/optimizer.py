@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, with weight decay where it belongs, and the norm of a step's gradient."""
+"""The optimizer, AdamW with weight decay for matrices only, and gradient clipping."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,8 @@ from ..settings import TrainSettings
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameters in two groups, those that decay first: matrices that are no embedding (a head that is the embedding is
-    one). Biases, norms and all else of less than two dimensions do not; nor does what is not trained stand in either.
-    """
+    """Trained parameters in two groups: those with weight decay, then those without it: embeddings (and an LM head tied
+    to one), biases, norms and all else with fewer than two dimensions."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
@@ -24,7 +23,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW of the settings; the rate is set at every step. TrainError where no parameter is to be trained."""
+    """AdamW with these settings; the rate is set at every step. Raises TrainError if no parameter is trained."""
     groups = decay_groups(model, settings.weight_decay)
     if not groups:
         raise TrainError("student: none of its parameters requires a gradient; there is nothing to train.")
@@ -34,7 +33,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.devi
 
 
 def clip_(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
-    """The norm of all gradients together, 0-d, before they are scaled down to `most`. Of FSDP2's parts, every process
-    calls it."""
+    """Clip the norm of all gradients to `most` (None: do not), and return the norm before that, 0-d. With FSDP2, every
+    process calls it."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), torch.inf if most is None else most)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,28 +1,24 @@
-"""The processes that train one student together, and what wraps it in them: nothing, DDP or FSDP2.
-
-Everything is torch.distributed's own; why, LOG.md says under "Training".
-"""
+"""A student on several processes: as it is, in DDP, or in FSDP2; activation checkpointing and compilation of layers."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import TrainError
-from ..kernels import KDLoss
 from ..stream.batch import AnyBatch
 from ..utils.distributed import Processes
 from .student import Student
 
 
-class Wrapped:
-    """A student as the processes share it: call it with a micro-batch, go backward from what it returns.
+class ParallelStudent:
+    """A student on all processes, by DDP or FSDP2; with one process, the student itself.
 
-    DDP and FSDP2 average gradients over the processes. A micro-batch's loss is divided by the count of the whole step,
-    on all of them, so the average is undone: `backward` multiplies the loss by their number.
+    DDP and FSDP2 average gradients over processes. Here a micro-batch's loss is divided by the count of the whole step,
+    on all processes, so that gradients have to be summed: the loss is multiplied by the number of processes.
     """
 
     def __init__(self, student: Student, processes: Processes, *, parallel: str) -> None:
@@ -41,47 +37,46 @@ class Wrapped:
             self._module = module = DistributedDataParallel(
                 student, device_ids=[processes.device] if on_gpu else None, gradient_as_bucket_view=True
             )
-            # alike from the start; the argument of this name is deprecated, and what replaces it is not in torch 2.6
+            # equal from the start; the argument of this name is deprecated, its successor is not in torch 2.6
             module.broadcast_buffers = False
 
-    def forward_backward(self, batch: AnyBatch, *, last: bool, **settings: Any) -> KDLoss:
-        """Loss of a micro-batch, and its gradients added to what is there. last: of the step; then they are summed over
-        the processes. Only the loss's parts are of use afterwards."""
+    def forward_backward(self, batch: AnyBatch, *, last: bool, **arguments: Any) -> dict[str, Tensor]:
+        """The student's losses for a micro-batch, detached; their gradients are accumulated. last: of the step, after
+        which gradients are summed over processes."""
         module = self._module
         if isinstance(module, FSDPModule):
             module.set_is_last_backward(last)
             module.set_requires_gradient_sync(last)
-            return self._both(batch, settings)
+            return self._forward_backward(batch, arguments)
         if isinstance(module, DistributedDataParallel) and not last:
             with module.no_sync():
-                return self._both(batch, settings)
-        return self._both(batch, settings)
+                return self._forward_backward(batch, arguments)
+        return self._forward_backward(batch, arguments)
 
-    def evaluated(self) -> None:
-        """To be called after `logits`, which leaves FSDP2's outermost parameters whole: back to parts, as an optimizer
-        and a checkpoint know them."""
+    def reshard(self) -> None:
+        """Shard parameters again after `Student.logits`, which leaves FSDP2's outermost ones complete."""
         for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _both(self, batch: AnyBatch, settings: dict[str, Any]) -> KDLoss:
-        out: KDLoss = self._module(batch, **settings)
-        loss = out.loss * self._world if self._world > 1 else out.loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        return KDLoss(out.loss.detach(), out.hard, out.soft)
+    def _forward_backward(self, batch: AnyBatch, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self._module(batch, **arguments)
+        loss = losses["loss"]
+        (loss * self._world if self._world > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        return {name: value.detach() for name, value in losses.items()}
 
 
 def checkpoint_layers(student: Student) -> None:
-    """Keep of each layer only what goes in and out, and compute the rest again in the backward.
+    """Activation checkpointing of each layer. Raises TrainError if the student has no list of layers.
 
-    Raises TrainError where no layers are found. The loss is not among them: it computes its gradients in the forward.
+    The loss is excluded, since it computes its gradients in the forward.
     """
     model: Any = student.model
     if getattr(model, "supports_gradient_checkpointing", False):
         options = {"use_reentrant": False}
         if (enable := getattr(model, "activation_checkpointing_enable", None)) is not None:
             enable(activation_checkpointing_kwargs=options)
-        else:  # what older ones call it
+        else:  # its name in older versions
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return
     for layer in _layers(student, "activation_checkpointing"):
@@ -90,7 +85,7 @@ def checkpoint_layers(student: Student) -> None:
 
 
 def compile_layers(student: Student) -> None:
-    """torch.compile each layer: they are alike, so one compilation serves them. TrainError where there are none."""
+    """torch.compile each layer: equal layers share a compilation. Raises TrainError without a list of layers."""
     for layer in _layers(student, "compile"):
         layer.compile()
 
@@ -98,7 +93,7 @@ def compile_layers(student: Student) -> None:
 def _layers(student: Student, setting: str) -> list[nn.Module]:
     if not student.layers:
         raise TrainError(
-            f"{setting}: {student.name} has no list of layers (an nn.ModuleList of one class), which it goes by. Leave "
-            "it out."
+            f"{setting}: {student.name} has no list of layers (an nn.ModuleList of one class), which it needs. "
+            "Leave it out."
         )
     return student.layers

@@ -1,10 +1,10 @@
-"""What a run leaves: a student that others load, run.json, and the report that `fastkd.train` returns."""
+"""The results of a run: the exported student, run.json, and the report that `fastkd.train` returns."""
 
 import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..cache.reader import Cache
 from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
 from ..utils.signals import DONE, WORK_REMAINS
+from ..utils.text import format_table
 from .student import Student
 
 STUDENT = "student"
@@ -29,14 +30,13 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "zarr", "triton")
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did.
+    """What `fastkd.train` returns.
 
-    out: the run's folder. step, steps: made, and to be made in all. resumed: the step it went on from, 0 at the
-    beginning. metrics: the last step's figures. evaluation: the last measures on the held-out split (at the end those
-    of the student that is the result), empty where there were none; best: the step, and the value, of the best ones.
-    positions, seconds, waiting: of this call: positions that went through the student, the time its steps took, and the
-    share of it in which there was no batch. student: the folder of the result. control: the same of the student on hard
-    labels alone.
+    out: the run's folder. step, steps: steps made, and in all. resumed: the step of the checkpoint it resumed from, or
+    0. metrics: of the last step. evaluation: the last measures on the held-out split (at the end, of the exported
+    student), empty without evaluations; best: step and value of the best ones. In this call: positions (that went
+    through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
+    exported student, None while work remains. control: the report of the control, trained on hard labels alone.
     """
 
     out: str
@@ -55,16 +55,16 @@ class TrainReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are made, the control's too."""
+        """Whether all steps are made, including the control's."""
         return self.step >= self.steps and (self.control is None or self.control.complete)
 
     @property
     def status(self) -> int:
-        """Exit status: 0, or 75 where work remains."""
+        """Exit status: 0, or 75 if work remains."""
         return DONE if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; with a control, `difference` has each measure of the student minus the control's."""
+        """As JSON; with a control, `difference` has each measure of the student minus the control's."""
         found = asdict(self) | {"complete": self.complete}
         if self.control is not None:
             theirs = self.control.evaluation
@@ -74,10 +74,10 @@ class TrainReport:
 
 
 def report_of(report: TrainReport) -> str:
-    """The report for a person."""
+    """The report as text."""
     if not report.complete:
         part = report.control or report
-        return f"{part.out}: stopped after step {part.step} of {part.steps}. The same command again goes on."
+        return f"{part.out}: stopped after step {part.step} of {part.steps}. The same command again resumes."
     speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
     lines += [f"note: {note}" for note in report.notes]
@@ -85,20 +85,20 @@ def report_of(report: TrainReport) -> str:
     if report.evaluation:
         difference = report.to_json().get("difference")
         columns |= {"difference": difference} if difference else {}
-        lines.append(f"{'held out':<16}" + "".join(f"{name:>12}" for name in columns))
-        for name in report.evaluation:
-            lines.append(f"{name:<16}" + "".join(f"{column.get(name, math.nan):>12.4f}" for column in columns.values()))
-    return "\n".join([*lines, f"the student: {report.student}"])
+        rows = [["held out", *columns]]
+        rows += [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
+        lines += format_table(rows)
+    return "\n".join([*lines, f"student: {report.student}"])
 
 
 def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
-    """The student as others load it: a model of transformers with its config (and tokenizer), for
-    `AutoModelForCausalLM.from_pretrained`; a module as model.safetensors, the names being its state's.
+    """Write the trained model: one of transformers with its config (and tokenizer), for
+    `AutoModelForCausalLM.from_pretrained`; any other module as model.safetensors, with the names of its state dict.
 
-    tensors: the weights, of `model_tensors`.
+    tensors: of the whole `Student`, by name.
     """
-    prefix = "model."
-    plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    prefix = "model."  # an objective's own tensors are not part of the model
+    plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     model: Any = student.model
 
     def fill(place: Path) -> None:
@@ -117,9 +117,12 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
 
 
 def run_document(
-    student: Student, size: tuple[int, int], caches: Sequence[Cache], device: torch.device, world_size: int
+    student: Student, size: tuple[int, int], inputs: Mapping[str, Any], device: torch.device, world_size: int
 ) -> dict[str, Any]:
-    """What every run.json says: of which student, of so many parameters and bytes, on which caches and machine."""
+    """What every run.json has: the student, its size (parameters and bytes), its data and the machine.
+
+    inputs: describes the data; {"caches": [`describe_cache`, ...]} for caches.
+    """
     parameters, bytes_ = size
     return {
         "format": "fastkd-run",
@@ -131,13 +134,13 @@ def run_document(
             "notes": student.notes,
             "vocab_size": student.vocab_size,
         },
-        "caches": [description(cache) for cache in caches],
+        **inputs,
         "machine": machine(device, world_size),
     }
 
 
-def description(cache: Cache) -> dict[str, Any]:
-    """What run.json says of a cache."""
+def describe_cache(cache: Cache) -> dict[str, Any]:
+    """A cache in run.json."""
     spec = cache.spec
     positions, size = (int(cache.manifest.column(name).to_numpy().sum()) for name in ("positions", "bytes"))
     names = ("vocab_size", "k", "draws", "draw_temperature", "mass", "temperatures", "teacher", "tokenizer", "dataset")
@@ -169,7 +172,7 @@ def machine(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def command_line() -> list[str]:
-    """How this process was started; empty where it was not by a command."""
+    """The command line of this process; empty if there is none."""
     if not sys.argv or not sys.argv[0]:
         return []
     path = Path(sys.argv[0])

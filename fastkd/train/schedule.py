@@ -1,4 +1,4 @@
-"""What changes from step to step: the rate, alpha and the temperature, as pure functions of (step, steps)."""
+"""Schedules of the learning rate and of numbers of the loss, as pure functions of (step, steps)."""
 
 import math
 
@@ -11,10 +11,9 @@ def rate_at(
 ) -> float:
     """The learning rate of a step (from 0 on) of `steps`.
 
-    It rises in a straight line over the first `warmup` of the steps, `peak` being that of the first step after them,
-    and falls to `floor` times the peak at the last step: along half a cosine, in a straight line, or (wsd) in a
-    straight line over the last `decay` of the steps; or it does not fall. Where warm-up and decay meet, it is the
-    lower of the two.
+    Linear warm-up over the fraction `warmup` of the steps; the first step after it has `peak`. Then the schedule:
+    "cosine" (half a cosine) or "linear" down to `floor` times the peak at the last step; "wsd", constant and then
+    linear over the last fraction `decay` of the steps; "constant". If warm-up and decay overlap, the lower one counts.
     """
     rising = round(warmup * steps)
     if step < rising:
@@ -30,15 +29,15 @@ def rate_at(
 
 
 def ramp_at(step: int, steps: int, *, start: float, end: float | None, schedule: str = "linear") -> float:
-    """A value that goes from `start` at the first step to `end` at the last; None: it stays."""
+    """A value that changes from `start` at the first step to `end` at the last. end=None: it is constant."""
     if end is None:
         return start
     part = min(1.0, step / max(1, steps - 1))
-    if part in (0.0, 1.0):  # exactly what was asked for, without a rounding
+    if part in (0.0, 1.0):  # exactly, without rounding
         return end if part else start
     return end + (start - end) * _left(schedule, part)
 
 
 def _left(schedule: str, part: float) -> float:
-    """How much of a fall is left after a part of it: from 1 to 0."""
+    """What is left of a decay, from 1 to 0, after a fraction of it."""
     return 0.5 * (1.0 + math.cos(math.pi * part)) if schedule == "cosine" else 1.0 - part

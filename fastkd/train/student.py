@@ -1,43 +1,50 @@
-"""Student: a model whose forward takes a micro-batch and returns its loss, which is all that a wrapper sees of it.
-Those of text are made here, those of examples in `classifier.py`.
+"""Student: a model and its objective, in one torch module whose forward maps a micro-batch to losses.
 
 student = make_student(config, cache.spec).student
-loss = student(batch, alpha=alpha, temperature=temperature, num_items=step.count).loss
+loss = student(batch, num_items=step.count)["loss"]
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TrainError
-from ..kernels import KDLoss, kd_loss, linear_kd_loss
-from ..kernels.lm_head import LMHead
+from ..kernels import LMHead
 from ..models.hf import probe_causal_lm
-from ..models.lm_head import LMHeadMatch, logits_of
-from ..models.module import TEXT, logits_width, output_of, parameters_and_bytes, run_probe, separates_documents
+from ..models.lm_head import LMHeadMatch
+from ..models.module import (
+    EXAMPLES,
+    TEXT,
+    logits_width,
+    output_of,
+    parameters_and_bytes,
+    run_probe,
+    separates_documents,
+)
 from ..models.protocol import Hidden, Logits, Output
 from ..stream.batch import AnyBatch, MicroBatch
+from .objective import OUTPUTS, Objective, TokenKD
 
 
 class Student(nn.Module):
-    """A model to be trained; `of_transformers`, `of_module` and `of_classifier` make one.
+    """A model to be trained; `of_transformers` and `of_module` make one.
 
-    model: the model itself, the only submodule. name: for people. notes: what they should know, a line each.
-    vocab_size: V, the width of its head. max_positions: the longest piece it takes, None where it is not known.
-    autocast: the type of its matrix products; None: that of its weights.
+    model: the model itself. run: calls it with a micro-batch. name: for messages. vocab_size: V, the width of its
+    logits. max_positions: the longest sequence that it takes, or None if unknown. packs: whether it takes packed
+    micro-batches. notes: for the user, a line each. autocast: the type of matrix products; None: that of the weights.
+    objective: what `forward` computes.
 
-    DDP's and FSDP2's parameters are whole only within `forward` (and, of FSDP2, `logits`, which has to be registered):
-    head and loss are therefore inside.
+    The parameters of DDP and FSDP2 are complete only in `forward` (and with FSDP2 in `logits`, which has to be
+    registered): so the objective is called there.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        said: Callable[..., Output],
+        run: Callable[..., Output],
         *,
         name: str,
         vocab_size: int,
@@ -50,90 +57,69 @@ class Student(nn.Module):
         self.name, self.vocab_size, self.max_positions = name, vocab_size, max_positions
         self.notes = [] if notes is None else notes
         self.autocast: torch.dtype | None = None
-        self._said, self._packs = said, packs
+        self.objective: Objective = TokenKD()
+        self._run, self._packs = run, packs
 
-    def forward(
-        self,
-        batch: AnyBatch,
-        *,
-        alpha: float | Tensor = 0.5,
-        temperature: float | Tensor = 1.0,
-        num_items: int | Tensor | None = None,
-        **settings: Any,
-    ) -> KDLoss:
-        """The loss of the positions of a micro-batch that count, their sum divided by num_items: the count of the whole
-        optimizer step. settings: others of `kd_loss`, as divergence, treatment, beta, skew.
+    def forward(self, batch: AnyBatch, *, num_items: int | Tensor | None = None, **scheduled: Any) -> dict[str, Tensor]:
+        """The losses of a micro-batch; see `Objective.losses`.
 
-        Only hidden states at `batch.targets.index` go through the head, in chunks that are fused with the loss, where
-        the head is one matrix. Raises TrainError where the micro-batch is not one that the model takes, KDError where
-        its logits are not finite (of a GPU, the loss is NaN).
+        Raises TrainError if the model does not take the micro-batch, or it lacks a signal of the objective; KDError if
+        logits are not finite (on a GPU the loss is NaN instead).
         """
-        settings |= {"alpha": alpha, "temperature": temperature, "num_items": num_items}
-        labels, targets = batch.labels.flatten(), batch.targets
+        objective = self.objective
+        if missing := [name for name in objective.signals if not hasattr(batch, name)]:
+            raise TrainError(
+                f"objective: {type(objective).__name__} needs the signal {missing[0]!r}, which the source's "
+                f"{type(batch).__name__} lacks."
+            )
         with self._autocast(batch.device):
-            said = self._run(batch)
-            if isinstance(said, Logits):
-                return kd_loss(said.values.flatten(0, -2), targets, labels, **settings)
-            states, head = said.states.flatten(0, -2), said.lm_head
-            if isinstance(head, LMHead):
-                return linear_kd_loss(
-                    self._alike(states, head), head.weight, targets, labels, bias=head.bias, softcap=head.softcap,
-                    logit_scale=head.logit_scale, **settings,
-                )  # fmt: skip
-            assert targets.index is not None
-            logits = head(states[targets.index])
-            return kd_loss(logits, replace(targets, index=None), labels[targets.index], **settings)
+            output = self._output(batch)
+            outputs = {name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs}
+            return objective.losses(batch, outputs, num_items=num_items, **scheduled)
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
-        """Logits `[m, V]` of the flattened positions asked for; None: of those that count."""
-        rows = batch.targets.index if rows is None else rows
-        assert rows is not None
+        """Logits `[m, V]` at some of the flattened positions; None: at those that count."""
         with self._autocast(batch.device):
-            said = self._run(batch)
-            if isinstance(said, Logits):
-                return said.values.flatten(0, -2)[rows]
-            states = said.states.flatten(0, -2)[rows]
-            return logits_of(
-                self._alike(states, said.lm_head) if isinstance(said.lm_head, LMHead) else states, said.lm_head
-            )
+            logits: Tensor = OUTPUTS["logits"](self._output(batch), batch.targets.index if rows is None else rows)
+            return logits
 
     @property
     def parameters_and_bytes(self) -> tuple[int, int]:
-        """How many numbers it is made of, each once, and their bytes."""
-        return parameters_and_bytes(self)
+        """The number of the model's parameters, shared ones counted once, and their bytes."""
+        return parameters_and_bytes(self.model)
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Its layers: what its longest list of modules of one class holds; none where there is no such list."""
+        """The layers: the modules of the longest nn.ModuleList of a single class; none if there is no such list."""
         lists = [
             list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
         ]
         return max(lists, key=len, default=[])
 
-    def _run(self, batch: AnyBatch) -> Output:
+    def _output(self, batch: AnyBatch) -> Output:
         if isinstance(batch, MicroBatch):
             self._check(batch)
-        return self._said(self.model, batch)
+        output = self._run(self.model, batch)
+        if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead) and self.autocast is None:
+            # autocast would convert both
+            return Hidden(output.states.to(output.lm_head.weight.dtype), output.lm_head)
+        return output
 
     def _check(self, batch: MicroBatch) -> None:
         if self.max_positions is not None and batch.max_seqlen > self.max_positions:
             raise TrainError(
-                f"{self.name}: found a piece of {batch.max_seqlen} tokens in the cache; this student takes "
-                f"{self.max_positions}. Use a student of a longer context, or capture with context={self.max_positions}"
-                " or less."
+                f"{self.name}: got a sequence of {batch.max_seqlen} tokens from the cache; this student takes "
+                f"{self.max_positions}. Use a student with a longer context, or capture with "
+                f"context={self.max_positions} or less."
             )
         if batch.layout == "packed" and not self._packs:
             raise TrainError(
-                f"{self.name}: packed micro-batches are for models that keep the pieces apart by their position_ids, "
-                "and this one does not. Use layout='padded'."
+                f"{self.name}: got a packed micro-batch; expected a model that separates documents by their "
+                "position_ids, which this one does not. Use layout='padded'."
             )
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
-
-    def _alike(self, states: Tensor, head: LMHead) -> Tensor:
-        """Hidden states in the head's type, where nothing else brings the two together."""
-        return states if self.autocast is not None else states.to(head.weight.dtype)
 
 
 def of_transformers(model: Any, name: str) -> Student:
@@ -153,71 +139,73 @@ def of_transformers(model: Any, name: str) -> Student:
             "[positions, V] are materialized for every micro-batch, which costs memory and time."
         )
     return Student(
-        model, _said_by_transformers(probed.lm_head, probed.vocab_size), name=name, vocab_size=probed.vocab_size,
+        model, _run_transformers(probed.lm_head, probed.vocab_size), name=name, vocab_size=probed.vocab_size,
         max_positions=probed.max_positions, packs=packs, notes=probed.notes,
     )  # fmt: skip
 
 
-def of_module(model: nn.Module, name: str) -> Student:
-    """Any module as a student: it maps token ids `[B, L]` to logits `[B, L, V]`, to an object with `logits`, or to
-    `Hidden` (states and an LM head); its output at a position must not depend on later ones.
+def of_module(model: nn.Module, name: str, example: Tensor | None = None) -> Student:
+    """Any module as a student. It returns logits, an object with `logits`, or `Hidden` (states and an LM head).
 
-    For packed micro-batches its forward takes `position_ids`, and keeps documents apart by them.
+    Without an example, it maps token ids `[B, L]` to logits `[B, L, V]`; its output at a position must not depend on
+    later ones. If its forward has an argument `position_ids`, packed micro-batches are possible.
+    example: one input of a classifier, as a batch; it maps `[B, ...]` to logits `[B, V]`.
     Raises TrainError if it returns something else.
     """
-    probe = torch.zeros((1, 4), dtype=torch.int64, device=device_of(model, name))
-    notes: list[str] = []
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    training = model.training
+    if (parameter := next(model.parameters(), None)) is None:
+        raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
+    shape = TEXT if example is None else EXAMPLES
+    probe = torch.zeros((1, 4), dtype=torch.int64) if example is None else example
+    probe = probe.to(parameter.device)
+
+    def run(module: Any, batch: Any) -> Output:
+        value = module(batch.inputs) if example is not None else module(batch.input_ids, **_position_ids(batch))
+        return output_of(value, name, shape, TrainError)
+
+    def states(input_ids: Tensor, **more: Tensor) -> Tensor:
+        output = output_of(model(input_ids, **more), name, shape, TrainError)
+        return output.values if isinstance(output, Logits) else output.states
+
+    training, packs = model.training, False
     model.eval()
     with torch.no_grad():
-        output = run_probe(model, probe, name, TEXT, TrainError)
+        output = run_probe(model, probe, name, shape, TrainError)
         width = logits_width(output)
-        packs = takes and separates_documents(
-            lambda input_ids, **more: _first(output_of(model(input_ids, **more), name, TEXT, TrainError)), probe
-        )
+        if example is None and "position_ids" in inspect.signature(model.forward).parameters:
+            packs = separates_documents(states, probe)
     model.train(training)
-    if isinstance(output, Logits) or not isinstance(output.lm_head, LMHead):
+    notes = []
+    if example is None and (isinstance(output, Logits) or not isinstance(output.lm_head, LMHead)):
         notes.append(
-            f"{type(model).__name__} returns logits, so [positions, V] of them are held for every micro-batch, which "
-            "costs memory and time. Return fastkd.teachers.Hidden (states and an LMHead) instead."
+            f"{type(model).__name__} returns logits, so full logits [positions, V] are materialized for every "
+            "micro-batch, which costs memory and time. Return fastkd.teachers.Hidden (states and an LMHead) instead."
         )
+    if example is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        notes.append(
+            f"{type(model).__name__}: its batch norms take the statistics of each micro-batch of each process, so the "
+            "result depends on how steps are divided. nn.GroupNorm does not."
+        )
+    return Student(model, run, name=name, vocab_size=width, packs=packs, notes=notes)
 
-    def says(module: nn.Module, batch: MicroBatch) -> Output:
-        return output_of(module(batch.input_ids, **_places(batch)), name, TEXT, TrainError)
 
-    return Student(model, says, name=name, vocab_size=width, packs=packs, notes=notes)
-
-
-def _said_by_transformers(found: LMHeadMatch | None, width: int) -> Callable[[Any, MicroBatch], Output]:
-    def says(model: Any, batch: MicroBatch) -> Output:
-        inputs = {"input_ids": batch.input_ids, "use_cache": False, **_places(batch)}
-        if found is None:
+def _run_transformers(match: LMHeadMatch | None, width: int) -> Callable[[Any, MicroBatch], Output]:
+    def run(model: Any, batch: MicroBatch) -> Output:
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, **_position_ids(batch)}
+        if match is None:
             return Logits(model(**inputs).logits)
         states = model.base_model(**inputs).last_hidden_state
-        if not isinstance(found.lm_head, LMHead):
-            return Hidden(states, found.lm_head)
-        # asked for anew each time: what a wrapper puts in the parameters' place is there
+        if not isinstance(match.lm_head, LMHead):
+            return Hidden(states, match.lm_head)
+        # read anew in each forward: FSDP2 replaces the parameters
         module = model.get_output_embeddings()
         weight, bias = module.weight, module.bias
         if len(weight) != width:
             weight, bias = weight[:width], None if bias is None else bias[:width]
-        return Hidden(states, LMHead(weight, bias, found.lm_head.softcap, found.lm_head.logit_scale))
+        return Hidden(states, LMHead(weight, bias, match.lm_head.softcap, match.lm_head.logit_scale))
 
-    return says
+    return run
 
 
-def _places(batch: MicroBatch) -> dict[str, Tensor]:
-    """What keeps pieces apart; rows with pads behind are apart."""
+def _position_ids(batch: MicroBatch) -> dict[str, Tensor]:
+    """Position ids separate the documents of packed rows; padded rows need none."""
     return {"position_ids": batch.position_ids} if batch.layout == "packed" else {}
-
-
-def _first(said: Output) -> Tensor:
-    return said.values if isinstance(said, Logits) else said.states
-
-
-def device_of(model: nn.Module, name: str) -> torch.device:
-    """Where a module's parameters are. TrainError where it has none."""
-    if (parameter := next(model.parameters(), None)) is None:
-        raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
-    return parameter.device

@@ -1,6 +1,6 @@
-"""What else is told of a run's steps beside metrics.jsonl: TensorBoard or Weights & Biases, where they are installed.
+"""Trackers: TensorBoard or Weights & Biases, if installed, beside metrics.jsonl.
 
-Each scalar of metrics.jsonl goes there under the same step: figures of steps as train/NAME, measures as held_out/NAME.
+They get each scalar of metrics.jsonl with its step: metrics of steps as train/NAME, measures as held_out/NAME.
 """
 
 import hashlib
@@ -16,19 +16,17 @@ FOLDER = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Takes what metrics.jsonl takes."""
+    """A copy of metrics.jsonl elsewhere."""
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-        ...
+        """Log a line of metrics.jsonl."""
 
     def close(self) -> None:
-        """No more."""
-        ...
+        """End the log."""
 
 
 def check_tracker(name: str) -> None:
-    """TrainError where there is no such tracker, or it is not installed."""
+    """Raise TrainError if there is no such tracker, or it is not installed."""
     if name not in TRACKERS:
         raise TrainError(f"log: got {name!r}; expected one of {', '.join(TRACKERS)}.")
     if name != "none":
@@ -39,10 +37,8 @@ def check_tracker(name: str) -> None:
 
 
 def tracker_of(name: str, run: Path, step: int, settings: Mapping[str, Any]) -> Tracker | None:
-    """The tracker of a run, or None of "none". step: the last one that is made; what it knew of later ones is void.
-
-    settings: of the training, for people.
-    """
+    """The tracker of a run; None for "none". step: the last one made; entries of later steps are void. settings: of the
+    training, which are logged."""
     check_tracker(name)
     if name == "tensorboard":
         return _TensorBoard(run, step)
@@ -70,12 +66,12 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of the same folder is the same run there; of steps that are made again it keeps what it was told first."""
+    """A run in the same folder is the same run there. For steps that are made again, it keeps the first entries."""
 
     def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
         identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-        # several at once, of a sweep, do not end each other
+        # an open run of another folder is not ended
         self._run = wandb.init(
             id=identity, name=str(run), dir=str(run), config=dict(settings), resume="allow", reinit="create_new"
         )

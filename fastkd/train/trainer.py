@@ -1,8 +1,8 @@
-"""Trainer: one student on its way through the steps of a loader, with its log and its checkpoints.
+"""Trainer: trains one student on the steps of a batch source, with a log and checkpoints.
 
-What a step does to the weights follows from the settings, the cache, the student and the number of the step alone:
-batches come in the loader's order, and dropout draws by (seed, step, rank). So a run that was killed at any step comes
-to the same weights as one that was not.
+A step's effect on the weights depends only on the settings, the source, the student, the objective and the number of
+the step: batches come in the source's order, and dropout draws by (seed, step, rank). So a run that was killed at any
+step comes to the same weights as one that was not.
 """
 
 import hashlib
@@ -11,46 +11,39 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cache.reader import Cache
 from ..errors import TrainError, WorkRemains
 from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
 from ..stream.batch import Step
-from ..stream.cached import DistillLoader
+from ..stream.source import BatchSource
 from ..utils.atomic import lock, write_text
 from ..utils.distributed import Processes
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .checkpoint import Checkpoint, clean, newest, prune, read, write
 from .load_student import LoadedStudent
-from .metrics import MetricsLog, StepDone, finite
+from .metrics import MetricsLog, StepMetrics, not_finite
+from .objective import Objective, TokenKD, check_objective
 from .optimizer import clip_, make_optimizer
-from .parallel import Wrapped, checkpoint_layers, compile_layers
-from .result import (
-    RUN,
-    STUDENT,
-    TrainReport,
-    command_line,
-    run_document,
-    write_student,
-)
-from .schedule import ramp_at, rate_at
+from .parallel import ParallelStudent, checkpoint_layers, compile_layers
+from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
+from .schedule import rate_at
 from .settings_check import check_same, resume_fingerprint
 from .state import MODEL, OPTIMIZER, load_model, load_optimizer, model_tensors, optimizer_tensors
 from .student import Student
 from .trackers import tracker_of
 
 Evaluate = Callable[[Student], Mapping[str, float]]
-"""Measures of a student, by name. Every process calls it, in the same order."""
-_EVALUATIONS = 10  # of a run that does not say how many
+"""Returns measures of a student by name. All processes call it, in the same order."""
+_EVALUATIONS = 10  # per run, if the settings do not say
 
 
 class Diverged(TrainError):
@@ -62,23 +55,31 @@ class Diverged(TrainError):
 
 
 class Trainer:
-    """One student, its optimizer, and how far they are."""
+    """One student, its optimizer, and the number of steps made.
+
+    made: from `make_student`. source: any `BatchSource`; it is closed with the trainer. out: the run's folder.
+    objective: None for the `TokenKD` of the settings. evaluate: None for no evaluations.
+    """
 
     def __init__(
         self,
         made: LoadedStudent,
-        loader: DistillLoader,
+        source: BatchSource,
         processes: Processes,
         settings: TrainSettings,
         out: Path,
         *,
+        objective: Objective | None = None,
         evaluate: Evaluate | None = None,
         progress: str = "none",
     ) -> None:
         self.student, self._tokenizer = made
-        self._loader, self._processes, self._settings, self._out = loader, processes, settings, out
-        self.steps = total_steps(settings, loader)
+        self._source, self._processes, self._settings, self._out = source, processes, settings, out
+        self.steps = total_steps(settings, source)
         self.step = self.resumed = 0
+        self._objective = TokenKD.from_settings(settings) if objective is None else objective
+        check_objective(self._objective)
+        self.student.objective = self._objective
         device = processes.device
         self.student.to(device).train()
         self.student.autocast = autocast_of(settings.precision, device)
@@ -87,17 +88,19 @@ class Trainer:
         if settings.compile:
             compile_layers(self.student)
         self.size = self.student.parameters_and_bytes
-        self._wrapped = Wrapped(self.student, processes, parallel=settings.parallel)
-        # of FSDP2, after the parameters became parts
+        self._parallel = ParallelStudent(self.student, processes, parallel=settings.parallel)
+        # after FSDP2 has replaced the parameters by its shards
         self.optimizer = make_optimizer(self.student, settings, device)
-        self._deciding = resume_fingerprint(settings, self.steps, self.student.autocast)
+        self._fingerprint = resume_fingerprint(settings, self.steps, self.student.autocast)
+        if objective is not None:
+            self._fingerprint["objective"] = {"type": type(objective).__qualname__, **objective.describe()}
         self._evaluate = evaluate
         self._evaluate_every = _every(settings.evaluate_every, self.steps) if evaluate else 0
         self._metrics: dict[str, Any] = {}
         self._evaluation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
         self._checkpointed = 0
-        self._undone: list[StepDone] = []
+        self._unlogged: list[StepMetrics] = []
         self._positions, self._seconds, self._waited = 0, 0.0, 0.0
         self._mode = progress if processes.first else "none"
         self._log: MetricsLog | None = None
@@ -105,7 +108,7 @@ class Trainer:
         self._progress: Progress | None = None
 
     def resume(self) -> None:
-        """Go to the newest checkpoint, if there is one. TrainError where it is of another training."""
+        """Load the newest checkpoint, if there is one, and open the log. Raises TrainError if it is not of this run."""
         if self._processes.first:
             self._out.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._out)
@@ -113,12 +116,12 @@ class Trainer:
         found = newest(self._out, self._say) if self._processes.first else None
         step = self._processes.agree(found.step if found else 0)
         if step:
-            whole = found or read(self._out, step, verify=False)
-            if not isinstance(whole, Checkpoint):
-                raise TrainError(f"{self._out}: process {self._processes.rank} finds no checkpoint of step {step} there"
-                                 f" ({whole}); all processes need the same folder.")  # fmt: skip
-            self._load(whole)
-            self._say(f"going on from step {step} of {self.steps}")
+            checkpoint = found or read(self._out, step, verify=False)
+            if not isinstance(checkpoint, Checkpoint):
+                raise TrainError(f"{self._out}: process {self._processes.rank} has no checkpoint of step {step} there "
+                                 f"({checkpoint}); all processes need the same folder.")  # fmt: skip
+            self._load(checkpoint)
+            self._say(f"resuming from step {step} of {self.steps}")
         self.resumed = self._checkpointed = self.step
         if self._processes.first:
             tracker = tracker_of(self._settings.log, self._out, self.step, asdict(self._settings))
@@ -128,54 +131,34 @@ class Trainer:
             self._say(f"student: {note}")
 
     def run(self, stop: Stop) -> None:
-        """Make the steps that are left, up to a stop."""
+        """Make the remaining steps, until a stop is requested."""
         clock = time.perf_counter
         flags = _no_flags
         saved = clock()
-        begun, steps = clock(), self._loader.steps()
+        begun, steps = clock(), self._source.steps()
         while self.step < self.steps:
             step = next(steps)
-            self.take(step, begun=begun, waited=clock() - begun)
+            self._take(step, begun=begun, waited=clock() - begun)
             begun = clock()
-            # one step late where there are several processes: none waits for another's answer
+            # of several processes, one step late: none waits for the others' answer
             answer = flags()
             due = clock() - saved >= 60 * self._settings.checkpoint_minutes
             flags = self._processes.begin_sum([int(stop.asked), int(due and self._processes.first)])
             stopped, timed = flags() if self._processes.world_size == 1 else answer
-            if self.turn(stopped=bool(stopped), timed=bool(timed)):
+            if self._evaluate_and_save_if_due(stopped=bool(stopped), timed=bool(timed)):
                 saved = begun = clock()
             if stopped:
                 break
         flags()
-        self.settle()
-        steps.close()  # type: ignore[attr-defined]
-
-    def take(self, step: Step, *, begun: float, waited: float) -> None:
-        """Make an optimizer step. Its figures are read when the next one is under way (`settle`).
-
-        begun: when it was asked for, by time.perf_counter; waited: seconds until it was there.
-        """
-        self._undone.append(done := self._make(step))
-        self.settle(but=1)
-        seconds = time.perf_counter() - begun
-        done.known.update(
-            positions=step.positions,
-            sequences=step.sequences,
-            positions_per_second=step.positions / seconds,
-            seconds=seconds,
-            waiting=waited / seconds,
-        )
-        self._positions += step.positions
-        self._seconds += seconds
-        self._waited += waited
-        if self._progress is not None:
-            self._progress.add(1, waiting=waited)
+        self._flush_metrics()
+        self._source.close()
 
     def report(self) -> TrainReport:
-        """What was done; where nothing is left to do, the result is written first."""
+        """What was done. Once all steps are made, it first writes the trained student."""
         complete = self.step >= self.steps
-        if complete:
-            self._export()
+        if complete and self._processes.first:
+            tensors = self._exported_checkpoint().tensors(MODEL)
+            write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
         return TrainReport(
             out=str(self._out),
             step=self.step,
@@ -191,21 +174,25 @@ class Trainer:
             notes=self.student.notes,
         )
 
-    def measure_result(self, *, again: bool) -> None:
-        """At the end: have what was measured last be of the weights that are the result. again: though it seems so, as
-        where that was measured by a process before this one."""
+    def evaluate_result(self, *, again: bool) -> None:
+        """After the last step: evaluate the weights that are exported, unless the last evaluation was of them.
+
+        again: evaluate them in any case, for example since an earlier process made that evaluation.
+        """
         best = self._best.get("step", self.step)
         other = self._settings.export == "best" and best != self.step
         if self._evaluate is None or not (other or again):
             return
         if other:
-            found = self._checkpoint_to_export()
-            load_model(found, self.student, self._processes)
-        self._evaluation = self._measured()
+            load_model(self._exported_checkpoint(), self.student, self._processes)
+        self._evaluation = self._measures()
 
-    def write_run(self, caches: Sequence[Cache], report: TrainReport) -> None:
-        """run.json: all that a report on the run needs."""
-        document = run_document(self.student, self.size, caches, self._processes.device, self._processes.world_size) | {
+    def write_run(self, report: TrainReport, inputs: Mapping[str, Any] | None = None) -> None:
+        """Write run.json. inputs: a description of the data; default: the source's fingerprint."""
+        described = {"caches": [], "source": dict(self._source.fingerprint)} if inputs is None else inputs
+        document = run_document(
+            self.student, self.size, described, self._processes.device, self._processes.world_size
+        ) | {
             "settings": asdict(self._settings),
             "command": command_line(),
             "report": report.to_json(),
@@ -213,8 +200,8 @@ class Trainer:
         write_text(self._out / RUN, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """End what runs beside, and close files."""
-        self._loader.close()
+        """Close the source and all files."""
+        self._source.close()
         if self._log is not None:
             self._log.close()
         if self._lock is not None:
@@ -222,69 +209,78 @@ class Trainer:
         if self._progress is not None:
             self._progress.close()
 
-    def _make(self, step: Step) -> StepDone:
-        """One optimizer step."""
-        settings, device = self._settings, self._processes.device
+    def _take(self, step: Step, *, begun: float, waited: float) -> None:
+        """Make an optimizer step, and log the one before, whose metrics are on the host by now.
+
+        begun: time.perf_counter() when the batch was requested; waited: seconds until it was there.
+        """
+        self._unlogged.append(done := self._make(step))
+        self._flush_metrics(keep=1)
+        seconds = time.perf_counter() - begun
+        done.known.update(
+            positions=step.positions,
+            sequences=step.sequences,
+            positions_per_second=step.positions / seconds,
+            seconds=seconds,
+            waiting=waited / seconds,
+        )
+        self._positions += step.positions
+        self._seconds += seconds
+        self._waited += waited
+        if self._progress is not None:
+            self._progress.add(1, waiting=waited)
+
+    def _make(self, step: Step) -> StepMetrics:
+        """Forward, backward and update of one optimizer step."""
+        settings, device, at = self._settings, self._processes.device, (self.step, self.steps)
         torch.manual_seed(_seed_of(settings.seed, self.step, self._processes.rank))
-        at = self._schedule()
-        scalars = {name: torch.full((), at[name], device=device) for name in ("alpha", "temperature")}
-        figures = torch.zeros(4, device=device)
+        rate = rate_at(
+            *at, peak=settings.rate, schedule=settings.rate_schedule, warmup=settings.warmup, floor=settings.rate_floor,
+            decay=settings.decay,
+        )  # fmt: skip
+        scheduled = self._objective.schedule(*at)
+        scalars = {name: torch.full((), value, device=device) for name, value in scheduled.items()}
+        sums: dict[str, torch.Tensor] = {}
         try:
             for number, batch in enumerate(step.micro_batches, 1):
-                out = self._wrapped.forward_backward(
-                    batch,
-                    last=number == len(step.micro_batches),
-                    num_items=step.count,
-                    divergence=settings.divergence,
-                    treatment=settings.treatment,
-                    beta=settings.beta,
-                    skew=settings.skew,
-                    **scalars,
-                )
-                figures[:3] += torch.stack(out)
+                last = number == len(step.micro_batches)
+                losses = self._parallel.forward_backward(batch, last=last, num_items=step.count, **scalars)
+                sums = {name: value + sums[name] if sums else value for name, value in losses.items()}
         except KDError as error:
-            self.settle()
-            # on the CPU the loss itself refuses logits that are not finite
-            raise self._stopped_by(str(error), self.step + 1, _name(step)) from error
-        self._processes.sum_(figures)
-        figures[3] = clip_(self.student.parameters(), settings.clip)
+            self._flush_metrics()
+            # on the CPU the loss itself raises for logits that are not finite
+            raise self._diverged(str(error), self.step + 1, _describe(step)) from error
+        values = self._processes.sum_(torch.stack([value.float() for value in sums.values()]))
+        norm = clip_(self.student.parameters(), settings.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = at["rate"]
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return StepDone(self.step, figures, {"epoch": step.epoch, **at}, _name(step))
+        values = torch.cat([values, norm.float().reshape(1)])
+        known = {"epoch": step.epoch, "rate": rate, **scheduled}
+        return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
 
-    def _schedule(self) -> dict[str, float]:
-        settings, at = self._settings, (self.step, self.steps)
-        return {
-            "rate": rate_at(*at, peak=settings.rate, schedule=settings.rate_schedule, warmup=settings.warmup,
-                            floor=settings.rate_floor, decay=settings.decay),
-            "alpha": ramp_at(*at, start=settings.alpha, end=settings.alpha_end, schedule=settings.alpha_schedule),
-            "temperature": ramp_at(*at, start=settings.temperature, end=settings.temperature_end,
-                                   schedule=settings.temperature_schedule),
-        }  # fmt: skip
-
-    def settle(self, *, but: int = 0) -> None:
-        """Read the figures of steps, but of the last so many, and log them. TrainError where they are not finite."""
-        while len(self._undone) > but:
-            done = self._undone.pop(0)
+    def _flush_metrics(self, *, keep: int = 0) -> None:
+        """Log the metrics of all steps except the last `keep`. Raises Diverged if one is not finite."""
+        while len(self._unlogged) > keep:
+            done = self._unlogged.pop(0)
             record = done.record()
-            if name := finite(record):
-                raise self._stopped_by(f"{name} is {record[name]}", done.step, done.batch)
+            if name := not_finite(record, (*done.parts, "grad_norm")):
+                raise self._diverged(f"{name} is {record[name]}", done.step, done.batch)
             self._metrics = record
             if self._log is not None:
                 self._log.write(record)
             if self._progress is not None:
-                for name in ("loss", "hard", "soft"):
+                for name in done.parts:
                     self._progress.figure(name, record[name], f"{name} {record[name]:.3f}")
                 speed = record["positions_per_second"]
                 self._progress.figure("positions_per_second", speed, f"{speed:,.0f} positions/s")
 
-    def turn(self, *, stopped: bool, timed: bool) -> bool:
-        """After a step: evaluate and write a checkpoint, where either is due. Whether anything was.
+    def _evaluate_and_save_if_due(self, *, stopped: bool, timed: bool) -> bool:
+        """After a step: evaluate, and write a checkpoint, if they are due. Returns whether anything was.
 
-        stopped, timed: a checkpoint is due because a stop was asked for, or by the clock: the same on all processes.
+        stopped, timed: a checkpoint is due because of a stop, or by the clock; the same on all processes.
         """
         last = self.step == self.steps
         every = self._evaluate_every
@@ -293,21 +289,21 @@ class Trainer:
         save = stopped or timed or last or (bool(every) and self.step % every == 0)
         if not (evaluate or save):
             return False
-        self.settle()
-        better = evaluate and self._measure()
+        self._flush_metrics()
+        better = evaluate and self._evaluate_step()
         if save or better:
             self._save()
         return True
 
-    def _measure(self) -> bool:
-        """Evaluate; whether the student is the best so far."""
-        found = self._measured()
+    def _evaluate_step(self) -> bool:
+        """Evaluate. Returns whether the student is the best so far."""
+        found = self._measures()
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
-            raise TrainError(f"best: got {name!r}; the evaluation has {', '.join(found)}.")
+            raise TrainError(f"best: got {name!r}; expected one of {', '.join(found)}.")
         sign = sign_of(name)
         better = before is None or sign * found[name] < sign * before
-        # each process has measured; where they differ in the last digit, one has to decide
+        # the processes' values may differ in the last digit: the first one decides
         better = bool(self._processes.agree(int(better)))
         if better:
             self._best = {"step": self.step, "measure": name, "value": found[name]}
@@ -318,23 +314,20 @@ class Trainer:
         self._say(f"step {self.step} of {self.steps}: {measures}")
         return better
 
-    def _measured(self) -> dict[str, float]:
+    def _measures(self) -> dict[str, float]:
         assert self._evaluate is not None
         self.student.eval()
         found = dict(self._evaluate(self.student))
-        self._wrapped.evaluated()
+        self._parallel.reshard()
         self.student.train()
         return found
 
     def _save(self) -> None:
-        """Write a checkpoint; all figures up to here are finite."""
-        tensors = {
-            MODEL: model_tensors(self.student),
-            OPTIMIZER: optimizer_tensors(self.optimizer, self.student),
-        }
+        """Write a checkpoint. All metrics up to here are known to be finite."""
+        tensors = {MODEL: model_tensors(self.student), OPTIMIZER: optimizer_tensors(self.optimizer, self.student)}
         state = {
-            "settings": self._deciding,
-            "loader": self._loader.state_dict(),
+            "settings": self._fingerprint,
+            "loader": self._source.state_dict(),
             "best": self._best,
             "metrics": self._metrics,
             "evaluation": self._evaluation,
@@ -351,37 +344,30 @@ class Trainer:
             prune(self._out, keep=self._settings.keep, best=self._best.get("step"), last=self.step)
         self._checkpointed = self.step
 
-    def _load(self, found: Checkpoint) -> None:
-        check_same(found.state["settings"], self._deciding, str(found.folder))
-        load_model(found, self.student, self._processes)
-        load_optimizer(found, self.optimizer, self.student, self._processes)
-        self._loader.load_state_dict(found.state["loader"])
-        self.step = found.step
-        self._best, self._metrics, self._evaluation = (found.state[n] for n in ("best", "metrics", "evaluation"))
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        check_same(state["settings"], self._fingerprint, str(checkpoint.folder))
+        load_model(checkpoint, self.student, self._processes)
+        load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
+        self._source.load_state_dict(state["loader"])
+        self.step = checkpoint.step
+        self._best, self._metrics, self._evaluation = (state[name] for name in ("best", "metrics", "evaluation"))
 
-    def _export(self) -> None:
-        """Write the student."""
-        if self._processes.first:
-            tensors = self._checkpoint_to_export().tensors(MODEL)
-            write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
-
-    def _checkpoint_to_export(self) -> Checkpoint:
+    def _exported_checkpoint(self) -> Checkpoint:
         step = self._best.get("step", self.step) if self._settings.export == "best" else self.step
         found = read(self._out, step)
         if not isinstance(found, Checkpoint):
             raise TrainError(
                 f"{self._out}: the {self._settings.export} checkpoint, of step {step}: {found}. Delete it, and train "
-                "again; or choose the other one (export)."
+                "again; or export the other one (export='last' or 'best')."
             )
         return found
 
-    def _stopped_by(self, what: str, step: int, batch: str) -> Diverged:
-        kept = (
-            f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint was made"
-        )
+    def _diverged(self, what: str, step: int, batch: str) -> Diverged:
+        kept = f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint is kept"
         return Diverged(
-            f"step {step}: {what} (batch: {batch}). {kept} in {self._out}, and nothing after it. Where the student has "
-            "diverged: lower the rate, warm up for longer or clip gradients lower, and train into another folder.",
+            f"step {step}: {what} (batch: {batch}). {kept} in {self._out}. If the student has diverged: use a lower "
+            "rate, a longer warm-up or a lower clip, and train into another folder.",
             step,
         )
 
@@ -400,22 +386,22 @@ def _every(every: int | None, steps: int) -> int:
     return max(1, steps // _EVALUATIONS) if every is None else every
 
 
-def total_steps(settings: TrainSettings, loader: DistillLoader) -> int:
-    """Optimizer steps of a training."""
-    return settings.steps or max(1, math.ceil(settings.epochs * len(loader)))
+def total_steps(settings: TrainSettings, source: BatchSource) -> int:
+    """The number of optimizer steps of a training."""
+    return settings.steps or max(1, math.ceil(settings.epochs * len(source)))
 
 
 def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of matrix products that a precision comes to on a device; None: that of the weights."""
+    """The type of matrix products for a setting of `precision` on a device; None: that of the weights."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
-    """What a step's dropout is drawn by. No generator's state has to be kept, and evaluations do not shift it."""
+    """The seed of a step's dropout: so no generator's state has to be saved, and evaluations do not change it."""
     return int.from_bytes(hashlib.sha256(f"{seed},{step},{rank}".encode()).digest()[:7])
 
 
-def _name(step: Step) -> str:
+def _describe(step: Step) -> str:
     return f"epoch {step.epoch}, step {step.number} of it, {step.sequences} sequences, {step.positions} positions"

@@ -1,4 +1,4 @@
-"""The processes of one job: who they are, and what they sum or agree on."""
+"""The processes of one job, and their collectives."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +14,13 @@ from ..errors import StreamError, TrainError
 from .exit import grouped
 
 Reduce = Callable[[list[int]], Callable[[], list[int]]]
-"""Begins the sum of a list over all ranks, number by number; what it returns waits for the sum."""
+"""Begins an elementwise sum of a list over all ranks; the returned function waits for it and returns it."""
 
 
 def summed_over(group: Any = None) -> Reduce:
-    """A `reduce` over a torch.distributed process group of the CPU (gloo; by default the default group).
+    """A `Reduce` over a torch.distributed process group on the CPU (gloo). Default: the default group.
 
-    Raises StreamError where there is none.
+    Raises StreamError if there is no process group.
     """
     import torch.distributed as dist
 
@@ -43,7 +43,7 @@ def summed_over(group: Any = None) -> Reduce:
 
 @dataclass(frozen=True, eq=False)
 class Processes:
-    """This process and those it works with. group: of the CPU, for what is counted, apart from what gradients use."""
+    """This process and the others of its job. group: a process group on the CPU, for counts; None if it is alone."""
 
     rank: int
     world_size: int
@@ -52,22 +52,22 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files."""
+        """Whether this is rank 0, which writes logs and results."""
         return self.rank == 0
 
     @property
     def reduce(self) -> Reduce | None:
-        """What a loader sums its counts with."""
+        """Sums the counts of a `CachedSource`."""
         return None if self.group is None else summed_over(self.group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """A tensor of the device, summed over all in place."""
+        """Sum a tensor on the device over all processes, in place."""
         if self.group is not None:
             dist.all_reduce(tensor)
         return tensor
 
     def begin_sum(self, values: list[int]) -> Callable[[], list[int]]:
-        """Begin a sum of integers over all; what it returns waits for it."""
+        """Begin a sum of integers over all processes; the returned function waits for it and returns it."""
         return (lambda: values) if self.group is None else summed_over(self.group)(values)
 
     def agree(self, value: int) -> int:
@@ -104,15 +104,15 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def process_count(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes there are: of the group that is there, else of torchrun's."""
+    """The number of processes: of the initialized process group, otherwise of torchrun."""
     return dist.get_world_size() if dist.is_initialized() else int(environment.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def together(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
-    """The processes that torchrun started, or that share the caller's process group; else this one alone.
+def joined_processes(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """The processes that torchrun started, or those of an initialized process group; otherwise this one alone.
 
-    device: None, this process's GPU or the CPU. Raises TrainError where there is no such device.
+    device: None for this process's GPU, or the CPU without one. Raises TrainError if there is no such device.
     """
     where = _device(device, environment)
     began = False
@@ -129,7 +129,7 @@ def together(device: str | None, environment: Mapping[str, str] = os.environ) ->
         else:
             yield Processes(0, 1, where)
     except BaseException:
-        began = False  # the others may be waiting in the middle of something: only their end ends that
+        began = False  # the others may wait in a collective: destroying the group would wait for them
         raise
     finally:
         if began:

@@ -6,12 +6,14 @@ A worker that restarts on a terabyte of data, or with a large teacher, does not 
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
+
+from .atomic import write_text
 
 SETTLED = 2.0
 """Seconds without changes before the hash of a file is cached. Of two writes within one tick of the file system's clock
@@ -83,15 +85,7 @@ def _recalled(entry: tuple[str, str]) -> str | None:
 def _remember(entry: tuple[str, str], digest: str) -> None:
     """Cache a hash. If that fails, it is computed again next time."""
     name, identity = entry
-    try:
+    with suppress(OSError, RuntimeError):
         folder = cache_folder() / "sha256"
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-    except (OSError, RuntimeError):
-        return
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{identity}\n{digest}\n")
-        os.replace(temporary, folder / name)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
+        write_text(folder / name, f"{identity}\n{digest}\n", sync=False)

@@ -63,8 +63,8 @@ def check(student: Student, logits_of: Any, batch: MicroBatch) -> None:
     gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
     out = student(batch, **SETTINGS)
-    out.loss.backward()
-    torch.testing.assert_close(out.loss, wanted.float(), rtol=1e-5, atol=1e-6)
+    out["loss"].backward()
+    torch.testing.assert_close(out["loss"], wanted.float(), rtol=1e-5, atol=1e-6)
     assert gradients
     for name, p in student.named_parameters():
         if name in gradients:
@@ -75,7 +75,7 @@ def check(student: Student, logits_of: Any, batch: MicroBatch) -> None:
     assert logits.shape == (batch.count, student.vocab_size)
     compact = replace(batch.targets, index=None)
     again = kd_loss(logits, compact, batch.labels.flatten()[batch.targets.index], **SETTINGS)
-    torch.testing.assert_close(again.loss, out.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again.loss, out["loss"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -146,16 +146,16 @@ def test_a_wider_head_is_a_padded_one_and_a_smaller_one_is_refused(cache: Cache)
     assert student.vocab_size == VOCAB + 7
     model: Any = student.model
     check(student, lambda tokens: model(tokens).states @ model.head.T, batch_of(cache))
-    with pytest.raises(TrainError, match=rf"head of {VOCAB - 1} outcomes; the cache's teacher has {VOCAB}"):
+    with pytest.raises(TrainError, match=rf"got a vocabulary of {VOCAB - 1}; expected at least {VOCAB}"):
         make_student(Tiny(vocab=VOCAB - 1), cache.spec)
 
 
 def test_autocast_brings_states_and_head_together(cache: Cache) -> None:
     student = make_student(config_of("llama"), cache.spec).student.eval()
     batch = batch_of(cache)
-    exact = student(batch, **SETTINGS).loss
+    exact = student(batch, **SETTINGS)["loss"]
     student.autocast = torch.bfloat16
-    rounded = student(batch, **SETTINGS).loss
+    rounded = student(batch, **SETTINGS)["loss"]
     rounded.backward()
     assert rounded != exact
     torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
@@ -167,7 +167,7 @@ def test_weights_in_a_half_type_meet_states_in_float32(cache: Cache) -> None:
     model = Tiny()
     model.head.data = model.head.data.bfloat16()
     student = make_student(model, cache.spec).student
-    student(batch_of(cache), **SETTINGS).loss.backward()
+    student(batch_of(cache), **SETTINGS)["loss"].backward()
     assert student.model.head.grad.dtype == torch.bfloat16
 
 
@@ -194,7 +194,7 @@ def test_where_students_come_from(cache: Cache, tmp_path: Path, monkeypatch: pyt
     [
         ("nowhere/at/all", "no such file or folder"),
         ("train_cases:nothing", "module that can be imported"),
-        (3, "got int; a folder, a name"),
+        (3, "got int; expected a folder, a name"),
         (dict, "got dict from"),
         (nn.Identity(), "nothing to train"),
         (nn.Linear(3, 3), r"fails on token ids of shape \(1, 4\)"),
@@ -216,7 +216,7 @@ def test_pieces_that_are_too_long(tmp_path: Path) -> None:
     long = next(
         b for s in DistillLoader(cache, batch_tokens=90, micro_tokens=1) for b in s.micro_batches if b.max_seqlen > 64
     )
-    with pytest.raises(TrainError, match=r"tokens in the cache; this student takes 64\. .*context=64"):
+    with pytest.raises(TrainError, match=r"tokens from the cache; this student takes 64\. .*context=64"):
         student(long, **SETTINGS)
 
 

@@ -214,7 +214,7 @@ def test_the_best_is_kept_and_can_be_the_result(cache: Cache, tmp_path: Path) ->
     assert not isinstance(best, str)
     exported = load_file(tmp_path / "student" / "model.safetensors")
     assert_close({f"model.{n}": t for n, t in exported.items()}, best.tensors("model"), 0.0)
-    with pytest.raises(TrainError, match="best: got 'other'; the evaluation has mine"):
+    with pytest.raises(TrainError, match="best: got 'other'; expected one of mine"):
         train(cache, tmp_path / "other", evaluate=lambda student: {"mine": 1.0}, evaluate_every=2, best="other")
 
 
@@ -412,7 +412,7 @@ def test_fewer_sequences_than_processes(tmp_path: Path) -> None:
         ({"device": "nothing"}, "device: got 'nothing'"),
         ({"temperature": 0.5}, "temperature: got 0.5.*The cache has tails at"),
         ({"temperature_end": 0.9}, "temperature: got 0.9"),
-        ({"divergence": "reverse_kl", "treatment": "sampled"}, "which takes bucket"),
+        ({"divergence": "reverse_kl", "treatment": "sampled"}, "use treatment 'bucket'"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str, cache: Cache, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str, cache: C
 
 def test_caches_of_draws_alone_and_of_none(tmp_path: Path) -> None:
     drawn = make_cache(tmp_path / "drawn", k=0)
-    with pytest.raises(TrainError, match=r"draws alone.*temperatures up to 2"):
+    with pytest.raises(TrainError, match=r"hold draws and no top-k entries.*Temperatures up to 2"):
         train(drawn, tmp_path / "run", temperature=2.0)
     assert train(drawn, tmp_path / "run", steps=1).complete
     with pytest.raises(TrainError, match="holds no draws"):
@@ -457,7 +457,7 @@ def test_losses_are_read_a_step_late(cache: Cache, tmp_path: Path, monkeypatch: 
     from fastkd.train.trainer import Trainer
 
     events: list[str] = []
-    make, record = Trainer._make, metrics.StepDone.record
+    make, record = Trainer._make, metrics.StepMetrics.record
 
     def made(self: Any, step: Any) -> Any:
         events.append(f"make {self.step + 1}")
@@ -468,7 +468,7 @@ def test_losses_are_read_a_step_late(cache: Cache, tmp_path: Path, monkeypatch: 
         return record(self)
 
     monkeypatch.setattr(Trainer, "_make", made)
-    monkeypatch.setattr(metrics.StepDone, "record", read_)
+    monkeypatch.setattr(metrics.StepMetrics, "record", read_)
     train(cache, tmp_path, steps=4)
     assert events == ["make 1", "make 2", "read 1", "make 3", "read 2", "make 4", "read 3", "read 4"]
 
@@ -489,7 +489,7 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastkd.train.trainer.Trainer._make", _killed(patch))
         assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 75
-    assert "stopped after step 1 of 4. The same command again goes on." in capsys.readouterr().out
+    assert "stopped after step 1 of 4. The same command again resumes." in capsys.readouterr().out
     assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 0
 
 

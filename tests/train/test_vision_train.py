@@ -148,9 +148,9 @@ def test_evaluation_by_image(cache: Cache) -> None:
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    from fastkd.train.classifier import of_classifier
+    from fastkd.train.student import of_module
 
-    return of_classifier(model, "net", examples().first())
+    return of_module(model, "net", examples().first())
 
 
 def test_a_run_with_its_control(cache: Cache, tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_hidden_states_and_batch_norms(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(36, 6)), "found a head of 6 outcomes; the cache's teacher has 7"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 6)), "got a vocabulary of 6; expected at least 7"),
         (nn.Sequential(nn.Flatten(), nn.Linear(35, 7)), r"fails on an example of shape \(1, 1, 6, 6\) torch.float32"),
         (nn.Linear(6, CLASSES), r"got Tensor of shape \(1, 1, 6, 7\) from the model; expected logits \[B, V\]"),
         (nn.Flatten(), "has no parameters"),
-        ("some/folder", "got 'some/folder' for a cache of examples; a torch module"),
+        ("some/folder", "got 'some/folder' for a cache of examples; expected a torch module"),
     ],
 )  # fmt: skip
 def test_students_that_do_not_fit(student: Any, message: str, cache: Cache, tmp_path: Path) -> None:

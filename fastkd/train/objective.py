@@ -1,0 +1,219 @@
+"""Objectives: what a training minimizes. `TokenKD` is distillation from the targets of a cache.
+
+An objective is any object with the members of `Objective`; `WeightedSum` adds some up. The student calls it inside its
+own forward, since under DDP and FSDP2 parameters are complete only there. An objective that is a torch module becomes a
+part of the student: its parameters are trained, and saved in checkpoints.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.spec import CacheSpec
+from ..errors import TrainError
+from ..kernels import KDError, LMHead, LossConfig, kd_loss, linear_kd_loss, resolve_treatment
+from ..kernels.tail import check_temperature
+from ..models.lm_head import logits_of
+from ..models.protocol import Logits, Output
+from ..settings import TrainSettings
+from ..stream.batch import AnyBatch
+from .schedule import ramp_at
+
+
+class Objective(Protocol):
+    """A loss, with named parts for the log."""
+
+    @property
+    def signals(self) -> Sequence[str]:
+        """Fields of a micro-batch that the objective reads, such as `labels` and `targets`. An attribute will do."""
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Outputs of the student that it reads, some of `OUTPUTS`. An attribute will do."""
+
+    def schedule(self, step: int, steps: int) -> Mapping[str, float]:
+        """Numbers that change during the training, at a step (from 0 on) of `steps`. They are logged."""
+
+    def losses(
+        self, batch: Any, outputs: Mapping[str, Any], *, num_items: int | Tensor | None, **scheduled: Any
+    ) -> dict[str, Tensor]:
+        """The loss of a micro-batch under "loss", which is differentiated, and parts of it under other names, which are
+        logged: 0-d tensors.
+
+        outputs: the student's, by name. scheduled: the numbers of `schedule`, as 0-d tensors. num_items: the positions
+        that count in the whole optimizer step, in all micro-batches of all processes. Each result is a sum over the
+        positions of the micro-batch, divided by num_items: the results of all micro-batches are added up.
+        """
+
+    def describe(self) -> Mapping[str, Any]:
+        """The settings, in values that JSON can hold. A run is resumed only with the same."""
+
+
+def _logits(output: Output, rows: Any) -> Tensor:
+    if isinstance(output, Logits):
+        return output.values.flatten(0, -2)[rows]
+    return logits_of(output.states.flatten(0, -2)[rows], output.lm_head)
+
+
+def _states(output: Output, rows: Any) -> Tensor:
+    if isinstance(output, Logits):
+        raise TrainError("objective: got a student that returns logits; expected hidden states and an LM head.")
+    return output.states.flatten(0, -2)[rows]
+
+
+OUTPUTS: dict[str, Callable[[Output, Any], Any]] = {
+    "output": lambda output, rows: output,
+    "logits": _logits,
+    "states": _states,
+}
+"""What an objective can read of the student: `output`, what the model returns for all positions (`Hidden` or `Logits`);
+`logits` `[m, V]` and `states` `[m, D]` (the last hidden states) at the m positions that count."""
+
+
+def check_objective(objective: Any) -> None:
+    """Raise TrainError unless an object has the members of `Objective`."""
+    members = ("signals", "outputs", "schedule", "losses", "describe")
+    if missing := [name for name in members if not hasattr(objective, name)]:
+        raise TrainError(
+            f"objective: got {type(objective).__name__} without {', '.join(missing)}; expected the members of "
+            "fastkd.train.objective.Objective."
+        )
+    if unknown := [name for name in objective.outputs if name not in OUTPUTS]:
+        raise TrainError(f"objective: got the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}.")
+
+
+@dataclass(frozen=True)
+class TokenKD:
+    """Cross-entropy with the labels and a divergence from the teacher's targets (see `LossConfig`), fused with the LM
+    head if that is one matrix. Parts: hard, soft.
+
+    alpha_end, temperature_end: their values at the last step; None: as at the first one. The schedules are linear or
+    cosine.
+    """
+
+    config: LossConfig = field(default_factory=LossConfig)
+    alpha_end: float | None = None
+    alpha_schedule: str = "linear"
+    temperature_end: float | None = None
+    temperature_schedule: str = "linear"
+
+    signals: ClassVar[tuple[str, ...]] = ("labels", "targets")
+    outputs: ClassVar[tuple[str, ...]] = ("output",)
+
+    @classmethod
+    def from_settings(cls, settings: TrainSettings) -> "TokenKD":
+        """The objective that the settings describe. Raises TrainError if they are not possible."""
+        try:
+            return cls(
+                settings.loss_config(),
+                settings.alpha_end,
+                settings.alpha_schedule,
+                settings.temperature_end,
+                settings.temperature_schedule,
+            )
+        except KDError as error:
+            raise TrainError(str(error)) from error
+
+    def check_cache(self, spec: CacheSpec) -> None:
+        """Raise TrainError if a cache lacks what the temperatures and the treatment need."""
+        config, end = self.config, self.temperature_end
+        first = float(config.temperature)
+        last = first if end is None else end
+        # between stored temperatures, more of them are needed
+        reached = {first, last} | ({(first + last) / 2, (2 * first + last) / 3} if first != last else set())
+        if config.treatment == "sampled" and not spec.draws:
+            raise TrainError("treatment: got 'sampled', and the cache holds no draws. Use auto, or capture with draws.")
+        for temperature in sorted(reached):
+            try:
+                check_temperature(temperature, spec.temperatures)
+            except KDError as error:
+                raise TrainError(f"{error} The cache has tails at {spec.temperatures}.") from error
+            try:
+                resolve_treatment(
+                    config.treatment, temperature, has_draws=spec.draws > 0, has_topk=spec.k > 0,
+                    draw_temperature=spec.draw_temperature, divergence=config.divergence,
+                )  # fmt: skip
+            except KDError as error:
+                raise TrainError(f"{error} Temperatures up to {max(reached):g} are used.") from error
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {
+            "alpha": ramp_at(
+                step, steps, start=float(self.config.alpha), end=self.alpha_end, schedule=self.alpha_schedule
+            ),
+            "temperature": ramp_at(
+                step, steps, start=float(self.config.temperature), end=self.temperature_end,
+                schedule=self.temperature_schedule,
+            ),
+        }  # fmt: skip
+
+    def losses(
+        self, batch: AnyBatch, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None, **scheduled: Any
+    ) -> dict[str, Tensor]:
+        output: Output = outputs["output"]
+        labels, targets = batch.labels.flatten(), batch.targets
+        options: dict[str, Any] = {"config": self.config, "num_items": num_items, **scheduled}
+        if isinstance(output, Logits):
+            return kd_loss(output.values.flatten(0, -2), targets, labels, **options)._asdict()
+        states, lm_head = output.states.flatten(0, -2), output.lm_head
+        if isinstance(lm_head, LMHead):
+            # only hidden states at targets.index go through the LM head, in chunks
+            return linear_kd_loss(states, lm_head, targets, labels, **options)._asdict()
+        rows = targets.index
+        assert rows is not None
+        return kd_loss(lm_head(states[rows]), replace(targets, index=None), labels[rows], **options)._asdict()
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class WeightedSum(nn.Module):
+    """A sum of objectives, by name. weights: their factors, 1 by default.
+
+    The log has each term's own loss (without its factor) under its name, and the parts of all terms.
+    """
+
+    def __init__(self, terms: Mapping[str, Objective], weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        if not terms:
+            raise TrainError("WeightedSum: got no terms; expected at least one.")
+        if unknown := sorted(set(weights or {}) - set(terms)):
+            raise TrainError(f"WeightedSum: got a weight for {unknown[0]!r}; expected some of {', '.join(terms)}.")
+        for term in terms.values():
+            check_objective(term)
+        self.terms, self.weights = dict(terms), {name: float((weights or {}).get(name, 1.0)) for name in terms}
+        self.term_modules = nn.ModuleDict({n: term for n, term in self.terms.items() if isinstance(term, nn.Module)})
+        self.signals = tuple(dict.fromkeys(name for term in self.terms.values() for name in term.signals))
+        self.outputs = tuple(dict.fromkeys(name for term in self.terms.values() for name in term.outputs))
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return _merged({name: term.schedule(step, steps) for name, term in self.terms.items()})
+
+    def losses(
+        self, batch: Any, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None, **scheduled: Any
+    ) -> dict[str, Tensor]:
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, term in self.terms.items():
+            own = {key: scheduled[key] for key in term.schedule(0, 1)}
+            found[name] = dict(term.losses(batch, outputs, num_items=num_items, **own))
+        losses = {name: parts.pop("loss") for name, parts in found.items()}
+        total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+        parts = _merged({"": {name: loss.detach() for name, loss in losses.items()}, **found})
+        return {"loss": total, **parts}
+
+    def describe(self) -> dict[str, Any]:
+        return {name: {"weight": self.weights[name], **term.describe()} for name, term in self.terms.items()}
+
+
+def _merged(by_term: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for term, values in by_term.items():
+        if both := sorted(merged.keys() & values.keys()):
+            raise TrainError(
+                f"WeightedSum: got {both[0]!r} from {term or 'a term'!r} and from another term; expected one."
+            )
+        merged |= values
+    return merged
