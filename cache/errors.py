@@ -1,21 +1,21 @@
-"""What the cache raises."""
+"""The errors of a cache. Each message names the thing, the evidence, and the next step."""
 
 
 class CacheError(Exception):
-    """Something about a cache that a person has to know: what it is, what was found, and what to do next."""
+    """A cache, an argument or a file of it is not as expected."""
 
 
 class CorruptShard(CacheError):
-    """A shard whose bytes are not the bytes that were committed."""
+    """The bytes of a shard are not the bytes that were committed."""
 
 
 class StoreError(CacheError):
-    """A store that would not do what it was asked: the store, the object, the operation, and its own words."""
+    """A request to a store failed: the store, the object, the operation, and the store's own message."""
 
 
 class ReadOnly(StoreError):
-    """A store that cannot create an object only if it is absent, or that must not be written."""
+    """A store cannot be written, or cannot create an object only if it is absent."""
 
 
 class NotFound(StoreError):
-    """An object (or a whole store) that is not there."""
+    """An object, or a whole store, does not exist."""

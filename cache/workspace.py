@@ -1,4 +1,4 @@
-"""Memory to be used again."""
+"""Memory that is used again for the arrays of the next shard."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class Workspace:
-    """Arrays by name, in memory that is kept. For one thread; asking for a name again gives up the array it had.
+    """Arrays by name, in memory that is kept. For one thread; a new array of a name overwrites the one before.
 
     Touching a page of memory for the first time can cost more than decoding into it.
     """
@@ -16,11 +16,11 @@ class Workspace:
         self._buffers: dict[str, NDArray[np.uint8]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array of this name, holding anything."""
+        """An uninitialized array of this name."""
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
-            # let go of the old one before asking for more
+            # free the old one before allocating another
             buffer = None
             self._buffers.pop(name, None)
             buffer = self._buffers[name] = np.empty(size, np.uint8)
@@ -29,5 +29,5 @@ class Workspace:
 
 
 def new_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array of its own, holding anything: what a `Workspace` gives, without one."""
+    """An uninitialized array in memory of its own: `Workspace.array` without a workspace."""
     return np.empty(shape, dtype)

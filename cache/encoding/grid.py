@@ -1,8 +1,7 @@
 """Log-probabilities as small integers: a grid that is fine where the probability lies and coarse far below.
 
-The step at a log-probability of −x nats is min(step·e^(growth·x), cap). Rounding moves an entry by half the local step
-at most, so the divergence it costs is about Σ p·step(x)²/24: the finer the step where p is large, the better spent it
-is.
+The step at a log-probability of −x nats is min(step·e^(growth·x), cap). Rounding changes an entry by at most half the
+local step, which costs a divergence of about Σ p·step(x)²/24: a fine step matters where p is large.
 """
 
 import math
@@ -10,9 +9,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-LOWEST = -32768.0  # nats; a log-probability below this is refused, so that a grid's table stays small
+LOWEST = -32768.0  # nats; lower log-probabilities are refused, so that the table of a grid stays small
 
-_FLAT = 1e-4  # where growth·step is smaller, 1 − exp loses the codes in float32's rounding; expm1 is slower
+_FLAT = 1e-4  # below it 1 − exp is too inexact in float32 (expm1 is slower)
 
 
 def _bend(step: float, growth: float, cap: float) -> tuple[float, float]:
@@ -48,7 +47,7 @@ def codes_of(logprobs: NDArray[np.float32], step: float, growth: float, cap: flo
 
 
 def values_of(count: int, step: float, growth: float, cap: float) -> NDArray[np.float32]:
-    """The log-probability that each code below `count` stands for, float32 `[count]`."""
+    """The log-probability of each code below `count`, float32 `[count]`."""
     code = np.arange(count, dtype=np.float64)
     bend, code_at_bend = _bend(step, growth, cap)
     if bend == 0:
@@ -59,7 +58,7 @@ def values_of(count: int, step: float, growth: float, cap: float) -> NDArray[np.
 
 
 def steps_at(logprobs: NDArray[np.float64], step: float, growth: float, cap: float) -> NDArray[np.float64]:
-    """The local step, in nats, at each log-probability, of the same shape: rounding moves one by half of it at most."""
+    """The local step, in nats, at each log-probability, of the same shape: twice the largest rounding error."""
     if growth == 0:
         return np.full(np.shape(logprobs), step)
     return step * np.exp(np.clip(-growth * logprobs, 0, math.log(cap / step)))

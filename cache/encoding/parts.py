@@ -1,4 +1,4 @@
-"""One part of the targets, the head or the drawn entries: ragged rows of (log-probability, id), to streams and back.
+"""One part of the targets, the top-k or the drawn entries: ragged rows of (log-probability, id), to streams and back.
 
 See `grid.py` for the log-probabilities, `vocabulary.py` for the ids, `ragged.py` for the rows.
 """
@@ -35,7 +35,7 @@ from .vocabulary import (
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
-ROWS_FOR_ORDER = 2**17  # rows from which an order is learnt: more teach nothing
+ROWS_FOR_ORDER = 2**17  # rows from which an order is learned: more do not improve it
 STREAMS = ("values", "firsts", "ties", "repeats")
 CONTEXT_STREAMS = tuple(f"context_{name}" for name in ("tokens", "counts", "values", "firsts", "ties"))
 
@@ -48,9 +48,9 @@ def encode_part(
     grid: tuple[float, float, float],
     tokens: Array | None,
 ) -> Arrays:
-    """The streams of a part: entries are ids, log-probabilities and (of drawn ones) repeats, each `[n, K]`.
+    """The streams of a part. entries: ids, log-probabilities and (of drawn entries) repeats, each `[n, K]`.
 
-    counts_N: how many of a row's places are used. grid: step, growth and cap.
+    part: "head" (the top-k entries) or "draws". counts_N: entries of each row. grid: step, growth and cap.
     """
     ids_NK, logprobs_NK, extras_NK = entries
     codec = spec.settings
@@ -104,12 +104,12 @@ def decode_part(
 ) -> None:
     """Write a part's ids, log-probabilities and (of drawn entries) draws into out, `[n, spec.width]` each.
 
-    A row's entries go to its places from offsets_N[i] on; counts_N[i] says how many they are. Other places are left as
-    they are, or take id 0, log-probability -inf and draws 0. Raises ValueError where the streams contradict each other.
+    The counts_N[i] entries of row i go to its columns from offsets_N[i] on. Other columns are left as they are, or get
+    id 0, log-probability -inf and draws 0. Raises ValueError where the streams contradict each other.
     """
     capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
     if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:
-        raise ValueError(f"{part}/counts: {counts_N.shape} rows with up to {counts_N.max(initial=0)} entries")
+        raise ValueError(f"{part}/counts: got up to {counts_N.max(initial=0)} entries; expected at most {capacity}")
     if (offsets_N + counts_N).max(initial=0) > spec.width:
         raise ValueError(f"{part}/counts: more than {spec.width} entries in a row")
     tables = _tables(part, spec, streams, tokens)
@@ -127,11 +127,11 @@ def decode_part(
 
 
 class _Tables(NamedTuple):
-    """What turns codes and ranks into log-probabilities and ids. The number after the last stands for no entry."""
+    """Tables from codes to log-probabilities and from ranks to ids. The number after the last means no entry."""
 
     logprobs: pa.Array  # float32: the grid, then -inf
     ids: pa.Array  # int32: all lists, then the order, then 0
-    list_width: int  # ranks below it are places in the row's list, others go on through the order
+    list_width: int  # a rank below it is an index in the row's list; any other is list_width + an index in the order
     list_begins_N: Array  # in `ids`; [0] without lists
     list_lengths_N: Array  # 0 for a row without one; [0] without lists
     no_code: int
@@ -141,63 +141,48 @@ class _Tables(NamedTuple):
 def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Array | None) -> _Tables:
     grid = streams[f"{part}/grid"].astype(np.float32)
     if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
-        raise ValueError(f"{part}/grid: log-probabilities of falling order are needed")
-    ids, list_width, begins_N = _id_table(part, streams, tokens, spec.vocab_size)
-    lengths_N = np.zeros(0, np.int64)
-    if list_width and tokens is not None:
-        lengths_N = _list_lengths(part, streams, tokens)
+        raise ValueError(f"{part}/grid: expected falling log-probabilities")
+    classes = streams[f"{part}/classes"]
+    if classes.shape != (spec.vocab_size,):
+        raise ValueError(f"{part}/classes: got shape {classes.shape}; expected a vocabulary of {spec.vocab_size}")
+    ids, width, begins_N, lengths_N = order_of(classes), 0, np.zeros(0, np.int32), np.zeros(0, np.int64)
+    if f"{part}/context_tokens" in streams:
+        lists, width, begins_N, lengths_N = _lists(part, streams, tokens, ids)
+        ids = np.concatenate([lists, ids])
     return _Tables(
         logprobs=pa.array(np.append(grid, np.float32(-np.inf))),
-        ids=pa.array(np.append(ids, np.int32(0))),
-        list_width=list_width,
+        ids=pa.array(np.append(ids, 0).astype(np.int32)),
+        list_width=width,
         list_begins_N=begins_N,
         list_lengths_N=lengths_N,
         no_code=len(grid),
-        no_rank=list_width + spec.vocab_size,
+        no_rank=width + spec.vocab_size,
     )
 
 
-def _id_table(
-    part: str, streams: Mapping[str, Array], tokens: Array | None, vocab_size: int
-) -> tuple[Array, int, Array]:
-    """What turns ranks into ids: a table, the width of a list, and where in the table each row's list begins `[n]`.
-
-    The table holds all lists, one after another, and then the order. A rank r below the width is entry r of the row's
-    list; any other is entry r − width of the order. Without contexts the width is 0 and there are no beginnings
-    (`[0]`).
-    """
-    classes = streams[f"{part}/classes"]
-    if classes.shape != (vocab_size,):
-        raise ValueError(f"{part}/classes: {classes.shape} for a vocabulary of {vocab_size}")
-    order = order_of(classes)
-    if f"{part}/context_tokens" not in streams:
-        return order.astype(np.int32), 0, np.zeros(0, np.int32)
+def _lists(
+    part: str, streams: Mapping[str, Array], tokens: Array | None, order: Array
+) -> tuple[Array, int, Array, Array]:
+    """The ids of all lists, one after another; the largest length; where each row's list begins, its length `[n]`."""
     names, lengths, values, firsts, ties = (streams[f"{part}/{name}"] for name in CONTEXT_STREAMS)
     if names.shape != lengths.shape:
-        raise ValueError(f"{part}: {len(names)} contexts with {len(lengths)} lengths")
+        raise ValueError(f"{part}: got {len(names)} contexts with {len(lengths)} lengths")
     if tokens is None:
         raise ValueError("the ids' contexts need the input column `tokens`")
-    if (np.diff(names.astype(np.int64)) <= 0).any():
-        raise ValueError(f"{part}/context_tokens: ascending numbers are needed")
+    names = names.astype(np.int64)
+    if (np.diff(names) <= 0).any():
+        raise ValueError(f"{part}/context_tokens: expected ascending numbers")
     lists = decode_lists(Streams(values, firsts, ties, np.zeros(0, np.uint16)), lengths, order)
-    begins_C = np.concatenate([[0], lengths.astype(np.int64).cumsum()])
-    where = np.searchsorted(names, tokens.astype(np.int64)) if len(names) else np.zeros(len(tokens), np.int64)
-    return (
-        np.concatenate([lists, order]).astype(np.int32),
-        int(lengths.max(initial=0)),
-        begins_C[where].astype(np.int32),
-    )
-
-
-def _list_lengths(part: str, streams: Mapping[str, Array], tokens: Array) -> Array:
-    """The length of the list of each row's token `[n]`; 0 where there is none."""
-    names, lengths = streams[f"{part}/context_tokens"].astype(np.int64), streams[f"{part}/context_counts"]
+    if not len(names):
+        return lists, 0, np.zeros(0, np.int32), np.zeros(0, np.int64)
     where = np.minimum(np.searchsorted(names, tokens.astype(np.int64)), len(names) - 1)
-    return np.where(names[where] == tokens, lengths[where], 0).astype(lengths.dtype)
+    begins = np.concatenate([[0], lengths.astype(np.int64).cumsum()])[where].astype(np.int32)
+    lengths_N = np.where(names[where] == tokens, lengths[where], 0).astype(lengths.dtype)
+    return lists, int(lengths.max()), begins, lengths_N
 
 
 def _filled(part: str, block: Block, tables: _Tables) -> tuple[Array, Array]:
-    """Codes and ranks of a block, `[width, size]`, with the numbers for no entry where a row has none."""
+    """Codes and ranks of a block, `[width, size]`, filled up with no_code and no_rank."""
     size = block.lengths[0]
     codes_KB, ranks_KB = block.codes_KB[:, :size], block.ranks_KB[:, :size]
     if block.lengths[-1] == size:
@@ -221,7 +206,7 @@ def _copy(columns_KB: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _index(part: str, ranks_KB: Array, rows: slice | Array, tables: _Tables) -> Array:
-    """The place of each rank in the table of ids."""
+    """The index of each rank in the table of ids."""
     if not tables.list_width:
         return ranks_KB
     listed_KB = ranks_KB < tables.list_width
@@ -233,9 +218,9 @@ def _index(part: str, ranks_KB: Array, rows: slice | Array, tables: _Tables) -> 
 
 
 def _gathered(table: pa.Array, index_BK: Array) -> Array:
-    """table[index], of indices that are known to lie inside.
+    """table[index], without a check of the indices.
 
-    Arrow takes 16-bit indices as they are. NumPy widens them to 64 bits first, and takes three times as long.
+    Arrow takes 16-bit indices as they are. NumPy widens them to 64 bits first, which takes three times as long.
     """
     flat = pa.array(np.ascontiguousarray(index_BK).reshape(-1))
     values: Array = pc.take(table, flat, boundscheck=False).to_numpy()
@@ -252,7 +237,7 @@ def _draws(repeats: Array, block: Block) -> Array:
 
 
 def _put(found: list[Array], rows: slice | Array, counts_N: Array, offsets_N: Array, out: list[Array]) -> None:
-    """Write decoded entries `[size, width]` into the places of their rows."""
+    """Write decoded entries `[size, width]` into the columns of their rows."""
     offsets, width = offsets_N[rows], found[0].shape[1]
     if not (offsets != offsets[0]).any():
         places = slice(int(offsets[0]), int(offsets[0]) + width)

@@ -1,18 +1,18 @@
 """Rows of (value code, rank) pairs as three streams of small integers, and back.
 
-The layout is place by place: the first entries of all rows, then the second entries, and so on, with the rows taken
-longest first (stable), so that the rows that have a j-th entry are a prefix. Each place has its own statistics, which a
-compressor sees as a stretch of its own, and encoding and decoding work on whole columns.
+The layout is column by column: the first entries of all rows, then the second entries, and so on, with the rows sorted
+longest first (stable), so that the rows that have a j-th entry are a prefix. Each column has statistics of its own,
+which a compressor sees separately, and encoding and decoding work on whole columns.
 
-Along a row the value codes do not decrease; a place stores the difference to the place before it (the first place
-stores the code itself). Entries of equal code are a *tie*: their order carries nothing, so they are sorted by rank, and
-all but the first store only how far they lie beyond the one before, less one.
+Value codes do not decrease along a row; each entry stores the difference to the one before (the first stores the code
+itself). Entries of equal code are a *tie*: their order has no meaning, so they are sorted by rank, and all but the
+first store only the difference of ranks, less one.
 
-    values  one a stored entry: the differences
-    firsts  one an entry that is not tied to the entry before it: its rank
-    ties    one an entry that is: its rank − the rank before − 1
+    values  for each entry: the difference of codes
+    firsts  for each entry that is not tied to the one before: its rank
+    ties    for each entry that is: its rank − the rank before − 1
 
-Without `sort_ties` all ranks stand in `firsts`, in the order the entries came in.
+Without `sort_ties` all ranks are in `firsts`, in the order of the entries.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
 BLOCK = 8192  # rows handled at a time: their columns stay in the cache of a core
-# Columns a power of two of bytes apart would fall on the same few lines of a cache: transposing is then ten times
+# Columns a power of two of bytes apart would share a few lines of the processor's cache: transposing is then ten times
 # slower.
 PITCH = 32
 
 
 class Streams(NamedTuple):
-    """What is stored of the entries of all rows: see the module's text. `extras`: one more number each, or none."""
+    """The stored entries of all rows: see the module. extras: one more number per entry, or none."""
 
     values: Array
     firsts: Array
@@ -47,7 +47,7 @@ def smallest_unsigned(highest: int) -> np.dtype[np.unsignedinteger]:
 
 
 def longest_first(counts_N: Array) -> Ints | None:
-    """The rows by falling count, stable; None where that is the order of the rows already."""
+    """The rows by falling count, stable; None where they are in that order already."""
     counts = counts_N.astype(np.int64)
     if not (np.diff(counts) > 0).any():
         return None
@@ -63,9 +63,9 @@ def column_lengths(counts_N: Array) -> Ints:
 def encode_rows(
     codes_NK: Array, ranks_NK: Array, counts_N: Array, *, sort_ties: bool, extras_NK: Array | None = None
 ) -> Streams:
-    """Streams of rows of value codes, ranks and (maybe) one more number, unsigned `[N, K]`.
+    """Streams of rows of value codes, ranks and optionally one more number, unsigned `[N, K]`.
 
-    Only the first counts_N[i] places of row i are looked at. The codes must not decrease along them.
+    Only the first counts_N[i] entries of row i are read. The codes must not decrease along them.
     """
     rows = len(codes_NK)
     lengths = column_lengths(counts_N)
@@ -76,7 +76,7 @@ def encode_rows(
     bits[0] = (int(codes_NK[:, :width].max(initial=0)) + 1).bit_length()  # room for a code above all others: no entry
     key_type: np.dtype[np.unsignedinteger] = np.dtype(np.uint32 if sum(bits) <= 32 else np.uint64)
     if sort_ties and sum(bits) > 64:
-        raise CacheError(f"codes, ranks and draws: found numbers of {bits} bits; they fit into 64 with larger steps.")
+        raise CacheError(f"codes, ranks and draws: got {bits} bits; expected at most 64 together. Use larger steps.")
     types = [smallest_unsigned((1 << b) - 1) for b in bits]
     placed_KN = [np.empty((width, rows + PITCH), t)[:, :rows] for t in types]
     place_K = np.arange(width)
@@ -128,19 +128,19 @@ def encode_rows(
 
 
 class Block(NamedTuple):
-    """Decoded entries of some rows, place by place: column j of codes and ranks is meant up to lengths[j]."""
+    """Decoded entries of some rows, column by column: column j of codes and ranks is valid up to lengths[j]."""
 
     rows: slice | Ints
     codes_KB: Array
     ranks_KB: Array
     lengths: list[int]
-    values_at: list[int]  # where each column's piece lies in the stream of values (and of extras)
+    values_at: list[int]  # where each column begins in the stream of values (and of extras)
 
 
 def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterator[Block]:
-    """The rows of `encode_rows`, some thousands at a time. The arrays of a block are used again for the next.
+    """The rows of `encode_rows`, BLOCK at a time. The next block overwrites the arrays of the one before.
 
-    Raises ValueError where the streams do not hold what the counts say they must.
+    Raises ValueError where the streams do not fit the counts.
     """
     rows = len(counts_N)
     lengths = column_lengths(counts_N)
@@ -149,7 +149,7 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
     column_start = np.concatenate([[0], lengths.cumsum()])
     values, firsts, ties = streams.values, streams.firsts, streams.ties
     if len(values) != column_start[-1]:
-        raise ValueError(f"{len(values)} values for {column_start[-1]} entries")
+        raise ValueError(f"got {len(values)} values; expected {column_start[-1]}")
     ties_in = np.zeros(width, np.int64)
     if sort_ties:
         for j in range(1, width):
@@ -157,7 +157,7 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
             ties_in[j] = len(column) - np.count_nonzero(column)
     if len(ties) != ties_in.sum() or len(firsts) != len(values) - len(ties):
         raise ValueError(
-            f"{len(firsts)} firsts and {len(ties)} ties for {len(values)} values of which {ties_in.sum()} are ties"
+            f"got {len(firsts)} firsts and {len(ties)} ties for {len(values)} values; expected {ties_in.sum()} ties"
         )
     tie_at = np.concatenate([[0], ties_in.cumsum()]).tolist()
     first_at = np.concatenate([[0], (lengths - ties_in).cumsum()]).tolist()

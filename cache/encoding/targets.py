@@ -1,6 +1,6 @@
 """Targets as arrays to targets as streams of small integers, and back. No files, no compressors.
 
-Two *parts* share one form: the head, and the drawn entries (`parts.py`). Tails and outcomes stand beside them.
+The top-k entries and the drawn entries are two *parts* of one form (`parts.py`), with tails and outcomes beside them.
 FORMAT.md names the streams.
 """
 
@@ -21,7 +21,7 @@ NO_TAIL = np.iinfo(np.int32).min  # the code of a tail of −inf
 
 
 class Targets(NamedTuple):
-    """Checked targets of n positions: see `SparseTargets` in the design. counts `[n]` of head and drawn entries."""
+    """Checked targets of n positions, as in SparseTargets, with the counts `[n]` of top-k and drawn entries."""
 
     ids: NDArray[np.int32]  # [n, K]
     logprobs: NDArray[np.float32]  # [n, K]
@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 
 
 def encode_targets(spec: CacheSpec, targets: Targets, tokens: Array | None) -> Arrays:
-    """The streams of the targets. tokens `[n]`: the input at each position, which a spec with contexts needs."""
+    """The streams of the targets. tokens `[n]`: the input at each position, needed for contexts."""
     codec = spec.settings
     streams: Arrays = {}
     if spec.k:
@@ -65,7 +65,7 @@ def decode_targets(
     rows = streams["tail"].shape[1]
     none = np.zeros(rows, np.int64)
     head_counts = streams["head/counts"].astype(np.int64) if spec.k else none
-    full = not spec.draws and bool((head_counts == spec.width).all())  # every place will be written
+    full = not spec.draws and bool((head_counts == spec.width).all())  # every element will be written
     allocate = new_array if into is None else into.array
     ids = allocate("ids", (rows, spec.width), np.dtype(np.int32))
     logprobs = allocate("logprobs", (rows, spec.width), np.dtype(np.float32))
@@ -87,7 +87,7 @@ def decode_targets(
 
 
 def _drawn(array_NK: Array, offsets_N: Array, counts_N: Array) -> Array:
-    """The drawn entries of each row, from place 0 on."""
+    """The drawn entries of each row, from column 0 on."""
     width = int(counts_N.max(initial=0))
     offset = int(offsets_N[0]) if len(offsets_N) else 0
     if not (offsets_N != offset).any():

@@ -1,11 +1,11 @@
-"""Token ids as ranks: frequent ones small, and those that an input token makes likely smallest of all.
+"""Token ids as ranks: small for frequent ids, and smallest for those that are likely after the input token.
 
 A shard's *order* lists the whole vocabulary, most frequent first. It is stored as one small class per id,
-round(2·log2(count + 1)): ids of a class follow one another by number.
+round(2·log2(count + 1)): ids of one class are sorted by number.
 
-A *context* is an input token (the one at the row's position) that is frequent enough to have a list of its own: the ids
-that it makes likely, most likely first. In a shard with lists, an id in the list of its row's token has its place in
-that list for a rank, and every other id has `width` + its place in the order, where `width` is the length of the
+A *context* is an input token (the one at the row's position) that is frequent enough to have a list: the ids that are
+likely after it, most likely first. In a shard with lists, the rank of an id in the list of its row's token is its index
+in that list, and the rank of every other id is `width` + its index in the order, where `width` is the length of the
 longest list.
 """
 
@@ -19,17 +19,17 @@ from .ragged import Streams, decode_rows, encode_rows, smallest_unsigned
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
-# Rows from which lists are learnt: more of them cost time and teach little.
+# Rows from which lists are learned: more of them cost time and improve little.
 ROWS_FOR_LISTS = 2**18
-# An id earns a place in a list by occurring this often there, and at least as often as it does everywhere; a token
-# earns a list by standing at this many positions. Tried on English prose: 3 to 6, once or twice, 8 or 16 are within 1%.
+# An id is listed if it occurs this often in the context, and at least as often as everywhere; a token has a list if it
+# is at this many positions. Measured on English prose: 3 to 6, once or twice, 8 or 16 are within 1%.
 OCCURRENCES, LIFT, POSITIONS, LONGEST = 4, 1.0, 8, 1024
 
 
 class Lists(NamedTuple):
     """Contexts: tokens `[C]` ascending, lengths `[C]`, and the ids of all lists one after another, with their classes.
 
-    A list goes by falling class (of the id's count in the context), ids of one class by their place in the order.
+    A list is sorted by falling class (of the id's count in the context), then by index in the order.
     """
 
     tokens: Ints
@@ -43,7 +43,7 @@ class Lists(NamedTuple):
 
 
 def classes_of(counts_V: Array) -> NDArray[np.uint16]:
-    """The class that each id's count falls in, `[V]`."""
+    """The class of each id's count, `[V]`."""
     classes: NDArray[np.uint16] = np.floor(2 * np.log2(counts_V + 1.0) + 0.5).astype(np.uint16)
     return classes
 
@@ -54,14 +54,14 @@ def order_of(classes_V: Array) -> Ints:
 
 
 def ranks_of(order_V: Ints) -> Array:
-    """The place of each id in the order."""
+    """The index of each id in the order."""
     ranks = np.empty(len(order_V), smallest_unsigned(len(order_V)))
     ranks[order_V] = np.arange(len(order_V), dtype=ranks.dtype)
     return ranks
 
 
 def learn_lists(tokens_N: Array, ids_NK: Array, used_NK: Array | None, counts_V: Array) -> Lists:
-    """The lists that pay for themselves. used_NK: which entries are there (None: all)."""
+    """The lists that save more than they cost. used_NK: which entries are used (None: all)."""
     stride = -(-len(tokens_N) // ROWS_FOR_LISTS)
     tokens, ids = tokens_N[::stride].astype(np.int64), ids_NK[::stride]
     names, context = np.unique(tokens, return_inverse=True)
@@ -115,7 +115,7 @@ def rank_in_context(tokens_N: Array, ids_NK: Array, lists: Lists, ranks_V: Array
 
 
 def encode_lists(lists: Lists, ranks_V: Array) -> Streams:
-    """The lists as rows of (highest class − class, place in the order), ties sorted."""
+    """The lists as rows of (highest class − class, index in the order), ties sorted."""
     used_CL = np.arange(lists.width) < lists.lengths[:, None]
     codes, ranks = np.zeros(used_CL.shape, np.uint16), np.zeros(used_CL.shape, ranks_V.dtype)
     codes[used_CL] = lists.classes.max(initial=0) - lists.classes
@@ -128,11 +128,11 @@ def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
     lengths = lengths_C.astype(np.int64)
     width = int(lengths.max(initial=0))
     if (lengths < 1).any():
-        raise ValueError("a list of no ids")
+        raise ValueError("got a list without ids")
     ranks_CL = np.zeros((len(lengths), width), np.int64)
     for block in decode_rows(streams, lengths, sort_ties=True):
         ranks_CL[block.rows] = block.ranks_KB[:, : block.lengths[0]].T
     ranks = ranks_CL[np.arange(width) < lengths[:, None]]
     if int(ranks.max(initial=0)) >= len(order_V):
-        raise ValueError("a list with a rank outside the order")
+        raise ValueError("got a list with a rank outside the order")
     return order_V[ranks]

@@ -1,8 +1,8 @@
 """A shard's streams as one object: a stored zip that holds a Zarr v3 group and ends in its own hash.
 
-Any Zarr reader opens it. This file reads and writes it without one, because an object that may have been damaged or
-forged has to be looked at before anything is allocated, and because a Zarr array costs milliseconds to open.
-`Cache.zarr_group` hands the same object to zarr.
+Any Zarr reader opens it. This file reads and writes it without zarr, because an object that may be damaged or forged
+must be checked before anything is allocated, and because opening a Zarr array takes milliseconds. `Cache.zarr_group`
+opens the same object with zarr.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ HASH_LENGTH = 64  # hexadecimal digits, the last bytes of the object
 TAIL_LENGTH = 1 << 16  # of an object: holds its directory, its attributes and its hash
 _DATE = (1980, 1, 1, 0, 0, 0)
 _ATTRIBUTES = "zarr.json"
-_PAGE = 2**14, 2**18  # numbers that pcodec gives statistics of their own: about one place of all rows
+_PAGE = 2**14, 2**18  # numbers with common statistics in pcodec: about one column of all rows
 _DTYPES = {
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
 }  # fmt: skip
 _BY_PCODEC = _DTYPES - {"bool", "int8", "uint8"}
-LARGEST = 2**33  # bytes of all decoded streams together, and of one decoded array; a shard that needs more is refused
+LARGEST = 2**33  # bytes of all decoded streams together, and of one decoded array; larger shards are refused
 
 
 class Damage(ValueError):
-    """What is wrong with an object, and in which of its arrays (or None)."""
+    """An object is damaged. array: in which of its arrays; None where that is not known."""
 
     def __init__(self, what: str, array: str | None = None) -> None:
         super().__init__(what)
@@ -50,7 +50,7 @@ class Damage(ValueError):
 def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Codec, positions: int) -> bytes:
     """The object. arrays: by their path in the group, sorted into it by name; attributes: JSON."""
     if (size := sum(array.nbytes for array in arrays.values())) > LARGEST:
-        raise CacheError(f"got {size} bytes of streams; {LARGEST} fit into a shard. Make the shards smaller.")
+        raise CacheError(f"got {size} bytes of streams; expected at most {LARGEST}. Make the shards smaller.")
     buffer = io.BytesIO()
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -72,12 +72,12 @@ def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Code
 
 
 def digest(data: bytes | memoryview) -> str:
-    """sha256 of all of the object but its own hash."""
+    """sha256 of the object without its own hash."""
     return hashlib.sha256(memoryview(data)[:-HASH_LENGTH]).hexdigest()
 
 
 def content_hash(arrays: Mapping[str, Array]) -> str:
-    """sha256 of the arrays themselves, whatever compressed them."""
+    """sha256 of the arrays, independent of their compression."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -88,14 +88,14 @@ def content_hash(arrays: Mapping[str, Array]) -> str:
 
 
 def stored_digest(data: bytes) -> str:
-    """The hash that the object (or its end) carries. Damage where it carries none."""
+    """The hash at the end of an object. Damage where there is none."""
     if len(data) < HASH_LENGTH + len(SEAL) or data[-HASH_LENGTH - len(SEAL) : -HASH_LENGTH] != SEAL:
-        raise Damage("it does not end in a shard's hash: it is truncated, or no shard")
+        raise Damage("it does not end in a shard's hash: it is truncated, or not a shard")
     return data[-HASH_LENGTH:].decode("ascii", "replace")
 
 
 def read_attributes(end: bytes) -> dict[str, Any]:
-    """The attributes, from the last TAIL_LENGTH bytes of an object. Damage where they are not there whole."""
+    """The attributes, from the last TAIL_LENGTH bytes of an object. Damage where they are incomplete."""
     stored_digest(end)
     members = _directory(end)
     if _ATTRIBUTES not in members:
@@ -113,10 +113,10 @@ def check_bytes(data: bytes) -> None:
 
 
 def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = None) -> dict[str, Array]:
-    """The arrays of an object whose bytes were checked. Damage, naming the array, where one cannot be had.
+    """The arrays of an object whose bytes were checked. Damage, naming the array, where one cannot be read.
 
-    known: the arrays to read, and how many numbers each holds at most; others are left alone.
-    streams: memory for the streams (all but the inputs and the lengths, which belong to whoever reads).
+    known: the arrays to read, and how many numbers each holds at most; others are skipped.
+    streams: memory for the streams (all but the inputs and the lengths, which the caller keeps).
     """
     members = _directory(data)
     arrays: dict[str, Array] = {}
@@ -137,16 +137,16 @@ def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = No
 
 
 def length_of_end(attributes: Mapping[str, Any], name: str) -> int:
-    """Bytes of the object's end that surely hold an array whole: members go by name, so those after it count."""
+    """Bytes at the end of an object that contain all of an array: members are sorted by name."""
     sizes = attributes.get("bytes")
     if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
-        raise Damage("it does not say how large its arrays are")
+        raise Damage("it does not have the sizes of its arrays")
     after: int = sum(size + 4096 for other, size in sizes.items() if other >= name)
     return TAIL_LENGTH + after
 
 
 def unpack_end(end: bytes, name: str, most: int) -> Array:
-    """One array, of at most so many numbers, from an object's end. Damage where it is not there, or not whole."""
+    """One array, of at most `most` numbers, from the end of an object. Damage where it is missing or incomplete."""
     members = _directory(end)
     path = f"{name}/zarr.json"
     try:
@@ -155,14 +155,14 @@ def unpack_end(end: bytes, name: str, most: int) -> Array:
         meta = parse_json(bytes(_member(end, members[path], check=True)), path)
         for member in members:
             if member.startswith(f"{name}/c/"):
-                _member(end, members[member], check=True)  # the seal is of the whole object
+                _member(end, members[member], check=True)  # the seal covers the whole object
         return _read_array(end, members, name, meta, 8 * most, new_array)
     except (CacheError, ValueError, RuntimeError, TypeError) as error:
         raise Damage(str(error), name) from error
 
 
 def members(data: bytes) -> dict[str, bytes]:
-    """The files in the object, by their names. Damage where they cannot be told apart."""
+    """The members of an object, by name. Damage where its zip directory is invalid."""
     return {name: bytes(_member(data, member, check=True)) for name, member in _directory(data).items()}
 
 
@@ -187,27 +187,27 @@ def _read_array(
 
 def _decompress(data: memoryview, flat: Array, codecs: list[dict[str, Any]]) -> None:
     if codecs[0]["name"] == "numcodecs.pcodec":
-        # numcodecs would not say that fewer numbers came than were asked for
+        # numcodecs does not report that fewer numbers came than expected
         progress = standalone.simple_decompress_into(bytes(data), flat)
         if progress.n_processed != flat.size or not progress.finished:
-            raise ValueError(f"got {progress.n_processed} numbers or more where {flat.size} are declared")
+            raise ValueError(f"got {progress.n_processed} numbers or more; expected {flat.size}")
         return
     size = _zstd_size(data)
     if size != flat.nbytes:
-        raise ValueError(f"its frame holds {size} bytes where {flat.nbytes} are declared")
+        raise ValueError(f"got a frame of {size} bytes; expected {flat.nbytes}")
     Zstd().decode(data, out=flat.view(np.uint8))
 
 
 def _zstd_size(frame: memoryview) -> int:
-    """The decoded size that a Zstandard frame declares (RFC 8878, 3.1.1): read before anything is allocated."""
+    """The decoded size in the header of a Zstandard frame (RFC 8878, 3.1.1)."""
     if len(frame) < 6 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
-        raise ValueError("it is no Zstandard frame")
+        raise ValueError("it is not a Zstandard frame")
     flags = frame[4]
     single, size_flag = flags >> 5 & 1, flags >> 6
     at = 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
     length = (1 if single else 0, 2, 4, 8)[size_flag]
     if not length or len(frame) < at + length:
-        raise ValueError("its Zstandard frame does not say how long it is")
+        raise ValueError("its Zstandard frame does not have its size")
     return int.from_bytes(frame[at : at + length], "little") + (256 if length == 2 else 0)
 
 
@@ -219,7 +219,7 @@ def _compress(array: Array, codecs: list[dict[str, Any]]) -> bytes:
 
 
 def _smallest(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
-    """Codecs of an array, and what they make of it. either: try zstd beside pcodec (text repeats itself)."""
+    """Codecs of an array, and its compressed bytes. either: try both zstd and pcodec (text has repetitions)."""
     if array.dtype.name not in _DTYPES:
         raise CacheError(f"got an array of {array.dtype}; expected one of {', '.join(sorted(_DTYPES))}.")
     by_pcodec = codec.compressor == "pcodec" and array.dtype.name in _BY_PCODEC
@@ -231,7 +231,7 @@ def _smallest(array: Array, codec: Codec, positions: int, *, either: bool) -> tu
 
 
 def _pcodec(array: Array, codec: Codec, positions: int) -> list[dict[str, Any]]:
-    # The streams are differences already. Order 0 says so to every version of pcodec.
+    # The streams are differences already: order 0 in every version of pcodec.
     delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
     page = min(max(positions, _PAGE[0]), _PAGE[1])
     options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
@@ -248,29 +248,29 @@ def _zstd(level: int) -> list[dict[str, Any]]:
 def _array_meta(meta: dict[str, Any], largest: int) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]]]:
     shape, dtype, codecs = meta.get("shape"), meta.get("data_type"), meta.get("codecs")
     if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
-        raise ValueError("it is no Zarr v3 array")
+        raise ValueError("it is not a Zarr v3 array")
     if not isinstance(shape, list) or not 1 <= len(shape) <= 2 or not all(type(s) is int and s >= 0 for s in shape):
-        raise ValueError(f"shape {shape!r}")
+        raise ValueError(f"got shape {shape!r}; expected one or two sizes")
     if dtype not in _DTYPES:
-        raise ValueError(f"data type {dtype!r}")
+        raise ValueError(f"got data type {dtype!r}")
     if int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > largest:
-        raise ValueError(f"shape {shape}: more than a shard can hold")
+        raise ValueError(f"got shape {shape}: more than a shard can hold")
     names = (
         [c.get("name") for c in codecs] if isinstance(codecs, list) and all(isinstance(c, dict) for c in codecs) else []
     )
     if names not in (["numcodecs.pcodec"], ["bytes", "zstd"]):
-        raise ValueError(f"codecs {codecs!r}: only numcodecs.pcodec, and bytes with zstd, are read")
+        raise ValueError(f"got codecs {codecs!r}; expected numcodecs.pcodec, or bytes and zstd")
     assert isinstance(codecs, list)
     if names[0] == "bytes" and np.dtype(dtype).itemsize > 1 and _setting(codecs[0], "endian") != "little":
-        raise ValueError(f"codecs {codecs!r}: only little-endian bytes are read")
+        raise ValueError(f"got codecs {codecs!r}; expected little-endian bytes")
     grid = meta.get("chunk_grid")
     if not isinstance(grid, dict) or _setting(grid, "chunk_shape") != [max(s, 1) for s in shape]:
-        raise ValueError(f"chunk grid {grid!r}: an array has one chunk, of its own shape")
+        raise ValueError(f"got chunk grid {grid!r}; expected one chunk of the array's shape")
     return tuple(shape), np.dtype(dtype).newbyteorder("<"), codecs
 
 
 def _setting(of: Mapping[str, Any], name: str) -> Any:
-    """A member of the configuration of a codec or a chunk grid; None where there is none."""
+    """A member of the configuration of a codec or a chunk grid; None if it is missing."""
     configuration = of.get("configuration")
     return configuration.get(name) if isinstance(configuration, dict) else None
 
@@ -305,7 +305,7 @@ def _attributes(data: bytes | memoryview) -> dict[str, Any]:
     attributes = document.get("attributes")
     own = attributes.get("fastkd") if isinstance(attributes, dict) else None
     if not isinstance(own, dict):
-        raise Damage("its zarr.json has no attributes of fastkd")
+        raise Damage("its zarr.json has no member `fastkd` in its attributes")
     return own
 
 
@@ -317,7 +317,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 def _directory(end: bytes | memoryview) -> dict[str, zipfile.ZipInfo]:
-    """The members that the directory at the end of an object lists: stored, distinct. Offsets are relative to `end`."""
+    """The members in the directory at the end of an object: stored, distinct. Offsets are relative to `end`."""
     try:
         with zipfile.ZipFile(io.BytesIO(end)) as archive:
             members = archive.infolist()
@@ -328,15 +328,15 @@ def _directory(end: bytes | memoryview) -> dict[str, zipfile.ZipInfo]:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise Damage(f"its member {member.filename!r} is compressed")
         if member.filename.startswith("/") or not {"", ".", ".."}.isdisjoint(member.filename.split("/")):
-            raise Damage(f"its member {member.filename!r} climbs out of it")
+            raise Damage(f"its member {member.filename!r} leads out of it")
         if member.filename in found:
-            raise Damage(f"its member {member.filename!r} stands there twice")
+            raise Damage(f"its member {member.filename!r} occurs twice")
         found[member.filename] = member
     return found
 
 
 def _member(end: bytes | memoryview, member: zipfile.ZipInfo, *, check: bool = False) -> memoryview:
-    """The bytes of a member, where they lie. check: against its CRC-32."""
+    """A view of the bytes of a member. check: compare them with its CRC-32."""
     offset = member.header_offset
     if not 0 <= offset <= len(end) - 30 or bytes(end[offset : offset + 4]) != b"PK\x03\x04":
         raise Damage(f"its member {member.filename!r} is not where the directory says")
@@ -349,13 +349,13 @@ def _member(end: bytes | memoryview, member: zipfile.ZipInfo, *, check: bool = F
 
 
 def _array_of(member: str) -> str | None:
-    """The array that a member belongs to."""
+    """The array of a member; None for a group."""
     name = member.partition("/c/")[0].removesuffix("/zarr.json")
     return None if name in ("", "zarr.json") else name
 
 
 def _first_bad_member(data: bytes) -> str | None:
-    """The array of the first member that differs from its CRC-32; None where none does, or nothing can be said."""
+    """The array of the first member that differs from its CRC-32; None where none does, or it is not known."""
     try:
         for member in _directory(data).values():
             _member(data, member, check=True)

@@ -1,4 +1,4 @@
-"""Whether a place may be written into: nothing is there, or what was begun there before. Imports nothing heavy."""
+"""Refuses to write into a folder or store that has other files. Imports nothing heavy."""
 
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
@@ -11,36 +11,36 @@ from ..errors import ReportError, TrainError
 if TYPE_CHECKING:
     from ..cache.stores import Store
 
-# What is among the first things that each of them writes, and stays.
+# Names that each kind of output writes first, and keeps.
 CACHE = ("spec.json", "plan.json", "lengths.npz", "manifest.parquet", "shards", "claims")
 RUN = ("run.json", "metrics.jsonl", "checkpoints")
 SWEEP = ("sweep.json", "*/seed=*")
 DEMO = ("teacher", "cache", "report.json")
-_ANYWHERE = (".*", "*.log", "*.out", "*.err")  # where a scheduler's log is sent to may be the same folder
+_ANYWHERE = (".*", "*.log", "*.out", "*.err")  # logs of a scheduler may be in the same folder
 
 
 def check_cache_place(store: "Store") -> None:
-    """CacheError where a store holds something, and nothing of a cache."""
+    """CacheError for a store that is neither empty nor a cache."""
     names = (entry.key.partition("/")[0] for entry in store.list(""))
     if other := _other(names, CACHE):
         raise CacheError(_refusal(store.describe(), other, "cache"))
 
 
 def check_run_place(folder: Path) -> None:
-    """TrainError where a folder holds something, and nothing of a run."""
+    """TrainError for a folder that is neither empty nor a run."""
     if other := _other(_names(folder), RUN):
         raise TrainError(_refusal(str(folder), other, "run"))
 
 
 def check_sweep_place(folder: Path) -> None:
-    """TrainError where a folder holds something, and nothing of a sweep."""
+    """TrainError for a folder that is neither empty nor a sweep."""
     inner = (f"{path.parent.name}/{path.name}" for path in folder.glob("*/seed=*"))
     if other := _other([*inner, *_names(folder)], SWEEP):
         raise TrainError(_refusal(str(folder), other, "sweep"))
 
 
 def check_demo_place(folder: Path) -> None:
-    """ReportError where a folder holds something, and nothing of a demo."""
+    """ReportError for a folder that is neither empty nor a demo."""
     if other := _other(_names(folder), DEMO):
         raise ReportError(_refusal(str(folder), other, "demo"))
 
@@ -50,9 +50,9 @@ def _names(folder: Path) -> list[str]:
 
 
 def _other(names: Iterable[str], known: Collection[str]) -> str | None:
-    """The first of the names, where there are some and none of them is known."""
+    """The first name, if none of the names is known; None if one is, or there are none."""
     first = None
-    for name in names:  # up to the first that is known: a store may list millions
+    for name in names:  # stops at the first known name: a store may list millions
         if any(fnmatch(name, pattern) for pattern in known):
             return None
         if first is None and not any(fnmatch(name, pattern) for pattern in _ANYWHERE):
@@ -61,4 +61,4 @@ def _other(names: Iterable[str], known: Collection[str]) -> str | None:
 
 
 def _refusal(where: str, found: str, what: str) -> str:
-    return f"{where}: got {found!r} there, and nothing of a {what}. Name a new folder, an empty one, or a {what}'s."
+    return f"{where}: got {found!r}; expected an empty folder, a new one, or that of a {what}."

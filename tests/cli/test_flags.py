@@ -54,7 +54,7 @@ def test_settings_are_called_by_their_flags(said: str, shown: str) -> None:
         "/data/k=5/held_out/a.parquet: there is no such file.",
         "sweep/k=0,rate=0.01/rank=0: it was trained with another student",
         "k=0,rate=0.01: diverged, the others go on.",
-        "/x: found 'held_out' there, and nothing of a run.",
+        "/x: got 'held_out'; expected an empty folder, a new one, or that of a run.",
         "the rate at which k grows: found none",
         "other_setting: got 3; expected less.",
     ],
