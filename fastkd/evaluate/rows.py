@@ -9,7 +9,7 @@ from ..kernels import SparseTargets
 from ..kernels.loss.reference import cross_entropy_rows, divergence_rows
 
 Rows = dict[str, Tensor]
-_CHUNK = 2**24  # numbers of the logits that are worked on at once
+_CHUNK = 2**24  # numbers in a chunk of the logits
 
 
 def student_rows(logits: Tensor, targets: SparseTargets, labels: Tensor) -> Rows:
@@ -32,9 +32,9 @@ def _student_rows(z_CV: Tensor, targets: SparseTargets, labels: Tensor) -> Rows:
         "accuracy": (best == labels).float(),
         "confidence": (top - z_CV.logsumexp(1)).exp(),
     }
-    if _head(targets).any():
-        teachers, _ = _best(targets)
-        found["agreement"] = (teachers & (targets.ids == best[:, None])).any(1).float()
+    if _is_top_k(targets).any():
+        best_entries, _ = _best(targets)
+        found["agreement"] = (best_entries & (targets.ids == best[:, None])).any(1).float()
         found["kl_bucket"] = _kl(z_CV, targets, "bucket")
     if targets.draws is not None:
         found["kl_sampled"] = _kl(z_CV, targets, "sampled")
@@ -42,28 +42,28 @@ def _student_rows(z_CV: Tensor, targets: SparseTargets, labels: Tensor) -> Rows:
 
 
 def teacher_rows(targets: SparseTargets, labels: Tensor) -> Rows:
-    """What a cache knows of the teacher's own measures, `[m]` float32 each; labels `[m]`."""
-    used, head = targets.logprobs > -math.inf, _head(targets)
+    """What a cache knows of the teacher's measures, `[m]` float32 each; labels `[m]`."""
+    used, top_k = targets.logprobs > -math.inf, _is_top_k(targets)
     log_tail = targets.tail[:, targets.temperatures.index(1.0)].float()
     log_tail = log_tail.masked_fill(targets.outcomes == 0, -math.inf)
     at_label = (used & (targets.ids == labels[:, None])).float()
     known = at_label.any(1)
-    least = targets.logprobs.float().masked_fill(~head, 0.0).amin(1) if used.shape[1] else log_tail
+    least = targets.logprobs.float().masked_fill(~top_k, 0.0).amin(1) if used.shape[1] else log_tail
     exact = (at_label * targets.logprobs.float().masked_fill(~used, 0.0)).sum(1)
     found = {
         "label_known": known.float(),
         "cross_entropy_at_least": -torch.where(known, exact, torch.minimum(log_tail, least)),
         "tail_mass": log_tail.exp(),
     }
-    if head.any():
+    if top_k.any():
         best, value = _best(targets)
         found["accuracy"] = (best & (targets.ids == labels[:, None])).float().sum(1) / best.sum(1)
         found["confidence"] = value.float().exp()
-        q = targets.logprobs.float().masked_fill(~head, -math.inf)
-        of_head, of_tail = -_plogp(q).sum(1), -_plogp(log_tail)
+        q = targets.logprobs.float().masked_fill(~top_k, -math.inf)
+        of_top_k, of_tail = -_plogp(q).sum(1), -_plogp(log_tail)
         spread = targets.outcomes.clamp(min=1).float().log()
-        found["entropy_at_least"] = of_head + of_tail
-        found["entropy_at_most"] = of_head + of_tail + log_tail.exp() * spread
+        found["entropy_at_least"] = of_top_k + of_tail
+        found["entropy_at_most"] = of_top_k + of_tail + log_tail.exp() * spread
     if targets.draws is not None:
         at = targets.at(1.0, "sampled")
         drawn = -(at.weights * at.log_q.masked_fill(at.weights == 0, 0.0)).sum(1)
@@ -75,15 +75,15 @@ def _kl(z_CV: Tensor, targets: SparseTargets, treatment: str) -> Tensor:
     return divergence_rows(z_CV, targets.ids, targets.at(1.0, treatment), "forward_kl", 0.0)
 
 
-def _head(targets: SparseTargets) -> Tensor:
-    """Which of the entries are exact `[m, K]`. In a cache all rows have such, or none."""
+def _is_top_k(targets: SparseTargets) -> Tensor:
+    """Which of the entries are top-k entries, `[m, K]` bool. In a cache all rows have some, or none has."""
     used = targets.logprobs > -math.inf
     return used if targets.draws is None else used & (targets.draws == 0)
 
 
 def _best(targets: SparseTargets) -> tuple[Tensor, Tensor]:
-    """Which of the entries are the teacher's best `[m, K]`, and their log-probability `[m]`."""
-    exact = targets.logprobs.masked_fill(~_head(targets), -math.inf)
+    """Which of the entries are the teacher's best, `[m, K]` bool, and their log-probability `[m]`."""
+    exact = targets.logprobs.masked_fill(~_is_top_k(targets), -math.inf)
     value = exact.amax(1)
     return exact == value[:, None], value
 

@@ -17,10 +17,10 @@ _BIN_SUMS = ("positions", "confidence", "correct")
 
 @dataclass(eq=False)
 class Windows:
-    """Sums over the counted positions of each window.
+    """Sums over the positions of each window that count.
 
-    counts `[W]`: positions. sums: of each measure, `[W]`. bins `[W, BINS, 3]`: by confidence, how many positions, the
-    sum of their confidence, and how many were right; None where there is no best token.
+    counts `[W]`: the positions. sums: of each measure, `[W]`. bins `[W, BINS, 3]`: for each bin of confidence, the
+    number of positions, the sum of their confidence, and how many are correct; None if the best token is not known.
     """
 
     counts: Floats
@@ -29,16 +29,16 @@ class Windows:
 
     @classmethod
     def empty(cls, windows: int) -> "Windows":
-        """Nothing yet of so many windows."""
+        """Of this many windows, with no positions."""
         return cls(np.zeros(windows))
 
     @staticmethod
     def zero_bins(windows: int) -> Floats:
-        """Bins of so many windows, with nothing in them."""
+        """Empty bins of this many windows."""
         return np.zeros((windows, BINS, len(_BIN_SUMS)))
 
     def add(self, window: NDArray[np.int64], rows: Rows) -> None:
-        """Add rows: window `[m]` says which each is of."""
+        """Add the measures of positions, rows `[m]` each, to their windows `[m]`."""
         values = {name: row.double().cpu().numpy() for name, row in rows.items()}
         np.add.at(self.counts, window, 1.0)
         confidence = values.pop("confidence", None)
@@ -52,7 +52,7 @@ class Windows:
             np.add.at(self.bins, (window, which), columns)
 
     def intervals(self) -> dict[str, Interval]:
-        """Each measure over all positions, with its 95% interval over windows (those that have positions)."""
+        """Each measure: the mean over all positions, with its 95% interval over the windows that have positions."""
         use = self.counts > 0
         counts = self.counts[use]
         found = {name: ratio_interval(sums[use], counts) for name, sums in self.sums.items()}
@@ -61,7 +61,7 @@ class Windows:
         return found
 
     def minus(self, other: "Windows") -> dict[str, Interval]:
-        """Each measure that both have, ours minus theirs, window by window. The windows have to be the same."""
+        """Each measure that both have, this minus the other, paired by window. They must be of the same windows."""
         use = self.counts > 0
         counts = self.counts[use]
         shared = [name for name in self.sums if name in other.sums]
@@ -71,40 +71,40 @@ class Windows:
         return found
 
     def reliability(self) -> list[dict[str, float]]:
-        """Of each bin that has positions: how many, their mean confidence and their accuracy."""
+        """The positions, mean confidence and accuracy of each bin that has positions."""
         if self.bins is None:
             return []
         return [{"positions": n, "confidence": c / n, "accuracy": a / n} for n, c, a in self.bins.sum(0).tolist() if n]
 
     def _ece(self, times: Floats, use: NDArray[np.bool_]) -> Floats:
-        """With each window taken so many times, `[resamples, windows]`."""
+        """The calibration error with each window taken `times` times, `[resamples, windows]`."""
         assert self.bins is not None
         gaps = times @ (self.bins[use, :, 2] - self.bins[use, :, 1])
         error: Floats = np.abs(gaps).sum(1) / (times @ self.counts[use])
         return error
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """In values that JSON can hold."""
         sums = {name: row.tolist() for name, row in self.sums.items()}
         return {"counts": self.counts.tolist(), "sums": sums, "bins": None if self.bins is None else self.bins.tolist()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Windows":
-        """What `to_json` made. Raises KeyError, TypeError or ValueError where it is something else."""
+        """From what `to_json` returned. Raises KeyError, TypeError or ValueError for anything else."""
         counts = _finite(data["counts"], 1)
         sums = {str(name): _finite(row, 1) for name, row in dict(data["sums"]).items()}
         bins = None if data["bins"] is None else _finite(data["bins"], 3)
         if any(row.shape != counts.shape for row in sums.values()):
-            raise ValueError("its measures have not as many windows as its counts")
+            raise ValueError("got measures of other windows than the counts")
         if bins is not None and bins.shape != (len(counts), BINS, len(_BIN_SUMS)):
-            raise ValueError(f"its bins have shape {bins.shape}")
+            raise ValueError(f"got bins of shape {bins.shape}")
         if not (counts > 0).any():
-            raise ValueError("it has no positions")
+            raise ValueError("got no positions")
         return cls(counts, sums, bins)
 
 
 def _finite(values: Any, dimensions: int) -> Floats:
     array = np.asarray(values, np.float64)
     if array.ndim != dimensions or not np.isfinite(array).all():
-        raise ValueError(f"found numbers that are not finite, or not in {dimensions} dimensions")
+        raise ValueError(f"got numbers that are not finite, or an array that has not {dimensions} dimensions")
     return array

@@ -22,8 +22,6 @@ def summed_over(group: Any = None) -> Reduce:
 
     Raises StreamError if there is no process group.
     """
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         raise StreamError("group: torch.distributed has no process group; call init_process_group first.")
 

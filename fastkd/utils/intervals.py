@@ -1,8 +1,8 @@
-"""95% intervals of what is measured on sequences. A sequence is the unit: positions within one are not independent.
+"""95% intervals of measures on sequences. A sequence is the unit: positions within one are not independent.
 
-Student's t rather than a bootstrap where the measure is a mean: of a dozen sequences a percentile bootstrap comes out
-too narrow, and nothing is drawn. What is not a mean (the calibration error) gets its standard error from a bootstrap
-over sequences with a fixed seed, so that two measures of the same sequences are resampled alike and can be subtracted.
+Means have intervals by Student's t: a percentile bootstrap of a dozen sequences is too narrow, and draws at random.
+Other measures (the calibration error) get their standard error from a bootstrap over sequences with a fixed seed, so
+that two measures of the same sequences have the same resamples and can be subtracted.
 """
 
 import math
@@ -19,7 +19,7 @@ _SEED = 0
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95% interval; infinite where one sequence alone was measured."""
+    """A mean, and half the width of its 95% interval (infinite for a single sequence)."""
 
     mean: float
     half: float
@@ -60,8 +60,8 @@ def ratio_interval(sums: Floats, counts: Floats) -> Interval:
 def bootstrap_interval(statistic: Callable[[Floats], Floats], sequences: int) -> Interval:
     """A statistic of all sequences, and its 95% interval: Student's t times the bootstrap's standard error.
 
-    statistic: from how often each sequence is taken `[resamples, sequences]` to the values `[resamples]`. The resamples
-    depend on the number of sequences alone.
+    statistic: maps how often each sequence is taken, `[resamples, sequences]`, to values `[resamples]`. The resamples
+    depend only on the number of sequences.
     """
     mean = float(statistic(np.ones((1, sequences)))[0])
     if sequences < 2:
@@ -78,7 +78,7 @@ def bootstrap_interval(statistic: Callable[[Floats], Floats], sequences: int) ->
 
 
 def to_json(found: Interval) -> dict[str, float | None]:
-    """What JSON knows; the ends of an interval that is infinite are null."""
+    """Mean and ends in values that JSON can hold; null for the ends of an infinite interval."""
     known = math.isfinite(found.half)
     return {"mean": found.mean, "low": found.low if known else None, "high": found.high if known else None}
 

@@ -1,11 +1,11 @@
-"""Random bits that are a function of numbers alone."""
+"""Random bits as a pure function of numbers."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64 of each: one to one, so that no two different numbers tie."""
+    """splitmix64 of each number; one to one, so different numbers never tie."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)

@@ -328,8 +328,8 @@ def test_damaged_evaluations_are_named(cache: Cache) -> None:
         ({"teacher": good["student"]}, "teacher: no cross_entropy_at_least"),
         ({"teacher": good["teacher"] | {"counts": [n + 1 for n in good["teacher"]["counts"]]}}, "different counts"),
         ({"student": good["student"] | {"counts": [0.0] * len(good["student"]["counts"])}}, "no positions"),
-        ({"student": good["student"] | {"counts": [1.0]}}, "not as many windows"),
-        ({"student": good["student"] | {"bins": [[[1.0]]]}}, "bins have shape"),
+        ({"student": good["student"] | {"counts": [1.0]}}, "measures of other windows"),
+        ({"student": good["student"] | {"bins": [[[1.0]]]}}, "bins of shape"),
         ({"teacher": good["teacher"] | {"counts": [math.nan] * len(good["student"]["counts"])}}, "not finite"),
     ):
         with pytest.raises(StreamError, match=message):
