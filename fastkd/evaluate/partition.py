@@ -8,10 +8,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -51,7 +47,7 @@ class EvalPartition:
         for _ in range(self._max_steps):
             step = next(mine, None)
             forwards = 0 if step is None else sum(batch.count > 0 for batch in step.micro_batches)
-            most = self._max(forwards) if self._in_lockstep else forwards
+            most = max(self._processes.gather(forwards)) if self._in_lockstep else forwards
             if step is not None:
                 last = step.micro_batches[-1]
                 yield step
@@ -60,28 +56,8 @@ class EvalPartition:
 
     def sum(self, windows: Windows) -> Windows:
         """The sums of all processes; each window was computed by one of them."""
-        if self._processes.group is None:
-            return windows
-        gathered = self._processes.gather((set(windows.sums), windows.bins is not None))
-        nothing, names = np.zeros(len(windows.counts)), sorted(set[str]().union(*(names for names, _ in gathered)))
-        counts = self._summed(windows.counts)
-        sums = {name: self._summed(windows.sums.get(name, nothing)) for name in names}
-        bins = None
-        if any(has_bins for _, has_bins in gathered):
-            bins = self._summed(Windows.zero_bins(len(nothing)) if windows.bins is None else windows.bins)
-        return Windows(counts, sums, bins)
+        return Windows.merged(self._processes.gather(windows)) if self._processes.group else windows
 
     def total(self, number: int) -> int:
         """The sum of a number over all processes."""
-        return self._processes.begin_sum([number])()[0]
-
-    def _max(self, number: int) -> int:
-        numbers = [0] * self._processes.world_size
-        numbers[self._processes.rank] = number
-        return max(self._processes.begin_sum(numbers)())
-
-    def _summed(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
-        tensor = torch.from_numpy(array.copy())
-        dist.all_reduce(tensor, group=self._processes.group)
-        found: NDArray[np.float64] = tensor.numpy()
-        return found
+        return sum(self._processes.gather(number))

@@ -1,6 +1,6 @@
 """Sums of measures over the positions of each window, and their means with 95% intervals over the windows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,13 @@ class Windows:
         """Of this many windows, with no positions."""
         return cls(np.zeros(windows))
 
-    @staticmethod
-    def zero_bins(windows: int) -> Floats:
-        """Empty bins of this many windows."""
-        return np.zeros((windows, BINS, len(_BIN_SUMS)))
+    @classmethod
+    def merged(cls, parts: Sequence["Windows"]) -> "Windows":
+        """The sum of several, of as many windows each."""
+        names = sorted({name for part in parts for name in part.sums})
+        bins = [part.bins for part in parts if part.bins is not None]
+        sums = {name: np.sum([part.sums[name] for part in parts if name in part.sums], 0) for name in names}
+        return cls(np.sum([part.counts for part in parts], 0), sums, np.sum(bins, 0) if bins else None)
 
     def add(self, window: NDArray[np.int64], rows: Rows) -> None:
         """Add the measures of positions, rows `[m]` each, to their windows `[m]`."""
@@ -46,7 +49,7 @@ class Windows:
             np.add.at(self.sums.setdefault(name, np.zeros(len(self.counts))), window, row)
         if confidence is not None:
             if self.bins is None:
-                self.bins = self.zero_bins(len(self.counts))
+                self.bins = np.zeros((len(self.counts), BINS, len(_BIN_SUMS)))
             which = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
             columns = np.stack([np.ones_like(confidence), confidence, values["accuracy"]], 1)
             np.add.at(self.bins, (window, which), columns)
