@@ -1,4 +1,4 @@
-"""What a student is given: micro-batches of tokens or of examples with labels and targets, and steps made of them."""
+"""What a student trains on: micro-batches of tokens or of examples with labels and targets, and steps made of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -24,12 +24,12 @@ class AnyBatch(ABC):
 
     @property
     def count(self) -> int:
-        """Positions that count: they have a label and a target."""
+        """Positions that count: those with a label and a target."""
         return len(self.targets)
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of all tensors."""
         return self.labels.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -44,13 +44,13 @@ class AnyBatch(ABC):
         return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors."""
+        """All tensors, those of the targets included."""
         own = [getattr(self, f.name) for f in fields(self)]
         return [x for x in own if isinstance(x, Tensor)] + self.targets.tensors()
 
     @abstractmethod
     def windows(self) -> Tensor:
-        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+        """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
 
     def _index(self) -> Tensor:
         assert self.targets.index is not None
@@ -65,21 +65,21 @@ class AnyBatch(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MicroBatch(AnyBatch):
-    """Pieces of documents that one forward takes; none may see another.
+    """Segments of text for one forward. A segment is the part of a document in one window; none may attend to another.
 
-    layout="padded": a row a piece, `[B, L]`, pads at the end. A causal model needs no mask, whatever it is made of.
-    layout="packed": the pieces one after another, `[1, n]`. Who runs it has to keep them apart, by `cu_seqlens`,
+    layout="padded": a row for each segment, `[B, L]`, pads at the end. A causal model needs no attention mask.
+    layout="packed": the segments one after another, `[1, n]`. The model must keep them apart, by `cu_seqlens`,
         `position_ids` or `packing_mask()`.
 
     input_ids `[B, L]` int64; pads are 0.
-    labels `[B, L]` int64: what the logits at each position predict, so nothing has to be shifted. −100 at a piece's
-        last position, where the teacher said nothing, and at pads.
-    position_ids `[B, L]` int64: places in the piece (they go on through pads).
-    cu_seqlens `[P + 1]` int32: where the pieces begin and end when they lie one after another without pads.
-    sequences `[P]` int32: which of this rank's sequences of the step each piece is of, from 0 on.
-    max_seqlen: positions of the longest piece.
-    targets: compact; `targets.index` ascends and names flattened positions of `[B, L]`: those with a label, no other.
-    positions: positions without pads.
+    labels `[B, L]` int64: what the logits at each position predict, so they are already shifted. −100 at a segment's
+        last position, at positions without a target, and at pads.
+    position_ids `[B, L]` int64: positions in the segment (they continue through pads).
+    cu_seqlens `[S + 1]` int32: the bounds of the segments when they lie one after another without pads.
+    sequences `[S]` int32: the number of each segment's sequence among this rank's sequences of the step.
+    max_seqlen: positions of the longest segment.
+    targets: compact; `targets.index` ascends and holds the flattened positions of `[B, L]` that have a label.
+    positions: without pads.
     """
 
     input_ids: Tensor
@@ -95,38 +95,41 @@ class MicroBatch(AnyBatch):
         return self.position_ids < self.cu_seqlens.diff()[:, None]
 
     def packing_mask(self) -> Tensor:
-        """`[B, 1, L, L]` bool: who may be seen by whom, the same piece up to the same place. For attention without
-        `cu_seqlens`; n² bytes."""
+        """`[B, 1, L, L]` bool: causal attention within each segment. For models without `cu_seqlens`.
+
+        It takes L² bytes per row.
+        """
         causal = self.position_ids[:, :, None] >= self.position_ids[:, None, :]
         if self.layout == "padded":
             return (causal & self.padding_mask()[:, None, :])[:, None]
-        piece = (self.position_ids == 0).cumsum(1)
-        return (causal & (piece[:, :, None] == piece[:, None, :]))[:, None]
+        segment = (self.position_ids == 0).cumsum(1)
+        return (causal & (segment[:, :, None] == segment[:, None, :]))[:, None]
 
     def windows(self) -> Tensor:
-        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+        """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
         if self.layout == "padded":
-            piece = torch.div(self._index(), self.input_ids.shape[1], rounding_mode="floor")
+            segment = torch.div(self._index(), self.input_ids.shape[1], rounding_mode="floor")
         else:
-            piece = torch.bucketize(self._index(), self.cu_seqlens, right=True) - 1
-        return self.sequences.long()[piece]
+            segment = torch.bucketize(self._index(), self.cu_seqlens, right=True) - 1
+        return self.sequences.long()[segment]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExampleBatch(AnyBatch):
-    """Examples that one forward takes, each a position: as the teacher saw them, by their stored augmentation seeds.
+    """Examples for one forward, one position each, augmented by their stored seeds: as the teacher saw them.
 
     inputs `[B, ...]`: what `Examples.read` returns for them.
-    labels `[B]` int64: the class of each; −100 where the teacher said nothing.
-    sequences `[B]` int32: which of this rank's sequences of the step each is of; copies of an example are of one.
-    targets: compact; `targets.index` ascends and names those with a label, no other.
+    labels `[B]` int64: the class of each; −100 without a target.
+    sequences `[B]` int32: the number of each one's sequence among this rank's sequences of the step; the copies of an
+        example are one sequence.
+    targets: compact; `targets.index` ascends and holds the positions that have a label.
     positions: B.
     """
 
     inputs: Tensor
 
     def windows(self) -> Tensor:
-        """int64 `[m]`: which of this rank's sequences of the step each position that counts is of."""
+        """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
         return self.sequences.long()[self._index()]
 
 
@@ -156,30 +159,3 @@ class Step:
     def pin_memory(self) -> "Step":
         """The step with its micro-batches in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
         return replace(self, micro_batches=[b.pin_memory() for b in self.micro_batches])
-
-
-def empty_micro_batch(targets: SparseTargets, device: torch.device, layout: str) -> MicroBatch:
-    """A micro-batch of one position that does not count. targets: of no position, of the same cache."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    return MicroBatch(
-        input_ids=token,
-        labels=token - 100,
-        position_ids=token.clone(),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        sequences=torch.zeros(1, dtype=torch.int32, device=device),
-        targets=targets,
-        max_seqlen=1,
-        positions=0,
-        layout=layout,
-    )
-
-
-def empty_example_batch(targets: SparseTargets, device: torch.device, example: Tensor) -> ExampleBatch:
-    """The same of a cache of examples. example: one, `[1, ...]`."""
-    return ExampleBatch(
-        inputs=torch.zeros_like(example, device=device),
-        labels=torch.full((1,), -100, dtype=torch.int64, device=device),
-        sequences=torch.zeros(1, dtype=torch.int32, device=device),
-        targets=targets,
-        positions=0,
-    )

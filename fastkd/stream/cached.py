@@ -18,8 +18,8 @@ from ..errors import StreamError
 from ..utils.deprecated import deprecated_decode, renamed
 from ..utils.distributed import Reduce, summed_over  # noqa: F401  part of the public `fastkd.stream`
 from .batch import LAYOUTS, Step
-from .compact import BatchShape
 from .dataset_check import check_data
+from .gather import BatchFormat
 from .loader_pass import LoaderPass, LoaderSetup
 from .mixture import SequenceStream
 from .open_caches import check_alike, open_sources, shares_of
@@ -132,20 +132,25 @@ class CachedSource:
             )
         max_shards = sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + threads
         specs = [c.spec for c in caches]
-        width, draws = max(s.width for s in specs), any(s.draws for s in specs)
         self._setup = LoaderSetup(
             tables=tables,
             plan=StepPlan(stream, tables, batch_size=batch_size, batch_tokens=batch_tokens, keep=2 * max_shards),
-            spec=specs[0],
-            shape=BatchShape(layout, micro_tokens, micro_batch_size, width, draws),
-            device=torch.device("cpu" if device is None else device),
+            form=BatchFormat(
+                layout=layout,
+                tokens=micro_tokens,
+                rows=micro_batch_size,
+                spec=specs[0],
+                width=max(s.width for s in specs),
+                draws=any(bool(s.draws) for s in specs),
+                device=torch.device("cpu" if device is None else device),
+                data=data,
+            ),
             rank=rank,
             world_size=world_size,
             reduce=reduce,
             threads=threads,
             prefetch=prefetch,
             max_shards=max_shards,
-            data=data,
         )
         self._progress = LoaderProgress()
         self._pass: LoaderPass | None = None

@@ -1,25 +1,107 @@
-"""From open shards of text to micro-batches: a rank's sequences of a step, cut up, and their rows taken together."""
+"""From open shards to micro-batches: a rank's sequences of a step, divided, and their rows copied together."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..cache.spec import CacheSpec
-from .batch import MicroBatch
-from .compact import BatchShape, compact_targets
+from ..data.examples import Examples
+from ..kernels import SparseTargets
+from ..kernels.targets import FIELDS
+from .batch import AnyBatch, ExampleBatch, MicroBatch
 from .micro_batches import packed_micro_batches, padded_micro_batches
-from .shards import IGNORED, Inputs, OpenShard, ranges
+from .shards import IGNORED, OpenShard, ranges
 
 Ints = NDArray[np.int64]
+ShardRows = Sequence[tuple[OpenShard, Ints]]
+"""Shards, and the numbers of rows (or of sequences) of each."""
 
 
-class Pieces(NamedTuple):
-    """Pieces, `[p]` each: which of the open shards and of the sequences they are of, their first rows in the shard, and
-    their lengths. Those of one shard lie together."""
+@dataclass(frozen=True, eq=False)
+class BatchFormat:
+    """How micro-batches are made.
+
+    layout: see `MicroBatch`. tokens: maximum positions, pads included (a longer row is alone). rows: maximum rows, or
+    windows of "packed". None: no limit.
+    spec: of any of the caches. width: entries per row of the targets, and draws: whether there are any, of all caches.
+    device: of the student; host memory is page-locked if it is a GPU. data: of a cache of examples.
+    """
+
+    layout: str
+    tokens: int | None
+    rows: int | None
+    spec: CacheSpec
+    width: int
+    draws: bool
+    device: torch.device
+    data: Examples | None
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """An array as a tensor on the host; unless page-locked, it shares the memory."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def targets(self, rows: ShardRows, index: Ints) -> SparseTargets:
+        """The targets of these rows, on the host. index `[m]`: the position of each row in its micro-batch."""
+        found = SparseTargets.empty(
+            len(index),
+            self.width,
+            vocab_size=self.spec.vocab_size,
+            temperatures=self.spec.temperatures,
+            draws=self.draws,
+            draw_temperature=self.spec.draw_temperature,
+            device="cpu",
+            pin_memory=self.device.type == "cuda",
+            fill=False,
+        )
+        done = 0
+        for shard, numbers in rows:
+            for field in FIELDS:
+                if (tensor := getattr(found, field.name)) is None:
+                    continue
+                target, source = tensor.numpy()[done : done + len(numbers)], shard.targets.get(field.name)
+                if source is not None and source.shape[1:] == target.shape[1:]:
+                    # mode: "raise" would need a copy
+                    np.take(source, numbers, axis=0, out=target, mode="clip")
+                    continue
+                # from a cache with fewer entries per row, or without draws
+                target.fill(field.fill)
+                if source is not None:
+                    target[:, : source.shape[1]] = source[numbers]
+            done += len(numbers)
+        return replace(found, index=self.tensor(index))
+
+    def empty(self) -> AnyBatch:
+        """A micro-batch of one position that does not count, on the device."""
+        common: dict[str, Any] = {
+            "sequences": torch.zeros(1, dtype=torch.int32),
+            "targets": self.targets([], np.zeros(0, np.int64)),
+            "positions": 0,
+        }
+        zero = torch.zeros(1, 1, dtype=torch.int64)
+        if self.data is not None:
+            inputs = torch.zeros_like(self.data.first())
+            return ExampleBatch(inputs=inputs, labels=zero[0] + IGNORED, **common).to(self.device)
+        return MicroBatch(
+            input_ids=zero,
+            labels=zero + IGNORED,
+            position_ids=zero.clone(),
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            max_seqlen=1,
+            layout=self.layout,
+            **common,
+        ).to(self.device)
+
+
+class Segments(NamedTuple):
+    """Segments of text, `[s]` each, those of one shard together: the numbers of their shard and sequence, their first
+    row in the shard, and their length."""
 
     shard: Ints
     sequence: Ints
@@ -27,84 +109,90 @@ class Pieces(NamedTuple):
     length: Ints
 
 
-def gather(
-    sequences: Sequence[tuple[OpenShard[Inputs], Ints]], spec: CacheSpec, shape: BatchShape, device: torch.device
-) -> list[MicroBatch]:
-    """The micro-batches of these sequences, by shard. They are on the host, page-locked if the device is a GPU."""
-    shards = [shard for shard, _ in sequences]
-    parts, windows, done = [], [], 0
+def gather(sequences: ShardRows, form: BatchFormat) -> list[MicroBatch]:
+    """The micro-batches of sequences of text, on the host."""
+    parts, segments_of_sequence, done = [], [], 0
     for number, (shard, some) in enumerate(sequences):
-        which = shard.inputs.pieces_of(some)
-        begin = shard.inputs.piece_begins[which]
-        windows.append(np.diff(shard.inputs.first_piece)[some] if len(some) else some)
-        sequence = done + np.repeat(np.arange(len(some)), windows[-1])
-        length = shard.inputs.piece_begins[which + 1] - begin
-        parts.append(Pieces(np.full(len(which), number), sequence, begin, length))
+        inputs = shard.inputs
+        first = inputs.first_segment[some]
+        counts = inputs.first_segment[some + 1] - first
+        which = ranges(first, counts)
+        begin = inputs.segments[which]
+        sequence = done + np.repeat(np.arange(len(some)), counts)
+        parts.append(Segments(np.full(len(which), number), sequence, begin, inputs.segments[which + 1] - begin))
+        segments_of_sequence.append(counts)
         done += len(some)
-    pieces = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    return [_micro_batch(shards, Pieces(*(c[at] for c in pieces)), spec, shape, device)
-            for at in _cut(pieces.length, np.concatenate(windows), shape)]  # fmt: skip
+    segments = Segments(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    if form.layout == "padded":
+        micro_batches = padded_micro_batches(segments.length, form.tokens, form.rows)
+    else:  # windows stay whole
+        counts = np.concatenate(segments_of_sequence)
+        begins = np.cumsum(counts) - counts
+        lengths = np.add.reduceat(segments.length, begins)
+        windows = packed_micro_batches(lengths, form.tokens, form.rows)
+        micro_batches = [ranges(begins[some], counts[some]) for some in windows]
+    shards = [shard for shard, _ in sequences]
+    return [_micro_batch(shards, Segments(*(column[some] for column in segments)), form) for some in micro_batches]
 
 
-def _cut(lengths: Ints, pieces_of_window: Ints, shape: BatchShape) -> list[Ints]:
-    """The places of the pieces of each micro-batch."""
-    if shape.layout == "padded":
-        return padded_micro_batches(lengths, shape.tokens, shape.rows)
-    begins = np.cumsum(pieces_of_window) - pieces_of_window
-    whole = np.add.reduceat(lengths, begins)
-    return [
-        ranges(begins[some], pieces_of_window[some]) for some in packed_micro_batches(whole, shape.tokens, shape.rows)
-    ]
-
-
-def _micro_batch(
-    shards: list[OpenShard[Inputs]], pieces: Pieces, spec: CacheSpec, shape: BatchShape, device: torch.device
-) -> MicroBatch:
-    allocate = partial(torch.empty, pin_memory=device.type == "cuda")
-    ends = np.cumsum(pieces.length)
-    count, n, longest = len(ends), int(ends[-1]), int(pieces.length.max())
-    rows = ranges(pieces.begin, pieces.length)
-    runs = _runs(pieces, ends)
-    size, flat = (1, n), np.arange(n)
-    if shape.layout == "padded":
-        size = (count, longest)
-        flat = ranges(np.arange(count) * longest, pieces.length)
-    columns = [allocate(size, dtype=torch.int64) for _ in range(3)]
-    tokens, labels, places = (column.numpy().reshape(-1) for column in columns)
-    if shape.layout == "padded":
-        tokens.fill(0)
-        labels.fill(IGNORED)
-        places.reshape(size)[:] = np.arange(longest)
-    taken = np.empty(n, np.int32)
-    for shard, a, b in runs:
-        tokens[flat[a:b]] = shards[shard].inputs.tokens[rows[a:b]]
-        taken[a:b] = shards[shard].inputs.labels[rows[a:b]]
-        if shape.layout == "packed":
-            places[a:b] = shards[shard].inputs.places[rows[a:b]]
-    labels[flat] = taken
-    kept = np.flatnonzero(taken != IGNORED)
-    bounds = np.searchsorted(kept, [0, *(b for _, _, b in runs)])
-    wanted = [(shards[s], rows[kept[i:j]]) for (s, _, _), i, j in zip(runs, bounds[:-1], bounds[1:], strict=True)]
-    cu_seqlens, index = allocate(count + 1, dtype=torch.int32), allocate(len(kept), dtype=torch.int64)
-    cu_seqlens.numpy()[:] = np.append(0, ends)
-    sequences = allocate(count, dtype=torch.int32)
-    sequences.numpy()[:] = pieces.sequence
-    index.numpy()[:] = flat[kept]
+def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat) -> MicroBatch:
+    ends = np.cumsum(segments.length)
+    count, n, longest = len(ends), int(ends[-1]), int(segments.length.max())
+    rows = ranges(segments.begin, segments.length)
+    if form.layout == "padded":
+        at = ranges(np.arange(count) * longest, segments.length)
+        position_ids = np.broadcast_to(np.arange(longest), (count, longest)).copy()
+    else:
+        at, position_ids = np.arange(n), ranges(np.zeros(count, np.int64), segments.length)[None]
+    tokens, labels = np.zeros(position_ids.shape, np.int64), np.full(position_ids.shape, IGNORED)
+    index, kept = [], []
+    # stretches of rows of one shard
+    stops = [*(np.flatnonzero(np.diff(segments.shard)) + 1).tolist(), count]
+    bounds = [0, *ends[np.array(stops) - 1].tolist()]
+    for stop, (a, b) in zip(stops, pairwise(bounds), strict=True):
+        shard, here, there = shards[segments.shard[stop - 1]], rows[a:b], at[a:b]
+        label = shard.inputs.labels[here]
+        tokens.reshape(-1)[there] = shard.inputs.tokens[here]
+        labels.reshape(-1)[there] = label
+        counted = label != IGNORED
+        index.append(there[counted])
+        kept.append((shard, here[counted]))
     return MicroBatch(
-        input_ids=columns[0],
-        labels=columns[1],
-        position_ids=columns[2],
-        cu_seqlens=cu_seqlens,
-        sequences=sequences,
-        targets=compact_targets(wanted, index, spec, shape, pin_memory=device.type == "cuda"),
+        input_ids=form.tensor(tokens),
+        labels=form.tensor(labels),
+        position_ids=form.tensor(position_ids),
+        cu_seqlens=form.tensor(np.append(0, ends).astype(np.int32)),
+        sequences=form.tensor(segments.sequence.astype(np.int32)),
+        targets=form.targets(kept, np.concatenate(index)),
         max_seqlen=longest,
         positions=n,
-        layout=shape.layout,
+        layout=form.layout,
     )
 
 
-def _runs(pieces: Pieces, ends: Ints) -> list[tuple[int, int, int]]:
-    """Stretches of rows of one shard: the shard, from, to."""
-    last = np.flatnonzero(np.append(np.diff(pieces.shard) != 0, True))
-    stops = ends[last].tolist()
-    return list(zip(pieces.shard[last].tolist(), [0, *stops[:-1]], stops, strict=True))
+def gather_examples(sequences: ShardRows, form: BatchFormat, data: Examples) -> list[ExampleBatch]:
+    """The micro-batches of examples, on the host. A sequence, the copies of an example, is never divided."""
+    first = np.concatenate([shard.inputs.first_row[some] for shard, some in sequences])
+    lengths = np.concatenate([shard.inputs.first_row[some + 1] for shard, some in sequences]) - first
+    shard_of = np.repeat(np.arange(len(sequences)), [len(some) for _, some in sequences])
+    found = []
+    for some in packed_micro_batches(lengths, form.tokens, form.rows):
+        bounds = np.searchsorted(shard_of[some], np.arange(len(sequences) + 1))
+        rows = [
+            (shard, ranges(first[some[a:b]], lengths[some[a:b]]))
+            for (shard, _), (a, b) in zip(sequences, pairwise(bounds.tolist()), strict=True)
+            if b > a
+        ]
+        columns = [(s.inputs.example[here], s.inputs.seed[here], s.inputs.counts[here]) for s, here in rows]
+        example, seed, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
+        inputs = data.read(example, seed)
+        found.append(
+            ExampleBatch(
+                inputs=inputs.pin_memory() if form.device.type == "cuda" else inputs,
+                labels=form.tensor(np.where(counts, data.labels(example), IGNORED)),
+                sequences=form.tensor(np.repeat(some, lengths[some]).astype(np.int32)),
+                targets=form.targets([(s, here[s.inputs.counts[here]]) for s, here in rows], np.flatnonzero(counts)),
+                positions=len(example),
+            )
+        )
+    return found

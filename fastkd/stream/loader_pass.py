@@ -7,14 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cache.spec import CacheSpec
 from ..cache.workspace import Workspace
-from ..data.examples import Examples
 from ..utils.distributed import Reduce
-from .batch import AnyBatch, Step, empty_example_batch, empty_micro_batch
-from .compact import BatchShape, no_targets
-from .gather import gather
-from .gather_examples import gather_examples
+from .batch import AnyBatch, Step
+from .gather import BatchFormat, gather, gather_examples
 from .prefetch import PlannedStep, Prefetcher
 from .shards import OpenShard, open_shard
 from .split import ShardTable
@@ -25,22 +21,19 @@ from .step_plan import LoaderProgress, RankShare, StepPlan
 class LoaderSetup:
     """What every pass of a loader is made with; see `CachedSource`.
 
-    spec: of the first cache. max_shards: decoded shards in memory. workspaces: the memory that they are decoded into,
-    kept from pass to pass, since memory that was touched before is much faster. data: of a cache of examples.
+    max_shards: decoded shards in memory. workspaces: the memory that they are decoded into, kept from pass to pass,
+    since memory that was touched before is much faster.
     """
 
     tables: Sequence[ShardTable]
     plan: StepPlan
-    spec: CacheSpec
-    shape: BatchShape
-    device: torch.device
+    form: BatchFormat
     rank: int
     world_size: int
     reduce: Reduce | None
     threads: int
     prefetch: int
     max_shards: int
-    data: Examples | None
     workspaces: list[Workspace] = field(default_factory=list)
 
 
@@ -64,10 +57,10 @@ class LoaderPass:
         self._free = list(setup.workspaces)
         # a stream of its own, so that copies overlap with the student's work on the GPU
         self._stream: Any = None
-        if setup.device.type == "cuda":
-            self._stream = torch.cuda.Stream(setup.device)  # type: ignore[no-untyped-call]
+        if setup.form.device.type == "cuda":
+            self._stream = torch.cuda.Stream(setup.form.device)  # type: ignore[no-untyped-call]
         shares = setup.plan.shares(progress, rank=setup.rank, world_size=setup.world_size, epochs=epochs)
-        self._prefetcher: Prefetcher[RankShare, OpenShard[Any], _RankStep] = Prefetcher(
+        self._prefetcher: Prefetcher[RankShare, OpenShard, _RankStep] = Prefetcher(
             (PlannedStep(share, list(share.shards), set(share.still_open)) for share in shares),
             self._read,
             self._assemble,
@@ -94,12 +87,12 @@ class LoaderPass:
         (share, batches, copied), total = item
         count, positions, *numbers = total()
         if copied is not None:
-            current = torch.cuda.current_stream(self._setup.device)
+            current = torch.cuda.current_stream(self._setup.form.device)
             current.wait_event(copied)
             for tensor in (tensor for batch in batches for tensor in batch.tensors()):
                 tensor.record_stream(current)
         if missing := max(numbers) - len(batches):
-            batches = [*batches, *[self._empty()] * missing]
+            batches = [*batches, *[self._setup.form.empty()] * missing]
         after = share.after
         return Step(list(batches), count, positions, share.sequences, after.epoch, after.number - 1), after
 
@@ -121,14 +114,7 @@ class LoaderPass:
         mine = [sum(b.count for b in step.batches), sum(b.positions for b in step.batches), *numbers]
         return step, ((lambda: mine) if self._setup.reduce is None else self._setup.reduce(mine))
 
-    def _empty(self) -> AnyBatch:
-        setup = self._setup
-        targets = no_targets(setup.spec, setup.shape, setup.device)
-        if setup.data is None:
-            return empty_micro_batch(targets, setup.device, setup.shape.layout)
-        return empty_example_batch(targets, setup.device, setup.data.first())
-
-    def _read(self, key: Any) -> OpenShard[Any]:
+    def _read(self, key: Any) -> OpenShard:
         """On a reading thread."""
         source, row = key
         table = self._setup.tables[source]
@@ -139,21 +125,19 @@ class LoaderPass:
             self._setup.workspaces.append(workspace)
         return open_shard(table.cache, int(table.shard[row]), workspace)
 
-    def _assemble(self, share: RankShare, shards: Mapping[Any, OpenShard[Any]]) -> _RankStep:
+    def _assemble(self, share: RankShare, shards: Mapping[Any, OpenShard]) -> _RankStep:
         """On the thread that assembles."""
-        setup = self._setup
         if not share.shards:
             return _RankStep(share, [], None)
+        form = self._setup.form
         with torch.cuda.stream(self._stream):
             sequences = [(shards[key], numbers) for key, numbers in share.shards.items()]
-            batches: Sequence[AnyBatch]
-            if setup.data is None:
-                batches = gather(sequences, setup.spec, setup.shape, setup.device)
-            else:
-                batches = gather_examples(sequences, setup.spec, setup.shape, setup.device, setup.data)
-            if setup.device.type != "cpu":
-                batches = [batch.to(setup.device, non_blocking=True) for batch in batches]
+            batches: Sequence[AnyBatch] = (
+                gather(sequences, form) if form.data is None else gather_examples(sequences, form, form.data)
+            )
+            if form.device.type != "cpu":
+                batches = [batch.to(form.device, non_blocking=True) for batch in batches]
             return _RankStep(share, batches, None if self._stream is None else self._stream.record_event())
 
-    def _release(self, shard: OpenShard[Any]) -> None:
+    def _release(self, shard: OpenShard) -> None:
         self._free.append(shard.workspace)

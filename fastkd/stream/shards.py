@@ -1,7 +1,7 @@
-"""A shard that is open: its rows in memory, with what is needed to take parts of it into micro-batches."""
+"""A shard in memory, with what is needed to take some of its sequences into micro-batches."""
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,95 +17,88 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """What belongs to the n rows of a shard beside their targets.
+class TextInputs:
+    """The inputs of the n rows of a shard of text.
 
-    tokens, labels, places `[n]`: the input, what comes after it in its piece (IGNORED: nothing, or it does not count),
-        and its place in the piece.
-    piece_begins `[pieces + 1]`: where pieces begin. first_piece `[sequences + 1]`: the first piece of each sequence.
+    A segment is the part of a document that lies in one sequence (window); without documents, a whole sequence.
+
+    tokens, labels `[n]`: the input, and the next token of its segment (IGNORED: none, or the row does not count).
+    segments `[segments + 1]`: the first row of each. first_segment `[sequences + 1]`: the first segment of each
+        sequence.
     """
 
     tokens: Array
     labels: Array
-    places: Array
-    piece_begins: Ints
-    first_piece: Ints
-
-    def pieces_of(self, sequences: Ints) -> Ints:
-        """The pieces of some sequences, one after another."""
-        begins = self.first_piece[sequences]
-        return ranges(begins, self.first_piece[sequences + 1] - begins)
+    segments: Ints
+    first_segment: Ints
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleInputs:
-    """What belongs to the n rows of a shard of examples beside their targets.
+    """The inputs of the n rows of a shard of examples.
 
-    example, seed `[n]` int64: the example's number in its data set, and what it was augmented by.
-    counts `[n]`: whether the teacher said something. first_row `[sequences + 1]`: where sequences begin.
+    example, seed `[n]` int64: the example's number in its data set, and its augmentation seed.
+    counts `[n]`: whether the row has a target. first_row `[sequences + 1]`: the first row of each sequence.
     """
 
-    example: Array
-    seed: Array
+    example: Ints
+    seed: Ints
     counts: NDArray[np.bool_]
     first_row: Ints
 
 
-AnyInputs = TypeVar("AnyInputs", Inputs, ExampleInputs)
-
-
 @dataclass(frozen=True, eq=False)
-class OpenShard(Generic[AnyInputs]):
-    """A shard in memory. rows: its targets (ids, logprobs, tail, outcomes and maybe draws, `[n, ...]`). workspace: the
-    memory that the rows are in, to be used again."""
+class OpenShard:
+    """A decoded shard.
 
-    inputs: AnyInputs
-    rows: dict[str, Array]
+    inputs: `TextInputs` or `ExampleInputs`. targets: the arrays of its n rows, by the names of `SparseTargets`.
+    workspace: the memory that they lie in, to be used again.
+    """
+
+    inputs: Any
+    targets: dict[str, Array]
     workspace: Workspace
 
 
 def ranges(begins: Ints, lengths: Ints) -> Ints:
-    """begins[0], begins[0] + 1, ... lengths[0] of them, then those from begins[1] on, and so on."""
+    """The numbers from begins[i] to below begins[i] + lengths[i], for each i in turn."""
     ends = np.cumsum(lengths)
     return np.repeat(begins - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard[Any]:
-    """A shard read and decoded into memory that is kept."""
+def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard:
+    """Read and decode a shard into the workspace."""
     arrays = cache.read_shard(index, into=workspace)
-    # entries come first in a row: one that does not count has none in its first place
+    # a row that does not count has no entries, not even a first one
     counts = arrays["logprobs"][:, 0] > -np.inf
-    rows = {field.name: arrays[field.name] for field in FIELDS if field.name in arrays}
-    return OpenShard(_inputs(cache, arrays, counts), rows=rows, workspace=workspace)
+    inputs = _text_inputs(arrays, counts) if "tokens" in cache.spec.inputs else _example_inputs(arrays, counts)
+    return OpenShard(inputs, {f.name: arrays[f.name] for f in FIELDS if f.name in arrays}, workspace)
 
 
-def _inputs(cache: Cache, arrays: dict[str, Array], counts: NDArray[np.bool_]) -> Inputs | ExampleInputs:
-    """From a shard's columns and lengths. counts `[n]`: which rows have targets; it is changed."""
-    if "tokens" not in cache.spec.inputs:
-        first_row = _begins(arrays["sequence_lengths"])
-        # the columns lie in memory that is used again
-        example, seed = (arrays[name].astype(np.int64) for name in EXAMPLE_COLUMNS)
-        return ExampleInputs(example, seed, counts, first_row)
+def _example_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> ExampleInputs:
+    # copies: the columns lie in the workspace
+    example, seed = (arrays[name].astype(np.int64) for name in EXAMPLE_COLUMNS)
+    return ExampleInputs(example, seed, counts, _bounds(arrays["sequence_lengths"]))
+
+
+def _text_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> TextInputs:
     tokens = arrays["tokens"]
-    n = len(tokens)
-    if "loss_mask" in cache.spec.inputs:
-        counts &= arrays["loss_mask"].astype(bool, copy=False)
-    begins = np.zeros(n + 1, bool)
-    sequence_begins = _begins(arrays["sequence_lengths"])
-    begins[sequence_begins] = True
+    if "loss_mask" in arrays:
+        counts = counts & arrays["loss_mask"].astype(bool, copy=False)
+    begins = np.zeros(len(tokens) + 1, bool)
+    sequences = _bounds(arrays["sequence_lengths"])
+    begins[sequences] = True
     if "document_lengths" in arrays:
-        # a document may go on in the next sequence, which does not see it
-        begins[_begins(arrays["document_lengths"])] = True
-    piece_begins = np.flatnonzero(begins)
-    labels = np.empty(n, np.int32)
+        # a document may continue in the next sequence, as another segment
+        begins[_bounds(arrays["document_lengths"])] = True
+    segments = np.flatnonzero(begins)
+    labels = np.empty(len(tokens), np.int32)
     labels[:-1] = tokens[1:]
-    labels[piece_begins[1:] - 1] = IGNORED
+    labels[segments[1:] - 1] = IGNORED
     labels[~counts] = IGNORED
-    places = np.arange(n, dtype=np.int32)
-    places -= np.repeat(piece_begins[:-1].astype(np.int32), np.diff(piece_begins))
-    return Inputs(tokens, labels, places, piece_begins, np.searchsorted(piece_begins, sequence_begins))
+    return TextInputs(tokens, labels, segments, np.searchsorted(segments, sequences))
 
 
-def _begins(lengths: Array) -> Ints:
-    """Where stretches of these lengths begin, and where the last ends: `[stretches + 1]`."""
+def _bounds(lengths: Array) -> Ints:
+    """The first row of each of these lengths, and the end of the last: `[m + 1]`."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
