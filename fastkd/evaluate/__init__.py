@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .api import Evaluation, compare, evaluate
-    from .measures import MEASURES
+    from .api import Evaluation as Evaluation
+    from .api import compare as compare
+    from .api import evaluate as evaluate
+    from .measures import MEASURES as MEASURES
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__, submod_attrs={"api": ["Evaluation", "compare", "evaluate"], "measures": ["MEASURES"]}

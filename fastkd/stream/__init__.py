@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from ..errors import StreamError
-    from ..utils.distributed import summed_over
-    from .batch import ExampleBatch, MicroBatch, Step
-    from .cached import CachedSource, DistillLoader
-    from .epoch_order import Epoch, order
-    from .source import BatchSource
+    from ..errors import StreamError as StreamError
+    from ..utils.distributed import summed_over as summed_over
+    from .batch import ExampleBatch as ExampleBatch
+    from .batch import MicroBatch as MicroBatch
+    from .batch import Step as Step
+    from .cached import CachedSource as CachedSource
+    from .cached import DistillLoader as DistillLoader
+    from .epoch_order import Epoch as Epoch
+    from .epoch_order import order as order
+    from .source import BatchSource as BatchSource
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
