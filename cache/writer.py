@@ -6,6 +6,7 @@ import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from enum import StrEnum
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
@@ -42,6 +43,22 @@ class Commit(StrEnum):
 
     COMMITTED = "committed"
     ALREADY_THERE = "already there"
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The keyword arguments of `write_shard` beside inputs and targets.
+
+    sequence_lengths: of consecutive sequences that make up the shard (default: one). document_lengths: of the documents
+    in them, likewise. first_sequence: the number of the first sequence in the whole cache (default: 0).
+    record: how the shard was made, for people and tools: JSON of up to 16 KiB, kept in its attributes, not covered by
+    the hash of its contents.
+    """
+
+    sequence_lengths: Sequence[int] | Array | None = None
+    document_lengths: Sequence[int] | Array | None = None
+    first_sequence: int = 0
+    record: Mapping[str, Any] | None = None
 
 
 def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
@@ -125,10 +142,7 @@ class CacheWriter:
         tail: Array,
         draws: Array | None = None,
         outcomes: Array | int | None = None,
-        sequence_lengths: Sequence[int] | Array | None = None,
-        document_lengths: Sequence[int] | Array | None = None,
-        first_sequence: int = 0,
-        record: Mapping[str, Any] | None = None,
+        **layout: Any,
     ) -> Commit:
         """Check, encode and commit a shard of n positions; returns when it is durable.
 
@@ -136,10 +150,7 @@ class CacheWriter:
         ids, logprobs, tail, draws, outcomes: `[n, K]`, `[n, K]`, `[n, M]`, `[n, K]`, `[n]` or one for all, as in
             SparseTargets (NumPy arrays); a position that does not count has no entries (log-probability −inf and id 0
             throughout). outcomes defaults to all of the vocabulary outside the top-k entries.
-        sequence_lengths: of consecutive sequences that make up the shard (default: one). document_lengths: of the
-            documents in them, likewise. first_sequence: the number of the first sequence in the whole cache.
-        record: how the shard was made, for people and tools: JSON of up to 16 KiB, kept in its attributes, not
-            covered by the hash of its contents.
+        layout: sequence_lengths, document_lengths, first_sequence and record; see `ShardLayout`.
 
         Log-probabilities and tails are rounded to the steps of the spec's codec; entries that round to the same step
         may be reordered.
@@ -152,15 +163,17 @@ class CacheWriter:
         targets = check_targets(self.spec, ids, logprobs, tail, draws, outcomes)
         check_sorted(targets)
         n = len(targets.ids)
-        first = check_number("first_sequence", first_sequence)
+        given = ShardLayout(**layout)
+        first = check_number("first_sequence", given.first_sequence)
         columns = check_inputs(self.spec, inputs, n)
-        lengths = check_lengths("sequence_lengths", [n] if sequence_lengths is None else sequence_lengths, n)
+        sequences = [n] if given.sequence_lengths is None else given.sequence_lengths
+        lengths = check_lengths("sequence_lengths", sequences, n)
         arrays: dict[str, Array] = {f"inputs/{name}": column for name, column in columns.items()}
         arrays["sequence_lengths"] = lengths
-        if document_lengths is not None:
-            arrays["document_lengths"] = check_lengths("document_lengths", document_lengths, n)
+        if given.document_lengths is not None:
+            arrays["document_lengths"] = check_lengths("document_lengths", given.document_lengths, n)
         mine: dict[str, Any] = {"first_sequence": first, "sequences": len(lengths), "positions": n}
-        recorded = {} if record is None else {"record": check_record(record)}
+        recorded = {} if given.record is None else {"record": check_record(given.record)}
         if self._attempt_of(index, mine) is not None:
             return self._written(index, Commit.ALREADY_THERE)
         self._check_unsealed(index)
