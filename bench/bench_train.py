@@ -30,7 +30,7 @@ from fastkd.bench.harness import peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.demo.step import labels_only
+from fastkd.demo.timing import labels_only
 from fastkd.kernels.loss.linear import default_chunk
 from fastkd.models.hub import load_transformers
 from fastkd.settings import TrainSettings

@@ -1,9 +1,9 @@
-"""Recordings as a page of plots: rates and memory against sizes, limits as lines, then all rows."""
+"""Recordings as a page: plots of rates and memory by size, with limits, and tables of all rows."""
 
 from collections.abc import Mapping, Sequence
 
 from fastkd.bench.hardware import named
-from fastkd.bench.results import absolute, cases_of, figure_text, latest
+from fastkd.bench.results import cases_of, figure_text, latest
 from fastkd.bench.suites import SUITES
 from fastkd.bench.table import Recording, Row
 from fastkd.report.page import (
@@ -33,26 +33,24 @@ _AXES = {
     "T": "temperature T",
     "students": "students",
 }
-_KINDS = {  # unit: what it is of, which way is better
-    "GB/s": ("Rate", "Higher is better; the logits' bytes over the time"),
-    "TFLOP/s": ("Rate", "Higher is better; the products' operations over the time"),
-    "MiB": ("Memory", "Lower is better; peak beyond inputs and gradients"),
-    "nats": ("Held-out KL", "Lower is better; from the teacher to the student, both at T = 1"),
-    "s": ("Time", "Lower is better; of all students together"),
+_KINDS = {  # by unit: title, and which direction is better
+    "GB/s": ("Rate", "Higher is better; bytes of the logits divided by the time"),
+    "TFLOP/s": ("Rate", "Higher is better; operations of the products divided by the time"),
+    "MiB": ("Memory", "Lower is better; peak without inputs and gradients"),
+    "nats": ("Held-out KL", "Lower is better; KL(teacher ‖ student) at T = 1"),
+    "s": ("Time", "Lower is better; for all students together"),
 }
 
 
 def page_of(recordings: Sequence[Recording]) -> Page:
-    """The page of the last recording of every suite, size and machine."""
+    """The page of the latest recording of every suite, size and machine."""
     found = latest(recordings)
-    machines = list(dict.fromkeys(named(dict(r.hardware)) for r in found))
+    machines = "; ".join(dict.fromkeys(named(dict(r.hardware)) for r in found))
     return Page(
-        title="What fastkd costs",
-        lead="Measured by fastkd bench on "
-        + "; ".join(machines)
-        + ". Ratios are of runs that take turns in one process.",
+        title="Benchmarks of fastkd",
+        lead=f"Measured by fastkd bench on {machines}. Ratios are between runs that alternate in one process.",
         sections=[Section("", [_cards(found)]), *(_section(recording) for recording in found)],
-        foot="Made by fastkd bench. This page is one file and asks nothing of any server.",
+        foot="Made by fastkd bench. This page is one file and loads nothing from the network.",
     )
 
 
@@ -63,9 +61,9 @@ def _cards(recordings: Sequence[Recording]) -> Cards:
     absent = sum(row.figure is None for row in rows)
     return Cards(
         [
-            Card("Limits that hold", f"{held} of {held + missed}", f"{missed} missed", "bad" if missed else "good"),
+            Card("Limits met", f"{held} of {held + missed}", f"{missed} missed", "bad" if missed else "good"),
             Card("Rows", str(len(rows) - absent), f"in {len(recordings)} suites"),
-            Card("Not run here", str(absent), "peers that need a GPU, or are not installed"),
+            Card("Not run", str(absent), "peers that need a GPU, or are not installed"),
         ]
     )
 
@@ -73,24 +71,24 @@ def _cards(recordings: Sequence[Recording]) -> Cards:
 def _section(recording: Recording) -> Section:
     suite = SUITES.get(recording.suite)
     says = f"{suite.title}. " if suite else ""
-    size = "The sizes that figures are published at" if recording.size == "full" else "Small sizes"
+    size = "Full sizes" if recording.size == "full" else "Small sizes"
     about = f"{says}{size}, {recording.seconds:.0f} s on {named(dict(recording.hardware))}."
     blocks: list[Block] = [Paragraph(about)]
     charts = charts_of(recording)
     blocks += [Charts(charts)] if charts else []
     limited = [row for row in recording.rows if row.limit]
     if limited:
-        blocks.append(_table("against its limit", limited, with_case=True))
+        blocks.append(_table("row", limited, with_case=True))
     blocks += [_table(case, rows, folded=case) for case, rows in cases_of(recording)]
     return Section(recording.suite, blocks)
 
 
 def charts_of(recording: Recording) -> list[Chart]:
-    """One for each unit and each size that was varied while the others stayed."""
+    """A chart for each unit and each size that varies while the others stay the same."""
     rows = [row for row in recording.rows if row.line and row.value is not None and row.unit in _KINDS and row.at]
     names = list(dict.fromkeys(row.line for row in rows if row.line != LIMIT))
     series = {name: Series(name, i % _COLOURS, dashed=i >= _COLOURS) for i, name in enumerate(names)}
-    series[LIMIT] = Series("the limit, measured beside it", None)
+    series[LIMIT] = Series("limit, measured in the same run", None)
     found = []
     for unit, (what, says) in _KINDS.items():
         for axis, label in _AXES.items():
@@ -112,7 +110,7 @@ def charts_of(recording: Recording) -> list[Chart]:
 
 
 def varied(rows: Sequence[Row], axis: str) -> tuple[list[Row], Mapping[str, float]]:
-    """The rows that differ in one size alone, at those others that have most of them; and these. None of one point."""
+    """The most rows that differ only in one size, and the other sizes; no rows if that size does not vary."""
     groups: dict[tuple[tuple[str, float], ...], list[Row]] = {}
     for row in rows:
         if axis in row.at:
@@ -140,4 +138,4 @@ def _table(head: str, rows: Sequence[Row], *, folded: str = "", with_case: bool 
 def _row(row: Row, *, with_case: bool) -> TableRow:
     tone = {"ok": "good", "MISSED": "bad"}.get(row.verdict, "")
     figure = Cell(figure_text(row), tone=tone, mark=row.verdict)
-    return TableRow(row.name, [figure, Cell(row.limit), Cell(", ".join(absolute(row)))], row.case if with_case else "")
+    return TableRow(row.name, [figure, Cell(row.limit), Cell(", ".join(row.details()))], row.case if with_case else "")

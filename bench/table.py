@@ -1,4 +1,4 @@
-"""Rows of figures beside their limits: printed as they come, and kept as a recording, which is one shape of JSON."""
+"""Measured rows with their limits: printed at once, and collected in a recording that is stored as JSON."""
 
 import json
 import time
@@ -14,13 +14,12 @@ from fastkd.utils.timing import Figure
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what (`name`) at which sizes (`case`).
+    """A measurement: of what (`name`), at which sizes (`case`).
 
-    ratio: the median ratio over `over`, a run of the same process; value: the absolute figure in `unit`. Either may be
-    None, and both are where a peer cannot run (`note` says why). p20 and p80 are of the ratio where there is one, else
-    of the value. limit: "<= 1.10" or ">= 0.93", of the ratio or else the value, or "". better: "lower", "higher", or
-    "" for what is not compared between recordings (times, rates). at: the sizes as numbers, for plots. line: whose it
-    is in them.
+    ratio: the median ratio to `over`, a run in the same process; value: the absolute value in `unit`. Either may be
+    None; both are if a peer cannot run (`note` says why). p20, p80: percentiles of the ratio, or else of the value.
+    limit: "<= 1.10" or ">= 0.93" for the ratio, or else the value; or "". better: "lower", "higher", or "" if it is not
+    compared between recordings (times, rates). at: the sizes as numbers, for plots; line: its line in them.
     """
 
     name: str
@@ -44,17 +43,32 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "ok" or "MISSED", or "" where there is no limit."""
+        """ "ok" or "MISSED"; "" without a limit."""
         if not self.limit or self.figure is None:
             return ""
         sign, bound = self.limit.split()
         holds = self.figure <= float(bound) if sign == "<=" else self.figure >= float(bound)
         return "ok" if holds else "MISSED"
 
+    def details(self, bound: float | None = None) -> list[str]:
+        """What the ratio is to, the absolute value, and the note. bound: the machine's limit, in the row's unit."""
+        words = [f"over {self.over}"] if self.over else []
+        if self.ratio is not None and self.value is not None:
+            words.append(f"{self.value:.4g} {self.unit}")
+        if self.value is not None and bound and self.value != bound:
+            words.append(f"{self.value / bound:.0%} of the limit")
+        return words + ([self.note] if self.note else [])
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are not empty, numbers with six significant figures; and the verdict."""
+        found = {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
+        found = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
+        return found | ({"verdict": self.verdict} if self.verdict else {})
+
 
 @dataclass(frozen=True)
 class Recording:
-    """A suite's rows. size: "small" or "full"."""
+    """The rows of a suite. size: "small" or "full"."""
 
     suite: str
     size: str
@@ -64,18 +78,12 @@ class Recording:
     rows: Sequence[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON knows it: numbers to six figures, and of a row what is not empty."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": [_row_json(row) for row in self.rows]}
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    found = {name: value for name, value in asdict(row).items() if value not in (None, "", {})}
-    found = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
-    return found | ({"verdict": row.verdict} if row.verdict else {})
+        """For JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": [row.to_json() for row in self.rows]}
 
 
 class Table:
-    """What a suite's cases write their rows to."""
+    """Collects and prints the rows of a suite."""
 
     def __init__(self, device: str, suite: str = "", *, size: str = "full") -> None:
         self.device, self.suite, self.size = device, suite, size
@@ -101,15 +109,15 @@ class Table:
         unit: str = "",
         **more: Any,
     ) -> None:
-        """A ratio over another run of this process, and what it is in absolute figures."""
+        """Add a ratio to another run in this process, and its absolute value."""
         self._add(name, found, ratio=True, over=over, limit=limit, better=better, value=value, unit=unit, **more)
 
     def value(self, name: str, found: Figure | float, unit: str, limit: str = "", **more: Any) -> None:
-        """An absolute figure. better: where it is the same on every machine (bytes, errors), and can be compared."""
+        """Add an absolute value. better: only if it is the same on every machine (bytes, errors)."""
         self._add(name, found, ratio=False, unit=unit, limit=limit, **more)
 
     def absent(self, name: str, why: str, **more: Any) -> None:
-        """A peer that does not run here."""
+        """Add a peer that cannot run here."""
         self._keep(Row(name, self.case, note=why, **more))
 
     def _add(self, name: str, found: Figure | float, *, ratio: bool, **more: Any) -> None:
@@ -123,37 +131,32 @@ class Table:
         print(line(row, self.limits.get(row.unit)), flush=True)
 
     def recording(self) -> Recording:
-        """All of it."""
+        """All rows, with hardware and versions."""
         seconds = round(time.monotonic() - self._begun, 1)
         return Recording(self.suite, self.size, self.hardware, versions(), seconds, tuple(self.rows))
 
     def save(self, path: Path | str | None) -> None:
-        """The rows and the hardware, as JSON; nowhere, where no path is given."""
+        """Write the recording as JSON, if a path is given."""
         if path:
             save([self.recording()], Path(path))
 
 
 def line(row: Row, bound: float | None = None) -> str:
-    """A row as text. bound: what the machine could do at most, in the row's unit."""
+    """A row as text. bound: as in `Row.details`."""
     if row.figure is None:
         return f"  {row.name:<64} {'-':>9}  {row.note}"
     unit = "x" if row.ratio is not None else row.unit
     spread = f"{row.p20:.3f} to {row.p80:.3f}" if row.p20 is not None else ""
-    words = [f"over {row.over}"] if row.over else []
-    if row.ratio is not None and row.value is not None:
-        words.append(f"{row.value:.4g} {row.unit}")
-    if row.value is not None and bound and row.value != bound:
-        words.append(f"{row.value / bound:.0%} of the limit")
-    words += [row.note] if row.note else []
     limit = f"{row.limit} {row.verdict}" if row.limit else ""
-    return f"  {row.name:<64} {row.figure:9.3f} {unit:<8} {spread:<16} {limit:<14} {', '.join(words)}".rstrip()
+    details = ", ".join(row.details(bound))
+    return f"  {row.name:<64} {row.figure:9.3f} {unit:<8} {spread:<16} {limit:<14} {details}".rstrip()
 
 
 def save(recordings: Sequence[Recording], path: Path) -> None:
-    """Recordings as a file: a list, always."""
+    """Write recordings as a JSON list, a row per line, so that files can be compared by eye."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
-    for recording in recordings:  # a row a line, so that two files can be compared by eye
+    for recording in recordings:
         found = recording.to_json()
         rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
         parts.append(f'{json.dumps(found)[:-1]}, "rows": [\n  {rows}\n]}}')
@@ -161,7 +164,7 @@ def save(recordings: Sequence[Recording], path: Path) -> None:
 
 
 def load(path: Path) -> list[Recording]:
-    """What `save` wrote. Raises ReportError where it is something else."""
+    """Read what `save` wrote. Raises ReportError for anything else."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, list):

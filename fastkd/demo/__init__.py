@@ -1,4 +1,7 @@
-"""The demo. Each task is a module here, with `run(settings, stop)`; `run_demo` runs the one that is asked for."""
+"""The demo: capture a real teacher, train students from the cache, and report. A module per task, with `run`.
+
+Belongs here: what a person would do by hand, in order, on real input. Does not: anything the engine itself needs.
+"""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -7,15 +10,15 @@ if TYPE_CHECKING:
     from ..utils.signals import Stop
 
 
-class Done(NamedTuple):
-    """What a task leaves: its report as JSON can hold it, and as text for a person."""
+class DemoResult(NamedTuple):
+    """The report of a task, for JSON and as text."""
 
     report: dict[str, Any]
     text: str
 
 
-def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> Done:
-    """Run the demo, or what is missing of it. `Stopped` where a stop was asked for."""
+def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> DemoResult:
+    """Run a task, reusing the results of an earlier run. Raises `Stopped` if `stop` was called."""
     if settings.task == "digits":
         from . import digits
 

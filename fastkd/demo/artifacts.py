@@ -1,39 +1,60 @@
-"""What is made once: beside a result lies what it was made of, and only where that is the same it is taken again."""
+"""Results that are stored together with the inputs they depend on, and reused as long as the inputs are the same."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..utils.atomic import write_text
+from ..utils.atomic import remove_folder, write_text
 
 Json = dict[str, Any]
+INPUTS, RESULT = "of", "found"  # keys in the file
+FOLDER_INPUTS = "made.json"  # in a complete folder
 
 
-def there(path: Path, of: Json) -> Json | None:
-    """What `keep` kept there, where it was made of the same; else None, also where the file cannot be read as such."""
+def load_result(path: Path, inputs: Json) -> Json | None:
+    """The stored result; None if there is none, it is of other inputs, or the file cannot be parsed."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # of another version, or by another hand: it is made anew
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(found, dict) and found.get("of") == plain(of) and isinstance(found.get("found"), dict)
-    return found["found"] if same else None
+    same = isinstance(stored, dict) and stored.get(INPUTS) == plain(inputs) and isinstance(stored.get(RESULT), dict)
+    return stored[RESULT] if same else None
 
 
-def keep(path: Path, of: Json, found: Json) -> Json:
-    """Write a result and what it was made of, whole or not at all; the result as JSON holds it."""
+def save_result(path: Path, inputs: Json, result: Json) -> Json:
+    """Store a result with its inputs. Returns it as `load_result` will."""
+    write_json(path, {INPUTS: inputs, RESULT: result})
+    return plain(result)
+
+
+def cached_result(path: Path, inputs: Json, compute: Callable[[], Json]) -> Json:
+    """The stored result, or else a new one, which is stored."""
+    found = load_result(path, inputs)
+    return save_result(path, inputs, compute()) if found is None else found
+
+
+def make_folder(folder: Path, inputs: Json, make: Callable[[], object]) -> bool:
+    """Call `make`, which fills a folder, unless it is complete with the same inputs. Returns whether it was called.
+
+    A complete folder of other inputs is removed before; an incomplete one stays as it is, so that `make` can resume.
+    """
+    if load_result(folder / FOLDER_INPUTS, inputs) is not None:
+        return False
+    if (folder / FOLDER_INPUTS).exists():
+        remove_folder(folder)
+    make()
+    save_result(folder / FOLDER_INPUTS, inputs, {})
+    return True
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write JSON atomically; paths become text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"of": of, "found": found}, indent=1, allow_nan=False, default=str) + "\n")
-    return plain(found)
-
-
-def once(path: Path, of: Json, make: Callable[[], Json]) -> Json:
-    """The result that is there, or a new one."""
-    found = there(path, of)
-    return keep(path, of, make()) if found is None else found
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def plain(value: Json) -> Json:
-    """As it comes back from a file: tuples are lists, paths text."""
+    """The value as JSON returns it: tuples as lists, paths as text."""
     found: Json = json.loads(json.dumps(value, default=str))
     return found

@@ -1,12 +1,13 @@
-"""The demo of a classifier: handwritten digits, a teacher trained on the spot, and from its cache a student a tenth of
-its size, beside its control.
+"""The digits task: a classifier of handwritten digits is trained and captured, and a student a tenth of its size is
+trained from the cache, with a control.
 
-DEMO/digits/  teacher.safetensors  cache/  student/ (a run, with control/)  report.html  report.json
+OUT/digits/  teacher.safetensors  cache/  student/ (a run, with control/)  report.html  report.json
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,25 @@ from ..report.make import make_report
 from ..settings import DemoSettings
 from ..train.api import EVALUATION, train
 from ..train.result import CONTROL, RUN
-from ..utils.atomic import write_file, write_text
+from ..utils.atomic import write_file
 from ..utils.intervals import Interval
-from ..utils.numbers import with_half
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
-from . import Done
-from .damage import verified
+from . import DemoResult
+from .artifacts import write_json
 from .digits_data import CLASSES, HELD_OUT, digits
-from .digits_net import Net, net, train_teacher
-from .stages import Clock
+from .digits_net import Net, new_net, train_teacher
+from .results import scores_table
+from .stages import Stages, seconds_text
+from .verification import verify_before_training
+
+MEASURES = printed_in(CLASSIFIER_DEMO)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """images: of the 1797. copies: of each, augmented differently. The rest: widths of the networks, and passes over
-    the images, or the cache."""
+    """images: of the 1797. copies: augmented copies of each. widths: of the networks. epochs: passes over the images
+    (teacher), or over the cache (student)."""
 
     images: int = 1797
     copies: int = 8
@@ -51,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Training:
-    """Of the student; the control's alpha is 1."""
+    """Settings of the student; the control has alpha = 1."""
 
     alpha: float = 0.1
     temperature: float = 2.0
@@ -60,153 +64,129 @@ class Training:
     batch_size: int = 32
 
 
-def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None = None) -> Done:
-    """All of it; what is there from before is taken as it is.
+def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None = None) -> DemoResult:
+    """Run the task, reusing earlier results, and write report.html and report.json.
 
-    Raises DataError where other settings are given than this task has, or scikit-learn is not installed; CacheError
-    where the folder holds another cache, or a damaged one; `Stopped` where a stop was asked for.
+    Raises DataError for settings that this task does not have, or if scikit-learn is not installed; CacheError if the
+    folder has a cache of other settings or a damaged one; `Stopped` if `stop` was called.
     """
-    check(settings)
-    sizes, clock, out, seed = sizes or Sizes(), Clock(), settings.out / "digits", settings.seed
-    with clock.stage("digits", "scikit-learn's, turned and shifted by their seeds"):
+    reject_other_settings(settings)
+    sizes, stages, out, seed = sizes or Sizes(), Stages(), settings.out / "digits", settings.seed
+    with stages.stage("digits", "from scikit-learn, rotated and shifted at random"):
         data = digits(seed, images=sizes.images, copies=sizes.copies)
-    with clock.stage("teacher", f"a network of width {sizes.teacher_width}, trained on labels"):
-        teacher, trained = have_teacher(out / "teacher.safetensors", data, sizes, seed, clock)
-    with clock.stage("capture", f"{len(data) * data.copies:,} augmented digits into {out / 'cache'}"):
-        captured = have_cache(out / "cache", teacher, data, seed, clock, stop)
-    checked = verified(out / "cache", clock)
-    with clock.stage("train", "a student from the cache, then its control on labels alone"):
-        of_teacher = dict(zip(("parameters", "bytes"), parameters_and_bytes(teacher), strict=True))
-        del teacher
-        have_student(out / "student", out / "cache", data, sizes, seed, of_teacher, clock, stop)
-    with clock.stage("report", str(out / "report.html")):
+    with stages.stage("teacher", f"a network of width {sizes.teacher_width}, trained on labels"):
+        teacher, trained = load_or_train_teacher(out / "teacher.safetensors", data, sizes, seed, stages)
+    teacher_size = dict(zip(("parameters", "bytes"), parameters_and_bytes(teacher), strict=True))
+    with stages.stage("capture", f"{len(data) * data.copies:,} augmented digits into {out / 'cache'}"):
+        captured = capture(
+            teacher, data, out / "cache", vocab_size=CLASSES, k=CLASSES, draws=0, held_out=HELD_OUT, seed=seed,
+            shard_positions=1024, batch_tokens=1024, stop=stop, progress=mode_for(),
+        )  # fmt: skip
+        if not captured.complete:
+            raise Stopped
+        if not captured.positions_captured:
+            stages.log("capture: the cache is complete, the teacher did not run")
+    del teacher
+    checked = verify_before_training(out / "cache", stages)
+    with stages.stage("train", "a student from the cache, then its control on labels alone"):
+        done = train(
+            # another seed than the teacher's: equal initial weights alone could make them similar
+            partial(new_net, sizes.student_width, seed + 1), out / "cache", out / "student", data=data, control=True,
+            stop=stop, progress=mode_for(), epochs=float(sizes.epochs), seed=seed, **asdict(Training()),
+        )  # fmt: skip
+        if not done.complete:
+            raise Stopped
+        if done.control is not None and done.resumed == done.steps == done.control.resumed:
+            stages.log("train: the students are reused")
+        document = json.loads((out / "student" / RUN).read_text())
+        write_json(out / "student" / RUN, document | {"teacher": teacher_size})
+    with stages.stage("report", str(out / "report.html")):
         make_report([out / "student"], out / "report.html")
     report = {
         "fastkd": __version__,
         "settings": {"task": "digits", "out": str(settings.out), "seed": seed} | asdict(sizes) | asdict(Training()),
-        "teacher": of_teacher,
+        "teacher": teacher_size,
         "trained_now": trained,
-        "captured_now": captured,
+        "captured_now": captured.positions_captured,
         "positions": checked.positions,
         "bytes": checked.bytes,
-        "seconds": clock.seconds | {"all": clock.total},
-        **scores(out / "student"),
+        "seconds": stages.seconds,
+        **read_scores(out / "student"),
     }
-    write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return Done(report, text_of(report))
+    write_json(out / "report.json", report)
+    return DemoResult(report, text_of(report))
 
 
-def check(settings: DemoSettings) -> None:
-    """DataError where a setting is given that is another task's."""
+def reject_other_settings(settings: DemoSettings) -> None:
+    """Raise DataError for a setting that only the language task has."""
     for field in fields(DemoSettings):
         if field.name not in ("task", "out", "seed") and (value := getattr(settings, field.name)) != field.default:
-            raise DataError(f"{field.name}: got {value!r} with the task digits, which has none. Leave it out.")
+            raise DataError(f"{field.name}: got {value!r}, but the task digits has no such setting. Leave it out.")
 
 
-def have_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, clock: Clock) -> tuple[Net, bool]:
-    """The teacher that is there, if it was made with the same settings, or a new one; and whether it is new."""
-    made = json.dumps({"seed": seed, "width": sizes.teacher_width, "epochs": sizes.teacher_epochs,
-                       "data": data.fingerprint(), "labels": data.labels_fingerprint()})  # fmt: skip
-    teacher = net(sizes.teacher_width, seed)
+def load_or_train_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, stages: Stages) -> tuple[Net, bool]:
+    """The teacher in a file, if it has the same settings and data, or else a new one; and whether it is new."""
+    inputs = json.dumps({"seed": seed, "width": sizes.teacher_width, "epochs": sizes.teacher_epochs,
+                         "data": data.fingerprint(), "labels": data.labels_fingerprint()})  # fmt: skip
+    teacher = new_net(sizes.teacher_width, seed)
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made") == made:
+            if (file.metadata() or {}).get("made") == inputs:
                 teacher.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                clock.say(f"teacher: it is there from before, in {path}")
+                stages.log(f"teacher: {path} is reused")
                 return teacher.eval(), False
-        clock.say(f"teacher: the one in {path} was made with other settings")
+        stages.log(f"teacher: {path} has other settings")
     except FileNotFoundError:
         pass
     except SafetensorError as error:
-        clock.say(f"teacher: {path} cannot be read ({error})")
+        stages.log(f"teacher: {path} cannot be read ({error})")
     teacher = train_teacher(sizes.teacher_width, data, seed, epochs=sizes.teacher_epochs, progress=mode_for())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda part: save_file(teacher.state_dict(), part, metadata={"made": made}))
+    write_file(path, lambda temporary: save_file(teacher.state_dict(), temporary, metadata={"made": inputs}))
     return teacher, True
 
 
-def have_cache(place: Path, teacher: Net, data: Examples, seed: int, clock: Clock, stop: Stop | None) -> int:
-    """Have the cache whole; how many digits the teacher had to be run on for it."""
-    report = capture(
-        teacher, data, place, vocab_size=CLASSES, k=CLASSES, draws=0, held_out=HELD_OUT, seed=seed,
-        shard_positions=1024, batch_tokens=1024, stop=stop, progress=mode_for(),
-    )  # fmt: skip
-    if not report.complete:
-        raise Stopped
-    if not report.positions_captured:
-        clock.say("capture: the cache is there from before, the teacher is not run")
-    return report.positions_captured
-
-
-def have_student(
-    out: Path, cache: Path, data: Examples, sizes: Sizes, seed: int, teacher: dict[str, int], clock: Clock,
-    stop: Stop | None,
-) -> None:  # fmt: skip
-    """Have the run of the student, its control in it. teacher: what its report says of the teacher."""
-    report = train(
-        # whoever starts where the teacher started could come to the same by that alone
-        lambda: net(sizes.student_width, seed + 1), cache, out, data=data, control=True, stop=stop,
-        progress=mode_for(), epochs=float(sizes.epochs), seed=seed, **asdict(Training()),
-    )  # fmt: skip
-    if not report.complete:
-        raise Stopped
-    if report.control is not None and report.resumed == report.steps == report.control.resumed:
-        clock.say("train: the students are there from before")
-    document = json.loads((out / RUN).read_text())
-    write_text(out / RUN, json.dumps(document | {"teacher": teacher}, indent=1, allow_nan=False) + "\n")
-
-
-def scores(run: Path) -> dict[str, Any]:
-    """What was measured of each on the digits held out, and how student and control differ."""
+def read_scores(run: Path) -> dict[str, Any]:
+    """The measures of teacher, student and control on held-out digits, and student minus control."""
     ours, control = (Evaluation.from_json(json.loads((f / EVALUATION).read_text())) for f in (run, run / CONTROL))
     document = json.loads((run / RUN).read_text())
-    of_teacher = ours.teacher_intervals()
-    # all classes are kept, so its labels are known and the bound is the figure
-    of_teacher["cross_entropy"] = of_teacher["cross_entropy_at_least"]
-    everyone = {"teacher": of_teacher, "student": ours.intervals(), "control": control.intervals()}
+    teacher = ours.teacher_intervals()
+    # the cache has all classes: every label is known, and the bound is exact
+    teacher["cross_entropy"] = teacher["cross_entropy_at_least"]
+    measures = {"teacher": teacher, "student": ours.intervals(), "control": control.intervals()}
     return {
         "student": {name: document["student"][name] for name in ("parameters", "bytes")},
         "held_out": ours.windows,
         "waiting": document["report"]["waiting"],
-        "scores": {name: as_json(measures) for name, measures in everyone.items()},
-        "student_minus_control": as_json(compare(ours, control)),
+        "scores": {name: _to_json(found) for name, found in measures.items()},
+        "student_minus_control": _to_json(compare(ours, control)),
     }
 
 
-def as_json(measures: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    """The measures that are shown."""
-    return {m.name: measures[m.name]._asdict() for m in printed_in(CLASSIFIER_DEMO) if m.name in measures}
+def _to_json(found: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
+    return {measure.name: found[measure.name]._asdict() for measure in MEASURES if measure.name in found}
+
+
+def _from_json(found: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {name: Interval(**value) for name, value in found.items()}
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The report for a person."""
-    settings, positions = report["settings"], report["positions"]
-    sizes = [report[name]["parameters"] for name in ("teacher", "student")]
-    ran = f"the teacher ran on {report['captured_now']:,}" if report["captured_now"] else "the teacher did not run"
-    shown = printed_in(CLASSIFIER_DEMO)
-    lines = [
-        f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each; {ran}",
-        f"teacher: {sizes[0]:,} parameters; student: {sizes[1]:,}, {sizes[1] / sizes[0]:.1%} of them",
+    """The report as text."""
+    positions, now = report["positions"], report["captured_now"]
+    teacher, student = (report[name]["parameters"] for name in ("teacher", "student"))
+    rows = {name: _from_json(found) for name, found in report["scores"].items()}
+    differences = {"student - control": _from_json(report["student_minus_control"])}
+    return "\n".join([
+        f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each; "
+        + (f"the teacher ran on {now:,}" if now else "the teacher did not run"),
+        f"teacher: {teacher:,} parameters; student: {student:,}, {student / teacher:.1%} of them",
         "",
-        f"{report['held_out']:>4} held-out digits  " + "".join(f"{measure.short:>20}" for measure in shown),
-    ]
-    rows = report["scores"] | {"student - control": report["student_minus_control"]}
-    for name, measures in rows.items():
-        cells = []
-        for measure in shown:
-            found = measures.get(measure.name)
-            if found is None:  # the teacher, of itself
-                cells.append("")
-                continue
-            sign = name not in report["scores"]
-            cells.append(" ± ".join(filter(None, with_half(**found, scale=measure.scale, sign=sign))))
-        lines.append(f"  {name:<19}" + "".join(f"{cell:>20}" for cell in cells))
-    lines += [
-        f"  each digit in {settings['copies']} augmented copies, the same pixels for teacher and students",
-        "  ±: 95% interval, digits being the units; of the difference in pairs",
-        "  control: the same student on labels alone, in the same order; KL against the cached targets",
+        *scores_table(f"{report['held_out']} held-out digits", rows, differences, MEASURES),
+        f"  each digit in {report['settings']['copies']} augmented copies, the same pixels for teacher and students",
+        "  ±: 95% interval, with digits as the units; differences are paired",
+        "  control: the same student on labels alone, in the same order; KL to the cached targets",
         "",
-        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
-        f"{settings['out']}/digits/report.html shows the runs.",
-    ]
-    return "\n".join(lines)
+        seconds_text(report["seconds"]),
+        f"{report['settings']['out']}/digits/report.html shows the runs.",
+    ])  # fmt: skip

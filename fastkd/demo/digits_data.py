@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, turned and shifted by seeds; and which of them nobody is trained on."""
+"""scikit-learn's handwritten digits, rotated and shifted at random, and the split that is held out."""
 
 import numpy as np
 import torch
@@ -12,37 +12,39 @@ from ..errors import DataError
 from ..utils.splitmix import mixed
 
 CLASSES = 10
-DEGREES, PIXELS = 15, 1  # turned and shifted by up to so much
+DEGREES, PIXELS = 15, 1  # maximum rotation and shift
 HELD_OUT = 0.2
 
 
 def digits(seed: int, *, images: int, copies: int) -> Examples:
-    """The first so many of the 1797 images `[1, 8, 8]`, 0 to 1, with their labels, each in some augmented copies.
+    """The first `images` of the 1797 images `[1, 8, 8]`, from 0 to 1, with labels, each in `copies` augmented copies.
 
-    DataError where scikit-learn is not installed.
+    Raises DataError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn ({error}). pip install 'fastkd[digits]'.") from error
+        raise DataError(f"the digits come with scikit-learn ({error}). Use pip install 'fastkd[digits]'.") from error
     found = load_digits()
     pixels = torch.from_numpy((found.images[:images] / 16).astype(np.float32))[:, None]
-    named = f"turned by up to {DEGREES} degrees, shifted by up to {PIXELS} pixel"
-    return Examples(pixels, labels=found.target[:images], augment=moved, fingerprint=named, copies=copies, seed=seed)
+    fingerprint = f"turned by up to {DEGREES} degrees, shifted by up to {PIXELS} pixel"
+    return Examples(
+        pixels, labels=found.target[:images], augment=augment, fingerprint=fingerprint, copies=copies, seed=seed
+    )
 
 
-def trained_on(data: Examples, seed: int) -> NDArray[np.int64]:
+def training_digits(data: Examples, seed: int) -> NDArray[np.int64]:
     """The numbers of the digits that a capture with this seed does not hold out."""
     return np.flatnonzero(~held_out(np.arange(len(data), dtype=np.int32), HELD_OUT, seed))
 
 
-def moved(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:
-    """Each image `[1, h, w]` turned and shifted as its seed says, whatever stands beside it."""
+def augment(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:
+    """Each image `[1, h, w]` rotated and shifted by its own seed, independently of the rest of the batch."""
     bits = mixed(seeds.astype(np.uint64)[:, None] ^ mixed(np.arange(3, dtype=np.uint64)))
     uniform = (bits >> np.uint64(11)).astype(np.float64) / 2**52 - 1  # from -1 to 1
     angle = np.deg2rad(DEGREES * uniform[:, 0])[:, None, None]
     h, w = images.shape[-2:]
-    # where each place of the new image is taken from: 0 is the middle, -1 and 1 are the edges
+    # source of each pixel of the new image: 0 is the middle, -1 and 1 are the edges
     y, x = np.meshgrid((2 * np.arange(h) + 1) / h - 1, (2 * np.arange(w) + 1) / w - 1, indexing="ij")
     dx, dy = (2 * PIXELS / n * u[:, None, None] for n, u in ((w, uniform[:, 1]), (h, uniform[:, 2])))
     grid = np.stack([np.cos(angle) * x - np.sin(angle) * y + dx, np.sin(angle) * x + np.cos(angle) * y + dy], -1)

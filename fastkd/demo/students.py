@@ -1,7 +1,9 @@
-"""The demo's students: the teacher with layers removed, as a folder; evaluated as it is, and trained from the cache."""
+"""The students of the language demo: the teacher with layers removed, evaluated untrained, and trained."""
 
 import json
 import shutil
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,85 +19,102 @@ from ..settings import TrainSettings
 from ..train.api import EVALUATION
 from ..train.checkpoint import FOLDER as CHECKPOINTS
 from ..train.load_student import make_student
-from ..train.result import CONTROL, RUN, describe_cache, run_document
+from ..train.result import CONTROL, RUN, STUDENT, describe_cache, run_document
 from ..train.trainer import autocast_of
-from ..utils.atomic import remove_folder, write_folder, write_text
+from ..utils.atomic import write_folder, write_text
 from ..utils.distributed import joined_processes
 from ..utils.progress import mode_for
-from ..utils.signals import Stop, Stopped
-from .artifacts import Json, keep, there
+from ..utils.signals import Stopped
+from .artifacts import Json, cached_result, make_folder, write_json
+from .completions import prefixes_of, student_completions
+from .job import Job
+from .teacher import held_out_windows, teacher_identity
+from .timing import step_ratio
 
-MADE = "made.json"  # in a folder that was finished: what it was made of
+
+def make_students(job: Job, cache: Cache) -> tuple[dict[str, Json], Json]:
+    """Make, evaluate and train all students. Returns their completions by name, and the `step_ratio`.
+
+    Raises `Stopped` if `job.stop` was called.
+    """
+    stages, first = job.stages, job.trainings[0].settings
+    inputs: Json = {"teacher": teacher_identity(job.teacher), "cut": job.settings.cut}
+    with stages.stage("prune", f"one layer in {job.settings.cut} removed: {job.pruned}"):
+        if not make_folder(job.pruned, inputs, lambda: prune(job.teacher, job.pruned, job.settings.cut)):
+            stages.log(f"{job.pruned} is reused")
+    inputs |= {"cache": cache.spec.hash}
+    with stages.stage("evaluate", "the pruned student"):
+        folder = job.out / "damaged"
+        if not make_folder(folder, inputs, lambda: evaluate_untrained(job.pruned, cache, folder, first)):
+            stages.log(f"{folder} is reused")
+    for name, settings, control in job.trainings:
+        steps = f"{job.sizes.steps} steps of {job.sizes.step_positions:,} positions, alpha = {settings.alpha:g}"
+        with stages.stage(f"train {name}", steps + ", and its control" * control):
+            run = job.out / name
+            run_inputs = inputs | {"settings": asdict(settings), "control": control}
+            if not make_folder(run, run_inputs, partial(train_student, job, cache, run, settings, control=control)):
+                stages.log(f"{run} is reused: nothing is trained")
+            for one in (run, run / CONTROL):  # not needed any more, and three times the student's size
+                shutil.rmtree(one / CHECKPOINTS, ignore_errors=True)
+    inputs |= {"settings": asdict(first)}
+    with stages.stage("step", "of distillation, and of cross-entropy alone"):
+        step = cached_result(job.out / "step.json", inputs, lambda: step_ratio(job.pruned, cache, first))
+    with stages.stage("completions", "by the students"):
+        prefixes = prefixes_of(held_out_windows(cache, job.sizes))
+        healed = job.out / "healed"
+        folders = {"damaged": job.pruned, "healed": healed / STUDENT, "control": healed / CONTROL / STUDENT}
+        answers = {}
+        for name, folder in folders.items():
+            complete = partial(student_completions, folder, job.teacher, prefixes)
+            answers[name] = cached_result(job.out / f"completions-{name}.json", inputs, complete)
+    return answers, step
 
 
 def kept_layers(count: int, every: int) -> list[int]:
-    """The layers that stay when of each `every` the middle one is removed: the first and the last do too much."""
+    """The layers that stay when the middle one of each `every` is removed: the first and the last matter too much."""
     return [i for i in range(count) if i % every != every // 2]
 
 
 def keep_layers(model: Any, numbers: list[int]) -> None:
-    """Leave only these layers in a decoder of transformers."""
+    """Remove all other layers from a decoder of transformers."""
     kept = nn.ModuleList(model.base_model.layers[i] for i in numbers)
     model.base_model.layers = kept
-    for place, layer in enumerate(kept):
+    for index, layer in enumerate(kept):
         attention: Any = layer.self_attn
-        attention.layer_idx = place  # where a key-value cache looks for it
+        attention.layer_idx = index  # its index in a key-value cache
     model.config.num_hidden_layers = len(numbers)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[i] for i in numbers]
 
 
-def have_cut(teacher: Path, folder: Path, every: int, of: Json) -> bool:
-    """Have a folder with the teacher less one layer in `every`, and its tokenizer. Whether it had to be made."""
-    if there(folder / MADE, of) is not None:
-        return False
+def prune(teacher: Path, folder: Path, every: int) -> None:
+    """Write a folder with the teacher, less one layer in `every`, and its tokenizer."""
     model: Any = load_transformers().AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     keep_layers(model, kept_layers(len(model.base_model.layers), every))
 
-    def fill(place: Path) -> None:
-        model.save_pretrained(place)
-        load_tokenizer(teacher).save(place)
-        keep(place / MADE, of, {})
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        load_tokenizer(teacher).save(temporary)
 
     write_folder(folder, fill)
-    return True
 
 
-def have_evaluated(student: Path, cache: Cache, out: Path, settings: TrainSettings, of: Json) -> bool:
-    """Have a run's folder for a student as it is, without a step: run.json, evaluation.json. Whether it was measured
-    now."""
-    if there(out / MADE, of) is not None:
-        return False
+def evaluate_untrained(student: Path, cache: Cache, out: Path, settings: TrainSettings) -> None:
+    """Write the run folder of a student that was not trained: run.json and evaluation.json."""
     with joined_processes(settings.device) as processes:
-        made = make_student(student, cache.spec, settings).student.to(processes.device)
-        made.autocast = autocast_of(settings.precision, processes.device)
-        found = evaluate(made, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
+        loaded = make_student(student, cache.spec, settings).student.to(processes.device)
+        loaded.autocast = autocast_of(settings.precision, processes.device)
+        found = evaluate(loaded, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
         document = run_document(
-            made, made.parameters_and_bytes, {"caches": [describe_cache(cache)]}, processes.device, 1
+            loaded, loaded.parameters_and_bytes, {"caches": [describe_cache(cache)]}, processes.device, 1
         )
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / EVALUATION, json.dumps(found.to_json()) + "\n")
-    write_text(out / RUN, json.dumps(document, indent=1) + "\n")
-    keep(out / MADE, of, {})
-    return True
+    write_json(out / RUN, document)
 
 
-def have_trained(
-    student: Path, cache: Cache, out: Path, settings: TrainSettings, of: Json, *, control: bool, stop: Stop | None
-) -> bool:
-    """Have a run of `fastkd.train`, finished; one of the same is taken as it is. Whether anything had to be trained.
-
-    One that was interrupted goes on; a finished one of something else is replaced. `Stopped` where a stop was asked
-    for. Of what is finished, checkpoints are of no more use, and removed: they are three times the student's size.
-    """
-    if there(out / MADE, of) is not None:
-        return False
-    if (out / MADE).exists():
-        remove_folder(out)
-    report = train(student, cache, out, settings, control=control, stop=stop, progress=mode_for())
+def train_student(job: Job, cache: Cache, out: Path, settings: TrainSettings, *, control: bool) -> None:
+    """Train a student, or resume its training. Raises `Stopped` if `job.stop` was called."""
+    report = train(job.pruned, cache, out, settings, control=control, stop=job.stop, progress=mode_for())
     if not report.complete:
         raise Stopped
-    keep(out / MADE, of, {})
-    for folder in (out, out / CONTROL):
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return True

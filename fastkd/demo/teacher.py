@@ -1,7 +1,7 @@
-"""The teacher's part: it is loaded, fills the cache, is measured and asked what it would write; and then it is gone."""
+"""The teacher's part of the language demo: it fills the cache, is timed, writes completions, and is released."""
 
 import gc
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,145 +13,94 @@ from ..cache import Cache, CacheError, open_cache
 from ..cache.stores import MemoryStore
 from ..capture.api import capture
 from ..models.module import parameters_and_bytes
-from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings
+from ..settings import DataSettings
 from ..teachers.hf import HFTeacher
 from ..teachers.load import load
 from ..utils.hashing import files_sha256
 from ..utils.progress import mode_for
-from ..utils.signals import Stop, Stopped
-from .artifacts import Json, keep, there
-from .completions import completions_of, held_out_prefixes
-from .overhead import bare_seconds
-from .scales import Sizes
-from .stages import Clock
-from .text import windows_in
-
-BATCH_TOKENS = {"cpu": 2048, "gpu": 16384}  # positions that the teacher is run on at once
+from ..utils.signals import Stopped
+from .artifacts import Json, load_result, save_result
+from .completions import completions_of, prefixes_of
+from .corpus import load_windows
+from .job import Job, Sizes
+from .timing import teacher_seconds
 
 
-@dataclass(frozen=True)
-class Places:
-    """The demo's folder, and what lies where in it."""
+def capture_teacher(job: Job) -> Json:
+    """Complete the cache. Returns what stays known of the teacher (`teacher.json`), and "captured": the positions that
+    this call captured. The teacher is not loaded if both exist.
 
-    out: Path
-    teacher: Path
-
-    @property
-    def cache(self) -> Path:
-        """What the teacher said."""
-        return self.out / "cache"
-
-    @property
-    def windows(self) -> Path:
-        """The data."""
-        return self.out / "windows.parquet"
-
-    @property
-    def record(self) -> Path:
-        """What is known of the teacher when it is gone."""
-        return self.out / "teacher.json"
-
-
-def capture_settings(settings: DemoSettings, sizes: Sizes) -> CaptureSettings:
-    """What the teacher is asked. A window is a document, so that as many are held out as are asked for."""
-    return CaptureSettings(
-        k=settings.k,
-        draws=settings.draws,
-        context=sizes.window,
-        packing="keep",
-        held_out=sizes.held_out / sizes.windows,
-        shard_positions=sizes.shard_windows * sizes.window,
-        batch_tokens=max(sizes.window, min(BATCH_TOKENS[settings.scale], sizes.shard_windows * sizes.window)),
-        seed=settings.seed,
-    )
-
-
-def model_settings(settings: DemoSettings) -> ModelSettings:
-    """How the teacher is run: bfloat16 takes five times as long on a CPU, and is what GPUs are made for."""
-    return ModelSettings(dtype="bfloat16" if settings.scale == "gpu" else "float32")
-
-
-def have_cache(
-    places: Places, how: ModelSettings, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None
-) -> Json:
-    """Have the whole cache, and what is known of the teacher: `teacher.json`. With `captured`: positions that the
-    teacher was run on for it now. The teacher is not even loaded where both are there from before.
-
-    Raises `Stopped` where a stop was asked for; what capture raises, where the cache is of something else.
+    Raises `Stopped` if `job.stop` was called; the errors of a capture, for example if the cache has other settings.
     """
-    of = {
-        "teacher": identity(places.teacher),
-        "windows": files_sha256([places.windows])[0][0],
-        "how": asdict(how),
-        "capture": asdict(asked),
+    record = job.out / "teacher.json"
+    inputs = {
+        "teacher": teacher_identity(job.teacher),
+        "windows": files_sha256([job.windows])[0][0],
+        "how": asdict(job.model),
+        "capture": asdict(job.capture),
     }
-    found = there(places.record, of)
-    if found is not None and _whole(places.cache, found["spec"]):
-        clock.say("capture: the cache is there from before, and the teacher is not loaded")
+    found = load_result(record, inputs)
+    if found is not None and _is_sealed(job.cache, found["spec"]):
+        job.stages.log("capture: the cache is complete, the teacher is not loaded")
         return found | {"captured": 0}
-    captured, found = _teach(places, how, asked, sizes, clock, stop)
-    # of the teacher nothing is left but what it said
-    gc.collect()
-    return keep(places.record, of, found) | {"captured": captured}
+    captured, found = _run_teacher(job)
+    gc.collect()  # the teacher's memory
+    return save_result(record, inputs, found) | {"captured": captured}
 
 
-def held_out(cache: Cache, sizes: Sizes) -> NDArray[np.int64]:
-    """The tokens `[windows, L]` of the windows that no student sees: in the cache they come last."""
+def held_out_windows(cache: Cache, sizes: Sizes) -> NDArray[np.int64]:
+    """Tokens `[windows, L]` of the held-out windows, which are the last in the cache."""
     tokens = cache.sequences(range(sizes.train_windows, sizes.windows))["tokens"]
     return np.asarray(tokens, np.int64).reshape(-1, sizes.window)
 
 
-def identity(folder: Path) -> list[str]:
-    """What makes a teacher that one: the sha256 of its config and its weights."""
+def teacher_identity(folder: Path) -> list[str]:
+    """sha256 of the config and of each file of weights."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return [digest for digest, _ in files_sha256(files)]
 
 
-def _whole(cache: Path, spec: str) -> bool:
-    """Whether a sealed cache of this spec is there."""
+def _is_sealed(cache: Path, spec: str) -> bool:
+    """Whether there is a sealed cache of this spec."""
     try:
         found = open_cache(cache)
-    except CacheError:  # verify, or the capture, will say what is wrong
+    except CacheError:  # verification or the capture will report it
         return False
     return found.sealed and found.spec.hash == spec
 
 
-def _teach(
-    places: Places, how: ModelSettings, asked: CaptureSettings, sizes: Sizes, clock: Clock, stop: Stop | None
-) -> tuple[int, Json]:
-    """All that needs the teacher; it is known in here alone. The positions it was run on for the cache, and what is to
-    be remembered."""
-    with clock.stage("teacher", f"loading {places.teacher}"):
-        loaded = load(str(places.teacher), how, DataSettings(data=(str(places.windows),)))
+def _run_teacher(job: Job) -> tuple[int, Json]:
+    """Everything that needs the teacher. Returns the positions captured, and what to store."""
+    sizes, stages = job.sizes, job.stages
+    with stages.stage("teacher", f"loading {job.teacher}"):
+        loaded = load(str(job.teacher), job.model, DataSettings(data=(str(job.windows),)))
         teacher: Any = loaded.teacher
         assert isinstance(teacher, HFTeacher)
-    few = windows_in(places.windows)[: asked.batch_tokens // sizes.window]
-    with clock.stage("bare teacher", "a batch of it, to hold the capture against"):
-        bare = bare_seconds(teacher, few, warm_up=True)
-    with clock.stage("capture", f"{sizes.windows * sizes.window:,} positions into {places.cache}"):
+    batch = load_windows(job.windows)[: job.capture.batch_tokens // sizes.window]
+    with stages.stage("teacher alone", "timing one batch, to compare with the capture"):
+        alone = teacher_seconds(teacher, batch, warm_up=True)
+    with stages.stage("capture", f"{sizes.windows * sizes.window:,} positions into {job.cache}"):
         report = capture(
-            teacher, loaded.data, places.cache, asked, stop=stop, progress=mode_for(), notes=f"teacher {teacher.name}"
-        )
+            teacher, loaded.data, job.cache, job.capture, stop=job.stop, progress=mode_for(),
+            notes=f"teacher {teacher.name}",
+        )  # fmt: skip
     if not report.complete:
         raise Stopped
-    cache = open_cache(places.cache)
-    with clock.stage("bare teacher", "the same again"):
-        bare += bare_seconds(teacher, few, warm_up=False)
-        # of a capture that was interrupted: what it did now; after its end: as much again, into memory
+    held_out = held_out_windows(open_cache(job.cache), sizes)
+    with stages.stage("teacher alone", "timing it again"):
+        alone += teacher_seconds(teacher, batch, warm_up=False)
         timed = report
-        if not timed.positions_captured:
-            timed = capture(teacher, list(held_out(cache, sizes)), MemoryStore(), replace(asked, held_out=0.0))
+        if not timed.positions_captured:  # an earlier call captured everything: capture some windows again, in memory
+            timed = capture(teacher, list(held_out), MemoryStore(), replace(job.capture, held_out=0.0))
         captured = timed.seconds / timed.positions_captured
-    overhead = {"bare": fmean(bare), "capture": captured, "ratio": captured / fmean(bare)}
-    with clock.stage("completions", "by the teacher, for the last time"):
-        prefixes = held_out_prefixes(held_out(cache, sizes))
-        answers = completions_of(teacher.model, places.teacher, prefixes)
+    with stages.stage("completions", "by the teacher"):
+        answers = completions_of(teacher.model, job.teacher, prefixes_of(held_out))
     count, size = parameters_and_bytes(teacher.model)
     return report.positions_captured, {
-        "spec": cache.spec.hash,
+        "spec": open_cache(job.cache).spec.hash,
         "name": teacher.name,
         "parameters": count,
         "bytes": size,
-        "overhead": overhead,
+        "overhead": {"bare": fmean(alone), "capture": captured, "ratio": captured / fmean(alone)},
         "answers": answers,
     }

@@ -24,14 +24,14 @@ from fastkd.cache import CacheError, open_cache, verify_cache
 from fastkd.cache.scan import shard_key
 from fastkd.cli import main as cli
 from fastkd.demo import language, run_demo, students, teacher
-from fastkd.demo.artifacts import keep, once, there
-from fastkd.demo.damage import flipped_copy
-from fastkd.demo.figures import Figure, figures_text
-from fastkd.demo.page import options
-from fastkd.demo.scales import SIZES, sizes_of
-from fastkd.demo.stages import Clock
+from fastkd.demo.artifacts import cached_result, load_result, save_result
+from fastkd.demo.corpus import language_reference, package_sources, save_windows, token_windows
+from fastkd.demo.job import PRESETS, Job
+from fastkd.demo.page import commands, options
+from fastkd.demo.results import Target, targets_text
+from fastkd.demo.stages import Stages
 from fastkd.demo.students import keep_layers, kept_layers
-from fastkd.demo.text import have_windows, language_reference, package_sources, windows_of
+from fastkd.demo.verification import copy_with_flipped_bit
 from fastkd.errors import DataError
 from fastkd.models.hub import load_transformers
 from fastkd.models.tokenizers import load_tokenizer
@@ -136,31 +136,31 @@ def evaluations(out: Path) -> dict[str, Any]:
 def test_windows_are_chosen_without_overlap(tiny: Path) -> None:
     words = load_tokenizer(tiny)
     ids = words.encode(TEXT)
-    found = windows_of([TEXT], words, length=16, wanted=20, seed=0)
+    found = token_windows([TEXT], words, length=16, count=20, seed=0)
     assert found.shape == (20, 16)
     places = [i for i in range(0, len(ids) - 15, 16) for row in found.tolist() if ids[i : i + 16] == row]
     assert len(set(places)) >= 20
-    assert (found == windows_of([TEXT], words, length=16, wanted=20, seed=0)).all()
-    assert (found != windows_of([TEXT], words, length=16, wanted=20, seed=1)).any()
+    assert (found == token_windows([TEXT], words, length=16, count=20, seed=0)).all()
+    assert (found != token_windows([TEXT], words, length=16, count=20, seed=1)).any()
     # of several texts no more are read than it takes
     few = iter([TEXT[:60], TEXT[60:900], "last"])
-    assert len(windows_of(few, words, length=16, wanted=5, seed=0)) == 5
+    assert len(token_windows(few, words, length=16, count=5, seed=0)) == 5
     assert next(few) == "last"
     for wanted in (0, len(ids) // 16 + 1):
         with pytest.raises(DataError, match="windows: got"):
-            windows_of([TEXT], words, length=16, wanted=wanted, seed=0)
+            token_windows([TEXT], words, length=16, count=wanted, seed=0)
 
 
 def test_windows_that_are_there_are_left(tmp_path: Path) -> None:
     path, windows = tmp_path / "w.parquet", np.arange(12, dtype=np.int32).reshape(3, 4)
-    have_windows(path, windows)
+    save_windows(path, windows)
     before = path.stat().st_mtime_ns
-    have_windows(path, windows)
+    save_windows(path, windows)
     assert path.stat().st_mtime_ns == before
     path.write_bytes(path.read_bytes()[:-9])
-    have_windows(path, windows)
+    save_windows(path, windows)
     assert pq.read_table(path).to_pylist() == [{"input_ids": row} for row in windows.tolist()]
-    have_windows(path, windows + 1)
+    save_windows(path, windows + 1)
     assert pq.read_table(path).to_pylist()[0] == {"input_ids": [1, 2, 3, 4]}
 
 
@@ -180,7 +180,7 @@ def test_source_files_are_read_each_once(tmp_path: Path) -> None:
 
 
 def test_the_packages_of_this_python_are_a_corpus(tiny: Path) -> None:
-    found = windows_of(package_sources(0), load_tokenizer(tiny), length=64, wanted=30, seed=0)
+    found = token_windows(package_sources(0), load_tokenizer(tiny), length=64, count=30, seed=0)
     assert found.shape == (30, 64)
     assert len({tuple(row) for row in found.tolist()}) == 30
 
@@ -191,21 +191,21 @@ def test_every_fifth_layer_goes() -> None:
 
 
 def test_sizes_are_the_scales_unless_they_are_set(settings: DemoSettings) -> None:
-    assert sizes_of(DemoSettings()) == SIZES["cpu"]
-    assert sizes_of(DemoSettings(scale="gpu", steps=3)) == replace(SIZES["gpu"], steps=3)
-    assert sizes_of(settings).windows == TRAIN + HELD_OUT
+    assert Job(DemoSettings(), Stages()).sizes == PRESETS["cpu"]
+    assert Job(DemoSettings(scale="gpu", steps=3), Stages()).sizes == replace(PRESETS["gpu"], steps=3)
+    assert Job(settings, Stages()).sizes.windows == TRAIN + HELD_OUT
 
 
 def test_what_is_made_once_is_kept_for_the_same_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.json"
-    assert there(path, {"a": (1, 2)}) is None
-    assert once(path, {"a": (1, 2)}, lambda: {"b": (3,)}) == {"b": [3]}
-    assert once(path, {"a": (1, 2)}, lambda: pytest.fail("made again")) == {"b": [3]}
-    assert there(path, {"a": (1, 3)}) is None
+    assert load_result(path, {"a": (1, 2)}) is None
+    assert cached_result(path, {"a": (1, 2)}, lambda: {"b": (3,)}) == {"b": [3]}
+    assert cached_result(path, {"a": (1, 2)}, lambda: pytest.fail("made again")) == {"b": [3]}
+    assert load_result(path, {"a": (1, 3)}) is None
     for damaged in ("{", "[]", '{"of": {"a": [1, 2]}, "found": 3}'):
         path.write_text(damaged)
-        assert there(path, {"a": (1, 2)}) is None
-    assert keep(path, {}, {"c": Path("d")}) == {"c": "d"}
+        assert load_result(path, {"a": (1, 2)}) is None
+    assert save_result(path, {}, {"c": Path("d")}) == {"c": "d"}
 
 
 def test_options_are_what_differs() -> None:
@@ -214,8 +214,8 @@ def test_options_are_what_differs() -> None:
 
 
 def test_a_figure_beyond_its_limit_is_missed() -> None:
-    good, bad = Figure("a", 1.0, 1.0, "1", "1"), Figure("b", 1.01, 1.0, "1.01", "1")
-    assert [line.split()[-1] for line in figures_text([good, bad])[1:]] == ["ok", "MISSED"]
+    good, bad = Target("a", 1.0, 1.0, "1", "1"), Target("b", 1.01, 1.0, "1.01", "1")
+    assert [line.split()[-1] for line in targets_text([good, bad])[1:]] == ["ok", "MISSED"]
 
 
 def test_layers_that_stay_are_the_models_own(tmp_path: Path) -> None:
@@ -286,11 +286,11 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
         assert words in done.text
     page = (out / "report.html").read_text()
     for words in (
-        "What they say",
+        "Completions",
         "break-even",
-        "Against the limits",
-        "Trust",
-        "By hand",
+        "Targets",
+        "Verification",
+        "The same by hand",
         "fastkd capture",
         "--control",
     ):
@@ -308,7 +308,7 @@ def test_a_second_run_never_runs_the_teacher(
     capfd.readouterr()
     done = run_demo(again)
     said = capfd.readouterr().err
-    for words in ("the cache is there from before, and the teacher is not loaded", "healed is there from before"):
+    for words in ("the cache is complete, the teacher is not loaded", "healed is reused"):
         assert words in said
     assert "the teacher did not run" in done.text
     for same in ("students", "differences", "figures", "bytes"):
@@ -324,7 +324,7 @@ def test_an_interrupted_capture_goes_on(settings: DemoSettings, whole: Path, com
     assert set(found) <= set(range(committed))
     # the rest of the demo is another test's
     with asked() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language, "look_at", interrupted)
+        patch.setattr(language, "verify_and_inspect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_demo(settings)
     # ten windows to train on and five held out, four a shard
@@ -334,7 +334,7 @@ def test_an_interrupted_capture_goes_on(settings: DemoSettings, whole: Path, com
     assert found.items() <= shards(settings.out).items()
 
 
-@pytest.mark.parametrize("dies_in", ["held_out", "completions_of"])
+@pytest.mark.parametrize("dies_in", ["held_out_windows", "completions_of"])
 def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
     settings: DemoSettings, whole: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
@@ -342,7 +342,7 @@ def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
         patch.setattr(teacher, dies_in, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_demo(settings)
-    monkeypatch.setattr(language, "look_at", interrupted)
+    monkeypatch.setattr(language, "verify_and_inspect", interrupted)
     with asked() as seen, pytest.raises(KeyboardInterrupt):
         run_demo(settings)
     assert sum(seen) == (BARE + HELD_OUT) * WINDOW  # nothing for the cache
@@ -371,7 +371,7 @@ def test_a_training_that_is_stopped_goes_on(again: DemoSettings, whole: Path, ru
 
 
 @pytest.mark.parametrize(
-    "dies_in", ["have_evaluated", "have_trained", "step_ratio", "student_completions", "make_report"]
+    "dies_in", ["evaluate_untrained", "train_student", "step_ratio", "student_completions", "make_report"]
 )
 def test_interrupted_anywhere_it_goes_on(
     again: DemoSettings, whole: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
@@ -381,7 +381,7 @@ def test_interrupted_anywhere_it_goes_on(
     shutil.rmtree(again.out / "damaged")
     shutil.rmtree(again.out / "soft")
     with monkeypatch.context() as patch:
-        patch.setattr(language, dies_in, interrupted)
+        patch.setattr(language if dies_in == "make_report" else students, dies_in, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_demo(again)
     run_demo(again)
@@ -431,10 +431,7 @@ def test_training_settings_leave_the_cache_alone(again: DemoSettings) -> None:
 
 
 def test_the_commands_do_what_the_demo_did(again: DemoSettings, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    sizes = sizes_of(again)
-    places = teacher.Places(again.out, again.teacher or Path())
-    asked_for, wanted = teacher.capture_settings(again, sizes), language.trainings(again, sizes)
-    capture, *_, soft, report = language.commands(places, again, asked_for, wanted, [again.out / "healed"])
+    capture, *_, soft, report = commands(Job(again, Stages()))
     assert cli.main([*capture[1:], "--json"]) == 0
     done = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert (done["complete"], done["positions_captured"]) == (True, 0)
@@ -446,16 +443,16 @@ def test_the_commands_do_what_the_demo_did(again: DemoSettings, whole: Path, cap
 
 def test_the_corpus_of_a_gpu(settings: DemoSettings) -> None:
     """Its sizes are for a GPU, its code is not."""
-    large = replace(settings, scale="gpu")
-    places = language.have_data(large, sizes_of(large), Clock())
-    rows = pq.read_table(places.windows).to_pylist()
+    job = Job(replace(settings, scale="gpu"), Stages())
+    language.prepare_data(job)
+    rows = pq.read_table(job.windows).to_pylist()
     assert {len(row["input_ids"]) for row in rows} == {WINDOW}
     assert len(rows) == TRAIN + HELD_OUT
-    assert options(teacher.model_settings(large)) == ["--dtype", "bfloat16"]
+    assert options(job.model) == ["--dtype", "bfloat16"]
 
 
 def test_the_flipped_byte_is_one_bit_of_one_file(whole: Path, tmp_path: Path) -> None:
-    flipped_copy(whole / "cache", tmp_path / "copy")
+    copy_with_flipped_bit(whole / "cache", tmp_path / "copy")
     changed = []
     for path in sorted((whole / "cache").rglob("*")):
         if path.is_file():
@@ -478,7 +475,7 @@ def test_command(again: DemoSettings, capfd: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr("fastkd.demo.run_demo", stops)
     assert cli.main(["demo"]) == 75
-    assert "The same command again goes on" in capfd.readouterr().err
+    assert "Run the same command again" in capfd.readouterr().err
 
 
 def test_help_names_every_setting(capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,11 +18,11 @@ from fastkd.demo.digits_data import (
     DEGREES,
     HELD_OUT,
     PIXELS,
+    augment,
     digits,
-    moved,
-    trained_on,
+    training_digits,
 )
-from fastkd.demo.digits_net import Net, net, train_teacher
+from fastkd.demo.digits_net import Net, new_net, train_teacher
 from fastkd.errors import DataError
 from fastkd.evaluate.measures import CLASSIFIER_DEMO, printed_in
 from fastkd.models.module import parameters_and_bytes
@@ -72,11 +72,11 @@ def test_what_it_leaves(place: Path) -> None:
         assert difference["mean"] == pytest.approx(expected, abs=1e-9)
     model = Net(FEW.teacher_width)
     data = digits(0, images=300, copies=4)
-    kept, clock = demo.have_teacher(place / "digits" / "teacher.safetensors", data, FEW, 0, demo.Clock())
-    assert not clock
+    kept, new = demo.load_or_train_teacher(place / "digits" / "teacher.safetensors", data, FEW, 0, demo.Stages())
+    assert not new
     assert report["teacher"]["parameters"] == sum(p.numel() for p in model.parameters())
     # the teacher's row against the teacher itself, on the digits that are held out
-    apart = np.setdiff1d(np.arange(300), trained_on(data, 0))
+    apart = np.setdiff1d(np.arange(300), training_digits(data, 0))
     copies = np.tile(np.arange(4), len(apart))
     numbers = np.repeat(apart, 4)
     with torch.no_grad():
@@ -101,9 +101,9 @@ def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureF
     before = result(place)
     report = demo.run(settings(place), sizes=FEW).report
     said = capsys.readouterr().err
-    assert "teacher: it is there from before" in said
-    assert "the cache is there from before, the teacher is not run" in said
-    assert "the students are there from before" in said
+    assert "teacher.safetensors is reused" in said
+    assert "the cache is complete, the teacher did not run" in said
+    assert "the students are reused" in said
     assert not report["trained_now"]
     assert report["captured_now"] == 0
     assert "the teacher did not run" in demo.text_of(report)
@@ -159,7 +159,7 @@ def test_another_seed_is_another_demo(place: Path, tmp_path: Path) -> None:
         demo.run(settings(tmp_path / "copy", seed=1), sizes=FEW)
 
 
-def test_a_damaged_cache_is_named_and_not_trained_on(place: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_named_and_not_training_digits(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "digits" / "cache", tmp_path / "digits" / "cache")
     shutil.copy(place / "digits" / "teacher.safetensors", tmp_path / "digits")
     shard = min((tmp_path / "digits" / "cache" / "shards").iterdir())
@@ -173,18 +173,18 @@ def test_a_damaged_cache_is_named_and_not_trained_on(place: Path, tmp_path: Path
 def test_a_damaged_teacher_is_trained_anew(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, data = tmp_path / "teacher.safetensors", digits(0, images=300, copies=4)
     path.write_bytes(b"not one")
-    _, new = demo.have_teacher(path, data, FEW, 0, demo.Clock())
+    _, new = demo.load_or_train_teacher(path, data, FEW, 0, demo.Stages())
     assert new
     assert "cannot be read" in capsys.readouterr().err
     assert path.read_bytes() == result(place)[0]
-    _, new = demo.have_teacher(path, data, replace(FEW, teacher_epochs=1), 0, demo.Clock())
+    _, new = demo.load_or_train_teacher(path, data, replace(FEW, teacher_epochs=1), 0, demo.Stages())
     assert new
-    assert "was made with other settings" in capsys.readouterr().err
+    assert "has other settings" in capsys.readouterr().err
 
 
 def test_settings_of_the_other_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--task", "digits", "--out", str(tmp_path), "--window", "64"]) == 1
-    assert "window: got 64 with the task digits, which has none" in capsys.readouterr().err
+    assert "window: got 64 but the task digits has no such setting" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -198,14 +198,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_a_student_is_a_tenth_of_its_teacher() -> None:
     sizes = demo.Sizes()
-    teacher, student = (parameters_and_bytes(net(w, 0))[0] for w in (sizes.teacher_width, sizes.student_width))
+    teacher, student = (parameters_and_bytes(new_net(w, 0))[0] for w in (sizes.teacher_width, sizes.student_width))
     assert 0.09 < student / teacher < 0.1
 
 
 def test_moved_against_a_loop_written_out() -> None:
     images = torch.rand(40, 1, 8, 8)
     seeds = np.arange(40, dtype=np.int64) * 2**57 + 3
-    found = moved(images, seeds)
+    found = augment(images, seeds)
     angles, shifts = [], []
     for image, seed, ours in zip(images[:, 0].numpy(), seeds.tolist(), found[:, 0].numpy(), strict=True):
         angle, dx, dy = parameters_of(seed)
@@ -238,9 +238,9 @@ def parameters_of(seed: int) -> tuple[float, float, float]:
 
 def test_an_image_is_moved_the_same_whatever_stands_beside_it() -> None:
     images, seeds = torch.rand(64, 1, 8, 8), np.arange(64, dtype=np.int64) ** 5
-    whole = moved(images, seeds)
+    whole = augment(images, seeds)
     for some in (slice(0, 1), slice(3, 10), slice(63, 64)):
-        assert torch.equal(moved(images[some], seeds[some]), whole[some])
+        assert torch.equal(augment(images[some], seeds[some]), whole[some])
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
