@@ -155,7 +155,7 @@ def test_the_teacher_never_saw_what_is_held_out(place: Path, monkeypatch: pytest
 
 def test_another_seed_is_another_demo(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place, tmp_path / "copy")
-    with pytest.raises(CacheError, match="the cache there is not what is asked for now"):
+    with pytest.raises(CacheError, match="written with other settings"):
         demo.run(settings(tmp_path / "copy", seed=1), sizes=FEW)
 
 
@@ -184,7 +184,7 @@ def test_a_damaged_teacher_is_trained_anew(place: Path, tmp_path: Path, capsys: 
 
 def test_settings_of_the_other_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--task", "digits", "--out", str(tmp_path), "--window", "64"]) == 1
-    assert "window: got 64 but the task digits has no such setting" in capsys.readouterr().err
+    assert "window: got 64, but the task digits has no such setting" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
