@@ -1,9 +1,9 @@
-"""Ten million documents planned, against the limits of 60 seconds and 1 GB; each figure from a process of its own.
+"""Window plans for ten million documents, with targets of 60 seconds and 1 GB; each figure from a separate process.
 
     python bench/bench_plan.py            # --documents 10000000
 
-The first part plans from given lengths (some 600 tokens a document). The second starts from a Parquet file of ids (some
-64 tokens a document, 2.6 GB in a temporary folder): it is opened, hashed, measured and planned, then shards are read.
+The first part plans from given lengths (about 600 tokens a document). The second opens, hashes, measures and plans a
+Parquet file of ids (about 64 tokens a document, 2.6 GB in a temporary folder), and then reads shards.
 """
 
 import argparse
@@ -64,7 +64,7 @@ print(json.dumps(figures))
 
 
 def lengths_of(documents: int, mean: float) -> NDArray[np.int32]:
-    """Lognormal lengths, as those of web text are; one in a thousand is empty."""
+    """Lognormal lengths, like those of web text; one in a thousand is empty."""
     generator = np.random.default_rng(0)
     lengths = np.minimum(generator.lognormal(np.log(mean) - 0.5, 1.0, documents), 1e6).astype(np.int32)
     lengths[::1000] = 0
@@ -84,7 +84,7 @@ def write_parquet(path: Path, lengths: NDArray[np.int32]) -> None:
 
 
 def figures(place: Path, **settings: object) -> dict[str, float]:
-    """What a fresh process finds."""
+    """The figures of a fresh process."""
     command = [sys.executable, "-c", CHILD, str(place), json.dumps(settings)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
@@ -100,7 +100,7 @@ def report(table: Table, name: str, found: dict[str, float]) -> None:
 
 
 def from_lengths(table: Table, documents: int) -> None:
-    """Planned from given lengths."""
+    """Plans from given lengths."""
     table.title(f"{documents:,} documents of some 600 tokens, from their lengths")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "lengths.npy"
@@ -116,7 +116,7 @@ def from_lengths(table: Table, documents: int) -> None:
 
 
 def from_parquet(table: Table, documents: int) -> None:
-    """Opened, hashed, measured, planned; then shards are read."""
+    """Plans from a file, and reads of its shards."""
     table.title(f"{documents:,} documents of some 64 tokens, from a Parquet file")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "ids.parquet"

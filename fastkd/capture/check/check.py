@@ -181,11 +181,11 @@ class _Checker:
         recorded = None
         if isinstance(record, dict) and lengths is not None:
             recorded = _recorded_batches(lengths.astype(np.int64), record)
+            if recorded is not None:
+                self._captured_on.add(f"{record.get('device')}, torch {record.get('torch')}")
         if recorded is None or lengths is None:
             self._recorded = False
             lengths = arrays["sequence_lengths"]
-        else:
-            self._captured_on.add(f"{record.get('device')}, torch {record.get('torch')}")
         document, start = np.full(len(lengths), -1, np.int64), np.zeros(len(lengths), np.int64)
         if self._plan is not None and recorded is not None and index < self._plan.shards:
             planned = self._plan.shard(index)

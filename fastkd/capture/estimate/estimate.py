@@ -158,7 +158,7 @@ def estimate(
         cost=None if price_per_hour is None else price_per_hour * workers * hours,
         host_bytes=host_bytes(spec, plan),
         device_bytes=sample.device_peak,
-        by_k=k_table.rows(by_array, positions, float(shard_rows.mean() * captured.rows.counts.mean())),
+        by_k=k_table.rows(by_array, positions, float(shard_rows.mean()) * sample.counted / sample.positions),
     )
 
 

@@ -89,11 +89,9 @@ class KTable:
 
     def _target_bytes(self, targets: SparseTargets, k: int, shard_counted: float) -> float:
         """Bytes of the targets of a shard."""
-        n = len(targets)
-        ones, zeros = np.ones(n, np.uint32), np.zeros(n, np.int64)
         inputs = {name: np.concatenate([part[name] for part in self._inputs]) for name in self._spec.inputs}
-        rows = ShardRows(inputs, np.ones(n, bool), ones, ones, zeros, zeros, 0)
-        sizes = measure_sizes(replace(self._spec, k=k), CapturedRows(rows, targets.arrays()), shard_counted)
+        rows = CapturedRows(np.ones(len(targets), np.uint32), inputs | targets.arrays())
+        sizes = measure_sizes(replace(self._spec, k=k), rows, shard_counted)
         by_array = sizes.of(np.array([round(shard_counted)]))
         return sum(size for name, size in by_array.items() if name.startswith(_TARGETS))
 

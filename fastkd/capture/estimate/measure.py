@@ -30,28 +30,25 @@ _KEPT_POSITIONS = 2**17  # whose targets are kept; more would not improve the es
 
 @dataclass(frozen=True, eq=False)
 class CapturedRows:
-    """Rows and their targets: the arrays of `CacheWriter.write_shard`, `[n, …]` each."""
+    """Rows of some segments, with their targets. lengths: positions of each segment. columns: the inputs of
+    `CacheWriter.write_shard` and its other arrays, by name, `[n, …]` each."""
 
-    rows: ShardRows
-    arrays: dict[str, Array]
+    lengths: NDArray[np.uint32]
+    columns: dict[str, Array]
 
     def select(self, segments: Ints) -> "CapturedRows":
         """The rows of some segments."""
-        at, _ = self.rows.rows_of(segments)
-        return CapturedRows(self.rows.select(segments), {name: array[at] for name, array in self.arrays.items()})
+        lengths = self.lengths.astype(np.int64)
+        starts = (np.cumsum(lengths) - lengths)[segments]
+        lengths = lengths[segments]
+        rows = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+        return CapturedRows(self.lengths[segments], {name: column[rows] for name, column in self.columns.items()})
 
     @classmethod
     def cat(cls, parts: list["CapturedRows"]) -> "CapturedRows":
         """The rows of all parts, one after the other."""
-        names = ("counts", "sequence_lengths", "document_lengths", "document", "start")
-        return cls(
-            ShardRows(
-                inputs={n: np.concatenate([part.rows.inputs[n] for part in parts]) for n in parts[0].rows.inputs},
-                first_sequence=0,
-                **{n: np.concatenate([getattr(part.rows, n) for part in parts]) for n in names},
-            ),
-            {n: np.concatenate([part.arrays[n] for part in parts]) for n in parts[0].arrays},
-        )
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(np.concatenate([part.lengths for part in parts]), columns)
 
 
 @dataclass(eq=False)
@@ -59,14 +56,16 @@ class Sample:
     """The batches that were run.
 
     batches: their number; halved: those that did not fit into memory and were halved. shards: the shards they are from.
-    positions, seconds: of all of them, by the clock. parts: positions and device seconds of each batch (or half).
-    captured: rows and targets of up to 2^17 positions. device_peak: peak memory on the device, bytes; None on a CPU.
+    positions, seconds: of all of them, by the clock; counted: positions with a target. parts: positions and device
+    seconds of each batch (or half). captured: rows of up to 2^17 positions. device_peak: peak memory on the device,
+    bytes; None on a CPU.
     """
 
     batches: int = 0
     halved: int = 0
     shards: list[int] = field(default_factory=list)
     positions: int = 0
+    counted: int = 0
     seconds: float = 0.0
     parts: list[tuple[int, float]] = field(default_factory=list)
     captured: list[CapturedRows] = field(default_factory=list)
@@ -109,8 +108,9 @@ def run_sample(
         sample.batches += len(numbers)
         sample.positions += len(some)
         sample.halved += len(halved)
-        if sum(len(part.rows) for part in sample.captured) < _KEPT_POSITIONS:
-            sample.captured.append(CapturedRows(some, arrays))
+        if sum(int(part.lengths.sum()) for part in sample.captured) < _KEPT_POSITIONS:
+            sample.captured.append(CapturedRows(some.document_lengths, some.inputs | arrays))
+        sample.counted += int(some.counts.sum())
         bar.update(len(numbers))
         return some
 

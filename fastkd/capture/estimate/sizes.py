@@ -44,8 +44,8 @@ def measure_sizes(spec: CacheSpec, captured: CapturedRows, shard_positions: floa
     shard_positions: of a shard of the capture; a larger sample is divided into parts of that size. context: positions
     of the windows that segments are packed into; None: each segment is a window.
     """
-    segments = np.arange(len(captured.rows.document_lengths))
-    step = max(1, min(-(-len(captured.rows) // max(int(shard_positions), 1)), len(segments)))
+    segments = np.arange(len(captured.lengths))
+    step = max(1, min(-(-int(captured.lengths.sum()) // max(int(shard_positions), 1)), len(segments)))
     count = min(step, _PARTS)
     whole: dict[str, float] = {}
     halves: dict[str, float] = {}
@@ -53,7 +53,7 @@ def measure_sizes(spec: CacheSpec, captured: CapturedRows, shard_positions: floa
     for part in range(count):
         chosen = segments[part::step]
         spent = _add_encoded(whole, spec, captured.select(chosen), context)
-        positions += int(captured.rows.document_lengths[chosen].sum(dtype=np.int64))
+        positions += int(captured.lengths[chosen].sum(dtype=np.int64))
         seconds += spent
         for half in (chosen[::2], chosen[1::2]) if len(chosen) > 1 else (chosen,):
             _add_encoded(halves, spec, captured.select(half), context)
@@ -67,16 +67,16 @@ def measure_sizes(spec: CacheSpec, captured: CapturedRows, shard_positions: floa
 
 def _add_encoded(total: dict[str, float], spec: CacheSpec, captured: CapturedRows, context: int | None) -> float:
     """Encode rows as a shard, and add its bytes by array to the total; the seconds that encoding took."""
-    lengths = captured.rows.document_lengths
-    windows = lengths
+    lengths = windows = captured.lengths
     if context is not None:
         window, count = pack(lengths.astype(np.int32), context)
         windows = np.bincount(window, lengths, count).astype(np.uint32)
     store = MemoryStore()
-    with create_cache(store, replace(spec, shard_positions=max(spec.shard_positions, len(captured.rows)))) as writer:
+    with create_cache(store, replace(spec, shard_positions=max(spec.shard_positions, int(lengths.sum())))) as writer:
+        arrays: dict[str, Any] = dict(captured.columns)
+        inputs = {name: arrays.pop(name) for name in spec.inputs}
         begun = time.perf_counter()
-        arrays: dict[str, Any] = captured.arrays
-        writer.write_shard(0, captured.rows.inputs, **arrays, sequence_lengths=windows, document_lengths=lengths)
+        writer.write_shard(0, inputs, **arrays, sequence_lengths=windows, document_lengths=lengths)
         seconds = time.perf_counter() - begun
     sizes: dict[str, float] = dict(open_cache(store).attributes(0)["bytes"])
     sizes[OTHER] = listed(store)[0] - sum(sizes.values())
