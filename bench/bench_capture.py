@@ -28,7 +28,6 @@ from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
-from fastkd.capture.answers import TopKConfig
 from fastkd.capture.prepare import prepare
 from fastkd.capture.rows import read_shard_rows, teacher_inputs
 from fastkd.capture.teacher_pass import TeacherPass, _Shard
@@ -135,8 +134,7 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     def targets(draws: int) -> Callable[[], object]:
         return lambda: linear_topk_targets(states, teacher.head.weight, settings.k, draws=draws, **asked)
 
-    asked_for = TopKConfig(settings.k, settings.draws, settings.draw_temperature, settings.mass, settings.temperatures)
-    teacher_pass, source = TeacherPass(teacher, asked_for), _Shard(some, data, 0)
+    teacher_pass, source = TeacherPass(teacher, settings), _Shard(some, data, 0)
     arrays, _ = teacher_pass.run(some, plan.batches(0), data, 0)
     pending = teacher_pass._submit(source, places)
 

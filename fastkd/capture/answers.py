@@ -1,6 +1,5 @@
 """From a teacher's answer (hidden states, logits or top-k entries) to sparse targets."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,58 +16,35 @@ _LOST_TO_ROUNDING = 2.0**-24  # the least missing probability that float32 log-p
 _EXCESS = 1e-3  # by which the probabilities of an answer may exceed 1, as rounding makes them
 
 
-@dataclass(frozen=True)
-class TopKConfig:
-    """What is kept of each row: see `topk_targets`."""
-
-    k: int
-    draws: int = 0
-    draw_temperature: float = 1.0
-    mass: float | None = None
-    temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
-    seed: int = 0
-
-
-def topk_config(settings: CaptureSettings) -> TopKConfig:
-    """The top-k config of these settings."""
-    draws, mass = settings.draws, settings.mass
-    return TopKConfig(settings.k, draws, settings.draw_temperature, mass, settings.temperatures, settings.seed)
-
-
-def check_limits(teacher: Teacher, config: TopKConfig) -> None:
-    """TeacherError if the teacher declares `tail_temperatures` or `max_k`, and the config asks for more."""
+def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
+    """TeacherError if the teacher declares `tail_temperatures` or `max_k`, and the settings ask for more."""
     temperatures = getattr(teacher, "tail_temperatures", None)
     max_k = getattr(teacher, "max_k", None)
     if temperatures is not None or max_k is not None:
-        _check_topk(config, config.k if max_k is None else max_k, temperatures or (1.0,), teacher.vocab_size)
+        _check_topk(settings, settings.k if max_k is None else max_k, temperatures or (1.0,), teacher.vocab_size)
 
 
 def targets_of(
-    answer: Answer, flat_M: Tensor, numbers_M: Tensor, config: TopKConfig, shape: torch.Size, vocab_size: int
+    answer: Answer, flat_M: Tensor, numbers_M: Tensor, settings: CaptureSettings, shape: torch.Size, vocab_size: int
 ) -> SparseTargets:
     """The targets of some rows of a teacher's answer.
 
     flat_M: int64 `[m]`, indices of the rows in the flattened `[B, L]` (or `[B]`). numbers_M: int64 `[m]`, the rows'
     numbers in the dataset, which seed their draws. shape: `[B, L]` or `[B]`. Raises TeacherError if the answer has
-    another shape or lacks what the config needs, and KDError (with `row`, of the m) for a row that is no distribution;
+    another shape or lacks what the settings need, and KDError (with `row`, of the m) for a row that is no distribution;
     for logits and hidden states on the CPU only.
     """
     if isinstance(answer, TopK):
-        return _targets_of_topk(answer, flat_M, config, shape, vocab_size)
-    options: dict[str, Any] = {
-        "temperatures": config.temperatures,
-        "mass": config.mass,
-        "draws": config.draws,
-        "draw_temperature": config.draw_temperature,
-        "seed": config.seed,
-    }
+        return _targets_of_topk(answer, flat_M, settings, shape, vocab_size)
+    names = ("temperatures", "mass", "draws", "draw_temperature", "seed")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     rows_MX = flat_rows(answer, shape, vocab_size)
     lm_head = answer.lm_head if isinstance(answer, Hidden) else None
     if isinstance(lm_head, LMHead):
         return linear_topk_targets(
             rows_MX[flat_M],
             lm_head.weight,
-            config.k,
+            settings.k,
             bias=lm_head.bias,
             softcap=lm_head.softcap,
             logit_scale=lm_head.logit_scale,
@@ -82,7 +58,7 @@ def targets_of(
         if lm_head is not None:
             logits_CV = lm_head(logits_CV)
         try:
-            parts.append(topk_targets(logits_CV, config.k, positions=numbers_M[chunk], **options))
+            parts.append(topk_targets(logits_CV, settings.k, positions=numbers_M[chunk], **options))
         except KDError as error:
             if error.row is None:
                 raise
@@ -111,56 +87,56 @@ def flat_rows(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
 
 
 def _targets_of_topk(
-    answer: TopK, flat_M: Tensor, config: TopKConfig, shape: torch.Size, vocab_size: int
+    answer: TopK, flat_M: Tensor, settings: CaptureSettings, shape: torch.Size, vocab_size: int
 ) -> SparseTargets:
     """Top-k entries, best first; entries that are not kept, by k or by mass, are added to the tail."""
     _check_shape(answer.ids, shape, "K")
     _check_shape(answer.logprobs, shape, "K")
     width = answer.ids.shape[-1]
-    _check_topk(config, width, answer.temperatures, vocab_size)
+    _check_topk(settings, width, answer.temperatures, vocab_size)
     logprobs_MK, order = answer.logprobs.reshape(-1, width)[flat_M].double().sort(dim=1, descending=True, stable=True)
     ids_MK = answer.ids.reshape(-1, width)[flat_M].gather(1, order)
     used = logprobs_MK > -torch.inf
     p_MK = logprobs_MK.exp()
     missing_M = 1 - p_MK.sum(1)
     _check_rows(ids_MK, logprobs_MK, used, missing_M, vocab_size)
-    kept = used & (torch.arange(width, device=used.device) < config.k)
-    if config.mass is not None:
-        kept &= p_MK.cumsum(1) - p_MK < config.mass
+    kept = used & (torch.arange(width, device=used.device) < settings.k)
+    if settings.mass is not None:
+        kept &= p_MK.cumsum(1) - p_MK < settings.mass
     if answer.tail is None:
         missing_M = torch.where(used.sum(1) < vocab_size, missing_M.clamp(min=_LOST_TO_ROUNDING), 0.0)
         tail_MM = missing_M.log()[:, None]
     else:
         _check_shape(answer.tail, shape, "M")
-        columns = [answer.temperatures.index(t) for t in config.temperatures]
+        columns = [answer.temperatures.index(t) for t in settings.temperatures]
         tail_MM = answer.tail.reshape(-1, answer.tail.shape[-1])[flat_M].double()[:, columns]
     dropped_MK = logprobs_MK.masked_fill(kept, -torch.inf)
-    dropped = torch.stack([torch.logsumexp(dropped_MK / t, 1) for t in config.temperatures], 1)
-    k = min(config.k, vocab_size)
+    dropped = torch.stack([torch.logsumexp(dropped_MK / t, 1) for t in settings.temperatures], 1)
+    k = min(settings.k, vocab_size)
     return SparseTargets(
         ids=ids_MK.masked_fill(~kept, 0)[:, :k].int(),
         logprobs=logprobs_MK.masked_fill(~kept, -torch.inf)[:, :k].float(),
         tail=torch.logaddexp(tail_MM, dropped).float(),
         outcomes=(vocab_size - kept.sum(1)).int(),
         vocab_size=vocab_size,
-        temperatures=config.temperatures,
+        temperatures=settings.temperatures,
     )
 
 
-def _check_topk(config: TopKConfig, max_k: int, temperatures: tuple[float, ...], vocab_size: int) -> None:
-    """TeacherError if top-k entries with tails at these temperatures are not enough for the config."""
-    if config.draws:
+def _check_topk(settings: CaptureSettings, max_k: int, temperatures: tuple[float, ...], vocab_size: int) -> None:
+    """TeacherError if top-k entries with tails at these temperatures are not enough for the settings."""
+    if settings.draws:
         raise TeacherError(
-            f"draws: got {config.draws}; expected 0: this teacher answers with top-k entries, so there is nothing to "
+            f"draws: got {settings.draws}; expected 0: this teacher answers with top-k entries, so there is nothing to "
             "draw from. Use --draws 0."
         )
-    if lacking := [t for t in config.temperatures if t not in temperatures]:
+    if lacking := [t for t in settings.temperatures if t not in temperatures]:
         raise TeacherError(
             f"temperatures: got {', '.join(map(str, lacking))}; expected none but {', '.join(map(str, temperatures))}, "
             "the temperatures of the tails that this teacher answers with."
         )
-    if min(config.k, vocab_size) > max_k:
-        raise TeacherError(f"k: got {config.k}; expected at most {max_k}, the entries that this teacher answers with.")
+    if min(settings.k, vocab_size) > max_k:
+        raise TeacherError(f"k: got {settings.k}; expected at most {max_k}, the entries of this teacher's answers.")
 
 
 def _check_rows(ids_MK: Tensor, logprobs_MK: Tensor, used: Tensor, missing_M: Tensor, vocab_size: int) -> None:

@@ -17,7 +17,7 @@ from ..teachers.workers import Group, rank_and_world_size
 from ..utils.output_guard import check_cache_place
 from ..utils.progress import MODES, Lenient
 from ..utils.signals import Stop
-from .answers import check_limits, topk_config
+from .answers import check_limits
 from .claims import Claims
 from .prepare import prepare, write_window_plan
 from .runner import CaptureReport, CaptureRunner
@@ -84,8 +84,7 @@ def capture(
         tell(f"teacher: {note}")
     for line in large_k_text(settings.k, settings.draws, model.vocab_size):
         tell(line)
-    config = topk_config(settings)
-    check_limits(model, config)
+    check_limits(model, settings)
     prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     if isinstance(data, Documents):
         for line in describe_documents(data, prepared.plan.lengths):
@@ -94,7 +93,7 @@ def capture(
     if line := prepare_topk(model.device):
         tell(line)
     runner = CaptureRunner(
-        TeacherPass(model, config),
+        TeacherPass(model, settings),
         data,
         prepared.plan,
         store,

@@ -17,9 +17,10 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
 from ..kernels import KDError, SparseTargets
+from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.signals import Stopped
-from .answers import TopKConfig, targets_of
+from .answers import targets_of
 from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]
@@ -73,7 +74,7 @@ class TeacherPass:
     """
 
     teacher: Teacher
-    config: TopKConfig
+    settings: CaptureSettings
     on_batch: Callable[[int, float], None] = lambda positions, seconds: None
     should_stop: Callable[[], bool] = lambda: False
     _too_large: int | None = None
@@ -106,13 +107,13 @@ class TeacherPass:
 
     def _empty_arrays(self, n: int) -> dict[str, Array]:
         """The arrays of n rows without targets."""
-        config, vocab_size = self.config, self.teacher.vocab_size
+        settings, vocab_size = self.settings, self.teacher.vocab_size
         return SparseTargets.empty(
             n,
-            min(config.k, vocab_size) + config.draws,
+            min(settings.k, vocab_size) + settings.draws,
             vocab_size=vocab_size,
-            temperatures=config.temperatures,
-            draws=config.draws > 0,
+            temperatures=settings.temperatures,
+            draws=settings.draws > 0,
             device="cpu",
         ).arrays()
 
@@ -166,7 +167,7 @@ class TeacherPass:
         answer = self.teacher(inputs)
         try:
             shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
-            targets = targets_of(answer, flat_M, numbers_M, self.config, shape, self.teacher.vocab_size)
+            targets = targets_of(answer, flat_M, numbers_M, self.settings, shape, self.teacher.vocab_size)
         except KDError as error:
             if error.row is None:
                 raise

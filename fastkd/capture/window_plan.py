@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +34,6 @@ from .settings import WindowPlanSettings
 
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
 Ints = NDArray[np.int64]
-
-
-class Segment(NamedTuple):
-    """Tokens start to stop of a document. is_context: repeated as context only, without targets."""
-
-    document: int
-    start: int
-    stop: int
-    is_context: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +92,6 @@ class WindowPlan:
         """The number of windows."""
         return int(self.shard_windows[-1])
 
-    @property
-    def skipped(self) -> int:
-        """The number of empty documents, which are left out."""
-        return len(self.lengths) - len(self.order)
-
     @cached_property
     def totals(self) -> dict[str, int]:
         """Totals for a person: documents, and how many of them are skipped, held_out and long; windows and shards.
@@ -122,7 +108,7 @@ class WindowPlan:
         train = int(np.searchsorted(self.first_segment, self.shard_segments[self.train_shards]))
         return {
             "documents": len(self.lengths),
-            "skipped": self.skipped,
+            "skipped": len(self.lengths) - len(self.order),
             "held_out": kept - train,
             "long": int(np.count_nonzero(self.lengths > settings.context)),
             "windows": self.windows,
@@ -168,21 +154,6 @@ class WindowPlan:
             stop=stop[by],
             context=np.where(part > 0, settings.overlap, 0)[by],
         )
-
-    def window(self, number: int) -> list[Segment]:
-        """The segments of a window, in order; repeated context is a separate segment."""
-        if not 0 <= number < self.windows:
-            raise DataError(f"window: got {number}; expected 0 to {self.windows - 1}.")
-        shard = self.shard(int(np.searchsorted(self.shard_windows, number, side="right")) - 1)
-        first = number - shard.first_window
-        segments = []
-        for i in range(*shard.window_starts[first : first + 2].tolist()):
-            document, start, stop = int(shard.document[i]), int(shard.start[i]), int(shard.stop[i])
-            middle = start + int(shard.context[i])
-            if middle > start:
-                segments.append(Segment(document, start, middle, True))
-            segments.append(Segment(document, middle, stop, False))
-        return segments
 
     def batches(self, index: int) -> list[Ints]:
         """The teacher batches of a shard: for each, the indices of its segments in the shard, longest first."""

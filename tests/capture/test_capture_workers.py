@@ -28,7 +28,6 @@ from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
 from fastkd.capture import runner as job_module
-from fastkd.capture.answers import TopKConfig
 from fastkd.capture.claims import Claims
 from fastkd.capture.prepare import prepare, write_window_plan
 from fastkd.capture.runner import CaptureReport, CaptureRunner
@@ -104,7 +103,7 @@ def prepared(store: Any, claims: Claims, **options: Any) -> CaptureRunner:
     teacher = ModuleTeacher(Causal(), vocab_size=VOCAB, fingerprint="the same")
     found = prepare(teacher, data, settings, store, claims)
     write_window_plan(store, found.plan)
-    runner = TeacherPass(teacher, TopKConfig(k=settings.k, draws=settings.draws, seed=settings.seed))
+    runner = TeacherPass(teacher, settings)
     job = CaptureRunner(runner, data, found.plan, store, claims, **options)
     job.spec = found.spec  # type: ignore[attr-defined]
     return job

@@ -10,9 +10,10 @@ from capture_cases import SMALL, VOCAB, Causal, capture, documents
 from torch import Tensor
 
 from fastkd.cache import open_cache, verify_cache
-from fastkd.capture.answers import TopKConfig, targets_of
+from fastkd.capture.answers import targets_of
 from fastkd.errors import TeacherError
 from fastkd.kernels import KDError, topk_targets
+from fastkd.settings import CaptureSettings
 from fastkd.teachers import Logits, TopK
 
 ENTRIES, TEMPERATURES = 8, (1.0, 2.0)
@@ -92,9 +93,9 @@ def answer(logprobs: Any, ids: Any = None) -> TopK:
 
 
 def targets(answer: Any, **changes: Any) -> Any:
-    config = TopKConfig(**{"k": 2, "temperatures": (1.0,)} | changes)
+    settings = CaptureSettings(**{"k": 2, "draws": 0, "temperatures": (1.0,)} | changes)
     at = torch.zeros(1, dtype=torch.int64)
-    return targets_of(answer, at, at, config, torch.Size([1]), 5)
+    return targets_of(answer, at, at, settings, torch.Size([1]), 5)
 
 
 def test_entries_that_are_not_kept_are_in_the_tail() -> None:
@@ -147,6 +148,8 @@ def test_a_bad_position_is_named(tmp_path: Path) -> None:
 
 def test_answers_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"got an answer of shape \(1, 2\); expected \(1, 1, K\)"):
-        targets_of(answer([-1.0, -2.0]), *[torch.zeros(1, dtype=torch.int64)] * 2, TopKConfig(2), torch.Size([1, 1]), 5)
+        targets_of(
+            answer([-1.0, -2.0]), *[torch.zeros(1, dtype=torch.int64)] * 2, CaptureSettings(), torch.Size([1, 1]), 5
+        )
     with pytest.raises(TeacherError, match="expected vocab_size, 5"):
         targets(Logits(torch.zeros(1, 4)))

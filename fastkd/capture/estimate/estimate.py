@@ -14,7 +14,6 @@ from ...data.examples import Examples
 from ...errors import DataError
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
-from ..answers import topk_config
 from ..prepare import prepare
 from .costs import capture_hours, host_bytes, objects, other_bytes, position_seconds, requests
 from .k_table import KCost, KTable
@@ -98,14 +97,14 @@ def estimate(
         if value is not None and not least <= value < math.inf:
             raise DataError(f"{name}: got {value}; expected a number from {least} on.")
     prepared = prepare(teacher, data, settings, progress=progress)
-    plan, spec, config = prepared.plan, prepared.spec, topk_config(settings)
+    plan, spec = prepared.plan, prepared.spec
     begun = time.perf_counter()
-    k_table = KTable(spec, config)
+    k_table = KTable(spec, settings)
     sample = run_sample(
         teacher,
         data,
         plan,
-        config,
+        settings,
         seconds=seconds,
         min_batches=min_batches,
         on_answer=k_table.add,

@@ -10,8 +10,9 @@ from ...cache import CacheSpec
 from ...kernels import KDError, SparseTargets
 from ...models.lm_head import logits_of
 from ...models.protocol import Hidden, Logits
+from ...settings import CaptureSettings
 from ...teachers.protocol import Answer
-from ..answers import TopKConfig, targets_of
+from ..answers import targets_of
 from ..rows import Ints, ShardRows
 from .measure import CapturedRows
 from .sizes import measure_sizes
@@ -39,11 +40,11 @@ class KCost:
 class KTable:
     """Targets of the same rows for several k: of the settings' k, and of KS."""
 
-    def __init__(self, spec: CacheSpec, config: TopKConfig) -> None:
-        self._spec, self._config = spec, config
+    def __init__(self, spec: CacheSpec, settings: CaptureSettings) -> None:
+        self._spec, self._settings = spec, settings
         self._inputs: list[dict[str, np.ndarray]] = []
         self._targets: dict[int, list[SparseTargets]] = {
-            k: [] for k in sorted({config.k, *(k for k in KS if k <= spec.vocab_size)})
+            k: [] for k in sorted({settings.k, *(k for k in KS if k <= spec.vocab_size)})
         }
 
     @torch.inference_mode()
@@ -66,8 +67,8 @@ class KTable:
         numbers = torch.from_numpy(some.row_numbers(rows)).to(logits.device)
         self._inputs.append({name: column[rows] for name, column in some.inputs.items()})
         for k, parts in self._targets.items():
-            config = replace(self._config, k=k)
-            targets = targets_of(Logits(logits), index, numbers, config, logits.shape[:1], self._spec.vocab_size)
+            settings = replace(self._settings, k=k)
+            targets = targets_of(Logits(logits), index, numbers, settings, logits.shape[:1], self._spec.vocab_size)
             parts.append(targets.to("cpu"))
 
     def rows(self, total: dict[str, float], positions: int, shard_counted: float) -> list[KCost]:
@@ -83,7 +84,7 @@ class KTable:
         share = sum(size for name, size in total.items() if name.startswith(_TARGETS))
         costs = []
         for k, found in targets.items():
-            size = sum(total.values()) + share * (sizes[k] / sizes[self._config.k] - 1)
+            size = sum(total.values()) + share * (sizes[k] / sizes[self._settings.k] - 1)
             costs.append(KCost(k, size, size / positions, _mass(found, 1.0), _mass(found, 2.0)))
         return costs
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ...data.documents import Documents
 from ...data.examples import Examples
+from ...settings import CaptureSettings
 from ...teachers.protocol import Answer, Teacher
-from ..answers import TopKConfig
 from ..rows import Ints, ShardRows, read_shard_rows
 from ..teacher_pass import TeacherPass
 from ..window_plan import WindowPlan
@@ -76,7 +76,7 @@ def run_sample(
     teacher: Teacher,
     data: Documents | Examples,
     plan: WindowPlan,
-    config: TopKConfig,
+    settings: CaptureSettings,
     *,
     seconds: float,
     min_batches: int = 1,
@@ -92,11 +92,11 @@ def run_sample(
     """
     sample = Sample()
     recorder = _Recorder(teacher)
-    runner = TeacherPass(cast(Teacher, recorder), config, on_batch=lambda *part: sample.parts.append(part))
+    runner = TeacherPass(cast(Teacher, recorder), settings, on_batch=lambda *part: sample.parts.append(part))
     shards = _Shards(plan, data)
     order = shards.order()
     began = time.perf_counter()
-    _warm_up(TeacherPass(teacher, config), shards, data, seconds)
+    _warm_up(TeacherPass(teacher, settings), shards, data, seconds)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
 
