@@ -125,7 +125,7 @@ def test_a_template_of_a_file(tmp_path: Path) -> None:
 
 def test_no_template_is_an_error() -> None:
     tokenizer = load_tokenizer(tokenizer_of(template=None))
-    with pytest.raises(DataError, match=r"it has no chat template.*Give one in a file"):
+    with pytest.raises(DataError, match=r"it has no default chat template.*Give one in a file"):
         load_documents([CHAT], tokenizer=tokenizer, vocab_size=300)
     assert len(load_documents(["the fox"], tokenizer=tokenizer, vocab_size=300)) == 1
 
