@@ -133,10 +133,10 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--teacher", "json:absent"), "json:absent: module 'json' has no attribute 'absent'"),
         (("--column", "absent"), "there is no column 'absent'. It has 'text'"),
         (("--tokenizer", "{folder}/other"), "expected the teacher's"),
-        (("--context", "5000", "--shard-positions", "8192"), "--context 5000: this teacher takes 2048"),
+        (("--context", "5000", "--shard-positions", "8192"), "--context 5000: expected at most 2048"),
         (("--mass", "2"), "--mass 2.0: "),
         (("--rank", "3", "--world-size", "2"), "--rank: got 3 of a --world-size of 2"),
-        (("--loss-on", "assistant"), "only messages say whose turn it is"),
+        (("--loss-on", "assistant"), "only messages have roles"),
         (("--device", "abacus"), "--device: got 'abacus'"),
     ],
 )
