@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from . import divergences
 from .errors import KDError
-from .tail import ON_GRID
 
 TREATMENTS = ("auto", *divergences.TREATMENTS)
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ SAMPLED_REACH = 1.5
 
 def sampled_reach(draw_temperature: float) -> float:
     """The highest temperature at which `auto` uses draws that were made at `draw_temperature`."""
+    from .tail import ON_GRID  # with NumPy, which the names above need not
+
     return SAMPLED_REACH * draw_temperature * (1 + ON_GRID)
 
 

@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "Call":
-        """The call that `arguments` were made of."""
+        """The call that `arguments` were made of. Its config was checked when the call was made."""
         rest = iter(arguments[len(cls._fields) - 1 :])
         settings = {}
         for name in CONFIG:
@@ -56,7 +56,9 @@ class Call(NamedTuple):
                 tensor = next(rest)
                 value = value if tensor is None else tensor
             settings[name] = value
-        return cls._make([*arguments[: len(cls._fields) - 1], LossConfig(**settings)])
+        config = object.__new__(LossConfig)
+        config.__dict__.update(settings)
+        return cls._make([*arguments[: len(cls._fields) - 1], config])
 
     @property
     def rows(self) -> int:
@@ -132,6 +134,21 @@ class Call(NamedTuple):
             draw_temperature=self.draw_temperature,
             dtype=dtype,
         )
+
+
+class RowOptions(NamedTuple):
+    """What is done with the rows of a call, for `TorchRows` and `TritonRows`.
+
+    upstream: the gradient of the loss `[]`; None: 1. fixed_scale: a factor of the gradient in place of 1/divisor.
+    softcap, logit_scale: of an LMHead. want_grad: whether logits become their gradient. what: the logits, in messages.
+    """
+
+    upstream: Tensor | None = None
+    fixed_scale: float | None = None
+    softcap: float | None = None
+    logit_scale: float | None = None
+    want_grad: bool = True
+    what: str = "logits"
 
 
 def split(value: float | Tensor) -> tuple[float, Tensor | None]:

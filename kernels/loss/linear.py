@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..lm_head import LMHead
-from .call import Call
+from .call import Call, RowOptions
 from .torch_impl import TorchRows
 
 # Logit gradients are kept in the LM head's own type, unnormalised where that is float16: 1/N folded into them lost 22%
@@ -67,15 +67,17 @@ def linear_kd_loss_chunks(
     `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
     """
     width, device = lm_head.weight.shape[0], hidden_ND.device
-    settings: dict[str, Any] = {"softcap": lm_head.softcap, "logit_scale": lm_head.logit_scale, "want_grad": any(want)}
     rescale_later = dtype == torch.float16
-    largest = None
-    if rescale_later:
-        settings["fixed_scale"] = FLOAT16_SCALE
-        if call.weights is not None:
-            largest = call.max_abs_weight(hidden_ND.shape[0])
-            settings["upstream"] = 1.0 / largest
-    rows = _engine(call, hidden_ND.shape[0], width, dtype, settings)
+    largest = call.max_abs_weight(hidden_ND.shape[0]) if rescale_later and call.weights is not None else None
+    options = RowOptions(
+        upstream=None if largest is None else 1.0 / largest,
+        fixed_scale=FLOAT16_SCALE if rescale_later else None,
+        softcap=lm_head.softcap,
+        logit_scale=lm_head.logit_scale,
+        want_grad=any(want),
+        what="hidden @ weight.T",
+    )
+    rows = _rows(call, hidden_ND.shape[0], width, dtype, options)
     weight_VD = lm_head.weight.to(dtype)
     bias_V = None if lm_head.bias is None else lm_head.bias.to(dtype)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
@@ -123,10 +125,9 @@ def linear_kd_loss_chunks(
     return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
 
 
-def _engine(call: Call, positions: int, width: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    what = "hidden @ weight.T"
+def _rows(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:
     if call.config.impl == "triton":
         from .triton_impl import TritonRows
 
-        return TritonRows(call, positions, width, dtype, what=what, **settings)
-    return TorchRows(call, positions, width, dtype, what=what, **settings)
+        return TritonRows(call, positions, width, dtype, options)
+    return TorchRows(call, positions, width, dtype, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..divergences import Divergence, find_divergence
 from ..targets import TargetsAt
-from .call import Call
+from .call import Call, RowOptions
 from .checks import check_student, check_values
 
 # One block of logits in the work type: small enough for the last-level cache, large enough to hide the cost of calls.
@@ -75,31 +75,17 @@ class _Sums(NamedTuple):
 class TorchRows:
     """The rows of one call that count, block by block; `TritonRows` is the same on a GPU.
 
-    upstream: the gradient of the loss, 1 by default. fixed_scale: in place of 1/divisor in the gradient.
+    width: V. dtype: of the logits.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        positions: int,
-        width: int,
-        dtype: torch.dtype,
-        *,
-        upstream: Tensor | None = None,
-        fixed_scale: float | None = None,
-        softcap: float | None = None,
-        logit_scale: float | None = None,
-        want_grad: bool = True,
-        what: str = "logits",
-    ) -> None:
+    def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
         self.call, self.index, self.divisor = counted_rows(call, positions, width)
-        self.rows, self.want_grad, self.what = self.call.rows, want_grad, what
+        self.rows, self.options = self.call.rows, options
         # of all arithmetic: float64 for float64 logits, else float32
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.softcap, self.logit_scale = softcap, logit_scale
         divisor = self.divisor.to(self.dtype)
-        scale = 1.0 / divisor if fixed_scale is None else torch.full_like(divisor, fixed_scale)
-        self.scale = scale if upstream is None else upstream.to(self.dtype) * scale
+        scale = 1.0 / divisor if options.fixed_scale is None else torch.full_like(divisor, options.fixed_scale)
+        self.scale = scale if options.upstream is None else options.upstream.to(self.dtype) * scale
         self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
         self.alpha, self.t = self.call.numbers()
         # once for all rows: their number of small operations would show in every block
@@ -114,7 +100,7 @@ class TorchRows:
             work = block.to(self.dtype)
             rows = slice(first + start, first + start + len(block))
             self._block_(work, rows)
-            if self.want_grad and work is not block:
+            if self.options.want_grad and work is not block:
                 block.copy_(work)
 
     def counted(self) -> Tensor | None:
@@ -155,7 +141,7 @@ class TorchRows:
         log_s_t = s_t.log()
         log_p_tail = sums.off_t.log() + sums.shift / t - log_s_t
         log_p = above_CK / t - log_s_t[:, None]
-        check_student(~(sums.m + s_1.log()).isfinite(), self.what, rows.start)
+        check_student(~(sums.m + s_1.log()).isfinite(), self.options.what, rows.start)
 
         config = call.config
         divergence, on_support, off_support = outcome_terms(
@@ -166,7 +152,7 @@ class TorchRows:
             self.hard[rows] = torch.nan
         else:
             self.hard[rows] = (s_1.log() - (z_label - sums.m)) * row_weight
-        if not self.want_grad:
+        if not self.options.want_grad:
             return
 
         row_scale = row_weight * self.scale
@@ -187,18 +173,18 @@ class TorchRows:
         _write_entries_(x_CV, entries, hard_CK + soft_CK)
         if cap_slope is not None:
             x_CV.mul_(cap_slope)
-        if self.logit_scale is not None:
-            x_CV.mul_(self.logit_scale)
+        if self.options.logit_scale is not None:
+            x_CV.mul_(self.options.logit_scale)
 
     def _cap_(self, x_CV: Tensor) -> Tensor | None:
         """Raw logits to logits, in place: the scale multiplies, then the cap. Returns the cap's derivative `[C, V]`."""
-        if self.logit_scale is not None:
-            x_CV.mul_(self.logit_scale)
-        if self.softcap is None:
+        if self.options.logit_scale is not None:
+            x_CV.mul_(self.options.logit_scale)
+        if self.options.softcap is None:
             return None
         masked = x_CV == -_INF
-        capped = torch.tanh(x_CV / self.softcap)
-        torch.mul(capped, self.softcap, out=x_CV).masked_fill_(masked, -_INF)
+        capped = torch.tanh(x_CV / self.options.softcap)
+        torch.mul(capped, self.options.softcap, out=x_CV).masked_fill_(masked, -_INF)
         return capped.square_().neg_().add_(1.0)
 
     def _sums_(self, x_CV: Tensor, entries: _Entries) -> _Sums:
@@ -267,7 +253,8 @@ def kd_loss_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard, soft; the gradient times `upstream` goes to `out`, which may be the logits themselves."""
     positions, width = logits_NV.shape
-    rows = TorchRows(call, positions, width, logits_NV.dtype, upstream=upstream, want_grad=out_NV is not None)
+    options = RowOptions(upstream, want_grad=out_NV is not None)
+    rows = TorchRows(call, positions, width, logits_NV.dtype, options)
     uncovered = None
     if rows.index is not None and out_NV is not None:
         uncovered = torch.ones(positions, dtype=torch.bool, device=logits_NV.device)

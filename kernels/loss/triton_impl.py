@@ -15,7 +15,7 @@ from ..errors import KDError
 from ..interpreter import is_interpreted
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from ..treatment import sampled_reach
-from .call import Call, split
+from .call import Call, RowOptions, split
 from .checks import check_student, check_values, values_are_checked
 from .config import HIGHEST_TEMPERATURE, SCHEDULED
 from .row_passes import sweep_settings, zero_uncovered_kernel
@@ -52,28 +52,14 @@ def loss_kernel_of(divergence: Divergence) -> Any:
 class TritonRows:
     """The rows of one call on a GPU: `TorchRows` without reading any value. Rows that do not count are computed too."""
 
-    def __init__(
-        self,
-        call: Call,
-        positions: int,
-        width: int,
-        dtype: torch.dtype,
-        *,
-        upstream: Tensor | None = None,
-        fixed_scale: float | None = None,
-        softcap: float | None = None,
-        logit_scale: float | None = None,
-        want_grad: bool = True,
-        what: str = "logits",
-        settings: dict[str, int] | None = None,
-    ) -> None:
+    def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise KDError(f"{what}: got {dtype}; expected float32, bfloat16 or float16 with impl='triton'.")
+            raise KDError(f"{options.what}: got {dtype}; expected float32, bfloat16 or float16 with impl='triton'.")
         if values_are_checked(call.ids.device):
             check_values(call, positions, width)
         device = call.ids.device
-        self.call, self.index, self.rows, self.want_grad = call, call.positions, call.rows, want_grad
-        self.width, self.positions, self.what = width, positions, what
+        self.call, self.index, self.rows, self.options = call, call.positions, call.rows, options
+        self.width, self.positions = width, positions
         grid = tuple(call.temperatures)
         m = len(grid)
         self.block_m = triton.next_power_of_2(m + 1)
@@ -93,7 +79,7 @@ class TritonRows:
             call.mask,
             call.positions,
             call.num_items,
-            upstream,
+            options.upstream,
             alpha_tensor,
             t_tensor,
             alpha,
@@ -103,7 +89,7 @@ class TritonRows:
             positions,
             call.config.ignore_index,
             reach,
-            fixed_scale or 0.0,
+            options.fixed_scale or 0.0,
             M=m,
             OFF_GRID=m >= OFF_GRID_NEEDS,
             SNAP=ON_GRID,
@@ -116,23 +102,23 @@ class TritonRows:
         self.kernel = loss_kernel_of(find_divergence(call.config.divergence))
         self.constants: dict[str, Any] = dict(
             TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
-            WANT_GRAD=want_grad,
-            SOFTCAP=softcap is not None,
-            SCALED=logit_scale is not None,
+            WANT_GRAD=options.want_grad,
+            SOFTCAP=options.softcap is not None,
+            SCALED=options.logit_scale is not None,
             M=m,
             BLOCK_K=max(16, triton.next_power_of_2(k)),
             BLOCK_M=self.block_m,
             BLOCK_SLOW=512,
-            **(settings or sweep_settings(width, dtype.itemsize)),
+            **sweep_settings(width, dtype.itemsize),
         )
-        self.softcap, self.logit_scale = softcap or 1.0, logit_scale or 1.0
         self.targets = tuple(
             None if x is None else x.contiguous() for x in (call.ids, call.logprobs, call.draws, call.tail)
         )
 
     def loss_(self, x_CV: Tensor, first: int) -> None:
         """Losses of the rows from `first` on, whose raw logits x holds; x becomes their gradient, if one is wanted."""
-        self._launch(x_CV[None], x_CV[None] if self.want_grad else None, x_CV.shape[0], first, by_position=False)
+        x_1CV = x_CV[None]
+        self._launch(x_1CV, x_1CV if self.options.want_grad else None, len(x_CV), first, by_position=False)
 
     def loss_at_positions(self, logits_BLV: Tensor, out_BLV: Tensor | None) -> None:
         """Losses of all rows, at their positions in the logits; their gradient goes to `out`."""
@@ -187,8 +173,8 @@ class TritonRows:
             call.config.ignore_index,
             1.0 / call.draw_temperature,
             call.config.parameter,
-            self.softcap,
-            self.logit_scale,
+            self.options.softcap or 1.0,
+            self.options.logit_scale or 1.0,
             BY_POSITION=by_position,
             IN_PLACE=g is not None and g.data_ptr() == x.data_ptr(),
             **self.constants,
@@ -198,7 +184,7 @@ class TritonRows:
         """Loss, hard and soft."""
         if values_are_checked(self.params.device):
             bad = self.soft[: self.rows].isnan()
-            check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.what)
+            check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.options.what)
         loss, hard, soft = (torch.empty((), dtype=torch.float32, device=self.params.device) for _ in range(3))
         total_kernel[(1,)](
             self.hard,
@@ -225,9 +211,8 @@ def kd_loss_triton(
             f"logits: got a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
             "more than 2^31 elements; pass logits.contiguous()."
         )
-    rows = TritonRows(
-        call, logits.numel() // max(width, 1), width, logits.dtype, upstream=upstream, want_grad=out is not None
-    )
+    options = RowOptions(upstream, want_grad=out is not None)
+    rows = TritonRows(call, logits.numel() // max(width, 1), width, logits.dtype, options)
     three = _as_three(logits)
     gradient = three if out is logits else None if out is None else _as_three(out)
     rows.loss_at_positions(three, gradient)
