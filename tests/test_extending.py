@@ -1,0 +1,108 @@
+"""The first two walks of docs/extending.md, run as they stand there: one file each, and nothing else changes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "extending.md"
+DIVERGENCE = """
+import torch
+import fastkd
+
+torch.manual_seed(0)
+teacher, student = torch.randn(2, 7, 50, dtype=torch.float64)
+targets = fastkd.SparseTargets.from_logits(teacher, 12)
+results = {}
+for impl in ("torch", "reference", "triton"):
+    x = student.detach().clone().to(torch.float64 if impl == "reference" else torch.float32).requires_grad_()
+    loss = fastkd.kd_loss(x, targets, None, divergence="hellinger", temperature=2.0, impl=impl).loss
+    loss.backward()
+    results[impl] = loss.detach().double(), x.grad.double()
+for value, gradient in results.values():
+    torch.testing.assert_close(value, results["reference"][0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient, results["reference"][1], atol=1e-6, rtol=1e-5)
+# forward and backward are right, not only alike: the definition, on the outcomes that the bucket leaves
+at = targets.at(2.0, "bucket", dtype=torch.float64)
+p = torch.softmax(student.double() / 2, 1).gather(1, targets.ids.long())
+q = at.log_q.exp()
+rest = (at.log_q_tail.exp().sqrt() - (1 - p.sum(1)).sqrt()) ** 2
+mean = 4 * 0.5 * (((q.sqrt() - p.sqrt()) ** 2).sum(1) + rest).mean()
+torch.testing.assert_close(results["torch"][0], mean, atol=1e-6, rtol=1e-6)
+
+from fastkd.cli.parse import parse
+command = parse("train --student s --cache c --out o --divergence hellinger".split())
+print(sorted(results), command.divergence)
+"""
+STORE = """
+import sys
+import numpy as np
+import torch
+from fastkd import SparseTargets
+from fastkd.cache import CacheSpec, create_cache, open_cache, verify_cache
+
+place = f"sqlite://{sys.argv[1]}"
+targets = SparseTargets.from_logits(torch.randn(8, 100), k=4)
+with create_cache(place, CacheSpec(vocab_size=100, k=4)) as writer:
+    arrays = {name: getattr(targets, name).numpy() for name in ("ids", "logprobs", "tail")}
+    writer.write_shard(0, inputs={"tokens": np.arange(8)}, sequence_lengths=[8], first_sequence=0, **arrays)
+    writer.seal()
+cache = open_cache(place)
+assert (np.sort(cache.read_shard(0)["ids"]) == np.sort(targets.ids.numpy())).all()
+print(verify_cache(cache.store, deep=True).ok, cache.store.describe() == place)
+"""
+
+
+def example(section: str) -> str:
+    """The Python of a section of the page."""
+    text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return code
+
+
+def package_with(folder: Path, name: str, code: str) -> Path:
+    """A copy of the package, by links, with one more file. Returns the folder to import it from."""
+    leaf, room, file = name.split("/")
+    copy = folder / "fastkd" / leaf / room
+    copy.mkdir(parents=True)
+    for source, target, but in (
+        (ROOT / "fastkd", folder / "fastkd", ()),
+        (ROOT / leaf, folder / "fastkd" / leaf, (room,)),
+        (ROOT / leaf / room, copy, ()),
+    ):
+        for entry in source.iterdir():
+            if entry.name not in (*but, "__pycache__"):
+                (target / entry.name).symlink_to(entry)
+    for other in {"cache", "kernels"} - {leaf}:
+        (folder / "fastkd" / other).symlink_to(ROOT / other)
+    (copy / file).write_text(code)
+    return folder
+
+
+def run(package: Path, code: str, *arguments: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=package)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_divergence_is_one_file(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    package = package_with(tmp_path, "kernels/divergences/hellinger.py", example("A divergence"))
+    assert run(package, DIVERGENCE) == "['reference', 'torch', 'triton'] hellinger"
+
+
+def test_a_store_is_one_file(tmp_path: Path) -> None:
+    package = package_with(tmp_path, "cache/stores/sqlite.py", example("A store"))
+    assert run(package, STORE, tmp_path / "cache.db") == "True True"
+
+
+def test_the_files_that_the_page_names_are_there() -> None:
+    for folder in ("kernels/divergences", "cache/stores", "fastkd/teachers", "fastkd/train", "fastkd/report/sections"):
+        assert f"`{folder}/NAME.py`" in PAGE.read_text()
+        assert (ROOT / folder / "__init__.py").exists()
