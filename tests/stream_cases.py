@@ -23,11 +23,11 @@ TRAIN_SHARDS, SHARDS = 13, 16  # of the cache that is made unless told otherwise
 
 
 class Row(NamedTuple):
-    """A row of a cache. label: −100 where there is none. piece: the tokens of the piece it is in."""
+    """A row of a cache. label: −100 where there is none. segment: the tokens of the segment it is in."""
 
     label: int
-    place: int
-    piece: tuple[int, ...]
+    position: int
+    segment: tuple[int, ...]
     sequence: tuple[int, int]
     targets: dict[str, NDArray[Any]]
 
@@ -81,13 +81,13 @@ def reference(cache: Cache) -> dict[int, Row]:
         ends = {int(e) for name in ("sequence_lengths", "document_lengths") for e in np.cumsum(arrays[name])}
         begin, sequence, sequence_ends = 0, 0, np.cumsum(arrays["sequence_lengths"]).tolist()
         for end in sorted(ends):
-            piece = tuple(arrays["tokens"][begin:end].tolist())
+            segment = tuple(arrays["tokens"][begin:end].tolist())
             for i in range(begin, end):
                 counts = arrays["logprobs"][i, 0] > -np.inf and bool(arrays["loss_mask"][i]) and i + 1 < end
                 found[int(arrays["tokens"][i])] = Row(
                     label=int(arrays["tokens"][i + 1]) if counts else IGNORED,
-                    place=i - begin,
-                    piece=piece,
+                    position=i - begin,
+                    segment=segment,
                     sequence=(index, sequence),
                     targets={n: arrays[n][i] for n in ("ids", "logprobs", "tail", "outcomes", "draws") if n in arrays},
                 )
@@ -96,8 +96,8 @@ def reference(cache: Cache) -> dict[int, Row]:
     return found
 
 
-def pieces(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """The tokens of each piece of a micro-batch, from its boundaries."""
+def segments(batch: MicroBatch) -> list[tuple[int, ...]]:
+    """The tokens of each segment of a micro-batch, from its boundaries."""
     bounds = batch.cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(bounds)]
     if batch.layout == "padded":
@@ -113,8 +113,8 @@ def tokens(*steps: Step) -> list[int]:
         for step in steps
         for batch in step.micro_batches
         if batch.positions
-        for piece in pieces(batch)
-        for token in piece
+        for segment in segments(batch)
+        for token in segment
     )
 
 
@@ -140,16 +140,16 @@ def check(batch: MicroBatch, expected: dict[int, Row]) -> None:
             continue
         row = expected[flat["input_ids"][position]]
         assert label == row.label
-        assert flat["position_ids"][position] == row.place
+        assert flat["position_ids"][position] == row.position
         assert (position in rows_at) == (label != IGNORED)
         if position in rows_at:
             for name, array in row.targets.items():
                 ours = getattr(batch.targets, name)[rows_at[position]].numpy()
                 np.testing.assert_array_equal(ours.reshape(-1)[: array.size], array.reshape(-1), err_msg=name)
     assert batch.count == len(rows_at)
-    for piece in pieces(batch):
-        assert expected[piece[0]].piece == piece
-    assert batch.max_seqlen == max(map(len, pieces(batch)))
+    for segment in segments(batch):
+        assert expected[segment[0]].segment == segment
+    assert batch.max_seqlen == max(map(len, segments(batch)))
 
 
 class Sums:

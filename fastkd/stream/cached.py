@@ -89,17 +89,10 @@ class CachedSource:
             prefetch = renamed("ahead", "prefetch", ahead, stacklevel=2)
         if decode is not None:
             deprecated_decode(decode, StreamError, stacklevel=2)
-        for least, values in (
-            (1, {"shards_open": shards_open, "world_size": world_size, "threads": threads, "prefetch": prefetch}),
-            (0, {"seed": seed, "skip": skip, "rank": rank}),
-        ):
-            for name, value in values.items():
-                _check_integer(name, value, least)
-        limits = {"batch_size": batch_size, "batch_tokens": batch_tokens, "micro_tokens": micro_tokens}
-        limits |= {"micro_batch_size": micro_batch_size, "max_positions": max_positions}
-        for name, limit in limits.items():
-            if limit is not None:
-                _check_integer(name, limit, 1)
+        _check_integers(1, shards_open=shards_open, world_size=world_size, threads=threads, prefetch=prefetch)
+        _check_integers(0, seed=seed, skip=skip, rank=rank)
+        _check_integers(1, optional=True, batch_size=batch_size, batch_tokens=batch_tokens, micro_tokens=micro_tokens)
+        _check_integers(1, optional=True, micro_batch_size=micro_batch_size, max_positions=max_positions)
         if layout not in LAYOUTS:
             raise StreamError(f"layout: got {layout!r}; expected one of {', '.join(LAYOUTS)}.")
         if (batch_size is None) == (batch_tokens is None):
@@ -118,20 +111,17 @@ class CachedSource:
             raise StreamError("skip, max_positions: got a mixture; expected one cache. Leave them out.")
         check_data(caches, data)
         check_alike(caches)
-        tables = [
-            open_split(c, split, skip=skip, max_positions=max_positions, allow_partial=allow_partial) for c in caches
-        ]
+        part: dict[str, Any] = {"skip": skip, "max_positions": max_positions, "allow_partial": allow_partial}
+        tables = [open_split(cache, split, **part) for cache in caches]
         self._shares = shares_of(tables, weights)
         sizes = [t.sequences for t in tables]
         stream = SequenceStream(sizes, self._shares, seed, shards_open=shards_open, shuffle=shuffle)
-        least = min(batch_size or len(stream), len(stream))
-        if least < world_size:
+        if (per_step := min(batch_size or len(stream), len(stream))) < world_size:
             raise StreamError(
-                f"world_size: got {world_size} ranks; expected at most {least}, the sequences per step (the split has "
-                f"{len(stream)}). Use fewer ranks, or larger steps."
+                f"world_size: got {world_size} ranks; expected at most {per_step}, the sequences per step. "
+                "Use fewer ranks, or larger steps."
             )
         max_shards = sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + threads
-        specs = [c.spec for c in caches]
         self._setup = LoaderSetup(
             tables=tables,
             plan=StepPlan(stream, tables, batch_size=batch_size, batch_tokens=batch_tokens, keep=2 * max_shards),
@@ -139,9 +129,9 @@ class CachedSource:
                 layout=layout,
                 tokens=micro_tokens,
                 rows=micro_batch_size,
-                spec=specs[0],
-                width=max(s.width for s in specs),
-                draws=any(bool(s.draws) for s in specs),
+                spec=caches[0].spec,
+                width=max(c.spec.width for c in caches),
+                draws=any(c.spec.draws > 0 for c in caches),
                 device=torch.device("cpu" if device is None else device),
                 data=data,
             ),
@@ -167,7 +157,7 @@ class CachedSource:
             "skip": skip,
             "max_positions": max_positions,
         }
-        if data is not None:  # the specs of the caches identify the examples, not their labels
+        if data is not None:  # the specs identify the examples, not their labels
             self.fingerprint["labels"] = data.labels_fingerprint()
 
     def __iter__(self) -> Iterator[Step]:
@@ -203,7 +193,7 @@ class CachedSource:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; stay at the current position if it is in that epoch already."""
-        _check_integer("epoch", epoch, 0)
+        _check_integers(0, epoch=epoch)
         if epoch != self._progress.epoch:
             self._go_to(LoaderProgress(int(epoch)))
 
@@ -213,8 +203,7 @@ class CachedSource:
 
         step = the number of steps in the epoch is its end. Raises StreamError beyond that.
         """
-        _check_integer("epoch", epoch, 0)
-        _check_integer("step", step, 0)
+        _check_integers(0, epoch=epoch, step=step)
         self.close()
         self._progress = self._setup.plan.seek(int(epoch), int(step))
 
@@ -246,10 +235,9 @@ class CachedSource:
                 + "; ".join(f"{n}: {theirs.get(n)!r} there, {self.fingerprint.get(n)!r} here" for n in others)
                 + ". Use the same settings, or start a new run."
             )
-        values = [state.get(name) for name in ("epoch", "sequences", "positions", "steps")]
-        for name, value in zip(("epoch", "sequences", "positions", "steps"), values, strict=True):
-            _check_integer(f"state: {name}", value, 0)
-        progress = LoaderProgress(*(int(value) for value in values if value is not None))
+        values = {name: state.get(name) for name in ("epoch", "sequences", "positions", "steps")}
+        _check_integers(0, **{f"state: {name}": value for name, value in values.items()})
+        progress = LoaderProgress(*(int(value) for value in values.values() if value is not None))
         total = len(self._setup.plan.stream)
         if progress.sequences > total:
             raise StreamError(f"state: got {progress.sequences} sequences; expected at most {total}, an epoch.")
@@ -278,6 +266,9 @@ DistillLoader = CachedSource
 """The name of `CachedSource` in code that has its own training loop."""
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**63:
-        raise StreamError(f"{name}: got {value!r}; expected an integer of at least {least}.")
+def _check_integers(least: int, *, optional: bool = False, **values: Any) -> None:
+    for name, value in values.items():
+        if optional and value is None:
+            continue
+        if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**63:
+            raise StreamError(f"{name}: got {value!r}; expected an integer of at least {least}.")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cache_cases import make_shard, make_spec
-from stream_cases import TRAIN_SHARDS, bits, check, make_cache, pieces, ranks, reference, tokens
+from stream_cases import TRAIN_SHARDS, bits, check, make_cache, ranks, reference, segments, tokens
 
 from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
@@ -54,9 +54,9 @@ def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, limit
         assert step.positions == sum(b.positions for b in step.micro_batches)
         assert step.sequences == len({expected[t].sequence for t in tokens(step)})
         numbered = {
-            (int(number), expected[piece[0]].sequence)
+            (int(number), expected[segment[0]].sequence)
             for batch in step.micro_batches
-            for number, piece in zip(batch.sequences, pieces(batch), strict=True)
+            for number, segment in zip(batch.sequences, segments(batch), strict=True)
         }
         assert sorted(number for number, _ in numbered) == list(range(step.sequences))
         assert len({sequence for _, sequence in numbered}) == step.sequences
@@ -66,7 +66,7 @@ def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, limit
 
 
 def test_documents_may_end_anywhere(tmp_path: Path) -> None:
-    """A document that goes on in the next sequence is two pieces; without documents a sequence is one."""
+    """A document that goes on in the next sequence is two segments; without documents a sequence is one."""
     spec = make_spec()
     with create_cache(tmp_path / "c", spec) as writer:
         for index, lengths in enumerate((np.array([3, 5, 4]), None)):
@@ -85,7 +85,7 @@ def test_masks(cache: Cache) -> None:
         step = next(iter(DistillLoader(cache, batch_size=3, layout=layout, micro_tokens=None)))
         (batch,) = step.micro_batches
         mask, flat = batch.packing_mask(), batch.input_ids
-        of = {token: number for number, piece in enumerate(pieces(batch)) for token in piece}
+        of = {token: number for number, segment in enumerate(segments(batch)) for token in segment}
         for row in range(len(flat)):
             for q in range(flat.shape[1]):
                 if batch.padding_mask()[row, q]:
@@ -578,7 +578,7 @@ def test_a_hugging_face_student_sees_one_piece_at_a_time(cache: Cache) -> None:
             ]
         for way in ways:
             logits = said(batch.input_ids, **way).flatten(0, 1)[batch.padding_mask().flatten()]
-            alone = torch.cat([said(torch.tensor([piece]))[0] for piece in pieces(batch)])
+            alone = torch.cat([said(torch.tensor([segment]))[0] for segment in segments(batch)])
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
     # what `padded` is the default for: nothing warns of this
     crossed = said(batch.input_ids, position_ids=batch.position_ids, use_cache=True)[0]
