@@ -26,7 +26,7 @@ from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
 from .claims import Claims
 from .rows import ShardRows, read_shard_rows
-from .teacher_pass import TeacherPass
+from .teacher_pass import TeacherPass, device_name
 from .window_plan import WindowPlan
 
 _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each pause is twice the last
@@ -248,7 +248,7 @@ class CaptureRunner:
         record = {
             "fastkd": __version__,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_name(device),
             "batch_tokens": self._plan.settings.batch_tokens,
             "halved": halved,
         }

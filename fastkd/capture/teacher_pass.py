@@ -204,6 +204,11 @@ class TeacherPass:
         self.on_batch(pending.positions, pending.seconds)
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; of other devices, the type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 

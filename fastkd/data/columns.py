@@ -34,11 +34,9 @@ class Column(Protocol):
 
     def read(self, start: int, stop: int) -> Values:
         """The values of rows start to stop."""
-        ...
 
     def where(self, row: int) -> str:
         """The row's location, for messages."""
-        ...
 
 
 class _BatchColumn:

@@ -272,11 +272,8 @@ def _file_state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _concatenate(parts: Sequence[Tokens]) -> Tokens:
+def _concatenate(parts: list[Tokens]) -> Tokens:
     if len(parts) == 1:
         return parts[0]
-    return Tokens(
-        np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
-        np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)]),
-        np.concatenate([np.empty(0, bool), *(part.loss_mask for part in parts)]),
-    )
+    parts = [Tokens(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, bool)), *parts]
+    return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in Tokens.__annotations__))

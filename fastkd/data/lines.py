@@ -60,7 +60,14 @@ class JsonLinesColumn(_LinesColumn):
             self.name = choose_column(str(path), list(self._object(0, self._read_bytes(0, 1)[0])), column)
 
     def read(self, start: int, stop: int) -> list[Any]:
-        return [self._value(row, line) for row, line in enumerate(self._read_bytes(start, stop), start)]
+        values = []
+        for row, line in enumerate(self._read_bytes(start, stop), start):
+            value = self._object(row, line)
+            if self.name not in value:
+                keys = ", ".join(map(repr, value)) or "none"
+                raise DataError(f"{self.where(row)}: got an object with keys {keys}; expected {self.name!r}.")
+            values.append(value[self.name])
+        return values
 
     def _object(self, row: int, line: bytes) -> dict[str, Any]:
         try:
@@ -71,13 +78,6 @@ class JsonLinesColumn(_LinesColumn):
         if not isinstance(value, dict):
             raise DataError(f"{self.where(row)}: got {type(value).__name__}; expected a JSON object.")
         return value
-
-    def _value(self, row: int, line: bytes) -> Any:
-        value = self._object(row, line)
-        if self.name not in value:
-            keys = ", ".join(map(repr, value))
-            raise DataError(f"{self.where(row)}: got an object with keys {keys or 'none'}; expected {self.name!r}.")
-        return value[self.name]
 
 
 class TextColumn(_LinesColumn):
@@ -126,9 +126,9 @@ def _paragraph_offsets(path: Path) -> Offsets:
     return np.array([*offsets, end], np.int64)
 
 
-def _file_offsets(path: Path) -> Offsets:
-    return np.array([0, path.stat().st_size], np.int64)
-
-
-_OFFSETS = {"line": _line_offsets, "blank-line": _paragraph_offsets, "file": _file_offsets}
+_OFFSETS: dict[str, Callable[[Path], Offsets]] = {
+    "line": _line_offsets,
+    "blank-line": _paragraph_offsets,
+    "file": lambda path: np.array([0, path.stat().st_size], np.int64),
+}
 TEXT_DOCUMENTS = tuple(_OFFSETS)  # what a document of a text file can be

@@ -46,10 +46,8 @@ def load_documents(
             "those of the teacher's LM head. Is this the teacher's tokenizer?"
         )
     if kind == "text":
-        fingerprint = tokenizer.fingerprint
-        return open_documents(
-            opened, tokenizer=tokenizer.encode, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size
-        )
+        encode, fingerprint = tokenizer.encode, tokenizer.fingerprint
+        return open_documents(opened, tokenizer=encode, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
     return open_documents(
         opened,
         tokenizer=tokenizer.encode_chat,
@@ -83,9 +81,8 @@ def _kind_of_type(kind: pa.DataType) -> str | None:
         kind = kind.value_type
     if types.is_string(kind) or types.is_large_string(kind):
         return "text"
-    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        return None
-    if types.is_null(kind.value_type):
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if not is_list or types.is_null(kind.value_type):
         return None
     return "messages" if types.is_struct(kind.value_type) else "ids"
 

@@ -1,6 +1,5 @@
 """From a source (files, a Hugging Face Dataset, or values in memory) to its columns."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,11 @@ def open_source(source: Any, column: str | None, text_documents: str = "line") -
 
 
 def _open(source: Any, column: str | None, text_documents: str) -> Source:
-    if isinstance(source, (str, Path)):
-        return _open_files([source], column, text_documents)
-    if isinstance(source, (list, tuple)) and source and all(isinstance(s, Path) for s in source):
-        return _open_files(source, column, text_documents)
-    if isinstance(source, (list, tuple)) and source and isinstance(source[0], str) and _is_file(source[0]):
+    names = [source] if isinstance(source, (str, Path)) else source
+    if isinstance(source, (str, Path)) or (_is_list(source) and all(isinstance(name, Path) for name in source)):
+        paths = [path for name in names for path in _expand(name)]
+        return Source([_open_file(path, column, text_documents) for path in paths], paths)
+    if _is_list(source) and isinstance(source[0], str) and _is_file(source[0]):
         # as a list of texts, the file names themselves would become tokens
         raise DataError(f"source: got a list of texts, and the first, {source[0]!r}, is a file; expected Paths.")
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
@@ -120,9 +119,8 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
     )
 
 
-def _open_files(names: Sequence[str | Path], column: str | None, text_documents: str) -> Source:
-    paths = [path for name in names for path in _expand(name)]
-    return Source([_open_file(path, column, text_documents) for path in paths], paths)
+def _is_list(source: Any) -> bool:
+    return isinstance(source, (list, tuple)) and bool(source)
 
 
 def _is_file(text: str) -> bool:

@@ -25,6 +25,7 @@ from ...teachers.protocol import Teacher
 from ..answers import full_output
 from ..prepare import read_window_plan
 from ..rows import Ints, ShardRows, teacher_inputs
+from ..teacher_pass import device_name
 from ..window_plan import WindowPlan
 from .compare import Difference, Floats, deviations, kl_divergence
 from .recompute import Recomputed, Stored, recompute
@@ -281,7 +282,7 @@ class _Checker:
             kl_max=None if kl is None else float(kl.max()),
             tolerance=tolerance,
             captured_on=sorted(self._captured_on),
-            checked_on=f"{_device_name(self.teacher.device)}, torch {torch.__version__}",
+            checked_on=f"{device_name(self.teacher.device)}, torch {torch.__version__}",
             problems=self._problems(teacher, tolerance, same_draws),
         )
 
@@ -366,10 +367,6 @@ def _window_plan(cache: Cache) -> tuple[WindowPlan | None, int | None, str]:
         return *read_window_plan(cache.store, cache.spec), ""
     except DataError as error:
         return None, None, str(error)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _finite(value: Any) -> Any:

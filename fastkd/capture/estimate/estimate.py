@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...data.describe import describe_documents
 from ...data.documents import Documents
@@ -15,6 +14,7 @@ from ...errors import DataError
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
 from ..prepare import prepare
+from ..teacher_pass import device_name
 from .costs import capture_hours, host_bytes, objects, other_bytes, position_seconds, requests
 from .k_table import KCost, KTable
 from .measure import CapturedRows, run_sample
@@ -123,7 +123,7 @@ def estimate(
     error = _relative_error(sample.parts)
     return Estimate(
         teacher=teacher.fingerprint,
-        device=torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type,
+        device=device_name(teacher.device),
         settings={
             **asdict(settings),
             "context": plan.settings.context,
