@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .divergences import register_divergence as register_divergence
     from .errors import KDError as KDError
     from .lm_head import LMHead as LMHead
     from .loss.api import DistillationLoss as DistillationLoss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "divergences": ["register_divergence"],
         "errors": ["KDError"],
         "lm_head": ["LMHead"],
         "loss.api": ["DistillationLoss", "KDLoss", "kd_loss", "linear_kd_loss"],

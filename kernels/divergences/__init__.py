@@ -36,10 +36,10 @@ class Parameter:
 class Divergence:
     """A divergence `Σ_i f(q_i, p_i)` over the outcomes i of a position: each top-k entry, and the tail as one.
 
-    A file of this folder, or a module given to `register`, defines all fields but the name, in upper case the first
-    two. The functions are elementwise and take `(weight, log_q, log_p, parameter)`: log-probabilities of the teacher
-    (q) and of the student (p), either of which may be −inf; the outcome's weight, which is q unless the treatment
-    estimates it; and the value of PARAMETER.
+    A file of this folder, or a module given to `register_divergence`, defines all fields but the name: PARAMETER,
+    TREATMENTS and three functions. These are elementwise and take `(weight, log_q, log_p, parameter)`: the weight of
+    the outcome, which is q unless the treatment estimates it; log-probabilities of the teacher (q) and of the student
+    (p), either of which may be −inf; and the value of PARAMETER.
 
     PARAMETER: its parameter, or None.
     TREATMENTS: those that it takes. "bucket" always; "sampled" and "renormalize" only where every term is the weight
@@ -62,11 +62,13 @@ _FUNCTIONS = ("torch_terms", "triton_terms", "oracle_terms")
 _known: dict[str, Divergence | str] = {}
 
 
-def register(name: str, definition: Any) -> None:
+def register_divergence(name: str, definition: Any) -> None:
     """Add a divergence that is defined outside of this folder. definition: a module, or any object with the names that
     `Divergence` lists. Raises KDError where one is missing or wrong."""
-    _known[name] = _read(name, definition)
-    find_divergence(name)
+    found = _read(name, definition)
+    if isinstance(found, str):
+        raise KDError(f"divergence: got {name!r}, whose definition is not complete: {found}")
+    _known[name] = found
 
 
 def divergence_names() -> tuple[str, ...]:

@@ -114,16 +114,16 @@ def _linear(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     call, empty = Call.of(args), hidden.new_empty(0)
+    lm_head = LMHead(weight, bias, softcap, logit_scale)
     if call.config.impl == "reference":
         wanted = [x for x, w in zip((hidden, weight, bias), want, strict=True) if w and x is not None]
-        *losses, gradients = linear_reference(hidden, weight, bias, call, softcap, logit_scale, wanted)
+        *losses, gradients = linear_reference(hidden, lm_head, call, wanted)
         remaining = iter(gradients)
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
         types = (hidden.dtype, accumulator, accumulator)
         shaped = [next(remaining).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
         rescale = hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else empty
         return *losses, *shaped, rescale
-    lm_head = LMHead(weight, bias, softcap, logit_scale)
     loss, hard, soft, found = linear_kd_loss_chunks(
         hidden, lm_head, call, chunk=chunk, dtype=dtype, want=(want[0], want[1], want[2])
     )

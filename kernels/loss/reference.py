@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import find_divergence
+from ..lm_head import LMHead
 from ..targets import TargetsAt
 from .call import Call, saveable
 from .torch_impl import counted_rows
@@ -40,8 +41,8 @@ def cross_entropy_rows(z_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(valid, -picked, 0.0)
 
 
-def head_logits(raw_NV: Tensor, softcap: float | None, logit_scale: float | None) -> Tensor:
-    """What a head does after its matrix product: the scale multiplies, then the cap. A masked logit stays −inf."""
+def capped(raw_NV: Tensor, softcap: float | None, logit_scale: float | None) -> Tensor:
+    """Logits of an LM head's matrix product: the scale multiplies, then the cap. A masked logit stays −inf."""
     z = raw_NV if logit_scale is None else raw_NV * logit_scale
     return z if softcap is None else torch.where(raw_NV == -_INF, -_INF, softcap * torch.tanh(z / softcap))
 
@@ -49,7 +50,7 @@ def head_logits(raw_NV: Tensor, softcap: float | None, logit_scale: float | None
 def kd_loss_reference(
     logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hard and soft; the gradient times `upstream` goes to `out`."""
+    """Loss, hard and soft of logits; the gradient times `upstream` goes to `out`."""
     losses, gradients = _differentiate(
         lambda x_CV, _: x_CV, [logits_NV], [logits_NV] if out_NV is not None else [], call, logits_NV.shape
     )
@@ -59,22 +60,17 @@ def kd_loss_reference(
 
 
 def linear_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    call: Call,
-    softcap: float | None,
-    logit_scale: float | None,
-    wanted: list[Tensor],
+    hidden_ND: Tensor, lm_head: LMHead, call: Call, wanted: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, hard, soft and the gradients in those of the arguments that are `wanted`."""
+    """Loss, hard, soft of hidden states, and the gradients in those of hidden, weight and bias that are `wanted`."""
 
-    def logits(hidden_CD: Tensor, head: list[Tensor]) -> Tensor:
-        raw = hidden_CD @ head[0].T
-        return head_logits(raw if bias_V is None else raw + head[1], softcap, logit_scale)
+    def logits(hidden_CD: Tensor, weight_and_bias: list[Tensor]) -> Tensor:
+        raw = hidden_CD @ weight_and_bias[0].T
+        raw = raw if lm_head.bias is None else raw + weight_and_bias[1]
+        return capped(raw, lm_head.softcap, lm_head.logit_scale)
 
-    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None]
-    losses, gradients = _differentiate(logits, inputs, wanted, call, (hidden_ND.shape[0], weight_VD.shape[0]))
+    inputs = [x for x in (hidden_ND, lm_head.weight, lm_head.bias) if x is not None]
+    losses, gradients = _differentiate(logits, inputs, wanted, call, (hidden_ND.shape[0], lm_head.weight.shape[0]))
     return *losses, gradients
 
 
@@ -85,7 +81,10 @@ def _differentiate(
     call: Call,
     shape: tuple[int, ...],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Losses, and gradients in `wanted`. `logits`: of the first input's rows that count, and the other inputs."""
+    """Losses, and gradients in those of the inputs that are `wanted`.
+
+    logits: a function of those rows of the first input that count, and of the other inputs.
+    """
     call, index, divisor = counted_rows(Call(*map(saveable, call)), *shape)
 
     def run() -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
@@ -97,7 +96,7 @@ def _differentiate(
         gradients = torch.autograd.grad(loss, [by_input[id(x)] for x in wanted]) if wanted else ()
         return (loss.detach().float(), hard.detach().float(), soft.detach().float()), list(gradients)
 
-    # Inside an operator autograd is switched off for this thread. A fresh one has it.
+    # Inside an operator autograd is off for this thread; in a new one it is on.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()
 

@@ -126,12 +126,13 @@ def test_a_divergence_from_outside_the_package(folder: Path) -> None:
     text = FILE.read_text().replace("from . import", "from fastkd.kernels.divergences import")
     names: dict[str, object] = {"__name__": "theirs"}
     exec(compile(text, str(FILE), "exec"), names)
-    divergences.register("theirs", SimpleNamespace(**names))
+    divergences.register_divergence("theirs", SimpleNamespace(**names))
     c = case("plain", 4, 40, 5)
     found = [kd_loss(c.logits, c.targets, c.labels, divergence="theirs", impl=i).loss for i in ("torch", "reference")]
     assert torch.allclose(*found)
-    with pytest.raises(KDError, match="got no torch_terms"):
-        divergences.register("mine", SimpleNamespace(PARAMETER=None, TREATMENTS=("bucket",)))
+    with pytest.raises(KDError, match="'mine', whose definition is not complete: got no torch_terms"):
+        divergences.register_divergence("mine", SimpleNamespace(PARAMETER=None, TREATMENTS=("bucket",)))
+    assert "mine" not in divergences.divergence_names()
 
 
 def test_names_come_from_the_folder_and_cost_nothing() -> None:
