@@ -10,26 +10,28 @@ import lazy_loader
 from .utils.deprecated import find_moved_modules
 
 if TYPE_CHECKING:
-    from .capture.api import capture
-    from .kernels import (
-        DistillationLoss,
-        KDError,
-        KDLoss,
-        LMHead,
-        LossConfig,
-        SparseTargets,
-        kd_loss,
-        linear_kd_loss,
-        linear_topk_targets,
-        set_debug,
-        topk_targets,
-    )
-    from .stream import DistillLoader, ExampleBatch, MicroBatch, Step
-    from .stream.decode import targets_from_arrays, targets_from_raw
-    from .sweep.api import sweep
-    from .sweep.result import SweepReport
-    from .train.api import train
-    from .train.result import TrainReport
+    from .capture.api import capture as capture
+    from .kernels import DistillationLoss as DistillationLoss
+    from .kernels import KDError as KDError
+    from .kernels import KDLoss as KDLoss
+    from .kernels import LMHead as LMHead
+    from .kernels import LossConfig as LossConfig
+    from .kernels import SparseTargets as SparseTargets
+    from .kernels import kd_loss as kd_loss
+    from .kernels import linear_kd_loss as linear_kd_loss
+    from .kernels import linear_topk_targets as linear_topk_targets
+    from .kernels import set_debug as set_debug
+    from .kernels import topk_targets as topk_targets
+    from .stream import DistillLoader as DistillLoader
+    from .stream import ExampleBatch as ExampleBatch
+    from .stream import MicroBatch as MicroBatch
+    from .stream import Step as Step
+    from .stream.decode import targets_from_arrays as targets_from_arrays
+    from .stream.decode import targets_from_raw as targets_from_raw
+    from .sweep.api import sweep as sweep
+    from .sweep.result import SweepReport as SweepReport
+    from .train.api import train as train
+    from .train.result import TrainReport as TrainReport
 
 __version__ = "0.1.0.dev0"
 find_moved_modules()
