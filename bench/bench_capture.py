@@ -28,6 +28,7 @@ from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture.answers import topk_config
 from fastkd.capture.prepare import prepare
 from fastkd.capture.rows import read_shard_rows, teacher_inputs
 from fastkd.capture.teacher_pass import TeacherPass, _Shard
@@ -129,10 +130,10 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     places = plan.batches(0)[0]
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     states, buffer = teacher(inputs).states.flatten(0, 1), buffer_for(teacher)
-    asked: dict[str, Any] = {"mass": settings.mass, "temperatures": settings.temperatures}
+    config = topk_config(settings)
 
     def targets(draws: int) -> Callable[[], object]:
-        return lambda: linear_topk_targets(states, teacher.head.weight, settings.k, draws=draws, **asked)
+        return lambda: linear_topk_targets(states, teacher.head, config=config, draws=draws)
 
     teacher_pass, source = TeacherPass(teacher, settings), _Shard(some, data, 0)
     arrays, _ = teacher_pass.run(some, plan.batches(0), data, 0)

@@ -287,31 +287,11 @@ class SparseTargets:
         return value
 
     @classmethod
-    def from_logits(
-        cls,
-        logits: Tensor,
-        k: int,
-        *,
-        temperatures: Sequence[float] = (1.0, 1.5, 2.0, 4.0),
-        mass: float | None = None,
-        draws: int = 0,
-        draw_temperature: float = 1.0,
-        seed: int = 0,
-        positions: Tensor | None = None,
-    ) -> "SparseTargets":
-        """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`), by `topk_targets`; see there."""
+    def from_logits(cls, logits: Tensor, k: int | None = None, **options: Any) -> "SparseTargets":
+        """Sparse targets of a teacher's logits `[N, V]` (or `[..., V]`): `topk_targets` with the same arguments."""
         from . import topk_targets
 
-        return topk_targets(
-            logits,
-            k,
-            temperatures=temperatures,
-            mass=mass,
-            draws=draws,
-            draw_temperature=draw_temperature,
-            seed=seed,
-            positions=positions,
-        )
+        return topk_targets(logits, k, **options)
 
     def at(
         self, temperature: float | Tensor, treatment: str = "auto", *, dtype: torch.dtype = torch.float32

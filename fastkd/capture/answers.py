@@ -1,12 +1,14 @@
 """From a teacher's answer (hidden states, logits or top-k entries) to sparse targets."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache.spec import CacheSpec
 from ..errors import TeacherError
-from ..kernels import KDError, LMHead, SparseTargets, linear_topk_targets, topk_targets
+from ..kernels import KDError, LMHead, SparseTargets, TopKConfig, linear_topk_targets, topk_targets
 from ..models.protocol import Hidden, Output, TopK
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
@@ -14,6 +16,12 @@ from ..teachers.protocol import Answer, Teacher
 ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
 _LOST_TO_ROUNDING = 2.0**-24  # the least missing probability that float32 log-probabilities tell
 _EXCESS = 1e-3  # by which the probabilities of an answer may exceed 1, as rounding makes them
+
+
+def topk_config(settings: CaptureSettings | CacheSpec, **changes: Any) -> TopKConfig:
+    """The top-k config of a capture's settings or of a cache's spec, with some fields changed."""
+    names = [field.name for field in fields(TopKConfig) if hasattr(settings, field.name)]
+    return TopKConfig(**{name: getattr(settings, name) for name in names} | changes)
 
 
 def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
@@ -36,21 +44,11 @@ def targets_of(
     """
     if isinstance(answer, TopK):
         return _targets_of_topk(answer, flat_M, settings, shape, vocab_size)
-    names = ("temperatures", "mass", "draws", "draw_temperature", "seed")
-    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    config = topk_config(settings)
     rows_MX = flat_rows(answer, shape, vocab_size)
     lm_head = answer.lm_head if isinstance(answer, Hidden) else None
     if isinstance(lm_head, LMHead):
-        return linear_topk_targets(
-            rows_MX[flat_M],
-            lm_head.weight,
-            settings.k,
-            bias=lm_head.bias,
-            softcap=lm_head.softcap,
-            logit_scale=lm_head.logit_scale,
-            positions=numbers_M,
-            **options,
-        )
+        return linear_topk_targets(rows_MX[flat_M], lm_head, config=config, positions=numbers_M)
     parts = []
     for start in range(0, len(flat_M), ROWS_AT_ONCE):
         chunk = slice(start, start + ROWS_AT_ONCE)
@@ -58,7 +56,7 @@ def targets_of(
         if lm_head is not None:
             logits_CV = lm_head(logits_CV)
         try:
-            parts.append(topk_targets(logits_CV, settings.k, positions=numbers_M[chunk], **options))
+            parts.append(topk_targets(logits_CV, config=config, positions=numbers_M[chunk]))
         except KDError as error:
             if error.row is None:
                 raise

@@ -20,7 +20,7 @@ from ..kernels import KDError, SparseTargets
 from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.signals import Stopped
-from .answers import targets_of
+from .answers import targets_of, topk_config
 from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]
@@ -110,7 +110,7 @@ class TeacherPass:
         settings, vocab_size = self.settings, self.teacher.vocab_size
         return SparseTargets.empty(
             n,
-            min(settings.k, vocab_size) + settings.draws,
+            topk_config(settings).width(vocab_size),
             vocab_size=vocab_size,
             temperatures=settings.temperatures,
             draws=settings.draws > 0,

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from ..arguments import check_positive, describe, whole_number
 from ..errors import KDError
-from ..lm_head import LMHead
+from ..lm_head import LMHead, as_lm_head
 from ..targets import FIELDS, SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
@@ -123,7 +123,7 @@ def linear_kd_loss(
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks. Under
     autocast the matrix products run in its type.
     """
-    lm_head = _lm_head(weight, bias, softcap, logit_scale)
+    lm_head = as_lm_head(weight, bias, softcap, logit_scale)
     weight, bias, softcap, logit_scale = lm_head.weight, lm_head.bias, lm_head.softcap, lm_head.logit_scale
     _check_student("hidden", hidden)
     _check_student("weight", weight)
@@ -279,15 +279,6 @@ def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
             f"grad_weight: got strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}; expected elements "
             "that share no memory (they do after expand)."
         )
-
-
-def _lm_head(weight: Tensor | LMHead, bias: Tensor | None, softcap: float | None, logit_scale: float | None) -> LMHead:
-    if not isinstance(weight, LMHead):
-        return LMHead(weight, bias, softcap, logit_scale)
-    for name, value in (("bias", bias), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if value is not None:
-            raise KDError(f"{name}: got {describe(value)} beside an LMHead; expected it in the LMHead.")
-    return weight
 
 
 def _call(

@@ -1,48 +1,110 @@
-"""What the two implementations of top-k share: what is asked (Plan), the room for the answer (Rows), bad rows."""
+"""TopKConfig: what is kept of a teacher's logits, as one object; and what a call adds to it. Imports no torch."""
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import nan
+from typing import Any, TypedDict
 
-import torch
-from torch import Tensor
-
+from ..arguments import whole_number
 from ..errors import KDError
-from ..targets import SparseTargets
 
-MAX_POWER = 8  # of an exponential, that another is made as
+# Least and greatest of each number: beyond, float32 arithmetic on real logits overflows or keeps no digits.
+TEMPERATURES = (1e-3, 1e6)
+SOFTCAPS = (1e-3, 1e4)
+LOGIT_SCALES = (1e-30, 1e30)
+MAX_POWER = 8  # of one exponential, as which another is computed
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to make of a row of `vocab_size` logits, checked."""
+class TopKConfig:
+    """Settings of `topk_targets` and `linear_topk_targets`. KDError for a value that no logits could make right."""
 
-    vocab_size: int
-    k: int  # at most vocab_size
-    temperatures: tuple[float, ...]
+    k: int
+    """Top-k entries a row: the first k of a stable descending sort of the logits (of equal logits the lower id comes
+    first), and at most the vocabulary. 0 with draws: no top-k entries at all."""
+    mass: float | None = None
+    """Drop a row's top-k entries after the one at which their probability (T = 1) reaches this; what is dropped belongs
+    to the tail. None or 1: keep all k."""
+    draws: int = 0
+    """Tokens drawn a row, with replacement, from the tail's softmax at `draw_temperature`. Equal ones are merged with
+    their count."""
+    draw_temperature: float = 1.0
+    """Temperature of the draws, from 0.001 to 1e6: below, a logit's own rounding decides what is drawn; above, only the
+    number of outcomes does."""
+    temperatures: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    """Temperatures at which the tail's log-partition is stored, each from 0.001 to 1e6; 1.0 must be among them."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "k": _count("k", self.k),
+            "draws": _count("draws", self.draws),
+            "seed": _seed(self.seed),
+            "mass": _mass(self.mass),
+            "draw_temperature": _number("draw_temperature", self.draw_temperature, TEMPERATURES),
+            "temperatures": _temperatures(self.temperatures),
+        }
+        if not checked["k"] and not checked["draws"]:
+            raise KDError("k: got 0 with draws=0, which keeps nothing; expected k >= 1, or draws >= 1.")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def width(self, vocab_size: int) -> int:
+        """Entries a row of the targets: top-k entries and draws."""
+        return min(self.k, vocab_size) + self.draws
+
+
+class TopKSettings(TypedDict, total=False):
+    """The fields of TopKConfig but k, as keyword arguments."""
+
     mass: float | None
     draws: int
     draw_temperature: float
+    temperatures: Sequence[float]
     seed: int
-    softcap: float | None
-    logit_scale: float | None
 
-    def unfilled(self, rows: int, device: torch.device) -> SparseTargets:
-        """Targets of some rows, to be filled."""
-        return SparseTargets.empty(
-            rows,
-            self.k + self.draws,
-            vocab_size=self.vocab_size,
-            temperatures=self.temperatures,
-            draws=self.draws > 0,
-            draw_temperature=self.draw_temperature,
-            device=device,
-        )
+
+def topk_config(k: int | None, config: TopKConfig | None, settings: TopKSettings) -> TopKConfig:
+    """The config of a call: `config`, or the default, with the fields that are given in place of its own."""
+    given: dict[str, Any] = {**settings} if k is None else {**settings, "k": k}
+    if config is None:
+        if k is None:
+            raise KDError("k: got none; expected the number of top-k entries a row, or a TopKConfig as config.")
+        return TopKConfig(**given)
+    return replace(config, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKCall(TopKConfig):
+    """One call of top-k, as all implementations receive it: the config, and what it is applied to.
+
+    vocab_size: tokens of a row. softcap, logit_scale: the LM head's transform of a logit, or None.
+    """
+
+    vocab_size: int
+    softcap: float | None = None
+    logit_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.softcap is not None:
+            object.__setattr__(self, "softcap", _number("softcap", self.softcap, SOFTCAPS))
+        if self.logit_scale is not None:
+            scale = _number("logit_scale", self.logit_scale, LOGIT_SCALES)
+            object.__setattr__(self, "logit_scale", None if scale == 1 else scale)
+
+    @property
+    def entries(self) -> int:
+        """Top-k entries a row: k, or the vocabulary where that is smaller."""
+        return min(self.k, self.vocab_size)
 
     def chains(self) -> tuple[tuple[int, int], ...]:
-        """The order in which e^(z/T) is computed: (temperature's number, power of the one before, or 0 for afresh).
+        """The order in which e^(z/T) is computed: (index of the temperature, power of the one before, or 0 if computed
+        from z).
 
         An exponential costs several multiplications: e^(z/2) is the square of e^(z/4), e^z the fourth power. A power
-        has as many times the error: beyond the eighth (MAX_POWER) it is computed afresh.
+        multiplies the relative error, so that beyond the eighth (MAX_POWER) it is computed from z.
         """
         left = sorted(range(len(self.temperatures)), key=lambda m: -self.temperatures[m])
         steps: list[tuple[int, int]] = []
@@ -59,24 +121,52 @@ class Plan:
         return tuple(steps)
 
 
-def refuse(fine_n: Tensor, top_x: Tensor, first_row: int) -> None:
-    """On the CPU: raise KDError for the first row that is not fine. Elsewhere looking would wait for the device.
+def _count(name: str, value: Any) -> int:
+    number = whole_number(name, value, "an integer from 0 on")
+    if number < 0:
+        raise KDError(f"{name}: got {number}; expected an integer from 0 on.")
+    return int(number)
 
-    top_x: the rows' greatest logits as they were given.
-    """
-    if fine_n.device.type != "cpu" or bool(fine_n.all()):
-        return
-    row = int((~fine_n).nonzero()[0, 0])
-    top = float(top_x[row])
-    if math.isfinite(top):
+
+def _seed(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # of any size: it is used modulo 2^64
+    return int(whole_number("seed", value, "an integer"))
+
+
+def _temperatures(temperatures: Any) -> tuple[float, ...]:
+    least, greatest = TEMPERATURES
+    try:
+        grid = tuple(float(t) for t in temperatures) if isinstance(temperatures, Iterable) else ()
+    except (TypeError, ValueError):
+        grid = ()
+    if 1.0 not in grid or len(set(grid)) != len(grid) or not all(least <= t <= greatest for t in grid):
         raise KDError(
-            f"logits: row {first_row + row} has logits out of float32's range, after logit_scale or relative to the "
-            f"row's best (as given {top:g}); smaller numbers are needed, or -inf for tokens that are no outcomes.",
-            row=first_row + row,
+            f"temperatures: got {grid or temperatures!r}; expected distinct numbers from {least:g} to {greatest:g} "
+            "with 1.0 among them."
         )
-    found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
-    raise KDError(
-        f"logits: row {first_row + row} has {found}; finite numbers are needed, -inf only for tokens that are no "
-        "outcomes, and at least one token must be an outcome.",
-        row=first_row + row,
-    )
+    return grid
+
+
+def _mass(mass: Any) -> float | None:
+    if mass is None:
+        return None
+    number = _float(mass)
+    if not 0 < number <= 1:
+        raise KDError(f"mass: got {mass!r}; expected a probability above 0 and at most 1, or None.")
+    # the top-k entries reach probability 1 with the last outcome, after which nothing is left to drop
+    return None if number == 1 else number
+
+
+def _number(name: str, value: Any, bounds: tuple[float, float]) -> float:
+    number = _float(value)
+    if not bounds[0] <= number <= bounds[1]:
+        raise KDError(f"{name}: got {value!r}; expected a number from {bounds[0]:g} to {bounds[1]:g}.")
+    return number
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return nan

@@ -1,4 +1,4 @@
-"""Which implementation of top-k, tails and draws fills some rows: Triton, Numba or PyTorch."""
+"""The choice of an implementation of top-k, tails and draws: Triton, Numba or PyTorch."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from ..errors import KDError
 from ..targets import SparseTargets
-from .config import Plan
+from .config import TopKCall
 from .fill import fill_rows
 from .torch_impl import TORCH
 
 IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
-Fill = Callable[[Tensor, SparseTargets, Plan, Tensor, int], None]
+Fill = Callable[[Tensor, SparseTargets, TopKCall, Tensor, int], None]
 """Fill rows of targets from logits `[N, V]`, positions `[N]` and the number of the first row in an error message."""
 # Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
 ROWS_AT_ONCE = 8192
 
 
-def filler(impl: str, rows: Tensor, plan: Plan) -> Fill:
-    """What fills in targets of rows of a type on a device. KDError where what is asked for cannot."""
+def filler(impl: str, rows: Tensor, call: TopKCall) -> Fill:
+    """The function that fills in targets of rows of this type on this device. KDError for an `impl` that cannot."""
     if impl not in IMPLEMENTATIONS:
         raise KDError(f"impl: got {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     if impl == "auto":
-        impl = _best(rows, plan)
+        impl = _best(rows, call)
     elif impl == "triton":
-        _check_triton(rows, plan)
+        _check_triton(rows, call)
     elif impl == "numba" and not _numba_can(rows):
         raise KDError(
             f"impl: found 'numba' for {rows.dtype} on {rows.device}; a CPU, at most float32 and the package numba "
@@ -59,11 +59,11 @@ def _numba_installed() -> bool:
     return find_spec("numba") is not None
 
 
-def _best(rows: Tensor, plan: Plan) -> str:
+def _best(rows: Tensor, call: TopKCall) -> str:
     if rows.device.type == "cuda":
         from .triton_impl import MAX_K
 
-        return "triton" if rows.dtype != torch.float64 and plan.k <= MAX_K else "torch"
+        return "triton" if rows.dtype != torch.float64 and call.entries <= MAX_K else "torch"
     return "numba" if _numba_can(rows) else "torch"
 
 
@@ -71,13 +71,13 @@ def _numba_can(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.dtype != torch.float64 and _numba_installed()
 
 
-def _check_triton(rows: Tensor, plan: Plan) -> None:
+def _check_triton(rows: Tensor, call: TopKCall) -> None:
     from .triton_impl import INTERPRETED, MAX_K
 
-    if rows.dtype == torch.float64 or plan.k > MAX_K:
+    if rows.dtype == torch.float64 or call.entries > MAX_K:
         raise KDError(
-            f"impl: got 'triton' for {rows.dtype} and k = {plan.k}; expected at most float32 and k <= {MAX_K}. Use "
-            "impl='torch'."
+            f"impl: got 'triton' for {rows.dtype} and {call.entries} top-k entries; expected at most float32 and "
+            f"{MAX_K} entries. Use impl='torch'."
         )
     if rows.device.type != "cuda" and not INTERPRETED:
         raise KDError(
@@ -86,9 +86,9 @@ def _check_triton(rows: Tensor, plan: Plan) -> None:
         )
 
 
-def _fill_triton(logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def _fill_triton(logits_NV: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, first_row: int) -> None:
     from .triton_impl import fill_triton
 
     for start in range(0, len(logits_NV), ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
-        fill_triton(logits_NV[some], out[some], plan, positions_N[some], first_row + start)
+        fill_triton(logits_NV[some], out[some], call, positions_N[some], first_row + start)

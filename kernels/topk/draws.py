@@ -116,7 +116,7 @@ def _exp2_(y: Tensor, shift: int = 0) -> Tensor:
 
 
 def exact_transform(x: Tensor, logit_scale: float | None, softcap: float | None) -> Tensor:
-    """What the head does to a float32 logit (scale, then `cap·tanh(x/cap)`), to the same bits on every device."""
+    """The LM head's transform of a float32 logit (scale, then `cap·tanh(x/cap)`), to the same bits on every device."""
     if logit_scale is not None:
         x = x * logit_scale
     if softcap is None:
@@ -145,10 +145,10 @@ def units_(d: Tensor, scale: float) -> Tensor:
 class Tail:
     """What some rows' draws are made from."""
 
-    sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a head's count as one each
+    sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a top-k entry counts as one
     width: int  # tokens a group, at most 32
     logits: Tensor  # `[n, V]`: as given
-    edge_x: Tensor  # `[n]`: the head's last logit (+inf without a head)
+    edge_x: Tensor  # `[n]`: the logit of the last top-k entry (+inf if there are none)
     edge_id: Tensor  # int64 `[n]`: and its id
     top: Tensor  # float32 `[n]`: the transformed logit of the tail's top
     logit_scale: float | None
@@ -206,8 +206,8 @@ def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[T
     token_RCW = torch.arange(tail.width, device=row_R.device) + first_RC1
     x_RCW = tail.logits[row_R1[:, :, None], token_RCW.clamp_(0, vocab - 1)]
     edge_R11, top_R11 = tail.edge_x[row_R1, None], tail.top[row_R1, None]
-    in_head = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
-    x_RCW = x_RCW.float().masked_fill_(in_head, -torch.inf)
+    in_topk = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
+    x_RCW = x_RCW.float().masked_fill_(in_topk, -torch.inf)
     d_RCW = exact_transform(x_RCW, tail.logit_scale, tail.softcap) - top_R11
     units_RCW = units_(d_RCW.clone(), exponent_scale(tail.draw_temperature))
     running_RCW = units_RCW.cumsum(2)
@@ -230,11 +230,11 @@ def merge(
     out_logprobs: Tensor,
     out_draws: Tensor,
 ) -> None:
-    """Write the drawn entries of every row behind its head: equal ids once, with their count, best first.
+    """Write the drawn entries of every row behind its top-k entries: equal ids once, with their count, best first.
 
     ids_ND int64 ascending in each row, values_ND the logits there (what "best" means), logprobs_ND, drawn_N bool (rows
-    without draws are left as they are), kept_N the number of entries in the head. The outputs `[N, K]` hold the head,
-    and unused places behind it.
+    without draws stay as they are), kept_N the number of top-k entries. The outputs `[N, K]` hold the top-k
+    entries, and unused entries behind them.
     """
     ordered = values_ND.sort(dim=1, descending=True, stable=True)  # stable: equal values stay in the order of their ids
     ids_ND = ids_ND.gather(1, ordered.indices)

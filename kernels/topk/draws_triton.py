@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..triton_math import INF, finite_or_zero
 from . import draws as dr
-from .config import Plan
+from .config import TopKCall
 from .triton_math import column, exp2_exact, transform
 
 STREAM = tl.constexpr(dr.STREAM)
@@ -42,17 +42,17 @@ def _mix(x):
 
 
 @triton.jit
-def _units(d, token, vocab, is_head, draw_scale):
-    """`draws.units_` of z - top, as int32; 1 for tokens of the head, 0 beyond the vocabulary."""
+def _units(d, token, vocab, in_topk, draw_scale):
+    """`draws.units_` of z - top, as int32; 1 for top-k entries, 0 beyond the vocabulary."""
     y = d * draw_scale
-    y = tl.where(is_head | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y) + UNIT_BIAS
+    y = tl.where(in_topk | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y) + UNIT_BIAS
     units = tl.ceil((y.to(tl.int32, bitcast=True) << UNIT_SHIFT).to(tl.float32, bitcast=True)).to(tl.int32)
     return tl.where(token < vocab, units, 0)
 
 
 @triton.jit
-def _in_head(x, token, edge_x, edge_id):
-    """Whether a token comes no later than the head's last entry in a stable descending sort."""
+def _in_topk(x, token, edge_x, edge_id):
+    """Whether a token comes no later than the last top-k entry in a stable descending sort."""
     return (x > edge_x) | ((x == edge_x) & (token <= edge_id))
 
 
@@ -64,7 +64,7 @@ def _weigh(
     vocab,
     groups,
     parts,
-    state_ptr,  # [5, N], as `topk_kernels._finish` left it
+    state_ptr,  # [5, N], as `triton_kernels._finish` left it
     edge_ptr,  # [2, N]
     units_ptr,  # out [N, groups] int32
     rows,
@@ -84,11 +84,11 @@ def _weigh(
     token = group[:, None] * G + tl.arange(0, G)[None, :]
     x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
     x = x.to(tl.float32)
-    is_head = _in_head(x, token, tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row))
+    in_topk = _in_topk(x, token, tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row))
     top = tl.load(state_ptr + 3 * rows + row)
     top = finite_or_zero(transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
     d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
-    units = _units(d, token, vocab, is_head, draw_scale)
+    units = _units(d, token, vocab, in_topk, draw_scale)
     tl.store(units_ptr + row * groups + group, tl.sum(units, axis=1), mask=group < groups)
 
 
@@ -144,16 +144,16 @@ def _draw(
         token = group * G + tl.arange(0, G)
         x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
         x = x.to(tl.float32)
-        is_head = _in_head(x, token, edge_x, edge_id)
+        in_topk = _in_topk(x, token, edge_x, edge_id)
         d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
-        units = tl.cumsum(_units(d, token, vocab, is_head, draw_scale), axis=0)
+        units = tl.cumsum(_units(d, token, vocab, in_topk, draw_scale), axis=0)
         behind = units <= inside
         found = tl.sum(behind.to(tl.int32), axis=0)
         rest = (inside - tl.max(tl.where(behind, units, 0), axis=0)).to(tl.int64) << LOW_BITS
         rest += at - (unit << LOW_BITS)
         drawn = tl.minimum(group * G + found, vocab - 1)
-        # the token itself, out of the group's: −inf for a token of the head, which has no weight
-        d = tl.max(tl.where((token == drawn) & (is_head == 0), d, -INF), axis=0)
+        # the token itself, out of the group's: −inf for a top-k entry, which has no weight
+        d = tl.max(tl.where((token == drawn) & (in_topk == 0), d, -INF), axis=0)
         weight = exp2_exact(d * draw_scale, BITS).to(tl.int64)
         attempt = tl.where(rest < weight, MAX_ATTEMPTS, attempt + 1).to(tl.int64)
     tl.store(drawn_ptr + draw, drawn.to(tl.int64))
@@ -163,9 +163,9 @@ def draw(
     x: Tensor,
     state: Tensor,
     edge: Tensor,
-    plan: Plan,
+    call: TopKCall,
     positions_N: Tensor,
-    head_transform: tuple[float, float, float],
+    transform_numbers: tuple[float, float, float],
     flags: dict[str, bool],
 ) -> Tensor:
     """Drawn ids int64 `[N, draws]`; anything in rows without a tail. state, edge: as `_finish` leaves them."""
@@ -177,18 +177,18 @@ def draw(
     block = max(group, min(Tuning.block, triton.next_power_of_2(groups * group)))
     parts = triton.cdiv(groups * group, block)
     units = torch.empty((rows, groups), dtype=torch.int32, device=x.device)
-    drawn = torch.empty((rows, plan.draws), dtype=torch.int64, device=x.device)
-    keys = dr.row_keys(plan.seed, positions_N)
-    draw_scale = dr.exponent_scale(plan.draw_temperature)
+    drawn = torch.empty((rows, call.draws), dtype=torch.int64, device=x.device)
+    keys = dr.row_keys(call.seed, positions_N)
+    draw_scale = dr.exponent_scale(call.draw_temperature)
     # fused multiply-adds round once where the twin rounds twice, and another token could be drawn
     exact = {"enable_fp_fusion": False, "num_warps": Tuning.warps}
     _weigh[(rows * parts,)](
-        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *head_transform,
+        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *transform_numbers,
         G=group, BLOCK=block, UNIT=unit, **flags, **exact,
     )  # fmt: skip
-    _draw[(rows * plan.draws,)](
-        x, stride_n, stride_v, vocab, groups, plan.draws, state, edge, units, keys, drawn, rows, draw_scale,
-        *head_transform, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
+    _draw[(rows * call.draws,)](
+        x, stride_n, stride_v, vocab, groups, call.draws, state, edge, units, keys, drawn, rows, draw_scale,
+        *transform_numbers, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
         UNIT=unit, **flags, **exact,
     )  # fmt: skip
     return drawn

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The sweeps of top-k, tails and draws on a CPU, compiled by Numba: a row is swept while it is in a core's own cache.
 
-A row is copied once, in float32, and gone over twice: for the maxima of groups of 32 tokens, among which the head is
-looked for, and for the tail. Heads and draws are those of `topk_torch` to the bit; sums are added up in another order.
+A row is copied once, in float32, and swept twice: for the maxima of groups of 32 tokens, which lead to the top-k
+entries, and for the tail. Entries and draws are those of `torch_impl` to the bit; sums are added up in another order.
 
-Compiled functions let go of Python's lock, so threads do not wait for each other. What makes the integers of draws has
-to round every operation once: it is compiled without the flag `contract`, which would fuse multiplications and sums.
+Compiled functions release Python's lock, so that threads do not wait for each other. The integer arithmetic of draws
+rounds every operation once: it is compiled without the flag `contract`, which would fuse multiplications and sums.
 """
 
 import math
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import draws as dr
-from .config import Plan
+from .config import TopKCall
 from .draws import Tail, exponent_scale, reciprocal, weight_bits
-from .fill import GROUP, State, Swept, fill_rows
+from .fill import GROUP, State, Swept, fill_rows, unfilled
 
 BLOCK_BYTES = 32 << 20  # of the logits of one call: what is not compiled costs as much for one row as for all of them
 
@@ -125,7 +125,7 @@ def _units_of(d, scale):
 
 @compiled()
 def _transform(x, scale, cap, cap_reciprocal):
-    """The head's transform, in place, of a row of any length."""
+    """The LM head's transform, in place, of a row of any length."""
     for j in range(len(x)):
         x[j] = _transformed(x[j], scale, cap, cap_reciprocal)
 
@@ -276,9 +276,11 @@ def _copy(x, row):
 
 
 @compiled()
-def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id, row_top, finite, sums, units):
-    """x_NV: C-contiguous. Outputs best_x, best_id `[n, k or k + 1]`, row_top, finite `[n]`, sums `[n, M]`; units
-    `[n, groups]` where unit_scale is not 0. steps, powers: `Plan.chains`; head: scale, softcap or 0, its reciprocal."""
+def sweep_rows(
+    x_NV, entries, scales, steps, powers, transform, unit_scale, best_x, best_id, row_top, finite, sums, units
+):
+    """x_NV: C-contiguous. Outputs best_x, best_id `[n, entries (+ 1)]`, row_top, finite `[n]`, sums `[n, M]`; units
+    `[n, groups]` where unit_scale is not 0. steps, powers: `TopKCall.chains`. transform: `_transform_numbers`."""
     n, vocab = x_NV.shape
     count = best_x.shape[1]
     chunks = -(-vocab // CHUNK)
@@ -299,10 +301,10 @@ def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id
             there = heap[i] != NO_KEY and token < vocab
             best_id[r, i] = token if there else 0
             best_x[r, i] = row[token] if there else MINUS_INF
-        for i in range(min(k, count)):
+        for i in range(min(entries, count)):
             if best_x[r, i] > MINUS_INF:
                 row[best_id[r, i]] = MINUS_INF
-        tail_top = _tail_top(row, best_x[r, k] if k < count else MINUS_INF, head)
+        tail_top = _tail_top(row, best_x[r, entries] if entries < count else MINUS_INF, transform)
         total = np.zeros(len(scales))
         for c in range(chunks):
             x = row[c * CHUNK : (c + 1) * CHUNK]
@@ -320,9 +322,9 @@ def sweep_rows(x_NV, k, scales, steps, powers, head, unit_scale, best_x, best_id
 
 
 @compiled()
-def _tail_top(row, tail_top_x, head):
-    """Put a row whose head is struck out through the head's transform; its greatest z, 0 where there is none."""
-    scale, cap, cap_reciprocal = head[0], head[1], head[2]
+def _tail_top(row, tail_top_x, transform):
+    """Put a row without its top-k entries through the LM head's transform; its greatest z, 0 where there is none."""
+    scale, cap, cap_reciprocal = transform[0], transform[1], transform[2]
     if scale != ONE or cap != ZERO:
         _transform(row, scale, cap, cap_reciprocal)
     top = _transformed(tail_top_x, scale, cap, cap_reciprocal)
@@ -339,8 +341,8 @@ def _row_units(row, vocab, top, unit_scale, e, units):
 
 
 @compiled()
-def unit_rows(x_NV, head_id, size, tail_top_x, head, unit_scale, units):
-    """The units alone, of what the first size[r] of head_id `[n, k]` leave."""
+def unit_rows(x_NV, best_id, size, tail_top_x, transform, unit_scale, units):
+    """The units alone, of what the first size[r] of best_id `[n, entries]` leave."""
     n, vocab = x_NV.shape
     chunks = -(-vocab // CHUNK)
     row, e = np.empty(chunks * CHUNK, F), np.empty(CHUNK, F)
@@ -348,8 +350,8 @@ def unit_rows(x_NV, head_id, size, tail_top_x, head, unit_scale, units):
         for c in range(chunks):
             _copy(x_NV[r, c * CHUNK : (c + 1) * CHUNK], row[c * CHUNK : (c + 1) * CHUNK])
         for i in range(size[r]):
-            row[head_id[r, i]] = MINUS_INF
-        _row_units(row, vocab, _tail_top(row, tail_top_x[r], head), unit_scale, e, units[r])
+            row[best_id[r, i]] = MINUS_INF
+        _row_units(row, vocab, _tail_top(row, tail_top_x[r], transform), unit_scale, e, units[r])
 
 
 @compiled(inline="always")
@@ -361,14 +363,14 @@ def _mix(x):
 
 
 @compiled()
-def draw_rows(x_NV, sums, edge_x, edge_id, top, keys, wanted, head, unit_scale, bits, ids):
+def draw_rows(x_NV, sums, edge_x, edge_id, top, keys, wanted, transform, unit_scale, bits, ids):
     """`draws.draw`. x_NV: C-contiguous float32; ids int64 `[n, draws]`: to be filled in the rows that are wanted."""
     n, vocab = x_NV.shape
     groups = sums.shape[1]
     low_bits = np.int64(bits - UNIT_BITS)
     below = (np.int64(1) << low_bits) - np.int64(1)
     before = np.empty(groups + 1, np.int64)
-    scale, cap, cap_reciprocal = head[0], head[1], head[2]
+    scale, cap, cap_reciprocal = transform[0], transform[1], transform[2]
     for r in range(n):
         if not wanted[r]:
             continue
@@ -388,7 +390,7 @@ def draw_rows(x_NV, sums, edge_x, edge_id, top, keys, wanted, head, unit_scale, 
                 for token in range(group * GROUP, min(group * GROUP + GROUP, vocab)):
                     x = x_NV[r, token]
                     if x > edge_x[r] or (x == edge_x[r] and token <= edge_id[r]):
-                        x = MINUS_INF  # in the head
+                        x = MINUS_INF  # a top-k entry
                     d = _transformed(x, scale, cap, cap_reciprocal) - top[r]
                     u = np.int64(_units_of(d, unit_scale))
                     if u > inside:
@@ -430,56 +432,56 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().numpy()
 
 
-def _head(plan_or_tail: Plan | Tail) -> NDArray[np.float32]:
+def _transform_numbers(of: TopKCall | Tail) -> NDArray[np.float32]:
     """Scale, softcap (0: none) and its reciprocal."""
-    scale, cap = plan_or_tail.logit_scale, plan_or_tail.softcap
+    scale, cap = of.logit_scale, of.softcap
     return np.array([1.0 if scale is None else scale, cap or 0.0, reciprocal(cap) if cap else 0.0], np.float32)
 
 
 class NumbaSweeps:
-    """See `topk_fill.Sweeps`. For logits on a CPU, of float32 or less."""
+    """See `fill.Sweeps`. For logits on a CPU, of float32 or less."""
 
     def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
         return BLOCK_BYTES // (vocab_size * itemsize)
 
-    def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
-        (n, vocab), k, many = logits_NV.shape, plan.k, len(plan.temperatures)
-        best_x = _room(n, min(k + 1, vocab))
+    def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
+        (n, vocab), entries, many = logits_NV.shape, call.entries, len(call.temperatures)
+        best_x = _room(n, min(entries + 1, vocab))
         best_id = _room(*best_x.shape, dtype=torch.int64)
         row_top, finite, sums = _room(n), _room(n, dtype=torch.int64), _room(n, many)
-        at_once = units_nG is not None and plan.mass is None  # else the tail's top may be another in the end
+        at_once = units_nG is not None and call.mass is None  # else the tail's top may be another in the end
         units = units_nG if units_nG is not None and at_once else _room(0, 1)
-        steps, powers = np.array(plan.chains()).T
+        steps, powers = np.array(call.chains()).T
         sweep_rows(
             _as_rows(logits_NV),
-            k,
-            np.array([dr.LOG2E / t for t in plan.temperatures], np.float32),
+            entries,
+            np.array([dr.LOG2E / t for t in call.temperatures], np.float32),
             steps.copy(),
             powers.copy(),
-            _head(plan),
-            np.float32(exponent_scale(plan.draw_temperature) if at_once else 0.0),
+            _transform_numbers(call),
+            np.float32(exponent_scale(call.draw_temperature) if at_once else 0.0),
             *map(_array, (best_x, best_id, row_top, finite, sums, units)),
         )
         return Swept(
-            head_x=best_x[:, :k],
-            head_id=best_id[:, :k],
-            tail_top_x=best_x[:, k] if k < vocab else torch.full_like(row_top, -torch.inf),
+            best_x=best_x[:, :entries],
+            best_id=best_id[:, :entries],
+            tail_top_x=best_x[:, entries] if entries < vocab else torch.full_like(row_top, -torch.inf),
             row_top=row_top,
             finite=finite,
             tail_sums=sums,
             rest=None,
         )
 
-    def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
-        if plan.mass is None:
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> None:
+        if call.mass is None:
             return  # `sweep` has filled them
         unit_rows(
             _as_rows(logits_NV),
-            np.ascontiguousarray(_array(swept.head_id)),
+            np.ascontiguousarray(_array(swept.best_id)),
             _array(state.size),
             _array(state.tail_top_x),
-            _head(plan),
-            np.float32(exponent_scale(plan.draw_temperature)),
+            _transform_numbers(call),
+            np.float32(exponent_scale(call.draw_temperature)),
             _array(state.sums),
         )
 
@@ -489,7 +491,7 @@ class NumbaSweeps:
             return dr.draw(tail, keys_N, wanted_N, draws)  # which looks at a few tokens of each row, as they are
         draw_rows(
             *map(_array, (tail.logits, tail.sums, tail.edge_x, tail.edge_id, tail.top, keys_N, wanted_N)),
-            _head(tail),
+            _transform_numbers(tail),
             np.float32(exponent_scale(tail.draw_temperature)),
             weight_bits(tail.logits.shape[1]),
             _array(ids),
@@ -505,6 +507,6 @@ def compile_all() -> float:
     began = time.perf_counter()
     logits = _room(1, GROUP).zero_()
     for mass in (None, 0.5):
-        plan = Plan(GROUP, 1, (1.0,), mass, 1, 1.0, 0, None, None)
-        fill_rows(NUMBA, logits, plan.unfilled(1, logits.device), plan, _room(1, dtype=torch.int64).zero_(), 0)
+        call = TopKCall(k=1, mass=mass, draws=1, temperatures=(1.0,), vocab_size=GROUP)
+        fill_rows(NUMBA, logits, unfilled(call, 1, logits.device), call, _room(1, dtype=torch.int64).zero_(), 0)
     return time.perf_counter() - began

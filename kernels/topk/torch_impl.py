@@ -1,10 +1,10 @@
-"""The sweeps of top-k, tails and draws in pure PyTorch: on any device, and the twin the others are held against.
+"""The sweeps of top-k, tails and draws in PyTorch: on any device, and the reference of the other implementations.
 
 Blocks are small enough for a CPU's last-level cache. In each:
 
-1. every group of `GROUP` neighbouring tokens gives its maximum; a row's k best tokens all lie in its k best groups
-   (best: larger maximum, then lower number), so only those are looked at token by token;
-2. the head is struck out (−inf), and what is left is summed at every temperature.
+1. every group of `GROUP` neighbouring tokens gives its maximum; a row's best tokens all lie in as many of its best
+   groups (best: larger maximum, then lower number), so only these are searched token by token;
+2. the top-k entries are set to −inf, and the rest is summed at every temperature.
 """
 
 import threading
@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
-from .config import Plan
+from .config import TopKCall
 from .draws import LOG2E, draw, exact_transform, exponent_scale, units_
 from .fill import GROUP, State, Swept, transform, work_type
 
@@ -22,7 +22,7 @@ _kept = threading.local()
 
 
 class TorchSweeps:
-    """See `topk_fill.Sweeps`."""
+    """See `fill.Sweeps`."""
 
     draw = staticmethod(draw)
 
@@ -30,42 +30,42 @@ class TorchSweeps:
         budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE)
         return budget // (-(-vocab_size // GROUP) * GROUP * itemsize)
 
-    def sweep(self, logits_NV: Tensor, plan: Plan, units_nG: Tensor | None) -> Swept:
-        (n, vocab), k = logits_NV.shape, plan.k
+    def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
+        (n, vocab), entries = logits_NV.shape, call.entries
         x, spare = _scratch(n, -(-vocab // GROUP) * GROUP, work_type(logits_NV), logits_NV.device)
         x[:, :vocab] = logits_NV
         x[:, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
         groups_top = x.view(n, -1, GROUP).amax(-1)
-        # the head, and the token after it: the top of the tail
-        best_x, best_id = _best_tokens(x, groups_top, min(k + 1, vocab))
+        # the top-k entries, and the token after them: the top of the tail
+        best_x, best_id = _best_tokens(x, groups_top, min(entries + 1, vocab))
         finite = _count_finite(x[:, :vocab])
-        tail_top_x = best_x[:, k] if k < vocab else torch.full_like(best_x[:, 0], -torch.inf)
-        x.scatter_(1, best_id[:, :k], -torch.inf)
+        tail_top_x = best_x[:, entries] if entries < vocab else torch.full_like(best_x[:, 0], -torch.inf)
+        x.scatter_(1, best_id[:, :entries], -torch.inf)
         return Swept(
-            head_x=best_x[:, :k],
-            head_id=best_id[:, :k],
+            best_x=best_x[:, :entries],
+            best_id=best_id[:, :entries],
             tail_top_x=tail_top_x,
             row_top=groups_top.amax(1),  # NaN is a maximum
             finite=finite,
-            tail_sums=_tail_sums(x, spare, transform(tail_top_x, plan), plan),
+            tail_sums=_tail_sums(x, spare, transform(tail_top_x, call), call),
             rest=x,
         )
 
-    def units(self, swept: Swept, logits_NV: Tensor, state: State, plan: Plan) -> None:
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> None:
         n, vocab = logits_NV.shape
         x = swept.rest  # z - top of the tail, as `_tail_sums` leaves it
         assert x is not None
         if x.dtype != torch.float32:
             x = x.float()
-        if plan.mass is not None or logits_NV.dtype == torch.float64:
+        if call.mass is not None or logits_NV.dtype == torch.float64:
             # the tail's top may be another now, and z - top has to be rounded from it afresh
-            top = exact_transform(state.tail_top_x.float(), plan.logit_scale, plan.softcap)
+            top = exact_transform(state.tail_top_x.float(), call.logit_scale, call.softcap)
             x[:, :vocab] = logits_NV
-            place = torch.arange(plan.k, device=x.device)
-            x.scatter_(1, swept.head_id, swept.head_x.float().masked_fill(place < state.size[:, None], -torch.inf))
-            x.copy_(exact_transform(x, plan.logit_scale, plan.softcap))
+            place = torch.arange(call.entries, device=x.device)
+            x.scatter_(1, swept.best_id, swept.best_x.float().masked_fill(place < state.size[:, None], -torch.inf))
+            x.copy_(exact_transform(x, call.logit_scale, call.softcap))
             x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
-        units = units_(x, exponent_scale(plan.draw_temperature))
+        units = units_(x, exponent_scale(call.draw_temperature))
         torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
         state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
 
@@ -111,15 +111,15 @@ def stable_best(values_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_NC.gather(1, places), places
 
 
-def _tail_sums(x: Tensor, spare: Tensor, top_n: Tensor, plan: Plan) -> Tensor:
+def _tail_sums(x: Tensor, spare: Tensor, top_n: Tensor, call: TopKCall) -> Tensor:
     """`Σ e^((z - top)/T)` over the finite x at every temperature, `[n, M]`. Overwrites both."""
-    if plan.softcap is not None or plan.logit_scale is not None:
-        x.copy_(transform(x, plan))
+    if call.softcap is not None or call.logit_scale is not None:
+        x.copy_(transform(x, call))
     x.sub_(torch.where(top_n > -torch.inf, top_n, 0.0)[:, None])
-    sums = torch.empty((len(x), len(plan.temperatures)), dtype=x.dtype, device=x.device)
-    for m, power in plan.chains():
+    sums = torch.empty((len(x), len(call.temperatures)), dtype=x.dtype, device=x.device)
+    for m, power in call.chains():
         if power == 0:  # exp2 is three times as fast as exp on a CPU
-            torch.mul(x, LOG2E / plan.temperatures[m], out=spare).exp2_()
+            torch.mul(x, LOG2E / call.temperatures[m], out=spare).exp2_()
         for _ in range(power // 2):  # 2: once, 4: twice
             spare.mul_(spare)
         torch.sum(spare, 1, out=sums[:, m])

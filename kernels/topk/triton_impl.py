@@ -1,7 +1,7 @@
 """Top-k, tails and draws on a GPU: scratch memory, sizes and the order of the kernels' launches.
 
-`topk_kernels.py` has the kernels of the head and the tails, `draws_triton.py` those of the draws. Nothing waits for the
-device.
+`triton_kernels.py` has the kernels of the top-k entries and the tails, `draws_triton.py` those of the draws. Nothing
+waits for the device.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..interpreter import is_interpreted
 from ..targets import SparseTargets
 from . import draws as dr
-from .config import Plan, refuse
+from .config import TopKCall
 from .draws_triton import draw
-from .fill import merge_drawn
+from .fill import merge_drawn, refuse
 from .triton_kernels import _finish, _pick, _scan, _select
 
 MAX_K = 1024
@@ -26,7 +26,7 @@ UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 class Tuning:
     """Sizes that only speed depends on: tokens a group, tokens and warps a program."""
 
-    group = 128  # halved for k > 128
+    group = 128  # halved for more than 128 top-k entries
     scan_block = 4096
     scan_warps = 4
     pick_warps = 4
@@ -48,64 +48,64 @@ def _log2e_over_t(temperatures: tuple[float, ...], device: torch.device) -> Tens
     return _scales[key]
 
 
-def fill_triton(logits_NV: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
-    """Fill `out` from logits `[N, V]` (bfloat16, float16 or float32, any stride), k at most MAX_K.
+def fill_triton(logits_NV: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, first_row: int) -> None:
+    """Fill `out` from logits `[N, V]` (bfloat16, float16 or float32, any stride); at most MAX_K top-k entries.
 
     `first_row`: the number of the first row in an error message, which only CPU tensors can give.
     """
     on = torch.cuda.device(logits_NV.device) if logits_NV.is_cuda else contextlib.nullcontext()
     with on:
-        _launch(logits_NV, out, plan, positions_N, first_row)
+        _launch(logits_NV, out, call, positions_N, first_row)
 
 
-def _launch(x: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, first_row: int) -> None:
+def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, first_row: int) -> None:
     rows, vocab = x.shape
-    k, many, device = plan.k, len(plan.temperatures), x.device
+    entries, many, device = call.entries, len(call.temperatures), x.device
     stride_n, stride_v = x.stride()
     unit = stride_v == 1
-    scales = _log2e_over_t(plan.temperatures, device)
-    chain = sum((m | power << 8) << (16 * i) for i, (m, power) in enumerate(plan.chains()))
+    scales = _log2e_over_t(call.temperatures, device)
+    chain = sum((m | power << 8) << (16 * i) for i, (m, power) in enumerate(call.chains()))
     unused = UNUSED_BITS[x.dtype]
-    head_transform = (
-        plan.logit_scale if plan.logit_scale is not None else 1.0,
-        plan.softcap if plan.softcap is not None else 1.0,
-        dr.reciprocal(plan.softcap) if plan.softcap is not None else 1.0,
+    transform = (
+        call.logit_scale if call.logit_scale is not None else 1.0,
+        call.softcap if call.softcap is not None else 1.0,
+        dr.reciprocal(call.softcap) if call.softcap is not None else 1.0,
     )
-    flags = {"HAS_SCALE": plan.logit_scale is not None, "HAS_CAP": plan.softcap is not None}
+    flags = {"HAS_SCALE": call.logit_scale is not None, "HAS_CAP": call.softcap is not None}
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    group = Tuning.group if k <= 128 else Tuning.group // 2
+    group = Tuning.group if entries <= 128 else Tuning.group // 2
     groups = triton.cdiv(vocab, group)
     block = max(group, min(Tuning.scan_block, triton.next_power_of_2(groups * group)))
     parts = triton.cdiv(groups * group, block)
-    take = min(k, groups)
-    padded_k = max(16, triton.next_power_of_2(k))
+    take = min(entries, groups)
+    padded_k = max(16, triton.next_power_of_2(entries))
     group_tops, group_sums = scratch(rows, groups), scratch(rows, many, groups)
     finite = scratch(rows, parts, dtype=torch.int32)
-    entries = 4 * padded_k
-    picked, head = scratch(rows, padded_k, dtype=torch.int32), scratch(rows, entries, dtype=torch.int64)
+    candidates = 4 * padded_k
+    picked, best = scratch(rows, padded_k, dtype=torch.int32), scratch(rows, candidates, dtype=torch.int64)
     count, floor = scratch(rows, dtype=torch.int32), scratch(rows, dtype=torch.int32)
-    # what the head leaves: in groups not picked [0], and in those picked [1]
+    # the rest: in groups not picked [0], and in those picked [1]
     rest_tops, rest_sums = scratch(2, rows), scratch(2, rows, many)
     state, edge = scratch(5, rows), scratch(2, rows, dtype=torch.int32)
 
     _scan[(rows * parts,)](
-        x, stride_n, stride_v, vocab, groups, parts, scales, group_tops, group_sums, finite, *head_transform,
+        x, stride_n, stride_v, vocab, groups, parts, scales, group_tops, group_sums, finite, *transform,
         CHAIN=chain, M=many, G=group, BLOCK=block, UNIT=unit, **flags, num_warps=Tuning.scan_warps,
     )  # fmt: skip
     _pick[(rows,)](
-        group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], floor, k, take, groups, *head_transform,
+        group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], floor, entries, take, groups, *transform,
         UNUSED=unused, M=many, KP=padded_k, NGP=triton.next_power_of_2(groups), **flags, num_warps=Tuning.pick_warps,
     )  # fmt: skip
-    if k:
+    if entries:
         tokens = padded_k * group
         _select[(rows,)](
-            x, stride_n, stride_v, vocab, picked, floor, scales, head, count, rest_tops[1], rest_sums[1], k, take,
-            *head_transform,
+            x, stride_n, stride_v, vocab, picked, floor, scales, best, count, rest_tops[1], rest_sums[1], entries, take,
+            *transform,
             UNUSED=unused, CHAIN=chain, M=many, G=group, KP=padded_k,
-            ENTRIES=entries, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit, **flags,
+            CANDIDATES=candidates, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit, **flags,
             num_warps=min(32, max(4, tokens // Tuning.select_tokens)),
         )  # fmt: skip
     else:
@@ -113,17 +113,17 @@ def _launch(x: Tensor, out: SparseTargets, plan: Plan, positions_N: Tensor, firs
         rest_tops[1].fill_(-torch.inf)
         rest_sums[1].zero_()
     _finish[(rows,)](
-        head, count, rest_tops, rest_sums, finite, scales, out.ids, out.logprobs, out.ids.stride(0), out.tail,
-        out.outcomes, state, edge, rows, k, parts, 1.0 - plan.mass if plan.mass is not None else 0.0, *head_transform,
-        ONE=plan.temperatures.index(1.0), HAS_MASS=plan.mass is not None, M=many, ENTRIES=entries,
-        STAGES=entries.bit_length() - 1,
+        best, count, rest_tops, rest_sums, finite, scales, out.ids, out.logprobs, out.ids.stride(0), out.tail,
+        out.outcomes, state, edge, rows, entries, parts, 1.0 - call.mass if call.mass is not None else 0.0, *transform,
+        ONE=call.temperatures.index(1.0), HAS_MASS=call.mass is not None, M=many, CANDIDATES=candidates,
+        STAGES=candidates.bit_length() - 1,
         PARTS=triton.next_power_of_2(parts), **flags, num_warps=1 if padded_k <= 64 else 4,
     )  # fmt: skip
-    fine = state[4] > 0
+    valid = state[4] > 0
     if x.device.type == "cpu":
-        refuse(fine, x.amax(1), first_row)
-    if plan.draws:
-        drawn = draw(x, state, edge, plan, positions_N, head_transform, flags)
-        out.logprobs[:, k:].masked_fill_(~fine[:, None], torch.nan)
-        has_tail = fine & (state[3] > -torch.inf)
-        merge_drawn(x, drawn, has_tail, edge[1].long(), state[0], state[1], out, plan)
+        refuse(valid, x.amax(1), first_row)
+    if call.draws:
+        drawn = draw(x, state, edge, call, positions_N, transform, flags)
+        out.logprobs[:, entries:].masked_fill_(~valid[:, None], torch.nan)
+        has_tail = valid & (state[3] > -torch.inf)
+        merge_drawn(x, drawn, has_tail, edge[1].long(), state[0], state[1], out, call)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The kernels of the head and the tails: one read of the logits, then work on what that read singled out.
+"""The kernels of the top-k entries and the tails: one read of the logits, then work on what that read singled out.
 
 1. `_scan` reads the logits once. Every group of G neighbouring tokens leaves its maximum and `Σ e^((z - max)/T)` for
    every temperature; every program the number of its finite logits.
@@ -7,10 +7,10 @@
    sums of all the others.
 3. `_select`, a program a row, reads the k groups again, keeps the tokens that reach the worst of the k maxima (the k
    best and seldom many more; where too many do, exactly the k best), and adds up the rest.
-4. `_finish` sorts these tokens, cuts the head at `mass` and writes log-probabilities and tails.
+4. `_finish` sorts these tokens, drops entries by `mass` and writes log-probabilities and tails.
 
-No sum is the difference of two others, and what lies in the head is never in the tail's sums, so nothing cancels. Sums
-run in a fixed order without atomics: results are the same bits on every run. `topk_triton.py` launches them.
+No sum is the difference of two others, and a top-k entry is never in the tail's sums, so nothing cancels. Sums
+run in a fixed order without atomics: results are the same bits on every run. `triton_impl.py` launches them.
 """
 
 import triton
@@ -86,8 +86,8 @@ def _pick(
     rest_top_ptr,  # out [N] float32: raw maximum over all other groups
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
     floor_ptr,  # out [N] int32: an ordered logit that is not above the k-th best token's
-    k,  # min(k, V)
-    take,  # min(k, NG)
+    entries,  # top-k entries: min(k, V)
+    take,  # min(entries, NG)
     groups,
     scale,
     cap,
@@ -110,7 +110,7 @@ def _pick(
         candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
         threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), axis=0) >= take, candidate, threshold)
     # the k-th best token is at least as good as the worst of k groups' best ones
-    tl.store(floor_ptr + row, tl.where(take == k, threshold, LEAST))
+    tl.store(floor_ptr + row, tl.where(take == entries, threshold, LEAST))
     above = (key >> UNUSED) > (threshold >> UNUSED)
     equal = ((key >> UNUSED) == (threshold >> UNUSED)) & there
     need = take - tl.sum(above.to(tl.int32), axis=0)
@@ -139,11 +139,11 @@ def _select(
     picked_ptr,  # [N, KP]
     floor_ptr,  # [N]
     log2e_over_t_ptr,
-    head_ptr,  # out [N, ENTRIES] int64: (ordered logit, complement of the id), in no order: the k best, and maybe more
+    best_ptr,  # out [N, CANDIDATES] int64: (ordered logit, complement of the id), unordered: the top-k, and maybe more
     count_ptr,  # out [N] int32: how many
     rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other tokens
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
-    k,  # min(k, V)
+    entries,  # top-k entries: min(k, V)
     take,
     scale,
     cap,
@@ -153,7 +153,7 @@ def _select(
     M: tl.constexpr,
     G: tl.constexpr,
     KP: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     TILE: tl.constexpr,  # groups at a time
     UNIT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -170,8 +170,8 @@ def _select(
     low = tl.load(floor_ptr + row)
     want = tl.sum(tl.sum(((key >= low) & there).to(tl.int32), axis=1), axis=0)
     threshold = low
-    if want > ENTRIES:
-        want = k
+    if want > CANDIDATES:
+        want = entries
         high = tl.max(tl.max(key, axis=1), axis=0)
         threshold = tl.full([], LEAST, tl.int32)
         for i in range(32 - UNUSED):
@@ -181,7 +181,7 @@ def _select(
             else:
                 candidate = threshold ^ (tl.full([], 1, tl.int32) << bit)
                 count = tl.sum(tl.sum((key >= candidate).to(tl.int32), axis=1), axis=0)
-                threshold = tl.where(count >= k, candidate, threshold)
+                threshold = tl.where(count >= entries, candidate, threshold)
     tl.store(count_ptr + row, want)
     level = threshold >> UNUSED
     is_below = (key >> UNUSED) < level
@@ -229,12 +229,12 @@ def _select(
         chosen = above | (equal & (equals <= need))
         slot = (both & COUNT_MASK) + tl.minimum(equals, need) - 1
         entry = (keys.to(tl.int64) << 32) | (tokens ^ LOW31).to(tl.int64)  # 2^31 - 1 - id
-        tl.store(head_ptr + row * ENTRIES + slot, entry, mask=chosen & (slot < want))
+        tl.store(best_ptr + row * CANDIDATES + slot, entry, mask=chosen & (slot < want))
 
 
 @triton.jit
 def _finish(
-    head_ptr,  # [N, ENTRIES] int64
+    best_ptr,  # [N, CANDIDATES] int64
     count_ptr,  # [N]
     tops_ptr,  # [2, N] float32: raw maxima of what `_pick` and `_select` left
     sums_ptr,  # [2, N, M] float32
@@ -245,10 +245,10 @@ def _finish(
     stride_out,
     tail_ptr,  # out [N, M]
     outcomes_ptr,  # out [N]
-    state_ptr,  # out [5, N] float32: top z, log total, the head's last raw logit, the tail's raw top, 1.0 if finite
-    edge_ptr,  # out [2, N] int32: the id of the head's last entry, the head's size
+    state_ptr,  # out [5, N] float32: top z, log total, the last entry's raw logit, the tail's raw top, 1.0 if finite
+    edge_ptr,  # out [2, N] int32: the id of the last top-k entry, and how many are kept
     rows,
-    k,
+    entries,
     parts,
     cut_at,  # 1 - mass
     scale,
@@ -257,26 +257,26 @@ def _finish(
     ONE: tl.constexpr,  # the number of T = 1
     HAS_MASS: tl.constexpr,
     M: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    STAGES: tl.constexpr,  # log2 of ENTRIES
+    CANDIDATES: tl.constexpr,
+    STAGES: tl.constexpr,  # log2 of CANDIDATES
     PARTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, ENTRIES)
+    place = tl.arange(0, CANDIDATES)
     count = tl.load(count_ptr + row)
-    entry = tl.load(head_ptr + row * ENTRIES + place, mask=place < count, other=LEAST64)
-    entry = sort_descending(entry, ENTRIES, STAGES)
+    entry = tl.load(best_ptr + row * CANDIDATES + place, mask=place < count, other=LEAST64)
+    entry = sort_descending(entry, CANDIDATES, STAGES)
     token = entry.to(tl.int32) ^ LOW31  # the lower half
     x = tl.where(place < count, unordered((entry >> 32).to(tl.int32)), -INF)
-    used = (x > -INF) & (place < k)
+    used = (x > -INF) & (place < entries)
     z = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
 
     left_x, right_x = tl.load(tops_ptr + row), tl.load(tops_ptr + rows + row)
     left = transform(left_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
     right = transform(right_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
-    # the tail's third part: entries that did not make it into the head
+    # the tail's third part: candidates that are no top-k entries
     tail_x = tl.maximum(tl.maximum(left_x, right_x), tl.max(tl.where(used, -INF, x), axis=0))
     tail_top = tl.maximum(tl.maximum(left, right), tl.max(tl.where(used, -INF, z), axis=0))
     top = tl.maximum(tl.max(z, axis=0), tail_top)
@@ -292,7 +292,7 @@ def _finish(
     # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
     log_total = log(total)
     fine = tl.abs(top + log_total) < INF
-    # a finite logit that float32 cannot hold relative to the best: in the tail, in the head
+    # a finite logit that float32 cannot hold relative to the best: in the tail, among the entries
     fine = fine & ((tail_x == -INF) | (tail_top - top > -INF))
     fine = fine & (tl.max((used & (d == -INF)).to(tl.int32), axis=0) == 0)
     log_total = tl.where(fine, log_total, float("nan"))
@@ -316,8 +316,8 @@ def _finish(
         # c / log2e is 1/T
         tl.store(tail_ptr + row * M + m, log(s) + ((tail_top - top) - log_total) * (c / log2e))
     unused = log_total - INF  # −inf, or NaN in a row that is not fine
-    tl.store(ids_ptr + row * stride_out + place, tl.where(kept, token, 0), mask=place < k)
-    tl.store(logprobs_ptr + row * stride_out + place, tl.where(kept, logprob, unused), mask=place < k)
+    tl.store(ids_ptr + row * stride_out + place, tl.where(kept, token, 0), mask=place < entries)
+    tl.store(logprobs_ptr + row * stride_out + place, tl.where(kept, logprob, unused), mask=place < entries)
     part = tl.arange(0, PARTS)
     finite = tl.sum(tl.load(finite_ptr + row * parts + part, mask=part < parts, other=0), axis=0)
     tl.store(outcomes_ptr + row, finite - size)

@@ -31,8 +31,8 @@ def place(request):
     if impl == "numba":
         pytest.importorskip("numba")
     if (device, impl) == ("cpu", "triton"):
-        topk_triton = pytest.importorskip("fastkd.kernels.topk.triton_impl")
-        if not topk_triton.INTERPRETED:
+        triton_impl = pytest.importorskip("fastkd.kernels.topk.triton_impl")
+        if not triton_impl.INTERPRETED:
             pytest.skip("triton compiles for the GPU in this process; interpreted where there is none")
     return device, impl
 
@@ -486,7 +486,7 @@ def test_numpy_integers_are_integers():
     hidden, weight = torch.randn(3, 8), torch.randn(30, 8)
     assert linear_topk_targets(hidden, weight, np.int32(4), chunk_tokens=np.int16(2)).ids.shape == (3, 4)
     for name in ("k", "draws", "seed"):
-        with pytest.raises(KDError, match=f"{name}: found .*True"):
+        with pytest.raises(KDError, match=f"{name}: got .*bool"):
             topk_targets(logits, **{"k": 3, name: np.bool_(True)})
 
 
@@ -494,62 +494,62 @@ def test_bad_arguments():
     logits = torch.randn(4, 30)
     for word, settings in {
         "k:": {"k": -1},
-        "k: found 0": {"k": 0},
-        "k: found True": {"k": True},
+        "k: got 0": {"k": 0},
+        "k: got True": {"k": True},
         "draws:": {"draws": -1},
-        "draws: found 1.5": {"draws": 1.5},
-        "mass: found 0": {"mass": 0},
-        "mass: found 1.1": {"mass": 1.1},
-        "mass: found nan": {"mass": math.nan},
-        r"temperatures: found \(2.0": {"temperatures": (2.0, 4.0)},
+        "draws: got 1.5": {"draws": 1.5},
+        "mass: got 0": {"mass": 0},
+        "mass: got 1.1": {"mass": 1.1},
+        "mass: got nan": {"mass": math.nan},
+        r"temperatures: got \(2.0": {"temperatures": (2.0, 4.0)},
         "temperatures:": {"temperatures": ()},
-        r"temperatures: found \(1.0, 1.0": {"temperatures": (1.0, 1.0)},
-        r"temperatures: found \(1.0, -2": {"temperatures": (1.0, -2.0)},
-        "draw_temperature: found 0.0": {"draw_temperature": 0.0},
-        "draw_temperature: found 1e-40": {"draw_temperature": 1e-40, "draws": 2},
-        "draw_temperature: found 0.0009": {"draw_temperature": 0.0009},
-        "draw_temperature: found 1e\\+40": {"draw_temperature": 1e40, "draws": 2},
-        "draw_temperature: found nan": {"draw_temperature": math.nan},
-        "draw_temperature: found 'warm'": {"draw_temperature": "warm"},
-        r"temperatures: found \(1.0, 1e-40": {"temperatures": (1.0, 1e-40)},
-        "temperatures: found None": {"temperatures": None},
-        "draws: found True": {"draws": True},
-        "mass: found 'half'": {"mass": "half"},
+        r"temperatures: got \(1.0, 1.0": {"temperatures": (1.0, 1.0)},
+        r"temperatures: got \(1.0, -2": {"temperatures": (1.0, -2.0)},
+        "draw_temperature: got 0.0": {"draw_temperature": 0.0},
+        "draw_temperature: got 1e-40": {"draw_temperature": 1e-40, "draws": 2},
+        "draw_temperature: got 0.0009": {"draw_temperature": 0.0009},
+        "draw_temperature: got 1e\\+40": {"draw_temperature": 1e40, "draws": 2},
+        "draw_temperature: got nan": {"draw_temperature": math.nan},
+        "draw_temperature: got 'warm'": {"draw_temperature": "warm"},
+        r"temperatures: got \(1.0, 1e-40": {"temperatures": (1.0, 1e-40)},
+        "temperatures: got None": {"temperatures": None},
+        "draws: got True": {"draws": True},
+        "mass: got 'half'": {"mass": "half"},
         "softcap:": {"softcap": -5.0},
-        "softcap: found 1e-40": {"softcap": 1e-40},
-        "softcap: found 1000000.0": {"softcap": 1e6},
+        "softcap: got 1e-40": {"softcap": 1e-40},
+        "softcap: got 1000000.0": {"softcap": 1e6},
         "logit_scale:": {"logit_scale": 0.0},
-        "logit_scale: found 1e-40": {"logit_scale": 1e-40},
-        "logit_scale: found 1e\\+40": {"logit_scale": 1e40},
+        "logit_scale: got 1e-40": {"logit_scale": 1e-40},
+        "logit_scale: got 1e\\+40": {"logit_scale": 1e40},
         "seed:": {"seed": 0.5},
         "impl:": {"impl": "cuda"},
-        "positions: found torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
-        r"positions: found shape \(3,\)": {"positions": torch.arange(3)},
-        "positions: found list": {"positions": [0, 1, 2, 3]},
+        "positions: got torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
+        r"positions: got shape \(3,\)": {"positions": torch.arange(3)},
+        "positions: got list": {"positions": [0, 1, 2, 3]},
     }.items():
         with pytest.raises(KDError, match=word):
             topk_targets(logits, **{"k": 3, **settings})
     for wrong in (torch.zeros(3, 0), torch.zeros(3, 4, dtype=torch.int64), torch.tensor(1.0), [[1.0]]):
         with pytest.raises(KDError, match="logits:"):
             topk_targets(wrong, 1)
-    with pytest.raises(KDError, match=r"impl: found 'triton' for torch\.float64"):
+    with pytest.raises(KDError, match=r"impl: got 'triton' for torch\.float64"):
         topk_targets(logits.double(), 3, impl="triton")
 
 
-def test_bad_arguments_of_the_head():
+def test_bad_arguments_of_the_lm_head():
     hidden, weight = torch.randn(4, 8), torch.randn(30, 8)
     for word, args, settings in (
-        ("weight: found shape", (hidden, torch.randn(30, 7)), {}),
-        ("weight: found torch.float32 on", (hidden.double(), weight), {}),
-        ("weight: found torch.float32 \\(30,\\)", (hidden, weight[:, 0]), {}),
-        ("weight: found a vocabulary of 0", (hidden, weight[:0]), {}),
+        ("weight: got shape", (hidden, torch.randn(30, 7)), {}),
+        ("weight: got torch.float32 on", (hidden.double(), weight), {}),
+        ("weight: got torch.float32 \\(30,\\)", (hidden, weight[:, 0]), {}),
+        ("weight: got a vocabulary of 0", (hidden, weight[:0]), {}),
         ("hidden:", (torch.ones(4, 8, dtype=torch.int64), weight), {}),
-        ("bias: found shape", (hidden, weight), {"bias": torch.zeros(29)}),
-        ("bias: found torch.float64 on", (hidden, weight), {"bias": torch.zeros(30).double()}),
+        ("bias: got shape", (hidden, weight), {"bias": torch.zeros(29)}),
+        ("bias: got torch.float64 on", (hidden, weight), {"bias": torch.zeros(30).double()}),
         ("chunk_tokens:", (hidden, weight), {"chunk_tokens": 0}),
         ("positions:", (hidden, weight), {"positions": torch.arange(5)}),
-        ("k: found 0", (hidden, weight), {"k": 0}),
-        ("chunk_tokens: found True", (hidden, weight), {"chunk_tokens": True}),
+        ("k: got 0", (hidden, weight), {"k": 0}),
+        ("chunk_tokens: got True", (hidden, weight), {"chunk_tokens": True}),
     ):
         with pytest.raises(KDError, match=word):
             linear_topk_targets(*args, **{"k": 3, **settings})
@@ -559,8 +559,9 @@ COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastkd.kernels import draws_triton, topk_triton
-from fastkd.kernels.topk.api import Rows, _plan
+from fastkd.kernels.topk import draws_triton, triton_impl
+from fastkd.kernels.topk.config import TopKCall
+from fastkd.kernels.topk.fill import unfilled
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
 POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
@@ -590,15 +591,15 @@ class Compiler:
             assert "fma" not in ptx, "the draws' arithmetic must round every operation"
         print(self.kernel.__name__)
 
-for module, names in ((topk_triton, ("_scan", "_pick", "_select", "_finish")), (draws_triton, ("_weigh", "_draw"))):
+for module, names in ((triton_impl, ("_scan", "_pick", "_select", "_finish")), (draws_triton, ("_weigh", "_draw"))):
     for name in names:
         setattr(module, name, Compiler(getattr(module, name)))
-topk_triton.refuse = topk_triton.merge_drawn = lambda *args: None
+triton_impl.refuse = triton_impl.merge_drawn = lambda *args: None
 settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
 for k, mass, draws, softcap, scale in settings:
-    plan = _plan(5000, k, (1.0, 1.5, 2.0, 4.0), mass, draws, 1.0, 0, softcap, scale, where="logits")
+    call = TopKCall(k=k, mass=mass, draws=draws, vocab_size=5000, softcap=softcap, logit_scale=scale)
     logits = torch.zeros(2, 5000, dtype=torch.bfloat16)
-    topk_triton._launch(logits, Rows.empty(2, plan, logits.device), plan, torch.arange(2), 0)
+    triton_impl._launch(logits, unfilled(call, 2, logits.device), call, torch.arange(2), 0)
 """
 
 

@@ -16,7 +16,7 @@ from ...kernels.lm_head import LMHead
 from ...kernels.topk.api import default_chunk
 from ...kernels.topk.draws import exact_transform
 from ...models.protocol import Hidden, Output
-from ..answers import ROWS_AT_ONCE, flat_rows
+from ..answers import ROWS_AT_ONCE, flat_rows, topk_config
 
 Array = NDArray[Any]
 _BLOCK_BYTES = {"cpu": 16 << 20}  # of float32 logits at a time
@@ -157,12 +157,7 @@ def _repeat_top_k(
     if stored.draws is not None and stored.numbers is not None:
         targets = topk_targets(
             logits_BV,
-            spec.k,
-            temperatures=spec.temperatures,
-            mass=spec.mass,
-            draws=spec.draws,
-            draw_temperature=spec.draw_temperature,
-            seed=stored.seed,
+            config=topk_config(spec, seed=stored.seed),
             positions=torch.from_numpy(np.ascontiguousarray(stored.numbers, np.int64)).to(logits_BV.device),
             **transform,
         )
@@ -173,7 +168,8 @@ def _repeat_top_k(
     if not spec.k:
         return np.full(len(counts), np.inf, np.float32), same
     if targets is None or spec.mass is not None:  # cut at the mass, the top-k entries do not include the next best
-        targets = topk_targets(logits_BV, spec.k, temperatures=(1.0,), **transform)
+        config = topk_config(spec, mass=None, draws=0, temperatures=(1.0,))
+        targets = topk_targets(logits_BV, config=config, **transform)
     last = np.take_along_axis(targets.logprobs.cpu().numpy(), np.maximum(counts - 1, 0)[:, None], 1)[:, 0]
     return np.where(counts > 0, last, np.float32(np.inf)), same
 
