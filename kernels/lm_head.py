@@ -10,7 +10,7 @@ from .errors import KDError
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """Logits z of hidden states: z = softcap·tanh(s/softcap) with s = (hidden @ weight.T + bias)·logit_scale.
+    """An LM head: logits z = softcap·tanh(s/softcap) of hidden states, with s = (hidden @ weight.T + bias)·logit_scale.
 
     weight `[V, D]`, bias `[V]` or None. softcap, logit_scale: None for a model without one.
     """
