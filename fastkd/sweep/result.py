@@ -270,7 +270,7 @@ def window_noise(
 def sweep_text(report: SweepReport) -> str:
     """The report as text."""
     if not report.complete:
-        return f"{report.out}: stopped. The same command again resumes."
+        return f"{report.out}: stopped. Run the same command again to resume."
     lines = [f"note: {note}" for note in report.notes]
     names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
     rows = [["arm", *names, "behind the best"]]

@@ -77,7 +77,7 @@ def report_of(report: TrainReport) -> str:
     """The report as text."""
     if not report.complete:
         part = report.control or report
-        return f"{part.out}: stopped after step {part.step} of {part.steps}. The same command again resumes."
+        return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
     speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
     lines += [f"note: {note}" for note in report.notes]

@@ -93,7 +93,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.student, settings, device)
         self._fingerprint = resume_fingerprint(settings, self.steps, self.student.autocast)
         if objective is not None:
-            self._fingerprint["objective"] = {"type": type(objective).__qualname__, **objective.describe()}
+            described = json.loads(json.dumps(dict(objective.describe())))  # as a checkpoint returns it
+            self._fingerprint["objective"] = {"type": type(objective).__qualname__, **described}
         self._evaluate = evaluate
         self._evaluate_every = _every(settings.evaluate_every, self.steps) if evaluate else 0
         self._metrics: dict[str, Any] = {}
@@ -338,7 +339,7 @@ class Trainer:
         except OSError as error:
             raise WorkRemains(
                 f"{self._out}: the checkpoint of step {self.step} cannot be written ({error}). Earlier checkpoints are "
-                "kept: free disk space, and the same command resumes."
+                "kept: free disk space, and run the same command again to resume."
             ) from error
         if self._processes.first:
             prune(self._out, keep=self._settings.keep, best=self._best.get("step"), last=self.step)

@@ -353,7 +353,7 @@ def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
 def test_a_training_that_is_stopped_goes_on(again: DemoSettings, whole: Path, run_of: str) -> None:
     for name in ("healed", "soft"):
         shutil.rmtree(again.out / name)
-    stop, take = Stop(), Trainer.take
+    stop, take = Stop(), Trainer._take
 
     def takes(self: Trainer, *args: Any, **more: Any) -> None:
         take(self, *args, **more)
@@ -361,7 +361,7 @@ def test_a_training_that_is_stopped_goes_on(again: DemoSettings, whole: Path, ru
             stop()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "take", takes)
+        patch.setattr(Trainer, "_take", takes)
         with pytest.raises(Stopped):
             run_demo(again, stop)
     assert (again.out / run_of / "checkpoints").exists()

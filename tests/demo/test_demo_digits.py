@@ -117,7 +117,7 @@ def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(Stopped):
         demo.run(settings(tmp_path), stop, sizes=FEW)
     assert (tmp_path / "digits" / "teacher.safetensors").exists()
-    take = Trainer.take
+    take = Trainer._take
     for run in ("student", "control"):
         stop = Stop()
 
@@ -127,7 +127,7 @@ def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest
                 stop()
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "take", taken)
+            patch.setattr(Trainer, "_take", taken)
             with pytest.raises(Stopped):
                 demo.run(settings(tmp_path), stop, sizes=FEW)
         assert not (tmp_path / "digits" / "report.html").exists()

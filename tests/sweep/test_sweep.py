@@ -121,7 +121,7 @@ def test_a_stopped_sweep_resumes(cache: Cache, done: Any, tmp_path: Path, monkey
     stopping_at(2 * STEPS + 3, monkeypatch, stop)
     report = sweep(cache, tmp_path, stop=stop)
     assert (report.status, report.complete, report.best, report.plot) == (75, False, None, None)
-    assert "same command again" in sweep_text(report)
+    assert "Run the same command again to resume" in sweep_text(report)
     assert [steps_of(tmp_path / name / "seed=0") for name in NAMES] == [[2, 4], [2, 4], [2, 3], []]
     # as after a kill between two checkpoints; and one arm as if it had never begun
     shutil.rmtree(tmp_path / NAMES[2] / "seed=0" / "checkpoints" / "step-00000003")

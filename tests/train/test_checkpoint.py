@@ -1,6 +1,5 @@
 """Checkpoints are there whole or not at all, and what is left of others is found out and removed."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_cases import Tiny
+from train_cases import Tiny, write_version_1
 
 from fastkd.errors import TrainError
 from fastkd.settings import TrainSettings
-from fastkd.train.checkpoint import FOLDER, clean, newest, prune, read, steps_of, write
+from fastkd.train.checkpoint import clean, newest, prune, read, steps_of, write
 from fastkd.train.optimizer import clip_, decay_groups, make_optimizer
 from fastkd.train.state import load_model, load_optimizer, model_tensors, optimizer_tensors
 from fastkd.utils import atomic
@@ -179,20 +177,6 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model(torch.arange(12)[None]).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def write_version_1(run: Path, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """What fastkd wrote before DCP."""
-    folder = run / FOLDER / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    files = {}
-    for name, group in groups.items():
-        path = folder / f"{name}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in group.items()}, path)
-        data = path.read_bytes()
-        files[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
-    document = {"format": "fastkd-checkpoint", "version": 1, "step": step, "files": files, "state": state}
-    (folder / "state.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("version", [1, 2])

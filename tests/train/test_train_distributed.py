@@ -1,6 +1,7 @@
 """However a step is divided over micro-batches and processes, the weights come out as those of one process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import train_jobs
 from torch import Tensor
-from train_cases import SMALL, make_cache
+from train_cases import SMALL, make_cache, write_version_1
 
 from fastkd.models.hub import load_transformers
 from fastkd.train.checkpoint import newest
@@ -112,11 +113,34 @@ def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> Non
         assert torch.equal(parameter, ours[f"model.{name}"]), name
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_go_on_as_one_and_as_four(place: Path, tmp_path: Path, parallel: str) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "before", "after"),
+    [("ddp", 2, 1), ("ddp", 2, 4), ("fsdp", 2, 1), ("fsdp", 2, 4), ("fsdp", 1, 2)],
+)
+def test_another_number_of_processes_resumes(
+    place: Path, tmp_path: Path, parallel: str, before: int, after: int
+) -> None:
     changes = SMALL | {"parallel": parallel}
-    for ranks in (1, 4):
-        out = tmp_path / str(ranks)
-        train_jobs.run(train_jobs.train_and_stop, TINY, place / "cache", out, changes, 5, ranks=2)
-        train_jobs.run(train_jobs.train, TINY, place / "cache", out, changes, ranks=ranks)
-        assert_same(out, place / "one", 1e-9)
+    train_jobs.run(train_jobs.train_and_stop, TINY, place / "cache", tmp_path, changes, 5, ranks=before)
+    found = newest(tmp_path)
+    assert found is not None
+    assert 5 < found.step <= 7
+    sizes = [size for path in found.folder.glob("*.distcp") if (size := path.stat().st_size)]
+    assert len(sizes) == (before if parallel == "fsdp" else 1)
+    if parallel == "fsdp" and before > 1:  # each process has written its own half
+        assert max(sizes) < 0.7 * sum(sizes)
+    train_jobs.run(train_jobs.train, TINY, place / "cache", tmp_path, changes, ranks=after)
+    assert_same(tmp_path, place / "one", 1e-9)
+
+
+def test_a_checkpoint_of_version_1_is_resumed_by_two_processes(place: Path, tmp_path: Path) -> None:
+    """Written before torch.distributed.checkpoint was used."""
+    changes = SMALL | {"parallel": "fsdp"}
+    train_jobs.run(train_jobs.train_and_stop, TINY, place / "cache", tmp_path, changes, 5)
+    found = newest(tmp_path)
+    assert found is not None
+    groups = {name: found.tensors(name) for name in ("model", "optimizer")}
+    shutil.rmtree(found.folder)
+    write_version_1(tmp_path, found.step, groups, found.state)
+    train_jobs.run(train_jobs.train, TINY, place / "cache", tmp_path, changes, ranks=2)
+    assert_same(tmp_path, place / "one", 1e-9)
