@@ -6,7 +6,7 @@ part of the student: its parameters are trained, and saved in checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..kernels import KDError, LMHead, LossConfig, kd_loss, linear_kd_loss, resolve_treatment
+from ..kernels.loss.config import SCHEDULED
 from ..kernels.tail import check_temperature
 from ..models.lm_head import logits_of
 from ..models.protocol import Logits, Output
@@ -106,14 +107,9 @@ class TokenKD:
     @classmethod
     def from_settings(cls, settings: TrainSettings) -> "TokenKD":
         """The objective that the settings describe. Raises TrainError if they are not possible."""
+        same = {f.name: getattr(settings, f.name) for f in fields(cls) if f.name != "config"}
         try:
-            return cls(
-                settings.loss_config(),
-                settings.alpha_end,
-                settings.alpha_schedule,
-                settings.temperature_end,
-                settings.temperature_schedule,
-            )
+            return cls(settings.loss_config(), **same)
         except KDError as error:
             raise TrainError(str(error)) from error
 
@@ -129,25 +125,21 @@ class TokenKD:
         for temperature in sorted(reached):
             try:
                 check_temperature(temperature, spec.temperatures)
-            except KDError as error:
-                raise TrainError(f"{error} The cache has tails at {spec.temperatures}.") from error
-            try:
                 resolve_treatment(
                     config.treatment, temperature, has_draws=spec.draws > 0, has_topk=spec.k > 0,
                     draw_temperature=spec.draw_temperature, divergence=config.divergence,
                 )  # fmt: skip
             except KDError as error:
-                raise TrainError(f"{error} Temperatures up to {max(reached):g} are used.") from error
+                where = f"The cache has tails at {spec.temperatures}; temperatures up to {max(reached):g} are used."
+                raise TrainError(f"{error} {where}") from error
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
         return {
-            "alpha": ramp_at(
-                step, steps, start=float(self.config.alpha), end=self.alpha_end, schedule=self.alpha_schedule
-            ),
-            "temperature": ramp_at(
-                step, steps, start=float(self.config.temperature), end=self.temperature_end,
-                schedule=self.temperature_schedule,
-            ),
+            name: ramp_at(
+                step, steps, start=float(getattr(self.config, name)), end=getattr(self, f"{name}_end"),
+                schedule=getattr(self, f"{name}_schedule"),
+            )
+            for name in SCHEDULED
         }  # fmt: skip
 
     def losses(

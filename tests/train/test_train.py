@@ -423,7 +423,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str, cache: C
 
 def test_caches_of_draws_alone_and_of_none(tmp_path: Path) -> None:
     drawn = make_cache(tmp_path / "drawn", k=0)
-    with pytest.raises(TrainError, match=r"hold draws and no top-k entries.*Temperatures up to 2"):
+    with pytest.raises(TrainError, match=r"hold draws and no top-k entries.*temperatures up to 2"):
         train(drawn, tmp_path / "run", temperature=2.0)
     assert train(drawn, tmp_path / "run", steps=1).complete
     with pytest.raises(TrainError, match="holds no draws"):
