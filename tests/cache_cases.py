@@ -1,4 +1,4 @@
-"""Targets for the tests of the cache: made up, small, of every shape a teacher's can have."""
+"""Small random targets for the tests of the cache, in all shapes that a teacher's can have."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ Arrays = dict[str, Any]
 
 
 def make_spec(**changes: Any) -> CacheSpec:
-    """A small cache: 500 tokens, heads of 8."""
+    """A small cache: 500 tokens, 8 top-k entries."""
     return CacheSpec(**({"vocab_size": 500, "k": 8, "teacher": "made up", "shard_positions": 4096} | changes))
 
 

@@ -1,4 +1,4 @@
-"""A reader of fastkd caches after cache/FORMAT.md, of zarr, numpy and pyarrow alone: nothing of fastkd, no speed."""
+"""A slow reader of fastkd caches by cache/FORMAT.md, from zarr, numpy and pyarrow, without fastkd."""
 
 import hashlib
 import json

@@ -1,11 +1,11 @@
-"""Small caches with all that the format has, written and read by whichever Python and zarr run this. No torch.
+"""Small caches that use all of the format, written and read with the installed Python and zarr. No torch.
 
     python tests/reference_caches.py write FOLDER       a sealed cache of one shard
     python tests/reference_caches.py read FOLDER FILE   what fastkd reads from it, into an .npz
     python tests/reference_caches.py plain FOLDER FILE  what plain zarr and FORMAT.md read from it
     python tests/reference_caches.py versions
 
-tests/data holds what `write` made; see README.md there.
+tests/data holds caches that `write` made; see README.md there.
 """
 
 import sys
@@ -20,7 +20,7 @@ SHARD = 2
 
 
 def rows(seed: int) -> dict[str, np.ndarray]:
-    """What `write_shard` takes: ties, cut heads, draws, and rows that do not count."""
+    """Arguments of `write_shard`: ties, rows of fewer top-k entries, draws, and rows that do not count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 3, N).astype(np.int32)
     logits = np.round(rng.normal(size=(3, VOCABULARY))[tokens] * 6 + rng.normal(size=(N, VOCABULARY))) / 2
