@@ -1,4 +1,4 @@
-"""Caches for the tests of the loader, as capture writes them, and what has to come out of them, found the slow way."""
+"""Caches for the tests of the loader, as capture writes them, and a slow reference for what it yields."""
 
 import threading
 from collections.abc import Callable
@@ -23,7 +23,7 @@ TRAIN_SHARDS, SHARDS = 13, 16  # of the cache that is made unless told otherwise
 
 
 class Row(NamedTuple):
-    """A row of a cache. label: −100 where there is none. segment: the tokens of the segment it is in."""
+    """A row of a cache. label: −100 for none. segment: the tokens of the segment it is in."""
 
     label: int
     position: int
@@ -44,7 +44,7 @@ def make_cache(
     seal: bool = True,
     **spec: Any,
 ) -> Cache:
-    """A cache of packed windows of up to 24 positions, with context, in shards of up to 60, each token another one."""
+    """A cache of packed windows of up to 24 positions, with context, in shards of up to 60, with no token twice."""
     settings = make_spec(**{"inputs": TEXT, "shard_positions": 60, **spec})
     lengths = np.random.default_rng(seed).integers(1, 40, documents)
     data = open_documents([list(range(n)) for n in lengths.tolist()])
@@ -119,7 +119,7 @@ def tokens(*steps: Step) -> list[int]:
 
 
 def bits(step: Step) -> list[Any]:
-    """All that a step holds, to be compared."""
+    """The contents of a step, for comparison."""
     held = [step.count, step.positions, step.sequences, step.epoch, step.number]
     return [*held, *(tensor.tolist() for batch in step.micro_batches for tensor in batch.tensors())]
 

@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"batch_size": 9, "micro_tokens": 4, "steps": 10, "rate"
 
 
 class Net(nn.Module):
-    """Convolution, mean, head; remembers what it was given."""
+    """Convolution, mean, linear classifier; remembers its inputs."""
 
     def __init__(self, seed: int = 1, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def dropping() -> Net:
 
 
 def shifted(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:
-    """Rolled and dimmed by their seeds; exact, whatever stands beside an image."""
+    """Rolled and dimmed by their seeds; exact in any batch."""
     return torch.stack(
         [
             image.roll((s % 6, s // 6 % 6), (1, 2)) * 2.0 ** -(s % 3)

@@ -235,9 +235,9 @@ class CachedSource:
                 + "; ".join(f"{n}: {theirs.get(n)!r} there, {self.fingerprint.get(n)!r} here" for n in others)
                 + ". Use the same settings, or start a new run."
             )
-        values = {name: state.get(name) for name in ("epoch", "sequences", "positions", "steps")}
+        values: dict[str, Any] = {name: state.get(name) for name in ("epoch", "sequences", "positions", "steps")}
         _check_integers(0, **{f"state: {name}": value for name, value in values.items()})
-        progress = LoaderProgress(*(int(value) for value in values.values() if value is not None))
+        progress = LoaderProgress(*map(int, values.values()))
         total = len(self._setup.plan.stream)
         if progress.sequences > total:
             raise StreamError(f"state: got {progress.sequences} sequences; expected at most {total}, an epoch.")

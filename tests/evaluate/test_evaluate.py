@@ -30,7 +30,7 @@ Logits = Callable[[MicroBatch], Tensor]
 
 
 class Student(nn.Module):
-    """A small causal model, as the trainer's students are asked."""
+    """A small causal model with the interface of the trainer's students."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_what_a_cache_knows_of_its_teacher(draws: int) -> None:
         torch.testing.assert_close(everything[name].double(), entropy, atol=1e-5, rtol=0)
 
 
-def test_draws_alone_have_no_head() -> None:
+def test_draws_alone_have_no_top_k_entries() -> None:
     _, student, labels, targets = rows_of(k=0)
     assert set(student_rows(student, targets, labels)) == {"cross_entropy", "accuracy", "confidence", "kl_sampled"}
     found = teacher_rows(targets, labels)
@@ -212,7 +212,7 @@ def test_the_bootstrap_agrees_with_students_where_both_apply() -> None:
 
 
 def by_hand(cache: Cache, model: nn.Module) -> list[dict[str, float]]:
-    """Of each held-out window: positions that count, and sums over them, each piece run alone."""
+    """Of each held-out window: positions that count, and sums over them, each segment run alone."""
     train = json.loads(cache.store.get("plan.json"))["train_shards"]
     found: dict[tuple[int, int], dict[str, float]] = {}
     for index in (i for i in cache.shards if i >= train):
@@ -269,7 +269,7 @@ def test_batches_change_nothing(cache: Cache, batch_tokens: int) -> None:
 
 
 def test_the_teacher_itself(cache: Cache) -> None:
-    """As a student it is at no distance but for the cache's steps, and what the cache knows of it is true."""
+    """As a student it is at no distance but for quantisation, and what the cache knows of it is true."""
     found = evaluate(dense(Causal().eval()), cache)
     student, teacher = found.intervals(), found.teacher_intervals()
     assert abs(student["kl_bucket"].mean) < 2e-3
@@ -348,8 +348,8 @@ def test_a_student_is_left_as_it_was(cache: Cache) -> None:
     assert first.positions_per_second > 0
 
 
-def test_a_wider_head_is_taken(cache: Cache) -> None:
-    """Of no account where it gives its own outcomes nothing."""
+def test_a_wider_lm_head_is_accepted(cache: Cache) -> None:
+    """Additional outcomes without probability change nothing."""
     model = Causal(seed=1).eval()
 
     def padded(batch: MicroBatch) -> Tensor:

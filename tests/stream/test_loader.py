@@ -1,4 +1,4 @@
-"""The loader: what is in its steps, that they are the same however it is stopped and shared out, and its errors."""
+"""The loader: the contents of its steps, the same steps after any resume and on any ranks, and its errors."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_micro_batches_hold_what_the_cache_says(cache: Cache, layout: str, limit
 
 
 def test_documents_may_end_anywhere(tmp_path: Path) -> None:
-    """A document that goes on in the next sequence is two segments; without documents a sequence is one."""
+    """A document that continues in the next sequence is two segments; without documents a sequence is one."""
     spec = make_spec()
     with create_cache(tmp_path / "c", spec) as writer:
         for index, lengths in enumerate((np.array([3, 5, 4]), None)):
@@ -95,7 +95,7 @@ def test_masks(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("by", [{"batch_size": 3}, {"batch_tokens": 70}])
-def test_a_loader_goes_on_from_every_step(cache: Cache, by: Any) -> None:
+def test_a_loader_resumes_from_every_step(cache: Cache, by: Any) -> None:
     """Through two epochs and the boundary between them, bit for bit."""
 
     def new() -> DistillLoader:
@@ -139,7 +139,7 @@ def test_epochs(cache: Cache) -> None:
 
 
 def test_a_finished_epoch_is_finished_once(cache: Cache) -> None:
-    """A checkpoint of the last step: the epoch yields nothing more, and the next is the next."""
+    """Resumed after the last step of an epoch, it yields no more of that epoch, and then the next one."""
     loader = DistillLoader(cache, batch_size=5)
     for _ in loader:
         state = loader.state_dict()
@@ -151,7 +151,7 @@ def test_a_finished_epoch_is_finished_once(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("by", [{"batch_size": 7}, {"batch_tokens": 130}])
-def test_other_numbers_of_ranks_go_on_with_the_same_steps(cache: Cache, by: Any) -> None:
+def test_other_numbers_of_ranks_resume_with_the_same_steps(cache: Cache, by: Any) -> None:
     settings = {**by, "shards_open": 4, "micro_tokens": 40}
     alone, end = ranks(cache, 1, **settings)
     first, state = ranks(cache, 2, stop=2, **settings)
@@ -171,11 +171,11 @@ def test_other_numbers_of_ranks_go_on_with_the_same_steps(cache: Cache, by: Any)
             assert sum(b.count for share in shares for b in share.micro_batches) == whole.count
 
 
-def test_a_filler_has_no_loss(cache: Cache) -> None:
+def test_an_empty_micro_batch_has_no_loss(cache: Cache) -> None:
     shares = ranks(cache, 4, batch_size=4, micro_tokens=24)[0]
-    fillers = [b for step in shares for share in step for b in share.micro_batches if not b.positions]
-    assert fillers
-    for batch in fillers:
+    empty = [b for step in shares for share in step for b in share.micro_batches if not b.positions]
+    assert empty
+    for batch in empty:
         logits = torch.randn(1, 1, 500, requires_grad=True)
         loss = kd_loss(logits, batch.targets, batch.labels, num_items=7).loss
         loss.backward()
@@ -221,7 +221,7 @@ def test_two_processes(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_mixtures(cache: Cache, tmp_path: Path) -> None:
-    """Positions are shared by the weights; narrower rows, and rows without draws, are filled up."""
+    """Positions are shared by the weights; rows with fewer entries, or without draws, are padded."""
     other = make_cache(tmp_path / "other", seed=1, first_token=10_000, k=5)
     expected = reference(cache) | reference(other)
     loader = DistillLoader([(cache, 3), (other, 1)], batch_size=6, shards_open=3)
@@ -322,8 +322,8 @@ def test_shards_in_memory_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPa
     assert {s.epoch for s in steps} == {0, 1, 2}
 
 
-def test_plans_do_not_run_away() -> None:
-    """Where one shard holds everything and epochs go on for ever, nothing but the plans' number ends planning."""
+def test_planning_is_bounded() -> None:
+    """One shard holds everything, for epochs without end: only the number of planned steps ends planning."""
     drawn = 0
 
     def plans() -> Iterator[PlannedStep[int]]:
@@ -346,7 +346,7 @@ def test_plans_do_not_run_away() -> None:
         ahead.close()
 
 
-def test_memory_is_told(cache: Cache) -> None:
+def test_memory_grows_with_open_shards(cache: Cache) -> None:
     few, many = (DistillLoader(cache, batch_size=2, shards_open=n).memory for n in (1, 8))
     assert 0 < few < many
 
@@ -429,7 +429,7 @@ def test_errors_of_any_thread_come_out_whole(cache: Cache, monkeypatch: pytest.M
             next(iter(DistillLoader(cache, batch_tokens=50)))
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
+def test_missing_shards_are_named(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", leave_out=(2, 5, TRAIN_SHARDS), seal=False)
     with pytest.raises(StreamError, match=r"2 of the 13 shards of this split are missing \(15.4%; the first is 2\)"):
         DistillLoader(cache, batch_size=2)
@@ -551,7 +551,7 @@ def test_states_of_others_are_refused(cache: Cache, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_hugging_face_student_sees_one_piece_at_a_time(cache: Cache) -> None:
+def test_a_hugging_face_student_attends_within_segments(cache: Cache) -> None:
     """Padded with nothing but ids; packed with position_ids and use_cache=False, or with the mask."""
     pytest.importorskip("transformers")
     from fastkd.models.hub import load_transformers
@@ -564,7 +564,7 @@ def test_a_hugging_face_student_sees_one_piece_at_a_time(cache: Cache) -> None:
     model = transformers.LlamaForCausalLM(config).eval()
 
     @torch.no_grad()
-    def said(ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    def logits_of(ids: torch.Tensor, **given: Any) -> torch.Tensor:
         logits: torch.Tensor = model(ids, **given).logits
         return logits
 
@@ -577,11 +577,11 @@ def test_a_hugging_face_student_sees_one_piece_at_a_time(cache: Cache) -> None:
                 {"position_ids": batch.position_ids, "attention_mask": batch.packing_mask()},
             ]
         for way in ways:
-            logits = said(batch.input_ids, **way).flatten(0, 1)[batch.padding_mask().flatten()]
-            alone = torch.cat([said(torch.tensor([segment]))[0] for segment in segments(batch)])
+            logits = logits_of(batch.input_ids, **way).flatten(0, 1)[batch.padding_mask().flatten()]
+            alone = torch.cat([logits_of(torch.tensor([segment]))[0] for segment in segments(batch)])
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
     # what `padded` is the default for: nothing warns of this
-    crossed = said(batch.input_ids, position_ids=batch.position_ids, use_cache=True)[0]
+    crossed = logits_of(batch.input_ids, position_ids=batch.position_ids, use_cache=True)[0]
     assert (crossed - alone).abs().max() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The order, the mixture and the cutting into steps, on lists: nothing is read, and no cache is there."""
+"""The order, the mixture and the steps, on lists: without a cache."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_slices_agree_with_the_whole(counts: NDArray[Any], seed: int, shards_ope
 @some
 @given(sizes, seeds, opens)
 def test_what_is_open_is_bounded(counts: NDArray[Any], seed: int, shards_open: int) -> None:
-    """Every shard is open for one stretch, at no place are more open than asked for, and those have their own lanes."""
+    """Every shard is open once, never are more open than `shards_open`, and open shards have different lanes."""
     epoch = order(counts, seed, 0, shards_open=shards_open)
     taken = epoch.take(0, len(epoch))
     seen: set[int] = set()
@@ -100,7 +100,7 @@ ORDER = [12, 24, 22, 21, 11, 4, 25, 40, 0, 41, 101, 12, 3, 11, 13, 12, 101, 1, 3
 
 
 def test_the_order_has_not_changed() -> None:
-    """Where this fails, what was begun cannot be continued: the loader's VERSION has to change."""
+    """If this fails, old states cannot be resumed: change VERSION of the loader."""
     assert golden() == ORDER
 
 
@@ -113,7 +113,7 @@ def test_the_order_is_the_same_in_another_process() -> None:
     assert out.stdout.strip() == str(golden())
 
 
-def test_a_very_large_cache_is_not_worked_out() -> None:
+def test_a_slice_of_a_very_large_cache_is_cheap() -> None:
     """1e12 positions in a million shards: a slice touches the permutations of one window."""
     shards = 10**6
     epoch = order(np.full(shards, 2048), 1, 5, shards_open=8)
@@ -241,7 +241,7 @@ def test_seeking_is_where_iterating_comes_to(data: Data) -> None:
 @some
 @given(datasets(), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_ranks_may_change_at_any_step(data: Data, before: int, after: int, drawn: st.DataObject) -> None:
-    """Whatever number of ranks goes on, the steps that follow are the same, and each is shared out whole."""
+    """Any number of ranks resumes with the same steps, and each step is divided completely."""
     alone = data.shares(LoaderProgress(), 0, 1, epochs=2)
     ours = [data.shares(LoaderProgress(), rank, before, epochs=2) for rank in range(before)]
     assert all([s.after for s in rank] == [s.after for s in alone] for rank in ours)

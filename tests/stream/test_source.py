@@ -1,4 +1,4 @@
-"""The sources that are here against what every `BatchSource` must do, and `seek` of large and of mixed caches."""
+"""Each source against `BatchSourceTests`; seeking in mixtures; steps on devices."""
 
 from pathlib import Path
 from typing import Any

@@ -68,11 +68,11 @@ def test_inputs_labels_and_targets_belong_together(cache: Cache) -> None:
             assert batch.labels.tolist() == data.labels(here).tolist()
             assert torch.equal(batch.windows(), batch.sequences.long())
             numbers += list(zip(batch.sequences.tolist(), here, strict=True))
-            said = model(batch.inputs).log_softmax(1).gather(1, batch.targets.ids.long()).detach()
+            log_probs = model(batch.inputs).log_softmax(1).gather(1, batch.targets.ids.long()).detach()
             stored = batch.targets.logprobs
             used = (stored > -torch.inf) & (batch.targets.draws == 0)
             assert used.sum() == 4 * batch.positions
-            assert (said - stored)[used].abs().max() < 0.05
+            assert (log_probs - stored)[used].abs().max() < 0.05
         # one sequence is one image, with all its copies
         assert Counter(Counter(numbers).values()) == {COPIES: step.sequences}
         assert len({s for s, _ in numbers}) == len({n for _, n in numbers}) == step.sequences
@@ -89,7 +89,7 @@ def test_the_order_is_the_seeds_and_threads_change_nothing(cache: Cache) -> None
     assert sorted(map(str, one)) != sorted(map(str, one[:6] * 2))  # the second epoch has an order of its own
 
 
-def test_it_goes_on_from_a_state_with_the_same_bits(cache: Cache) -> None:
+def test_it_resumes_from_a_state_with_the_same_bits(cache: Cache) -> None:
     whole = [bits(step) for step in loader_of(cache).steps(2)]
     for taken in (1, 5, 8):
         loader = loader_of(cache)
@@ -106,7 +106,7 @@ def test_ranks_have_together_what_one_has(cache: Cache) -> None:
     settings: dict[str, Any] = {"data": examples(), "batch_size": 9, "micro_tokens": 4}
     alone, end = ranks(cache, 1, **settings)
     first, state = ranks(cache, 2, stop=2, **settings)
-    fillers = []
+    empty = []
     for world_size in (1, 3):
         rest, after = ranks(cache, world_size, state, **settings)
         assert after == end
@@ -119,9 +119,9 @@ def test_ranks_have_together_what_one_has(cache: Cache) -> None:
                 (whole.count, whole.positions, whole.sequences)
             }
             assert len({len(share.micro_batches) for share in shares}) == 1
-            fillers += [b for b in ours if not b.positions]
-    assert fillers
-    for batch in fillers:
+            empty += [b for b in ours if not b.positions]
+    assert empty
+    for batch in empty:
         assert batch.inputs.shape == (1, 1, 6, 6)
         logits = torch.randn(1, CLASSES, requires_grad=True)
         loss = kd_loss(logits, batch.targets, batch.labels, num_items=7).loss
@@ -130,7 +130,7 @@ def test_ranks_have_together_what_one_has(cache: Cache) -> None:
 
 
 def test_two_caches_of_the_same_images(cache: Cache, tmp_path: Path) -> None:
-    """Of two teachers, say; of wider and of narrower rows."""
+    """For example of two teachers, with different numbers of entries."""
     other = make_cache(tmp_path, teacher=Net(seed=8), k=6, draws=0)
     loader = DistillLoader([(cache, 1), (other, 1)], data=examples(), batch_size=12)
     widths = Counter(int(n) for b in batches(loader) for n in (b.targets.logprobs > -torch.inf).sum(1))
