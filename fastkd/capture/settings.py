@@ -77,15 +77,9 @@ def window_plan_settings(
     shard_positions = settings.shard_positions
     if shard_positions is None:
         shard_positions = min(max(-(-tokens // 64), 2**14), 2**20)
+    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "held_out": held_out, "seed": settings.seed}
     if copies is not None:
-        return WindowPlanSettings(
-            context=copies,
-            packing="keep",
-            shard_positions=max(shard_positions, copies),
-            batch_tokens=settings.batch_tokens,
-            held_out=held_out,
-            seed=settings.seed,
-        )
+        return WindowPlanSettings(copies, "keep", shard_positions=max(shard_positions, copies), **common)
     context = settings.context
     if context is None:
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
@@ -97,9 +91,7 @@ def window_plan_settings(
         on_long=settings.on_long,
         overlap=settings.overlap,
         shard_positions=max(shard_positions, context) if settings.shard_positions is None else shard_positions,
-        batch_tokens=settings.batch_tokens,
-        held_out=held_out,
-        seed=settings.seed,
+        **common,
     )
 
 

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .protocol import Hidden, LMHead, Logits, Teacher, TopK
-    from .registry import register_teacher
+    from .protocol import Hidden as Hidden
+    from .protocol import LMHead as LMHead
+    from .protocol import Logits as Logits
+    from .protocol import Teacher as Teacher
+    from .protocol import TopK as TopK
+    from .registry import register_teacher as register_teacher
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,

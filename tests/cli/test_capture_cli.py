@@ -314,7 +314,7 @@ def test_more_entries_than_outcomes(teacher: Path, tmp_path: Path, run: Any, cap
     data = lines(tmp_path / "a.jsonl", TEXTS[:2], "text")
     given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--k", "301"]
     status, text, told = run(*given, "--out", tmp_path / "cache")
-    said = "k = 301 is more than the teacher's 300 outcomes: every target holds all of them exactly, and the 4 draws"
+    said = "k = 301 exceeds the teacher's 300 outcomes: every target holds all of them, and the 4 draws are unused"
     assert (status, said in told, "complete and sealed" in text) == (0, True, True)
     assert open_cache(tmp_path / "cache").sealed
     assert cli.main(["plan", *given, "--seconds", "0"]) == 0
