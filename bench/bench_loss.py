@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import kd_loss
 from fastkd.bench import limits, peers
-from fastkd.bench.cases import eager_kd_loss, known_targets, student_logits
-from fastkd.bench.harness import peak_bytes, rotation
+from fastkd.bench.cases import eager_kd_loss
+from fastkd.bench.harness import peak_bytes
+from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.utils.timing import Run, interleaved
+from fastkd.utils.timing import Run
 
 CELLS = (
     ("forward_kl", "bucket"),
@@ -33,64 +33,7 @@ CELLS = (
     ("skew_kl", "bucket"),
     ("tvd", "bucket"),
 )
-FLOOR = "one read and one write"
 _AGAINST = {"torch.compile": "<= 0.333", "Liger cross-entropy": "<= 0.6"}  # on a GPU
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-
-
-class LogitsProblem:
-    """Logits of one size, so many that no cache holds them, restored from a pristine copy; targets and labels."""
-
-    temperature = 2.0
-
-    def __init__(self, device: str, n: int, v: int, k: int = 64, *, certain: bool = False) -> None:
-        self.device, self.n, self.v, self.k = device, n, v, k
-        self.targets, self.bucket = (known_targets(n, v, k, draws, device) for draws in (16, 0))
-        dtype = DTYPES[device]
-        self.pristine = student_logits(n, v, self.bucket, device, dtype, certain=certain)
-        self.bytes = self.pristine.numel() * dtype.itemsize
-        self.ring = rotation(self.pristine.clone, self.bytes, device)
-        self.labels = torch.randint(v, (n,), device=device)
-
-    def restore(self) -> None:
-        """What the last run wrote over; the next one takes others, that are in no cache."""
-        self.ring.last.copy_(self.pristine)
-
-    def copy(self) -> None:
-        """The limit."""
-        self.ring.take().copy_(self.ring.take())
-
-    def step(self, loss: Callable[[Tensor], Tensor], upstream: float = 1.0) -> Callable[[], list[Tensor | None]]:
-        """Forward and backward of a loss, on the next logits."""
-        one = torch.tensor(upstream, device=self.device)
-
-        def run() -> list[Tensor | None]:
-            leaf = self.ring.take().detach().requires_grad_()
-            loss(leaf).backward(one)
-            # a gradient that lies where the logits did is no memory more
-            return [] if leaf.grad is not None and leaf.grad.data_ptr() == leaf.data_ptr() else [leaf.grad]
-
-        return run
-
-    def ours(self, upstream: float = 1.0, inplace: bool = True, **settings: Any) -> Callable[[], list[Tensor | None]]:
-        """kd_loss."""
-        targets = self.targets if settings.get("treatment") == "sampled" else self.bucket
-        return self.step(lambda leaf: kd_loss(leaf, targets, self.labels, inplace=inplace, **settings).loss, upstream)
-
-    @property
-    def name(self) -> str:
-        """The case."""
-        return f"logits: N={self.n} V={self.v} k={self.k} {str(self.pristine.dtype)[6:]} T={self.temperature:g}"
-
-    @property
-    def at(self) -> dict[str, float]:
-        """The sizes."""
-        return {"N": self.n, "V": self.v, "k": self.k}
-
-
-def timed(problem: LogitsProblem, runs: dict[str, Run], rounds: int, **more: Any) -> Any:
-    """Runs in turns, each on fresh logits."""
-    return interleaved(runs, device=problem.device, rounds=rounds, before=dict.fromkeys(runs, problem.restore), **more)
 
 
 def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool) -> None:

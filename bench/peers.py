@@ -20,7 +20,7 @@ from fastkd.utils.timing import Run
 
 if TYPE_CHECKING:
     from fastkd.bench.bench_head import HeadProblem
-    from fastkd.bench.bench_loss import LogitsProblem
+    from fastkd.bench.logits_problem import LogitsProblem
 
 LOGITS_NAMES = ("Liger cross-entropy", "Liger KL, dense", "Liger JSD, dense")
 HEAD_NAMES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastkd.bench.suites import Case, RunConfig, Suite
 from fastkd.bench.table import Recording, Table, load
 from fastkd.errors import BenchError
-from fastkd.utils.progress import duration
+from fastkd.utils.numbers import duration
 
 Say = Callable[[str], None]
 

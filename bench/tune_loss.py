@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from fastkd.bench.bench_loss import FLOOR, LogitsProblem, timed
+from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.utils.timing import Run

@@ -1,7 +1,7 @@
 """A window plan and a capture's report as text."""
 
-from ..utils.progress import duration
-from ..utils.text import printable, ranges, size_text
+from ..utils.numbers import duration, size_text
+from ..utils.text import printable, ranges
 from .runner import CaptureReport
 from .window_plan import WindowPlan
 

@@ -27,9 +27,10 @@ from ..errors import (
     WorkRemains,
 )
 from ..settings import CaptureSettings, DataSettings, TrainSettings
+from ..utils.numbers import size_text
 from ..utils.output_guard import check_cache_place, check_demo_place
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
-from ..utils.text import printable, ranges, report_text, size_text
+from ..utils.text import printable, ranges, report_text
 from .commands import (
     Bench,
     Capture,

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import train
 from ..cache import Cache
 from ..evaluate.api import evaluate
 from ..models.hub import load_transformers
 from ..models.tokenizers import load_tokenizer
 from ..settings import TrainSettings
-from ..train.api import EVALUATION
+from ..train.api import EVALUATION, train
 from ..train.checkpoint import FOLDER as CHECKPOINTS
 from ..train.load_student import make_student
 from ..train.result import CONTROL, RUN, STUDENT, describe_cache, run_document

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .numbers import duration as duration
+from .numbers import duration
 
 MODES = ("none", "bar", "lines", "events")
 LINE_SECONDS = 60.0  # between lines, without a bar

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cache.credentials import without_credentials
 from ..cache.provenance import TEXTS
-from .numbers import size_text as size_text
+from .numbers import size_text
 
 Report = dict[str, Any]
 

@@ -92,9 +92,9 @@ def timer_for(device: str, *, core_time: bool = False) -> Callable[[Run], float]
 
 
 def _time_cuda(run: Run) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()  # type: ignore[no-untyped-call]
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
     run()
-    stop.record()  # type: ignore[no-untyped-call]
+    stop.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(stop))  # type: ignore[no-untyped-call]
+    return float(start.elapsed_time(stop))

@@ -13,9 +13,9 @@ import torch
 
 from fastkd.bench import (
     bench_head,
-    bench_loss,
     bench_scale,
     check,
+    logits_problem,
     peers,
     run,
 )
@@ -89,7 +89,7 @@ class TestProblems:
     @pytest.fixture(autouse=True)
     def _few_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Three, however small they are."""
-        for module in (bench_head, bench_loss):
+        for module in (bench_head, logits_problem):
             monkeypatch.setattr(module, "rotation", lambda make, size, device: Rotation([make() for _ in range(3)]))
 
     def test_the_head(self) -> None:
@@ -107,7 +107,7 @@ class TestProblems:
         assert all(x.grad is None for pair in problem.ring.inputs for x in pair)
 
     def test_the_logits(self) -> None:
-        problem = bench_loss.LogitsProblem("cpu", 6, 60, 4)
+        problem = logits_problem.LogitsProblem("cpu", 6, 60, 4)
         rest = peers.eager_on(problem.bucket, problem.labels, problem.temperature)
         settings = {"treatment": "bucket", "temperature": problem.temperature}
         kept = problem.ours(inplace=False, **settings)()

@@ -25,7 +25,8 @@ from fastkd.cache.manifest import runs
 from fastkd.cache.scan import shard_key
 from fastkd.cache.shard.container import pack
 from fastkd.cli import main as cli
-from fastkd.utils.text import printable, ranges, size_text, without_credentials
+from fastkd.utils.numbers import size_text
+from fastkd.utils.text import printable, ranges, without_credentials
 
 VOCAB = 60
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fastkd.utils.progress import MODES, Progress, duration, mode_for
+from fastkd.utils.numbers import duration
+from fastkd.utils.progress import MODES, Progress, mode_for
 
 
 class Clock:
@@ -247,6 +248,7 @@ def test_what_is_no_json_is_still_an_error() -> None:
 
 PROGRAM = """
 import sys
+from fastkd.utils.numbers import duration
 from fastkd.utils.progress import Progress
 clock = iter(range(0, 10**9, 61))
 progress = Progress(100, unit="position", mode=sys.argv[1], clock=lambda: next(clock))
