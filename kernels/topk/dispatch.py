@@ -30,8 +30,8 @@ def filler(impl: str, rows: Tensor, call: TopKCall) -> Fill:
         _check_triton(rows, call)
     elif impl == "numba" and not _numba_can(rows):
         raise KDError(
-            f"impl: found 'numba' for {rows.dtype} on {rows.device}; a CPU, at most float32 and the package numba "
-            "(pip install 'fastkd[cpu]') are needed. Use impl='auto'."
+            f"impl: got 'numba' for {rows.dtype} on {rows.device}; expected a CPU tensor, at most float32, and the "
+            "package numba (pip install 'fastkd[cpu]'). Use impl='auto'."
         )
     if impl == "triton":
         return _fill_triton
@@ -43,7 +43,7 @@ def filler(impl: str, rows: Tensor, call: TopKCall) -> Fill:
 
 
 def prepare_topk(device: torch.device) -> str:
-    """Have what `topk_targets` compiles on a CPU compiled now, not in its first call. What to tell a user, or ""."""
+    """Compile the CPU code of `topk_targets` now, not in its first call. Returns a message for the user, or ""."""
     if device.type != "cpu":
         return ""
     if not _numba_installed():

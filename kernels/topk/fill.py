@@ -38,24 +38,24 @@ class Swept:
     row_top: Tensor  # `[n]`: the greatest x; NaN where the row has one
     finite: Tensor  # int64 `[n]`: tokens above −inf
     tail_sums: Tensor  # `[n, M]`: Σ e^((z - z of tail_top_x)/T) over all but the top-k entries
-    rest: Tensor | None  # what `units` goes on from, where it needs it
+    rest: Tensor | None  # scratch memory that `units` continues from, if it needs it
 
 
 class Sweeps(Protocol):
-    """All that touches every token of a row. Each call is one thread's."""
+    """The operations that read every token of a row. Each call runs on one thread."""
 
     def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
         """Rows a block."""
 
     def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
-        """Of a block, of any stride and type. units_nG: room for the units, where there are draws; left as it is, or
-        filled where that costs less now, and `units` then has nothing to do."""
+        """Sweep a block of any stride and type. units_nG: memory for the units, if there are draws; it may be filled
+        here, where that is cheaper, and `units` then does nothing."""
 
     def units(self, swept: Swept, logits_NV: Tensor, state: "State", call: TopKCall) -> None:
-        """Fill `state.sums`, of which all else is filled. May use up `swept`."""
+        """Fill `state.sums`; the rest of `state` is filled. May overwrite `swept`."""
 
     def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
-        """What `draws.draw` does, to the bit."""
+        """`draws.draw`, to the bit."""
 
 
 def transform(x: Tensor, call: TopKCall) -> Tensor:
@@ -130,13 +130,13 @@ def unfilled(call: TopKCall, rows: int, device: torch.device) -> SparseTargets:
 
 
 def work_type(logits: Tensor) -> torch.dtype:
-    """What sums are made in."""
+    """The type in which sums are computed."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class State:
-    """What the draws of some rows need to know of them."""
+    """What the draws of some rows need."""
 
     sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
     edge_x: Tensor  # `[n]`
@@ -175,7 +175,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int, state: State | None) -> None:
-    """From what was found of a block to its targets. state: to be filled but for its sums, where there are draws."""
+    """From the result of a block's sweeps to its targets. state: filled but for its sums; None without draws."""
     best_x, best_id, tail_top_x, sums_nM = swept.best_x, swept.best_id, swept.tail_top_x, swept.tail_sums
     row_top, entries = swept.row_top, call.entries
     used = best_x > -torch.inf
@@ -264,9 +264,9 @@ def refuse(valid_n: Tensor, top_x: Tensor, first_row: int) -> None:
             f"row's best (as given {top:g}); expected smaller numbers, or -inf for tokens that are no outcomes.",
             row=first_row + row,
         )
-    found = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
+    has = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
     raise KDError(
-        f"logits: row {first_row + row} has {found}; expected finite numbers (-inf only for tokens that are no "
+        f"logits: row {first_row + row} has {has}; expected finite numbers (-inf only for tokens that are no "
         "outcomes), at least one.",
         row=first_row + row,
     )

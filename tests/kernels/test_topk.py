@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from fastkd.kernels import LMHead, TopKConfig
 from fastkd.kernels.errors import KDError
 from fastkd.kernels.topk.api import linear_topk_targets, topk_targets
 
@@ -553,6 +554,46 @@ def test_bad_arguments_of_the_lm_head():
     ):
         with pytest.raises(KDError, match=word):
             linear_topk_targets(*args, **{"k": 3, **settings})
+
+
+def test_a_config_is_its_keyword_arguments():
+    logits = drawn(5, 60, torch.float32)
+    settings = {"mass": 0.8, "draws": 3, "draw_temperature": 1.5, "temperatures": [1.0, 2.0], "seed": 4}
+    config = TopKConfig(6, **settings)
+    assert config.temperatures == (1.0, 2.0)
+    assert config.width(60) == 9
+    assert config.width(4) == 7
+    want = topk_targets(logits, 6, **settings)
+    assert same_targets(topk_targets(logits, config=config), want)
+    changed = topk_targets(logits, 2, config=config, draws=0)
+    assert same_targets(changed, topk_targets(logits, 2, **settings | {"draws": 0}))
+    assert not same_targets(changed, want)
+    assert TopKConfig(3, mass=1).mass is None
+    assert TopKConfig(3, seed=2**70).seed == 2**70
+    with pytest.raises(KDError, match="k: got none; expected"):
+        topk_targets(logits, draws=3)
+    with pytest.raises(TypeError, match="temperature"):
+        topk_targets(logits, 3, temperature=2.0)
+    with pytest.raises(KDError, match="k: got 0 with draws=0"):
+        TopKConfig(0)
+
+
+def test_an_lm_head_brings_its_bias_softcap_and_scale():
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(40, 8), torch.randn(40)
+    lm_head = LMHead(weight, bias, softcap=5.0, logit_scale=0.5)
+    want = linear_topk_targets(hidden, weight, 6, bias=bias, softcap=5.0, logit_scale=0.5)
+    assert same_targets(linear_topk_targets(hidden, lm_head, 6), want)
+    assert not same_targets(linear_topk_targets(hidden, LMHead(weight, bias), 6), want)
+    for name, value in (("bias", bias), ("softcap", 5.0), ("logit_scale", 0.5)):
+        with pytest.raises(KDError, match=f"{name}: got .* beside an LMHead"):
+            linear_topk_targets(hidden, lm_head, 6, **{name: value})
+
+
+def same_targets(one, other):
+    """All arrays are equal."""
+    ours, theirs = one.arrays(), other.arrays()
+    shapes = [[array.shape for array in arrays.values()] for arrays in (ours, theirs)]
+    return shapes[0] == shapes[1] and all((ours[name] == theirs[name]).all() for name in ours)
 
 
 COMPILE = """

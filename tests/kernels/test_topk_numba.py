@@ -127,7 +127,7 @@ def test_it_is_what_auto_takes_on_a_cpu(monkeypatch):
     found = {impl: topk_targets(logits, 4, impl=impl).tail for impl in ("auto", "numba", "torch")}
     assert torch.equal(found["auto"], found["numba"])
     assert not torch.equal(found["auto"], found["torch"])  # another order of summing
-    with pytest.raises(KDError, match=r"impl: found 'numba' for torch\.float64 on cpu"):
+    with pytest.raises(KDError, match=r"impl: got 'numba' for torch\.float64 on cpu"):
         topk_targets(logits.double(), 4, impl="numba")
 
     monkeypatch.setattr(topk_impl, "_numba_installed", lambda: False)
