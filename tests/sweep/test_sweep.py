@@ -312,7 +312,8 @@ def measured(values: list[float], scale: float = 0.0) -> Evaluation:
     """Windows of one position each."""
     sums = np.asarray(values, np.float64)
     student = Windows(np.ones(len(sums)), {"cross_entropy": sums, "accuracy": -sums * scale})
-    return Evaluation("held_out", "spec", "content", student, Windows.empty(len(sums)), len(sums), 1.0, 1, "cpu")
+    teacher = Windows.empty(len(sums))
+    return Evaluation("held_out", "spec", "content", len(sums), 1.0, 1, "cpu", student, teacher)
 
 
 def test_the_best_is_named_with_what_it_cannot_be_told_from() -> None:
