@@ -1,7 +1,7 @@
-"""The tail's log-partition at a temperature that is not stored.
+"""The tail's log-partition at a temperature that is not stored, by interpolation.
 
-What is interpolated is `tail(β) = log Σ_{j∉H} p_j^β` with β = 1/T, a smooth convex function of β. It is known at every
-stored temperature and, exactly, at β = 0, where it is the logarithm of the number of outcomes. A not-a-knot cubic
+`tail(β) = log Σ p_j^β` over the tokens j of the tail, with β = 1/T, is a smooth convex function of β. It is known at
+every stored temperature and, exactly, at β = 0, where it is the logarithm of the number of outcomes. A not-a-knot cubic
 spline through these points (de Boor, A Practical Guide to Splines, ch. IV) gives every temperature from the smallest
 stored one to infinity. The spline is linear in the values, so one vector of weights serves all rows.
 """
@@ -30,7 +30,7 @@ def spline_table(temperatures: tuple[float, ...]) -> tuple[NDArray[np.float64], 
     Returns `knots [P]`, ascending in β with knots[0] = 0, and `coefficients [P, 4, P]`: from knots[i] to the next one,
     the weight of value j is `Σ_d coefficients[i, d, j] (β - knots[i])^d`. The values are (log outcomes, tail at each
     temperature in the order given). The last row is that of the last knot alone, where its own value has weight 1; with
-    fewer temperatures than OFF_GRID_NEEDS, every row is: nothing off the grid is asked of them.
+    fewer temperatures than OFF_GRID_NEEDS, every row is: they serve only the stored temperatures.
     """
     betas = np.array([0.0, *(1.0 / t for t in temperatures)])
     order = np.argsort(betas, kind="stable")

@@ -129,7 +129,7 @@ class SparseTargets:
         value = getattr(self, field.name)
         if value is None:
             return
-        expected = _sizes(field, *self.ids.shape, len(self.temperatures))
+        expected = _sizes(field, self.ids.shape[0], self.ids.shape[1], len(self.temperatures))
         one_for_all = field.name == "outcomes" and value.ndim == 0
         if tuple(value.shape) != expected and not one_for_all:
             raise KDError(f"targets.{field.name}: got shape {tuple(value.shape)}; expected {expected}, to fit ids.")
