@@ -47,7 +47,7 @@ soak: $(STAMP)  ## the long tests
 check: $(STAMP)  ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck
+	rm -rf build
 	# mypy follows installed files, not the name mapping of an editable install
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-compile --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
