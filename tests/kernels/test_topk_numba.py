@@ -152,7 +152,7 @@ def test_without_a_place_to_keep_it_everything_is_compiled_anew(tmp_path):
 
 KEPT = """
 import sys
-from fastkd.kernels.topk.numba_impl import compiled
+from fastkd.kernels.topk.numba_kernels import compiled
 
 @compiled()
 def twice(x):
