@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import TrainError
@@ -55,7 +57,7 @@ class Checkpoint:
         with self._readable():
             if self.version == 1:
                 return {name: (tuple(t.shape), t.dtype) for name, t in self._safetensors(group).items()}
-            stored = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+            stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
             return {
                 name.removeprefix(f"{group}."): (tuple(one.size), one.properties.dtype)
                 for name, one in stored.items()
@@ -74,11 +76,11 @@ class Checkpoint:
                     tensor.copy_(_distributed_like(stored[name], tensor))
                 return
             named = {f"{group}.{name}": tensor for name, tensor in tensors.items()}
-            reader = dcp.FileSystemReader(self.folder)
+            reader = FileSystemReader(self.folder)
             if processes.group is None:  # torch 2.6 has no public way for one process alone of several
                 _load_state_dict(named, reader, no_dist=True)
             else:
-                dcp.load(named, storage_reader=reader, process_group=processes.group)
+                load(named, storage_reader=reader, process_group=processes.group)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """A group as complete tensors on the CPU. One process may call it alone."""
@@ -198,11 +200,11 @@ def clean(run: Path) -> None:
 
 def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:
     # buffers may differ between processes: those of the first one are kept
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    writer = dcp.FileSystemWriter(folder)
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    writer = FileSystemWriter(folder)
     with warnings.catch_warnings(), _cause_of_failure():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
+        save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
 
 
 @contextmanager
