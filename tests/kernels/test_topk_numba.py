@@ -1,9 +1,8 @@
 """Compiled sweeps against their twin in PyTorch, and what happens where Numba is not there."""
 
+import importlib.util
 import math
-import os
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from fastkd.kernels.topk import fill as topk_fill
 from fastkd.kernels.topk import torch_impl as topk_torch
 
 pytest.importorskip("numba")
+import numba
+from numba.core import caching
+
 from fastkd.kernels.topk import numba_impl as topk_numba
 
 INF = math.inf
@@ -138,51 +140,55 @@ def test_it_is_what_auto_takes_on_a_cpu(monkeypatch):
     assert prepare_topk(torch.device("cuda")) == ""
 
 
-def test_without_a_place_to_keep_it_everything_is_compiled_anew(tmp_path):
-    code = (
-        "import numba.core.caching as c\n"
-        "c.CacheImpl._locator_classes = []\n"  # as where nothing can be written to
-        "import torch\n"
-        "from fastkd.kernels import topk_targets\n"
-        "print(topk_targets(torch.arange(40.0)[None], 2, impl='numba').ids.tolist())\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert found.stdout == "[[39, 38]]\n", found.stderr
-
-
 KEPT = """
-import sys
 from fastkd.kernels.topk.numba_kernels import compiled
 
 @compiled()
 def twice(x):
     return 2 * x
-
-if "full" in sys.argv:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-print(twice(21), sum(twice.stats.cache_hits.values()))
 """
 
 
-@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_what_was_kept_and_is_cut_short_is_compiled_anew(tmp_path, suffix):
-    """As where a machine went down before it was on the disk."""
+@pytest.fixture
+def twice(tmp_path, monkeypatch):
+    """Import a compiled function anew and call it: its result, and how many compiled versions came from the disk."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "kept.py").write_text(KEPT)
-    _kept_says(tmp_path, "42 0\n")
+
+    def imported_and_called():
+        spec = importlib.util.spec_from_file_location("kept", tmp_path / "kept.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.twice(21), sum(module.twice.stats.cache_hits.values())
+
+    return imported_and_called
+
+
+def test_without_a_place_to_keep_it_everything_is_compiled_anew(tmp_path, twice, monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # as where nothing can be written to
+    for _ in range(2):
+        assert twice() == (42, 0)
+    assert not list(tmp_path.rglob("*.nb?"))
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_what_was_kept_and_is_cut_short_is_compiled_anew(tmp_path, twice, suffix):
+    """As where a machine went down before it was on the disk."""
+    assert twice() == (42, 0)
+    assert twice() == (42, 1)
     (file,) = tmp_path.rglob(f"*twice*.{suffix}")
     file.write_bytes(file.read_bytes()[:40])
-    _kept_says(tmp_path, "42 0\n")
-    _kept_says(tmp_path, "42 1\n")
+    assert twice() == (42, 0)
+    assert twice() == (42, 1)
 
 
-def test_a_full_disk_keeps_nothing(tmp_path):
-    (tmp_path / "kept.py").write_text(KEPT)
-    _kept_says(tmp_path, "42 0\n", "full")
-
-
-def _kept_says(folder, text, *arguments):
-    command = [sys.executable, folder / "kept.py", *arguments]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / "cache")}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert found.stdout == text, found.stderr
+def test_a_full_disk_keeps_nothing(tmp_path, twice):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        found = twice(), twice()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found == ((42, 0), (42, 0))
+    assert twice() == (42, 0)
+    assert twice() == (42, 1)
