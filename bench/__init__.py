@@ -2,9 +2,9 @@
 
     suites.py ─ bench_*.py ─▶ cases ─ harness.py, limits.py ─▶ table.py ─▶ Recording ─ check.py, results.py, page.py
 
-A recording is one suite's rows with hardware and versions; `recorded/` holds those that others are held against.
+A recording is one suite's rows with hardware and versions; `recorded/` holds those that `--check` compares with.
 """
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler logs every start and stop

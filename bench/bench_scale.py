@@ -91,7 +91,7 @@ def cases(ask: RunConfig) -> Sequence[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the table here, too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     table = Table("cpu", "scale")
     run_cases(cases(RunConfig("cpu", full=True)), table, to_stderr)

@@ -1,9 +1,9 @@
-"""The teacher side: top-k, four tails and draws against one read of the logits, and against torch.topk + logsumexp.
+"""Top-k, four tails and draws against one read of the logits, and against torch.topk + logsumexp.
 
     fastkd bench topk [--device cuda] [--full]
     python bench/bench_topk.py [--device cuda] [--tune] [--json PATH]
 
-Everything is measured on logits in turns, more than the last-level cache holds.
+All runs alternate, on more logits than the last-level cache holds.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from fastkd.utils.timing import Run, interleaved
 K = 64
 READ_LIMIT = 2.5  # times one read of the logits
 PEER_LIMIT = 0.125  # of the time of torch.topk and a logsumexp for every temperature
-CPU_LIMIT = 150.0  # microseconds a position at V = 49,152 on two cores
+CPU_LIMIT = 150.0  # microseconds per position at V = 49,152 on two cores
 
 
 def peer(logits_NV: Tensor, k: int = K) -> list[Tensor]:
-    """What is written without fastkd: the k best and the full log-partition at every temperature."""
+    """The same without fastkd: the top k and the full log-partition at every temperature."""
     best = logits_NV.topk(k, dim=1)
     partitions = [torch.logsumexp(logits_NV if t == 1 else logits_NV / t, 1) for t in GRID]
     return [best.values, best.indices, *partitions]
 
 
 def drawn_logits(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Rotation[Tensor]:
-    """Normal logits in turns, each filled block by block: float32 noise of the whole would not fit beside them."""
+    """Alternating normal logits, each filled block by block: float32 noise for all of them would not fit in memory."""
 
     def make() -> Tensor:
         logits = torch.empty((rows, vocab), dtype=dtype, device=device)
@@ -54,8 +54,8 @@ def returned(targets: object) -> list[Tensor]:
 
 
 def one_read(rows: int, vocab: int, buffers: Rotation[Tensor]) -> Run:
-    """The limit: every logit is read once. On a GPU a kernel that adds them up, on a CPU torch's maximum of the same
-    bytes as float32: that of bfloat16 is no faster than the conversion, and no limit."""
+    """The limit: every logit is read once. On a GPU by a kernel that adds them up, on a CPU by torch's maximum of the
+    same bytes as float32, since the maximum of bfloat16 is no faster than the conversion."""
     if not buffers.last.is_cuda:
         return buffers.run(lambda x: x.view(torch.float32).amax())
     import triton
@@ -123,7 +123,7 @@ def bench_logits(table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds
 
 
 def bench_head(table: Table, rows: int, width: int, vocab: int, rounds: int) -> None:
-    """Targets of hidden states, beside the product that they cannot do without."""
+    """Targets of hidden states, compared with the product with the LM head alone."""
     gpu = table.device == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     hidden = torch.randn(rows, width, device=table.device).to(dtype)
@@ -147,7 +147,7 @@ def bench_head(table: Table, rows: int, width: int, vocab: int, rounds: int) -> 
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """Widths, then numbers of entries, then the head in one."""
+    """Vocabulary sizes, then numbers of entries, then top-k fused with the LM head."""
     gpu = ask.device == "cuda"
     rows, rounds = (8192, ask.times(9, 15)) if gpu else (256, ask.times(5, 9))
     sizes = [(49_152, torch.bfloat16, K), (128_256, torch.bfloat16, K)]
@@ -163,7 +163,7 @@ def cases(ask: RunConfig) -> Sequence[Case]:
 
 
 def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
-    """A handful of sizes, each kernel's own time in microseconds beside the whole."""
+    """Time a few sizes, with the time of each kernel in microseconds."""
     from fastkd.kernels.topk import draws_triton
     from fastkd.kernels.topk import triton_impl as topk_triton
 
@@ -197,7 +197,7 @@ def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
                 setattr(tuning, key, value)
             try:
                 ms = interleaved({"it": call}, device="cuda", rounds=9, warmup=2)["it"]
-            except Exception as problem:  # a size that this card cannot launch is a line of the table
+            except Exception as problem:  # a size that this GPU cannot launch is reported as a row
                 table.absent(f"{name} {choice}", str(problem)[:60])
                 continue
             table.ratio(f"{name} {choice}", ms / read, "one read", note=" ".join(kernel_times(call)))
@@ -219,8 +219,8 @@ def kernel_times(call: Callable[[], object]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--tune", action="store_true", help="time a handful of sizes first (GPU)")
-    parser.add_argument("--json", help="write the table here, too")
+    parser.add_argument("--tune", action="store_true", help="time a few sizes first (GPU)")
+    parser.add_argument("--json", help="also write the table to this file")
     args = parser.parse_args()
     if args.tune and args.device != "cuda":
         parser.error("--tune needs a GPU")

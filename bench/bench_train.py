@@ -1,13 +1,13 @@
-"""A distillation step against one of cross-entropy alone, and against one with the teacher at hand; and the share of a
-training's time in which it waits for data.
+"""A distillation step against a cross-entropy step, and against one with a live teacher; and the share of time that a
+training waits for data.
 
     python bench/bench_train.py       # --sections step memory live waiting, large; three minutes on two cores
 
-A step is forward, backward, clipping and AdamW of one student on one batch. Of cross-entropy alone there are two, both
-in chunks of the same size through the same head: the engine's own, given no targets (`fused`), and one written out in
-plain PyTorch (`plain`). With the teacher at hand (`live`), a step runs it on the same tokens, and takes the dense KL
-divergence of all outcomes, in the same chunks. On a GPU: a 135M-class student, 16,384 positions a step, and a teacher
-of a billion parameters, random; elsewhere smaller ones.
+A step is forward, backward, clipping and AdamW of one student on one batch. There are two cross-entropy steps, both in
+chunks of the same size through the same LM head: the engine's own, without targets (`fused`), and one in plain PyTorch
+(`plain`). With a live teacher (`live`), a step runs it on the same tokens, and computes the dense KL divergence of all
+outcomes, in the same chunks. On a GPU: a 135M-class student, 16,384 positions per step, and a teacher of a billion
+random parameters; smaller ones on a CPU.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def model_of(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama with random weights; its head is its embedding."""
+    """A Llama with random weights and a tied LM head."""
     hidden, layers, heads, kv, inner = size
     transformers = load_transformers()
     config = transformers.LlamaConfig(
@@ -78,7 +78,7 @@ def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> Mic
 
 
 class Steps:
-    """The steps that are compared; each begins with the same weights' shapes, not their values."""
+    """The steps that are compared. Their weights have the same shapes and different values."""
 
     def __init__(self, device: str, temperature: float, rows: int | None = None) -> None:
         size = SIZES[device] | ({"rows": rows} if rows else {})
@@ -94,17 +94,17 @@ class Steps:
         self.alpha, self.one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
 
     def distil(self) -> list[Tensor]:
-        """On cached targets: 48 exact entries and 16 drawn."""
+        """A step on cached targets of 48 top-k entries and 16 draws."""
         return self.distil_from(self.batch)
 
     def distil_from(self, batch: MicroBatch) -> list[Tensor]:
-        """On a batch's targets."""
+        """A step on a batch's targets."""
         return self._step(
             lambda: self.student(batch, alpha=self.alpha, temperature=self.temperature, num_items=batch.count)["loss"]
         )
 
     def fused(self) -> list[Tensor]:
-        """Cross-entropy by the same engine."""
+        """A cross-entropy step by the same engine."""
         return self._step(
             lambda: self.student(self.labels_only, alpha=self.one, temperature=self.one, num_items=self.batch.count)[
                 "loss"
@@ -112,16 +112,16 @@ class Steps:
         )
 
     def plain(self) -> list[Tensor]:
-        """Cross-entropy written out: chunks of rows, gradients in the forward."""
+        """A cross-entropy step in plain PyTorch: chunks of rows, gradients in the forward."""
         return self._step(lambda: self._chunked(self.batch, None))
 
     def live(self) -> list[Tensor]:
-        """With the teacher run on the same tokens, and all of its outcomes."""
+        """A step with a live teacher on the same tokens, with all its outcomes."""
         return self._step(lambda: self._chunked(self.batch, self.teacher))
 
     @cached_property
     def teacher(self) -> Any:
-        """Of random weights, in the type it would be run in."""
+        """The teacher, with random weights, in the dtype of inference."""
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         return model_of(self.size["teacher"], self.device, dtype).eval().requires_grad_(False)
 
@@ -133,7 +133,7 @@ class Steps:
         return [norm]
 
     def _chunked(self, batch: MicroBatch, teacher: Any) -> Tensor:
-        """Loss over the rows that count of the student's states, a chunk of logits at a time."""
+        """Loss over the student's states that count, a chunk of logits at a time."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             model: Any = self.student.model
             states = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -148,7 +148,7 @@ class Steps:
 
 
 class Chunks(torch.autograd.Function):
-    """Mean cross-entropy of logits in chunks; with a teacher half of it, and half the KL divergence from it."""
+    """Mean cross-entropy of logits in chunks; with a teacher, half cross-entropy and half KL divergence from it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, theirs: Any, their_weight: Any) -> Tensor:
@@ -196,10 +196,10 @@ def step(table: Table, rounds: int, temperatures: Sequence[float] = (1.0, 2.0)) 
 
 
 def memory(table: Table, temperatures: Sequence[float] = (1.0, 2.0), rows: int | None = None) -> None:
-    """Peak memory of a step beyond weights, optimizer's state and batch. rows: of the batch, if not the usual."""
+    """Peak memory of a step beyond weights, optimizer state and batch. rows: of the batch, instead of the default."""
     for temperature in temperatures:
         steps = Steps(table.device, temperature, rows)
-        steps.distil()  # the optimizer's state is there afterwards
+        steps.distil()  # creates the optimizer's state
         table.title(f"peak memory of a step of {steps.batch.positions} positions, T = {temperature:g}")
         peaks = {name: peak_bytes(getattr(steps, name), table.device) for name in ("distil", "fused", "plain")}
         for name, peak in peaks.items():
@@ -209,7 +209,7 @@ def memory(table: Table, temperatures: Sequence[float] = (1.0, 2.0), rows: int |
 
 
 def live(table: Table, rounds: int) -> None:
-    """What the teacher costs where it is run in every step."""
+    """The cost of a teacher that runs in every step."""
     steps = Steps(table.device, 1.0)
     runs = {"distil": steps.distil, "live": steps.live}
     times = interleaved(runs, device=table.device, rounds=rounds, warmup=1)
@@ -221,7 +221,7 @@ def live(table: Table, rounds: int) -> None:
 
 
 def waiting(table: Table) -> None:
-    """A training from a cache: the steps after the first two."""
+    """Throughput and waiting of a training from a cache, without its first two steps."""
     device = table.device
     size = SIZES[device]
     random = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def waiting(table: Table) -> None:
 
 
 def sections(rounds: int, temperatures: Sequence[float] = (1.0, 2.0)) -> dict[str, Case]:
-    """By name."""
+    """The cases by name."""
     return {
         "step": Case("a step", partial(step, rounds=rounds, temperatures=temperatures)),
         "memory": Case("memory", partial(memory, temperatures=temperatures)),

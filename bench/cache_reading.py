@@ -1,4 +1,4 @@
-"""Opening and reading a cache: against plain pcodec, in several orders, in memory. Part of `bench_cache.py`."""
+"""Opening and reading a cache: speed against plain pcodec, several orders, memory. Part of `bench_cache.py`."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from fastkd.utils.timing import interleaved
 
 
 def read(table: Table, data: Arrays, rounds: int) -> None:
-    """Decoding, against plain pcodec of the same targets in the same run."""
+    """Decoding speed against plain pcodec of the same targets, in the same run."""
     one_core()
     base = shard_of(data, "top64")
     shard = repeated(base, 4)
@@ -30,8 +30,8 @@ def read(table: Table, data: Arrays, rounds: int) -> None:
         "float32": PCodec().encode(shard["logprobs"].reshape(-1)),
     }
     print(
-        f"  plain: pcodec of ids (uint16) and log-probabilities (float16), in memory, unchecked, new arrays: "
-        f"{(len(plain['ids']) + len(plain['float16'])) / n:.1f} bytes a position"
+        f"  plain: pcodec of ids (uint16) and log-probabilities (float16), in memory, without checks, into new arrays: "
+        f"{(len(plain['ids']) + len(plain['float16'])) / n:.1f} bytes per position"
     )
     out = {
         "ids": np.empty(n * 64, np.uint16),
@@ -136,17 +136,17 @@ print((peak() - base) / shard)
 
 
 def memory(table: Table, place: Path) -> None:
-    """What a worker that reads sequences holds, in decoded shards."""
+    """Memory of a worker that reads sequences, in decoded shards."""
     command = [sys.executable, "-c", MEMORY, str(place)]
     before = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     out = subprocess.run([*command, before], check=True, capture_output=True, text=True).stdout
     table.value(
-        "memory of a worker over all shards", float(out), "decoded shards", note="the last one, and one in the making"
+        "memory of a worker over all shards", float(out), "decoded shards", note="the last shard, and one being decoded"
     )
 
 
 def opening(table: Table, data: Arrays, rounds: int) -> None:
-    """A sealed cache of 100,000 shards: records alone."""
+    """Opening a sealed cache of 100,000 shards, of which only the manifest exists."""
     shards = 100_000
     table.title(f"opening a sealed cache of {shards:,} shards")
     with tempfile.TemporaryDirectory() as folder:

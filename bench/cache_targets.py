@@ -1,4 +1,4 @@
-"""What a cache is measured with: real targets, as shards of whatever length."""
+"""Real targets for measurements of the cache, as shards of any length."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ Arrays = dict[str, Any]
 
 
 def targets(ask: RunConfig) -> Arrays:
-    """Real targets: all of them, or the first 32 windows, which are made where they are not there."""
+    """Real targets: all of them, or the first 32 windows, which are made unless they exist."""
     if not ask.full and not TARGETS.exists() and not FEW.exists():
         from fastkd.bench.make_targets import make
 
@@ -31,7 +31,7 @@ def load(path: Path) -> Arrays:
     """The targets of a file."""
     if not path.exists():
         raise SystemExit(
-            f"{path} is not there: run `python bench/make_targets.py` first (its text says what it needs)."
+            f"{path} does not exist: run `python bench/make_targets.py` first (its docstring lists the requirements)."
         )
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
@@ -53,7 +53,7 @@ def shard_of(data: Arrays, name: str, mass: float | None = None) -> Arrays:
 
 
 def repeated(shard: Arrays, times: int) -> Arrays:
-    """A shard as long as a real one, of the same rows again and again."""
+    """A shard as long as a real one, with the same rows repeated."""
     longer = {n: np.concatenate([a] * times) for n, a in shard.items() if isinstance(a, np.ndarray)}
     inputs = {n: np.concatenate([a] * times) for n, a in shard["inputs"].items()}
     return longer | {"inputs": inputs, "sequence_lengths": list(shard["sequence_lengths"]) * times}

@@ -1,4 +1,4 @@
-"""Inputs for the benchmarks: a teacher that is known exactly, students of several kinds, and the losses of others."""
+"""Inputs for the benchmarks: an exactly known teacher, logits of students, and the loss in eager PyTorch."""
 
 import math
 
@@ -14,7 +14,7 @@ GRID = (1.0, 1.5, 2.0, 4.0)
 def known_targets(
     n: int, v: int, k: int, draws: int, device: str, *, head_mass: float = 0.6, seed: int = 0
 ) -> SparseTargets:
-    """A teacher with a head of k outcomes over a uniform tail: every tail log-partition has a closed form."""
+    """Targets of k top-k entries over a uniform tail, whose log-partitions have a closed form."""
     g = torch.Generator(device=device).manual_seed(seed)
     entries = k + draws
     width = v // entries
@@ -41,7 +41,7 @@ def known_targets(
 def student_logits(
     n: int, v: int, targets: SparseTargets | None, device: str, dtype: torch.dtype, *, certain: bool = False
 ) -> Tensor:
-    """Logits `[n, v]` of a fresh student (spread over the vocabulary) or of one that puts most of its mass on S."""
+    """Logits `[n, v]` of an untrained student. certain: of one that puts most of its mass on the targets' entries."""
     g = torch.Generator(device=device).manual_seed(1)
     logits = torch.empty(n, v, device=device, dtype=dtype)
     for rows in torch.arange(n).split(1024):
@@ -54,7 +54,7 @@ def student_logits(
 def eager_kd_loss(
     logits: Tensor, ids: Tensor, log_q: Tensor, log_q_tail: Tensor, labels: Tensor, alpha: float, t: float
 ) -> Tensor:
-    """The same loss (forward KL, bucket) as one writes it in PyTorch, in float32."""
+    """The same loss (forward KL, bucket) in plain PyTorch, in float32."""
     z = logits.float()
     hard = F.cross_entropy(z, labels)
     log_p = F.log_softmax(z / t, dim=-1)

@@ -1,7 +1,7 @@
-"""Recordings against recordings: what moved beyond the noise of the runs. Ratios and bytes, never absolute times.
+"""Compares recordings: rows that changed by more than the noise. Only ratios and bytes, never absolute times.
 
-The noise of a row is half the spread of its rounds (20th to 80th percentile), or half of what the medians of several
-runs differ by where that is more, on either side together; and 2% at least.
+The noise of a row is half the spread of its rounds (20th to 80th percentile), or half the difference between the
+medians of several runs if that is more, added up over both sides; at least 2%.
 """
 
 import math
@@ -19,7 +19,7 @@ LEAST_NOISE = 0.02
 
 @dataclass(frozen=True)
 class Move:
-    """A row that is on both sides. change: new over old; noise: how far it may be from 1. better: which way is."""
+    """A row that both sides have. change: new over old; noise: its relative tolerance. better: "lower" or "higher"."""
 
     suite: str
     case: str
@@ -32,36 +32,36 @@ class Move:
 
     @property
     def moved(self) -> bool:
-        """Whether it is beyond the noise."""
+        """Whether the change exceeds the noise."""
         if min(self.old, self.new) <= 0:
             return self.old != self.new
         return abs(math.log(self.change)) > self.noise
 
     @property
     def worse(self) -> bool:
-        """Whether it moved the wrong way."""
+        """Whether it moved in the wrong direction."""
         return self.moved and (self.new > self.old) == (self.better == "lower")
 
 
 def compare(before: Sequence[Recording], after: Sequence[Recording]) -> list[Move]:
-    """Every row that can be compared: of the same suite, size, case and name, on both sides."""
+    """The rows with the same suite, size, case and name on both sides."""
     old, new = _rows(before), _rows(after)
     return [_move(key, old[key], new[key]) for key in old if key in new]
 
 
 def unmatched(before: Sequence[Recording], after: Sequence[Recording]) -> list[str]:
-    """Names of rows that were recorded of a suite that is there again, and are not in it any more."""
+    """Names of recorded rows that the same suite no longer measures."""
     new, suites = _rows(after), {(r.suite, r.size) for r in after}
     return [f"{key[2]}: {key[3]}" for key in _rows(before) if key not in new and key[:2] in suites]
 
 
 def worse(moves: Sequence[Move]) -> bool:
-    """Whether any of them is."""
+    """Whether any of them is worse."""
     return any(move.worse for move in moves)
 
 
 def recorded(found: Sequence[Recording], path: Path | None = None) -> list[Recording]:
-    """What to compare with: a file's, or those in `recorded/` of the same hardware. Raises NoSuite."""
+    """The recordings to compare with: of a file, or those in `recorded/` of the same hardware. Raises NoSuite."""
     if path is not None:
         return load(path)
     there = [recording for file in sorted(FOLDER.glob("*.json")) for recording in load(file)]
@@ -71,18 +71,18 @@ def recorded(found: Sequence[Recording], path: Path | None = None) -> list[Recor
         known = sorted({named(dict(recording.hardware)) for recording in there})
         raise NoSuite(
             f"no recording of {named(dict(machines[0]))}; there are: {'; '.join(known) or 'none'}. "
-            "--against FILE compares with any other; --json FILE --runs 2 makes one."
+            "Use --against FILE to compare with another recording, or make one: --json FILE --runs 2."
         )
     return same
 
 
 def text(before: Sequence[Recording], after: Sequence[Recording]) -> str:
-    """What moved, what is worse first; what is not there any more; and on what it was recorded."""
+    """The comparison as text: the rows that moved, worse ones first, and the rows that are no longer measured."""
     moves = compare(before, after)
     moved = sorted((m for m in moves if m.moved), key=lambda m: (not m.worse, -abs(math.log(m.change or 1))))
     machines = "; ".join(sorted({named(dict(recording.hardware)) for recording in before}))
     bad = sum(move.worse for move in moved)
-    lines = [f"against what was recorded on {machines}: {len(moves)} rows, {len(moved)} moved, {bad} of them worse"]
+    lines = [f"compared with the recording on {machines}: {len(moves)} rows, {len(moved)} moved, {bad} of them worse"]
     for move in moved:
         word = "WORSE " if move.worse else "better"
         lines.append(
@@ -95,12 +95,12 @@ def text(before: Sequence[Recording], after: Sequence[Recording]) -> str:
 
 
 def _rows(recordings: Sequence[Recording]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """The rows that can be compared, of all runs."""
+    """The rows of all runs that can be compared, by suite, size, case and name."""
     found: dict[tuple[str, str, str, str], list[Row]] = {}
     for recording in recordings:
         for row in recording.rows:
             if row.better and row.figure is not None:
-                name = f"{row.name}, over {row.over}" if row.over else row.name  # one run may have several ratios
+                name = f"{row.name}, over {row.over}" if row.over else row.name  # a run may have several ratios
                 found.setdefault((recording.suite, recording.size, row.case, name), []).append(row)
     return found
 
@@ -119,7 +119,7 @@ def _middle(rows: Sequence[Row]) -> float:
 
 
 def _noise(rows: Sequence[Row]) -> float:
-    """Half the width, in logarithms."""
+    """Half the width of the spread, as a difference of logarithms."""
     values = [row.figure for row in rows if row.figure is not None]
     if min(values) <= 0:
         return 0.0

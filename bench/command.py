@@ -1,4 +1,4 @@
-"""`fastkd bench`: suites measured or rows taken from files; then compared, and written as JSON, tables and a page."""
+"""`fastkd bench`: measure suites or read recordings from files; then compare them, and write JSON, tables, a page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ def bench(command: "Bench") -> tuple[str, int]:
     if command.list:
         return listing(), 0
     if command.runs < 1 or (command.rounds is not None and command.rounds < 1):
-        raise BenchError("--runs and --rounds: at least 1.")
+        raise BenchError("--runs, --rounds: got a number below 1; expected at least 1.")
     if command.against is not None and not command.check:
-        raise BenchError("--against is what --check compares with; add --check.")
+        raise BenchError("--against: it names the recording that --check compares with; add --check.")
     from fastkd.bench.run import device_for, run_suites, to_stderr
     from fastkd.bench.table import save
 
@@ -37,7 +37,7 @@ def bench(command: "Bench") -> tuple[str, int]:
 
         found, failed = run_suites(suites, ask, runs=command.runs, say=to_stderr, keep=keep)
     if not found:
-        raise BenchError(f"{', '.join(failed)}: nothing was measured; what hindered it is said above.")
+        raise BenchError(f"{', '.join(failed)}: nothing was measured; the reason is printed above.")
     lines, worse = [], False
     if command.check:
         found, text, worse = _checked(command, ask, found)
@@ -51,7 +51,7 @@ def bench(command: "Bench") -> tuple[str, int]:
 
 
 def _written(command: "Bench", found: "list[Recording]") -> list[str]:
-    """Tables and page, where they are asked for; the files."""
+    """Write the tables and the page that the command asks for. Returns their paths as text."""
     files: dict[Path, str] = {}
     if command.markdown is not None:
         from fastkd.bench.results import markdown
@@ -69,18 +69,18 @@ def _written(command: "Bench", found: "list[Recording]") -> list[str]:
 
 
 def _taken(paths: Sequence[Path], suites: Sequence[Suite]) -> "list[Recording]":
-    """What files hold of some suites."""
+    """The recordings of some suites in files. Raises BenchError if there are none."""
     from fastkd.bench.table import load
 
     names = {suite.name for suite in suites}
     found = [recording for path in paths for recording in load(path) if recording.suite in names]
     if not found:
-        raise BenchError(f"{', '.join(map(str, paths))}: nothing of {', '.join(sorted(names))} in there.")
+        raise BenchError(f"{', '.join(map(str, paths))}: no recordings of {', '.join(sorted(names))}.")
     return found
 
 
 def _checked(command: "Bench", ask: RunConfig, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
-    """The recordings, with those of a second run where the first seemed worse; what moved; whether any is worse."""
+    """The recordings, with a second run of suites that seem worse; the comparison as text; whether any row is worse."""
     from fastkd.bench.check import compare, recorded, text, worse
     from fastkd.bench.run import run_suites, to_stderr
 
@@ -88,7 +88,7 @@ def _checked(command: "Bench", ask: RunConfig, found: "list[Recording]") -> "tup
     moves = compare(before, found)
     suspects = sorted({move.suite for move in moves if move.worse})
     if suspects and not command.use:
-        to_stderr(f"measured again, as it seems worse: {', '.join(suspects)}")
+        to_stderr(f"measuring again, as rows seem worse: {', '.join(suspects)}")
         again, _ = run_suites([SUITES[name] for name in suspects], ask, say=to_stderr)
         found = [*found, *again]
         moves = compare(before, found)

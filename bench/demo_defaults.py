@@ -1,10 +1,10 @@
-"""The demo's defaults, over seeds: students from one cache against their controls, in pairs over held-out windows.
+"""The demo's defaults over several seeds: students against their controls, paired by held-out window.
 
     python bench/demo_defaults.py --student demo/cut-5 --cache CACHE --out FOLDER --alpha 0.2 0.5 --steps 24
 
-CACHE: of documents of equal length, more of them than a seed needs (`fastkd capture --packing keep`). Seed s trains on
-`--windows` of them from s * stride on, in an order of its own; alpha 1, the control, always belongs to it. A run that
-is finished is kept, so the same command again goes on.
+CACHE: documents of equal length, more than a seed needs (`fastkd capture --packing keep`). Seed s trains on `--windows`
+of them, from number s * stride on, in its own order; the control (alpha 1) is always included. Finished runs are kept,
+so the same command resumes.
 """
 
 import argparse
@@ -25,11 +25,11 @@ MEASURES = [measure.name for measure in printed_in(DEMO)]
 
 
 def trained(student: str, cache: str, out: Path, settings: TrainSettings, stop: Stop) -> Evaluation:
-    """A run's evaluation, trained unless it is there."""
+    """The evaluation of a run, which is trained unless it exists."""
     if (out / CHECKPOINTS).exists() or not (out / EVALUATION).exists():
         if not fastkd.train(student, cache, out, settings, progress="lines", stop=stop).complete:
             raise SystemExit(75)
-        shutil.rmtree(out / "student")  # weights of each run: gigabytes, with the moments
+        shutil.rmtree(out / "student")  # the weights and optimizer states of all runs would take gigabytes
         shutil.rmtree(out / CHECKPOINTS)
     return Evaluation.from_json(json.loads((out / EVALUATION).read_text()))
 
@@ -41,20 +41,20 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.3])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, default=16, help="to train on, of each seed")
-    parser.add_argument("--stride", type=int, default=16, help="windows from one seed's first to the next one's")
+    parser.add_argument("--windows", type=int, default=16, help="windows to train on, per seed")
+    parser.add_argument("--stride", type=int, default=16, help="windows between the first ones of two seeds")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=2, help="windows a step")
+    parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--warmup", type=float, default=0.2, help="the part of the steps in which the rate rises")
-    parser.add_argument("--held-out", type=int, default=48, help="windows to compare on")
+    parser.add_argument("--warmup", type=float, default=0.2, help="share of the steps that warm up")
+    parser.add_argument("--held-out", type=int, default=48, help="held-out windows to evaluate on")
     args = parser.parse_args()
     with stopping() as stop:
         table(args, stop)
 
 
 def table(args: argparse.Namespace, stop: Stop) -> None:
-    """A row for each seed and alpha."""
+    """Print a row for each seed and alpha."""
     lengths = open_cache(args.cache).sequence_lengths(0)
     for seed in args.seeds:
         common = TrainSettings(

@@ -1,11 +1,11 @@
-"""Other formats for the same targets: what people write without fastkd, and three that were published.
+"""Other formats for the same targets: common ones, and three published ones.
 
-Each keeps ids int32 `[n, k]` and log-probabilities float32 `[n, k]`, best first, in a file of its own, and gives them
-back. None keeps the tail. The three are written from their descriptions, as fast as NumPy does it:
+Each writes ids int32 `[n, k]` and log-probabilities float32 `[n, k]`, best first, to a file, and reads them back. None
+stores the tail. The published ones are implemented from their descriptions, in NumPy:
 
-- five bytes an entry: a 24-bit id and a float16 log-probability, as in Megatron-LM's offline distillation;
+- five bytes per entry: a 24-bit id and a float16 log-probability, as in Megatron-LM's offline distillation;
 - ids of 17 bits (any vocabulary up to 131,072), the first log-probabilities as float16 and the others by a polynomial
-  in the logarithm of their place, as in DistillKit;
+  in the logarithm of their index, as in DistillKit;
 - entries drawn from the whole distribution, 24 bits each: a 17-bit id and a 7-bit count (Random Sampling KD, Anshumann
   et al. 2025).
 """
@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Pair = tuple[Array, Array]
-BITS = 17  # of an id
-EXACT = 8  # log-probabilities that are not fitted
+BITS = 17  # per id
+EXACT = 8  # log-probabilities stored exactly
 TERMS = 5  # of the polynomial
 DRAWS = 50  # of a row
 _COUNT_BITS = 7
 
 
 class Format(Protocol):
-    """A format: `[n, k]` ids and log-probabilities to a path, and back."""
+    """A format: writes `[n, k]` ids and log-probabilities to a path, and reads them."""
 
     def write(self, path: Path, ids: Array, logprobs: Array) -> None: ...
     def read(self, path: Path) -> Pair: ...
@@ -71,7 +71,7 @@ class Zarr:
 
 
 class FiveBytes:
-    """A 24-bit id and a float16 log-probability an entry."""
+    """A 24-bit id and a float16 log-probability per entry."""
 
     def write(self, path: Path, ids: Array, logprobs: Array) -> None:
         entries = np.empty((*ids.shape, 5), np.uint8)
@@ -114,7 +114,7 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Drawn entries: a 17-bit id and a 7-bit count of DRAWS, so many as there are; a byte a row says how many."""
+    """Drawn entries: a 17-bit id and a 7-bit count each, with a byte per row for the number of entries."""
 
     def write(self, path: Path, ids: Array, counts: Array) -> None:
         """counts int `[n, k]`: 0 where there is no entry; entries first."""
@@ -125,7 +125,7 @@ class Sampled:
         _save(path, len(ids), np.concatenate([sizes, data.reshape(-1)]))
 
     def read(self, path: Path) -> Pair:
-        """ids, and log-probabilities as the counts say: −inf where there is no entry."""
+        """ids, and the logarithms of counts / DRAWS: −inf where there is no entry."""
         n, data = _load(path)
         sizes, body = data[:n].astype(np.int64), data[n:].reshape(-1, 3)
         entries = np.zeros((len(body), 4), np.uint8)
@@ -152,7 +152,7 @@ def _load(path: Path) -> tuple[int, Array]:
 
 @lru_cache(maxsize=4)
 def _basis(places: int) -> Pair:
-    """Powers of the logarithm of a place `[TERMS, places]`, and what fits them `[places, TERMS]`."""
+    """Powers of the logarithm of an index `[TERMS, places]`, and their pseudo-inverse `[places, TERMS]`."""
     x = np.log(np.arange(1, places + 1)) / np.log(places + 1)
     basis = x ** np.arange(TERMS)[:, None]
     return basis.astype(np.float32), np.linalg.pinv(basis).astype(np.float32)
@@ -165,7 +165,7 @@ def _packed(ids: Array) -> Array:
 
 
 def _unpacked(packed: Array, k: int) -> Array:
-    """Eight ids are BITS bytes: each lies in four of them at most."""
+    """The ids: eight of them take BITS bytes, and each lies within four of these."""
     groups = np.zeros((len(packed), k // 8, BITS + 3), np.int32)
     groups[..., :BITS] = packed.reshape(len(packed), k // 8, BITS)
     ids = np.empty((len(packed), k // 8, 8), np.int32)

@@ -1,4 +1,4 @@
-"""What figures were measured on, and how large the caches are that inputs have to be larger than."""
+"""The hardware and versions that figures were measured with, and the size of the last-level cache."""
 
 import os
 import platform
@@ -20,11 +20,11 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
 )
-_UNKNOWN_CACHE = 64 << 20  # a last-level cache that the system does not tell of is taken to be so large
+_UNKNOWN_CACHE = 64 << 20  # assumed if the system does not report the size of the last-level cache
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The machine, as far as figures depend on it."""
+    """The machine, by what figures depend on."""
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         return {"device": "cuda", "name": found.name, "memory_GB": round(found.total_memory / 1e9)}
@@ -32,7 +32,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Versions of Python and of the PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def named(machine: dict[str, Any]) -> str:
-    """The machine in a few words."""
+    """The machine as one line of text."""
     if machine["device"] == "cuda":
         return f"{machine['name']}, {machine['memory_GB']} GB"
     cores = machine["cores"]

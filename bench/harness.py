@@ -10,11 +10,11 @@ from fastkd.bench.hardware import last_level_cache
 from fastkd.utils.timing import Run
 
 T = TypeVar("T")
-MOST_BYTES = 4 << 30  # of rotating inputs
+MOST_BYTES = 4 << 30  # of rotating inputs together
 
 
 class Rotation(Generic[T]):
-    """Inputs one after another, so many that none is in a cache any more when its turn comes again."""
+    """Inputs used one after another; enough of them that none is still in a cache when it is used again."""
 
     def __init__(self, inputs: Sequence[T]) -> None:
         self.inputs = inputs
@@ -22,12 +22,12 @@ class Rotation(Generic[T]):
         self.last = inputs[0]
 
     def take(self) -> T:
-        """The next one."""
+        """The next input."""
         self.last = next(self._turns)
         return self.last
 
     def run(self, call: Callable[[T], object]) -> Run:
-        """A call on the next one each time."""
+        """A run that calls a function on the next input each time."""
         return lambda: call(self.take())
 
 
@@ -37,12 +37,12 @@ def rotation(make: Callable[[], T], size: int, device: str) -> Rotation[T]:
 
 
 def copies(size: int, cache: int) -> int:
-    """How many inputs of so many bytes: all others together fill the cache, as far as 4 GiB do; two at least."""
+    """Number of inputs of `size` bytes such that all but one fill the cache: at least 2, and at most 4 GiB together."""
     return max(2, min(-(-cache // size) + 1, MOST_BYTES // size))
 
 
 def peak_bytes(run: Callable[[], Sequence[torch.Tensor | None]], device: str) -> int:
-    """Peak of allocated bytes over what was there before, less the tensors that `run` returns."""
+    """Peak of bytes allocated during a run, without the tensors that it returns."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

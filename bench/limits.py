@@ -1,4 +1,4 @@
-"""The limits, measured in the process whose rows they bound: copying, and multiplying matrices."""
+"""The limits of the machine, measured in the same process as the rows: memory copy and matrix product."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ from fastkd.bench.harness import rotation
 from fastkd.bench.table import Table
 from fastkd.utils.timing import Figure, interleaved
 
-_SIDE = {"cpu": 1536, "cuda": 8192}  # of the square product
-_COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of what is copied
+_SIDE = {"cpu": 1536, "cuda": 8192}  # side of the square product
+_COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes copied
 
 
 def copy_rate(device: str, rounds: int = 7) -> Figure:
-    """GB/s, read and written together, of copying more than the caches hold."""
+    """GB/s, read plus written, of copying more memory than the caches hold."""
     size = _COPY[device]
     ring = rotation(lambda: torch.ones(size // 4, device=device), size, device)
     times = interleaved({"copy": lambda: ring.take().copy_(ring.take())}, device=device, rounds=rounds * 3)
@@ -30,7 +30,7 @@ def product_rate(device: str, dtype: torch.dtype, rounds: int = 7) -> Figure:
 
 
 def measure(table: Table, *which: str) -> None:
-    """Rows of the limits; the table remembers them. which: "copy", "product"."""
+    """Add the rows of the limits, and set `table.limits`. which: "copy", "product"."""
     dtype = torch.bfloat16 if table.device == "cuda" else torch.float32
     found: dict[str, tuple[str, str, Callable[[], Figure]]] = {
         "copy": ("GB/s", "copy of memory, read and written", lambda: copy_rate(table.device)),

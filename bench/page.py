@@ -63,7 +63,7 @@ def _cards(recordings: Sequence[Recording]) -> Cards:
         [
             Card("Limits met", f"{held} of {held + missed}", f"{missed} missed", "bad" if missed else "good"),
             Card("Rows", str(len(rows) - absent), f"in {len(recordings)} suites"),
-            Card("Not run", str(absent), "peers that need a GPU, or are not installed"),
+            Card("Not run", str(absent), "peers that need a GPU or are not installed"),
         ]
     )
 

@@ -1,7 +1,7 @@
-"""What others would use instead: eager PyTorch and torch.compile; Liger-Kernel and Cut Cross-Entropy on a GPU.
+"""Other implementations: eager PyTorch and torch.compile; Liger-Kernel and Cut Cross-Entropy on a GPU.
 
-Each is measured as it comes, and at the settings that serve it best here. What a peer computes is in its name: with
-"cross-entropy" it has no teacher at all, with "dense" it is given all of the teacher's outcomes or its hidden states.
+Each is measured with its defaults and with the best settings for these sizes. Its name says what it computes:
+"cross-entropy" has no teacher, "dense" takes all of the teacher's outcomes or its hidden states.
 """
 
 import shutil
@@ -38,7 +38,7 @@ PACKAGES = {"Liger": ("liger_kernel", "liger-kernel"), "Cut": ("cut_cross_entrop
 
 @dataclass(frozen=True)
 class Peer:
-    """A run, or, where it is None, why there is none here."""
+    """Another implementation. run: None if it cannot run here, and then `why` is the reason."""
 
     name: str
     run: Run | None
@@ -46,7 +46,7 @@ class Peer:
 
 
 def own(device: str, loss: Callable[..., Tensor], step: Callable[[Callable[..., Tensor]], Run]) -> list[Peer]:
-    """The same loss in PyTorch: eager, and compiled as it comes and with the search for the best kernels."""
+    """The same loss in PyTorch: eager, compiled with defaults, and compiled with autotuning."""
     found = [Peer("eager", step(loss))]
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return [*found, Peer("torch.compile", None, "needs a C++ compiler")]
@@ -59,7 +59,7 @@ def own(device: str, loss: Callable[..., Tensor], step: Callable[[Callable[..., 
 
 
 def why_not(name: str, device: str) -> str:
-    """Why a package's kernel cannot be run here; nothing where it can."""
+    """Why a package's kernels cannot run here; "" if they can."""
     module, package = PACKAGES[name.split()[0]]
     if device != "cuda":
         return "needs a GPU"
@@ -78,7 +78,7 @@ def of_logits(problem: "LogitsProblem") -> list[Peer]:
 
 
 def of_head(problem: "HeadProblem") -> list[Peer]:
-    """Losses that are fused with the head."""
+    """Losses that are fused with the LM head."""
     return [_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES]
 
 
@@ -94,7 +94,7 @@ def _liger_cross_entropy(problem: "LogitsProblem") -> Run:
 
 
 def _liger_dense(name: str, problem: "LogitsProblem") -> Run:
-    """Half cross-entropy, half a divergence from a teacher that is there whole."""
+    """Half cross-entropy, half a divergence from the dense teacher."""
     from liger_kernel.transformers import functional
 
     divergence: Any = getattr(functional, name)
@@ -126,7 +126,7 @@ def _head_run(name: str, problem: "HeadProblem") -> Run:
         elif "16 times" in name:
             more = {"chunk_mem_const": 16}
         return problem.step(lambda hidden, weight: liger_fused_linear_cross_entropy(hidden, weight, labels, **more))
-    # a teacher of the student's width: its states and its head are inputs
+    # a teacher of the student's width: its states and its LM head are inputs
     states, head = problem.teacher()
     if "chunked" in name:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -144,11 +144,11 @@ def _head_run(name: str, problem: "HeadProblem") -> Run:
 
 
 def eager_on(targets: Any, labels: Tensor, temperature: float) -> tuple[Any, ...]:
-    """What `eager_kd_loss` takes beside the logits."""
+    """The arguments of `eager_kd_loss` after the logits."""
     at = targets.at(temperature, "bucket")
     return targets.ids.long(), at.log_q, at.log_q_tail, labels, 0.5, temperature
 
 
 def eager_head(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """The head's product, and the same loss."""
+    """The product with the LM head, and the same loss."""
     return eager_kd_loss(hidden @ weight.T, *rest)

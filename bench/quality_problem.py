@@ -1,7 +1,7 @@
-"""What the students of the quality suite learn: from an early layer of a real teacher to its last hidden states.
+"""The problem of the quality suite: to map an early layer of a real teacher to its last hidden states.
 
-The teacher runs once. Its logits at a position are `states @ head.T`, cheap to make again, dense. The vocabulary is cut
-to the tokens of the text and the most likely others; the teacher is its own conditional distribution over these.
+The teacher runs once. Its dense logits at a position are `states @ head.T`, which is cheap to recompute. The vocabulary
+is reduced to the tokens of the text and the most likely others, and the teacher's distribution is conditional on these.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LENGTH = 256  # of a window
-RIDGE = 0.01  # of the least squares, over the inputs' mean square
-_ROWS = 1024  # of logits at once
+LENGTH = 256  # tokens per window
+RIDGE = 0.01  # of the least squares, relative to the inputs' mean square
+_ROWS = 1024  # of logits at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """N positions, in windows of `LENGTH`; the last `held` of them are never trained on.
 
-    inputs `[N, D]`: hidden states of an early layer, normed. states `[N, D]`: the last ones, as the head takes them.
-    labels `[N]`: the token after each. head `[V, D]`. mass: how much of the teacher's probability the V tokens have.
+    inputs `[N, D]`: hidden states of an early layer, normed. states `[N, D]`: the last ones, inputs of the LM head.
+    labels `[N]`: the token after each. head `[V, D]`: the LM head. mass: the teacher's probability of the V tokens.
     """
 
     inputs_ND: Tensor
@@ -39,12 +39,12 @@ class Problem:
         return len(self.states_ND) - self.held
 
     def logits(self, rows: Tensor | slice) -> Tensor:
-        """The teacher's, of some positions, `[n, V]`."""
+        """The teacher's logits at some positions, `[n, V]`."""
         return self.states_ND[rows] @ self.head_VD.T
 
     @cached_property
     def fit_DD(self) -> Tensor:
-        """Least squares from inputs to last states, over the positions to train on: where every student begins."""
+        """Least squares from inputs to last states over the training positions, which initialize every student."""
         x, y = self.inputs_ND[: self.trained], self.states_ND[: self.trained]
         damped = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1])
         found: Tensor = torch.linalg.solve(damped, x.T @ y)
@@ -64,13 +64,16 @@ def read_states(model: Any, windows_WL: Tensor, layer: int) -> tuple[Tensor, Ten
 
 
 def cut(head_VD: Tensor, states_ND: Tensor, labels_N: Tensor, size: int) -> tuple[Tensor, Tensor, float]:
-    """A head of the `size` tokens that are labels, or most likely on the average; the labels in it; and their mass."""
+    """An LM head for `size` tokens: the labels, and those with the highest mean probability.
+
+    Returns it, the labels as its rows, and the mean probability of its tokens.
+    """
     probability_V = torch.zeros(len(head_VD))
     for some_ND in states_ND.split(_ROWS):
         probability_V += (some_ND @ head_VD.T).softmax(1).sum(0) / len(states_ND)
     present = labels_N.unique()
     if len(present) > size:
-        raise ValueError(f"vocabulary: got {size}; expected the text alone has {len(present)} tokens, and all.")
+        raise ValueError(f"vocabulary: got {size}; expected at least {len(present)}, the number of tokens in the text.")
     rank_V = probability_V.clone()
     rank_V[present] += 1.0
     kept = rank_V.topk(min(size, len(head_VD))).indices
@@ -80,9 +83,9 @@ def cut(head_VD: Tensor, states_ND: Tensor, labels_N: Tensor, size: int) -> tupl
 
 
 def read_problem(teacher: Path | None, *, windows: int, held: int, layer: int, vocabulary: int) -> Problem:
-    """Of a causal model (None: SmolLM2-135M-Instruct) and CPython's language reference, in windows spread over it.
+    """The problem of a causal model (None: SmolLM2-135M-Instruct) and windows spread over CPython's language reference.
 
-    windows, held: to train on, and held out. layer: whose hidden states the students get.
+    windows, held: numbers of training and held-out windows. layer: whose hidden states the students get.
     """
     from fastkd.bench.teacher import load_teacher, text_ids
 
@@ -90,9 +93,12 @@ def read_problem(teacher: Path | None, *, windows: int, held: int, layer: int, v
     ids = text_ids(tokenizer)
     count = windows + held
     if count * LENGTH >= len(ids):
-        raise ValueError(f"windows: got {count} of {LENGTH} tokens; the text has {len(ids)} tokens.")
+        raise ValueError(
+            f"windows: got {count} of {LENGTH} tokens each; expected no more than the {len(ids)} tokens of the text."
+        )
     starts = torch.linspace(0, len(ids) - LENGTH - 1, count).long()
-    starts = starts[torch.randperm(count, generator=torch.Generator().manual_seed(0))]  # held out: from all over it
+    # held-out windows are spread over the text
+    starts = starts[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     windows_WL = torch.stack([ids[s : s + LENGTH + 1] for s in starts.tolist()])
     inputs_ND, states_ND = read_states(model, windows_WL[:, :-1], layer)
     weight_VD = model.lm_head.weight.detach().float()
@@ -103,7 +109,7 @@ def read_problem(teacher: Path | None, *, windows: int, held: int, layer: int, v
 
 
 def made_up(windows: int, held: int, vocabulary: int, width: int, seed: int = 0) -> Problem:
-    """A teacher of random states and labels of its own; the inputs are its states, disturbed."""
+    """A random teacher that draws its own labels; the inputs are its states with noise."""
     g = torch.Generator().manual_seed(seed)
     n = (windows + held) * LENGTH
     states_ND = 2.0 * torch.randn(n, width, generator=g)

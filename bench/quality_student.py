@@ -1,4 +1,4 @@
-"""A small student of the quality suite: what it is, what it may be trained on, its training and its evaluation."""
+"""The students of the quality suite: model, arms, training and evaluation."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from fastkd import SparseTargets, linear_kd_loss
 from fastkd.bench.quality_problem import LENGTH, Problem
 
-INNER = 1024  # width of the layer inside
-BATCH = LENGTH  # positions a step
+INNER = 1024  # width of the hidden layer
+BATCH = LENGTH  # positions per step
 RATE = 3e-4
-_ROWS = 1024  # of logits at once
+_ROWS = 1024  # of logits at a time
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cache keeps of a position: k exact entries, and draws from the rest at temperature t_d."""
+    """What a cache keeps of a position: k top-k entries, and draws from the tail at temperature t_d."""
 
     k: int
     draws: int = 0
     t_d: float = 1.0
 
     def targets(self, problem: Problem, seed: int) -> SparseTargets:
-        """Of all positions to train on. seed: of the draws, which then stay as they are, as in a cache."""
+        """Targets of all training positions. seed: of the draws, which are fixed as in a cache."""
         found = [
             SparseTargets.from_logits(
                 problem.logits(rows), self.k, draws=self.draws, draw_temperature=self.t_d, seed=seed, positions=rows
@@ -38,7 +38,7 @@ class Shape:
 @dataclass(frozen=True)
 class Arm:
     """What a student is trained on, soft loss alone. shape: None for the live teacher's logits, and for `labels`, the
-    hard labels alone. treatment: "dense", "labels", or one of `fastkd.TREATMENTS`."""
+    hard labels alone. treatment: "dense", "labels", or one of `fastkd.kernels.treatment.TREATMENTS`."""
 
     temperature: float
     treatment: str
@@ -46,16 +46,16 @@ class Arm:
 
 
 class Score(NamedTuple):
-    """Over held-out positions, at T = 1, in nats: KL(teacher, student), and cross-entropy of the labels."""
+    """Means over held-out positions at T = 1, in nats: KL(teacher, student), and cross-entropy of the labels."""
 
     kl: float
     ce: float
 
 
 class Student(nn.Module):
-    """A map from a teacher's early states to its last ones, beside a layer that begins as nothing; frozen head.
+    """A map from a teacher's early states to its last ones, plus a hidden layer that starts at zero; frozen LM head.
 
-    It begins as the least squares between the two: a student that knows something, as one cut from its teacher does.
+    It is initialized by least squares, so that it is not random, as a student cut from its teacher is not.
     """
 
     gain_D: Tensor
@@ -80,7 +80,7 @@ class Student(nn.Module):
 
 
 def train(problem: Problem, arm: Arm, targets: SparseTargets | None, *, seed: int) -> Student:
-    """One pass over the positions to train on, in the seed's order. targets: of the arm's shape."""
+    """Train for one epoch, in the order of the seed. targets: of the arm's shape."""
     student = Student(problem, seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     order = torch.randperm(problem.trained, generator=torch.Generator().manual_seed(seed))
@@ -97,7 +97,7 @@ def train(problem: Problem, arm: Arm, targets: SparseTargets | None, *, seed: in
 
 
 def loss(problem: Problem, arm: Arm, targets: SparseTargets | None, hidden_ND: Tensor, rows: Tensor) -> Tensor:
-    """The arm's, of some positions, a mean over them."""
+    """The mean loss of an arm over some positions."""
     t = arm.temperature
     if targets is not None:
         some = targets[rows]
@@ -113,7 +113,7 @@ def loss(problem: Problem, arm: Arm, targets: SparseTargets | None, hidden_ND: T
 
 @torch.no_grad()
 def evaluate(problem: Problem, student: nn.Module) -> Score:
-    """Over the positions held out."""
+    """The scores over the held-out positions."""
     kl = ce = 0.0
     for rows in torch.arange(problem.trained, len(problem.states_ND)).split(_ROWS):
         log_p = (student(problem.inputs_ND[rows]) @ problem.head_VD.T).log_softmax(1)

@@ -1,4 +1,4 @@
-"""Manifests of caches that hold nothing: records alone, as many as there would be."""
+"""Sealed caches that have a manifest and no shards, to measure large ones."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ import pyarrow as pa
 from fastkd.cache import CacheSpec, open_store
 from fastkd.cache.manifest import KEY, SCHEMA, to_parquet
 
-POSITIONS = 2**20  # of a shard
-SEQUENCES = 512  # of a shard, 2048 positions each
+POSITIONS = 2**20  # per shard
+SEQUENCES = 512  # per shard, 2048 positions each
 
-# In a process of its own: requests, seconds, and by how many MB memory grows at most.
+# Run in a separate process: prints requests, seconds, and the growth of peak memory in MB.
 _OPEN = """
 import os, sys, time
 import fastkd.cache, pyarrow.parquet
@@ -30,12 +30,12 @@ cache = open_cache(store)
 assert len(cache.shards) == int(sys.argv[2])
 seconds = time.perf_counter() - start
 print(len(asked), seconds, peak() - base, flush=True)
-os._exit(0)  # threads of libraries have been seen to abort at the end of a process
+os._exit(0)  # threads of libraries sometimes abort at the end of a process
 """
 
 
 class Opening(NamedTuple):
-    """What opening a cache took."""
+    """The cost of opening a cache."""
 
     requests: float
     seconds: float
@@ -43,7 +43,7 @@ class Opening(NamedTuple):
 
 
 def records(shards: int, seed: int = 0) -> pa.Table:
-    """The manifest of so many shards; what differs between real ones differs here."""
+    """The manifest of a number of shards, with values that vary as those of real shards do."""
     random = np.random.default_rng(seed)
     number = np.arange(shards, dtype=np.int64)
     draws = random.integers(14_000_000, 16_000_000, shards)
@@ -70,7 +70,7 @@ def records(shards: int, seed: int = 0) -> pa.Table:
 
 
 def write_records(folder: Path | str, spec: CacheSpec, table: pa.Table) -> int:
-    """A sealed cache of these records and no shards; the bytes of its manifest."""
+    """Write a sealed cache with these records and no shards. Returns the size of its manifest in bytes."""
     store = open_store(str(folder), create=True)
     store.create("spec.json", spec.to_json())
     manifest = to_parquet(table, spec.hash)
@@ -79,7 +79,7 @@ def write_records(folder: Path | str, spec: CacheSpec, table: pa.Table) -> int:
 
 
 def opening(folder: Path | str, shards: int, rounds: int) -> Opening:
-    """Medians of opening it in a process of its own."""
+    """Medians over `rounds` of opening a cache in a separate process."""
     command = [sys.executable, "-c", _OPEN, str(folder), str(shards)]
     found = [
         [float(x) for x in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()]

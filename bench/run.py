@@ -1,4 +1,4 @@
-"""Suites, run: one in this process, several in a process each, so that none changes what the next one finds."""
+"""Run suites: one in this process, several in a process each, so that none affects the next one."""
 
 import gc
 import subprocess
@@ -24,8 +24,8 @@ def run_suites(
     say: Say,
     keep: Callable[[Sequence[Recording]], None] = lambda found: None,
 ) -> tuple[list[Recording], list[str]]:
-    """Recordings, and the names of suites that failed. runs: how often each is measured, in turns. keep: is given what
-    there is after each suite, so that little is lost with a process that is stopped."""
+    """Recordings, and the names of suites that failed. runs: number of times that each suite is measured, alternating.
+    keep: called with all recordings after each suite, so that little is lost if the process is stopped."""
     turns = [suite for _ in range(runs) for suite in suites]
     if len(turns) == 1:
         return [run_suite(turns[0], ask, say)], []
@@ -52,12 +52,12 @@ def run_suite(suite: Suite, ask: RunConfig, say: Say) -> Recording:
 
 
 def run_cases(cases: Sequence[Case], table: Table, say: Say) -> None:
-    """Each case in turn; how far it is, ahead of each."""
+    """Run each case in turn, reporting the progress before each."""
     begun = time.monotonic()
     for number, case in enumerate(cases):
         say(progress(number, len(cases), f"{table.suite} case", case.name, time.monotonic() - begun))
         case.run(table)
-        if table.device == "cuda":  # the next one's peak must not meet what this one kept
+        if table.device == "cuda":  # memory that this case keeps must not count for the next one's peak
             import torch
 
             gc.collect()
@@ -65,13 +65,13 @@ def run_cases(cases: Sequence[Case], table: Table, say: Say) -> None:
 
 
 def progress(done: int, total: int, what: str, name: str, seconds: float) -> str:
-    """How far it is: what comes now, what is over, and, from the second on, what is left if the rest is like it."""
-    left = f", some {duration(seconds / done * (total - done))} left" if done else ""
+    """A line of progress: the next item, the time so far and, from the second item on, an estimate of the rest."""
+    left = f", about {duration(seconds / done * (total - done))} left" if done else ""
     return f"{what} {done + 1} of {total} ({done / total:.0%}, {duration(seconds)} so far{left}): {name}"
 
 
 def _apart(suite: Suite, ask: RunConfig) -> list[Recording]:
-    """A suite in a process of its own; nothing where it failed, which it has said itself."""
+    """Run a suite in a separate process. Empty if it failed; it has printed the reason."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "fastkd", "bench", suite.name, "--device", ask.device, "--json", str(path)]
@@ -82,17 +82,17 @@ def _apart(suite: Suite, ask: RunConfig) -> list[Recording]:
 
 
 def device_for(asked: str | None) -> str:
-    """ "cuda" where there is a GPU, unless something else is asked for. Raises BenchError."""
+    """The requested device; by default "cuda" if there is a GPU, otherwise "cpu". Raises BenchError."""
     import torch
 
     there = torch.cuda.is_available()
     if asked not in (None, "cpu", "cuda"):
-        raise BenchError(f"--device {asked}: cpu or cuda.")
+        raise BenchError(f"--device: got {asked}; expected cpu or cuda.")
     if asked == "cuda" and not there:
         raise BenchError("--device cuda: torch finds no GPU here. --device cpu measures what runs on a CPU.")
     return asked or ("cuda" if there else "cpu")
 
 
 def to_stderr(text: str) -> None:
-    """For a person who watches."""
+    """Print a line for the person at the terminal."""
     print(f"bench: {text}", file=sys.stderr, flush=True)

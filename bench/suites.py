@@ -1,4 +1,4 @@
-"""The suites: to add one, write a module with `cases(ask)` and name it here. Imports nothing heavy."""
+"""The suites. To add one, write a module with `cases(ask)` and list it here. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Suite:
-    """name: as it is asked for. module: of fastkd.bench. says: one line. devices: where it has anything to measure; on
-    another device it is measured on the first of these."""
+    """A group of measurements. name: on the command line. module: in fastkd.bench. says: a description of one line.
+    devices: those that it supports; if another one is requested, it runs on the first of these."""
 
     name: str
     module: str
@@ -25,19 +25,19 @@ class Suite:
 
     @property
     def title(self) -> str:
-        """`says`, as a sentence begins."""
+        """`says`, capitalized."""
         return self.says[:1].upper() + self.says[1:]
 
     def cases(self, ask: "RunConfig") -> Sequence["Case"]:
-        """What it measures, in order."""
+        """Its cases, in order."""
         found: Sequence[Case] = import_module(f"fastkd.bench.{self.module}").cases(ask)
         return found
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How to measure. full: the sizes that figures are published at, else ones that take a minute or two. peers: other
-    packages too, where they are installed. rounds: of every run; None: each suite's own."""
+    """How to measure. full: the sizes of published figures; otherwise sizes that take a minute or two. peers: also
+    measure other packages, if they are installed. rounds: of every run; None: the default of each suite."""
 
     device: str
     full: bool = False
@@ -45,17 +45,17 @@ class RunConfig:
     rounds: int | None = None
 
     def size(self, small: T, full: T) -> T:
-        """One of two sizes."""
+        """The size for a small or a full run."""
         return full if self.full else small
 
     def times(self, small: int, full: int) -> int:
-        """Rounds."""
+        """The number of rounds, if `rounds` does not set it."""
         return self.rounds or self.size(small, full)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A part of a suite that is measured in one go: what the progress calls it, and what writes its rows."""
+    """A part of a suite that is measured at once. name: for the progress. run: measures and adds rows to a table."""
 
     name: str
     run: Callable[["Table"], None]
@@ -63,25 +63,32 @@ class Case:
 
 _ALL = (
     Suite("loss", "bench_loss", "the loss on given logits, against one read and one write of them"),
-    Suite("head", "bench_head", "the loss fused with the head, against its three matrix products"),
+    Suite("head", "bench_head", "the loss fused with the LM head, against its three matrix products"),
     Suite("topk", "bench_topk", "top-k, tails and draws of a teacher's logits, against one read of them"),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
     Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
-    Suite("loader", "bench_loader", "ready batches against plain reads, and how well they are shuffled", ("cpu",)),
-    Suite("train", "bench_train", "a step of distillation against one of cross-entropy, and with the teacher live"),
-    Suite("scale", "bench_scale", "a cache of 10^12 positions, of records alone: manifest and order", ("cpu",)),
-    Suite("plan", "bench_plan", "planning many documents: seconds and memory", ("cpu",)),
+    Suite("loader", "bench_loader", "assembled batches against plain reads, and the quality of the shuffle", ("cpu",)),
     Suite(
-        "quality", "bench_quality", "students of one teacher by what they are trained on, and its gradient", ("cpu",)
+        "train", "bench_train", "a distillation step against a cross-entropy step, and against one with a live teacher"
     ),
-    Suite("cost", "bench_cost", "n students from one cache, against n with the teacher live"),
+    Suite(
+        "scale", "bench_scale", "manifest and epoch order of a cache of 10^12 positions, without its shards", ("cpu",)
+    ),
+    Suite("plan", "bench_plan", "time and memory to plan windows for many documents", ("cpu",)),
+    Suite(
+        "quality",
+        "bench_quality",
+        "students trained on different targets of one teacher, and the error of the gradient",
+        ("cpu",),
+    ),
+    Suite("cost", "bench_cost", "cost of n students from one cache, against n with a live teacher"),
 )
 SUITES = {suite.name: suite for suite in _ALL}
 
 
 def named(names: Sequence[str]) -> list[Suite]:
-    """The suites of these names, in the registry's order; all of them where none is named. Raises NoSuite."""
+    """The suites with these names, in the order of the list; all suites if there are no names. Raises NoSuite."""
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         raise NoSuite(f"{', '.join(unknown)}: no such suite. There are: {', '.join(SUITES)}.")
@@ -89,5 +96,5 @@ def named(names: Sequence[str]) -> list[Suite]:
 
 
 def listing() -> str:
-    """A line a suite."""
+    """A line for each suite."""
     return "\n".join(f"  {suite.name:<12} {suite.says}" for suite in SUITES.values())

@@ -14,7 +14,7 @@ from fastkd.utils.timing import Figure
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: of what (`name`), at which sizes (`case`).
+    """A measurement. name: what was measured. case: at which sizes.
 
     ratio: the median ratio to `over`, a run in the same process; value: the absolute value in `unit`. Either may be
     None; both are if a peer cannot run (`note` says why). p20, p80: percentiles of the ratio, or else of the value.
@@ -51,7 +51,7 @@ class Row:
         return "ok" if holds else "MISSED"
 
     def details(self, bound: float | None = None) -> list[str]:
-        """What the ratio is to, the absolute value, and the note. bound: the machine's limit, in the row's unit."""
+        """What the ratio is over, the absolute value, and the note. bound: the machine's limit, in the row's unit."""
         words = [f"over {self.over}"] if self.over else []
         if self.ratio is not None and self.value is not None:
             words.append(f"{self.value:.4g} {self.unit}")

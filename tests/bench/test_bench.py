@@ -160,7 +160,7 @@ class TestSuites:
         found = run.run_suite(Fake("fake", "none", "", ("cpu",)), RunConfig("cuda"), said.append)
         assert (found.suite, found.size, [row.name for row in found.rows]) == ("fake", "small", ["a"])
         assert said[0] == "fake case 1 of 2 (0%, 0 s so far): one"
-        assert said[1].startswith("fake case 2 of 2 (50%, 0 s so far, some 0 s left): two")
+        assert said[1].startswith("fake case 2 of 2 (50%, 0 s so far, about 0 s left): two")
 
     def test_one_that_fails_takes_no_other_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each has a process of its own; what is there is kept after each."""
@@ -188,7 +188,7 @@ class TestSuites:
         assert all(command[-4:] == ["--full", "--peers", "--rounds", "3"] for command in commands)
 
     def test_how_far(self) -> None:
-        assert run.progress(3, 4, "suite", "x", 90.0) == "suite 4 of 4 (75%, 90 s so far, some 30 s left): x"
+        assert run.progress(3, 4, "suite", "x", 90.0) == "suite 4 of 4 (75%, 90 s so far, about 30 s left): x"
 
 
 def recording(*rows: Row, suite: str = "loss", **more: Any) -> Recording:
@@ -286,7 +286,7 @@ class TestCheck:
         before = [recording(row(1.0), row(1.0, name="better"), row(1.0, name="same"), row(1.0, name="gone"))]
         after = [recording(row(1.5), row(0.5, name="better"), row(1.0, name="same"))]
         lines = check.text(before, after).splitlines()
-        assert lines[0] == "against what was recorded on made up, 2 cores: 3 rows, 2 moved, 1 of them worse"
+        assert lines[0] == "compared with the recording on made up, 2 cores: 3 rows, 2 moved, 1 of them worse"
         assert "WORSE  1 -> 1.5 (+50.0%, noise 2.0%)  loss: N=1: ours" in lines[1]
         assert "better" in lines[2]
         assert lines[3].endswith("not measured any more: N=1: gone")
@@ -305,7 +305,7 @@ class TestCommand:
         ("arguments", "status", "says"),
         [
             (["nothing"], 2, "no such suite"),
-            (["--device", "tpu"], 1, "--device tpu: cpu or cuda"),
+            (["--device", "tpu"], 1, "--device: got tpu; expected cpu or cuda"),
             (["--runs", "0"], 1, "at least 1"),
             (["--against", "x.json"], 1, "add --check"),
             (["--use", "missing.json"], 1, "missing.json: not recordings"),
@@ -325,7 +325,7 @@ class TestCommand:
             assert cli.main(["bench", "--use", str(new), "--check", "--against", str(old)]) == status
         assert "WORSE" in capsys.readouterr().out
         assert cli.main(["bench", "head", "--use", str(new)]) == 1  # nothing of it in there
-        assert "nothing of head" in capsys.readouterr().err
+        assert "no recordings of head" in capsys.readouterr().err
 
 
 def sized(v: int, name: str, value: float, unit: str = "GB/s", n: int = 8, **more: Any) -> Row:

@@ -55,7 +55,7 @@ class TestProblem:
         assert torch.equal(kept[found], head[labels])
         assert torch.equal(kept.sum(0), torch.tensor([1.0, 1, 0, 0, 0, 1]))
         assert mass == pytest.approx(float(states[0].softmax(0)[[0, 1, 5]].sum()))
-        with pytest.raises(ValueError, match="vocabulary: found 1; the text alone has 2 tokens"):
+        with pytest.raises(ValueError, match="vocabulary: got 1; expected at least 2"):
             cut(head, states, labels, 1)
 
 
