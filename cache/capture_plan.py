@@ -1,4 +1,4 @@
-"""The capture plan that lies beside the shards as plan.json: how the data were cut into shards (FORMAT.md)."""
+"""The capture plan, stored as plan.json: how the data were divided into shards (FORMAT.md)."""
 
 import json
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _FORMAT = "fastkd-plan"
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What plan.json says. Targets can be read without it.
+    """The contents of plan.json. Targets can be read without it.
 
-    settings: how documents were cut up: context, packing, shard_positions, batch_tokens, held_out, seed and others.
+    settings: how documents were divided: context, packing, shard_positions, batch_tokens, held_out, seed and others.
     dataset: the fingerprint of the documents. totals: counts of documents, windows, shards, positions, tokens.
     train_shards: the shards from this number on are held out. sha256: of the whole plan. version: of its rules.
     """
@@ -31,7 +31,7 @@ class CapturePlan:
 
     @property
     def shards(self) -> int:
-        """How many shards the cache will have."""
+        """The number of shards of the complete cache."""
         return self.totals["shards"]
 
     def to_json(self) -> bytes:
@@ -49,7 +49,7 @@ class CapturePlan:
 
     @classmethod
     def from_json(cls, data: bytes) -> "CapturePlan":
-        """The plan in plan.json. CacheError, naming the member, where it is none."""
+        """The plan in plan.json. CacheError, naming the member, if it is none."""
         document = parse_json(data, PLAN_KEY)
         if document.get("format") != _FORMAT:
             raise CacheError(f"{PLAN_KEY}: got format {document.get('format')!r}; expected {_FORMAT!r}.")
@@ -69,7 +69,7 @@ class CapturePlan:
 def read_capture_plan(store: Store) -> CapturePlan | None:
     """The plan that a cache was captured by; None for a cache without a plan.
 
-    Raises CacheError, naming store and member, where plan.json is not one that this version can read.
+    Raises CacheError, naming store and member, if plan.json is not one that this version can read.
     """
     try:
         data = store.get(PLAN_KEY)
@@ -82,7 +82,7 @@ def read_capture_plan(store: Store) -> CapturePlan | None:
 
 
 def planned_shards(store: Store) -> int:
-    """How many shards the cache will have by its plan; 0 where there is no plan, or none that can be read."""
+    """The number of shards by the plan; 0 if there is no plan, or none that can be read."""
     try:
         plan = read_capture_plan(store)
     except StoreError:

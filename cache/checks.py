@@ -1,4 +1,4 @@
-"""Checks before a shard is written: an error names the argument and the row, what it is, and what is expected."""
+"""Checks before a shard is written. An error names the argument, the row, the value, and what is expected."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from .values import integer
 Array = NDArray[Any]
 
 LONGEST_RECORD = 2**14  # characters: a shard's attributes must fit into its last 64 KiB
-ROUNDING = 1e-4  # nats by which a log-probability may exceed 0: what float32 arithmetic makes of log 1
+ROUNDING = 1e-4  # nats by which a log-probability may exceed 0, from rounding in float32
 _HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
 # Nats, of a tail at T = 1, which is a probability: more than rounding explains, less than would spoil statistics.
 _HIGHEST_LOG_MASS = 8.0
@@ -28,7 +28,7 @@ _HIGHEST_TAIL_CODE = 2**30 - 1  # a difference of two is an int32
 def check_targets(
     spec: CacheSpec, ids: Any, logprobs: Any, tail: Any, draws: Any = None, outcomes: Any = None
 ) -> Targets:
-    """The targets as the codec takes them. CacheError where they cannot be a teacher's."""
+    """The targets as the codec takes them. CacheError if they cannot be a teacher's."""
     ids = _array("ids", ids, "iu", 2)
     n, width = ids.shape
     most = min(spec.shard_positions, LARGEST // (4 * spec.width))
@@ -92,7 +92,7 @@ def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Arra
             raise CacheError(f"inputs[{name!r}]: got {len(column)} values; expected {positions}, one a position.")
     tokens = columns.get("tokens")
     if tokens is not None and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**31):
-        raise CacheError("inputs['tokens']: got other than token ids; expected integers from 0 to 2^31.")
+        raise CacheError("inputs['tokens']: got numbers that are no token ids; expected integers from 0 to 2^31.")
     return columns
 
 

@@ -1,4 +1,4 @@
-"""What a cache holds, as a report of JSON values."""
+"""A report of the contents of a cache, in JSON values."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,13 @@ _COUNTS = ("sequences", "positions", "counted", "head_entries", "draw_entries", 
 
 
 def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
-    """The settings and fingerprints of a cache, how much it holds, how many bytes that takes, and what is missing.
+    """The settings and fingerprints of a cache, its counts, its sizes in bytes, and what is missing.
 
     The end of each shard is read; of a sealed cache, the ends of up to 32 shards. If the store cannot be listed,
     `missing.listed` is False, and the report is from the manifest alone. Numbers of shards and sequences are given as
     [from, to], both included. progress: a bar on stderr.
 
-    Raises CorruptShard where a shard's end is damaged, StoreError where the store fails.
+    Raises CorruptShard if a shard's end is damaged, StoreError if the store fails.
     """
     try:
         sizes = {entry.key: entry.size for entry in cache.store.list(PREFIX)}

@@ -30,7 +30,7 @@ _ATTEMPT = re.compile("[0-9a-f]{32}")
 
 
 def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict[str, Any]:
-    """The row of a shard of `size` bytes. CacheError where its attributes are not those of a shard."""
+    """The row of a shard of `size` bytes. CacheError if its attributes are not those of a shard."""
     try:
         row: dict[str, Any] = {"shard": attributes["index"], "bytes": size, "written": attributes["written"]}
         row |= {name: attributes[name] for name in _COUNTS if name != "bytes"}
@@ -70,7 +70,7 @@ def to_parquet(table: pa.Table, spec_hash: str) -> bytes:
 
 
 def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
-    """The table in manifest.parquet. CacheError where it is damaged or belongs to another cache."""
+    """The table in manifest.parquet. CacheError if it is damaged or belongs to another cache."""
     step = "Delete it and seal the cache again: it is made from the shards, which stay as they are."
     try:
         file = pq.ParquetFile(

@@ -24,9 +24,9 @@ _DATASET = re.compile(
 
 @dataclass(frozen=True)
 class Identity:
-    """A teacher, a tokenizer or a chat template, told from every other.
+    """The identity of a teacher, a tokenizer or a chat template.
 
-    fingerprint: one line with all that decides its output. name: what people call it, "" where it has no name. sha256:
+    fingerprint: one line with everything that affects its output. name: its name, "" if it has none. sha256:
     of its contents, 64 hexadecimal digits; None where the fingerprint has none.
     """
 

@@ -43,7 +43,7 @@ def open_cache(path_or_store: Any) -> "Cache":
     """A cache to read from: a folder, a zip of one, a URL, an obstore store, or a `Store`.
 
     A sealed cache takes two requests; the shards of any other are listed when they are first needed.
-    CacheError where there is no cache, or none that this version can read.
+    CacheError if there is no cache, or none that this version can read.
     """
     store = open_store(path_or_store)
     spec = read_spec(store)
@@ -53,7 +53,7 @@ def open_cache(path_or_store: Any) -> "Cache":
 class Cache:
     """A cache, open for reading. Safe to use from several threads and processes (forked or spawned).
 
-    store, spec: where it lies, and its settings. sealed: whether it has a manifest, and takes no more shards.
+    store, spec: its store and its settings. sealed: whether it has a manifest, and takes no more shards.
     """
 
     def __init__(self, store: Store, spec: CacheSpec, manifest: pa.Table | None) -> None:
@@ -99,7 +99,7 @@ class Cache:
         into: memory for the `[n, K]` arrays, which the next shard read into it overwrites: much faster than new memory,
         for many shards. Each thread that reads keeps memory for the streams of one shard.
 
-        Raises CorruptShard, naming shard and array, where its bytes are not those that were committed.
+        Raises CorruptShard, naming shard and array, if its bytes are not those that were committed.
         """
         data, attributes = self._object(index)
         streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
@@ -188,7 +188,7 @@ class Cache:
             raise corrupt(self.store, index, damage) from damage
 
     def _attributes(self, end: bytes, index: int) -> dict[str, Any]:
-        """The attributes of an object, or of its end. Damage where it is not this shard of this cache."""
+        """The attributes of an object, or of its end. Damage if it is not this shard of this cache."""
         if self.sealed:
             numbers = self.manifest.column("shard").to_numpy()
             row = int(np.searchsorted(numbers, index))

@@ -1,4 +1,4 @@
-"""What lies in a store: the spec, the manifest, and the shards, whose rows are read from the shards themselves."""
+"""Reads what a store holds: the spec, the manifest, and the manifest's rows from the shards themselves."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from .stores import Store
 SPEC_KEY = "spec.json"
 PREFIX = "shards/"
 _NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
-_REQUESTS = 16  # at a time: a shard's end is small, and most of the time goes into waiting
+_REQUESTS = 16  # at a time: the end of a shard is small, and most of the time is latency
 
 
 def shard_key(index: int) -> str:
@@ -38,7 +38,7 @@ def listed(store: Store) -> dict[int, int]:
 
 
 def read_spec(store: Store) -> CacheSpec:
-    """The spec of the cache in a store. CacheError where there is none, or none that this version can read."""
+    """The spec of the cache in a store. CacheError if there is none, or none that this version can read."""
     try:
         data = store.get(SPEC_KEY)
     except NotFound as error:
@@ -50,7 +50,7 @@ def read_spec(store: Store) -> CacheSpec:
 
 
 def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
-    """The manifest of a sealed cache; None for one that is not sealed. CacheError where it is damaged."""
+    """The manifest of a sealed cache; None for one that is not sealed. CacheError if it is damaged."""
     try:
         data = store.get(KEY)
     except NotFound:
@@ -63,7 +63,7 @@ def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
 
 def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The manifest's row of a shard of `size` bytes, and its attributes, from its object or the end of it. Damage, or
-    CacheError, where it is not this shard of this cache."""
+    CacheError, if it is not this shard of this cache."""
     attributes = shard_attributes(end, spec, index)
     return row_of(attributes, size, stored_digest(end)), attributes
 
@@ -71,7 +71,7 @@ def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[
 def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
     """The manifest of these shards, from their ends: one small request each.
 
-    sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard where an end is damaged.
+    sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard if an end is damaged.
     """
 
     def row(index: int, size: int) -> dict[str, Any]:

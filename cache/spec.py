@@ -176,7 +176,7 @@ class CacheSpec:
 
     @classmethod
     def from_json(cls, data: bytes) -> "CacheSpec":
-        """The spec in spec.json. CacheError where it is damaged, of another format, or needs a newer version."""
+        """The spec in spec.json. CacheError if it is damaged, of another format, or needs a newer version."""
         document = parse_json(data, "spec.json")
         if document.get("format") != "fastkd-cache":
             raise CacheError("spec.json: this is not the spec of a fastkd cache.")
@@ -226,7 +226,7 @@ def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from a file of any content. CacheError, naming the file, where it is none."""
+    """A JSON object from a file of any content. CacheError, naming the file, if it is none."""
     if len(data) > 2**22:
         raise CacheError(f"{name}: got {len(data)} bytes; expected at most 4 MiB.")
     try:

@@ -1,4 +1,4 @@
-"""Is every shard the one that was committed? Every byte is read and hashed; deep: every array is decoded as well."""
+"""Checks that every shard is the one that was committed: every byte is hashed; deep: every array is also decoded."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +21,7 @@ from .stores import Store, open_store
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong: with which shard (None: with the cache), and in which array (None: not known, or all)."""
+    """A problem. shard: None for the whole cache. array: None if it is not known, or all of them."""
 
     shard: int | None
     array: str | None
@@ -61,7 +61,7 @@ class Report:
 def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = False) -> Report:
     """`verify` the cache at a path, a URL or in a store. A spec or a manifest that cannot be read is a problem too.
 
-    Raises CacheError where there is no cache, and StoreError where the store fails.
+    Raises CacheError if there is no cache, and StoreError if the store fails.
     """
     store = open_store(path_or_store)
     try:
@@ -90,7 +90,7 @@ def verify(
 
     Each object is read whole and compared with its own hash, its name, the spec, and the manifest. deep: its arrays are
     decoded as a reader would, and compared with the hash of their contents. Shards that are missing between others,
-    that overlap, or that are not in the manifest are problems too. Raises StoreError where the store fails.
+    that overlap, or that are not in the manifest are problems too. Raises StoreError if the store fails.
     """
     sealed = manifest is not None
     report = Report(deep=deep, sealed=sealed)
@@ -132,7 +132,7 @@ def verify(
 
 
 def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any] | None, deep: bool) -> dict[str, Any]:
-    """The manifest's row of a shard, from its object. Damage where it is wrong. known: the row as it was sealed."""
+    """The manifest's row of a shard, from its object. Damage if it is wrong. known: the row as it was sealed."""
     check_bytes(data)
     row, attributes = shard_row(spec, index, data, len(data))
     if known is not None and known["object_sha256"] != row["object_sha256"]:
@@ -148,7 +148,7 @@ def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any]
 
 
 def _check_decoded(decoded: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """Damage where the attributes count otherwise than the arrays."""
+    """Damage if the attributes count otherwise than the arrays."""
     used = decoded["logprobs"] > -np.inf
     drawn = decoded["draws"] > 0 if "draws" in decoded else np.zeros_like(used)
     counts = {

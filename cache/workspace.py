@@ -1,4 +1,4 @@
-"""Memory that is used again for the arrays of the next shard."""
+"""Memory that is reused for the arrays of the next shard."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class Workspace:
-    """Arrays by name, in memory that is kept. For one thread; a new array of a name overwrites the one before.
+    """Arrays by name, in memory that is reused. For one thread; a new array overwrites the previous one of that name.
 
     Touching a page of memory for the first time can cost more than decoding into it.
     """

@@ -88,7 +88,7 @@ def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue
 def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "CacheWriter":
     """A writer for an existing cache, with its settings. Arguments as in `create_cache`.
 
-    Raises CacheError where there is no cache, and ReadOnly where the store cannot be written.
+    Raises CacheError if there is no cache, and ReadOnly if the store cannot be written.
     """
     store = open_store(path_or_store)
     spec = read_spec(store)
@@ -355,7 +355,7 @@ class CacheWriter:
         )
 
     def _attempt_of(self, index: int, mine: Mapping[str, Any]) -> str | None:
-        """The attempt that committed a shard; None if it does not exist. CacheError where it differs from `mine`."""
+        """The attempt that committed a shard; None if it does not exist. CacheError if it differs from `mine`."""
         try:
             end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
         except NotFound:

@@ -74,7 +74,7 @@ def check_temperature(temperature: float, temperatures: Sequence[float]) -> None
     if temperature < lowest * (1 - ON_GRID):
         raise KDError(
             f"temperature: got {temperature}, below the lowest stored one, {lowest}; the tail is not known there. "
-            f"Use T >= {lowest}, or store targets with temperatures that reach down to {temperature}."
+            f"Use T >= {lowest}, or store targets with temperatures down to {temperature}."
         )
     on_grid = any(abs(temperature - t) <= ON_GRID * t for t in temperatures)
     if not on_grid and len(temperatures) < OFF_GRID_NEEDS:

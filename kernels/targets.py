@@ -82,7 +82,7 @@ class SparseTargets:
     index `[N]` int64 or None: for compact targets, the (flattened) position of each row; positions without a row do not
         count in a loss. Without it, row i is position i.
 
-    Raises KDError where shapes or types do not fit together. The values inside the tensors are checked where they are
+    Raises KDError if shapes or types do not fit together. The values inside the tensors are checked where they are
     used.
     """
 
@@ -213,7 +213,7 @@ class SparseTargets:
     @classmethod
     def cat(cls, parts: Sequence["SparseTargets"]) -> "SparseTargets":
         """The rows of several targets, one after another. Narrower rows are filled up with unused entries, and rows
-        without draws with 0 draws. KDError where vocab_size, temperatures or draw_temperature differ, or where some
+        without draws with 0 draws. KDError if vocab_size, temperatures or draw_temperature differ, or where some
         have an index and others none."""
         if not parts:
             raise KDError("cat: got no targets; expected at least one.")
@@ -249,7 +249,7 @@ class SparseTargets:
         spec.
 
         On the CPU (the default) the targets share the arrays' memory. To a GPU they are copied from page-locked memory
-        without waiting. KDError where an array is missing.
+        without waiting. KDError if an array is missing.
         """
         device = torch.device("cpu" if device is None else device)
         columns: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Treatments: what a loss makes of the teacher's probability outside the top-k entries. Imports no torch.
+"""Treatments: how a loss treats the teacher's probability outside the top-k entries. Imports no torch.
 
 bucket       the rest of the vocabulary is one more outcome
 sampled      the stored draws stand for it (Anshumann et al., Sparse Logit Sampling, 2025)
@@ -25,7 +25,7 @@ SAMPLED_REACH = 1.5
 
 def sampled_reach(draw_temperature: float) -> float:
     """The highest temperature at which `auto` uses draws that were made at `draw_temperature`."""
-    from .tail import ON_GRID  # with NumPy, which the names above need not
+    from .tail import ON_GRID  # needs NumPy, unlike the names above
 
     return SAMPLED_REACH * draw_temperature * (1 + ON_GRID)
 

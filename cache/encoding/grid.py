@@ -1,4 +1,4 @@
-"""Log-probabilities as small integers: a grid that is fine where the probability lies and coarse far below.
+"""Log-probabilities as small integers: a grid that is fine for large probabilities and coarse for small ones.
 
 The step at a log-probability of −x nats is min(step·e^(growth·x), cap). Rounding changes an entry by at most half the
 local step, which costs a divergence of about Σ p·step(x)²/24: a fine step matters where p is large.

@@ -105,7 +105,7 @@ def decode_part(
     """Write a part's ids, log-probabilities and (of drawn entries) draws into out, `[n, spec.width]` each.
 
     The counts_N[i] entries of row i go to its columns from offsets_N[i] on. Other columns are left as they are, or get
-    id 0, log-probability -inf and draws 0. Raises ValueError where the streams contradict each other.
+    id 0, log-probability -inf and draws 0. Raises ValueError if the streams contradict each other.
     """
     capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
     if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:

@@ -140,7 +140,7 @@ class Block(NamedTuple):
 def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterator[Block]:
     """The rows of `encode_rows`, BLOCK at a time. The next block overwrites the arrays of the one before.
 
-    Raises ValueError where the streams do not fit the counts.
+    Raises ValueError if the streams do not fit the counts.
     """
     rows = len(counts_N)
     lengths = column_lengths(counts_N)

@@ -60,7 +60,7 @@ def decode_targets(
     """ids int32 and logprobs float32 `[n, K]`, tail float32 `[n, M]`, outcomes int32 `[n]`, and draws int32 `[n, K]`
     where the spec has draws; K = spec.width. into: memory for the `[n, K]` arrays.
 
-    Raises ValueError where the streams contradict each other.
+    Raises ValueError if the streams contradict each other.
     """
     rows = streams["tail"].shape[1]
     none = np.zeros(rows, np.int64)

@@ -124,7 +124,7 @@ def encode_lists(lists: Lists, ranks_V: Array) -> Streams:
 
 
 def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
-    """The ids of all lists, one after another. Raises ValueError where the streams do not fit the lengths."""
+    """The ids of all lists, one after another. Raises ValueError if the streams do not fit the lengths."""
     lengths = lengths_C.astype(np.int64)
     width = int(lengths.max(initial=0))
     if (lengths < 1).any():

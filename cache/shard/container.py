@@ -88,14 +88,14 @@ def content_hash(arrays: Mapping[str, Array]) -> str:
 
 
 def stored_digest(data: bytes) -> str:
-    """The hash at the end of an object. Damage where there is none."""
+    """The hash at the end of an object. Damage if there is none."""
     if len(data) < HASH_LENGTH + len(SEAL) or data[-HASH_LENGTH - len(SEAL) : -HASH_LENGTH] != SEAL:
         raise Damage("it does not end in a shard's hash: it is truncated, or not a shard")
     return data[-HASH_LENGTH:].decode("ascii", "replace")
 
 
 def read_attributes(end: bytes) -> dict[str, Any]:
-    """The attributes, from the last TAIL_LENGTH bytes of an object. Damage where they are incomplete."""
+    """The attributes, from the last TAIL_LENGTH bytes of an object. Damage if they are incomplete."""
     stored_digest(end)
     members = _directory(end)
     if _ATTRIBUTES not in members:
@@ -104,7 +104,7 @@ def read_attributes(end: bytes) -> dict[str, Any]:
 
 
 def check_bytes(data: bytes) -> None:
-    """Damage, naming the array, where the object differs from the hash it ends in."""
+    """Damage, naming the array, if the object differs from the hash it ends in."""
     if stored_digest(data) != digest(data):
         where = _first_bad_member(data)
         raise Damage(
@@ -113,7 +113,7 @@ def check_bytes(data: bytes) -> None:
 
 
 def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = None) -> dict[str, Array]:
-    """The arrays of an object whose bytes were checked. Damage, naming the array, where one cannot be read.
+    """The arrays of an object whose bytes were checked. Damage, naming the array, if one cannot be read.
 
     known: the arrays to read, and how many numbers each holds at most; others are skipped.
     streams: memory for the streams (all but the inputs and the lengths, which the caller keeps).
@@ -146,7 +146,7 @@ def length_of_end(attributes: Mapping[str, Any], name: str) -> int:
 
 
 def unpack_end(end: bytes, name: str, most: int) -> Array:
-    """One array, of at most `most` numbers, from the end of an object. Damage where it is missing or incomplete."""
+    """One array, of at most `most` numbers, from the end of an object. Damage if it is missing or incomplete."""
     members = _directory(end)
     path = f"{name}/zarr.json"
     try:
@@ -162,7 +162,7 @@ def unpack_end(end: bytes, name: str, most: int) -> Array:
 
 
 def members(data: bytes) -> dict[str, bytes]:
-    """The members of an object, by name. Damage where its zip directory is invalid."""
+    """The members of an object, by name. Damage if its zip directory is invalid."""
     return {name: bytes(_member(data, member, check=True)) for name, member in _directory(data).items()}
 
 

@@ -28,7 +28,7 @@ def shard_attributes(end: bytes, spec: CacheSpec, index: int) -> dict[str, Any]:
 
 
 def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
-    """Damage where the attributes are those of another shard, or of another cache."""
+    """Damage if the attributes are those of another shard, or of another cache."""
     for name, expected in (("format", FORMAT), ("index", index)):
         if attributes.get(name) != expected:
             raise Damage(f"got {name} {attributes.get(name)!r}; expected {expected}")
@@ -63,7 +63,7 @@ def known_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str, in
 def decode_shard(
     spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array], into: Workspace | None = None
 ) -> Arrays:
-    """The arrays of `Cache.read_shard`. Damage where the streams contradict each other, or the attributes."""
+    """The arrays of `Cache.read_shard`. Damage if the streams contradict each other, or the attributes."""
     _check_shapes(spec, attributes, arrays)
     try:
         decoded: Arrays = decode_targets(spec, arrays, arrays.get("inputs/tokens"), into)
@@ -79,7 +79,7 @@ def decode_shard(
 
 
 def _check_shapes(spec: CacheSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Damage where the shape of an array differs from the counts."""
+    """Damage if the shape of an array differs from the counts."""
     n, sequences = attributes["positions"], attributes["sequences"]
     shapes: dict[str, tuple[Any, ...]] = {f"inputs/{name}": (n,) for name in spec.inputs}
     shapes |= {"tail": (len(spec.temperatures), n), "sequence_lengths": (sequences,)}

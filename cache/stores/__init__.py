@@ -1,4 +1,4 @@
-"""Where a cache lies: a store of immutable objects, each created whole and only if it is absent.
+"""Stores of a cache: immutable objects, each created whole and only if it is absent.
 
 Belongs here: one file for each kind of store; `register_store` in it makes `open_store` find it.
 Does not: what the objects hold.

@@ -73,7 +73,7 @@ class ZipStore(BaseStore):
 
 @register_store(".zip")
 def open_zip(path: str, create: bool) -> ZipStore:
-    """The zip file at a path. Raises CacheError where a cache is to be created in it."""
+    """The zip file at a path. Raises CacheError if a cache is to be created in it."""
     if create and not os.path.exists(path):
         raise CacheError(f"{path}: a zip file is only read. Write the cache to a folder, and zip its content.")
     return ZipStore(path)

@@ -1,4 +1,4 @@
-"""What all stores share: the protocol, checks of keys, and error messages without credentials."""
+"""The parts that all stores share: the protocol, checks of keys, and error messages without credentials."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 from ..credentials import redact
 from ..errors import NotFound, ReadOnly, StoreError
 
-# Where a store keeps its own objects: unfinished attempts, a probe. Never listed, never an object's key.
+# The folder of a store's own objects: unfinished attempts, a probe. Never listed, never an object's key.
 ATTEMPTS = "attempts"
 PROBE = f"{ATTEMPTS}/exclusive-create"
 PROBE_TEXT = b"fastkd asks with this object whether the store creates exclusively.\n"
@@ -182,7 +182,7 @@ class BaseStore:
         raise NotImplementedError
 
     def _check_size(self, key: str, data: memoryview) -> None:
-        """StoreError where an object is too large for the store."""
+        """StoreError if an object is too large for the store."""
 
     def _next_step(self, error: Exception) -> str:
         return self.NEXT_STEP
@@ -197,7 +197,7 @@ class BaseStore:
             refuse(self, "reading", key, error, "There is no such object, or no such bucket.", NotFound)
         except self.ERRORS as error:
             if length is not None and self._is_empty(key):
-                return b""  # an empty object has no last byte, and servers say so in many ways
+                return b""  # an empty object has no last byte, which servers report in different ways
             refuse(self, "reading", key, error, self._next_step(error))
 
     def _is_empty(self, key: str) -> bool:

@@ -52,7 +52,7 @@ class LocalStore(BaseStore):
         *folders, name = key.split("/")
         with self._folder(folders, make=True) as target:
             if _exists(name, target):
-                os.fsync(target)  # whoever linked it may not have synced it yet, and False is a promise too
+                os.fsync(target)  # its writer may not have synced it yet, and False also promises that it is durable
                 return False
             with self._folder([ATTEMPTS], make=True) as attempts:
                 return self._commit(key, name, target, attempts, data)
@@ -147,7 +147,7 @@ class LocalStore(BaseStore):
                 os.link(temporary, name, src_dir_fd=attempts, dst_dir_fd=target, follow_symlinks=False)
                 created = True
             except FileExistsError:
-                # NFS says so of a link it has made itself, when the first answer was lost.
+                # NFS reports this for a link that it made itself if the first response was lost.
                 there = os.stat(name, dir_fd=target, follow_symlinks=False)
                 created = os.path.samestat(os.fstat(file), there)
             except OSError as error:
@@ -178,7 +178,7 @@ class LocalStore(BaseStore):
 
 @register_store("")
 def open_path(path: str, create: bool) -> LocalStore:
-    """The folder at a path, made with `create`. Raises NotFound where it does not exist, StoreError on failure."""
+    """The folder at a path, made with `create`. Raises NotFound if it does not exist, StoreError on failure."""
     try:
         if create:
             make_folder(path)
@@ -215,7 +215,7 @@ def make_folder(path: str) -> None:
 
 
 def _mkdir(name: str, folder: int) -> None:
-    # Another writer may be quicker; if what it made is no folder, opening it says so.
+    # Another writer may be faster; if it made something else than a folder, opening it raises.
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
 

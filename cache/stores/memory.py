@@ -1,4 +1,4 @@
-"""A cache in the memory of this process, for tests and for trying things out."""
+"""A cache in the memory of this process, for tests and experiments."""
 
 import threading
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class MemoryStore(BaseStore):
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise StoreError(f"{self.describe()}: a store in memory is not sent to other processes. Use a folder.")
+        raise StoreError(f"{self.describe()}: a store in memory cannot be sent to other processes. Use a folder.")
 
     def describe(self) -> str:
         return f"memory://{self._name}"

@@ -1,4 +1,4 @@
-"""From what a person gives (a path, a URL, a store of another library) to a `Store`."""
+"""From a path, a URL or a store of another library to a `Store`."""
 
 import os
 import pkgutil

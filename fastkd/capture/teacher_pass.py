@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """A shard's rows, and where they come from. data: None for tokens whose documents are not at hand."""
+    """A shard's rows, and where they come from. data: None for tokens whose documents are not available."""
 
     rows: ShardRows
     data: Documents | Examples | None

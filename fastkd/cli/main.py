@@ -435,11 +435,11 @@ def _at_terminal() -> bool:
 
 
 def _say(text: str, stream: Any = None) -> None:
-    """Print, as far as the stream can show the text; to nobody, where whoever read it has gone."""
+    """Print text. Characters that the stream cannot encode are escaped; a closed pipe is ignored."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain.
+        # otherwise Python's flush at exit would raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

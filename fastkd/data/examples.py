@@ -89,7 +89,7 @@ class Examples:
         return 0 if self._labels is None else int(self._labels.max(initial=-1)) + 1
 
     def labels(self, numbers: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
-        """The classes of these examples, `[b]`. DataError where there are no labels."""
+        """The classes of these examples, `[b]`. DataError if there are no labels."""
         if self._labels is None:
             raise DataError("labels: got none; expected Examples(..., labels=...) here.")
         found: NDArray[np.int64] = self._labels[np.asarray(numbers, np.int64)]

@@ -1,4 +1,4 @@
-"""What any torch module returns, as an `Output`, and what a probe input tells about the module."""
+"""A torch module's return value as an `Output`, and properties of a module, determined with a probe input."""
 
 import hashlib
 from collections.abc import Callable

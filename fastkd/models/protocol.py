@@ -1,4 +1,4 @@
-"""What a network answers with: hidden states and an LM head, logits, or the top-k entries of a server."""
+"""Outputs of a network: hidden states and an LM head, logits, or the top-k entries of a server."""
 
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a student trains on: micro-batches of tokens or of examples with labels and targets, and steps made of them."""
+"""Micro-batches of tokens or of examples, with labels and targets, and optimizer steps made of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +15,7 @@ LAYOUTS = ("padded", "packed")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnyBatch(ABC):
-    """What a `MicroBatch` and an `ExampleBatch` share."""
+    """Base class of `MicroBatch` and `ExampleBatch`."""
 
     labels: Tensor
     sequences: Tensor

@@ -52,7 +52,7 @@ class CachedSource:
         teacher saw. A sequence is an example, its copies are its positions, and layout has no effect.
     decode: deprecated; targets are always decoded on the host. ahead: deprecated name of prefetch.
 
-    The state (`state_dict`) is how far all ranks together are. Another number of ranks or threads, or other
+    The state (`state_dict`) is the position of all ranks together. Another number of ranks or threads, or other
     micro-batches, resume from it with the same steps.
 
     Raises StreamError for an invalid argument, or a cache that cannot be read this way; while iterating, CacheError and

@@ -48,7 +48,7 @@ def find_moved_modules() -> None:
 
 
 def deprecated_decode(value: str, error: type[Exception], *, stacklevel: int) -> None:
-    """The setting `decode`, which said where targets are decoded: warn for "host", raise `error` for anything else.
+    """The setting `decode`, which chose where targets are decoded: warn for "host", raise `error` for anything else.
 
     stacklevel: 1 warns at the line that calls this function, 2 at its caller's, and so on.
     """

@@ -24,7 +24,7 @@ def made_by(name: str, error: type[Exception]) -> Any:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as problem:
         raise error(
-            f"{name}: {problem}. A module that can be imported from here, and a function in it, are needed."
+            f"{name}: {problem}. Expected a module that can be imported from here, and a function in it."
         ) from problem
     try:
         return factory()

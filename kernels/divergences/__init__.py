@@ -64,7 +64,7 @@ _known: dict[str, Divergence | str] = {}
 
 def register_divergence(name: str, definition: Any) -> None:
     """Add a divergence that is defined outside of this folder. definition: a module, or any object with the names that
-    `Divergence` lists. Raises KDError where one is missing or wrong."""
+    `Divergence` lists. Raises KDError if one is missing or wrong."""
     found = _read(name, definition)
     if isinstance(found, str):
         raise KDError(f"divergence: got {name!r}, whose definition is not complete: {found}")
@@ -82,7 +82,7 @@ def divergence_parameters() -> list[Parameter]:
 
 
 def find_divergence(name: str) -> Divergence:
-    """The divergence of this name. Raises KDError where it is unknown, or its definition is not complete."""
+    """The divergence of this name. Raises KDError if it is unknown, or its definition is not complete."""
     found = _known.get(name) if isinstance(name, str) else None
     if found is None:
         raise KDError(f"divergence: got {name!r}; expected one of {', '.join(_known)}.")

@@ -64,7 +64,7 @@ def kd_loss(
     second backward through the same loss raises KDError, and so do create_graph=True, forward-mode differentiation and
     the transforms of torch.func.
 
-    Raises KDError where arguments do not fit together; for values inside tensors see `set_debug`.
+    Raises KDError if arguments do not fit together; for values inside tensors see `set_debug`.
     """
     _check_student("logits", logits)
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}

@@ -13,8 +13,8 @@ from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
 from .call import Call
 from .config import check_numbers
 
-# A cache keeps log-probabilities as codes, right to half a step (some 0.1 nats at the coarsest): the best entry of a
-# certain teacher may come out that far above 0.
+# A cache stores log-probabilities with an error of up to half a step (some 0.1 nats at the coarsest): the best entry of
+# a certain teacher may be that far above 0.
 LOGPROB_ROUNDING = 0.125
 
 _INF = float("inf")
@@ -25,8 +25,8 @@ def set_debug(enabled: bool) -> None:
     """Check the values inside tensors on every device, which synchronises with it.
 
     On: a call raises KDError, naming row and argument. Off (the default, unless the environment has FASTKD_DEBUG=1):
-    values are checked on the CPU, and everywhere by the implementations `torch` and `reference`, which wait for the
-    device anyway. The Triton kernels on a GPU read and write nothing out of bounds, and a row with a bad id, label,
+    values are checked on the CPU, and on every device by the implementations `torch` and `reference`, which synchronize
+    anyway. The Triton kernels on a GPU read and write nothing out of bounds, and a row with a bad id, label,
     log-probability or setting has the loss NaN. They do not detect an id twice in a row, or a position twice in
     `targets.index` (both give a wrong loss and gradient), outcomes or draws that are no counts, and log-probabilities
     above 0.
@@ -76,7 +76,7 @@ def check_rows(
     weights: Tensor | None,
     num_items: int | Tensor | None,
 ) -> None:
-    """Raise KDError where the arguments of one call do not fit each other. leading: the shape over positions."""
+    """Raise KDError if the arguments of one call do not fit each other. leading: the shape over positions."""
     check_constant("targets.logprobs", targets.logprobs)
     check_constant("targets.tail", targets.tail)
     if width < targets.vocab_size:
@@ -149,7 +149,7 @@ def check_values(call: Call, positions: int, width: int) -> None:
         if call.treatment(t) != "sampled" and alone.any():
             row = int(alone.nonzero()[0, 0])
             raise KDError(
-                f"treatment: row {row} of the targets has draws and no exact head, which {call.treatment(t)!r} cannot "
+                f"treatment: row {row} has draws and no top-k entries, which {call.treatment(t)!r} cannot "
                 "take; use treatment 'sampled'."
             )
 

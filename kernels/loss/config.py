@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Number = float | Tensor
     ImplName = str
-else:  # what a command line can give
+else:  # for command lines
     Number = float
     ImplName = Literal[IMPLEMENTATIONS]
 
@@ -34,7 +34,7 @@ class LossConfig:
 
         alpha * CE(student, label) + (1 - alpha) * T^2 * D(teacher at T, student at T)
 
-    with T the temperature and D the divergence. Raises KDError for a value that no input could make right.
+    with T the temperature and D the divergence. Raises KDError for a value that is not valid for any input.
     """
 
     alpha: Number = 0.5
@@ -45,7 +45,7 @@ class LossConfig:
     divergence: DivergenceName = "forward_kl"
     """Divergence between the teacher's and the student's distribution; each is a file of kernels/divergences."""
     treatment: TreatmentName = "auto"
-    """What becomes of the teacher's probability outside the top-k entries: bucket (one more outcome), sampled (the
+    """Treatment of the teacher's probability outside the top-k entries: bucket (one more outcome), sampled (the
     stored draws stand for it), renormalize (dropped), or auto (see `resolve_treatment`)."""
     beta: float = 0.5
     """Parameter of the divergence jsd: the teacher's share of the mixture, between 0 and 1."""

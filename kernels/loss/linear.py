@@ -20,7 +20,7 @@ CPU_CHUNK_BYTES = 48 << 20
 
 
 class Gradients(NamedTuple):
-    """Gradients in hidden (its type), weight and bias (float32), None where not wanted; `rescale` is still to come."""
+    """Gradients in hidden (its type), weight and bias (float32), None if not requested; before `rescale`."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None

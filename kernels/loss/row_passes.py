@@ -66,8 +66,8 @@ def _reduce(
 ):
     """Maximum, Σ e^(z-m) and Σ e^((z-m)/T) of a row, in one online pass.
 
-    A tile is [repeat, thread, vector]: each thread keeps its own maximum and sums, and they meet once, at the end; no
-    barrier holds a warp back while another waits for its loads.
+    A tile is [repeat, thread, vector]: each thread keeps its own maximum and sums, which are merged once, at the end;
+    no barrier holds a warp back while another waits for its loads.
     """
     REPEATS: tl.constexpr = BLOCK // (THREADS * VEC)
     cols = tl.arange(0, BLOCK)
@@ -268,7 +268,7 @@ def zero_uncovered_kernel(g_ptr, covered_ptr, outer, inner_stride, stride, inner
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, numel, rounds, BLOCK: tl.constexpr):
-    """x *= factor. A factor of 1 costs nothing, and the host does not wait to learn it."""
+    """x *= factor. A factor of 1 costs nothing, and checking it does not synchronize."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return

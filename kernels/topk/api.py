@@ -52,7 +52,7 @@ def topk_targets(
 
     A row with NaN, with +inf, with no finite logit, or with logits that float32 cannot hold after `logit_scale` or
     relative to the row's best, raises KDError on the CPU; on a GPU nothing waits for the device, and the row's logprobs
-    and tail are NaN. KDError where the arguments do not fit together.
+    and tail are NaN. KDError if the arguments do not fit together.
     """
     if not isinstance(logits, Tensor) or logits.ndim < 1 or logits.dtype not in DTYPES:
         raise KDError(f"logits: got {_describe(logits)}; expected a floating-point tensor (..., V).")

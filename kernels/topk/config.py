@@ -17,7 +17,7 @@ MAX_POWER = 8  # of one exponential, as which another is computed
 
 @dataclass(frozen=True)
 class TopKConfig:
-    """Settings of `topk_targets` and `linear_topk_targets`. KDError for a value that no logits could make right."""
+    """Settings of `topk_targets` and `linear_topk_targets`. Raises KDError for a value that is never valid."""
 
     k: int
     """Top-k entries a row: the first k of a stable descending sort of the logits (of equal logits the lower id comes

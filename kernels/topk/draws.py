@@ -5,12 +5,12 @@ A draw is made of integers alone, so nothing depends on the order in which anyth
 - random bits: a counter-based hash of (seed, global position, number of the draw, attempt) in wraparound int64;
 - the weight of a token, an integer: `2^bits · e^((z - z_top)/T_d)`, cut, z_top being the tail's own most likely token;
 - its units, a small integer that is never less than its weight in units of 2^(bits - UNIT_BITS), and rarely much more.
-  They cost a third of the weight, and they are what every token is asked for.
+  They cost a third of the weight and are computed for every token.
 
 An attempt inverts the running sum of the units (in the order of the ids) at a random number. That names a token, and
 leaves a remainder below the token's units: where it is below the token's weight, the token is drawn; where not, the
-next attempt follows. So a token is drawn in proportion to its weight exactly, and the weight itself is asked for only
-of tokens that were named. Tokens outside the tail have a unit and no weight. Nine attempts in ten succeed.
+next attempt follows. So a token is drawn in proportion to its weight exactly, and the weight itself is computed only
+for tokens that were named. Tokens outside the tail have a unit and no weight. Nine attempts in ten succeed.
 
 Weights and units are computed in float32 by operations that IEEE 754 rounds one by one (no fused multiply-add), so two
 devices agree on every bit. What is approximated: a weight is right to some 1e-6 relative (or the rounding of the
@@ -37,7 +37,7 @@ C3 = 0.055503569543361664
 C4 = 0.009618056938052177
 C5 = 0.0013390866806730628
 C6 = 0.00015461447765119374
-# 2^-48 of the top is below one unit of weight: no need to look further down.
+# 2^-48 of the top is below one unit of weight, so lower values do not matter.
 LOWEST = -48.0
 
 # The units of the tail's top are about 2^UNIT_BITS: 32 tokens' units add up exactly in float32, in any order.
@@ -50,7 +50,7 @@ UNIT_SHIFT = 9
 UNIT_LEAST = -20.0  # a quarter of a unit, which is rounded up to one
 # An attempt fails with probability 1 - 0.94/(1 + V/2^UNIT_BITS) at most: this many never all do.
 MAX_ATTEMPTS = 256
-# A CPU tries a few at a time, more and more, for the draws that still want one.
+# On a CPU, the number of attempts per round grows, for the draws without a success so far.
 _WINDOWS = (1, 4, 16, 64, 171)
 ATTEMPT_STEP = 32  # attempts are counted above the 2^32 numbers of draws
 
@@ -73,7 +73,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, positions_N: Tensor) -> Tensor:
-    """What a row's random bits are made from, int64 `[N]`. positions_N: int64. seed: any integer, modulo 2^64."""
+    """The key of a row's random bits, int64 `[N]`. positions_N: int64. seed: any integer, modulo 2^64."""
     key = _mix(torch.full((), _wrap(seed * STREAM + STREAM), dtype=torch.int64, device=positions_N.device))
     return _mix(key + (positions_N + 1) * STREAM)
 
@@ -143,7 +143,7 @@ def units_(d: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Tail:
-    """What some rows' draws are made from."""
+    """The inputs of some rows' draws."""
 
     sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a top-k entry counts as one
     width: int  # tokens a group, at most 32
@@ -170,7 +170,7 @@ def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
     first = 0
     for count in _WINDOWS:
         if first:
-            # Elsewhere looking who still wants a token would wait for the device: all go on.
+            # Elsewhere, reading which draws need more attempts would synchronize: all of them continue.
             some = wanted_P.nonzero()[:, 0] if device.type == "cpu" else torch.arange(n * draws, device=device)
             if not len(some):
                 break
@@ -197,7 +197,7 @@ def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[T
     total_R1 = (before[first_R1 + groups] - start_R1) << low_bits
     at_RC = torch.minimum((u_RC * total_R1.double()).long(), total_R1 - 1)
     unit_RC = (at_RC >> low_bits).add_(start_R1)
-    # (the limits here and below are for rows of NaN, whose draws are never looked at)
+    # (the limits here and below are for rows of NaN, whose draws are not used)
     group_RC = torch.searchsorted(before, unit_RC, right=True).sub_(1).clamp_(0, n * groups - 1)
     inside_RC1 = (unit_RC - before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
 

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The draws of `draws.py` in Triton, to the same bits.
 
-`_weigh` reads the logits once more for the units of every token, and leaves their sum a group. `_draw`, a program a
-draw, makes its attempts: it finds the group of a random number, looks inside it for the token, and weighs that one.
+`_weigh` reads the logits once more for the units of every token, and writes their sum per group. `_draw`, one program
+per draw, makes its attempts: it finds the group of a random number and the token in it, and computes its weight.
 """
 
 import torch
@@ -26,7 +26,7 @@ UNIT_LEAST = tl.constexpr(dr.UNIT_LEAST)
 
 
 class Tuning:
-    """Sizes that only speed depends on: tokens a group, tokens and warps a program."""
+    """Sizes that affect speed only: tokens per group, tokens and warps a program."""
 
     group = 1024
     block = 4096
@@ -129,7 +129,7 @@ def _draw(
     top_x = tl.load(state_ptr + 3 * rows + row)
     top = finite_or_zero(transform(top_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
     drawn = tl.full([], 0, tl.int32)
-    # nothing is looked for in a row without a tail, or with NaN
+    # a row without a tail, or with NaN, has no draws
     wanted = (top_x > -INF) & (tl.load(state_ptr + 4 * rows + row) > 0)
     attempt = tl.where(wanted, 0, MAX_ATTEMPTS).to(tl.int64)
     while attempt < MAX_ATTEMPTS:

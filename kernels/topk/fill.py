@@ -22,7 +22,7 @@ from ..targets import SparseTargets
 from .config import TopKCall
 from .draws import Tail, exact_transform, merge, row_keys
 
-GROUP = 32  # tokens whose units are added up for the draws
+GROUP = 32  # tokens per group of units, for the draws
 # Draws are made for many blocks' rows at once: they are some hundred operations on little data.
 ROWS_DRAWN = 512
 
@@ -136,7 +136,7 @@ def work_type(logits: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class State:
-    """What the draws of some rows need."""
+    """The inputs of the draws of some rows."""
 
     sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
     edge_x: Tensor  # `[n]`
@@ -233,7 +233,7 @@ def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int, st
 def _draw(
     sweeps: Sweeps, state: State, logits_NV: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor
 ) -> None:
-    """Draw from some rows, and write the draws down."""
+    """Draw from some rows, and write the draws to their targets."""
     tail = Tail(
         sums=state.sums,
         width=GROUP,
@@ -250,7 +250,7 @@ def _draw(
 
 
 def refuse(valid_n: Tensor, top_x: Tensor, first_row: int) -> None:
-    """On the CPU: raise KDError for the first row that is not valid. On a GPU, looking would wait for the device.
+    """On the CPU, raise KDError for the first row that is not valid. On a GPU this would synchronize.
 
     top_x: the rows' greatest logits as they were given.
     """

@@ -19,7 +19,7 @@ from .draws import Tail, exponent_scale, reciprocal, weight_bits
 from .fill import GROUP, State, Swept, fill_rows, unfilled
 from .numba_kernels import draw_rows, sweep_rows, unit_rows
 
-BLOCK_BYTES = 32 << 20  # of the logits of one call: what is not compiled costs as much for one row as for all of them
+BLOCK_BYTES = 32 << 20  # of logits per call: the code that is not compiled costs the same for one row as for many
 
 _kept = threading.local()
 
@@ -30,7 +30,7 @@ def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
-    """Logits as C-contiguous float32 `[n, V]`: as they lie, or copied to where each thread keeps room."""
+    """Logits as C-contiguous float32 `[n, V]`: themselves if they are, or copied to a buffer of this thread."""
     if _as_they_are(logits_NV):
         return _array(logits_NV)
     kept: Tensor | None = getattr(_kept, "room", None)
@@ -43,7 +43,7 @@ def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
 
 
 def _as_they_are(logits: Tensor) -> bool:
-    """Whether compiled code can read them. (A view may stand for its negative.)"""
+    """Whether compiled code can read the tensor without a copy. (torch negates some views lazily.)"""
     return logits.dtype == torch.float32 and logits.is_contiguous() and not logits.is_neg()
 
 
@@ -68,7 +68,9 @@ class NumbaSweeps:
         best_x = _room(n, min(entries + 1, vocab))
         best_id = _room(*best_x.shape, dtype=torch.int64)
         row_top, finite, sums = _room(n), _room(n, dtype=torch.int64), _room(n, many)
-        at_once = units_nG is not None and call.mass is None  # else the tail's top may be another in the end
+        at_once = (
+            units_nG is not None and call.mass is None
+        )  # with `mass`, the tail's top is only known after the sweep
         units = units_nG if units_nG is not None and at_once else _room(0, 1)
         steps, powers = np.array(call.chains()).T
         sweep_rows(
@@ -107,7 +109,7 @@ class NumbaSweeps:
     def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
         ids = torch.zeros((len(keys_N), draws), dtype=torch.int64, device=keys_N.device)
         if not _as_they_are(tail.logits):
-            return dr.draw(tail, keys_N, wanted_N, draws)  # which looks at a few tokens of each row, as they are
+            return dr.draw(tail, keys_N, wanted_N, draws)  # reads a few tokens per row, so no copy is made
         draw_rows(
             *map(_array, (tail.logits, tail.sums, tail.edge_x, tail.edge_id, tail.top, keys_N, wanted_N)),
             _transform_numbers(tail),
@@ -122,7 +124,7 @@ NUMBA = NumbaSweeps()
 
 
 def compile_all() -> float:
-    """Compile everything, or find it compiled; seconds that it took. Else the first call does."""
+    """Compile all functions, or load them from disk, instead of in the first call. Returns the seconds taken."""
     began = time.perf_counter()
     logits = _room(1, GROUP).zero_()
     for mass in (None, 0.5):

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The compiled functions of `numba_impl.py`: a row is swept while it is in a core's own cache.
 
-Compiled functions release Python's lock, so that threads do not wait for each other. The integer arithmetic of draws
+Compiled functions release the GIL, so that threads run in parallel. The integer arithmetic of draws
 rounds every operation once: it is compiled without the flag `contract`, which would fuse multiplications and sums.
 """
 
@@ -16,11 +16,11 @@ from numba.core.caching import FunctionCache
 from . import draws as dr
 from .fill import GROUP
 
-LANES = 16  # groups among which maxima are compared lie side by side, so that a vector has one of each
-CHUNK = LANES * 32  # tokens that are gone over at a time, with what is made of them in the fastest cache
+LANES = 16  # groups whose maxima are computed together, interleaved, so that a vector has a token of each
+CHUNK = LANES * 32  # tokens processed at a time, whose intermediate values fit into the fastest cache
 
-# Numba takes these from here when it compiles, and keeps what it compiled until this file changes: where one of
-# draws.py's changes, this file has to be touched.
+# Numba reads these when it compiles, and keeps compiled code until this file changes: if one of
+# the constants of draws.py changes, change this file too.
 F = np.float32
 ZERO, HALF, ONE, MINUS_INF = F(0), F(0.5), F(1), F(-np.inf)
 LEAST = F(-126)  # 2^-126 is the least normal number
@@ -34,7 +34,7 @@ LOW_BITS = np.int64(0x7FFFFFFF)
 
 
 def compiled(**options: Any) -> Any:
-    """numba.njit without Python's lock, kept on the disk beside this file or in the user's cache, where one of them can
+    """numba.njit without the GIL, cached on disk beside this file or in the user's cache, where one of them can
     be written to."""
 
     def decorate(function: Any) -> Any:
@@ -52,7 +52,7 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # of any kind: it was cut short, as where a machine went down
+        except Exception:  # of any type: the file is incomplete, for example after a power cut
             with suppress(OSError):
                 self.flush()
             return None
@@ -62,8 +62,8 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
 
 
-# What follows is of float32 and one dimension, CHUNK long, unless it says otherwise. Loops are written out for the
-# compiler to make vectors of.
+# Arrays below are float32, of one dimension and length CHUNK, unless stated otherwise. Loops are explicit, so that the
+# compiler vectorizes them.
 
 
 @compiled(fastmath={"contract"}, inline="always")
@@ -164,7 +164,7 @@ def _exponentials(x, top, scale, e):
 
 @compiled(fastmath={"reassoc"})
 def _square(e):
-    """In place, and their sum."""
+    """The same in place, and their sum."""
     s = ZERO
     for j in range(CHUNK):
         e[j] = e[j] * e[j]
@@ -180,7 +180,7 @@ def _units(x, top, scale, u):
 
 @compiled(fastmath={"reassoc"})
 def _group_sums(u, sums):
-    """Of each GROUP neighbours, as many as `sums` has room for. They are whole: no order of adding shows."""
+    """The sum of each GROUP of neighbors, for the length of `sums`. Integers: the order of adding has no effect."""
     for g in range(len(sums)):
         s = ZERO
         for j in range(GROUP):
@@ -208,7 +208,7 @@ def _x_of(key):
 
 @compiled()
 def _replace_least(heap, key):
-    """Put a key in the place of the least one of a heap."""
+    """Replace the smallest key of a heap."""
     size, i = len(heap), 0
     while True:
         child = 2 * i + 1
@@ -225,7 +225,7 @@ def _replace_least(heap, key):
 
 @compiled()
 def _best(row, tops, heap):
-    """Leave in `heap` the greatest keys of a row `[chunks·CHUNK]`, descending; NO_KEY where there are not so many.
+    """Write the greatest keys of a row `[chunks·CHUNK]` to `heap`, descending; NO_KEY beyond their number.
 
     tops `[chunks·LANES]`: of `_maxima`. As many of its groups as the heap has room for hold everything that is wanted,
     so the least of these maxima is a bound.

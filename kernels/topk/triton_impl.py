@@ -24,7 +24,7 @@ UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 class Tuning:
-    """Sizes that only speed depends on: tokens a group, tokens and warps a program."""
+    """Sizes that affect speed only: tokens per group, tokens and warps a program."""
 
     group = 128  # halved for more than 128 top-k entries
     scan_block = 4096

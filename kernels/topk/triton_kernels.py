@@ -166,7 +166,7 @@ def _select(
     there = (place < take)[:, None] & (token < vocab)
     x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=there, other=-INF).to(tl.float32)
     key = tl.where(there, ordered(x), LEAST)
-    # Few tokens reach the floor: these go on, all of them. Only where many tie is the k-th best looked for, bit by bit.
+    # Usually few tokens reach the floor, and all are kept. Only if many tie is the k-th best searched for, bit by bit.
     low = tl.load(floor_ptr + row)
     want = tl.sum(tl.sum(((key >= low) & there).to(tl.int32), axis=1), axis=0)
     threshold = low
@@ -205,11 +205,11 @@ def _select(
         else:
             e = e * e
             e = e * e
-        # where there are spare ones they are the rest's top: each adds e^0
+        # spare ones, if any, are the rest's top: each adds e^0
         at = row * M + ((CHAIN >> (16 * m)) & 0xFF)
         tl.store(rest_sums_ptr + at, tl.sum(tl.sum(e, axis=1), axis=0) + spares)
 
-    # Write the wanted ones down, a few groups at a time: all at once would take every register there is.
+    # Write the selected ones, a few groups at a time: all at once would need too many registers.
     seen = tl.full([], 0, tl.int32)
     for start in range(0, KP, TILE):
         places = start + tl.arange(0, TILE)

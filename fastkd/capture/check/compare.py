@@ -1,4 +1,4 @@
-"""Stored numbers against recomputed ones: how far apart they are, and how far the codec lets them be."""
+"""Compares stored numbers with recomputed ones: their distance, and the distance that the codec allows."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
