@@ -1,6 +1,5 @@
 """What the processes of the tests of training do. They are forked from one that has imported everything."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,10 +9,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastkd.utils.signals import DONE, WORK_REMAINS
+from forked import SERVER
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_jobs", "train_cases", "fastkd.train.api", "fastkd.evaluate.api"])
+from fastkd.utils.signals import DONE, WORK_REMAINS
 
 
 def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
@@ -125,6 +123,19 @@ def count(cache: Path, out: Path, changes: dict[str, Any]) -> None:
     )
     counts = [sum(b.count for b in step.micro_batches) for step in loader]
     (out / f"counts-{rank}").write_text(" ".join(map(str, counts)))
+    dist.destroy_process_group()
+
+
+def count_steps(cache: str, out: Path) -> None:
+    """The positions that count of all ranks in each step."""
+    import torch.distributed as dist
+
+    from fastkd.stream import DistillLoader, summed_over
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    loader = DistillLoader(cache, batch_size=5, rank=rank, world_size=dist.get_world_size(), reduce=summed_over())
+    (out / f"counts-{rank}").write_text(str([step.count for step in loader]))
     dist.destroy_process_group()
 
 

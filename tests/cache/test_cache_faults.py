@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_shard, make_spec
+from cache_writer import CacheWriter
 from numcodecs.zstd import Zstd
 
 from fastkd.cache import (
@@ -171,49 +172,6 @@ def test_every_flipped_byte_of_spec_and_manifest_changes_nothing_silently(tmp_pa
 
 # --- kills and races -------------------------------------------------------------------------------------------------
 
-WRITER = """
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-from cache_cases import make_shard, make_spec
-from fastkd.cache import create_cache
-
-path, step, pause = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "pause"
-calls = 0
-
-def counted(name):
-    original = getattr(os, name)
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == step:
-            if pause:
-                print("paused", flush=True)
-                sys.stdin.readline()
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(os, name, call)
-
-for name in ("open", "write", "fsync", "link", "unlink", "mkdir"):
-    counted(name)
-spec = make_spec(vocab_size=40, k=3)
-print("ready", flush=True)
-with create_cache(path, spec) as writer:
-    for i in range(3):
-        print(i, writer.write_shard(i, **make_shard(spec, positions=12, seed=i), first_sequence=4 * i), flush=True)
-print("done", calls, flush=True)
-"""
-
-
-def start_writer(path: Path, step: int = 0, mode: str = "kill") -> "subprocess.Popen[str]":
-    here = str(Path(__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, here, str(path), str(step), mode],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
 
 def finish(path: Path) -> pa.Table:
     """What a later run makes of it: the rest is written, the cache sealed and whole, nothing left over."""
@@ -234,9 +192,7 @@ def committed(path: Path) -> dict[str, bytes]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, int]:
     """The manifest of an uninterrupted run, and how many steps a kill can come at."""
     path = tmp_path_factory.mktemp("uninterrupted") / "cache"
-    process = start_writer(path)
-    out, _ = process.communicate(timeout=120)
-    steps = int(out.split()[-1])
+    steps = int(CacheWriter(path).rest()[-1].split()[-1])
     assert steps > 20
     return finish(path), steps
 
@@ -244,10 +200,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, i
 def test_killed_at_every_step_of_a_commit(tmp_path: Path, uninterrupted: tuple[pa.Table, int]) -> None:
     want, steps = uninterrupted
     for first in range(1, steps + 1, 4):
-        batch = {step: start_writer(tmp_path / str(step), step) for step in range(first, min(first + 4, steps + 1))}
+        batch = {step: CacheWriter(tmp_path / str(step), step) for step in range(first, min(first + 4, steps + 1))}
         for step, process in batch.items():
-            process.communicate(timeout=120)
-            assert process.returncode == -signal.SIGKILL, f"step {step} of {steps} was not reached"
+            process.rest()
+            assert process.status == -signal.SIGKILL, f"step {step} of {steps} was not reached"
             there = committed(tmp_path / str(step))
             assert finish(tmp_path / str(step)).equals(want)
             now = committed(tmp_path / str(step))
@@ -258,12 +214,11 @@ def kill_at_random(tmp_path: Path, want: pa.Table, times: int, seed: int) -> Non
     generator = random.Random(seed)
     for number in range(times):
         path = tmp_path / f"kill{number}"
-        process = start_writer(path)
-        assert process.stdout is not None
-        process.stdout.readline()
+        writer = CacheWriter(path)
+        assert writer.line() == "ready"
         time.sleep(generator.uniform(0, 0.12))
-        process.kill()
-        process.communicate(timeout=120)
+        writer.process.kill()
+        writer.rest()
         there = committed(path)
         assert finish(path).equals(want)
         assert all(committed(path)[name] == data for name, data in there.items())
@@ -283,22 +238,22 @@ def race(tmp_path: Path, want: pa.Table, steps: int, times: int, seed: int) -> N
     generator = random.Random(seed)
     for number in range(times):
         path = tmp_path / f"race{number}"
-        sleeper = start_writer(path, generator.randint(1, steps), "pause")
-        assert sleeper.stdout is not None
+        sleeper = CacheWriter(path, generator.randint(1, steps), "pause")
         said = []
-        while (line := sleeper.stdout.readline().strip()) not in ("paused", ""):
+        while (line := sleeper.line()) not in ("paused", ""):
             said.append(line)
         there = committed(path)
-        other = start_writer(path)
-        out, _ = other.communicate(timeout=120)
-        assert other.returncode == 0, out
+        other = CacheWriter(path)
+        out = other.rest()
+        assert other.status == 0, out
         winners = committed(path)
         assert len(winners) == 3
-        late, _ = sleeper.communicate("wake up\n", timeout=120)
-        assert sleeper.returncode == 0
+        sleeper.wake_up()
+        late = sleeper.rest()
+        assert sleeper.status == 0
         assert committed(path) == winners, "the late writer changed a committed object"
         assert all(winners[name] == data for name, data in there.items())
-        told = [line for line in [*said, *late.splitlines(), *out.splitlines()] if line.endswith(" committed")]
+        told = [line for line in [*said, *late, *out] if line.endswith(" committed")]
         assert len(told) == len({line.split()[0] for line in told}) <= 3, "two writers were told they had committed"
         assert finish(path).equals(want)
 

@@ -1,9 +1,15 @@
-"""Triton's interpreter without the work that it repeats: kernels compute the same, in half the time."""
+"""Triton's interpreter without the work that it repeats, in half the time; and its compiler without a GPU."""
 
 import inspect
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def _patch_once(interpreter: Any) -> None:
@@ -64,3 +70,24 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         needed = ("_LangPatchScope", "_patch_lang", "_patch_attr", "_patch_builtin", "_get_np_dtype")
         if all(hasattr(interpreter, name) for name in needed):  # not in older versions
             _patch_once(interpreter)
+
+
+@pytest.fixture
+def compiled_kernels(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[[str], str]:
+    """Run code that compiles kernels in a process that does not interpret them; return what it prints.
+
+    Triton keeps what it compiled under a hash of the source, the options and its own version. It is kept in pytest's
+    cache: a kernel that has not changed since the last run is not compiled again.
+    """
+    kept = getattr(pytestconfig, "cache", None)
+    folder = tmp_path if kept is None else kept.mkdir("triton")
+
+    def run(code: str) -> str:
+        # what is compiled is not debugged: without the numbers of lines
+        changes = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "TRITON_DISABLE_LINE_INFO": "1"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=540, env=os.environ | changes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

@@ -1,7 +1,5 @@
 """The loader: the contents of its steps, the same steps after any resume and on any ranks, and its errors."""
 
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import train_jobs
 from cache_cases import make_shard, make_spec
 from stream_cases import TRAIN_SHARDS, bits, check, make_cache, ranks, reference, segments, tokens
 
@@ -199,25 +198,10 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut(cache: Cache) -> No
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
-RANK = """
-import sys, torch.distributed as dist
-from fastkd.stream import DistillLoader, summed_over
-rank, place, meet = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + meet, rank=rank, world_size=2)
-loader = DistillLoader(place, batch_size=5, rank=rank, world_size=2, reduce=summed_over())
-print([step.count for step in loader])
-dist.destroy_process_group()
-"""
-
-
 def test_two_processes(cache: Cache, tmp_path: Path) -> None:
-    place = cache.store.describe()
-    commands = [[sys.executable, "-c", RANK, str(rank), place, str(tmp_path / "meet")] for rank in (0, 1)]
-    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    outs = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outs
+    train_jobs.run(train_jobs.count_steps, cache.store.describe(), tmp_path, ranks=2)
     expected = str([step.count for step in DistillLoader(cache, batch_size=5)])
-    assert [out.strip() for out, _ in outs] == [expected, expected]
+    assert [(tmp_path / f"counts-{rank}").read_text() for rank in range(2)] == [expected, expected]
 
 
 def test_mixtures(cache: Cache, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> Non
     """Head and embedding are in one part of FSDP2's, and layers in others; the loss reads the head within forward."""
     changes: dict[str, Any] = SMALL | {"rate": 1e-3}
     student = "train_cases:tied_llama"
-    train_jobs.run(train_jobs.train, student, place / "cache", place / "llama", changes)
+    train_jobs.train(student, place / "cache", place / "llama", changes)  # here, where transformers is imported
     runs = [(student, place / "cache", place / f"llama-{k}", changes | {"parallel": k}) for k in ("ddp", "fsdp")]
     train_jobs.run(train_jobs.train_all, runs, ranks=2)
     for kind in ("ddp", "fsdp"):
