@@ -1,4 +1,4 @@
-"""Small random targets for the tests of the cache, in all shapes that a teacher's can have."""
+"""Small random targets for the tests of the cache, in all shapes that targets can have."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Small teachers for the tests of capture, what a cache of theirs must hold, and what may happen to a capture."""
+"""Small teachers for the tests of capture, the expected contents of their caches, and failures of a capture."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ VOCAB, WIDTH = 97, 8
 
 
 class Causal(nn.Module):
-    """Each position sees a decaying sum of all up to it. Logits, or (hidden=True) states and a head."""
+    """Each position sees a decaying sum of those up to it. Logits, or (hidden=True) hidden states and an LM head."""
 
     def __init__(self, *, hidden: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def documents(count: int = 30, longest: int = 40, seed: int = 0) -> list[list[in
 
 
 def reference(data: list[list[int]], context: int, overlap: int = 0, **ask: Any) -> dict[tuple[int, int], Any]:
-    """By document and token: what the teacher says there, each piece run alone."""
+    """The teacher's answer by document and token, each segment run alone."""
     model = Causal().eval()
     found = {}
     for number, tokens in enumerate(data):
@@ -75,11 +75,11 @@ def reference(data: list[list[int]], context: int, overlap: int = 0, **ask: Any)
 
 
 def contents(folder: Any) -> dict[int, str]:
-    """The hash of what each shard holds."""
+    """The hash of the contents of each shard."""
     return {row["shard"]: row["content_sha256"].hex() for row in open_cache(folder).manifest.to_pylist()}
 
 
-# --- captures that something happens to ------------------------------------------------------------------------------
+# --- captures that are interrupted -----------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {
     "k": 5,
@@ -98,14 +98,14 @@ def capture(out: Any, data: Any = None, teacher: Any = None, **changes: Any) -> 
 
 @cache
 def uninterrupted() -> dict[int, str]:
-    """What an uninterrupted capture holds."""
+    """The contents of an uninterrupted capture."""
     store: Any = MemoryStore()
     assert capture(store).complete
     return contents(store)
 
 
 def consistent(store: Any, whole: dict[int, str]) -> int:
-    """What is there after a failure is right, and no thread goes on with it; how many shards there are."""
+    """Check that the shards after a failure are valid and no thread is left; the number of shards."""
     assert not [t.name for t in threading.enumerate() if t.name.startswith("fastkd") and "topk" not in t.name]
     if not any(entry.key == "spec.json" for entry in store.list("")):
         assert not list(store.list("shards/"))
@@ -118,7 +118,7 @@ def consistent(store: Any, whole: dict[int, str]) -> int:
 
 
 def nobody_waits(store: Any) -> None:
-    """What is not written may be taken by a worker on another machine, at once."""
+    """Check that a worker on another machine can claim all unwritten shards immediately."""
     names = {entry.key.split("/")[1] for entry in store.list("claims/")}
     there = {Path(entry.key).name.split(".")[0] for entry in store.list("shards/")}
     if any(entry.key == "lengths.npz" for entry in store.list("")):
@@ -131,7 +131,7 @@ def nobody_waits(store: Any) -> None:
 
 
 def completes(store: Any, whole: dict[int, str], **changes: Any) -> None:
-    """A later call writes what is missing, and the cache is the one that nobody interrupted."""
+    """Check that a later call writes the missing shards, and the cache equals that of an uninterrupted capture."""
     before = len(list(store.list("shards/")))
     report = capture(store, **changes)
     assert report.complete
@@ -142,7 +142,7 @@ def completes(store: Any, whole: dict[int, str], **changes: Any) -> None:
 
 
 class Then(Causal):
-    """Does something at its n-th batch."""
+    """Calls a function at its n-th batch."""
 
     def __init__(self, after: int, action: Callable[[], Any]) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Then(Causal):
 
 
 class Without(MemoryStore):
-    """Has no room for objects of these names, as long as it is full."""
+    """A store that is full for objects of these names while `full` is set."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Starts workers that capture, each a process of its own, forked when all is imported: to be killed in tests.
+"""Starts workers that capture, to be killed in tests. Each is a process forked after all imports.
 
-Commands come as JSON, a line each: {"run": {...}} answers with a process number, {"wait": number} with how that one
-ended. A worker is told: folder, rank, world_size; pause, seconds a batch takes at least; at, the monotonic time to
-begin at; step, the how-manieth call to the operating system to die at (0: it says where each object is made); gently,
-whether SIGTERM stops it (it says "ready", when it does).
+Commands are lines of JSON: {"run": {...}} is answered with a process id, {"wait": id} with the exit status. Arguments
+of a worker: folder, rank, world_size; pause: minimum seconds per batch; at: the monotonic time to start at; step: the
+number of the system call to die at (0: report the call that creates each object); gently: whether SIGTERM stops it (it
+reports "ready" once it does).
 """
 
 import json
@@ -28,12 +28,12 @@ _write = os.write
 
 
 def say(answer: Any) -> None:
-    """A line to the test, in one piece: workers and their server say something at the same time."""
+    """Write a line to the test in one call, since workers and their server write at the same time."""
     _write(1, json.dumps(answer).encode() + b"\n")
 
 
 class Slow(Causal):
-    """A teacher of which each batch takes a while."""
+    """A teacher whose batches take at least `pause` seconds."""
 
     def __init__(self, pause: float) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Slow(Causal):
 
 
 def run(folder: Path, *, pause: float = 0.0, **place: Any) -> Any:
-    """A worker's part."""
+    """A worker's part of a capture."""
     return capture(Slow(pause), documents(), folder, **SMALL, **place)
 
 
 def die_at(step: int) -> None:
-    """Die at that call to the operating system; with step 0, say at which each object is made."""
+    """Die at this system call; with step 0, report the call that creates each object."""
     calls = 0
 
     def counted(name: str) -> None:
@@ -72,7 +72,7 @@ def die_at(step: int) -> None:
 
 
 def worker(folder: str, at: float = 0.0, step: int | None = None, gently: bool = False, **rest: Any) -> int:
-    """Be a worker; its exit status."""
+    """Run as a worker. Returns the exit status."""
     random.seed(os.getpid())
     while time.monotonic() < at:
         pass
@@ -90,9 +90,9 @@ def worker(folder: str, at: float = 0.0, step: int | None = None, gently: bool =
 
 
 def main() -> None:
-    """Serve commands until there are no more."""
+    """Serve commands until the input ends."""
     torch.set_num_threads(1)
-    prepare_topk(torch.device("cpu"))  # else each worker would, for longer than a test lets it live
+    prepare_topk(torch.device("cpu"))  # otherwise each worker compiles it, which takes longer than a test lets it live
     for line in iter(sys.stdin.readline, ""):
         command = json.loads(line)
         if "wait" in command:

@@ -1,7 +1,7 @@
 """Teachers and students of every kind, built from dense logits without the code under test; and `dense_loss`.
 
-`dense_loss` is the reference's own formulas, differentiated by autograd: what the implementations are held against
-everywhere. That these formulas are the definitions is checked by `test_textbook_definitions`.
+`dense_loss` is the reference's formulas, differentiated by autograd, with which all implementations are compared.
+`test_textbook_definitions` checks these formulas against the definitions.
 """
 
 import math
@@ -36,7 +36,7 @@ def sparse(
     draw_temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> SparseTargets:
-    """Targets of dense teacher logits, in float64 and by torch's own sampling; the last column is an unused place."""
+    """Targets of dense teacher logits, in float64 and by torch's own sampling; the last column is an unused entry."""
     n, v = logits_NV.shape
     log_p = logits_NV.double().log_softmax(1)
     k = min(k, v)
@@ -48,7 +48,7 @@ def sparse(
         picked = torch.multinomial((rest / draw_temperature).softmax(1), draws, replacement=True, generator=generator)
         counts.scatter_add_(1, picked, torch.ones_like(picked, dtype=counts.dtype))
     width = k + draws + 1
-    # head first, then what was drawn, best first; what is left over is unused
+    # top-k entries first, then the drawn ones, best first; the rest is unused
     key = torch.where(counts > 0, log_p, -math.inf)
     drawn_lp, drawn_ids = key.sort(dim=1, descending=True, stable=True)
     ids = torch.zeros(n, width, dtype=torch.int32)

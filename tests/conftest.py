@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels are interpreted: this has to be said before triton is imported."""
+"""Without a GPU, Triton kernels are interpreted, which must be set before triton is imported."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# nothing is fetched in a test; transformers would try, and wait
+# tests download nothing; transformers would try, and wait
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
@@ -20,7 +20,7 @@ HAS_GPU = torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and say so, where there is none."""
+    """Skip tests marked gpu if there is no GPU."""
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -29,14 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet_interpreter():
-    """The interpreter is numpy, which warns of the infinities and NaN that the kernels mean."""
+    """The interpreter uses NumPy, which warns of infinities and NaN that the kernels intend."""
     with np.errstate(all="ignore"):
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory):
-    """What is remembered between runs must not pass from one run of the tests to the next, nor from the user's."""
+    """Isolate cached files from those of the user and of other test runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, saved as anyone's are."""
+"""Tiny models of transformers with random weights, saved in the usual way."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ USUAL = {
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", USUAL),
     "gpt2": ("GPT2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    # with windows and caps that the few tokens and the small weights of a test go beyond
+    # with windows and caps that the few tokens and the small weights of a test exceed
     "gemma2": ("Gemma2", {**USUAL, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.5}),
     "gemma3": ("Gemma3Text", {**USUAL, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention",
                                                                                            "full_attention"]}),
@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {**USUAL, "logits_scaling": 8.0}),
     "hyperclovax": ("HyperCLOVAX", {**USUAL, "logits_scaling": 8.0}),
     "minicpm3": ("MiniCPM3", {**USUAL, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}),
-    "phi": ("Phi", USUAL),  # a head with a bias
+    "phi": ("Phi", USUAL),  # an LM head with a bias
     "opt": ("OPT", {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
                     "num_attention_heads": 4, "word_embed_proj_dim": 16}),
     "mixtral": ("Mixtral", {**USUAL, "num_local_experts": 4}),
@@ -54,7 +54,7 @@ def config_of(name: str, **changes: Any) -> Any:
 
 
 def model_of(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model in evaluation mode. Its head has a bias that counts, where it has one."""
+    """A model in evaluation mode. If its LM head has a bias, the bias is large."""
     torch.manual_seed(seed)
     model = load_transformers().AutoModelForCausalLM.from_config(config_of(name, **changes)).eval().to(dtype)
     if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:

@@ -1,4 +1,4 @@
-"""Made-up runs, as their folders would look after training, with figures of the size that real ones have."""
+"""Synthetic run folders, with realistic values."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from fastkd.evaluate.api import Evaluation
 from fastkd.evaluate.windows import BINS, Windows
 
-# held-out: cross-entropy, kl_bucket, kl_sampled, agreement, accuracy; how sure of itself beyond being right
+# held-out: cross-entropy, kl_bucket, kl_sampled, agreement, accuracy; overconfidence
 STUDENT = (3.016, 0.6475, 0.71, 0.603, 0.42, 0.02)
 CONTROL = (3.043, 0.7603, 0.83, 0.574, 0.415, 0.05)
 
@@ -18,7 +18,7 @@ CONTROL = (3.043, 0.7603, 0.83, 0.574, 0.415, 0.05)
 def evaluation(
     figures: tuple[float, ...] = STUDENT, *, windows: int = 12, seed: int = 0, content: str = "c0"
 ) -> Evaluation:
-    """An evaluation about these figures. What windows are like is the same for all figures."""
+    """An evaluation with about these values. The differences between windows are the same for all of them."""
     counts = np.full(windows, 511.0)
     hard = np.random.default_rng(99).normal(0, 1, windows)
     own = np.random.default_rng([seed, *(int(1e4 * f) for f in figures)])

@@ -1,4 +1,4 @@
-"""What every `BatchSource` must do, as a class of tests, and a source of a few hand-made batches."""
+"""`BatchSourceTests`, the tests that every `BatchSource` must pass, and a source of a few synthetic batches."""
 
 import json
 from collections.abc import Iterator, Mapping

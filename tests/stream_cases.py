@@ -1,4 +1,4 @@
-"""Caches for the tests of the loader, as capture writes them, and a slow reference for what it yields."""
+"""Caches for the tests of the loader, as capture writes them, and a slow reference of its batches."""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from fastkd.data.documents import open_documents
 from fastkd.stream.batch import MicroBatch, Step
 
 IGNORED = -100
-TRAIN_SHARDS, SHARDS = 13, 16  # of the cache that is made unless told otherwise
+TRAIN_SHARDS, SHARDS = 13, 16  # of the default cache
 
 
 class Row(NamedTuple):

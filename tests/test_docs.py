@@ -1,4 +1,4 @@
-"""What the README and the guides say holds: snippets run, links lead somewhere, scripts and suites are there."""
+"""The README and the guides are right: snippets run, links resolve, scripts and suites exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What importing costs, and who may know whom: two leaves and one root."""
+"""The cost of imports, and their direction: two leaves and one root."""
 
 import ast
 import subprocess
@@ -19,7 +19,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 def python(code: str, blocked: tuple[str, ...] = ()) -> str:
-    """Run code in a fresh interpreter where some packages are not to be had."""
+    """Run code in a new interpreter in which some packages cannot be imported."""
     result = subprocess.run(
         [sys.executable, "-c", BLOCK.format(blocked=blocked) + code], capture_output=True, text=True, timeout=300
     )
@@ -50,7 +50,7 @@ def test_every_name_is_there_and_no_other() -> None:
 
 
 def test_kernels_need_torch_alone() -> None:
-    """With triton and zarr out of reach the CPU path works; asking for Triton says what is missing."""
+    """Without triton and zarr the CPU path works, and impl="triton" raises an error that names what is missing."""
     code = """
 import torch, fastkd
 z = torch.randn(4, 20)
@@ -74,7 +74,9 @@ def imports(folder: str) -> set[str]:
     """Every module a folder's files import, relative ones as fastkd's."""
     found = set()
     for path in (ROOT / folder).rglob("*.py"):
-        depth = len(path.relative_to(ROOT / folder).parts) - 1  # so many levels up are still inside
+        depth = (
+            len(path.relative_to(ROOT / folder).parts) - 1
+        )  # relative imports of this many levels stay inside the package
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}

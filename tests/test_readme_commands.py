@@ -1,4 +1,4 @@
-"""Every command in the README runs, or where it needs what a test has not, is at least one that there is."""
+"""Every command in the README runs, or at least exists if a test cannot run it."""
 
 import re
 import shlex
@@ -15,8 +15,8 @@ from fastkd.cli.parse import flags, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-STARTERS = ("torchrun", "srun")  # what starts several at once
-# What stands for something in a page, and what stands for it here.
+STARTERS = ("torchrun", "srun")  # starts several processes
+# Placeholders of the page, and their values here.
 NAMES = {"CACHE": "my-cache", "T": "HuggingFaceTB/SmolLM2-135M", "[--deep]": "--deep"}
 
 
@@ -34,7 +34,7 @@ def mentions(page: str) -> list[str]:
 
 
 def words_of(line: str) -> list[str]:
-    """From the command of fastkd on."""
+    """The command without what precedes fastkd."""
     words = shlex.split(line)
     return [NAMES.get(word, word) for word in words[words.index("fastkd") + 1 :]]
 
@@ -57,7 +57,7 @@ def test_commands_that_stand_by_themselves_are_whole(page: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where what the README names lies: a tiny model in place of the one on the Hub, which a folder goes before."""
+    """A folder with the files that the README names: a tiny model replaces the one on the Hub, since a folder wins."""
     (tmp_path / "HuggingFaceTB").mkdir()
     saved(tmp_path / "HuggingFaceTB", "llama", vocab_size=300).rename(tmp_path / NAMES["T"])
     config_of("llama", vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path / "my-student")
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readmes_commands_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """In their order, once each; but those that several machines would be needed for."""
+    """In their order, once each, except those that need several machines."""
     ran = []
     for line in dict.fromkeys(blocks("README.md")):
         if line.startswith(STARTERS) or "..." in line:

@@ -18,13 +18,13 @@ from fastkd.models.protocol import Hidden
 from fastkd.train.checkpoint import FOLDER, Checkpoint, read
 
 WIDTH = 12
-# eight shards and more, of pieces of many lengths
+# at least eight shards, of segments of many lengths
 CAPTURE: dict[str, Any] = {"k": 6, "draws": 3, "context": 16, "shard_positions": 48, "held_out": 0.2}
 SMALL: dict[str, Any] = {"batch_tokens": 60, "micro_tokens": 32, "steps": 10, "rate": 0.01, "evaluate_every": 0}
 
 
 class Tiny(nn.Module):
-    """A causal model: each position sees a decaying sum of all up to it. Hidden states and a head, or logits."""
+    """A causal model: each position sees a decaying sum of all up to it. Hidden states and an LM head, or logits."""
 
     def __init__(
         self, *, vocab: int = VOCAB, seed: int = 0, logits: bool = False, dropout: float = 0.0, bias: bool = False,
@@ -59,7 +59,7 @@ class Tiny(nn.Module):
 
 
 def tiny() -> Tiny:
-    """What module:factory names."""
+    """A factory for module:factory."""
     return Tiny(seed=1)
 
 
@@ -81,7 +81,7 @@ def documents(count: int = 60, longest: int = 30, seed: int = 0) -> list[list[in
 
 
 def make_cache(folder: Path, data: Any = None, **changes: Any) -> Cache:
-    """What a teacher of the same kind says of some documents."""
+    """A cache of some documents by a teacher of the same kind."""
     teacher = Tiny(seed=7)
     fastkd.capture(teacher, documents() if data is None else data, folder, **{**CAPTURE, **changes})
     return open_cache(folder)
@@ -115,7 +115,7 @@ def toy_objective(strength: float) -> Any:
 
 
 def write_version_1(run: Path, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """What fastkd wrote before DCP."""
+    """A checkpoint of version 1, as fastkd wrote it before DCP."""
     folder = run / FOLDER / f"step-{step:08d}"
     folder.mkdir(parents=True)
     files = {}

@@ -1,4 +1,4 @@
-"""What the processes of the tests of training do. They are forked from one that has imported everything."""
+"""Jobs of the processes that the tests of training start, forked from a process that has imported everything."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from fastkd.utils.signals import DONE, WORK_REMAINS
 
 
 def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
-    """A job in some processes, as torchrun starts them."""
+    """Start a job in several processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,7 +28,7 @@ def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[Bas
 
 
 def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:
-    """Their exit statuses. Where one fails the others are killed; a stop that was asked for is no failure."""
+    """Wait for the processes. Returns exit statuses. If one fails, the others are killed; a stop is no failure."""
     waited = list(running)
     while waited:
         ready = wait([process.sentinel for process in waited], seconds)
@@ -42,7 +42,7 @@ def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | No
 
 
 def run(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
-    """A job that has to end well."""
+    """Run a job that must succeed."""
     assert finish(start(job, *arguments, ranks=ranks)) == [0] * ranks
 
 
@@ -58,14 +58,14 @@ def _begin(job: Callable[..., None], arguments: tuple[Any, ...], rank: int, rank
 
 
 def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
-    """To the end."""
+    """Train to the end."""
     import fastkd
 
     assert fastkd.train(student, cache, out, **changes).status == 0
 
 
 def train_toy(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
-    """With an objective from outside the package."""
+    """Train with an objective from outside the package."""
     import train_cases
 
     train(student, cache, out, changes | {"objective": train_cases.toy_objective(0.01)})
@@ -74,14 +74,14 @@ def train_toy(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> 
 def on_images(
     job: Callable[..., None], student: Any, cache: Path, out: Path, changes: dict[str, Any], *more: Any
 ) -> None:
-    """A job with the data set of a cache of images, which is made anew in each process."""
+    """A job with the dataset of a cache of images, which each process builds."""
     import vision_cases
 
     job(student, cache, out, changes | {"data": vision_cases.examples()}, *more)
 
 
 def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
-    """Several, one after another, in one process group."""
+    """Several jobs, one after another, in one process group."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -91,7 +91,7 @@ def train_all(runs: list[tuple[Any, Path, Path, dict[str, Any]]]) -> None:
 
 
 def train_and_stop(student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int) -> None:
-    """Up to a step, where a stop is asked for: on the last process alone, as signals are not told to all at once."""
+    """Train up to a step at which only the last process gets a stop, as signals do not reach all at once."""
     import fastkd
     from fastkd.utils.signals import Stop
 
@@ -140,7 +140,7 @@ def count_steps(cache: str, out: Path) -> None:
 
 
 def measure(cache: Path, out: Path, batch_tokens: int) -> None:
-    """An evaluation by all processes; each writes what it found, and how many forwards it made."""
+    """An evaluation by all processes; each writes its result and its number of forwards."""
     import json
 
     import torch
@@ -163,8 +163,8 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
 
 
 def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
-    """SIGKILL, by its own hand, at the n-th moment of rank `of`: before a step, a line of the log, or anything that
-    changes what lies on the disk."""
+    """Send SIGKILL to itself at the n-th moment of rank `of`: before a step, a line of the log, or any change of the
+    files."""
     from fastkd.train import checkpoint, metrics
     from fastkd.train.trainer import Trainer
     from fastkd.utils import atomic
@@ -192,7 +192,7 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
 
 
 def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
-    """As the command does it, with time between steps for a signal to come in; ends with the report's status."""
+    """Train as the command does, with time between steps for a signal; exits with the report's status."""
     import sys
     import time
 
@@ -213,7 +213,7 @@ def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) 
 
 
 def refused(student: Any, cache: Path, out: Path, changes: dict[str, Any], message: str) -> None:
-    """Every process is told why."""
+    """Every process raises the error with its reason."""
     import re
 
     import fastkd

@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def double() -> Net:
-    """What module:factory names."""
+    """A factory for module:factory."""
     return Net(dtype=torch.float64)
 
 
@@ -56,7 +56,7 @@ def shifted(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:
 
 
 def examples(**changes: Any) -> Examples:
-    """What module:factory names."""
+    """A factory for module:factory."""
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.normal(size=(IMAGES, 1, 6, 6)).astype(np.float32))
     labels = random.integers(0, CLASSES, IMAGES)

@@ -1,7 +1,6 @@
-"""The report of `cache.inspect` as text for 80 columns, and what text in general needs. Imports nothing heavy.
+"""The report of `cache.inspect` as text for 80 columns, and helpers for text. Imports nothing heavy.
 
-Whatever text a cache brings along (fingerprints, notes, names) may be hostile: it is shown without credentials and
-without control characters.
+Text in a cache (fingerprints, notes, names) may be hostile: it is shown without credentials and control characters.
 """
 
 import textwrap
@@ -36,7 +35,7 @@ def report_text(report: Report) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what is not printable spelt out: no escape sequence reaches a terminal."""
+    """The text on one line, with unprintable characters escaped: no escape sequence reaches a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -73,25 +72,25 @@ def _identity(report: Report) -> list[str]:
 
 def _settings(settings: Report) -> list[str]:
     codec = settings["codec"]
-    head = f"k = {settings['k']}" if settings["k"] else "none"
-    head += f", cut where it holds {settings['mass']:g} of the mass" if settings["mass"] and settings["k"] else ""
+    topk = f"k = {settings['k']}" if settings["k"] else "none"
+    topk += f", cut at {settings['mass']:g} of the mass" if settings["mass"] and settings["k"] else ""
     draws = f"{settings['draws']} at T = {settings['draw_temperature']:g}" if settings["draws"] else "none"
     traits = [f"{codec['compressor']} level {codec['level']}"]
     traits += ["ties sorted"] * codec["sort_ties"] + ["contexts"] * codec["contexts"]
-    steps = f"head {_step(codec['step'])}"
+    steps = f"top-k {_step(codec['step'])}"
     steps += f" growing as e^({codec['growth']:g} x) to {_step(codec['cap'])}" if codec["growth"] else ""
     steps += f", tail {_step(codec['tail_step'])}"
     steps += f", draws {_step(codec['draw_step'])}" if settings["draws"] else ""
     return [
         "Settings",
         *labelled("  vocabulary", f"{settings['vocab_size']:,}"),
-        *labelled("  head", head),
+        *labelled("  top-k entries", topk),
         *labelled("  draws", draws),
         *labelled("  tails at T =", ", ".join(f"{t:g}" for t in settings["temperatures"])),
         *labelled("  inputs", ", ".join(settings["inputs"]) or "none"),
         *labelled("  codec", f"{codec['name']} ({', '.join(traits)})"),
         *labelled("  steps in nats", steps),
-        *labelled("  a shard", f"{settings['shard_positions']:,} positions at most"),
+        *labelled("  shard", f"up to {settings['shard_positions']:,} positions"),
     ]
 
 
@@ -104,11 +103,11 @@ def _contents(report: Report) -> list[str]:
     rows = [(name, report[name], "") for name in ("shards", "sequences", "positions")]
     positions, counted = report["positions"], report["counted"]
     rows.append(("counted", counted, f"  {counted / positions:.1%} of the positions" if positions else ""))
-    for label, name, use in (("head", "head_entries", "k"), ("drawn", "draw_entries", "draws")):
+    for label, name, use in (("top-k", "head_entries", "k"), ("drawn", "draw_entries", "draws")):
         if report["settings"][use]:
-            each = f"  {report[name] / counted:.2f} a counted position" if counted else ""
+            each = f"  {report[name] / counted:.2f} per counted position" if counted else ""
             rows.append((f"{label} entries", report[name], each))
-    each = f"  {size_text(report['bytes'])}, {report['bytes_per_position']:.1f} a position" if positions else ""
+    each = f"  {size_text(report['bytes'])}, {report['bytes_per_position']:.1f} per position" if positions else ""
     rows.append(("bytes", report["bytes"], each))
     width = max(len(f"{number:,}") for _, number, _ in rows)
     return ["Contents", *(f"{f'  {label}':<{_LABEL}}{number:>{width},}{more}" for label, number, more in rows)]
@@ -121,16 +120,16 @@ def _bytes(report: Report) -> list[str]:
     width = max(_LABEL, *(len(name) for name in each)) + 4
     lines = [f"{f'  {name}':<{width}}{size:>10.3f}{size / total:>8.1%}" for name, size in each.items()]
     lines += [f"{'  total':<{width}}{total:>10.3f}", "  other: the arrays' names, shapes and codecs; headers"]
-    return [f"Bytes a position, by array (from {whole})", *lines]
+    return [f"Bytes per position, by array (from {whole})", *lines]
 
 
 def _distribution(report: Report) -> list[str]:
     lines = [f"{'Counted positions':<{_LABEL + 4}}" + "".join(f"{which:>9}" for which in report["mass"])]
-    for what, label in (("mass", "mass in the head"), ("entropy", "entropy in nats")):
+    for what, label in (("mass", "mass of the top-k"), ("entropy", "entropy in nats")):
         values = ("-" if value is None else f"{value:.4f}" for value in report[what].values())
         lines.append(f"{f'  {label}':<{_LABEL + 4}}" + "".join(f"{value:>9}" for value in values))
-    lines.append("  entropy: of the head, and all the rest as one outcome")
-    return lines + (["  p05, p50, p95: means over the shards of each shard's own"] if report["shards"] > 1 else [])
+    lines.append("  entropy: with everything outside the top-k entries as one outcome")
+    return lines + (["  p05, p50, p95: means of the quantiles of each shard"] if report["shards"] > 1 else [])
 
 
 def _missing(report: Report) -> list[str]:
@@ -139,13 +138,13 @@ def _missing(report: Report) -> list[str]:
         if pairs:
             lines += labelled(f"  {label}", f"{ranges(pairs)} ({sum(b - a + 1 for a, b in pairs):,} in all)")
     if gone := missing["objects"]:
-        lines += labelled("  objects", f"of shards {ranges(gone)}: in the manifest, and not there")
+        lines += labelled("  objects", f"of shards {ranges(gone)}: in the manifest, but missing in the store")
     if not report["shards"]:
         lines.append("  everything: there are no shards yet")
     if len(lines) == 1:
         lines.append("  nothing up to the last shard")
     if not missing["listed"]:
-        lines.append("  The store cannot be listed: this is what the manifest says.")
+        lines.append("  The store cannot be listed: this is from the manifest.")
     for one, other in report["overlaps"][:_MOST_LISTED]:
         lines += labelled("Overlap", f"shards {one:,} and {other:,} hold some of the same sequences")
     if (more := len(report["overlaps"]) - _MOST_LISTED) > 0:

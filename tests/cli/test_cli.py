@@ -261,7 +261,7 @@ def test_inspect_text(made: Path, tmp_path: Path, run: Any, shape: str) -> None:
         "s3://…@bucket/text?…",
         "so to say",
         "inputs/tokens",
-        "mass in the head",
+        "mass of the top-k",
         "nothing up to",
     ):
         assert word in out
@@ -312,7 +312,7 @@ def test_inspect_compares_a_sealed_cache_with_what_is_there(cache: Path, run: An
     assert report["not_in_manifest"] == [[7, 7]]
     assert report["arrays"]["shards_read"] == 2
     out = run("inspect", cache)[1]
-    assert "of shards 1: in the manifest, and not there" in out
+    assert "of shards 1: in the manifest, but missing in the store" in out
     assert "shards 7: written after the cache was sealed" in out
 
 

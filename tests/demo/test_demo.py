@@ -280,7 +280,7 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     }
     assert all(f["value"] > 0 for f in report["figures"][:1] + report["figures"][2:])
     said = capfd.readouterr().err
-    for words in ("k = 6", "Bytes a position, by array", "shard 1, array"):
+    for words in ("k = 6", "Bytes per position, by array", "shard 1, array"):
         assert words in said
     for words in ("the teacher ran on 480", "damaged", "healed - control", "soft - control", "report.html"):
         assert words in done.text
