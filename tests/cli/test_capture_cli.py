@@ -4,25 +4,24 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from capture_cases import contents
+from forked import Forked
 from hf_cases import model_of, saved, tokenizer_of
 
 from fastkd.cache import StoreError, open_cache, verify_cache
 from fastkd.cache.stores.local import LocalStore
 from fastkd.cli import main as cli
 
-TESTS = Path(__file__).parents[1]
 TEXTS = ["the quick brown fox", "the lazy dog", "", "and the other dogs jumps over the lazy dog " * 4] * 3
 SMALL = ("--k", 8, "--draws", 4, "--context", 16, "--shard-positions", 64, "--batch-tokens", 64)
 
@@ -210,16 +209,12 @@ def test_a_folder_that_cannot_be_written_is_no_work_that_remains(teacher: Path, 
     assert "file" in told
 
 
-def started(*args: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastkd", "capture", *(str(a) for a in args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+def started(*args: object, **environment: str) -> Forked:
+    return Forked(forked.command, "capture", *map(str, args), **environment)
 
 
 def test_sigterm_is_75_and_the_same_command_goes_on(teacher: Path, tmp_path: Path, run: Any) -> None:
-    data = lines(tmp_path / "a.jsonl", TEXTS * 40, "text")
+    data = lines(tmp_path / "a.jsonl", TEXTS * 20, "text")
     given = ("--teacher", teacher, "--data", data, "--out", tmp_path / "cache", *SMALL)
     process = started(*given)
     shards = tmp_path / "cache" / "shards"
@@ -227,7 +222,7 @@ def test_sigterm_is_75_and_the_same_command_goes_on(teacher: Path, tmp_path: Pat
         if shards.exists() and len(list(shards.iterdir())) >= 2:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 75, told
     assert "SIGTERM: stopping after the current batch" in told

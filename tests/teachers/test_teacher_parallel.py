@@ -1,13 +1,12 @@
 """A teacher divided over processes says what it says in one; and processes find those of their worker, no others."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from forked import Forked
 from hf_cases import VOCAB, saved
 
 from fastkd.errors import TeacherError
@@ -17,7 +16,6 @@ from fastkd.models.protocol import Hidden
 from fastkd.teachers.hf import load_hf
 from fastkd.teachers.tensor_parallel import ParallelGroup, join_group
 
-TESTS = Path(__file__).parents[1]
 # softcap and windows; scale and a head that is the embedding; a bias; experts
 DIVISIBLE = ["llama", "gemma2", "cohere", "phi", "mixtral"]
 
@@ -27,15 +25,7 @@ END = "\nfrom fastkd.utils.exit import end\nend(0)\n"
 
 def processes(code: str, count: int, arguments: list[str], environment: dict[str, str] | None = None) -> list[str]:
     """Run code in some processes, which have `rank` and `arguments`; what each printed."""
-    start = "import sys\nrank, *arguments = sys.argv[1:]\nrank = int(rank)\n"
-    every = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | (environment or {})
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", start + code + END, str(rank), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=every,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+    running = [Forked(forked.code, code + END, rank, arguments, **(environment or {})) for rank in range(count)]
     try:
         found = [process.communicate(timeout=240) for process in running]
     finally:
