@@ -39,10 +39,10 @@ demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits
 	$(BIN)/fastkd demo --task digits
 
 test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted without a GPU
-	$(BIN)/python -m pytest -n auto -m "not soak"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
 
 soak: $(STAMP)  ## the long tests
-	$(BIN)/python -m pytest -n auto -m soak
+	$(BIN)/python -m pytest -n auto --dist worksteal -m soak
 
 check: $(STAMP)  ## lint, format, types, and the direction of imports
 	$(BIN)/ruff check .
