@@ -109,6 +109,14 @@ class Inputs:
         """The inputs for an argument `cache` of `train`. Raises StreamError and CacheError."""
         if isinstance(cache, BatchSource):
             return cls(data=data, source=cache)
+        if hasattr(cache, "steps") or isinstance(cache, type):
+            members = ("fingerprint", "__len__", "steps", "state_dict", "load_state_dict", "seek", "close")
+            missing = ", ".join(name for name in members if not hasattr(cache, name))
+            what = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
+            raise StreamError(
+                f"cache: got {what}{f' without {missing}' if missing else ''}; expected a cache, or an object with the "
+                "members of fastkd.stream.BatchSource."
+            )
         caches, weights = open_sources(cache)
         check_data(caches, data)
         return cls(caches, [float(weight) for weight in weights], data)

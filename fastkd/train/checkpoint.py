@@ -209,14 +209,12 @@ def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:
 
 @contextmanager
 def _cause_of_failure() -> Iterator[None]:
-    """Raise what CheckpointException wraps, which is itself no Exception."""
+    """Raise what CheckpointException, itself no Exception, wraps. Only errors of input and output can be retried."""
     try:
         yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise (
-            cause if isinstance(cause, OSError) or not isinstance(cause, Exception) else OSError(str(cause))
-        ) from error
+        raise cause from error
 
 
 def _distributed_like(tensor: Tensor, like: Tensor) -> Tensor:

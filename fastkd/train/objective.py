@@ -5,6 +5,7 @@ own forward, since under DDP and FSDP2 parameters are complete only there. An ob
 part of the student: its parameters are trained, and saved in checkpoints.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
@@ -21,7 +22,7 @@ from ..models.lm_head import logits_of
 from ..models.protocol import Logits, Output
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch
-from .schedule import ramp_at
+from .schedule import RAMPS, ramp_at
 
 
 class Objective(Protocol):
@@ -74,16 +75,65 @@ OUTPUTS: dict[str, Callable[[Output, Any], Any]] = {
 `logits` `[m, V]` and `states` `[m, D]` (the last hidden states) at the m positions that count."""
 
 
+# Metrics that the trainer logs itself: an objective's parts and schedules have other names.
+RESERVED = (
+    "step", "epoch", "rate", "grad_norm", "positions", "sequences", "positions_per_second", "seconds", "waiting",
+    "evaluation",
+)  # fmt: skip
+
+
 def check_objective(objective: Any) -> None:
-    """Raise TrainError unless an object has the members of `Objective`."""
+    """Raise TrainError unless an object has the members of `Objective`, with values of the right types."""
+    name = type(objective).__name__
     members = ("signals", "outputs", "schedule", "losses", "describe")
-    if missing := [name for name in members if not hasattr(objective, name)]:
+    if isinstance(objective, type):
+        raise TrainError(f"objective: got the class {objective.__name__}; expected an instance of it.")
+    if missing := [member for member in members if not hasattr(objective, member)]:
         raise TrainError(
-            f"objective: got {type(objective).__name__} without {', '.join(missing)}; expected the members of "
+            f"objective: got {name} without {', '.join(missing)}; expected the members of "
             "fastkd.train.objective.Objective."
         )
-    if unknown := [name for name in objective.outputs if name not in OUTPUTS]:
+    for member in ("signals", "outputs"):
+        value = getattr(objective, member)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TrainError(f"objective: got {name}.{member} = {value!r}; expected a tuple of names.")
+    if unknown := [output for output in objective.outputs if output not in OUTPUTS]:
         raise TrainError(f"objective: got the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}.")
+    scheduled = objective.schedule(0, 1)
+    if not isinstance(scheduled, Mapping):
+        raise TrainError(f"objective: got {scheduled!r} from {name}.schedule; expected a mapping of numbers by name.")
+    if taken := [key for key in scheduled if key in (*RESERVED, "num_items", "loss")]:
+        raise TrainError(
+            f"objective: got a schedule named {taken[0]!r}, which the trainer uses; expected another name."
+        )
+    try:
+        json.dumps(dict(objective.describe()), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TrainError(f"objective: got a {name}.describe() that is not JSON ({error}).") from error
+
+
+def check_losses(objective: Any, losses: Any) -> Mapping[str, Tensor]:
+    """What `Objective.losses` returned. Raises TrainError unless it has "loss", which can be differentiated, and parts
+    that are 0-d tensors."""
+    name = f"{type(objective).__name__}.losses"
+    if not isinstance(losses, Mapping) or "loss" not in losses:
+        got = f"the names {', '.join(map(str, losses))}" if isinstance(losses, Mapping) else type(losses).__name__
+        raise TrainError(f'objective: got {got} from {name}; expected a mapping with "loss" and parts by name.')
+    for key, value in losses.items():
+        if key in RESERVED:
+            raise TrainError(
+                f"objective: got a part named {key!r}, which the trainer logs itself; expected another name."
+            )
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            got = (
+                f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
+            raise TrainError(f"objective: got {got} as {key!r} from {name}; expected a 0-d floating-point tensor.")
+    if torch.is_grad_enabled() and not losses["loss"].requires_grad:
+        raise TrainError(f'objective: got a "loss" without a gradient from {name}; expected one to differentiate.')
+    return losses
 
 
 @dataclass(frozen=True)
@@ -103,6 +153,14 @@ class TokenKD:
 
     signals: ClassVar[tuple[str, ...]] = ("labels", "targets")
     outputs: ClassVar[tuple[str, ...]] = ("output",)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_schedule", "temperature_schedule"):
+            if (value := getattr(self, name)) not in RAMPS:
+                raise TrainError(f"{name}: got {value!r}; expected one of {', '.join(RAMPS)}.")
+        changes = {"alpha": self.alpha_end, "temperature": self.temperature_end}
+        # the values at the last step are checked as those at the first
+        replace(self.config, **{name: value for name, value in changes.items() if value is not None})
 
     @classmethod
     def from_settings(cls, settings: TrainSettings) -> "TokenKD":
@@ -172,6 +230,10 @@ class WeightedSum(nn.Module):
         super().__init__()
         if not terms:
             raise TrainError("WeightedSum: got no terms; expected at least one.")
+        if "loss" in terms:
+            raise TrainError(
+                "WeightedSum: got a term named 'loss', which is the name of the sum; expected another name."
+            )
         if unknown := sorted(set(weights or {}) - set(terms)):
             raise TrainError(f"WeightedSum: got a weight for {unknown[0]!r}; expected some of {', '.join(terms)}.")
         for term in terms.values():
@@ -190,7 +252,7 @@ class WeightedSum(nn.Module):
         found: dict[str, dict[str, Tensor]] = {}
         for name, term in self.terms.items():
             own = {key: scheduled[key] for key in term.schedule(0, 1)}
-            found[name] = dict(term.losses(batch, outputs, num_items=num_items, **own))
+            found[name] = dict(check_losses(term, term.losses(batch, outputs, num_items=num_items, **own)))
         losses = {name: parts.pop("loss") for name, parts in found.items()}
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         parts = _merged({"": {name: loss.detach() for name, loss in losses.items()}, **found})

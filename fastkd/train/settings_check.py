@@ -44,10 +44,10 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
             raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
     if settings.clip is not None and not settings.clip > 0:
         raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
-    if objective is not None:
-        check_objective(objective)
-    elif spec is not None:
-        TokenKD.from_settings(settings).check_cache(spec)
+    objective = TokenKD.from_settings(settings) if objective is None else objective
+    check_objective(objective)
+    if spec is not None and isinstance(objective, TokenKD):
+        objective.check_cache(spec)
 
 
 def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> dict[str, Any]:

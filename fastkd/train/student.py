@@ -26,7 +26,7 @@ from ..models.module import (
 )
 from ..models.protocol import Hidden, Logits, Output
 from ..stream.batch import AnyBatch, MicroBatch
-from .objective import OUTPUTS, Objective, TokenKD
+from .objective import OUTPUTS, Objective, TokenKD, check_losses
 
 
 class Student(nn.Module):
@@ -75,7 +75,7 @@ class Student(nn.Module):
         with self._autocast(batch.device):
             output = self._output(batch)
             outputs = {name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs}
-            return objective.losses(batch, outputs, num_items=num_items, **scheduled)
+            return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         """Logits `[m, V]` at some of the flattened positions; None: at those that count."""

@@ -136,9 +136,15 @@ class Trainer:
         clock = time.perf_counter
         flags = _no_flags
         saved = clock()
-        begun, steps = clock(), self._source.steps()
+        begun, steps = clock(), iter(self._source.steps())
         while self.step < self.steps:
-            step = next(steps)
+            step = next(steps, None)
+            if not isinstance(step, Step):
+                raise TrainError(
+                    f"source: got {'no step' if step is None else type(step).__name__} from "
+                    f"{type(self._source).__name__}.steps() after step {self.step} of {self.steps}; expected a "
+                    "fastkd.stream.Step, epoch after epoch without end."
+                )
             self._take(step, begun=begun, waited=clock() - begun)
             begun = clock()
             # of several processes, one step late: none waits for the others' answer
@@ -246,6 +252,11 @@ class Trainer:
             for number, batch in enumerate(step.micro_batches, 1):
                 last = number == len(step.micro_batches)
                 losses = self._parallel.forward_backward(batch, last=last, num_items=step.count, **scalars)
+                if sums and tuple(losses) != tuple(sums):
+                    raise TrainError(
+                        f"objective: got the parts {', '.join(losses)} of micro-batch {number}, and {', '.join(sums)} "
+                        "before; expected the same names in the same order."
+                    )
                 sums = {name: value + sums[name] if sums else value for name, value in losses.items()}
         except KDError as error:
             self._flush_metrics()

@@ -22,6 +22,11 @@ class CallablePackage(ModuleType):
         return self._function(*args, **kwargs)
 
     @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        """The function's docstring: what `help` of the package shows first."""
+        return inspect.getdoc(self._function)
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._function)
 

@@ -15,8 +15,8 @@ from train_cases import SMALL, Tiny, bits, make_cache, toy_objective
 import fastkd
 from fastkd import kd_loss
 from fastkd.cache import Cache
-from fastkd.errors import TrainError
-from fastkd.kernels import LossConfig
+from fastkd.errors import StreamError, TrainError
+from fastkd.kernels import KDError, LossConfig
 from fastkd.settings import TrainSettings
 from fastkd.train.load_student import make_student
 from fastkd.train.metrics import read_metrics
@@ -201,3 +201,81 @@ def test_what_is_no_objective(tmp_path: Path) -> None:
         train(tmp_path, objective=kd_loss)
     with pytest.raises(TrainError, match="evaluate_every: got 2, and a batch source has no held-out split"):
         train(tmp_path, evaluate_every=2)
+
+
+class Misuse:
+    """A minimal objective, of which a test changes one member."""
+
+    signals: Any = ("labels", "targets")
+    outputs: Any = ("logits",)
+
+    def __init__(self, **changes: Any) -> None:
+        self.__dict__.update(changes)
+
+    def schedule(self, step: int, steps: int) -> Any:
+        return {}
+
+    def losses(self, batch: Any, outputs: Any, *, num_items: Any, **scheduled: Any) -> Any:
+        return {"loss": outputs["logits"].square().mean()}
+
+    def describe(self) -> Any:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": "logits"}, r"Misuse.outputs = 'logits'; expected a tuple"),
+        ({"signals": None}, "Misuse.signals = None; expected a tuple"),
+        ({"outputs": ("other",)}, "output 'other'; expected some of"),
+        ({"schedule": lambda *at: None}, "None from Misuse.schedule; expected a mapping"),
+        ({"schedule": lambda *at: {"rate": 1.0}}, "schedule named 'rate', which the trainer uses"),
+        ({"schedule": lambda *at: {"num_items": 1.0}}, "schedule named 'num_items'"),
+        ({"describe": lambda: {"x": torch.ones(())}}, r"describe\(\) that is not JSON"),
+        ({"describe": lambda: {"x": float("nan")}}, r"describe\(\) that is not JSON"),
+        ({"losses": lambda *a, **k: None}, "NoneType from Misuse.losses"),
+        (
+            {"losses": lambda *a, **k: {"hard": torch.ones(())}},
+            'the names hard from Misuse.losses; expected a mapping with "loss"',
+        ),
+        ({"losses": lambda *a, **k: {"loss": 1.0}}, "1.0 as 'loss'"),
+        ({"losses": lambda *a, **k: {"loss": torch.ones(3)}}, r"shape \(3,\) as 'loss'"),
+        ({"losses": lambda *a, **k: {"loss": torch.ones(())}}, "without a gradient"),
+        (
+            {"losses": lambda b, o, **k: {"loss": o["logits"].mean(), "step": torch.ones(())}},
+            "a part named 'step', which the trainer logs itself",
+        ),
+    ],
+)
+def test_what_an_objective_may_not_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(tmp_path / "run", objective=Misuse(**changes))
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_a_class_is_no_objective_and_terms_have_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="got the class Misuse; expected an instance"):
+        train(tmp_path / "run", objective=Misuse)
+    with pytest.raises(TrainError, match="a term named 'loss'"):
+        WeightedSum({"loss": Misuse()})
+    with pytest.raises(TrainError, match="alpha_schedule: got 'x'"):
+        TokenKD(alpha_end=1.0, alpha_schedule="x")
+    with pytest.raises(KDError, match="alpha: got 3"):
+        TokenKD(alpha_end=3.0)
+
+
+def test_what_a_source_may_not_be(tmp_path: Path) -> None:
+    class NoSeek:
+        def steps(self) -> Any:
+            return iter(())
+
+    class Ends(ToySource):
+        def steps(self) -> Any:
+            yield next(super().steps())
+
+    with pytest.raises(StreamError, match=r"got NoSeek without .*seek.*BatchSource"):
+        train(tmp_path / "a", NoSeek())
+    with pytest.raises(StreamError, match="got the class ToySource"):
+        train(tmp_path / "b", ToySource)
+    with pytest.raises(TrainError, match=r"got no step from Ends.steps\(\) after step 1 of 6"):
+        train(tmp_path / "c", Ends(vocab=VOCAB))
