@@ -387,7 +387,7 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
 
 def test_without_a_held_out_split(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", held_out=0.0)
-    with pytest.raises(TrainError, match=r"evaluate_every: got 5, and .* captured without \(held_out=0\)"):
+    with pytest.raises(TrainError, match=r"evaluate_every: got 5, and .* was captured with held_out=0"):
         train(cache, tmp_path / "run", evaluate_every=5)
     assert not train(cache, tmp_path / "run", evaluate_every=None).evaluation
 
@@ -395,7 +395,7 @@ def test_without_a_held_out_split(tmp_path: Path) -> None:
 def test_fewer_sequences_than_processes(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [[1, 2, 3, 4], [5, 6, 7, 8]], held_out=0.5)
     arguments = ("train_cases:tiny", tmp_path / "cache", tmp_path / "run", SMALL | {"batch_tokens": 16})
-    train_jobs.run(train_jobs.refused, *arguments, "2 ranks for 1 sequences", ranks=2)
+    train_jobs.run(train_jobs.refused, *arguments, "got 2 ranks; expected at most 1, the sequences per step", ranks=2)
 
 
 @pytest.mark.parametrize(
