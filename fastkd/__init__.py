@@ -64,4 +64,4 @@ __all__ = ["__version__", *_names]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
