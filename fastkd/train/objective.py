@@ -158,7 +158,7 @@ class TokenKD:
         for name in ("alpha_schedule", "temperature_schedule"):
             if (value := getattr(self, name)) not in RAMPS:
                 raise TrainError(f"{name}: got {value!r}; expected one of {', '.join(RAMPS)}.")
-        changes = {"alpha": self.alpha_end, "temperature": self.temperature_end}
+        changes: dict[str, Any] = {"alpha": self.alpha_end, "temperature": self.temperature_end}
         # the values at the last step are checked as those at the first
         replace(self.config, **{name: value for name, value in changes.items() if value is not None})
 
