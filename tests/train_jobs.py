@@ -184,7 +184,7 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
     if int(os.environ.get("RANK", "0")) == of:
         for owner, name in (
             (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (atomic.shutil, "rmtree"),
-            (checkpoint, "_save"), (checkpoint.dcp.FileSystemWriter, "write_data"),
+            (checkpoint, "_save"), (checkpoint.FileSystemWriter, "write_data"),
             (metrics.MetricsLog, "write"), (Trainer, "_make"),
         ):  # fmt: skip
             setattr(owner, name, dying(getattr(owner, name)))

@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_work(cache: Cache, tmp_path: Path, monkeypatch: pyte
     from fastkd.errors import WorkRemains
     from fastkd.train import checkpoint
 
-    writer = checkpoint.dcp.FileSystemWriter
+    writer = checkpoint.FileSystemWriter
     write, left = writer.write_data, iter([True] * 2)  # checkpoints
 
     def full(*arguments: Any) -> Any:
