@@ -2,12 +2,19 @@
 
 import re
 
-_SECRET = r"sig|signature|secret\w*|password|\w*token|\w*credentials?|access_?key\w*|sas_key|account_key|x-amz-[\w-]+"
+_SECRET = (
+    r"sig|signature|\w*(?:secret|access_?key|api_?key)\w*|\w*passw(?:or)?d|\w*token|\w*credentials?|sas_key|account_key"
+    r"|x-amz-[\w-]+"
+)
+# a quote inside a URL is followed by more of it
+_CHARACTER = r"(?:[^\s\"'<>]|'(?=[\w%&=]))"
+_USER = re.compile(rf"(\w://)(?:(?!/){_CHARACTER})*@")
+_QUERY = re.compile(rf"(\w://(?:(?!\?){_CHARACTER})*)\?{_CHARACTER}*")
 
 
 def without_credentials(text: str) -> str:
     """Text whose URLs have no user:password@ and no query, which may be a signature; "…" stands for them."""
-    return re.sub(r"(\w://[^\s?\"'<>]*)\?[^\s\"'<>]*", r"\1?…", re.sub(r"(\w://)[^/\s\"'<>]*@", r"\1…@", text))
+    return _QUERY.sub(r"\1?…", _USER.sub(r"\1…@", text))
 
 
 def redact(text: str) -> str:
