@@ -64,13 +64,6 @@ def targets_of(
     return SparseTargets.cat(parts)
 
 
-def full_output(answer: Answer) -> Output:
-    """The answer, for uses that need all logits. TeacherError for top-k entries."""
-    if isinstance(answer, TopK):
-        raise TeacherError("teacher: got top-k entries; expected hidden states or logits, as this needs all logits.")
-    return answer
-
-
 def flat_rows(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
     """The rows of a teacher's hidden states or logits, `[B·L, D or V]`. shape: `[B, L]` for text, `[B]` for examples.
     TeacherError if the output has another shape."""

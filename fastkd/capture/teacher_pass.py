@@ -18,7 +18,7 @@ from ..data.examples import Examples
 from ..errors import TeacherError
 from ..kernels import KDError, SparseTargets
 from ..settings import CaptureSettings
-from ..teachers.protocol import Teacher
+from ..teachers.protocol import Answer, Teacher
 from ..utils.signals import Stopped
 from .answers import targets_of, topk_config
 from .rows import ShardRows, teacher_inputs
@@ -70,12 +70,14 @@ class TeacherPass:
     """Runs a teacher over the batches of shards. Remembers the batch size that did not fit into memory.
 
     on_batch: called with each batch's positions, and the seconds that the device was busy with it.
+    on_answer: called with each of the teacher's answers.
     should_stop: called before each batch; if it returns True, `Stopped` is raised.
     """
 
     teacher: Teacher
     settings: CaptureSettings
     on_batch: Callable[[int, float], None] = lambda positions, seconds: None
+    on_answer: Callable[[Answer], None] = lambda answer: None
     should_stop: Callable[[], bool] = lambda: False
     _too_large: int | None = None
     _stream: Any = field(default=None, repr=False)
@@ -165,6 +167,7 @@ class TeacherPass:
         clock = time.perf_counter()
         pending.started = _event(device)
         answer = self.teacher(inputs)
+        self.on_answer(answer)
         try:
             shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
             targets = targets_of(answer, flat_M, numbers_M, self.settings, shape, self.teacher.vocab_size)

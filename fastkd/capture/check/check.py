@@ -6,7 +6,7 @@ only the codec's error remains, which is bounded.
 
 import math
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,65 +18,85 @@ from ...cache import Cache, CacheError, Workspace
 from ...data.examples import EXAMPLE_COLUMNS, Examples
 from ...data.packing import batches
 from ...errors import DataError, TeacherError
-from ...kernels import KDError
-from ...kernels.targets import FIELDS
-from ...models.protocol import Hidden
-from ...teachers.protocol import Teacher
-from ..answers import full_output
+from ...settings import CaptureSettings
+from ...teachers.protocol import Answer, Hidden, Teacher, TopK
 from ..prepare import read_window_plan
-from ..rows import Ints, ShardRows, teacher_inputs
-from ..teacher_pass import device_name
+from ..rows import Ints, ShardRows
+from ..teacher_pass import TeacherPass, device_name
 from ..window_plan import WindowPlan
-from .compare import Difference, Floats, deviations, kl_divergence
-from .recompute import Recomputed, Stored, recompute
-
-Array = NDArray[Any]
+from .compare import Deviations, compare
 
 _SHARDS = 8  # shards to spread the sample over, unless it needs more
 _EQUAL = 1e-4  # nats of excess up to which two computations count as the same
-_MIN_SAME_DRAWS = 0.9  # share of the rows in which the same computation repeats the draws, at least
-_KINDS = {
-    "top_k": "a top-k entry is",
-    "rank": "a top-k entry is not among the best, and",
-    "draws": "a drawn entry is",
-    "tail": "a tail is",
-}
+_MIN_SAME = 0.9  # share of the rows in which the same computation repeats the entries, at least
+_KINDS = {"top_k": "a top-k entry is", "draws": "a drawn entry is", "tail": "a tail is"}
 
 
-@dataclass(frozen=True)
+@dataclass
+class Difference:
+    """A summary of the deviations of one kind, in nats.
+
+    compared: how many numbers. largest: the largest distance; bound: what the codec allows there. over: how many
+    exceed their bound. excess: by how much, at most.
+    """
+
+    compared: int = 0
+    largest: float = 0.0
+    bound: float = 0.0
+    over: int = 0
+    excess: float = 0.0
+
+    def add(self, found: Deviations) -> None:
+        """Add some deviations."""
+        if not len(found.row):
+            return
+        at = int(found.distance.argmax())
+        if not self.compared or found.distance[at] > self.largest:
+            self.largest, self.bound = float(found.distance[at]), float(found.bound[at])
+        self.compared += len(found.row)
+        self.over += int(np.count_nonzero(found.excess))
+        self.excess = max(self.excess, float(found.excess.max()))
+
+
+@dataclass
 class TeacherCheck:
     """The result of `check_teacher`; false if there are problems.
 
-    teacher, expected: fingerprints of the teacher and in the spec; fingerprint: whether they are equal; None if the
-        spec has none. seed: of the sample. positions, batches: how many were compared. shards: which were sampled, of
-        cache_shards. recorded_batches: whether the capture's batches were repeated; else every sequence was a batch.
-    differences: by kind: "top_k", "draws" and "tail" (log-probabilities), and "rank": by how much top-k entries miss
-        being among as many of the teacher's best. outcomes: rows with another number of outcomes.
-    same_draws: share of the rows with the same draws; None if unknown, and draws_unknown says why.
-    kl, kl_max: KL(teacher now || stored), everything outside the top-k entries as one outcome; None without top-k.
+    teacher, expected: fingerprints of the teacher and in the spec. seed: of the sample. positions, batches: how many
+        were compared. shards: which were sampled, of cache_shards. recorded_batches: whether the capture's batches were
+        repeated; else every sequence was a batch.
+    differences: by kind: "top_k", "draws" and "tail" (log-probabilities). outcomes: rows with another number of
+        outcomes.
+    same_top_k, same_draws: share of the rows with the same ids; None without them, or if draws cannot be repeated, and
+        draws_unknown says why.
+    kl: mean KL(teacher now || stored), everything outside the top-k entries as one outcome; None without top-k.
     tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and torch versions.
     """
 
     cache: str
     teacher: str
     expected: str
-    fingerprint: bool | None
     seed: int
-    positions: int
-    batches: int
-    shards: list[int]
     cache_shards: int
-    recorded_batches: bool
-    differences: dict[str, Difference]
-    outcomes: int
-    same_draws: float | None
-    draws_unknown: str
-    kl: float | None
-    kl_max: float | None
     tolerance: float
-    captured_on: list[str]
     checked_on: str
-    problems: list[str]
+    draws_unknown: str
+    differences: dict[str, Difference]
+    positions: int = 0
+    batches: int = 0
+    shards: list[int] = field(default_factory=list)
+    recorded_batches: bool = True
+    outcomes: int = 0
+    same_top_k: float | None = None
+    same_draws: float | None = None
+    kl: float | None = None
+    captured_on: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> bool | None:
+        """Whether the fingerprints are equal; None if the spec has none."""
+        return self.teacher == self.expected if self.expected else None
 
     @property
     def ok(self) -> bool:
@@ -93,7 +113,7 @@ class TeacherCheck:
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object; null for infinite numbers."""
-        result = {**asdict(self), "ok": self.ok, "excess": self.excess}
+        result = {**asdict(self), "fingerprint": self.fingerprint, "ok": self.ok, "excess": self.excess}
         return {name: _finite(value) for name, value in result.items()}
 
 
@@ -126,22 +146,21 @@ def check_teacher(
         raise CacheError(f"positions: got {positions}; expected at least one.")
     seed = secrets.randbelow(2**31) if seed is None else seed
     random = np.random.default_rng(seed)
-    checker = _Checker(cache, teacher, None if "tokens" in cache.spec.inputs else data, tolerance)
+    checker = _Checker(cache, teacher, None if "tokens" in cache.spec.inputs else data, seed, tolerance)
+    report = checker.report
     with tqdm(total=positions, unit="position", desc="compare", disable=not progress) as bar:
         for index in random.permutation(shards).tolist():
             shard = checker.read(index)
-            before = checker.positions
+            before = report.positions
             for number in random.permutation(len(shard.batches)).tolist():
-                for segments in shard.batches[number]:
-                    compared = checker.positions
-                    checker.compare(shard, segments)
-                    bar.update(min(checker.positions - compared, positions - bar.n))
+                checker.compare(shard, shard.batches[number])
+                bar.update(min(report.positions, positions) - bar.n)
                 share = positions / min(_SHARDS, len(shards))
-                if checker.positions >= positions or checker.positions - before >= share:
+                if report.positions >= positions or report.positions - before >= share:
                     break
-            if checker.positions >= positions:
+            if report.positions >= positions:
                 break
-    return checker.result(seed, len(shards))
+    return checker.finish()
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,30 +168,42 @@ class _Shard:
     """A shard of the cache: its arrays, rows, and the segments of the parts of each batch."""
 
     index: int
-    arrays: dict[str, Array]
+    arrays: dict[str, NDArray[Any]]
     rows: ShardRows
     batches: list[list[Ints]]
 
 
 class _Checker:
-    """Compares batches, and collects the result."""
+    """Compares batches, and collects the result. tolerance: None: by the teacher's dtype."""
 
-    def __init__(self, cache: Cache, teacher: Teacher, data: Examples | None, tolerance: float | None) -> None:
-        self.cache, self.spec, self.teacher, self.data = cache, cache.spec, teacher, data
-        self.positions = self.batches = 0
-        self._plan, self._draw_seed, self._draws_unknown = _window_plan(cache)
+    def __init__(
+        self, cache: Cache, teacher: Teacher, data: Examples | None, seed: int, tolerance: float | None
+    ) -> None:
+        spec = self.spec = cache.spec
+        self.cache, self.teacher, self.data = cache, teacher, data
+        self._plan, draw_seed, unknown = _window_plan(cache)
+        self.report = TeacherCheck(
+            cache=cache.store.describe(),
+            teacher=teacher.fingerprint,
+            expected=spec.teacher,
+            seed=seed,
+            cache_shards=len(cache.shards),
+            tolerance=0.01 if tolerance is None else tolerance,
+            checked_on=f"{device_name(teacher.device)}, torch {torch.__version__}",
+            draws_unknown=unknown,
+            differences={
+                kind: Difference() for kind, used in (("top_k", spec.k), ("draws", spec.draws), ("tail", 1)) if used
+            },
+        )
+        names = ("k", "draws", "draw_temperature", "mass", "temperatures")
+        settings = CaptureSettings(**{name: getattr(spec, name) for name in names}, seed=draw_seed or 0)
+        self._pass = TeacherPass(teacher, settings, on_answer=self._on_answer)
+        self._fixed_tolerance = tolerance is not None
         self._workspace = Workspace()
-        self._tolerance = tolerance
-        self._least_tolerance = 0.01
-        self._shards: list[int] = []
-        self._recorded = True
-        self._captured_on: set[str] = set()
-        kinds = {"top_k": self.spec.k, "rank": self.spec.k, "draws": self.spec.draws, "tail": 1}
-        self._differences = {kind: Difference() for kind, used in kinds.items() if used}
         self._outcomes: dict[int, int] = {}  # by shard: rows with another number of outcomes
         self._worst: dict[int, tuple[float, str]] = {}  # by shard: the largest excess, and a description
-        self._kl: list[Floats] = []
-        self._same_draws: list[NDArray[np.bool_]] = []
+        # of all rows: sums; the last over those whose draws can be repeated
+        self._kl, self._same_top_k, self._same_draws, self._known = 0.0, 0, 0, 0
 
     def read(self, index: int) -> _Shard:
         """A shard, with its batches as they were captured; without a record of them, every sequence is a batch."""
@@ -182,11 +213,11 @@ class _Checker:
         recorded = None
         if isinstance(record, dict) and lengths is not None:
             recorded = _recorded_batches(lengths.astype(np.int64), record)
-            if recorded is not None:
-                self._captured_on.add(f"{record.get('device')}, torch {record.get('torch')}")
         if recorded is None or lengths is None:
-            self._recorded = False
+            self.report.recorded_batches = False
             lengths = arrays["sequence_lengths"]
+        elif (device := f"{record.get('device')}, torch {record.get('torch')}") not in self.report.captured_on:
+            self.report.captured_on.append(device)
         document, start = np.full(len(lengths), -1, np.int64), np.zeros(len(lengths), np.int64)
         if self._plan is not None and recorded is not None and index < self._plan.shards:
             planned = self._plan.shard(index)
@@ -202,109 +233,81 @@ class _Checker:
             first_sequence=int(arrays["first_sequence"]),
         )
         _check_inputs(rows, index, self.teacher)
-        self._shards.append(index)
+        self.report.shards.append(index)
         return _Shard(index, arrays, rows, recorded or [[np.array([i])] for i in range(len(lengths))])
 
-    @torch.inference_mode()
-    def compare(self, shard: _Shard, segments: Ints) -> None:
-        """Run the teacher on some segments of a shard, and compare."""
-        rows, flat = shard.rows.counted(segments)
+    def compare(self, shard: _Shard, parts: list[Ints]) -> None:
+        """Run the teacher on the parts of a batch of a shard, and compare."""
+        segments, report = np.concatenate(parts), self.report
+        some = shard.rows.select(segments)
+        rows = shard.rows.rows_of(segments)[0][some.counts]
         if not len(rows):
             return
-        known = self._draw_seed is not None and (shard.rows.document[segments] >= 0).all()
-        stored = Stored(
-            **{field.name: shard.arrays[field.name][rows] for field in FIELDS if field.name in shard.arrays},
-            numbers=shard.rows.row_numbers(rows) if known else None,
-            seed=self._draw_seed or 0,
-        )
-        inputs = teacher_inputs(shard.rows, self.data, segments).to(self.teacher.device)
-        shape = inputs.shape[: 2 if "tokens" in self.spec.inputs else 1]
-        try:
-            output = full_output(self.teacher(inputs))
-            now = recompute(output, flat, shape, stored, self.spec)
-        except torch.OutOfMemoryError as error:
-            raise TeacherError(
-                f"shard {shard.index}: a batch of {inputs.numel()} positions does not fit into the device's memory, "
-                "although it did in the capture. Check on a device with as much memory."
-            ) from error
-        except KDError as error:
-            where = f"row {rows[error.row]}" if error.row is not None else "a batch"
-            raise TeacherError(f"shard {shard.index}, {where}: the teacher failed there: {error}.") from error
-        dtype = output.states.dtype if isinstance(output, Hidden) else output.values.dtype
-        self._least_tolerance = max(self._least_tolerance, 64 * torch.finfo(dtype).eps)
-        self.batches += 1
-        self._add(shard, rows, stored, now)
+        again = np.split(np.arange(len(segments)), np.cumsum([len(part) for part in parts])[:-1])
+        now, _ = self._pass.run(some, again, self.data, shard.index)
+        stored = {name: shard.arrays[name][rows] for name in now}
+        found = compare(self.spec, stored, {name: array[some.counts] for name, array in now.items()})
+        report.batches += len(parts)
+        report.positions += len(rows)
+        for kind, deviations in found.deviations.items():
+            report.differences[kind].add(deviations)
+            self._note_worst(shard, kind, deviations, rows)
+        self._outcomes[shard.index] = self._outcomes.get(shard.index, 0) + int(np.count_nonzero(~found.outcomes))
+        self._kl += float(found.kl.sum())
+        self._same_top_k += int(found.same_top_k.sum())
+        if self._plan is not None and (some.document >= 0).all():
+            self._same_draws += int(found.same_draws.sum())
+            self._known += len(rows)
 
-    def _add(self, shard: _Shard, rows: Ints, stored: Stored, now: Recomputed) -> None:
-        index = shard.index
-        self.positions += len(rows)
+    def _on_answer(self, answer: Answer) -> None:
+        if not self._fixed_tolerance and not isinstance(answer, TopK):
+            dtype = answer.states.dtype if isinstance(answer, Hidden) else answer.values.dtype
+            self.report.tolerance = max(self.report.tolerance, 64 * torch.finfo(dtype).eps)
+
+    def _note_worst(self, shard: _Shard, kind: str, found: Deviations, rows: Ints) -> None:
+        if not len(found.row) or found.excess.max() <= self._worst.get(shard.index, (0.0, ""))[0]:
+            return
+        at = int(found.excess.argmax())
+        row = rows[found.row[at]]
         documents = shard.rows.inputs.get("document", shard.rows.inputs.get("example"))
-        for kind, found in deviations(self.spec, stored, now).items():
-            self._differences[kind] += Difference.of(found)
-            if len(found.excess) and found.excess.max() > self._worst.get(index, (0.0, ""))[0]:
-                at = int(found.excess.argmax())
-                row = rows[found.row[at]]
-                document = "" if documents is None else f" (document {documents[row]})"
-                self._worst[index] = (
-                    float(found.excess[at]),
-                    f"shard {index}, row {row}{document}: {_KINDS[kind]} {found.distance[at]:.3g} nats from the "
-                    f"teacher's; the codec explains {found.bound[at]:.2g}",
-                )
-        different = int(np.count_nonzero(now.outcomes != stored.outcomes))
-        self._outcomes[index] = self._outcomes.get(index, 0) + different
-        if self.spec.k:
-            self._kl.append(kl_divergence(self.spec, stored, now))
-        if now.same_draws is not None:
-            self._same_draws.append(now.same_draws)
-
-    def result(self, seed: int, cache_shards: int) -> TeacherCheck:
-        """The result, with all problems."""
-        expected, teacher = self.spec.teacher, self.teacher.fingerprint
-        kl = np.concatenate(self._kl) if self._kl else None
-        same_draws = float(np.concatenate(self._same_draws).mean()) if self._same_draws else None
-        tolerance = self._least_tolerance if self._tolerance is None else self._tolerance
-        return TeacherCheck(
-            cache=self.cache.store.describe(),
-            teacher=teacher,
-            expected=expected,
-            fingerprint=teacher == expected if expected else None,
-            seed=seed,
-            positions=self.positions,
-            batches=self.batches,
-            shards=sorted(self._shards),
-            cache_shards=cache_shards,
-            recorded_batches=self._recorded,
-            differences=self._differences,
-            outcomes=sum(self._outcomes.values()),
-            same_draws=same_draws,
-            draws_unknown=self._draws_unknown,
-            kl=None if kl is None else float(kl.mean()),
-            kl_max=None if kl is None else float(kl.max()),
-            tolerance=tolerance,
-            captured_on=sorted(self._captured_on),
-            checked_on=f"{device_name(self.teacher.device)}, torch {torch.__version__}",
-            problems=self._problems(teacher, tolerance, same_draws),
+        document = "" if documents is None else f" (document {documents[row]})"
+        self._worst[shard.index] = (
+            float(found.excess[at]),
+            f"shard {shard.index}, row {row}{document}: {_KINDS[kind]} {found.distance[at]:.3g} nats from the "
+            f"teacher's; the codec explains {found.bound[at]:.2g}",
         )
 
-    def _problems(self, teacher: str, tolerance: float, same_draws: float | None) -> list[str]:
-        problems = []
-        if self.spec.teacher and teacher != self.spec.teacher:
-            problems.append(f"another teacher: got {teacher!r}; expected {self.spec.teacher!r}, which the spec names")
+    def finish(self) -> TeacherCheck:
+        """The result, with all problems."""
+        report, problems = self.report, self.report.problems
+        report.shards.sort()
+        report.captured_on.sort()
+        report.outcomes = sum(self._outcomes.values())
+        if self.spec.k and report.positions:
+            report.kl = self._kl / report.positions
+            report.same_top_k = self._same_top_k / report.positions
+        if self._known:
+            report.same_draws = self._same_draws / self._known
+        if report.fingerprint is False:
+            problems.append(
+                f"another teacher: got {report.teacher!r}; expected {report.expected!r}, which the spec names"
+            )
         for _, (excess, text) in sorted(self._worst.items()):
-            if excess > tolerance:
-                problems.append(f"{text}, and the tolerance is {tolerance:.2g}")
+            if excess > report.tolerance:
+                problems.append(f"{text}, and the tolerance is {report.tolerance:.2g}")
         for shard, count in sorted(self._outcomes.items()):
             if count:
                 problems.append(f"shard {shard}: {count} rows with another number of outcomes than the teacher's")
-        excess = max(d.excess for d in self._differences.values())
-        if same_draws is not None and same_draws < _MIN_SAME_DRAWS and excess <= _EQUAL:
-            problems.append(
-                f"only {same_draws:.1%} of the rows have the same draws, although the distributions are the same: they "
-                "were drawn with another seed"
-            )
-        if not self.positions:
+        for same, what in ((report.same_top_k, "top-k entries"), (report.same_draws, "draws")):
+            if same is not None and same < _MIN_SAME and report.excess <= _EQUAL:
+                more = ": they were drawn with another seed" if what == "draws" else ""
+                problems.append(
+                    f"only {same:.1%} of the rows have the same {what}, although the log-probabilities are the same"
+                    + more
+                )
+        if not report.positions:
             problems.append("no position of the sample has a target: nothing was compared")
-        return problems
+        return report
 
 
 def _recorded_batches(lengths: Ints, record: dict[str, Any]) -> list[list[Ints]] | None:

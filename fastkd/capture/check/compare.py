@@ -1,16 +1,18 @@
-"""Compares stored numbers with recomputed ones: their distance, and the distance that the codec allows."""
+"""Compares stored targets with those that capture makes of the teacher now: their distance, and what the codec allows.
 
-from dataclasses import dataclass
-from typing import NamedTuple
+Entries are compared by id. Rounding may exchange entries of nearly equal probability at the end of the top-k; the
+teacher's log-probability of a stored entry that it now leaves out is at most that of its last one.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import CacheSpec
 from ...cache.encoding.grid import steps_at
-from .recompute import Recomputed, Stored
 
-Ints = NDArray[np.int64]
+Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 # What float32 adds to the codec's error: nats, nats per nat of the value, and nats per nat of the bound.
@@ -21,94 +23,98 @@ class Deviations(NamedTuple):
     """e numbers of one kind, in nats, `[e]` each: the row of each, its distance from the teacher's, the distance that
     the codec allows, and the excess of the one over the other."""
 
-    row: Ints
+    row: NDArray[np.int64]
     distance: Floats
     bound: Floats
     excess: Floats
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A summary of the deviations of one kind, in nats.
+class Comparison(NamedTuple):
+    """Of m rows. deviations: by kind: "top_k", "draws" and "tail" (log-probabilities).
 
-    compared: how many numbers. largest: the largest distance; bound: what the codec allows there. over: how many
-    exceed their bound. excess: by how much, at most.
+    outcomes, same_top_k, same_draws: bool `[m]`, whether the number of outcomes, and the ids, are the same.
+    kl `[m]`: KL(teacher now || stored), everything outside the top-k entries as one outcome.
     """
 
-    compared: int = 0
-    largest: float = 0.0
-    bound: float = 0.0
-    over: int = 0
-    excess: float = 0.0
-
-    def __add__(self, other: "Difference") -> "Difference":
-        largest = self if self.largest > other.largest or not other.compared else other
-        return Difference(
-            self.compared + other.compared,
-            largest.largest,
-            largest.bound,
-            self.over + other.over,
-            max(self.excess, other.excess),
-        )
-
-    @classmethod
-    def of(cls, deviations: Deviations) -> "Difference":
-        """The summary of some deviations."""
-        row, distance, bound, excess = deviations
-        if not len(row):
-            return cls()
-        at = int(distance.argmax())
-        over = int(np.count_nonzero(excess))
-        return cls(len(row), float(distance[at]), float(bound[at]), over, float(excess.max()))
+    deviations: dict[str, Deviations]
+    outcomes: NDArray[np.bool_]
+    same_top_k: NDArray[np.bool_]
+    same_draws: NDArray[np.bool_]
+    kl: Floats
 
 
-def deviations(spec: CacheSpec, stored: Stored, now: Recomputed) -> dict[str, Deviations]:
-    """By kind: "top_k", "draws" and "tail" (log-probabilities), and "rank": by how much top-k entries miss being among
-    as many of the teacher's best, which the codec may hide to its own precision."""
+def compare(spec: CacheSpec, stored: dict[str, Array], now: dict[str, Array]) -> Comparison:
+    """Compare m rows. stored, now: ids, logprobs, tail, outcomes and maybe draws, as `SparseTargets.arrays` names them.
+
+    Drawn entries are compared where both have them; tails where both have as many top-k entries.
+    """
     codec = spec.settings
-    logprobs, before = now.logprobs.astype(np.float64), stored.logprobs.astype(np.float64)
-    found = {}
+    used, top_k = _used_and_top_k(stored)
+    used_now, top_k_now = _used_and_top_k(now)
+    row, entry = np.nonzero(used)
+    keys, b = _keys(stored, row, entry, spec), stored["logprobs"][row, entry].astype(np.float64)
+    row_now, entry_now = np.nonzero(used_now)
+    keys_now, values_now = _keys(now, row_now, entry_now, spec), now["logprobs"][row_now, entry_now].astype(np.float64)
+    order = np.argsort(keys_now)
+    at = order[np.searchsorted(keys_now, keys, sorter=order).clip(max=len(order) - 1)]
+    found = keys_now[at] == keys
+    best = np.where(top_k_now, now["logprobs"], np.inf).min(1, initial=np.inf)
+    most = np.where(np.isneginf(now["tail"][:, 0]), -np.inf, best).astype(np.float64)  # of an entry left out
+    a = np.where(found, values_now[at], np.minimum(b, most[row]))
+
+    deviations, first = {}, top_k[row, entry]
     if spec.k:
-        row, entry = np.nonzero(stored.top_k)
-        a, b = logprobs[row, entry], before[row, entry]
-        found["top_k"] = _deviations(row, a - b, _half_steps(spec, np.minimum(a, b)), b)
-        missed = np.maximum(now.last.astype(np.float64)[row] - a, 0)
-        found["rank"] = _deviations(row, missed, _half_steps(spec, a), b)
+        half_steps = steps_at(np.minimum(a, b)[first], codec.step, codec.growth, codec.cap) / 2
+        deviations["top_k"] = _deviations(row[first], a[first], b[first], half_steps)
     if spec.draws:
-        row, entry = np.nonzero(stored.used & ~stored.top_k)
-        a, b = logprobs[row, entry], before[row, entry]
-        found["draws"] = _deviations(row, a - b, np.full(len(row), codec.draw_step / 2), b)
-    a, b = now.tail.astype(np.float64).reshape(-1), stored.tail.astype(np.float64).reshape(-1)
-    row = np.repeat(np.arange(len(stored.tail)), stored.tail.shape[1])
-    with np.errstate(invalid="ignore"):
-        difference = np.where(a == b, 0.0, a - b)  # −inf and −inf are equal
-    bound = np.full(len(row), codec.tail_step / 2)
-    found["tail"] = _deviations(row, difference, bound, np.where(np.isfinite(b), b, 0.0))
-    return found
-
-
-def kl_divergence(spec: CacheSpec, stored: Stored, now: Recomputed) -> Floats:
-    """KL(now || stored), `[m]`, everything outside the stored top-k entries as one outcome; the stored distribution
-    normalized."""
+        drawn = ~first & found
+        deviations["draws"] = _deviations(row[drawn], a[drawn], b[drawn], codec.draw_step / 2)
+    counts, counts_now = top_k.sum(1), top_k_now.sum(1)
+    rows = np.flatnonzero(counts == counts_now)
+    tails = [x["tail"][rows].astype(np.float64).flatten() for x in (now, stored)]
+    deviations["tail"] = _deviations(np.repeat(rows, stored["tail"].shape[1]), *tails, codec.tail_step / 2)
     one = spec.temperatures.index(1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p, q = (
-            np.column_stack([np.where(stored.top_k, logprobs, -np.inf), tail[:, one]]).astype(np.float64)
-            for logprobs, tail in ((now.logprobs, now.tail), (stored.logprobs, stored.tail))
-        )
-        q -= np.log(np.exp(q).sum(1, keepdims=True))
-        terms = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0)
-    kl: Floats = terms.sum(1)
-    return kl
+    return Comparison(
+        deviations,
+        outcomes=stored["outcomes"] + counts == now["outcomes"] + counts_now,
+        same_top_k=_same(stored, top_k, now, top_k_now),
+        same_draws=_same(stored, used & ~top_k, now, used_now & ~top_k_now),
+        kl=np.bincount(row[first], _divergence(a[first], b[first]), len(used))
+        + _divergence(*(x["tail"][:, one].astype(np.float64) for x in (now, stored))),
+    )
 
 
-def _deviations(row: Ints, difference: Floats, bound: Floats, value: Floats) -> Deviations:
-    distance = np.where(np.isnan(difference), np.inf, np.abs(difference))
+def _used_and_top_k(arrays: dict[str, Array]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    used = arrays["logprobs"] > -np.inf
+    return used, used & (arrays["draws"] == 0) if "draws" in arrays else used
+
+
+def _keys(arrays: dict[str, Array], row: Array, entry: Array, spec: CacheSpec) -> NDArray[np.int64]:
+    """Row and id of entries as one number."""
+    return row * np.int64(spec.vocab_size) + arrays["ids"][row, entry]
+
+
+def _same(stored: dict[str, Array], some: Array, now: dict[str, Array], some_now: Array) -> NDArray[np.bool_]:
+    """Whether some entries are the same, as ids and numbers of draws, bool `[m]`."""
+    a, b = (
+        np.sort(np.where(mask, x["ids"].astype(np.int64) << 32 | x.get("draws", 0), -1), axis=1)
+        for x, mask in ((stored, some), (now, some_now))
+    )
+    return (a == b).all(1)
+
+
+def _deviations(row: Array, now: Floats, stored: Floats, bound: Floats | float) -> Deviations:
+    with np.errstate(invalid="ignore"):
+        distance = np.where(now == stored, 0.0, np.abs(now - stored))  # −inf and −inf are equal
     nats, of_value, of_bound = _ROUNDING
-    allowed = bound * (1 + of_bound) + nats + of_value * np.abs(value)
+    bound = np.broadcast_to(bound, distance.shape)
+    allowed = bound * (1 + of_bound) + nats + of_value * np.abs(np.where(np.isfinite(stored), stored, 0.0))
     return Deviations(row, distance, bound, np.maximum(distance - allowed, 0))
 
 
-def _half_steps(spec: CacheSpec, logprobs: Floats) -> Floats:
-    codec = spec.settings
-    return steps_at(logprobs, codec.step, codec.growth, codec.cap) / 2
+def _divergence(now: Floats, stored: Floats) -> Floats:
+    """The terms of a divergence of probabilities that need not sum to one: p·log(p/q) − p + q."""
+    with np.errstate(invalid="ignore"):
+        difference = np.where(np.isneginf(now), 0.0, now - stored)
+    p: Floats = np.exp(now)
+    return p * difference - p + np.exp(stored)

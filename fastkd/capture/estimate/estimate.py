@@ -2,23 +2,41 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from ...cache import CacheSpec
 from ...data.describe import describe_documents
 from ...data.documents import Documents
 from ...data.examples import Examples
 from ...errors import DataError
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
+from ..claims import FIRST_SECONDS, LONGEST_SECONDS
 from ..prepare import prepare
+from ..rows import ShardRows
 from ..teacher_pass import device_name
-from .costs import capture_hours, host_bytes, objects, other_bytes, position_seconds, requests
-from .k_table import KCost, KTable
-from .measure import CapturedRows, run_sample
+from ..window_plan import WindowPlan
+from .sample import Sample, run_sample
 from .sizes import measure_sizes
+
+KS = (16, 32, 64, 128)
+_TARGETS = ("head/", "draws/", "tail", "outcomes")  # arrays whose size depends on k
+_PAGE = 1000  # objects in one response to LIST
+
+
+@dataclass(frozen=True)
+class KCost:
+    """A capture with another k and otherwise the same settings: bytes of all shards, and the mean probability (at
+    T = 1) of the top-k entries."""
+
+    k: int
+    bytes: float
+    bytes_per_position: float
+    mass: float
 
 
 @dataclass(frozen=True)
@@ -30,12 +48,9 @@ class Estimate:
         (warm-up included).
     positions_per_second: of one worker on this device. seconds_per_position: "run" (teacher, top-k and copies to the
         host) and "encode" (on one core).
-    bytes: of all shards; bytes_per_position; by_array: bytes a position. other_bytes: of all other objects. objects: in
-        the store at the end. requests: PUT, GET and LIST of "capture" (sealing included) and an "epoch" of training.
-    hours: until all workers are done; hours_low and hours_high: two standard errors of the mean over batches; None for
-        fewer than five batches. worker_hours: of all workers together; cost: of these.
-    host_bytes: memory of a worker beside its teacher and data, at most, from shapes. device_bytes: peak memory on the
-        device, teacher included, measured; None on a CPU.
+    bytes: of all shards; bytes_per_position; by_array: bytes a position. requests: PUT, GET and LIST of "capture"
+        (sealing included) and an "epoch" of training.
+    hours: until all workers are done. worker_hours: of all workers together; cost: of these.
     by_k: size and kept probability for other k.
     """
 
@@ -50,18 +65,12 @@ class Estimate:
     bytes: float
     bytes_per_position: float
     by_array: dict[str, float]
-    other_bytes: float
-    objects: int
     requests: dict[str, dict[str, int]]
     workers: int
     hours: float
-    hours_low: float | None
-    hours_high: float | None
     worker_hours: float
     price_per_hour: float | None
     cost: float | None
-    host_bytes: int
-    device_bytes: int | None
     by_k: list[KCost]
 
     def to_json(self) -> dict[str, Any]:
@@ -99,28 +108,25 @@ def estimate(
     prepared = prepare(teacher, data, settings, progress=progress)
     plan, spec = prepared.plan, prepared.spec
     begun = time.perf_counter()
-    k_table = KTable(spec, settings)
     sample = run_sample(
         teacher,
         data,
         plan,
         settings,
+        ks=sorted({settings.k, *(k for k in KS if k <= spec.vocab_size)}),
         seconds=seconds,
         min_batches=min_batches,
-        on_answer=k_table.add,
         progress=progress,
     )
     spent = time.perf_counter() - begun
-    captured = CapturedRows.cat(sample.captured)
     shard_rows = np.diff(plan.shard_rows)
     context = plan.settings.context if plan.settings.packing == "pack" else None
-    sizes = measure_sizes(spec, captured, float(shard_rows.mean()), context)
+    sizes = measure_sizes(spec, sample.captured, float(shard_rows.mean()), context)
     by_array = sizes.of(shard_rows)
     size, positions = sum(by_array.values()), plan.totals["positions"]
     run = sample.seconds / sample.positions
     each = position_seconds(run, sizes.seconds, teacher.device)
     hours = capture_hours(plan, workers, each)
-    error = _relative_error(sample.parts)
     return Estimate(
         teacher=teacher.fingerprint,
         device=device_name(teacher.device),
@@ -145,28 +151,70 @@ def estimate(
         bytes=size,
         bytes_per_position=size / positions,
         by_array={name: n / positions for name, n in sorted(by_array.items(), key=lambda item: -item[1])},
-        other_bytes=other_bytes(plan, spec),
-        objects=objects(plan.shards, workers, hours),
         requests=requests(plan.shards, workers, hours),
         workers=workers,
         hours=hours,
-        hours_low=None if error is None else hours * max(1 - 2 * error, 0.1),
-        hours_high=None if error is None else hours * (1 + 2 * error),
         worker_hours=hours * workers,
         price_per_hour=price_per_hour,
         cost=None if price_per_hour is None else price_per_hour * workers * hours,
-        host_bytes=host_bytes(spec, plan),
-        device_bytes=sample.device_peak,
-        by_k=k_table.rows(by_array, positions, float(shard_rows.mean()) * sample.counted / sample.positions),
+        by_k=_k_table(spec, settings.k, sample, by_array, plan),
     )
 
 
-def _relative_error(parts: list[tuple[int, float]]) -> float | None:
-    """The standard error of the mean seconds a position over batches, relative to it; None for fewer than five."""
-    positions, seconds = np.array(parts, np.float64).T
-    if len(positions) < 5 or not seconds.sum():
-        return None
-    each = seconds.sum() / positions.sum()
-    rest = seconds - each * positions
-    error = math.sqrt(float(rest @ rest) / (len(rest) - 1) / len(rest)) / positions.mean()
-    return float(error / each)
+def position_seconds(run: float, encode: float, device: torch.device) -> float:
+    """Seconds a position, from those of the teacher with its top-k and those of encoding: a GPU runs while the host
+    encodes; a CPU does both, encoding on all cores."""
+    return max(run, encode) if device.type == "cuda" else run + encode / torch.get_num_threads()
+
+
+def capture_hours(plan: WindowPlan, workers: int, seconds: float) -> float:
+    """Hours until all workers are done, from one worker's seconds a position. Shards are not divided, so in the last
+    round some workers may have none."""
+    rounds = math.ceil(plan.shards / workers)
+    return seconds * plan.totals["positions"] * rounds / plan.shards / 3600
+
+
+def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dict[str, int]]:
+    """Requests of a whole capture, sealing included, and of an epoch of training from the cache.
+
+    hours: of the capture; claims on shards are renewed from time to time. Several workers may need a few more, if two
+    of them want the same shard.
+    """
+    pages = max(1, math.ceil(shards / _PAGE))
+    # a claim is renewed each time half-way to its end, and for a longer time
+    renewals, at = 0, FIRST_SECONDS / 2
+    while at < hours * 3600 * workers / shards:
+        renewals += 1
+        at += (min(at, LONGEST_SECONDS - FIRST_SECONDS) + FIRST_SECONDS) / 2
+    # each worker reads plan, lengths, spec and manifest first, the last two again at its end; and for each shard,
+    # before it is run and before it is encoded, whether it was written meanwhile, and whether the cache was sealed.
+    # sealing writes the manifest, and reads and lists all shards
+    capture = {
+        "PUT": 3 + 2 * workers + (2 + renewals) * shards,
+        "GET": 6 * workers + 4 * shards + (workers - 1) * shards,
+        # each worker first looks for foreign objects
+        "LIST": 1 + workers + (2 * workers + 1) * pages + shards,
+    }
+    return {"capture": capture, "epoch": {"PUT": 0, "GET": shards + 2, "LIST": 0}}
+
+
+def _k_table(spec: CacheSpec, k: int, sample: Sample, by_array: dict[str, float], plan: WindowPlan) -> list[KCost]:
+    """The table, by ascending k; empty if no row of the sample has a target. by_array: bytes of all shards with k."""
+    mean_shard = plan.totals["positions"] / plan.shards
+    bytes_of, mass_of = {}, {}
+    for other, rows in sample.by_k.items():
+        found = measure_sizes(replace(spec, k=other), [rows], mean_shard).of(np.diff(plan.shard_rows))
+        bytes_of[other] = sum(size for name, size in found.items() if name.startswith(_TARGETS))
+        mass_of[other] = _mass(rows)
+    size, positions = sum(by_array.values()), plan.totals["positions"]
+    share = sum(n for name, n in by_array.items() if name.startswith(_TARGETS))
+    total = {other: size + share * (n / bytes_of[k] - 1) for other, n in bytes_of.items()}
+    return [KCost(other, n, n / positions, mass_of[other]) for other, n in total.items()]
+
+
+def _mass(rows: ShardRows) -> float:
+    """Mean probability of the top-k entries over the rows with a target."""
+    probabilities = np.exp(rows.inputs["logprobs"][rows.counts])
+    if "draws" in rows.inputs:
+        probabilities = np.where(rows.inputs["draws"][rows.counts] > 0, 0.0, probabilities)
+    return float(probabilities.sum(1).mean())

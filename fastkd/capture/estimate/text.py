@@ -10,14 +10,19 @@ if TYPE_CHECKING:
 
 _MAX_ARRAYS = 5
 _NOTES = {"held_out": "held out", "long": "longer than the context", "skipped": "empty, left out"}
-_REQUESTS = {"capture": "capture, sealed", "epoch": "an epoch of training"}
+_METHODS = ("PUT", "GET", "LIST")
 
 
 def estimate_text(report: "Estimate") -> str:
     """The estimate, for a person."""
-    sections = [_header(report), _plan(report), _size(report), _requests(report), _time(report), _memory(report)]
+    sections = [_header(report), _plan(report), _costs(report)]
     if report.by_k:
-        sections.append(_by_k(report))
+        rows = [["  k", "bytes/position", "all shards", "mass"]]
+        for cost in report.by_k:
+            mark = "*" if cost.k == report.settings["k"] else " "
+            each = f"{cost.bytes_per_position:.1f}"
+            rows.append([f"{mark} {cost.k}", each, size_text(cost.bytes), f"{cost.mass:.3f}"])
+        sections.append(["Other k, on the sample (mass: probability of the top-k entries)", *format_table(rows)])
     return "\n\n".join("\n".join(printable(line).rstrip() for line in section) for section in sections)
 
 
@@ -57,64 +62,29 @@ def _plan(report: "Estimate") -> list[str]:
     ]
 
 
-def _size(report: "Estimate") -> list[str]:
+def _costs(report: "Estimate") -> list[str]:
     arrays = [f"{name} {size:.1f}" for name, size in report.by_array.items() if size >= 0.05][:_MAX_ARRAYS]
-    each = f"{report.bytes_per_position:.1f} bytes" + (f" ({', '.join(arrays)})" if arrays else "")
-    return [
-        "Size",
-        *labelled("  position", each),
-        *labelled("  all shards", f"{size_text(report.bytes)}; other objects {size_text(report.other_bytes)}"),
-    ]
-
-
-def _requests(report: "Estimate") -> list[str]:
-    methods = ("PUT", "GET", "LIST")
-    rows = [["Requests", *methods]]
-    rows += [
-        [f"  {label}", *(f"{report.requests[name][method]:,}" for method in methods)]
-        for name, label in _REQUESTS.items()
-    ]
-    return [*format_table(rows), *labelled("  objects", f"{report.objects:,}")]
-
-
-def _time(report: "Estimate") -> list[str]:
-    seconds = report.seconds_per_position
+    each = f"{report.bytes_per_position:.1f} bytes a position" + (f" ({', '.join(arrays)})" if arrays else "")
+    rate, seconds = report.positions_per_second, report.seconds_per_position
+    speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
     whole = duration(report.hours * 3600)
-    if report.hours_low is not None and report.hours_high is not None:
-        whole += f" ({duration(report.hours_low * 3600)} to {duration(report.hours_high * 3600)}: two standard errors)"
     if report.workers > 1:
         whole += f" with {report.workers:,} workers, {duration(report.worker_hours * 3600)} of work"
     lines = [
-        "Time",
-        *labelled("  speed", f"{_rate(report.positions_per_second)} positions/s a worker"),
+        "Capture",
+        *labelled("  size", f"{size_text(report.bytes)}, {each}"),
         *labelled(
-            "  position", f"teacher and top-k {_micro(seconds['run'])}; encoding {_micro(seconds['encode'])} on a core"
+            "  speed",
+            f"{speed} positions/s a worker; a position takes {_micro(seconds['run'])} for teacher and top-k, "
+            f"{_micro(seconds['encode'])} for encoding on a core",
         ),
-        *labelled("  total", whole),
+        *labelled("  time", whole),
     ]
     if report.cost is not None:
         lines += labelled("  cost", f"{report.cost:,.2f}, at {report.price_per_hour:g} an hour")
+    for name, label in (("capture", "  requests"), ("epoch", "  an epoch's")):
+        lines += labelled(label, ", ".join(f"{report.requests[name][method]:,} {method}" for method in _METHODS))
     return lines
-
-
-def _memory(report: "Estimate") -> list[str]:
-    lines = ["Memory", *labelled("  host", f"{size_text(report.host_bytes)} a worker, beside its teacher and data")]
-    if report.device_bytes is not None:
-        lines += labelled("  device", f"{size_text(report.device_bytes)}, teacher included (measured)")
-    return lines
-
-
-def _by_k(report: "Estimate") -> list[str]:
-    rows = [["  k", "bytes/position", "all shards", "mass T=1", "mass T=2"]]
-    for cost in report.by_k:
-        mark = "*" if cost.k == report.settings["k"] else " "
-        masses = ("-" if mass is None else f"{mass:.3f}" for mass in (cost.mass_1, cost.mass_2))
-        rows.append([f"{mark} {cost.k}", f"{cost.bytes_per_position:.1f}", size_text(cost.bytes), *masses])
-    return ["Other k, on the sample (mass: probability of the top-k entries)", *format_table(rows)]
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _micro(seconds: float) -> str:

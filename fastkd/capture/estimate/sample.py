@@ -1,0 +1,137 @@
+"""A sample of a capture: some of its batches, run and timed as capture runs them, and some of them for several k."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from ...data.documents import Documents
+from ...data.examples import Examples
+from ...settings import CaptureSettings
+from ...teachers.protocol import Answer, Teacher
+from ..rows import Ints, ShardRows, read_shard_rows
+from ..teacher_pass import TeacherPass
+from ..window_plan import WindowPlan
+
+_SHARDS = 3  # that batches are taken from
+_KEPT_POSITIONS = 2**17  # whose targets are kept; more would not improve the estimate of their size
+_TABLE_POSITIONS = 1024  # run for every k, at most, unless one segment is longer
+
+
+@dataclass(eq=False)
+class Sample:
+    """The batches that were run.
+
+    batches: their number; halved: those that did not fit into memory and were halved. shards: the shards they are from.
+    positions, seconds: of all of them; counted: positions with a target. captured: rows of up to 2^17 positions, with
+    their targets among the inputs. by_k: a few rows with the targets of each k; empty if none of them counts.
+    """
+
+    batches: int = 0
+    halved: int = 0
+    shards: list[int] = field(default_factory=list)
+    positions: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    captured: list[ShardRows] = field(default_factory=list)
+    by_k: dict[int, ShardRows] = field(default_factory=dict)
+
+
+def run_sample(
+    teacher: Teacher,
+    data: Documents | Examples,
+    plan: WindowPlan,
+    settings: CaptureSettings,
+    *,
+    ks: list[int],
+    seconds: float,
+    min_batches: int = 1,
+    progress: bool = False,
+) -> Sample:
+    """Run batches of a plan for about that many seconds, and at least `min_batches`.
+
+    The batches come from up to three random shards, the middle one of each shard first and then those between, so that
+    short and long segments are represented whenever the time is up. Before them a part of the first batch is run, for
+    every k of `ks`, which also warms up the device. progress: a bar on stderr. Raises as `TeacherPass.run`.
+    """
+    began = time.perf_counter()
+    random = np.random.default_rng(plan.settings.seed)
+    share = np.diff(plan.shard_rows) / plan.shard_rows[-1]
+    chosen = random.choice(plan.shards, min(_SHARDS, plan.shards), replace=False, p=share).tolist()
+    batches = {shard: plan.batches(shard) for shard in chosen}
+    turns = zip_longest(*([(shard, n) for n in middle_first(len(batches[shard]))] for shard in chosen))
+    order = (item for turn in turns for item in turn if item is not None)
+    rows: dict[int, ShardRows] = {}
+    sample = Sample()
+
+    def part_of(shard: int, parts: list[Ints]) -> tuple[ShardRows, list[Ints]]:
+        """The rows of some batches of a shard, and the indices of each batch's segments among them."""
+        if shard not in rows:
+            rows[shard] = read_shard_rows(plan, data, shard)
+        ends = np.cumsum([len(segments) for segments in parts])
+        return rows[shard].select(np.concatenate(parts)), np.split(np.arange(ends[-1]), ends[:-1])
+
+    first = batches[chosen[0]][next(middle_first(len(batches[chosen[0]])))]
+    some, parts = part_of(chosen[0], [first])
+    few = max(1, int(np.searchsorted(np.cumsum(some.document_lengths), _TABLE_POSITIONS, side="right")))
+    some, parts = part_of(chosen[0], [first[:few]])
+    remembering = cast(Teacher, _Remembering(teacher))
+    for k in ks:
+        arrays, _ = TeacherPass(remembering, replace(settings, k=k)).run(some, parts, data, chosen[0])
+        if some.counts.any():
+            sample.by_k[k] = replace(some, inputs=some.inputs | arrays)
+
+    run = TeacherPass(teacher, settings).run
+    count = float(min_batches)
+    with tqdm(desc="measure", unit="batch", disable=not progress) as bar:
+        while count >= 1 and (due := list(islice(order, min(int(count), 64)))):
+            for shard in dict.fromkeys(shard for shard, _ in due):
+                some, parts = part_of(shard, [batches[shard][n] for s, n in due if s == shard])
+                begun = time.perf_counter()
+                arrays, halved = run(some, parts, data, shard)
+                sample.seconds += time.perf_counter() - begun
+                sample.batches += len(parts)
+                sample.positions += len(some)
+                sample.counted += int(some.counts.sum())
+                sample.halved += len(halved)
+                if sum(map(len, sample.captured)) < _KEPT_POSITIONS:
+                    sample.captured.append(replace(some, inputs=some.inputs | arrays))
+                bar.update(len(parts))
+            each = max(sample.seconds / sample.batches, 1e-6)
+            count = (seconds - (time.perf_counter() - began)) / each + 0.5  # rounded
+    sample.shards = sorted(rows)
+    return sample
+
+
+class _Remembering:
+    """A teacher that runs once on the same inputs."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._answers: dict[bytes, Answer] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def __call__(self, inputs: Tensor) -> Answer:
+        key = inputs.cpu().numpy().tobytes()
+        if key not in self._answers:
+            self._answers[key] = self._teacher(inputs)
+        return self._answers[key]
+
+
+def middle_first(count: int) -> Iterator[int]:
+    """0 to count − 1, each once: the middle, then the middles of both halves, and so on."""
+    ranges = deque([(0, count)])
+    while ranges:
+        start, stop = ranges.popleft()
+        if start < stop:
+            middle = (start + stop - 1) // 2
+            yield middle
+            ranges += [(start, middle), (middle + 1, stop)]
