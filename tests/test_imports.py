@@ -70,6 +70,13 @@ def test_cache_never_imports_torch() -> None:
     assert "torch" not in python("import fastkd.cache; print(*sys.modules)", blocked=("torch", "triton")).split()
 
 
+def test_what_only_some_models_need_is_not_imported() -> None:
+    """Divided models and torch.compile bring SymPy, and take as long to import as torch itself."""
+    code = "import fastkd.capture.api, fastkd.evaluate.api; fastkd.kd_loss; print(*sys.modules)"
+    loaded = set(python(code).split())
+    assert not {"torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "sympy"} & loaded
+
+
 def imports(folder: str) -> set[str]:
     """Every module a folder's files import, relative ones as fastkd's."""
     found = set()

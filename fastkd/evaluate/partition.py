@@ -9,11 +9,10 @@ from itertools import islice
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..stream.batch import Step
 from ..stream.cached import CachedSource
-from ..utils.distributed import ALONE, Processes
+from ..utils.distributed import ALONE, Processes, is_fsdp
 from .windows import Windows
 
 
@@ -32,7 +31,7 @@ class EvalPartition:
         self._max_steps = -(-count // world)
         # FSDP2 gathers the shards of a layer in every forward, so all processes must run equally many, at the same time
         modules = student.modules() if isinstance(student, nn.Module) else ()
-        self._in_lockstep = world > 1 and any(isinstance(module, FSDPModule) for module in modules)
+        self._in_lockstep = world > 1 and any(is_fsdp(module) for module in modules)
         self.first_window = min(self._first * source.fingerprint["batch_size"], windows)
         """The number of the first window of the first step."""
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..kernels import LMHead
+from ..utils.distributed import is_dtensor
 from .protocol import Projection
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
@@ -103,7 +103,7 @@ def _model_logits(model: Any, module: Any, tokens: Tensor, factor: float) -> Ten
 def _matrix(module: Any, transform: LogitTransform, width: int) -> LMHead | None:
     """The LM head of a linear layer with floating-point weights, of which some models use the first rows only."""
     weight: Any = getattr(module, "weight", None)
-    if type(module) is not torch.nn.Linear or isinstance(weight, DTensor) or not weight.is_floating_point():
+    if type(module) is not torch.nn.Linear or is_dtensor(weight) or not weight.is_floating_point():
         return None
     bias = None if module.bias is None else module.bias.detach()[:width]
     return LMHead(weight.detach()[:width], bias, transform.softcap, transform.scale)

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import TrainError
 from ..settings import TrainSettings
+from ..utils.distributed import is_dtensor
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -36,4 +36,4 @@ def clip_(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
     """Clip the norm of all gradients to `most` (None: do not), and return the norm before that, 0-d. With FSDP2, every
     process calls it."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), torch.inf if most is None else most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_dtensor(norm) else norm

@@ -1,10 +1,11 @@
 """The processes of one job, and their collectives."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from ..errors import StreamError, TrainError
 from .exit import grouped
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Reduce = Callable[[list[int]], Callable[[], list[int]]]
 """Begins an elementwise sum of a list over all ranks; the returned function waits for it and returns it."""
@@ -37,6 +42,19 @@ def summed_over(group: Any = None) -> Reduce:
         return wait
 
     return begin
+
+
+# Both modules take a second to import, and whoever made such an object has imported them.
+def is_dtensor(tensor: Any) -> TypeGuard["DTensor"]:
+    """Whether a tensor is divided over processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_fsdp(module: Any) -> TypeGuard["FSDPModule"]:
+    """Whether a module is divided by FSDP2."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @dataclass(frozen=True, eq=False)

@@ -237,10 +237,13 @@ def resolve_impl(impl: str, tensor: Tensor, dtype: torch.dtype) -> str:
     return impl
 
 
-# torch.compile guards on the transforms around a call itself
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_a_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compile guards on the transforms around a call itself. This is torch.compiler.assume_constant_result, which
+# imports torch._dynamo, for more than a second.
+_in_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
