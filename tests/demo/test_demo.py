@@ -35,6 +35,7 @@ from fastkd.demo.verification import copy_with_flipped_bit
 from fastkd.errors import DataError
 from fastkd.models.hub import load_transformers
 from fastkd.models.tokenizers import load_tokenizer
+from fastkd.report import render
 from fastkd.settings import CaptureSettings, DemoSettings
 from fastkd.teachers.hf import HFTeacher
 from fastkd.train.trainer import Trainer
@@ -59,8 +60,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def text(monkeypatch: pytest.MonkeyPatch) -> None:
+def text(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "language_reference", lambda: iter([TEXT]))
+    if request.node.name != "test_demo":  # it looks at the page; drawing takes as long as all the rest
+        monkeypatch.setattr(render, "svg", lambda chart: "<svg></svg>")
 
 
 @pytest.fixture
@@ -81,6 +84,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "language_reference", lambda: iter([TEXT]))
+        patch.setattr(render, "svg", lambda chart: "<svg></svg>")
         run_demo(small(out, tiny))
     return out
 
