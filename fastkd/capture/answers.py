@@ -32,6 +32,14 @@ def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
         _check_topk(settings, settings.k if max_k is None else max_k, temperatures or (1.0,), teacher.vocab_size)
 
 
+def large_k_text(k: int, draws: int, vocab_size: int) -> list[str]:
+    """A line if k exceeds the teacher's number of outcomes; none otherwise."""
+    if k <= vocab_size:
+        return []
+    no_draws = f", and the {draws:,} draws are unused" if draws else ""
+    return [f"k = {k:,} exceeds the teacher's {vocab_size:,} outcomes: every target holds all of them{no_draws}"]
+
+
 def targets_of(
     answer: Answer, flat_M: Tensor, numbers_M: Tensor, settings: CaptureSettings, shape: torch.Size, vocab_size: int
 ) -> SparseTargets:

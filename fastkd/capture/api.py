@@ -1,28 +1,24 @@
 """`fastkd.capture`: run a teacher over a dataset and store its targets in a cache."""
 
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from ..cache import create_cache
 from ..cache.stores import open_store
-from ..data.describe import describe_documents
-from ..data.documents import Documents
+from ..data.documents import Documents, describe_documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
-from ..teachers.workers import Group, rank_and_world_size
+from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_cache_place
-from ..utils.progress import MODES, Lenient
+from ..utils.progress import MODES, Progress
 from ..utils.signals import Stop
-from .answers import check_limits
+from .answers import check_limits, large_k_text
 from .claims import Claims
 from .prepare import prepare, write_window_plan
 from .runner import CaptureReport, CaptureRunner
 from .teacher_pass import TeacherPass
-from .text import large_k_text, plan_text
+from .window_plan import plan_text
 
 DEFAULTS = CaptureSettings()
 
@@ -41,7 +37,7 @@ def capture(
     loss_on: str = "all",
     rank: int | None = None,
     world_size: int | None = None,
-    group: Group | None = None,
+    group: ParallelGroup | None = None,
     threads: int = 1,
     stop: Stop | None = None,
     progress: str = "none",
@@ -79,7 +75,12 @@ def capture(
     store = open_store(out, create=True)
     check_cache_place(store)
     claims = Claims(store, rank, world_size)
-    tell = _notifier(progress if group is None or group.leader else "none")
+    mode = progress if group is None or group.leader else "none"
+    reporter = Progress(0, unit="position", mode="lines" if mode == "bar" else mode)
+
+    def tell(text: str) -> None:
+        reporter.event("note", text=text)
+
     for note in getattr(model, "notes", []):
         tell(f"teacher: {note}")
     for line in large_k_text(settings.k, settings.draws, model.vocab_size):
@@ -89,7 +90,7 @@ def capture(
     if isinstance(data, Documents):
         for line in describe_documents(data, prepared.plan.lengths):
             tell(line)
-    tell(plan_text(prepared.plan), "plan", **prepared.plan.totals)
+    reporter.event("plan", text=plan_text(prepared.plan), **prepared.plan.totals)
     if line := prepare_topk(model.device):
         tell(line)
     runner = CaptureRunner(
@@ -116,16 +117,3 @@ def capture(
         raise
     with writer:
         return runner.run(writer)
-
-
-def _notifier(progress: str) -> Callable[..., None]:
-    """A function that prints a line, or an event as JSON: tell(text, event, **fields)."""
-    stream: Any = Lenient(sys.stdout if progress == "events" else sys.stderr)
-
-    def tell(text: str, event: str = "note", **fields: Any) -> None:
-        if progress == "events":
-            print(json.dumps({"event": event, "text": text, **fields}), file=stream, flush=True)
-        elif progress != "none":
-            print(text, file=stream, flush=True)
-
-    return tell

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,7 @@ LENGTHS_KEY = "lengths.npz"
 _WAIT_SECONDS = 2.0
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedCapture:
+class PreparedCapture(NamedTuple):
     """A capture's window plan, and the spec of its cache."""
 
     plan: WindowPlan

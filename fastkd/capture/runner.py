@@ -21,9 +21,11 @@ from ..cache.scan import listed, shard_key
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
-from ..teachers.workers import Group, SingleProcess
+from ..teachers.tensor_parallel import ParallelGroup
+from ..utils.numbers import duration, size_text
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
+from ..utils.text import printable, ranges
 from .claims import Claims
 from .rows import ShardRows, read_shard_rows
 from .teacher_pass import TeacherPass, device_name
@@ -80,7 +82,7 @@ class CaptureRunner:
         *,
         rank: int = 0,
         world_size: int = 1,
-        group: Group | None = None,
+        group: ParallelGroup | None = None,
         stop: Stop | None = None,
         progress_mode: str = "none",
         sleep: Callable[[float], None] = time.sleep,
@@ -88,7 +90,7 @@ class CaptureRunner:
         self._data, self._plan, self._store, self._claims = data, plan, store, claims
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
         self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
-        self._group, self._stop, self._sleep = group or SingleProcess(), stop or Stop(), sleep
+        self._group, self._stop, self._sleep = group or ParallelGroup(), stop or Stop(), sleep
         self._pass = replace(teacher_pass, on_batch=self._on_batch, should_stop=self._should_stop)
         self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
@@ -97,7 +99,6 @@ class CaptureRunner:
         self._sizes: Mapping[int, int] = {}  # bytes of the shards that this worker committed
         self._prefetched: tuple[int, Future[ShardRows]] | None = None
         self._busy = 0.0
-        self._partial = 0  # positions of the current shard that the teacher has run on
         self._report = CaptureReport(store.describe(), False, [], plan.totals)
 
     def run(self, writer: CacheWriter | None) -> CaptureReport:
@@ -168,7 +169,7 @@ class CaptureRunner:
                 self._collect(wait=False)
                 self._group_busy = True
                 self._group.share(index)
-                answers = self._run_teacher(index, rows)
+                answers = self._pass.run(rows, self._plan.batches(index), self._data, index)
                 self._group_busy = False
                 self._submit(index, rows, writer, *answers)
             self._collect(wait=True)
@@ -184,7 +185,8 @@ class CaptureRunner:
         """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
         while isinstance(shared := self._group.share(None), int):
             with suppress(Stopped):
-                self._run_teacher(shared, read_shard_rows(self._plan, self._data, shared))
+                rows = read_shard_rows(self._plan, self._data, shared)
+                self._pass.run(rows, self._plan.batches(shared), self._data, shared)
         if not isinstance(shared, CaptureReport):
             raise CacheError("the leading process of this worker failed; see its error message.")
         return shared
@@ -231,24 +233,14 @@ class CaptureRunner:
             self._prefetched = self._next, pool.submit(read_shard_rows, self._plan, self._data, self._next)
         return rows
 
-    def _run_teacher(self, index: int, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """The targets of a shard: see `TeacherPass.run`."""
-        self._partial = 0
-        try:
-            return self._pass.run(rows, self._plan.batches(index), self._data, index)
-        except BaseException:
-            self._progress.found(-self._partial)
-            raise
-
     def _submit(
         self, index: int, rows: ShardRows, writer: CacheWriter, arrays: dict[str, Any], halved: dict[str, list[int]]
     ) -> None:
         """Give a shard to the writer."""
-        device = self._pass.teacher.device
         record = {
             "fastkd": __version__,
             "torch": torch.__version__,
-            "device": device_name(device),
+            "device": device_name(self._pass.teacher.device),
             "batch_tokens": self._plan.settings.batch_tokens,
             "halved": halved,
         }
@@ -291,7 +283,6 @@ class CaptureRunner:
 
     def _on_batch(self, positions: int, seconds: float) -> None:
         self._busy += seconds
-        self._partial += positions
         self._progress.add(positions, teacher_busy=seconds)
         if self._group.leader:
             self._claims.keep()
@@ -308,3 +299,27 @@ class CaptureRunner:
 
     def _positions(self, index: int) -> int:
         return int(self._plan.shard_rows[index + 1] - self._plan.shard_rows[index])
+
+
+def capture_text(report: CaptureReport) -> str:
+    """What a capture did, and what remains to be done."""
+    totals = report.plan
+    lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
+    lines[0] += (
+        ", complete and sealed" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"
+    )
+    if report.shards_written:
+        speed = report.positions_captured / report.seconds
+        each = report.bytes_written / report.positions_written
+        lines.append(
+            f"this run: {report.shards_written:,} shards, {report.positions_written:,} positions in "
+            f"{duration(report.seconds)}, {speed:,.0f} positions/s, teacher busy {report.teacher_busy:.0%}, "
+            f"{size_text(report.bytes_written)}, {each:.1f} B each"
+        )
+    elif report.complete:
+        lines.append("this run: nothing to do, the teacher did not run")
+    if report.batches_halved:
+        lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; this is recorded")
+    if not report.complete:
+        lines.append("Run the same command again to continue.")
+    return "\n".join(printable(line) for line in lines)

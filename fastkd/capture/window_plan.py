@@ -242,3 +242,20 @@ def _check_long(lengths: NDArray[np.int32], settings: WindowPlanSettings) -> Non
             f"document {long[0]}: got {lengths[long[0]]} tokens ({len(long)} documents are too long); expected at most "
             f'the context of {settings.context}. Use on_long="split" or "truncate", or a longer context.'
         )
+
+
+def plan_text(plan: WindowPlan) -> str:
+    """One line: the data, and how they are divided."""
+    totals, settings = plan.totals, plan.settings
+    parts = [f"{totals['documents']:,} documents"]
+    notes = [
+        (totals["skipped"], "empty, left out"),
+        (totals["held_out"], "held out"),
+        (totals["long"], f"longer than the context of {settings.context}: {settings.on_long}"),
+    ]
+    if counted := [f"{count:,} {what}" for count, what in notes if count]:
+        parts[0] += f" ({'; '.join(counted)})"
+    if totals["dropped_tokens"]:
+        parts.append(f"{totals['dropped_tokens']:,} tokens dropped")
+    parts.append(f"{totals['positions']:,} positions in {totals['windows']:,} windows and {totals['shards']:,} shards")
+    return "plan: " + ", ".join(parts)

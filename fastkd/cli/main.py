@@ -104,7 +104,7 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
     check_cache_place(store)
     _note(f"loading {command.teacher}", events=command.json)
     from ..capture.api import capture as run
-    from ..capture.text import capture_text
+    from ..capture.runner import capture_text
     from ..teachers.load import load
 
     with _work_remains(StoreError, more=" Committed shards are kept: run the same command again to resume."):
@@ -122,9 +122,9 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
             loaded.data,
             store,
             _capture_settings(command),
-            rank=loaded.worker.rank,
-            world_size=loaded.worker.world_size,
-            group=loaded.worker.group,
+            rank=loaded.worker.worker,
+            world_size=loaded.worker.workers,
+            group=loaded.worker,
             threads=command.threads,
             stop=stop,
             progress=mode_for(events=command.json),
@@ -140,9 +140,9 @@ def plan(command: Plan) -> Outcome:
 
     check_settings(_capture_settings(command))
     _note(f"loading {command.teacher}", events=False)
+    from ..capture.answers import large_k_text
     from ..capture.estimate.estimate import estimate
     from ..capture.estimate.text import estimate_text
-    from ..capture.text import large_k_text
     from ..kernels import prepare_topk
     from ..teachers.load import load
 

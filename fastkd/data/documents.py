@@ -27,6 +27,8 @@ from .sources import Source, open_source
 from .token_ids import check_range, check_undamaged, flat_ids, texts_or_chats
 
 LARGEST_ID = 2**31 - 1
+SHORT = 32  # tokens; a line of 80 to 120 columns has some 20
+_PER_DOCUMENT = {"line": "one per line", "blank-line": "one per paragraph", "file": "one per file"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,3 +279,22 @@ def _concatenate(parts: list[Tokens]) -> Tokens:
         return parts[0]
     parts = [Tokens(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, bool)), *parts]
     return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in Tokens.__annotations__))
+
+
+def describe_documents(data: Documents, lengths: NDArray[np.int32]) -> list[str]:
+    """Number and median length of the documents, in one line; and a second line, a warning, if the lines of a text file
+    seem to belong to longer documents. lengths: in tokens, `[documents]`."""
+    nonzero = lengths[lengths > 0]
+    median = int(np.median(nonzero)) if len(nonzero) else 0
+    documents, tokens = (f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((len(lengths), "document"), (median, "token")))
+    line = f"{data.name}: {documents}, median length {tokens}"
+    if data.text_documents is None:
+        return [line]
+    lines = [f"{line}, {_PER_DOCUMENT[data.text_documents]}"]
+    if data.text_documents == "line" and len(nonzero) > 1 and median < SHORT:
+        lines.append(
+            f"warning: half of the lines of {data.name} have {median:,} tokens or fewer, and every line is a separate "
+            "document, without context from the others. If the lines belong to longer texts, use --text-documents "
+            "blank-line (one document per paragraph) or file (one per file)."
+        )
+    return lines

@@ -31,50 +31,33 @@ class Source:
         return next((column.documents for column in self.columns if isinstance(column, TextColumn)), None)
 
 
-class MemoryColumn:
-    """Values in memory: a sequence, a NumPy array of rows, an Arrow array, or a column of an Arrow table."""
+class RowsColumn:
+    """Values in memory: a sequence, a NumPy array of rows or an Arrow array; or a column of an Arrow table, or of
+    anything else whose slices are Arrow tables. names: of the columns, if there are any. what, unit: for messages."""
 
-    name = ""
     row_bytes = 2.0**13
 
-    def __init__(self, values: Any, column: str | None) -> None:
-        if isinstance(values, (pa.Table, pa.RecordBatch)):
-            self.name = choose_column("the table", values.schema.names, column)
-            values = values.column(self.name)
+    def __init__(self, values: Any, names: list[str] | None, column: str | None, what: str, unit: str) -> None:
+        self.name = ""
+        if names is not None:
+            self.name = choose_column(what, names, column)
         elif column is not None:
             raise DataError(f"column: got {column!r}; {type(values).__name__} in memory has no columns. Leave it out.")
-        self._values = values
+        self._values, self._what = values, f"{what}, {unit}"
 
     def __len__(self) -> int:
         return len(self._values)
 
     def read(self, start: int, stop: int) -> Values:
         part = self._values[start:stop]
+        if isinstance(part, (pa.Table, pa.RecordBatch)):
+            part = part.column(self.name)
         if isinstance(part, pa.ChunkedArray):
             return concat_arrays(part.chunks)
         return part if isinstance(part, pa.Array) else list(part)
 
     def where(self, row: int) -> str:
-        return f"the data in memory, document {row} (from 0)"
-
-
-class HuggingFaceColumn:
-    """A column of a `datasets.Dataset`, or of anything else with its length, column_names and with_format."""
-
-    row_bytes = 2.0**13
-
-    def __init__(self, dataset: Any, column: str | None) -> None:
-        self.name = choose_column("the Dataset", dataset.column_names, column)
-        self._dataset = dataset.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def read(self, start: int, stop: int) -> pa.Array:
-        return concat_arrays(self._dataset[start:stop].column(self.name).chunks)
-
-    def where(self, row: int) -> str:
-        return f"the Dataset, row {row} (from 0)"
+        return f"{self._what} {row} (from 0)"
 
 
 def open_source(source: Any, column: str | None, text_documents: str = "line") -> Source:
@@ -110,9 +93,11 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
             raise DataError(f"source: got a DatasetDict ({splits}); expected one split: dataset[split].")
         if not hasattr(source, "__len__"):
             raise DataError("source: got a streaming Dataset, which has no row numbers. Load it without streaming.")
-        return Source([HuggingFaceColumn(source, column)], [])
+        rows = source.with_format("arrow")
+        return Source([RowsColumn(rows, source.column_names, column, "the Dataset", "row")], [])
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (dict, bytes)):
-        return Source([MemoryColumn(source, column)], [])
+        names = source.schema.names if isinstance(source, (pa.Table, pa.RecordBatch)) else None
+        return Source([RowsColumn(source, names, column, "the data in memory", "document")], [])
     raise DataError(
         f"source: got {type(source).__name__}; expected a file, a folder, a pattern, a list of Paths, a Dataset, or a "
         "sequence of documents."

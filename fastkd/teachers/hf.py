@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import TeacherError
 from ..models.hf import load_causal_lm, probe_causal_lm
-from ..models.hub import ModelFiles, brief, resolve
+from ..models.hub import ModelFiles, resolve
 from ..models.protocol import Hidden, Logits, Output
 from ..models.tokenizers import Tokenizer, load_tokenizer
+from ..utils.distributed import local_device
 from ..utils.hashing import files_sha256
 from .tensor_parallel import ParallelGroup
 
@@ -110,7 +111,7 @@ def load_hf(
     dtype: "float32", "bfloat16", "float16", or "auto": the model's own on a GPU, float32 on a CPU, where bfloat16
         takes five times as long. GGUF weights are dequantized to it.
     attention: an attention implementation of transformers ("eager", "sdpa", "flash_attention_2"...); None: its default.
-    device: default: the GPU if there is one.
+    device: default: the GPU of this process's local rank, if there is one.
     trust_remote_code: run the Python code that comes with the model.
     parallel: the processes that the model's layers are divided over. Each of them loads it with the same arguments, and
         calls it and its LM head in the same order.
@@ -121,7 +122,12 @@ def load_hf(
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"dtype: got {dtype!r}; expected one of auto, {', '.join(DTYPES)}.")
     files = resolve(source, revision)
-    target = _device(device, parallel)
+    if parallel is None:
+        target = local_device(device, TeacherError)
+    elif device is not None and torch.device(device).type != parallel.device.type:
+        raise TeacherError(f"device: got {device}; expected {parallel.device}, as its group of processes has.")
+    else:
+        target = parallel.device
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "dtype": DTYPES.get(dtype, torch.float32 if target.type == "cpu" else "auto"),
@@ -136,17 +142,6 @@ def load_hf(
         parallel.check(source, model)
     model.eval().requires_grad_(False)
     return HFTeacher(model, files, name=files.name, notes=notes, trust_remote_code=trust_remote_code, progress=progress)
-
-
-def _device(device: str | torch.device | None, parallel: ParallelGroup | None) -> torch.device:
-    if parallel is not None:
-        if device is not None and torch.device(device).type != parallel.device.type:
-            raise TeacherError(f"device: got {device}; expected {parallel.device}, as its group of processes has.")
-        return parallel.device
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise TeacherError(f"device: got {device!r} ({brief(error, 80)}); expected cpu, cuda or cuda:N.") from error
 
 
 def _hashed_files(files: ModelFiles, with_code: bool) -> tuple[list[Path], Any]:

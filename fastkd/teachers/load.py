@@ -1,6 +1,5 @@
 """From names and objects that people give to a teacher, its data, and this process's part among the workers."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from ..data.sources import open_source
 from ..errors import DataError, TeacherError
 from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from ..settings import DataSettings, ModelSettings
+from ..utils.distributed import local_device
 from ..utils.factories import is_factory, made_by
 from .hf import HFTeacher, load_hf
 from .module import ModuleTeacher
 from .protocol import Teacher
 from .registry import find_loader
-from .tensor_parallel import ParallelGroup, join_group
-from .workers import SingleProcess, Worker, rank_and_world_size
+from .tensor_parallel import ParallelGroup, join_group, rank_and_world_size
 
 DEFAULTS = ModelSettings()
 _MEMBERS = ("vocab_size", "fingerprint", "device", "max_positions")  # of a Teacher
@@ -31,7 +30,7 @@ class Loaded(NamedTuple):
 
     teacher: Teacher
     data: Documents | Examples | None
-    worker: Worker
+    worker: ParallelGroup
 
 
 def load(
@@ -51,24 +50,21 @@ def load(
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
-    settings = replace(settings, device=_device(settings.device))
+    device = local_device(settings.device, TeacherError)
     # before the teacher, which takes a while: a missing file is reported at once
     source = None if data is None else _source(data)
-    worker, group = Worker(rank, world_size, SingleProcess()), None
+    worker = ParallelGroup(rank, world_size, device=device)
     if parallel > 1:
-        group = join_group(rank, world_size, parallel, device=str(settings.device).partition(":")[0])
-        worker = Worker(group.worker, group.workers, group)
-    model = load_teacher(teacher, settings, source, parallel=group, progress=progress)
+        worker = join_group(rank, world_size, parallel, device=device.type)
+    model = load_teacher(teacher, settings, source, parallel=worker if parallel > 1 else None, progress=progress)
     if data is None:
         return Loaded(model, None, worker)
-    tokenizer = None
-    if data.tokenizer is not None:
-        tokenizer = load_tokenizer(data.tokenizer, template=data.template, trust_remote_code=settings.trust_remote_code)
     documents = as_data(
         source,
         model,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         template=data.template,
+        trust_remote_code=settings.trust_remote_code,
         allow_other_tokenizer=data.allow_other_tokenizer,
         loss_on=data.loss_on,
     )
@@ -87,7 +83,7 @@ def load_teacher(
 
     data: see `as_teacher`. parallel, progress: see `load_hf`.
     """
-    settings = replace(settings, device=_device(settings.device))
+    settings = replace(settings, device=str(local_device(settings.device, TeacherError)))
     if found := find_loader(str(source)):
         loader, name = found
         return as_teacher(loader(name, settings), data)
@@ -132,6 +128,7 @@ def as_data(
     text_documents: str = "line",
     tokenizer: Any = None,
     template: str | Path | None = None,
+    trust_remote_code: bool = False,
     allow_other_tokenizer: bool = False,
     loss_on: str = "all",
 ) -> Documents | Examples:
@@ -147,7 +144,7 @@ def as_data(
     if detect_kind(opened.columns) not in ("text", "messages"):
         return load_documents(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer, template=template)
+        tokenizer = load_tokenizer(tokenizer, template=template, trust_remote_code=trust_remote_code)
     own = None
     if isinstance(teacher, HFTeacher) and not (tokenizer is not None and allow_other_tokenizer):
         own = teacher.tokenizer(template=template)
@@ -165,15 +162,3 @@ def _source(data: DataSettings) -> Any:
     if isinstance(source, (Documents, Examples)):
         return source
     return open_source(source, data.column, data.text_documents)
-
-
-def _device(device: str | None) -> str:
-    """The device, if it is available; by default the GPU of this process's local rank, or the CPU without a GPU."""
-    if device is not None:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise TeacherError(f"device: got {device}, but torch finds no GPU here. Leave it out to use the CPU.")
-        return device
-    if not torch.cuda.is_available():
-        return "cpu"
-    local = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0")
-    return f"cuda:{int(local) % torch.cuda.device_count()}"

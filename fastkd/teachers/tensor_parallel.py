@@ -1,6 +1,7 @@
 """Several processes as one worker, for a teacher that is divided over their devices."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,27 +12,30 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as meet
 
+from ..cache import CacheError
 from ..errors import TeacherError
 from ..models.hub import brief
+from ..utils.distributed import local_device
 from ..utils.exit import grouped
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of collective operations
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class ParallelGroup:
-    """The processes of one worker; made by `join_group`.
+    """The processes of one worker; made by `join_group`. By default this process alone.
 
     worker, workers: this worker's rank, and the number of workers. size: processes per worker. leader: whether this
     process reads, writes and reports for its worker.
     """
 
-    worker: int
-    workers: int
-    size: int
-    leader: bool
-    device: torch.device
+    worker: int = 0
+    workers: int = 1
+    size: int = 1
+    leader: bool = True
+    device: torch.device = _CPU
 
     def share(self, value: Value) -> Value:
         """The leader's value, in each process of the worker; all of them call it. Any value that can be pickled."""
@@ -63,7 +67,7 @@ class ParallelGroup:
                 )
 
     def leave(self) -> None:
-        """Destroy the process group that `join_group` created."""
+        """Destroy the process group that `join_group` created: its threads would sometimes abort an exiting process."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -73,7 +77,7 @@ def join_group(
 ) -> ParallelGroup:
     """Join the n processes of this process's worker: ranks 0 to n - 1 are worker 0, and so on.
 
-    device: "cpu" (over gloo) or "cuda" (over nccl); default: cuda if there is a GPU.
+    device: "cpu" (over gloo) or "cuda" (over nccl); default: cuda if there is a GPU. Of cuda, that of the local rank.
     rendezvous: where all processes meet, as `torch.distributed.init_process_group` takes it; env:// reads MASTER_ADDR
         and MASTER_PORT, which torchrun sets.
 
@@ -86,19 +90,15 @@ def join_group(
             f"teacher parallel: got n = {n}, rank {rank} of {world_size}; expected an n that divides the number of "
             "processes, and a rank from 0 on."
         )
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
-    if kind == "cuda":
-        where = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(where)
-    else:
-        where = torch.device(kind)
+    # transformers reads it to choose the device of the process
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", str(rank)))
+    where = local_device(None if device == "cuda" else device, TeacherError)
     group = ParallelGroup(rank // n, world_size // n, n, rank % n == 0, where)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
     if n == 1:
         return group
     grouped()
-    # transformers reads it to choose the device of the process
-    os.environ.setdefault("LOCAL_RANK", str(local))
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (rank % n, n):
             raise TeacherError(
@@ -109,7 +109,7 @@ def join_group(
     try:
         store, _, _ = next(iter(meet(rendezvous, rank, world_size, timeout=TIMEOUT)))
         dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
+            "nccl" if where.type == "cuda" else "gloo",
             store=PrefixStore(f"fastkd/worker {group.worker}", store),
             rank=rank % n,
             world_size=n,
@@ -121,3 +121,21 @@ def join_group(
             "torchrun, or set MASTER_ADDR and MASTER_PORT."
         ) from error
     return group
+
+
+def rank_and_world_size(
+    rank: int | None = None, world_size: int | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
+    """The rank of this process and the number of processes: as given, else by torchrun's variables, else by SLURM's,
+    else 0 of 1. CacheError if they do not fit together."""
+    if (rank is None) != (world_size is None):
+        raise CacheError(f"rank, world_size: got {rank} and {world_size}; expected both, or neither.")
+    if rank is None or world_size is None:
+        rank, world_size = 0, 1
+        for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank_name in environment and size_name in environment:
+                rank, world_size = int(environment[rank_name]), int(environment[size_name])
+                break
+    if not 0 <= rank < world_size:
+        raise CacheError(f"rank: got {rank} of a world_size of {world_size}; expected 0 to {world_size - 1}.")
+    return rank, world_size

@@ -130,7 +130,7 @@ def joined_processes(device: str | None, environment: Mapping[str, str] = os.env
 
     device: None for this process's GPU, or the CPU without one. Raises TrainError if there is no such device.
     """
-    where = _device(device, environment)
+    where = local_device(device, TrainError, environment)
     began = False
     if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
@@ -152,14 +152,19 @@ def joined_processes(device: str | None, environment: Mapping[str, str] = os.env
             dist.destroy_process_group()
 
 
-def _device(device: str | None, environment: Mapping[str, str]) -> torch.device:
+def local_device(
+    device: str | torch.device | None, error: type[Exception], environment: Mapping[str, str] = os.environ
+) -> torch.device:
+    """A device; None for the GPU of this process's local rank, or the CPU without one. Raises `error` if there is no
+    such device."""
     if device is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        local = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainError(f"device: got {device!r} ({error}); expected cpu, cuda or cuda:N.") from error
+    except (RuntimeError, AssertionError) as problem:
+        raise error(f"device: got {str(device)!r} ({problem}); expected cpu, cuda or cuda:N.") from problem
     return found

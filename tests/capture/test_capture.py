@@ -19,7 +19,7 @@ from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
 from fastkd.teachers.module import ModuleTeacher
-from fastkd.teachers.workers import rank_and_world_size
+from fastkd.teachers.tensor_parallel import rank_and_world_size
 from fastkd.utils.signals import Stop
 
 # a fine grid, so that what is read is what was said

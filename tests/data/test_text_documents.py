@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd.cache import open_cache
 from fastkd.cli import main as cli
-from fastkd.data.describe import SHORT, describe_documents
-from fastkd.data.documents import open_documents
+from fastkd.data.documents import SHORT, describe_documents, open_documents
 from fastkd.data.lines import TextColumn
 from fastkd.errors import DataError
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from ...cache import CacheSpec
-from ...data.describe import describe_documents
-from ...data.documents import Documents
+from ...data.documents import Documents, describe_documents
 from ...data.examples import Examples
 from ...errors import DataError
 from ...settings import CaptureSettings
