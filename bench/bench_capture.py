@@ -82,7 +82,7 @@ def bench(
 ) -> None:
     """One teacher's rows."""
     device = teacher.device.type
-    plan = prepare(teacher, data, settings).plan
+    plan, _ = prepare(teacher, data, settings)
     batches = [
         teacher_inputs(read_shard_rows(plan, data, i), data, p) for i in range(plan.shards) for p in plan.batches(i)
     ]
@@ -125,8 +125,8 @@ def bench(
 @torch.inference_mode()
 def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, bare_us: float) -> None:
     """The parts of the overhead, timed alone: microseconds per position, and as a share of the teacher's time."""
-    device, prepared = teacher.device.type, prepare(teacher, data, settings)
-    plan, some = prepared.plan, read_shard_rows(prepared.plan, data, 0)
+    device, (plan, spec) = teacher.device.type, prepare(teacher, data, settings)
+    some = read_shard_rows(plan, data, 0)
     places = plan.batches(0)[0]
     inputs = teacher_inputs(some, data, places).to(teacher.device)
     states, buffer = teacher(inputs).states.flatten(0, 1), buffer_for(teacher)
@@ -140,7 +140,7 @@ def parts(table: Table, teacher: Decoder, data: Documents, settings: CaptureSett
     pending = teacher_pass._submit(source, places)
 
     def write() -> None:
-        with create_cache(MemoryStore(), prepared.spec) as writer:
+        with create_cache(MemoryStore(), spec) as writer:
             writer.write_shard(
                 0,
                 some.inputs,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cache.spec import CacheSpec
 from ..errors import TeacherError
 from ..kernels import KDError, LMHead, SparseTargets, TopKConfig, linear_topk_targets, topk_targets
-from ..models.protocol import Hidden, Output, TopK
+from ..models.protocol import Hidden, TopK
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
 
@@ -53,8 +53,13 @@ def targets_of(
     if isinstance(answer, TopK):
         return _targets_of_topk(answer, flat_M, settings, shape, vocab_size)
     config = topk_config(settings)
-    rows_MX = flat_rows(answer, shape, vocab_size)
-    lm_head = answer.lm_head if isinstance(answer, Hidden) else None
+    values, lm_head = (answer.states, answer.lm_head) if isinstance(answer, Hidden) else (answer.values, None)
+    _check_shape(values, shape, "V")
+    if lm_head is None or isinstance(lm_head, LMHead):
+        width = values.shape[-1] if lm_head is None else len(lm_head.weight)
+        if width != vocab_size:
+            raise TeacherError(f"teacher: got logits of {width} tokens; expected vocab_size, {vocab_size}.")
+    rows_MX = values.reshape(-1, values.shape[-1])
     if isinstance(lm_head, LMHead):
         return linear_topk_targets(rows_MX[flat_M], lm_head, config=config, positions=numbers_M)
     parts = []
@@ -70,19 +75,6 @@ def targets_of(
                 raise
             raise KDError(str(error), row=start + error.row) from error
     return SparseTargets.cat(parts)
-
-
-def flat_rows(output: Output, shape: torch.Size, vocab_size: int) -> Tensor:
-    """The rows of a teacher's hidden states or logits, `[B·L, D or V]`. shape: `[B, L]` for text, `[B]` for examples.
-    TeacherError if the output has another shape."""
-    values = output.states if isinstance(output, Hidden) else output.values
-    _check_shape(values, shape, "V")
-    lm_head = output.lm_head if isinstance(output, Hidden) else None
-    if lm_head is None or isinstance(lm_head, LMHead):
-        width = values.shape[-1] if lm_head is None else len(lm_head.weight)
-        if width != vocab_size:
-            raise TeacherError(f"teacher: got logits of {width} tokens; expected vocab_size, {vocab_size}.")
-    return values.reshape(-1, values.shape[-1])
 
 
 def _targets_of_topk(

@@ -86,17 +86,17 @@ def capture(
     for line in large_k_text(settings.k, settings.draws, model.vocab_size):
         tell(line)
     check_limits(model, settings)
-    prepared = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+    plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
     if isinstance(data, Documents):
-        for line in describe_documents(data, prepared.plan.lengths):
+        for line in describe_documents(data, plan.lengths):
             tell(line)
-    reporter.event("plan", text=plan_text(prepared.plan), **prepared.plan.totals)
+    reporter.event("plan", text=plan_text(plan.totals, plan.settings.context, plan.settings.on_long), **plan.totals)
     if line := prepare_topk(model.device):
         tell(line)
     runner = CaptureRunner(
         TeacherPass(model, settings),
         data,
-        prepared.plan,
+        plan,
         store,
         claims,
         rank=rank,
@@ -109,8 +109,8 @@ def capture(
         return runner.run(None)
     try:
         # before the spec: if two workers start with different settings, the plan names the differences
-        write_window_plan(store, prepared.plan)
-        writer = create_cache(store, prepared.spec, threads=threads, queue=1)
+        write_window_plan(store, plan)
+        writer = create_cache(store, spec, threads=threads, queue=1)
     except BaseException:
         if group is not None:
             group.share(None)  # the other processes wait for the leader

@@ -12,11 +12,10 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -49,9 +48,8 @@ class Claims:
         self._store = store
         self._clock = clock
         self._held: dict[str, _Held] = {}
-        self._seen: dict[
-            str, tuple[int, float]
-        ] = {}  # by name: the number of the newest claim, and when it was first seen
+        # by name: the number of the newest claim, and when it was first seen
+        self._seen: dict[str, tuple[int, float]] = {}
         self._me: dict[str, Any] = {
             "worker": uuid.uuid4().hex,
             "rank": rank,
@@ -92,23 +90,6 @@ class Claims:
                     self._held[name] = renewed
                 else:
                     del self._held[name]
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Renew the held claims on a thread inside the `with` block; no other method may be called there."""
-        over = threading.Event()
-
-        def keep() -> None:
-            while not over.wait(FIRST_SECONDS / 4):
-                self.keep()
-
-        thread = threading.Thread(target=keep, name="fastkd-claims", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
     def drop(self, name: str) -> None:
         """Give up a claim, if held, so that others need not wait until it expires."""

@@ -1,10 +1,14 @@
 """Before the first shard: a capture's window plan and the spec of its cache, and whether it may continue a cache."""
 
+import io
+import struct
 import time
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +21,15 @@ from ..cache.spec import differences
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples
-from ..data.lengths import lengths_from_npz, lengths_to_npz
 from ..errors import DataError
 from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from .claims import Claims
 from .rows import TEXT
-from .settings import cache_spec, window_plan_settings
-from .window_plan import VERSION, WindowPlan, make_window_plan
+from .window_plan import VERSION, WindowPlan, cache_spec, make_window_plan, window_plan_settings
 
 LENGTHS_KEY = "lengths.npz"
 _WAIT_SECONDS = 2.0
-
-
-class PreparedCapture(NamedTuple):
-    """A capture's window plan, and the spec of its cache."""
-
-    plan: WindowPlan
-    spec: CacheSpec
 
 
 def prepare(
@@ -47,8 +42,9 @@ def prepare(
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
     notes: str = "",
-) -> PreparedCapture:
-    """Read the lengths of the documents, from the store if they are there, and plan the windows.
+) -> tuple[WindowPlan, CacheSpec]:
+    """Read the lengths of the documents, from the store if they are there, and plan the windows: a capture's window
+    plan, and the spec of its cache.
 
     store: where the lengths are stored, if given with claims. progress: progress bars on stderr. say: called with a
     line when this worker waits for another. notes: for the spec.
@@ -56,7 +52,13 @@ def prepare(
     """
     dataset = data.fingerprint(progress=progress)
     if store is not None and (there := _existing_plan(store)) is not None and there.dataset != dataset:
-        raise _refusal(store, _source_differences(store, teacher, data, there.dataset, dataset))
+        # the fingerprint of the data also depends on the tokenizer
+        texts, theirs = provenance_of(teacher, data, dataset).texts(), _existing_spec(store)
+        names = ("teacher", "tokenizer") if theirs is not None else ()
+        different = _different((name, getattr(theirs, name), texts[name]) for name in names)
+        if not any(text.startswith("tokenizer") for text in different):
+            different += _plan_differences(there, dataset, {})
+        raise _refusal(store, different)
     if store is None or claims is None:
         lengths = data.lengths(progress=progress)
     else:
@@ -79,7 +81,7 @@ def prepare(
     )
     if store is not None:
         _check_same(store, plan, spec)
-    return PreparedCapture(plan, spec)
+    return plan, spec
 
 
 def write_window_plan(store: Store, plan: WindowPlan) -> None:
@@ -89,7 +91,7 @@ def write_window_plan(store: Store, plan: WindowPlan) -> None:
         if there is not None and there.sha256 != plan.hash:
             # with the same settings and data, the rules differ
             versions = f"version of the window plan: {there.version} and {VERSION}"
-            raise _refusal(store, _plan_differences(there, plan) or [versions])
+            raise _refusal(store, _plan_differences(there, plan.dataset, asdict(plan.settings)) or [versions])
 
 
 def read_window_plan(store: Store, spec: CacheSpec) -> tuple[WindowPlan, int]:
@@ -163,8 +165,7 @@ def _lengths(
             waiting = True
         time.sleep(min(left, _WAIT_SECONDS))
     try:
-        with claims.kept():
-            lengths = data.lengths(progress=progress)
+        lengths = data.lengths(progress=progress, on_part=claims.keep)
         written = store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
     except BaseException:
         claims.drop("lengths")
@@ -186,30 +187,16 @@ def _stored_lengths(store: Store, data: Documents | Examples, dataset: str) -> N
     return lengths
 
 
-def _plan_differences(there: CapturePlan, plan: WindowPlan) -> list[str]:
-    """The differences between the plan in the store and ours: settings and data."""
-    theirs = there.settings
-    found = [f"{n}: {theirs.get(n)!r} and {v!r}" for n, v in asdict(plan.settings).items() if theirs.get(n) != v]
-    return found if there.dataset == plan.dataset else [*found, _data_difference(there.dataset, plan.dataset)]
+def _different(values: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """The (name, theirs, ours) that differ, as texts."""
+    return [f"{name}: {theirs!r} and {ours!r}" for name, theirs, ours in values if theirs != ours]
 
 
-def _data_difference(theirs: str, ours: str) -> str:
-    return f"data: sha256 {theirs[:12]}… and {ours[:12]}…"
-
-
-def _source_differences(
-    store: Store, teacher: Teacher, data: Documents | Examples, theirs: str, ours: str
-) -> list[str]:
-    """The differences if the data differ; the fingerprint of the data also depends on the tokenizer."""
-    spec = _existing_spec(store)
-    found = []
-    if spec is not None:
-        now = provenance_of(teacher, data, ours).texts()
-        pairs = {name: (getattr(spec, name), now[name]) for name in ("teacher", "tokenizer")}
-        found = [f"{name}: {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]
-    if not any(text.startswith("tokenizer") for text in found):
-        found.append(_data_difference(theirs, ours))
-    return found
+def _plan_differences(there: CapturePlan, dataset: str, settings: Mapping[str, Any]) -> list[str]:
+    """The differences of the plan in the store from these settings and data."""
+    found = _different((name, there.settings.get(name), value) for name, value in settings.items())
+    data = f"data: sha256 {there.dataset[:12]}… and {dataset[:12]}…"
+    return found if there.dataset == dataset else [*found, data]
 
 
 def _check_same(store: Store, plan: WindowPlan, spec: CacheSpec) -> None:
@@ -218,11 +205,10 @@ def _check_same(store: Store, plan: WindowPlan, spec: CacheSpec) -> None:
     if theirs is None or theirs.hash == spec.hash:
         return
     there = _existing_plan(store)
-    different = _plan_differences(there, plan) if there is not None else []
-    others = differences(theirs, spec)
+    different = _plan_differences(there, plan.dataset, asdict(plan.settings)) if there is not None else []
     # differences of the plan are clearer than those of its hash
-    different += [text for text in others if not (different and text.startswith(("dataset:", "shard_positions:")))]
-    raise _refusal(store, different)
+    clearer = ("dataset:", "shard_positions:") if different else ()
+    raise _refusal(store, different + [text for text in differences(theirs, spec) if not text.startswith(clearer)])
 
 
 def _existing_spec(store: Store) -> CacheSpec | None:
@@ -239,3 +225,26 @@ def _refusal(store: Store, different: list[str]) -> CacheError:
         f"{store.describe()}: the existing cache was written with other settings (there, and now: "
         f"{'; '.join(different)}). Write to another folder, or capture with the settings of the existing cache."
     )
+
+
+def lengths_to_npz(lengths: NDArray[np.int32], fingerprint: str) -> bytes:
+    """Lengths `[documents]`, compressed, with the fingerprint of their dataset."""
+    sink = io.BytesIO()
+    np.savez_compressed(sink, fingerprint=np.array(fingerprint), lengths=lengths)
+    return sink.getvalue()
+
+
+def lengths_from_npz(data: bytes, fingerprint: str, where: str) -> NDArray[np.int32] | None:
+    """The lengths `[documents]`; None if they belong to a dataset with another fingerprint. Raises DataError, naming
+    `where`, for data that cannot be read."""
+    try:
+        with np.load(io.BytesIO(data)) as arrays:
+            stored, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)
+    except (
+        *(OSError, KeyError, ValueError, EOFError, MemoryError, NotImplementedError, RuntimeError),
+        *(SyntaxError, struct.error, zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise DataError(
+            f"{where}: no lengths can be read from it ({error}). Delete it; the documents are then measured again."
+        ) from error
+    return lengths if stored == fingerprint else None

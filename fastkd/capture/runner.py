@@ -91,7 +91,9 @@ class CaptureRunner:
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
         self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
         self._group, self._stop, self._sleep = group or ParallelGroup(), stop or Stop(), sleep
-        self._pass = replace(teacher_pass, on_batch=self._on_batch, should_stop=self._should_stop)
+        self._pass = replace(
+            teacher_pass, on_batch=self._on_batch, should_stop=lambda: self._group.share(self._stop.asked)
+        )
         self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
         self._next: int | None = None  # probably the next one of them
@@ -111,7 +113,17 @@ class CaptureRunner:
         try:
             if writer is None:
                 return self._follow()
-            report = self._lead(writer)
+            started = time.perf_counter()
+            self._capture_shards(writer)
+            seconds = time.perf_counter() - started
+            missing = set(range(self._plan.shards)) - set(listed(self._store))
+            if not missing:
+                cache = open_cache(self._store)
+                if not cache.sealed or len(cache.manifest) != self._plan.shards:
+                    writer.seal()
+            busy = self._busy / seconds if seconds else 0.0
+            report = replace(self._report, seconds=seconds, teacher_busy=busy)
+            report = replace(report, complete=not missing, missing=runs(missing))
             return report
         finally:
             self._stop.gentle = False
@@ -134,18 +146,6 @@ class CaptureRunner:
                 f"To write the others, delete {MANIFEST_KEY}: no target is lost, and it is written again at the end."
             )
         return committed
-
-    def _lead(self, writer: CacheWriter) -> CaptureReport:
-        started = time.perf_counter()
-        self._capture_shards(writer)
-        seconds = time.perf_counter() - started
-        missing = set(range(self._plan.shards)) - set(listed(self._store))
-        if not missing:
-            cache = open_cache(self._store)
-            if not cache.sealed or len(cache.manifest) != self._plan.shards:
-                writer.seal()
-        busy = self._busy / seconds if seconds else 0.0
-        return replace(self._report, complete=not missing, missing=runs(missing), seconds=seconds, teacher_busy=busy)
 
     def _capture_shards(self, writer: CacheWriter) -> None:
         committed = self._committed_shards()
@@ -286,9 +286,6 @@ class CaptureRunner:
         self._progress.add(positions, teacher_busy=seconds)
         if self._group.leader:
             self._claims.keep()
-
-    def _should_stop(self) -> bool:
-        return self._group.share(self._stop.asked)
 
     def _exists(self, key: str) -> bool:
         try:

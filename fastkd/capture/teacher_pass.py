@@ -1,11 +1,11 @@
 """A teacher's pass over the batches of a shard: the targets of every row that counts, as the arrays a cache stores.
 
-While the device runs one batch, the targets of the batch before it are copied to the host.
+While the device runs one batch, the host writes the targets of the batch before it into the arrays.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,6 @@ class TeacherPass:
     on_answer: Callable[[Answer], None] = lambda answer: None
     should_stop: Callable[[], bool] = lambda: False
     _too_large: int | None = None
-    _stream: Any = field(default=None, repr=False)
 
     def run(
         self, rows: ShardRows, batches: list[Ints], data: Documents | Examples | None, shard: int
@@ -91,7 +90,14 @@ class TeacherPass:
         batches: the segments of each batch. Raises TeacherError for NaN or infinity, naming document and position.
         """
         source = _Shard(rows, data, shard)
-        arrays = self._empty_arrays(len(rows))
+        arrays = SparseTargets.empty(
+            len(rows),
+            topk_config(self.settings).width(self.teacher.vocab_size),
+            vocab_size=self.teacher.vocab_size,
+            temperatures=self.settings.temperatures,
+            draws=self.settings.draws > 0,
+            device="cpu",
+        ).arrays()
         halved: dict[str, list[int]] = {}
         pending: _Pending | None = None
         for number, segments in enumerate(batches):
@@ -106,18 +112,6 @@ class TeacherPass:
         if pending is not None:
             self._collect(pending, arrays, source)
         return arrays, halved
-
-    def _empty_arrays(self, n: int) -> dict[str, Array]:
-        """The arrays of n rows without targets."""
-        settings, vocab_size = self.settings, self.teacher.vocab_size
-        return SparseTargets.empty(
-            n,
-            topk_config(settings).width(vocab_size),
-            vocab_size=vocab_size,
-            temperatures=settings.temperatures,
-            draws=settings.draws > 0,
-            device="cpu",
-        ).arrays()
 
     def _submit_parts(self, source: _Shard, segments: Ints) -> Iterator[tuple[int, _Pending]]:
         """Submit a batch, or if it does not fit into memory its halves, their halves and so on: for each the number of
@@ -175,20 +169,9 @@ class TeacherPass:
             if error.row is None:
                 raise
             raise source.bad_row(int(rows[error.row]), str(error)) from error
-        if device.type != "cuda":
-            pending.targets = targets
-            pending.seconds = time.perf_counter() - clock
-            return pending
-        done = _event(device)
-        assert done is not None
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(done)
-            pending.targets = targets.to("cpu", non_blocking=True)  # into page-locked memory
-            for tensor in targets.tensors():
-                tensor.record_stream(self._stream)
-            pending.copied = _event(device, self._stream)
+        pending.targets = targets.to("cpu", non_blocking=device.type == "cuda")  # into page-locked memory
+        pending.copied = _event(device)
+        pending.seconds = time.perf_counter() - clock
         return pending
 
     def _collect(self, pending: _Pending, arrays: dict[str, Array], source: _Shard) -> None:
@@ -220,10 +203,10 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _event(device: torch.device, stream: Any = None) -> torch.cuda.Event | None:
+def _event(device: torch.device) -> torch.cuda.Event | None:
     """A recorded event; None on devices without events."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record(stream if stream is not None else torch.cuda.current_stream(device))
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -49,7 +49,7 @@ from .parse import completion_script, flags, parse
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
-    from ..capture.check.check import TeacherCheck
+    from ..capture.check import TeacherCheck
 
 
 class Outcome(NamedTuple):
@@ -96,7 +96,7 @@ def capture(command: Capture) -> Outcome:
 
 def _captured(command: Capture, stop: Stop) -> Outcome:
     from ..cache import open_store
-    from ..capture.settings import check_settings
+    from ..capture.window_plan import check_settings
     from ..utils.progress import mode_for
 
     check_settings(_capture_settings(command))
@@ -136,13 +136,12 @@ def _captured(command: Capture, stop: Stop) -> Outcome:
 
 def plan(command: Plan) -> Outcome:
     """Estimate a capture from a sample of it."""
-    from ..capture.settings import check_settings
+    from ..capture.window_plan import check_settings
 
     check_settings(_capture_settings(command))
     _note(f"loading {command.teacher}", events=False)
     from ..capture.answers import large_k_text
-    from ..capture.estimate.estimate import estimate
-    from ..capture.estimate.text import estimate_text
+    from ..capture.estimate import estimate, estimate_text
     from ..kernels import prepare_topk
     from ..teachers.load import load
 
@@ -183,7 +182,6 @@ def inspect(command: Inspect) -> Outcome:
 def verify(command: Verify) -> Outcome:
     """Check the cache. Status 1: a problem was found."""
     from ..cache import verify_cache
-    from ..capture.check.text import check_text
 
     store = _store(command.cache)
     found = verify_cache(store, deep=command.deep, progress=_at_terminal())
@@ -207,6 +205,8 @@ def verify(command: Verify) -> Outcome:
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
     if command.teacher is None or not found.ok:
         return Outcome(report, text, 0 if found.ok else 1, warning)
+    from ..capture.check import check_text
+
     check = _check_teacher(command, command.teacher, store)
     report |= {"ok": check.ok, "teacher": check.to_json()}
     return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
@@ -215,7 +215,7 @@ def verify(command: Verify) -> Outcome:
 def _check_teacher(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
     """The check of a cache against its teacher."""
     from ..cache import open_cache
-    from ..capture.check.check import check_teacher
+    from ..capture.check import check_teacher
     from ..data.examples import Examples
     from ..teachers.load import load
 

@@ -7,7 +7,7 @@ batch = docs.read([3, 4, 10])  # tokens, lengths, loss_mask
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..models.tokenizers import Tokenizer
 from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
 from .columns import Column, Values, rows_per_read
@@ -27,6 +28,7 @@ from .sources import Source, open_source
 from .token_ids import check_range, check_undamaged, flat_ids, texts_or_chats
 
 LARGEST_ID = 2**31 - 1
+_INSPECTED_ROWS = 256  # of each file, until one shows the kind
 SHORT = 32  # tokens; a line of 80 to 120 columns has some 20
 _PER_DOCUMENT = {"line": "one per line", "blank-line": "one per paragraph", "file": "one per file"}
 
@@ -150,11 +152,11 @@ class Documents:
         with self._unchanged(files):
             return _concatenate([part for run in runs for part in self._range(int(run[0]), int(run[-1]) + 1)])
 
-    def lengths(self, *, progress: bool = False) -> NDArray[np.int32]:
+    def lengths(self, *, progress: bool = False, on_part: Callable[[], None] | None = None) -> NDArray[np.int32]:
         """Tokens of each document, `[documents]`, in one pass that checks every value.
 
-        progress: a bar on stderr. Ids are measured by Arrow's offsets; text has to be tokenized (lengths.py stores the
-        result).
+        progress: a bar on stderr. on_part: called every few megabytes. Ids are measured by Arrow's offsets; text has to
+        be tokenized.
         """
         lengths = np.zeros(len(self), np.int32)
         done = 0
@@ -164,6 +166,8 @@ class Documents:
                 lengths[done : done + len(part.lengths)] = part.lengths
                 done += len(part.lengths)
                 bar.update(len(part.lengths))
+                if on_part is not None:
+                    on_part()
         return lengths
 
     def fingerprint(self, *, progress: bool = False) -> str:
@@ -298,3 +302,73 @@ def describe_documents(data: Documents, lengths: NDArray[np.int32]) -> list[str]
             "blank-line (one document per paragraph) or file (one per file)."
         )
     return lines
+
+
+def load_documents(
+    source: Any,
+    *,
+    column: str | None = None,
+    text_documents: str = "line",
+    tokenizer: Tokenizer | Callable[[], Tokenizer | None] | None = None,
+    loss_on: str = "all",
+    vocab_size: int,
+) -> Documents:
+    """The documents of a source, whose column is found to hold ids, text or messages.
+
+    source, column, text_documents, loss_on: see `open_documents`.
+    tokenizer: needed for text and messages, not used for ids; or a function that returns it, called if it is needed.
+    vocab_size: the width of the teacher's LM head.
+
+    Raises DataError if the column, the tokenizer and these settings do not fit together.
+    """
+    opened = open_source(source, column, text_documents)
+    kind = detect_kind(opened.columns)
+    where = opened.columns[0].where(0) if opened.columns and len(opened.columns[0]) else "the source"
+    if loss_on == "assistant" and kind in ("ids", "text"):
+        raise DataError(f'loss_on: got "assistant", but {where} has {kind}; only messages have roles.')
+    if kind in ("ids", None):
+        return open_documents(opened, vocab_size=vocab_size, loss_on="all")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = tokenizer()
+    if tokenizer is None:
+        raise DataError(f"{where}: got {kind} without a tokenizer. Name one (--tokenizer).")
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.name}: got ids up to {tokenizer.vocab_size - 1}; expected up to {vocab_size - 1}, "
+            "those of the teacher's LM head. Is this the teacher's tokenizer?"
+        )
+    if kind == "text":
+        encode, fingerprint = tokenizer.encode, tokenizer.fingerprint
+        return open_documents(opened, tokenizer=encode, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
+    return open_documents(
+        opened,
+        tokenizer=tokenizer.encode_chat,
+        # without the end-of-document token, which is not appended to conversations
+        tokenizer_fingerprint=f"sha256 {tokenizer.identity}",
+        template=tokenizer.template,
+        template_fingerprint=tokenizer.template_fingerprint,
+        loss_on=loss_on,
+        vocab_size=vocab_size,
+    )
+
+
+def detect_kind(columns: Sequence[Column]) -> str | None:
+    """What the first rows hold: "ids", "text" or "messages"; None if they are all empty or null.
+
+    Anything else counts as "ids"; reading it names the error.
+    """
+    for column in columns:
+        values = column.read(0, min(_INSPECTED_ROWS, len(column)))
+        for value in values:
+            if (known := _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)) is not None:
+                return known
+    return None
+
+
+def _kind_of_value(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if value is None or not hasattr(value, "__len__") or not len(value):
+        return None
+    first = value[0] if not isinstance(value, Mapping) else None
+    return "messages" if isinstance(first, Mapping) else "ids"

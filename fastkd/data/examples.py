@@ -62,7 +62,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self._inputs)
 
-    def lengths(self, *, progress: bool = False) -> NDArray[np.int32]:
+    def lengths(self, *, progress: bool = False, on_part: Callable[[], None] | None = None) -> NDArray[np.int32]:
         """Positions of each example, `[examples]`: its copies."""
         return np.full(len(self), self.copies, np.int32)
 

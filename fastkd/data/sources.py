@@ -1,5 +1,6 @@
 """From a source (files, a Hugging Face Dataset, or values in memory) to its columns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from ..errors import DataError
 from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, concat_arrays
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
-_FORMATS: dict[str, Any] = {
-    **dict.fromkeys((".parquet", ".pq"), ParquetColumn),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), ArrowColumn),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesColumn),
+_FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
+    **dict.fromkeys((".parquet", ".pq"), lambda path, column, _: ParquetColumn(path, column)),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), lambda path, column, _: ArrowColumn(path, column)),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), lambda path, column, _: JsonLinesColumn(path, column)),
     **dict.fromkeys((".txt", ".text"), TextColumn),
 }
 
@@ -83,7 +84,9 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
     names = [source] if isinstance(source, (str, Path)) else source
     if isinstance(source, (str, Path)) or (_is_list(source) and all(isinstance(name, Path) for name in source)):
         paths = [path for name in names for path in _expand(name)]
-        return Source([_open_file(path, column, text_documents) for path in paths], paths)
+        if unknown := [path for path in paths if path.suffix.lower() not in _FORMATS]:
+            raise DataError(f"{unknown[0]}: got an unknown suffix; expected one of {', '.join(_FORMATS)}.")
+        return Source([_FORMATS[path.suffix.lower()](path, column, text_documents) for path in paths], paths)
     if _is_list(source) and isinstance(source[0], str) and _is_file(source[0]):
         # as a list of texts, the file names themselves would become tokens
         raise DataError(f"source: got a list of texts, and the first, {source[0]!r}, is a file; expected Paths.")
@@ -124,11 +127,3 @@ def _expand(name: str | Path) -> list[Path]:
     if not found:
         raise DataError(f"{name}: there are no files of {', '.join(_FORMATS)}.")
     return found
-
-
-def _open_file(path: Path, column: str | None, text_documents: str) -> Column:
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"{path}: got an unknown suffix; expected one of {', '.join(_FORMATS)}.")
-    opened: Column = kind(path, column, text_documents) if kind is TextColumn else kind(path, column)
-    return opened

@@ -1,8 +1,7 @@
 """Causal language models of transformers, for teachers and students: loading, limits, and checks on a probe."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +13,18 @@ from .lm_head import LMHeadMatch, find_lm_head
 _PROBE = (2, 12)  # rows and tokens of the probe batch
 
 
-@dataclass(eq=False)
-class CausalLM:
-    """A causal model of transformers, and what a probe batch told about it; made by `probe_causal_lm`.
+class ProbedModel(NamedTuple):
+    """What a probe batch told about a causal model of transformers.
 
     vocab_size: V, the width of its logits. max_positions: the longest input in tokens; None: no limit, or unknown.
     lm_head: None if no reading of its config reproduces its logits from its hidden states. tokens: the probe batch,
-    int64 `[B, L]`. notes: remarks for a person, a line each.
+    int64 `[B, L]`.
     """
 
-    model: Any
-    name: str
     vocab_size: int
     max_positions: int | None
     lm_head: LMHeadMatch | None
     tokens: Tensor
-    notes: list[str] = field(default_factory=list)
 
 
 def load_causal_lm(
@@ -63,7 +58,7 @@ def load_causal_lm(
     return model
 
 
-def probe_causal_lm(model: Any, name: str, notes: list[str]) -> CausalLM:
+def probe_causal_lm(model: Any, name: str, notes: list[str]) -> ProbedModel:
     """Run a model, in evaluation mode, on a small batch, and find its limits and its LM head.
 
     Raises TeacherError if it fails on the batch, or is not causal.
@@ -84,7 +79,7 @@ def probe_causal_lm(model: Any, name: str, notes: list[str]) -> CausalLM:
             ) from error
         _check_causal(model, tokens, logits, name)
         lm_head = find_lm_head(model, tokens)
-    return CausalLM(model, name, int(logits.shape[-1]), longest, lm_head, tokens, notes)
+    return ProbedModel(int(logits.shape[-1]), longest, lm_head, tokens)
 
 
 def _check_weights(source: str | Path, info: dict[str, Any], notes: list[str]) -> None:

@@ -32,7 +32,6 @@ class Tokenizer:
     def __init__(self, backend: Any, *, name: str, append_eos: bool = True, template: str | Path | None = None) -> None:
         self.name = name
         self._backend = backend
-        self._append_eos = append_eos
         self._template_file = template
         self._end: int | None = backend.eos_token_id if append_eos else None
 

@@ -4,22 +4,7 @@ Belongs here: a new kind of teacher, one file each, and how a name becomes a tea
 Does not: what is kept of the answers (capture) or how they are stored (cache).
 """
 
-from typing import TYPE_CHECKING
+from .protocol import Hidden, LMHead, Logits, Teacher, TopK
+from .registry import register_teacher
 
-import lazy_loader
-
-if TYPE_CHECKING:
-    from .protocol import Hidden as Hidden
-    from .protocol import LMHead as LMHead
-    from .protocol import Logits as Logits
-    from .protocol import Teacher as Teacher
-    from .protocol import TopK as TopK
-    from .registry import register_teacher as register_teacher
-
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "protocol": ["Hidden", "LMHead", "Logits", "Teacher", "TopK"],
-        "registry": ["register_teacher"],
-    },
-)
+__all__ = ["Hidden", "LMHead", "Logits", "Teacher", "TopK", "register_teacher"]

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.documents import Documents
+from ..data.documents import Documents, load_documents
 from ..data.examples import Examples
-from ..data.load import detect_kind, load_documents
 from ..data.sources import open_source
 from ..errors import DataError, TeacherError
 from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
@@ -140,16 +139,23 @@ def as_data(
     """
     if isinstance(source, (Documents, Examples)):
         return source
-    opened = open_source(source, column, text_documents)
-    if detect_kind(opened.columns) not in ("text", "messages"):
-        return load_documents(opened, loss_on=loss_on, vocab_size=teacher.vocab_size)
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer, template=template, trust_remote_code=trust_remote_code)
-    own = None
-    if isinstance(teacher, HFTeacher) and not (tokenizer is not None and allow_other_tokenizer):
-        own = teacher.tokenizer(template=template)
-    chosen = choose_tokenizer(tokenizer, own, allow_other_tokenizer=allow_other_tokenizer)
-    return load_documents(opened, tokenizer=chosen, loss_on=loss_on, vocab_size=teacher.vocab_size)
+
+    def chosen() -> Tokenizer | None:
+        named, own = tokenizer, None
+        if named is not None and not isinstance(named, Tokenizer):
+            named = load_tokenizer(named, template=template, trust_remote_code=trust_remote_code)
+        if isinstance(teacher, HFTeacher) and not (named is not None and allow_other_tokenizer):
+            own = teacher.tokenizer(template=template)
+        return choose_tokenizer(named, own, allow_other_tokenizer=allow_other_tokenizer)
+
+    return load_documents(
+        source,
+        column=column,
+        text_documents=text_documents,
+        tokenizer=chosen,
+        loss_on=loss_on,
+        vocab_size=teacher.vocab_size,
+    )
 
 
 def _source(data: DataSettings) -> Any:

@@ -129,18 +129,19 @@ def of_transformers(model: Any, name: str) -> Student:
     Raises TeacherError if the model cannot be run, or is not causal.
     """
     model.eval()  # dropout would change the outputs that are compared
-    probed = probe_causal_lm(model, name, [])
+    notes: list[str] = []
+    probed = probe_causal_lm(model, name, notes)
     with torch.no_grad():
         packs = separates_documents(lambda **inputs: model(use_cache=False, **inputs).logits, probed.tokens)
     model.train()
     if probed.lm_head is None or not isinstance(probed.lm_head.lm_head, LMHead):
-        probed.notes.append(
+        notes.append(
             f"{type(model).__name__}: its LM head is not one matrix with a use that its config tells, so full logits "
             "[positions, V] are materialized for every micro-batch, which costs memory and time."
         )
     return Student(
         model, _run_transformers(probed.lm_head, probed.vocab_size), name=name, vocab_size=probed.vocab_size,
-        max_positions=probed.max_positions, packs=packs, notes=probed.notes,
+        max_positions=probed.max_positions, packs=packs, notes=notes,
     )  # fmt: skip
 
 

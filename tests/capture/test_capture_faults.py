@@ -35,9 +35,9 @@ from fastkd.cache import CacheError, StoreError, open_cache
 from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
-from fastkd.capture.runner import CaptureRunner
+from fastkd.capture.prepare import lengths_from_npz, lengths_to_npz
+from fastkd.capture.teacher_pass import TeacherPass
 from fastkd.data.documents import open_documents
-from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
 
 
@@ -366,17 +366,18 @@ def test_an_error_in_the_writer_stops_the_teacher_at_the_next_shard(
         return encode(*args)
 
     monkeypatch.setattr(writer_module, "encode_targets", broken)
-    ask, asked = CaptureRunner._run_teacher, []
+    run, asked = TeacherPass.run, []
 
-    def counted(job: CaptureRunner, index: int, *args: Any) -> Any:
-        asked.append(index)
+    def counted(teacher_pass: TeacherPass, rows: Any, batches: Any, data: Any, shard: int) -> Any:
+        asked.append(shard)
+        submitted = teacher_pass.on_batch.__self__._submitted  # type: ignore[attr-defined]  # of the runner
         if len(asked) == 4:
             told.set()
-            while job._submitted and not all(future.done() for future in job._submitted.values()):
+            while submitted and not all(future.done() for future in submitted.values()):
                 time.sleep(0.001)
-        return ask(job, index, *args)
+        return run(teacher_pass, rows, batches, data, shard)
 
-    monkeypatch.setattr(CaptureRunner, "_run_teacher", counted)
+    monkeypatch.setattr(TeacherPass, "run", counted)
     with pytest.raises(CacheError, match="they do not descend"):
         capture(store, teacher=teacher)
     assert asked == [0, 1, 2, 3]

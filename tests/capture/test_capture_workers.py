@@ -101,11 +101,10 @@ def prepared(store: Any, claims: Claims, **options: Any) -> CaptureRunner:
     """A job whose spec and plan are in the store."""
     data, settings = open_documents(documents(), vocab_size=VOCAB), CaptureSettings(**without(SMALL))
     teacher = ModuleTeacher(Causal(), vocab_size=VOCAB, fingerprint="the same")
-    found = prepare(teacher, data, settings, store, claims)
-    write_window_plan(store, found.plan)
-    runner = TeacherPass(teacher, settings)
-    job = CaptureRunner(runner, data, found.plan, store, claims, **options)
-    job.spec = found.spec  # type: ignore[attr-defined]
+    plan, spec = prepare(teacher, data, settings, store, claims)
+    write_window_plan(store, plan)
+    job = CaptureRunner(TeacherPass(teacher, settings), data, plan, store, claims, **options)
+    job.spec = spec  # type: ignore[attr-defined]
     return job
 
 

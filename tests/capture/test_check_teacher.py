@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.cache import CacheError, CacheSpec, create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
-from fastkd.capture.check.check import check_teacher
-from fastkd.capture.check.text import check_text
+from fastkd.capture.check import check_teacher, check_text
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
 from fastkd.kernels.lm_head import LMHead
@@ -99,8 +98,6 @@ def test_what_is_left_on_equal_hardware_is_the_codecs_error(model: Any, changes:
             assert found.largest > 0.7 * found.bound
     assert report.same_draws == (1.0 if cache.spec.draws else None)
     assert report.same_top_k == (1.0 if cache.spec.k else None)
-    assert (report.kl is None) == (cache.spec.k == 0)
-    assert (report.kl or 0) < 2e-3
     text = check_text(report)
     assert text.endswith("ok: the cache matches the teacher to within the codec's error")
     assert max(map(len, text.splitlines())) <= 80

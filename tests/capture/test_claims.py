@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -443,38 +442,3 @@ def test_a_store_that_fails_loses_no_claim_and_stops_nobody() -> None:
     one.drop("7")
     one.drop("8")
     assert one.held == []
-
-
-# --- kept on a thread ------------------------------------------------------------------------------------------------
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.001)
-
-
-def test_what_is_kept_is_renewed_on_a_thread_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "FIRST_SECONDS", 0.02)
-    store, clock = Failing(), Clock()
-    one = Claims(store, 0, 2, clock)
-    assert one.take("lengths") == 0.0
-    with one.kept():
-        for seconds in (10, 100, 1000):
-            clock.now += seconds
-            there = len(store._objects)
-            store.broken = True  # for a while
-            time.sleep(0.02)
-            store.broken = False
-            wait_for(lambda there=there: len(store._objects) > there)  # type: ignore[misc]
-    assert not [t for t in threading.enumerate() if t.name == "fastkd-claims"]
-    there = len(store._objects)
-    clock.now += 10_000
-    time.sleep(0.05)
-    assert len(store._objects) == there
-
-
-def test_what_is_kept_ends_with_an_error() -> None:
-    one = Claims(MemoryStore(), 0, 2, Clock())
-    with suppress(KeyboardInterrupt), one.kept():
-        raise KeyboardInterrupt
-    assert not [t for t in threading.enumerate() if t.name == "fastkd-claims"]

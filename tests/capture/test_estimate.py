@@ -15,12 +15,18 @@ import fastkd
 from fastkd.cache import open_cache
 from fastkd.cache.scan import listed
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture import estimate as estimate_module
+from fastkd.capture import sample as sample_module
 from fastkd.capture.claims import Claims
-from fastkd.capture.estimate import estimate as estimate_module
-from fastkd.capture.estimate import sample as sample_module
-from fastkd.capture.estimate.estimate import Estimate, capture_hours, estimate, position_seconds, requests
-from fastkd.capture.estimate.sample import middle_first
-from fastkd.capture.estimate.text import estimate_text
+from fastkd.capture.estimate import (
+    Estimate,
+    capture_hours,
+    estimate,
+    estimate_text,
+    position_seconds,
+    requests,
+)
+from fastkd.capture.sample import middle_first
 from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
 from fastkd.data.documents import Documents, open_documents
 from fastkd.data.examples import Examples
@@ -360,7 +366,7 @@ def test_the_text() -> None:
     text = estimate_text(report)
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
-    assert f"{report.plan['positions']:,}, in {report.plan['windows']:,} windows" in words
+    assert f"{report.plan['positions']:,} positions in {report.plan['windows']:,} windows" in words
     assert "at 2.5 an hour" in words
     assert "with 3 workers" in words
     (marked,) = (line for line in text.splitlines() if line.startswith("* "))

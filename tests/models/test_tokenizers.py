@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hf_cases import SPECIAL, TEMPLATE, WORDS, saved, tokenizer_of
 
-from fastkd.data.load import detect_kind, load_documents
+from fastkd.data.documents import detect_kind, load_documents
 from fastkd.data.sources import open_source
 from fastkd.errors import DataError, TeacherError
 from fastkd.models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer

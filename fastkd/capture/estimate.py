@@ -8,22 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cache import CacheSpec
-from ...data.documents import Documents, describe_documents
-from ...data.examples import Examples
-from ...errors import DataError
-from ...settings import CaptureSettings
-from ...teachers.protocol import Teacher
-from ..claims import FIRST_SECONDS, LONGEST_SECONDS
-from ..prepare import prepare
-from ..rows import ShardRows
-from ..teacher_pass import device_name
-from ..window_plan import WindowPlan
-from .sample import Sample, run_sample
-from .sizes import measure_sizes
+from ..cache import CacheSpec
+from ..data.documents import Documents, describe_documents
+from ..data.examples import Examples
+from ..errors import DataError
+from ..settings import CaptureSettings
+from ..teachers.protocol import Teacher
+from ..utils.numbers import duration, size_text
+from ..utils.text import format_table, labelled, printable, without_credentials
+from .claims import FIRST_SECONDS, LONGEST_SECONDS
+from .prepare import prepare
+from .rows import ShardRows
+from .sample import Sample, measure_sizes, run_sample
+from .teacher_pass import device_name
+from .window_plan import WindowPlan, plan_text
 
 KS = (16, 32, 64, 128)
 _TARGETS = ("head/", "draws/", "tail", "outcomes")  # arrays whose size depends on k
+_MAX_ARRAYS = 5
+_METHODS = ("PUT", "GET", "LIST")
 _PAGE = 1000  # objects in one response to LIST
 
 
@@ -95,17 +98,16 @@ def estimate(
 
     Nothing is written. Raises what `capture` would: DataError, TeacherError, CacheError for impossible settings.
     """
-    numbers: dict[str, tuple[float | None, int]] = {
-        "workers": (workers, 1),
-        "min_batches": (min_batches, 1),
-        "seconds": (seconds, 0),
-        "price_per_hour": (price_per_hour, 0),
-    }
-    for name, (value, least) in numbers.items():
-        if value is not None and not least <= value < math.inf:
+    price = 0.0 if price_per_hour is None else price_per_hour
+    for name, value, least in (
+        ("workers", workers, 1),
+        ("min_batches", min_batches, 1),
+        ("seconds", seconds, 0),
+        ("price_per_hour", price, 0),
+    ):
+        if not least <= value < math.inf:
             raise DataError(f"{name}: got {value}; expected a number from {least} on.")
-    prepared = prepare(teacher, data, settings, progress=progress)
-    plan, spec = prepared.plan, prepared.spec
+    plan, spec = prepare(teacher, data, settings, progress=progress)
     begun = time.perf_counter()
     sample = run_sample(
         teacher,
@@ -155,7 +157,7 @@ def estimate(
         hours=hours,
         worker_hours=hours * workers,
         price_per_hour=price_per_hour,
-        cost=None if price_per_hour is None else price_per_hour * workers * hours,
+        cost=None if price_per_hour is None else price * workers * hours,
         by_k=_k_table(spec, settings.k, sample, by_array, plan),
     )
 
@@ -217,3 +219,64 @@ def _mass(rows: ShardRows) -> float:
     if "draws" in rows.inputs:
         probabilities = np.where(rows.inputs["draws"][rows.counts] > 0, 0.0, probabilities)
     return float(probabilities.sum(1).mean())
+
+
+def estimate_text(report: Estimate) -> str:
+    """The estimate as text for 80 columns."""
+    sections = [_header(report), _costs(report)]
+    if report.by_k:
+        rows = [["  k", "bytes/position", "all shards", "mass"]]
+        for cost in report.by_k:
+            mark = "*" if cost.k == report.settings["k"] else " "
+            each = f"{cost.bytes_per_position:.1f}"
+            rows.append([f"{mark} {cost.k}", each, size_text(cost.bytes), f"{cost.mass:.3f}"])
+        sections.append(["Other k, on the sample (mass: probability of the top-k entries)", *format_table(rows)])
+    return "\n\n".join("\n".join(printable(line).rstrip() for line in section) for section in sections)
+
+
+def _header(report: Estimate) -> list[str]:
+    settings, sample = report.settings, report.measured
+    measured = f"{sample['batches']:,} batches of shards {', '.join(map(str, sample['shards']))}: "
+    measured += f"{sample['positions']:,} positions in {sample['seconds']:.3g} s"
+    if sample["batches"] == 1 and sample["seconds_spent"] > sample["seconds_requested"]:
+        measured += f"; {sample['seconds_spent']:.3g} s in all instead of {sample['seconds_requested']:g}: at least one"
+        measured += " batch is run (a smaller --batch-tokens makes it shorter)"
+    if sample["batches_halved"]:
+        measured += f"; {sample['batches_halved']:,} of the batches did not fit into memory and were halved"
+    return [
+        "fastkd plan",
+        *labelled("  teacher", without_credentials(report.teacher)),
+        *labelled("  device", report.device),
+        *(labelled("  data", report.data[0]) if report.data else ()),
+        *labelled("  plan", plan_text(report.plan, settings["context"], settings["on_long"]).partition(": ")[2]),
+        *labelled("  measured", measured),
+    ]
+
+
+def _costs(report: Estimate) -> list[str]:
+    arrays = [f"{name} {size:.1f}" for name, size in report.by_array.items() if size >= 0.05][:_MAX_ARRAYS]
+    each = f"{report.bytes_per_position:.1f} bytes a position" + (f" ({', '.join(arrays)})" if arrays else "")
+    rate, seconds = report.positions_per_second, report.seconds_per_position
+    speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    whole = duration(report.hours * 3600)
+    if report.workers > 1:
+        whole += f" with {report.workers:,} workers, {duration(report.worker_hours * 3600)} of work"
+    lines = [
+        "Capture",
+        *labelled("  size", f"{size_text(report.bytes)}, {each}"),
+        *labelled(
+            "  speed",
+            f"{speed} positions/s a worker; a position takes {_micro(seconds['run'])} for teacher and top-k, "
+            f"{_micro(seconds['encode'])} for encoding on a core",
+        ),
+        *labelled("  time", whole),
+    ]
+    if report.cost is not None:
+        lines += labelled("  cost", f"{report.cost:,.2f}, at {report.price_per_hour:g} an hour")
+    for name, label in (("capture", "  requests"), ("epoch", "  an epoch's")):
+        lines += labelled(label, ", ".join(f"{report.requests[name][method]:,} {method}" for method in _METHODS))
+    return lines
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

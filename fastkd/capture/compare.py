@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache import CacheSpec
-from ...cache.encoding.grid import steps_at
+from ..cache import CacheSpec
+from ..cache.encoding.grid import steps_at
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -33,14 +33,12 @@ class Comparison(NamedTuple):
     """Of m rows. deviations: by kind: "top_k", "draws" and "tail" (log-probabilities).
 
     outcomes, same_top_k, same_draws: bool `[m]`, whether the number of outcomes, and the ids, are the same.
-    kl `[m]`: KL(teacher now || stored), everything outside the top-k entries as one outcome.
     """
 
     deviations: dict[str, Deviations]
     outcomes: NDArray[np.bool_]
     same_top_k: NDArray[np.bool_]
     same_draws: NDArray[np.bool_]
-    kl: Floats
 
 
 def compare(spec: CacheSpec, stored: dict[str, Array], now: dict[str, Array]) -> Comparison:
@@ -71,16 +69,13 @@ def compare(spec: CacheSpec, stored: dict[str, Array], now: dict[str, Array]) ->
         deviations["draws"] = _deviations(row[drawn], a[drawn], b[drawn], codec.draw_step / 2)
     counts, counts_now = top_k.sum(1), top_k_now.sum(1)
     rows = np.flatnonzero(counts == counts_now)
-    tails = [x["tail"][rows].astype(np.float64).flatten() for x in (now, stored)]
-    deviations["tail"] = _deviations(np.repeat(rows, stored["tail"].shape[1]), *tails, codec.tail_step / 2)
-    one = spec.temperatures.index(1.0)
+    a, b = (x["tail"][rows].astype(np.float64).flatten() for x in (now, stored))
+    deviations["tail"] = _deviations(np.repeat(rows, stored["tail"].shape[1]), a, b, codec.tail_step / 2)
     return Comparison(
         deviations,
         outcomes=stored["outcomes"] + counts == now["outcomes"] + counts_now,
         same_top_k=_same(stored, top_k, now, top_k_now),
         same_draws=_same(stored, used & ~top_k, now, used_now & ~top_k_now),
-        kl=np.bincount(row[first], _divergence(a[first], b[first]), len(used))
-        + _divergence(*(x["tail"][:, one].astype(np.float64) for x in (now, stored))),
     )
 
 
@@ -100,7 +95,8 @@ def _same(stored: dict[str, Array], some: Array, now: dict[str, Array], some_now
         np.sort(np.where(mask, x["ids"].astype(np.int64) << 32 | x.get("draws", 0), -1), axis=1)
         for x, mask in ((stored, some), (now, some_now))
     )
-    return (a == b).all(1)
+    same: NDArray[np.bool_] = (a == b).all(1)
+    return same
 
 
 def _deviations(row: Array, now: Floats, stored: Floats, bound: Floats | float) -> Deviations:
@@ -110,11 +106,3 @@ def _deviations(row: Array, now: Floats, stored: Floats, bound: Floats | float) 
     bound = np.broadcast_to(bound, distance.shape)
     allowed = bound * (1 + of_bound) + nats + of_value * np.abs(np.where(np.isfinite(stored), stored, 0.0))
     return Deviations(row, distance, bound, np.maximum(distance - allowed, 0))
-
-
-def _divergence(now: Floats, stored: Floats) -> Floats:
-    """The terms of a divergence of probabilities that need not sum to one: p·log(p/q) − p + q."""
-    with np.errstate(invalid="ignore"):
-        difference = np.where(np.isneginf(now), 0.0, now - stored)
-    p: Floats = np.exp(now)
-    return p * difference - p + np.exp(stored)
