@@ -323,7 +323,7 @@ def test_a_plan_writes_nothing(teacher: Path, tmp_path: Path, capfd: Any, monkey
     given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--seconds", "0.1"]
     assert cli.main(["plan", *given, "--price-per-hour", "3", "--workers", "2"]) == 0
     out = capfd.readouterr().out
-    for word in ("positions", "Requests", "cost", "with 2 workers", "Other k"):
+    for word in ("positions", "requests", "cost", "with 2 workers", "Other k"):
         assert word in out
     assert cli.main(["plan", *given, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
