@@ -4,33 +4,21 @@ Belongs here: one file for each kind of store; `register_store` in it makes `ope
 Does not: what the objects hold.
 """
 
-from typing import TYPE_CHECKING
+import pkgutil
+from importlib import import_module
 
-import lazy_loader
+from .archive import ZipStore
+from .base import BaseStore, Entry, Store, open_store, register_store
+from .filesystems import FsspecStore
+from .http import HttpStore
+from .local import LocalStore
+from .memory import MemoryStore
+from .objects import ObstoreStore
 
-if TYPE_CHECKING:
-    from .archive import ZipStore as ZipStore
-    from .base import BaseStore as BaseStore
-    from .base import Entry as Entry
-    from .base import Store as Store
-    from .filesystems import FsspecStore as FsspecStore
-    from .http import HttpStore as HttpStore
-    from .local import LocalStore as LocalStore
-    from .memory import MemoryStore as MemoryStore
-    from .objects import ObstoreStore as ObstoreStore
-    from .registry import open_store as open_store
-    from .registry import register_store as register_store
+__all__ = [
+    "BaseStore", "Entry", "FsspecStore", "HttpStore", "LocalStore", "MemoryStore", "ObstoreStore", "Store", "ZipStore",
+    "open_store", "register_store",
+]  # fmt: skip
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "archive": ["ZipStore"],
-        "base": ["BaseStore", "Entry", "Store"],
-        "filesystems": ["FsspecStore"],
-        "http": ["HttpStore"],
-        "local": ["LocalStore"],
-        "memory": ["MemoryStore"],
-        "objects": ["ObstoreStore"],
-        "registry": ["open_store", "register_store"],
-    },
-)
+for _module in pkgutil.iter_modules(__path__):  # every file here is a kind of store
+    import_module(f"{__name__}.{_module.name}")

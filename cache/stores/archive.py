@@ -7,8 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 from ..errors import CacheError, NotFound, StoreError
-from .base import BaseStore, Entry, Names, refuse
-from .registry import register_store
+from .base import BaseStore, Entry, Names, refuse, register_store
 
 # Shards hardly compress. A member that claims to was made to exhaust memory.
 MAX_UNPACKED, MAX_RATIO = 64 << 20, 50
@@ -55,8 +54,7 @@ class ZipStore(BaseStore):
             return member.read()
 
     def _entries(self, folders: Names) -> Iterator[Entry]:
-        names = {name for name in self._archive().namelist() if not name.endswith("/")}
-        return iter([Entry(name, self._archive().getinfo(name).file_size) for name in names])
+        return (Entry(info.filename, info.file_size) for info in self._archive().infolist() if not info.is_dir())
 
     def _archive(self) -> zipfile.ZipFile:
         """This process's open file. One inherited through a fork shares its position with the parent's."""

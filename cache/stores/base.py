@@ -1,11 +1,13 @@
-"""The parts that all stores share: the protocol, checks of keys, and error messages without credentials."""
+"""What all stores share: the protocol, checks of keys, errors without credentials, and `open_store`."""
 
+import os
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from ..credentials import redact
-from ..errors import NotFound, ReadOnly, StoreError
+from ..errors import CacheError, NotFound, ReadOnly, StoreError
 
 # The folder of a store's own objects: unfinished attempts, a probe. Never listed, never an object's key.
 ATTEMPTS = "attempts"
@@ -74,18 +76,9 @@ def check_key(store: Store, key: str) -> list[str]:
     return parts
 
 
-def flat(data: bytes | memoryview) -> memoryview:
-    """The bytes of `data` as a flat, contiguous view. Raises TypeError if they are not contiguous."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")
-
-
 def words(error: BaseException) -> str:
     """The message of an error, on one line of reasonable length and without credentials."""
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    else:
-        text = str(error).split("\n\nDebug source")[0]
+    text = (isinstance(error, OSError) and error.strerror) or str(error).split("\n\nDebug source")[0]
     text = " ".join(redact(text).split()) or type(error).__name__
     return text if len(text) <= 600 else text[:600] + " …"
 
@@ -149,8 +142,8 @@ class BaseStore:
                 f"{self.describe()}: {key!r} cannot be created: {self.readonly_reason}. Write the cache to a local "
                 "folder or an object store (s3://, gs://, az://)."
             )
-        view = flat(data)
-        self._check_size(key, view)
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # TypeError if it is not contiguous
         with self._probe_lock:
             # A server that ignores the condition of a creation accepts a second one, too.
             if not self._exclusive and self._created(PROBE, PROBE_TEXT) and self._created(PROBE, PROBE_TEXT):
@@ -181,9 +174,6 @@ class BaseStore:
         """Bytes of an object."""
         raise NotImplementedError
 
-    def _check_size(self, key: str, data: memoryview) -> None:
-        """StoreError if an object is too large for the store."""
-
     def _next_step(self, error: Exception) -> str:
         return self.NEXT_STEP
 
@@ -196,15 +186,10 @@ class BaseStore:
         except FileNotFoundError as error:
             refuse(self, "reading", key, error, "There is no such object, or no such bucket.", NotFound)
         except self.ERRORS as error:
-            if length is not None and self._is_empty(key):
-                return b""  # an empty object has no last byte, which servers report in different ways
+            with suppress(Exception):  # an empty object has no last byte, which servers report in different ways
+                if length is not None and self._size(key) == 0:
+                    return b""
             refuse(self, "reading", key, error, self._next_step(error))
-
-    def _is_empty(self, key: str) -> bool:
-        try:
-            return self._size(key) == 0
-        except Exception:
-            return False  # the first error is the one to report
 
     def _listing(self, folders: Names, prefix: str) -> Iterator[Entry]:
         try:
@@ -225,9 +210,64 @@ class BaseStore:
             step = f"It may have been committed all the same. {self._next_step(error)}"
             refuse(self, "creation", key, error, step)
 
-    def _refuse_listing(self, prefix: str = "") -> NoReturn:
+    def _refuse_listing(self, folders: Names) -> NoReturn:
         """Raise StoreError: there is no listing over HTTP."""
         raise StoreError(
-            f"{self.describe()}: {prefix!r} cannot be listed, HTTP has no listing. Only a sealed cache can be "
-            "read from here: run `fastkd seal` on it where it was written."
+            f"{self.describe()}: {'/'.join(folders)!r} cannot be listed, HTTP has no listing. Only a sealed cache can "
+            "be read from here: run `fastkd seal` on it where it was written."
         )
+
+
+Opener = Callable[[Any, bool], Store]
+_openers: dict[str, Opener] = {}
+
+
+def register_store(*names: str) -> Callable[[Opener], Opener]:
+    """Decorator for `opener(place, create) -> Store`, which `open_store` then calls for places of these names.
+
+    A name is the scheme of URLs ("s3://"), the suffix of files (".zip"), or the full name of another library's class
+    ("obstore.store.S3Store"). create: whether a missing folder or bucket is to be made where the store can do so.
+    Raises ValueError for a name that has an opener already.
+    """
+
+    def register(opener: Opener) -> Opener:
+        for name in names:
+            if _openers.setdefault(name, opener) is not opener:
+                raise ValueError(f"register_store: {name!r} is registered already, for {_openers[name].__qualname__}.")
+        return opener
+
+    return register
+
+
+def open_store(path_or_store: object, *, create: bool = False) -> Store:
+    """The store at a path or URL, or around an object of another library; a Store is returned as it is.
+
+    A local path is a folder (made, with `create`) or a .zip file (read only). s3://, gs:// and az:// take their
+    credentials from the environment and need obstore. http(s):// is read only, memory://name lives in this process.
+    Only local folders are created: a bucket must exist.
+
+    Raises NotFound if a local folder does not exist, StoreError if it cannot be made, CacheError for anything else.
+    """
+    place = path_or_store
+    kinds = ", ".join(name for name in sorted(_openers) if name.startswith(".") or name.endswith("://"))
+    expected = (
+        f"expected a local folder, {kinds}, an obstore store, FsspecStore(fs, root), or an object with the methods of "
+        "fastkd.cache.stores.Store."
+    )
+    if isinstance(place, str) and "://" in place:
+        scheme = place.partition("://")[0].lower() + "://"
+        if scheme not in _openers:
+            raise CacheError(f"store: got {redact(place)!r}, of the unknown scheme {scheme!r}; {expected}")
+        return _openers[scheme](place, create)
+    if isinstance(place, (str, bytes, os.PathLike)):
+        path = os.fsdecode(place)
+        if not path or "\0" in path:
+            raise CacheError(f"store: got {path!r}, which is no path; {expected}")
+        suffix = os.path.splitext(path)[1]
+        return _openers.get("" if os.path.isdir(path) else suffix, _openers[""])(path, create)
+    if isinstance(place, Store):
+        return place
+    for base in type(place).__mro__:  # by name, so that no library is imported for it
+        if opener := _openers.get(f"{base.__module__}.{base.__qualname__}"):
+            return opener(place, create)
+    raise CacheError(f"store: got {type(place).__name__}; {expected}")

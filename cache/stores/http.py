@@ -11,8 +11,7 @@ from typing import Any
 
 from ..credentials import redact
 from ..errors import CacheError
-from .base import BaseStore, Entry, Names
-from .registry import register_store
+from .base import BaseStore, Entry, Names, register_store
 
 
 class HttpStore(BaseStore):
@@ -75,7 +74,7 @@ class HttpStore(BaseStore):
         return "Check the address and the connection, and try again."
 
     def _entries(self, folders: Names) -> Iterator[Entry]:
-        self._refuse_listing("/".join(folders))
+        self._refuse_listing(folders)
 
 
 @register_store("http://", "https://")
@@ -88,14 +87,7 @@ def open_http(url: str, create: bool) -> HttpStore:
 def _opener() -> Any:
     """An opener of http and https alone: a redirect leads to no other scheme."""
     opener = urllib.request.OpenerDirector()
-    handlers: list[urllib.request.BaseHandler] = [
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ]
-    for handler in handlers:
-        opener.add_handler(handler)
+    for kind in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError"):
+        opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener

@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 
 from ..credentials import redact
 from ..errors import CacheError, NotFound
-from .base import ATTEMPTS, BaseStore, Entry, Names, Store, refuse
-from .registry import open_store, register_store
+from .base import ATTEMPTS, BaseStore, Entry, Names, Store, open_store, refuse, register_store
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,7 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import StoreError
-from .base import BaseStore, Entry, Names
-from .registry import register_store
+from .base import BaseStore, Entry, Names, register_store
 
 
 class MemoryStore(BaseStore):
@@ -28,9 +27,7 @@ class MemoryStore(BaseStore):
         return self._objects[key][-(length or 0) :]
 
     def _entries(self, folders: Names) -> Iterator[Entry]:
-        with self._lock:
-            found = [Entry(key, len(data)) for key, data in self._objects.items()]
-        return iter(found)
+        return (Entry(key, len(data)) for key, data in self._objects.copy().items())
 
     def _put(self, key: str, data: memoryview) -> bool:
         copy = bytes(data)
@@ -42,12 +39,10 @@ class MemoryStore(BaseStore):
 
 
 _named: dict[str, MemoryStore] = {}
-_named_lock = threading.Lock()
 
 
 @register_store("memory://")
 def open_named(url: str, create: bool) -> MemoryStore:
     """This process's store of that name, created on first use."""
     name = url.partition("://")[2]
-    with _named_lock:
-        return _named.setdefault(name, MemoryStore(name))
+    return _named.setdefault(name, MemoryStore(name))

@@ -9,8 +9,7 @@ import lazy_loader
 
 from ..credentials import redact
 from ..errors import CacheError, ReadOnly, StoreError
-from .base import BaseStore, Entry, Names, Store, harmless, refuse, words
-from .registry import open_store, register_store
+from .base import BaseStore, Entry, Names, Store, harmless, open_store, refuse, register_store, words
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -62,16 +61,16 @@ class ObstoreStore(BaseStore):
             return self._name
         if isinstance(store, obstore.store.HTTPStore):
             return redact(store.url)
-        config = dict(getattr(store, "config", None) or {})
-        if isinstance(store, obstore.store.S3Store):
-            name = f"s3://{config.get('bucket', '(bucket)')}"
-        elif isinstance(store, obstore.store.GCSStore):
-            name = f"gs://{config.get('bucket', '(bucket)')}"
-        elif isinstance(store, obstore.store.AzureStore):
-            name = f"az://{config.get('account_name', '(account)')}/{config.get('container_name', '(container)')}"
-        else:
+        config = {"bucket": "(bucket)", "account_name": "(account)", "container_name": "(container)"}
+        config |= getattr(store, "config", None) or {}
+        names = {
+            obstore.store.S3Store: "s3://{bucket}",
+            obstore.store.GCSStore: "gs://{bucket}",
+            obstore.store.AzureStore: "az://{account_name}/{container_name}",
+        }
+        if type(store) not in names:
             return f"obstore.{type(store).__name__}"
-        name += f"/{store.prefix}" if store.prefix else ""
+        name = names[type(store)].format_map(config) + (f"/{store.prefix}" if store.prefix else "")
         return redact(name + (f" at {config['endpoint']}" if "endpoint" in config else ""))
 
     def _read(self, key: str, length: int | None) -> bytes:
@@ -88,21 +87,22 @@ class ObstoreStore(BaseStore):
 
     def _entries(self, folders: Names) -> Iterator[Entry]:
         if self.readonly_reason:
-            self._refuse_listing("/".join(folders))
+            self._refuse_listing(folders)
         self._check_process()
         for batch in obstore.list(self._store, prefix="/".join(folders) or None, chunk_size=1000):
             for meta in batch:
                 yield Entry(meta["path"], meta["size"])
 
-    def _check_size(self, key: str, data: memoryview) -> None:
-        if len(data) > MAX_SIZE:
+    def create(self, key: str, data: bytes | memoryview) -> bool:
+        if (size := memoryview(data).nbytes) > MAX_SIZE:
             raise StoreError(
-                f"{self.describe()}: {key!r} has {len(data)} bytes, a single conditional request takes {MAX_SIZE}. "
-                "Make the shards smaller."
+                f"{self.describe()}: {key!r} has {size} bytes, a single conditional request takes {MAX_SIZE}. Make the "
+                "shards smaller."
             )
-        self._check_process()
+        return super().create(key, data)
 
     def _put(self, key: str, data: memoryview) -> bool:
+        self._check_process()
         # 412 means that the object exists. 409 looks the same here, and means that another request for it is under
         # way, which may still fail: so look for the object, and if it is absent, try again.
         conflict: Exception | None = None

@@ -27,7 +27,6 @@ import obstore
 import pytest
 from cache_cases import make_shard, make_spec
 from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.threaded_moto_server import create_backend_app
@@ -1168,19 +1167,6 @@ assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
         subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
 
 
-class PretendedS3(MemoryFileSystem):
-    """Something that calls itself s3fs, and understands its `pipe_file`, or ignores the mode like an old botocore."""
-
-    __module__, __qualname__ = "s3fs.core", "S3FileSystem"
-    ignore_mode = False
-
-    def _pipe_file(self, path, data, chunksize=50 * 2**20, max_concurrency=None, mode="overwrite", **kwargs):
-        self.chunks = [*getattr(self, "chunks", []), chunksize]
-        super().pipe_file(path, data, mode="overwrite" if self.ignore_mode else mode)
-
-    pipe_file = _pipe_file
-
-
 class TestFsspec:
     def test_other_file_systems_are_only_read(self, s3: S3) -> None:
         """obstore's own fsspec file system takes the mode "create" and overwrites."""
@@ -1197,20 +1183,6 @@ class TestFsspec:
         assert list(store.list("")) == [("a", 6)]
         with pytest.raises(ReadOnly, match="not known to create exclusively"):
             store.create("b", b"")
-
-    def test_s3fs_is_probed(self) -> None:
-        """Of s3fs itself only the name is used here: its newest version and moto's boto3 exclude each other."""
-        fs = PretendedS3(skip_instance_cache=True)
-        store = FsspecStore(fs, f"/{uuid.uuid4()}")
-        assert not store.readonly
-        assert store.create("a", b"first" * 100) is True
-        assert store.create("a", b"second") is False
-        assert store.get("a") == b"first" * 100
-        assert fs.chunks == [69, 69, 501, 7], "never a multipart upload"
-        assert list(store.list("")) == [("a", 500)]
-        fs.ignore_mode = True
-        with pytest.raises(ReadOnly, match="ignores `If-None-Match"):
-            FsspecStore(fs, f"/{uuid.uuid4()}").create("a", b"x")
 
     def test_local_links_are_not_followed(self, tmp_path: Path) -> None:
         (tmp_path / "cache").mkdir()
