@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import CacheError, NotFound, StoreError
-from .spec import parse_json
+from .errors import CacheError, NotFound, StoreError, expect
+from .spec import MOST_SHARDS, parse_json
 from .stores import Store
 
 PLAN_KEY = "plan.json"
@@ -36,33 +36,22 @@ class CapturePlan:
 
     def to_json(self) -> bytes:
         """plan.json."""
-        document = {
-            "format": _FORMAT,
-            "version": self.version,
-            "settings": dict(self.settings),
-            "dataset": self.dataset,
-            "totals": dict(self.totals),
-            "train_shards": self.train_shards,
-            "sha256": self.sha256,
-        }
-        return json.dumps(document, indent=2).encode() + b"\n"
+        return json.dumps({"format": _FORMAT, "version": self.version, **asdict(self)}, indent=2).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> "CapturePlan":
         """The plan in plan.json. CacheError, naming the member, if it is none."""
         document = parse_json(data, PLAN_KEY)
-        if document.get("format") != _FORMAT:
-            raise CacheError(f"{PLAN_KEY}: got format {document.get('format')!r}; expected {_FORMAT!r}.")
+        expect(document.get("format") == _FORMAT, f"{PLAN_KEY}: format", document.get("format"), repr(_FORMAT))
         values = {name: document.get(name) for name in cls.__dataclass_fields__}
         kinds = {"settings": dict, "dataset": str, "totals": dict, "train_shards": int, "sha256": str, "version": int}
         for name, kind in kinds.items():
-            if type(values[name]) is not kind:
-                raise CacheError(f"{PLAN_KEY}: {name}: got {values[name]!r}; expected {kind.__name__}.")
+            expect(type(values[name]) is kind, f"{PLAN_KEY}: {name}", values[name], kind.__name__)
         plan = cls(**values)  # type: ignore[arg-type]  # checked above
         counts = {"train_shards": plan.train_shards, "totals.shards": plan.totals.get("shards"), **plan.totals}
         for name, count in counts.items():
-            if type(count) is not int or not 0 <= count < 2**62:
-                raise CacheError(f"{PLAN_KEY}: {name}: got {count!r}; expected an integer from 0 on.")
+            good = type(count) is int and 0 <= count < (MOST_SHARDS if "shards" in name else 2**62)
+            expect(good, f"{PLAN_KEY}: {name}", count, "an integer from 0 on, below 2^26 of shards")
         return plan
 
 
@@ -72,11 +61,11 @@ def read_capture_plan(store: Store) -> CapturePlan | None:
     Raises CacheError, naming store and member, if plan.json is not one that this version can read.
     """
     try:
-        data = store.get(PLAN_KEY)
+        return CapturePlan.from_json(store.get(PLAN_KEY))
     except NotFound:
         return None
-    try:
-        return CapturePlan.from_json(data)
+    except StoreError:
+        raise
     except CacheError as error:
         raise CacheError(f"{store.describe()}: {error}") from error
 

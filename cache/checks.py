@@ -1,7 +1,8 @@
-"""Checks before a shard is written. An error names the argument, the row, the value, and what is expected."""
+"""Checks before a shard is written, and of what one holds. An error names the argument, the row, the value, and what
+is expected."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,10 @@ from numpy.typing import NDArray
 
 from .encoding.grid import LOWEST
 from .encoding.ragged import BLOCK
-from .encoding.targets import Targets
-from .errors import CacheError
+from .encoding.targets import HIGHEST_TAIL_CODE, Targets
+from .errors import CacheError, expect
 from .shard.container import LARGEST
-from .spec import CacheSpec
-from .values import integer
+from .spec import CacheSpec, integer
 
 Array = NDArray[Any]
 
@@ -22,13 +22,15 @@ ROUNDING = 1e-4  # nats by which a log-probability may exceed 0, from rounding i
 _HIGHEST_TAIL = 1e6  # nats, of a tail's absolute value
 # Nats, of a tail at T = 1, which is a probability: more than rounding explains, less than would spoil statistics.
 _HIGHEST_LOG_MASS = 8.0
-_HIGHEST_TAIL_CODE = 2**30 - 1  # a difference of two is an int32
 
 
 def check_targets(
-    spec: CacheSpec, ids: Any, logprobs: Any, tail: Any, draws: Any = None, outcomes: Any = None
+    spec: CacheSpec, ids: Any, logprobs: Any, tail: Any, draws: Any = None, outcomes: Any = None, stored: bool = False
 ) -> Targets:
-    """The targets as the codec takes them. CacheError if they cannot be a teacher's."""
+    """The targets as the codec takes them. CacheError if they cannot be a teacher's.
+
+    stored: they were decoded, and are rounded to the steps of the spec's codec.
+    """
     ids = _array("ids", ids, "iu", 2)
     n, width = ids.shape
     most = min(spec.shard_positions, LARGEST // (4 * spec.width))
@@ -42,17 +44,22 @@ def check_targets(
     used_NK = logprobs > -np.inf
     drawn_NK = used_NK & (draws > 0) if draws is not None else np.zeros((n, 0), bool)
     used_N, draw_counts = used_NK.sum(1), drawn_NK.sum(1)
-    far = used_NK & (logprobs < LOWEST)
-    _first(far, lambda i, j: f"logprobs: row {i}, column {j}: got {logprobs[i, j]}; expected at least {LOWEST} nats.")
+    # before it is narrowed, which would make it -inf
+    lowest = LOWEST - (max(spec.settings.cap, spec.settings.draw_step) if stored else 0)
+    _check("logprobs", logprobs, ~used_NK | (logprobs >= lowest), f"at least {lowest} nats")
     logprobs = logprobs.astype(np.float32, copy=False)
     head_counts = used_N - draw_counts
     for start in range(0, n, BLOCK):
         some = slice(start, start + BLOCK)
         _check_rows(spec, start, ids[some], logprobs[some], used_NK[some], used_N[some])
     if draws is not None:
-        _check_draws(spec, draws, used_NK, drawn_NK, head_counts)
-    _first(head_counts > spec.k, lambda i: f"ids: row {i}: got {head_counts[i]} top-k entries; expected {spec.k}.")
-    tail = _check_tail(spec, tail, used_N)
+        _check("draws", draws, used_NK | (draws == 0), "0, of an unused entry")
+        heads_first = np.arange(width) < head_counts[:, None]
+        _check("draws", draws, ~(drawn_NK & heads_first), "0 before the last top-k entry")
+        total = draws.sum(1, dtype=np.int64)
+        _check("draws of a row", total, total <= spec.draws, f"at most {spec.draws} together")
+    _check("top-k entries", head_counts, head_counts <= spec.k, f"at most {spec.k} (k)")
+    tail = _check_tail(spec, tail, used_N, spec.settings.tail_step if stored else 0)
     return Targets(
         ids=ids.astype(np.int32, copy=False),
         logprobs=logprobs,
@@ -64,45 +71,38 @@ def check_targets(
     )
 
 
-def _draws(spec: CacheSpec, draws: Any, shape: tuple[int, ...]) -> Array | None:
-    """The draws as int32, each in its range; None for a cache without draws."""
-    if draws is None:
-        if spec.draws:
-            raise CacheError(f"draws: got None; expected the draws of each entry, up to {spec.draws} a row.")
-        return None
-    draws = _array("draws", draws, "iu", 2, like=("ids", shape))
-    if not spec.draws and draws.any():
-        raise CacheError("draws: got drawn entries; the cache was created with draws=0.")
-    # before they are narrowed, which would make large numbers small
-    _first(
-        (draws < 0) | (draws > spec.draws),
-        lambda i, j: f"draws: row {i}, column {j}: got {draws[i, j]}; expected 0 to {spec.draws}.",
-    )
-    return draws.astype(np.int32) if spec.draws else None
+def check_sorted(targets: Targets) -> None:
+    """CacheError unless the top-k entries, and the drawn ones, of each row are sorted by falling log-probability."""
+    for start in range(0, len(targets.logprobs), BLOCK):
+        logprobs = targets.logprobs[start : start + BLOCK]
+        falling = logprobs[:, 1:] <= logprobs[:, :-1]
+        if targets.draws is not None:
+            drawn = targets.draws[start : start + BLOCK] > 0
+            falling |= drawn[:, 1:] != drawn[:, :-1]
+        _check("logprobs", logprobs[:, 1:], falling, "falling log-probabilities", start, 1)
 
 
 def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Array]:
     """The input columns by name, `[positions]` each."""
-    if not isinstance(inputs, Mapping) or set(inputs) != set(spec.inputs):
-        found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else inputs
-        raise CacheError(f"inputs: got {found}; expected the columns {', '.join(spec.inputs)}.")
+    found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else inputs
+    expect(found == sorted(spec.inputs), "inputs", found, f"the columns {', '.join(spec.inputs)}")
     columns = {name: _array(f"inputs[{name!r}]", inputs[name], "biuf", 1) for name in spec.inputs}
     for name, column in columns.items():
         if len(column) != positions:
             raise CacheError(f"inputs[{name!r}]: got {len(column)} values; expected {positions}, one a position.")
     tokens = columns.get("tokens")
-    if tokens is not None and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**31):
-        raise CacheError("inputs['tokens']: got numbers that are no token ids; expected integers from 0 to 2^31.")
+    if tokens is not None:
+        expect(tokens.dtype.kind in "iu", "inputs['tokens']", str(tokens.dtype), "integers")
+        _check("inputs['tokens']", tokens, (tokens >= 0) & (tokens < 2**31), "a token id, 0 to 2^31")
     return columns
 
 
 def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> NDArray[np.uint32]:
     """Lengths of consecutive sequences or documents that cover all positions."""
     array = _array(name, lengths, "iu", 1)
-    _first(
-        (array < 1) | (array > positions),
-        lambda i: f"{name}: element {i}: got {array[i]}; expected 1 to {positions}, all positions of the shard.",
-    )
+    for i in np.flatnonzero((array < 1) | (array > positions))[:1]:
+        expected = f"1 to {positions}, all positions of the shard"
+        raise CacheError(f"{name}: element {i}: got {array[i]}; expected {expected}.")
     if (total := int(array.sum(dtype=np.int64))) != positions:
         raise CacheError(f"{name}: got a sum of {total}; expected the {positions} positions.")
     return array.astype(np.uint32)
@@ -125,6 +125,19 @@ def check_record(record: Any) -> dict[str, Any]:
     return found
 
 
+def _draws(spec: CacheSpec, draws: Any, shape: tuple[int, ...]) -> Array | None:
+    """The draws as int32, each in its range; None for a cache without draws."""
+    if draws is None:
+        expect(not spec.draws, "draws", None, f"the draws of each entry, up to {spec.draws} a row")
+        return None
+    draws = _array("draws", draws, "iu", 2, like=("ids", shape))
+    if not spec.draws and draws.any():
+        raise CacheError("draws: got drawn entries; the cache was created with draws=0.")
+    # before they are narrowed, which would make large numbers small
+    _check("draws", draws, (draws >= 0) & (draws <= spec.draws), f"0 to {spec.draws}")
+    return draws.astype(np.int32) if spec.draws else None
+
+
 def _array(
     name: str, value: Any, kinds: str, ndim: int | None, like: tuple[str, tuple[int, ...]] | None = None
 ) -> Array:
@@ -144,100 +157,42 @@ def _array(
     return array
 
 
-def _first(bad: Array, message: Callable[..., str]) -> None:
-    """CacheError with message(row) or message(row, column) for the first element that is True."""
-    if bad.any():
-        raise CacheError(message(*(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))))
+def _check(name: str, values: Array, good: Array, expected: str, row: int = 0, column: int = 0) -> None:
+    """CacheError for the first value `[n]` or `[n, K]` that is not good. row, column: the numbers of the first ones."""
+    if not good.all():
+        place = np.unravel_index(int(good.argmin()), good.shape)
+        what = "temperature" if name == "tail" else "column"
+        at = f"row {place[0] + row}" + (f", {what} {place[1] + column}" if len(place) > 1 else "")
+        raise CacheError(f"{name}: {at}: got {values[place]}; expected {expected}.")
 
 
 def _check_rows(spec: CacheSpec, start: int, ids: Array, logprobs: Array, used: Array, used_N: Array) -> None:
     """Check the entries of a block of rows that begins with row `start` of the shard."""
-    vocab = spec.vocab_size
-    whole = bool(used.all())
+    vocab, columns = spec.vocab_size, np.arange(ids.shape[1])
     if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-        _first(
-            (ids < 0) | (ids >= vocab),
-            lambda i, j: f"ids: row {start + i}, column {j}: got {ids[i, j]}; expected 0 to {vocab - 1} (vocab_size).",
-        )
-    good = logprobs <= ROUNDING
-    if not good.all():
-        _first(
-            ~good,
-            lambda i, j: f"logprobs: row {start + i}, column {j}: got {logprobs[i, j]}; expected a log-probability.",
-        )
-    if not whole:
-        columns = np.arange(ids.shape[1])
-        _first(
-            (columns < used_N[:, None]) != used,
-            lambda i, j: f"logprobs: row {start + i}, column {j}: got -inf, then a finite one; expected -inf last.",
-        )
-        _first(
-            ~used & (ids != 0),
-            lambda i, j: (
-                f"logprobs: row {start + i}, column {j}: got -inf for id {ids[i, j]}; expected a finite one, or id 0 "
-                "of an unused entry."
-            ),
-        )
+        _check("ids", ids, (ids >= 0) & (ids < vocab), f"0 to {vocab - 1} (vocab_size)", start)
+    _check("logprobs", logprobs, logprobs <= ROUNDING, "a log-probability", start)
+    if not used.all():
+        hole = (columns < used_N[:, None]) & ~used
+        _check("logprobs", logprobs, ~hole, "a finite one, as a later one is: unused entries are last", start)
+        _check("ids", ids, used | (ids == 0), "id 0 of an unused entry, whose log-probability is -inf", start)
         # distinct numbers, so that unused entries do not look like repeated ids
         ids = np.where(used, ids.astype(np.int64), -1 - columns)
     ordered = np.sort(ids, axis=1)
-    repeated = ordered[:, 1:] == ordered[:, :-1]
-    _first(repeated, lambda i, j: f"ids: row {start + i}: got id {ordered[i, j]} twice; expected distinct ids.")
+    for i, j in np.argwhere(ordered[:, 1:] == ordered[:, :-1])[:1]:
+        raise CacheError(f"ids: row {start + i}: got id {ordered[i, j]} twice; expected distinct ids.")
 
 
-def _check_draws(spec: CacheSpec, draws: Array, used: Array, drawn: Array, head_counts: Array) -> None:
-    _first(
-        ~used & (draws != 0),
-        lambda i, j: f"draws: row {i}, column {j}: got {draws[i, j]} draws of an unused entry.",
-    )
-    heads_first = np.arange(draws.shape[1]) < head_counts[:, None]
-    _first(
-        drawn & heads_first,
-        lambda i, j: f"draws: row {i}, column {j}: got a draw before the last top-k entry; expected draws after.",
-    )
-    total = draws.sum(1, dtype=np.int64)
-    _first(total > spec.draws, lambda i: f"draws: row {i}: got {total[i]} draws; expected at most {spec.draws}.")
-
-
-def check_sorted(targets: Targets) -> None:
-    """CacheError unless the top-k entries, and the drawn ones, of each row are sorted by falling log-probability."""
-    for start in range(0, len(targets.logprobs), BLOCK):
-        draws = None if targets.draws is None else targets.draws[start : start + BLOCK]
-        _check_sorted_block(start, targets.logprobs[start : start + BLOCK], draws)
-
-
-def _check_sorted_block(start: int, logprobs: Array, draws: Array | None) -> None:
-    rising = logprobs[:, 1:] > logprobs[:, :-1]
-    if draws is not None:
-        rising &= (draws[:, 1:] > 0) == (draws[:, :-1] > 0)
-    _first(
-        rising,
-        lambda i, j: (
-            f"logprobs: row {start + i}, column {j + 1}: got {logprobs[i, j + 1]} after {logprobs[i, j]}; "
-            "expected falling log-probabilities."
-        ),
-    )
-
-
-def _check_tail(spec: CacheSpec, tail: Array, used_N: Array) -> Array:
+def _check_tail(spec: CacheSpec, tail: Array, used_N: Array, slack: float) -> Array:
     # a row that does not count has no tail: values there would only cost bytes
     tail = np.where((used_N == 0)[:, None], -np.inf, tail)
-    bad = np.isnan(tail) | (tail == np.inf)
-    _first(bad, lambda i, m: f"tail: row {i}, temperature {m}: got {tail[i, m]}; expected a log-partition.")
+    _check("tail", tail, tail < np.inf, "a log-partition")
     absent = tail == -np.inf
-    _first(
-        absent.any(1) & ~absent.all(1),
-        lambda i: f"tail: row {i}: got {tail[i]}; expected finite values, or -inf at every temperature.",
-    )
+    _check("tail", tail, absent == absent[:, :1], "finite values, or -inf at every temperature")
     highest = np.array([_HIGHEST_TAIL if t != 1.0 else _HIGHEST_LOG_MASS for t in spec.temperatures])
-    far = ~absent & ((tail > highest) | (tail < -min(_HIGHEST_TAIL, _HIGHEST_TAIL_CODE * spec.settings.tail_step)))
-    _first(
-        far,
-        lambda i, m: (
-            f"tail: row {i}, temperature {m}: got {tail[i, m]}; no teacher has such a tail (at T=1 it is "
-            "the log of a probability)."
-        ),
-    )
+    lowest = -min(_HIGHEST_TAIL, HIGHEST_TAIL_CODE * spec.settings.tail_step)
+    possible = absent | ((tail <= highest + slack) & (tail >= lowest - slack))
+    _check("tail", tail, possible, "a tail that a teacher can have (at T=1 it is the log of a probability)")
     return tail.astype(np.float32)
 
 
@@ -249,15 +204,7 @@ def _check_outcomes(
     if array.shape not in ((), rest.shape):
         raise CacheError(f"outcomes: got shape {array.shape}; expected one integer, or one per row.")
     array = np.where(used_N == 0, rest, np.broadcast_to(array, rest.shape)).astype(np.int64)
-    _first(
-        (array < draw_counts) | (array > rest),
-        lambda i: (
-            f"outcomes: row {i}: got {array[i]}; expected {draw_counts[i]} (the drawn entries) to {rest[i]} (the "
-            "vocabulary outside the top-k entries)."
-        ),
-    )
-    _first(
-        (array == 0) & (tail[:, 0] > -np.inf),
-        lambda i: f"outcomes: row {i}: got 0 with a tail of {tail[i, 0]} nats; expected at least 1.",
-    )
+    good = (array >= draw_counts) & (array <= rest)
+    _check("outcomes", array, good, "the drawn entries at least, and the vocabulary outside the top-k entries at most")
+    _check("outcomes", array, (array > 0) | (tail[:, 0] == -np.inf), "at least 1 where the tail is finite")
     return array

@@ -1,5 +1,7 @@
 """The errors of a cache. Each message names the thing, the evidence, and the next step."""
 
+from typing import Any
+
 
 class CacheError(Exception):
     """A cache, an argument or a file of it is not as expected."""
@@ -19,3 +21,9 @@ class ReadOnly(StoreError):
 
 class NotFound(StoreError):
     """An object, or a whole store, does not exist."""
+
+
+def expect(good: bool, name: str, got: Any, expected: str) -> None:
+    """CacheError "name: got ...; expected ..." unless `good`."""
+    if not good:
+        raise CacheError(f"{name}: got {got!r}; expected {expected}.")

@@ -7,12 +7,10 @@ import numpy as np
 
 from .capture_plan import planned_shards
 from .credentials import without_credentials
-from .errors import NotFound, StoreError
-from .manifest import STATISTICS, gaps, overlaps, runs
+from .errors import CacheError, NotFound, StoreError
+from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs, scan, shard_index
 from .provenance import TEXTS
-from .scan import PREFIX, corrupt, scan, shard_index, shard_key
-from .shard.container import TAIL_LENGTH, Damage
-from .shard.layout import shard_attributes
+from .shard.container import Damage
 from .spec import CODECS, FORMAT
 
 if TYPE_CHECKING:
@@ -93,17 +91,16 @@ def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Repor
     by_array: dict[str, int] = {}
     positions = total = read = 0
     for index in chosen:
+        size = rows[index]["bytes"]
         try:
-            attributes = shard_attributes(cache.store.get_tail(shard_key(index), TAIL_LENGTH), cache.spec, index)
-            taken = attributes.get("bytes")
-            size = rows[index]["bytes"]
-            if not isinstance(taken, dict) or not all(type(n) is int and 0 <= n <= size for n in taken.values()):
-                raise Damage("it does not have the sizes of its arrays")
-        except NotFound:
+            taken = cache.attributes(index).get("bytes")
+        except CacheError as error:
+            if not isinstance(error.__cause__, NotFound):
+                raise
             gone.add(index)
             continue
-        except Damage as damage:
-            raise corrupt(cache.store, index, damage) from damage
+        if not isinstance(taken, dict) or not all(type(n) is int and 0 <= n <= size for n in taken.values()):
+            raise corrupt(cache.store, index, Damage("it does not have the sizes of its arrays"))
         for name, stored in taken.items():
             by_array[name] = by_array.get(name, 0) + stored
         positions += rows[index]["positions"]

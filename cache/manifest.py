@@ -1,59 +1,116 @@
-"""The manifest: one row per shard, made from the shards' attributes, and written once when a cache is sealed."""
+"""What a store holds: the spec, the ends of its shards, and the manifest, one row per shard, that seals a cache."""
 
 import hashlib
 import io
 import re
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from .errors import CacheError
+from .errors import CacheError, CorruptShard, NotFound, StoreError
+from .shard.container import TAIL_LENGTH, Damage, stored_digest
+from .shard.layout import COUNTS, shard_attributes
+from .spec import MOST_SHARDS, CacheSpec
+from .stores import Store
 
+SPEC_KEY = "spec.json"
 KEY = "manifest.parquet"
+PREFIX = "shards/"
 STATISTICS = ("mean", "p05", "p50", "p95")
-_COUNTS = ("first_sequence", "sequences", "positions", "counted", "head_entries", "draw_entries", "bytes")
 SCHEMA = pa.schema(
-    [pa.field("shard", pa.int64(), nullable=False)]
-    + [pa.field(name, pa.int64(), nullable=False) for name in _COUNTS]
+    [pa.field(name, pa.int64(), nullable=False) for name in ("shard", *COUNTS, "bytes")]
     + [pa.field(f"{what}_{which}", pa.float64()) for what in ("mass", "entropy") for which in STATISTICS]
-    + [pa.field("content_sha256", pa.binary(32), nullable=False)]
-    + [pa.field("object_sha256", pa.binary(32), nullable=False)]
+    + [pa.field(f"{what}_sha256", pa.binary(32), nullable=False) for what in ("content", "object")]
     + [pa.field("written", pa.int64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
 )
-_MOST_SHARDS = 2**26
 _ROW = 64  # bytes that a row takes at least, compressed: two hashes
-_ATTEMPT = re.compile("[0-9a-f]{32}")
+_NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
+_REQUESTS = 16  # at a time: the end of a shard is small, and most of the time is latency
 
 
-def row_of(attributes: Mapping[str, Any], size: int, object_sha256: str) -> dict[str, Any]:
-    """The row of a shard of `size` bytes. CacheError if its attributes are not those of a shard."""
+def shard_key(index: int) -> str:
+    """The name of a shard's object."""
+    return f"{PREFIX}{index}.zarr.zip"
+
+
+def shard_index(key: str) -> int | None:
+    """The number in the name of a shard's object; None for any other name."""
+    match = _NAME.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def listed(store: Store) -> dict[int, int]:
+    """The shards in a store: their numbers, ascending, and the size of each in bytes."""
+    found = ((shard_index(entry.key), entry.size) for entry in store.list(PREFIX))
+    return dict(sorted((index, size) for index, size in found if index is not None))
+
+
+def read_spec(store: Store) -> CacheSpec:
+    """The spec of the cache in a store. CacheError if there is none, or none that this version can read."""
     try:
-        row: dict[str, Any] = {"shard": attributes["index"], "bytes": size, "written": attributes["written"]}
-        row |= {name: attributes[name] for name in _COUNTS if name != "bytes"}
-        for what in ("mass", "entropy"):
-            values = attributes["statistics"][what]
-            row |= {f"{what}_{which}": values[i] for i, which in enumerate(STATISTICS)}
-        row["content_sha256"] = bytes.fromhex(attributes["content"])
-        row["object_sha256"] = bytes.fromhex(object_sha256)
-        row["attempt"] = attributes["attempt"]
-        if not all(type(row[name]) is int and 0 <= row[name] < 2**62 for name in ("shard", "written", *_COUNTS)):
-            raise ValueError("a count is no integer from 0 on")
-        statistics = [row[f"{what}_{which}"] for what in ("mass", "entropy") for which in STATISTICS]
-        if not all(value is None or _is_number(value) for value in statistics):
-            raise ValueError("a statistic is no number")
-        if (
-            len(row["content_sha256"]) != 32
-            or len(row["object_sha256"]) != 32
-            or not _ATTEMPT.fullmatch(row["attempt"])
-        ):
-            raise ValueError("a hash or the attempt is malformed")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise CacheError(f"its attributes are not those of a shard ({error!r})") from error
-    return row
+        return CacheSpec.from_json(store.get(SPEC_KEY))
+    except NotFound as error:
+        raise CacheError(f"{store.describe()}: there is no cache here (no {SPEC_KEY}).") from error
+    except StoreError:
+        raise
+    except CacheError as error:
+        raise CacheError(f"{store.describe()}: {error}") from error
+
+
+def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
+    """The manifest of a sealed cache; None for one that is not sealed. CacheError if it is damaged."""
+    try:
+        return from_parquet(store.get(KEY), spec.hash)
+    except NotFound:
+        return None
+    except StoreError:
+        raise
+    except CacheError as error:
+        raise CacheError(f"{store.describe()}: {error}") from error
+
+
+def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest's row of a shard of `size` bytes, and its attributes, from its object or the end of it. Damage if it
+    is not this shard of this cache."""
+    attributes = shard_attributes(end, spec, index)
+    row: dict[str, Any] = {"shard": index, "bytes": size} | {name: attributes[name] for name in (*COUNTS, "written")}
+    for what in ("mass", "entropy"):
+        row |= {f"{what}_{which}": attributes["statistics"][what][i] for i, which in enumerate(STATISTICS)}
+    hashes = {"content_sha256": attributes["content"], "object_sha256": stored_digest(end)}
+    row |= {name: bytes.fromhex(digits) for name, digits in hashes.items()}
+    return row | {"attempt": attributes["attempt"]}, attributes
+
+
+def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
+    """The manifest of these shards, from their ends: one small request each.
+
+    sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard if an end is damaged.
+    """
+
+    def row(index: int, size: int) -> dict[str, Any]:
+        try:
+            return shard_row(spec, index, store.get_tail(shard_key(index), TAIL_LENGTH), size)[0]
+        except Damage as damage:
+            raise corrupt(store, index, damage) from damage
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        rows = pool.map(row, sizes, sizes.values())
+        return table_of(tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False))
+
+
+def corrupt(store: Store, index: int, damage: Damage) -> CorruptShard:
+    """The error to raise for a damaged shard: which one, which array, and the next step."""
+    where = f', array "{damage.array}"' if damage.array else ""
+    return CorruptShard(
+        f"shard {index} of {store.describe()}{where}: {damage}. Delete {shard_key(index)} and, if it exists, "
+        f"{KEY}, and capture again with the same settings: only what is missing is written."
+    )
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
@@ -79,15 +136,17 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
             thrift_string_size_limit=2**26,
             thrift_container_size_limit=2**22,
         )
-        if file.metadata.num_rows > min(_MOST_SHARDS, len(data) // _ROW):
+        if file.metadata.num_rows > min(MOST_SHARDS, len(data) // _ROW):
             raise ValueError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
         table = file.read(use_threads=False)  # no threads that a short process must end
         metadata = table.schema.metadata or {}
         table = _with_plain_attempts(table).replace_schema_metadata(None)
         if table.schema != SCHEMA:
             raise ValueError(f"its columns are {', '.join(table.schema.names)}")
-        if (np.diff(table.column("shard").to_numpy()) <= 0).any():
-            raise ValueError("its shards do not ascend")
+        for name in ("shard", *COUNTS, "bytes", "written"):
+            values = table.column(name).to_numpy()
+            if (values < 0).any() or (values >= 10**18).any() or (name == "shard" and (np.diff(values) <= 0).any()):
+                raise ValueError(f"{name}: numbers out of their range, or shards that do not ascend")
         found = _digest(table, spec_hash)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise CacheError(f"{KEY}: not readable as a manifest ({error}). {step}") from error
@@ -109,12 +168,36 @@ def _with_plain_attempts(table: pa.Table) -> pa.Table:
     return table.set_column(table.schema.get_field_index("attempt"), SCHEMA.field("attempt"), column)
 
 
+def _digest(table: pa.Table, spec_hash: str) -> str:
+    """sha256 of the values alone, not of offsets or of the bytes under a null."""
+    total = hashlib.sha256(spec_hash.encode())
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        total.update(f"{name}:{len(column)};".encode())
+        if pa.types.is_string(column.type):
+            total.update("\0".join(column.to_pylist()).encode())
+        elif pa.types.is_fixed_size_binary(column.type):
+            total.update(b"".join(column.to_pylist()))
+        else:
+            total.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).view(np.uint8))
+    return total.hexdigest()
+
+
 def overlaps(table: pa.Table) -> list[tuple[int, int]]:
     """Pairs of shards that hold some of the same sequences."""
     shard, first, count = (table.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
     by = np.argsort(first, kind="stable")
     late = np.flatnonzero(first[by][1:] < (first + count)[by][:-1])
     return [(int(shard[by][i]), int(shard[by][i + 1])) for i in late]
+
+
+def refuse_overlaps(store: Store, table: pa.Table) -> None:
+    """CacheError if two shards hold some of the same sequences."""
+    for one, other in overlaps(table)[:1]:
+        raise CacheError(
+            f"{store.describe()}: shards {one} and {other} hold some of the same sequences; first_sequence must come "
+            "from one plan. Read them one by one, with read_shard."
+        )
 
 
 def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end: int = 0) -> list[list[int]]:
@@ -130,33 +213,6 @@ def gaps(starts: NDArray[np.int64], counts: NDArray[np.int64] | int = 1, *, end:
 
 def runs(numbers: Collection[int]) -> list[list[int]]:
     """Numbers as ranges [from, to], both included."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**62  # neither NaN nor infinite
-
-
-def _digest(table: pa.Table, spec_hash: str) -> str:
-    total = hashlib.sha256(spec_hash.encode())
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        total.update(f"{name}:{len(column)};".encode())
-        for buffer in _canonical(column):
-            total.update(buffer)
-    return total.hexdigest()
-
-
-def _canonical(column: pa.Array) -> list[Any]:
-    """Bytes that depend on the values alone, not on offsets or on the bytes under a null."""
-    if pa.types.is_string(column.type):
-        return ["\0".join(column.to_pylist()).encode()]
-    if pa.types.is_fixed_size_binary(column.type):
-        return [b"".join(column.to_pylist())]
-    return [np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).view(np.uint8)]
+    array = np.array(sorted(numbers), np.int64)
+    parts = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
+    return [[int(part[0]), int(part[-1])] for part in parts if len(part)]

@@ -11,19 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import CacheError, NotFound
-from .manifest import overlaps
-from .scan import corrupt, listed, read_manifest, read_spec, scan, shard_key
-from .shard.container import (
-    TAIL_LENGTH,
-    Damage,
-    check_bytes,
-    length_of_end,
-    members,
-    stored_digest,
-    unpack,
-    unpack_end,
-)
-from .shard.layout import decode_shard, known_arrays, shard_attributes
+from .manifest import corrupt, listed, read_manifest, read_spec, refuse_overlaps, scan, shard_key
+from .shard.container import TAIL_LENGTH, Damage, check_bytes, length_of_end, members, stored_digest, unpack
+from .shard.layout import check_lengths, decode_shard, expected_arrays, shard_attributes
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -104,7 +94,7 @@ class Cache:
         data, attributes = self._object(index)
         streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
         with self._errors(index):
-            arrays = unpack(data, known_arrays(self.spec, attributes), streams)
+            arrays = unpack(data, expected_arrays(self.spec, attributes), streams)
             del data  # its memory is needed for the decoded arrays
             return decode_shard(self.spec, attributes, arrays, into)
 
@@ -124,11 +114,12 @@ class Cache:
             attributes = self._attributes(end, index)
             if (length := length_of_end(attributes, "sequence_lengths")) > len(end) >= TAIL_LENGTH:
                 end = self.store.get_tail(key, length)
-            lengths = unpack_end(end, "sequence_lengths", attributes["positions"])
-            shape, total = (attributes["sequences"],), attributes["positions"]
-            if lengths.shape != shape or int(lengths.sum(dtype=np.int64)) != total:
-                raise Damage("it does not fit the sequences and positions", "sequence_lengths")
-            return lengths.astype(np.int64)
+            known = {name: expected_arrays(self.spec, attributes)[name] for name in ("sequence_lengths",)}
+            arrays = unpack(end, known, check=True)
+            if not arrays:
+                raise Damage("it is missing", "sequence_lengths")
+            check_lengths(attributes, arrays)
+            return arrays["sequence_lengths"].astype(np.int64)
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
@@ -141,18 +132,25 @@ class Cache:
         missing = (place < 0) | (wanted >= stop[place]) if len(stop) else np.ones(len(wanted), bool)
         if missing.any():
             raise CacheError(f"numbers: got sequence {wanted[missing.argmax()]}, which no shard of {self!r} holds.")
-        pieces: dict[int, Arrays] = {}
+        pieces: list[Arrays] = [{} for _ in wanted]
         for index in dict.fromkeys(shard[place].tolist()):  # in the order of the numbers
-            here = np.flatnonzero(shard[place] == index)
-            pieces |= self._pieces(index, wanted[here], here)
-        names = list(pieces[0])
-        for name in names:
-            if len(types := {piece[name].dtype for piece in pieces.values()}) > 1:
+            arrays = self._kept(index)
+            lengths = arrays["sequence_lengths"].astype(np.int64)
+            ends = lengths.cumsum()
+            rows = {n: a for n, a in arrays.items() if a.ndim and n not in _LENGTHS}
+            for i in np.flatnonzero(shard[place] == index).tolist():
+                number = int(wanted[i] - arrays["first_sequence"])
+                some = slice(int(ends[number] - lengths[number]), int(ends[number]))
+                # copies: the next shard may be read into this one's memory
+                pieces[i] = {name: array[some].copy() for name, array in rows.items()}
+                pieces[i]["sequence_lengths"] = arrays["sequence_lengths"][number : number + 1]
+        for name in pieces[0]:
+            if len(types := {piece[name].dtype for piece in pieces}) > 1:
                 raise CacheError(
                     f"numbers: got {name} of types {' and '.join(sorted(map(str, types)))} in these shards. Read "
                     "them one by one, with read_shard."
                 )
-        return {name: np.concatenate([pieces[i][name] for i in range(len(wanted))]) for name in names}
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def verify(self, deep: bool = True, progress: bool = False) -> "Report":
         """Check every shard against its hash and the manifest; deep: its decoded arrays, too. See `verify.verify`."""
@@ -202,17 +200,13 @@ class Cache:
         """Numbers of the shards by their first sequences, and where each begins and ends."""
         if self._order is None:
             shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))
-            if pairs := overlaps(self.manifest):
-                raise CacheError(
-                    f"{self!r}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; first_sequence "
-                    "must come from one plan. Read them one by one, with read_shard."
-                )
+            refuse_overlaps(self.store, self.manifest)
             by = np.argsort(first, kind="stable")
             self._order = shard[by], first[by], (first + count)[by]
         return self._order
 
-    def _pieces(self, index: int, numbers: NDArray[np.int64], keys: NDArray[np.int64]) -> dict[int, Arrays]:
-        """The arrays of some sequences of one shard, by key."""
+    def _kept(self, index: int) -> Arrays:
+        """A shard's arrays; each thread keeps those of the last two."""
         kept: OrderedDict[int, tuple[Arrays, Workspace]] = self._local.__dict__.setdefault("shards", OrderedDict())
         if index not in kept:
             into = Workspace()
@@ -220,17 +214,7 @@ class Cache:
                 _, (_, into) = kept.popitem(last=False)
             kept[index] = self.read_shard(index, into=into), into
         kept.move_to_end(index)
-        arrays, _ = kept[index]
-        lengths = arrays["sequence_lengths"].astype(np.int64)
-        ends = lengths.cumsum()
-        rows = {n: a for n, a in arrays.items() if a.ndim and len(a) == len(arrays["ids"]) and n not in _LENGTHS}
-        pieces: dict[int, Arrays] = {}
-        for key, number in zip(keys.tolist(), (numbers - int(arrays["first_sequence"])).tolist(), strict=True):
-            some = slice(int(ends[number] - lengths[number]), int(ends[number]))
-            # copies: the next shard may be read into this one's memory
-            pieces[key] = {n: a[some].copy() for n, a in rows.items()}
-            pieces[key]["sequence_lengths"] = arrays["sequence_lengths"][number : number + 1]
-        return pieces
+        return kept[index][0]
 
 
 def _numbers(numbers: Iterable[int]) -> NDArray[np.int64]:

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from .errors import CacheError
+from .errors import CacheError, expect
 from .provenance import TEXTS, Provenance
-from .values import integer, number, positive
 
 FORMAT = 1
 # The features that this version reads. A cache names those that it cannot be read without.
@@ -24,6 +23,8 @@ _RANGES = {
     "vocab_size": (1, 2**26), "k": (0, 2**16 - 1), "draws": (0, 2**16 - 1), "shard_positions": (1, 2**31 - 1)
 }  # fmt: skip
 MOST_COLUMNS = 64  # inputs, and temperatures: the attributes of a shard must fit into its last 64 KiB
+MOST_SHARDS = 2**26
+MOST_JSON = 2**22  # bytes of spec.json, plan.json and any zarr.json
 LONGEST_TEXT = 2**16  # characters: spec.json stays below the size that readers accept
 
 
@@ -94,36 +95,31 @@ class CacheSpec:
 
         for name in ("temperatures", "inputs"):
             value = getattr(self, name)
-            if isinstance(value, (str, set, frozenset)) or not hasattr(value, "__iter__"):
-                raise CacheError(f"{name}: got {value!r}; expected a list or a tuple.")
+            is_list = hasattr(value, "__iter__") and not isinstance(value, (str, set, frozenset))
+            expect(is_list, name, value, "a list or a tuple")
             put(name, tuple(value))
-            if len(getattr(self, name)) > MOST_COLUMNS:
-                raise CacheError(f"{name}: got {len(getattr(self, name))} values; expected at most {MOST_COLUMNS}.")
+            count = len(getattr(self, name))
+            expect(count <= MOST_COLUMNS, f"length of {name}", count, f"at most {MOST_COLUMNS}")
         for name, (low, high) in _RANGES.items():
             put(name, integer(name, getattr(self, name), low, high))
         if self.k + self.draws == 0:
             raise CacheError("k: got 0 with draws=0; expected top-k entries, draws or both.")
         put("draw_temperature", positive("draw_temperature", self.draw_temperature))
         put("temperatures", tuple(positive("temperatures", t) for t in self.temperatures))
-        if 1.0 not in self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
-            raise CacheError(f"temperatures: got {self.temperatures}; expected ascending numbers with 1.0 among them.")
+        ascend = list(self.temperatures) == sorted(set(self.temperatures))
+        expect(ascend and 1.0 in self.temperatures, "temperatures", self.temperatures, "ascending numbers, 1.0 too")
         if self.mass is not None:
             put("mass", positive("mass", self.mass))
-            if not self.mass <= 1:
-                raise CacheError(f"mass: got {self.mass}; expected a probability, up to 1, or None.")
+            expect(self.mass <= 1, "mass", self.mass, "a probability, up to 1, or None")
         for name in self.inputs:
-            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in RESERVED:
-                raise CacheError(
-                    f"inputs: got {name!r}; expected a name of letters, digits and _, up to 64, that is not reserved "
-                    f"({', '.join(sorted(RESERVED))})."
-                )
-        if len(set(self.inputs)) != len(self.inputs):
-            raise CacheError(f"inputs: got {self.inputs}; expected distinct names.")
+            good = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) and name not in RESERVED
+            reserved = ", ".join(sorted(RESERVED))
+            expect(bool(good), "inputs", name, f"up to 64 letters, digits and _, not a reserved name ({reserved})")
+        expect(len(set(self.inputs)) == len(self.inputs), "inputs", self.inputs, "distinct names")
         for name in TEXTS:
             text = getattr(self, name)
-            if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-                shown = repr(text) if not isinstance(text, str) else f"{len(text)} characters"
-                raise CacheError(f"{name}: got {shown}; expected text of at most {LONGEST_TEXT} characters.")
+            shown = f"{len(text)} characters" if isinstance(text, str) else text
+            expect(isinstance(text, str) and len(text) <= LONGEST_TEXT, name, shown, f"up to {LONGEST_TEXT} characters")
         put("codec", _checked(self.codec))
         if self.settings.contexts and "tokens" not in self.inputs:
             raise CacheError(
@@ -159,7 +155,9 @@ class CacheSpec:
     @property
     def hash(self) -> str:
         """sha256 of all fields but the notes, in hexadecimal. Every shard carries it."""
-        return hashlib.sha256(_canonical(asdict(replace(self, notes="")))).hexdigest()
+        values = asdict(replace(self, notes=""))
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> bytes:
         """spec.json."""
@@ -178,30 +176,28 @@ class CacheSpec:
     def from_json(cls, data: bytes) -> "CacheSpec":
         """The spec in spec.json. CacheError if it is damaged, of another format, or needs a newer version."""
         document = parse_json(data, "spec.json")
-        if document.get("format") != "fastkd-cache":
-            raise CacheError("spec.json: this is not the spec of a fastkd cache.")
-        if type(document.get("version")) is not int or document["version"] != FORMAT:
-            raise CacheError(
-                f"spec.json: got format version {document.get('version')!r}; expected {FORMAT}. Use the fastkd that "
-                "wrote the cache, or a newer one."
+        if document.get("format") != "fastkd-cache" or "spec" not in document:
+            what = (
+                "the member `spec` is missing" if "spec" not in document else "this is not the spec of a fastkd cache"
             )
-        required = document.get("required")
-        if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
-            raise CacheError(f"spec.json: required: got {required!r}; expected a list of features.")
+            raise CacheError(f"spec.json: {what}.")
+        version, required = document.get("version"), document.get("required")
+        if type(version) is not int or version != FORMAT:
+            step = "Use the fastkd that wrote the cache, or a newer one."
+            raise CacheError(f"spec.json: got format version {version!r}; expected {FORMAT}. {step}")
+        is_list = isinstance(required, list) and all(isinstance(r, str) for r in required)
+        expect(is_list, "spec.json: required", required, "a list of features")
         if unknown := sorted(set(required) - FEATURES):
             raise CacheError(
                 f"spec.json: got required features {', '.join(unknown)}, unknown to this fastkd. Use a newer one."
             )
-        values = document.get("spec")
-        if not isinstance(values, dict):
-            raise CacheError("spec.json: the member `spec` is missing.")
-        given = {**_known(cls, values), "codec": Codec(**_known(Codec, values.get("codec")))}
+        values = _members(cls, document["spec"])
         try:
-            spec = cls(**given)
+            spec = cls(**values | {"codec": Codec(**_members(Codec, values["codec"]))})
         except CacheError as error:
-            raise CacheError(f"spec.json: {error}") from error
-        if not set(spec.required) <= set(required):
-            raise CacheError(f"spec.json: required: got {required}; expected {list(spec.required)} for its settings.")
+            raise CacheError(f"spec.json: {str(error).removeprefix('spec.json: ')}") from error
+        named = set(spec.required) <= set(required)
+        expect(named, "spec.json: required", required, f"{list(spec.required)}, by its settings")
         if spec.hash != document.get("sha256"):
             raise CacheError(
                 "spec.json: its hash differs from its contents: the file was changed. Restore it (every shard has the "
@@ -227,46 +223,73 @@ def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object from a file of any content. CacheError, naming the file, if it is none."""
-    if len(data) > 2**22:
-        raise CacheError(f"{name}: got {len(data)} bytes; expected at most 4 MiB.")
+    expect(len(data) <= MOST_JSON, name, f"{len(data)} bytes", "at most 4 MiB")
     try:
-        document = json.loads(data)
+        document = json.loads(data.decode(), object_pairs_hook=_distinct, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CacheError(f"{name}: not readable as JSON ({error}).") from error
-    if not isinstance(document, dict):
-        raise CacheError(f"{name}: got {type(document).__name__}; expected an object.")
-    return document
+        raise CacheError(f"{name}: not readable as JSON in UTF-8 ({error}).") from error
+    expect(isinstance(document, dict), name, type(document).__name__, "an object")
+    found: dict[str, Any] = document
+    return found
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the member {twice!r} occurs twice in an object")
+    return found
 
 
-def _known(cls: type, values: Any) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    if not isinstance(values, Mapping) or set(values) != names:
-        found = sorted(values) if isinstance(values, Mapping) else values
-        raise CacheError(f"spec.json: got {found}; expected {sorted(names)}.")
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _members(cls: type, values: Any) -> dict[str, Any]:
+    """A JSON object with exactly the fields of a dataclass."""
+    names = sorted(f.name for f in fields(cls))
+    found = sorted(values) if isinstance(values, dict) else values
+    expect(found == names, f"spec.json: members of {cls.__name__}", found, str(names))
     return dict(values)
 
 
 def _checked(codec: Any) -> Codec:
     """The codec that a name or a `Codec` stands for, with Python's own numbers, so that equal codecs have one hash."""
     codec = CODECS.get(codec, codec) if isinstance(codec, str) else codec
-    if not isinstance(codec, Codec):
-        raise CacheError(f"codec: got {codec!r}; expected one of {', '.join(CODECS)}, or a Codec.")
+    expect(isinstance(codec, Codec), "codec", codec, f"one of {', '.join(CODECS)}, or a Codec")
     numbers: dict[str, Any] = {name: positive(f"codec.{name}", getattr(codec, name)) for name in _STEPS}
     for name, value in numbers.items():
-        if not 1e-4 <= value <= 8:
-            raise CacheError(f"codec.{name}: got {value}; expected 0.0001 to 8 nats.")
-    numbers["growth"] = number("codec.growth", codec.growth) + 0.0  # no −0
-    if numbers["growth"] and not 1e-4 <= numbers["growth"] <= 1:
-        raise CacheError(f"codec.growth: got {codec.growth!r}; expected 0, or 0.0001 to 1.")
-    if numbers["cap"] < numbers["step"]:
-        raise CacheError(f"codec.cap: got {codec.cap}; expected at least the step of {codec.step}.")
+        expect(1e-4 <= value <= 8, f"codec.{name}", value, "0.0001 to 8 nats")
+    growth = numbers["growth"] = number("codec.growth", codec.growth) + 0.0  # no −0
+    expect(growth == 0 or 1e-4 <= growth <= 1, "codec.growth", growth, "0, or 0.0001 to 1")
+    expect(numbers["cap"] >= numbers["step"], "codec.cap", codec.cap, f"at least the step of {codec.step}")
     for name in ("sort_ties", "contexts"):
-        if not isinstance(getattr(codec, name), bool):
-            raise CacheError(f"codec.{name}: got {getattr(codec, name)!r}; expected True or False.")
-    if codec.compressor not in tuple(COMPRESSORS):
-        raise CacheError(f"codec.compressor: got {codec.compressor!r}; expected one of {', '.join(COMPRESSORS)}.")
+        expect(isinstance(getattr(codec, name), bool), f"codec.{name}", getattr(codec, name), "True or False")
+    known = isinstance(codec.compressor, str) and codec.compressor in COMPRESSORS
+    expect(known, "codec.compressor", codec.compressor, f"one of {', '.join(COMPRESSORS)}")
     return replace(codec, level=integer("codec.level", codec.level, 0, COMPRESSORS[codec.compressor]), **numbers)
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A value as an integer from low to high, both included; CacheError for any other."""
+    good = not isinstance(value, bool) and hasattr(value, "__index__") and low <= int(value)
+    limit = "on" if high is None else f"to {high:,}"
+    expect(good and (high is None or int(value) <= high), name, value, f"an integer from {low} {limit}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """A value as a float, which may be infinite or NaN; CacheError if it is no number."""
+    try:
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError, TypeError):
+        raise CacheError(f"{name}: got {value!r}; expected a number.") from None
+
+
+def positive(name: str, value: Any) -> float:
+    """A value as a finite float above 0; CacheError for any other."""
+    found = number(name, value)
+    expect(0 < found < math.inf, name, value, "a positive number")
+    return found

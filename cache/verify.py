@@ -1,6 +1,5 @@
 """Checks that every shard is the one that was committed: every byte is hashed; deep: every array is also decoded."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from .capture_plan import planned_shards
+from .checks import check_sorted, check_targets
 from .errors import CacheError, NotFound, StoreError
-from .manifest import gaps, overlaps, table_of
-from .scan import PREFIX, SPEC_KEY, read_manifest, read_spec, shard_index, shard_key, shard_row
+from .manifest import PREFIX, gaps, overlaps, read_manifest, read_spec, shard_index, shard_key, shard_row, table_of
 from .shard.container import Damage, check_bytes, content_hash, unpack
-from .shard.layout import decode_shard, known_arrays
+from .shard.layout import decode_shard, expected_arrays
 from .spec import CacheSpec
 from .stores import Store, open_store
 
@@ -66,21 +65,28 @@ def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = Fals
     store = open_store(path_or_store)
     try:
         spec = read_spec(store)
-        return verify(store, spec, read_manifest(store, spec), deep=deep, progress=progress)
     except StoreError:
         raise
     except CacheError as error:
-        found = Problem(None, None, str(error).removeprefix(f"{store.describe()}: "))
+        what = str(error).removeprefix(f"{store.describe()}: ")
         if isinstance(error.__cause__, NotFound):
-            if not (shards := _shards_without_spec(store)):
+            shards = 0
+            with suppress(StoreError):
+                shards = sum(1 for _ in store.list(PREFIX))
+            if not shards:
                 raise
-            found = Problem(None, None, f"{SPEC_KEY} is missing, and {shards} objects in {PREFIX} exist; restore it")
-    report = Report(deep=deep)
-    # Shards can be checked without their manifest. Without the spec, or a listing, this one problem is the report.
-    with suppress(CacheError):
-        report = verify(store, read_spec(store), None, deep=deep, progress=progress)
-    report.problems.insert(0, found)
-    return report
+            what = f"spec.json is missing, and {shards} objects in {PREFIX} exist; restore it"
+        return Report(deep=deep, problems=[Problem(None, None, what)])
+    try:
+        return verify(store, spec, read_manifest(store, spec), deep=deep, progress=progress)
+    except StoreError:
+        raise
+    except CacheError as error:  # shards can be checked without their manifest
+        report = Report(deep=deep)
+        with suppress(StoreError):
+            report = verify(store, spec, None, deep=deep, progress=progress)
+        report.problems.insert(0, Problem(None, None, str(error).removeprefix(f"{store.describe()}: ")))
+        return report
 
 
 def verify(
@@ -114,8 +120,8 @@ def verify(
         report.bytes += len(data)
         try:
             row = _checked_row(spec, index, data, known.get(index), deep)
-        except (Damage, CacheError) as error:
-            report.problems.append(Problem(index, getattr(error, "array", None), str(error)))
+        except Damage as damage:
+            report.problems.append(Problem(index, damage.array, str(damage)))
             continue
         if sealed and index not in known:
             what = "it is not in the manifest: it was written after the cache was sealed"
@@ -123,7 +129,10 @@ def verify(
         rows.append(row)
         report.positions += row["positions"]
     report.missing = gaps(np.array(indices, np.int64), end=planned_shards(store))
-    report.problems += [] if sealed else _missing_between(report.missing, indices)
+    for first, last in [] if sealed else report.missing:
+        if 0 < first < max(indices, default=0):  # those before the first may be another writer's, which has not begun
+            what = "it is missing" if first == last else f"it and all up to {last} are missing"
+            report.problems.append(Problem(first, None, f"{what}, between others that exist"))
     for one, other in overlaps(table_of(rows)):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for key in sorted(key for key, index in numbers.items() if index is None):
@@ -140,40 +149,23 @@ def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any]
     if known is not None and known != row:
         raise Damage("its attributes differ from the manifest")
     if deep:
-        arrays = unpack(data, known_arrays(spec, attributes))
-        if content_hash(arrays) != attributes.get("content"):
+        arrays = unpack(data, expected_arrays(spec, attributes))
+        if content_hash(arrays) != attributes["content"]:
             raise Damage("its decoded arrays differ from the hash of its contents")
-        _check_decoded(decode_shard(spec, attributes, arrays), attributes)
+        _check_values(spec, attributes, decode_shard(spec, attributes, arrays))
     return row
 
 
-def _check_decoded(decoded: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """Damage if the attributes count otherwise than the arrays."""
-    used = decoded["logprobs"] > -np.inf
-    drawn = decoded["draws"] > 0 if "draws" in decoded else np.zeros_like(used)
-    counts = {
-        "counted": int(used.any(1).sum()),
-        "head_entries": int((used & ~drawn).sum()),
-        "draw_entries": int(drawn.sum()),
-        "sequences": len(decoded["sequence_lengths"]),
-        "positions": len(used),
-    }
-    for name, value in counts.items():
-        if attributes.get(name) != value:
-            raise Damage(f"got {name} {attributes.get(name)} in its attributes; its arrays have {value}")
-
-
-def _missing_between(missing: list[list[int]], indices: list[int]) -> Iterator[Problem]:
-    """Problems for shards that are missing between others. Those before the first may be another writer's, which has
-    not begun."""
-    for first, last in missing:
-        if 0 < first < max(indices, default=0):
-            what = "it is missing" if first == last else f"it and all up to {last} are missing"
-            yield Problem(first, None, f"{what}, between others that exist")
-
-
-def _shards_without_spec(store: Store) -> int:
+def _check_values(spec: CacheSpec, attributes: dict[str, Any], decoded: dict[str, Any]) -> None:
+    """Damage if targets are not those that FORMAT.md allows, or the attributes count otherwise."""
     try:
-        return sum(1 for _ in store.list(PREFIX))
-    except StoreError:
-        return 0
+        given = (decoded.get(name) for name in ("ids", "logprobs", "tail", "draws", "outcomes"))
+        targets = check_targets(spec, *given, stored=True)
+        check_sorted(targets)
+    except CacheError as error:
+        raise Damage(f"its targets cannot be a teacher's: {error}") from error
+    counted = int(((targets.head_counts + targets.draw_counts) > 0).sum())
+    if counted != attributes["counted"]:
+        raise Damage(f"got {attributes['counted']} rows that count in its attributes; its arrays have {counted}")
+    if not (np.array_equal(targets.tail, decoded["tail"]) and np.array_equal(targets.outcomes, decoded["outcomes"])):
+        raise Damage("a row that does not count has a tail, or not all outcomes")

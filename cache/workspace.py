@@ -26,8 +26,3 @@ class Workspace:
             buffer = self._buffers[name] = np.empty(size, np.uint8)
         result: NDArray[Any] = buffer[:size].view(dtype).reshape(shape)
         return result
-
-
-def new_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An uninitialized array in memory of its own: `Workspace.array` without a workspace."""
-    return np.empty(shape, dtype)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import StrEnum
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore
 from types import TracebackType
 from typing import Any
 
@@ -16,24 +16,26 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .checks import (
-    check_inputs,
-    check_lengths,
-    check_number,
-    check_record,
-    check_sorted,
-    check_targets,
-)
+from .checks import check_inputs, check_lengths, check_number, check_record, check_sorted, check_targets
 from .encoding.ragged import BLOCK
 from .encoding.targets import Targets, encode_targets
-from .errors import CacheError, CorruptShard, NotFound, ReadOnly, StoreError
-from .manifest import KEY, from_parquet, overlaps, to_parquet
-from .scan import SPEC_KEY, listed, read_spec, scan, shard_key
+from .errors import CacheError, NotFound, ReadOnly, StoreError
+from .manifest import (
+    KEY,
+    SPEC_KEY,
+    corrupt,
+    from_parquet,
+    listed,
+    read_spec,
+    refuse_overlaps,
+    scan,
+    shard_key,
+    to_parquet,
+)
 from .shard.container import TAIL_LENGTH, Damage, content_hash, pack
 from .shard.layout import check_attributes, shard_attributes
-from .spec import FORMAT, CacheSpec, differences
+from .spec import FORMAT, CacheSpec, differences, integer
 from .stores import Store, open_store
-from .values import integer
 
 Array = NDArray[Any]
 
@@ -98,17 +100,15 @@ def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "Cac
 
 
 class Submission(Future[Commit]):
-    """The future of a shard. seen: whether its result or its error was read."""
+    """The future of a shard. seen: whether its result, or its error, was read."""
 
     seen = False
 
     def result(self, timeout: float | None = None) -> Commit:
-        """What `write_shard` returned; raises what it raised."""
         self.seen = True
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What `write_shard` raised, or None."""
         self.seen = True
         return super().exception(timeout)
 
@@ -126,8 +126,7 @@ class CacheWriter:
         self.spec = spec
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-cache")
         self._room = BoundedSemaphore(threads + queue)
-        self._lock = Lock()
-        self._pending: set[Submission] = set()
+        self._pending: set[Future[Commit]] = set()
         self.sizes: dict[int, int] = {}
         self._failed: dict[int, Submission] = {}  # by shard, until the shard is written
         self._closed = False
@@ -174,17 +173,24 @@ class CacheWriter:
             arrays["document_lengths"] = check_lengths("document_lengths", given.document_lengths, n)
         mine: dict[str, Any] = {"first_sequence": first, "sequences": len(lengths), "positions": n}
         recorded = {} if given.record is None else {"record": check_record(given.record)}
-        if self._attempt_of(index, mine) is not None:
-            return self._written(index, Commit.ALREADY_THERE)
-        self._check_unsealed(index)
-        arrays |= encode_targets(self.spec, targets, columns.get("tokens"))
-        return self._commit(index, mine, arrays, self._attributes(index, mine, targets, arrays) | recorded)
+        commit = Commit.ALREADY_THERE
+        if self._attempt_of(index, mine) is None:
+            commit = self._commit(index, mine, targets, arrays, recorded)
+        self._failed.pop(index, None)
+        return commit
 
-    def _attributes(
-        self, index: int, mine: Mapping[str, Any], targets: Targets, arrays: Mapping[str, Array]
-    ) -> dict[str, Any]:
-        """The attributes of a shard, with an attempt of its own."""
-        return {
+    def _commit(
+        self,
+        index: int,
+        mine: Mapping[str, Any],
+        targets: Targets,
+        arrays: dict[str, Array],
+        recorded: Mapping[str, Any],
+    ) -> Commit:
+        """Encode, pack and create a shard that does not exist. arrays: the inputs and the lengths."""
+        self._check_unsealed(index)
+        arrays |= encode_targets(self.spec, targets, arrays.get("inputs/tokens"))
+        attributes: dict[str, Any] = {
             "format": FORMAT,
             "spec": self.spec.hash,
             "index": index,
@@ -196,33 +202,29 @@ class CacheWriter:
             "content": content_hash(arrays),
             "attempt": uuid.uuid4().hex,
             "written": int(time.time()),
+            **recorded,
         }
-
-    def _commit(
-        self, index: int, mine: Mapping[str, Any], arrays: Mapping[str, Array], attributes: Mapping[str, Any]
-    ) -> Commit:
-        """Pack and create a shard's object."""
         data = pack(arrays, attributes, self.spec.settings, mine["positions"])
         check_attributes(attributes, self.spec, index)  # never commit what readers would refuse
+        created, failure = False, None
         try:
-            created, existing = self.store.create(shard_key(index), data), None
-        except StoreError:
-            # The response may be lost, not the object: which attempt created what exists now?
-            created, existing = False, self._attempt_of(index, mine)
-            if existing != attributes["attempt"]:
-                raise
+            created = self.store.create(shard_key(index), data)
+        except StoreError as error:  # the response may be lost, not the object
+            failure = error
         if not created:
-            # The store's client may have repeated a request of this attempt.
-            existing = existing or self._attempt_of(index, mine)
+            # Which attempt created what exists now? The store's client may have repeated a request of this one.
+            existing = self._attempt_of(index, mine)
+            if failure and existing != attributes["attempt"]:
+                raise failure
             if existing is None:
                 raise StoreError(
                     f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; "
                     "write the shard again."
                 )
             if existing != attributes["attempt"]:
-                return self._written(index, Commit.ALREADY_THERE)
+                return Commit.ALREADY_THERE
         self.sizes[index] = len(data)
-        return self._written(index, Commit.COMMITTED)
+        return Commit.COMMITTED
 
     def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
         """`write_shard` on a thread of the writer; waits while its queue is full.
@@ -233,12 +235,12 @@ class CacheWriter:
         self._check_open()
         self._room.acquire()
         future = Submission()
-        with self._lock:
-            self._pending.add(future)
+        self._pending.add(future)
+        future.add_done_callback(self._done)
         try:
             self._pool.submit(self._run, future, index, [args, kwargs])
         except BaseException:
-            self._done(future)
+            future.cancel()
             raise
         return future
 
@@ -250,7 +252,7 @@ class CacheWriter:
         or if a manifest of other shards exists.
         """
         self._check_open()
-        self._wait()
+        wait(self._pending.copy())
         if self._failed:
             index, future = next(iter(self._failed.items()))
             raise CacheError(
@@ -260,11 +262,7 @@ class CacheWriter:
         table = scan(self.store, self.spec, listed(self.store), progress=progress)
         if not len(table):
             raise CacheError(f"{self.store.describe()}: there is no shard to seal.")
-        if pairs := overlaps(table):
-            raise CacheError(
-                f"{self.store.describe()}: shards {pairs[0][0]} and {pairs[0][1]} hold some of the same sequences; "
-                "first_sequence must come from one plan."
-            )
+        refuse_overlaps(self.store, table)
         if not self.store.create(KEY, to_parquet(table, self.spec.hash)):
             sealed = from_parquet(self.store.get(KEY), self.spec.hash)
             if not sealed.select(["shard", "object_sha256"]).equals(table.select(["shard", "object_sha256"])):
@@ -279,13 +277,10 @@ class CacheWriter:
         if self._closed or self._process != os.getpid():
             return
         try:
-            self._wait()
-        except BaseException:  # an interrupt: shards that have not begun are dropped
+            wait(self._pending.copy())
+        finally:  # after an interrupt, shards that have not begun are dropped
             self._closed = True
             self._pool.shutdown(cancel_futures=True)
-            raise
-        self._closed = True
-        self._pool.shutdown()
         errors = [error for f in self._failed.values() if not f.seen and (error := f.exception()) is not None]
         for other in errors[1:]:
             errors[0].add_note(f"and: {other}")
@@ -316,26 +311,12 @@ class CacheWriter:
             # An error keeps its frames, and the frames that called them: none of them must keep the shard's arrays.
             traceback.clear_frames(error.__traceback__)
             args = kwargs = None
-            with self._lock:
-                self._failed[index] = future
+            self._failed[index] = future
             future.set_exception(error)
-        finally:
-            self._done(future)
 
-    def _done(self, future: Submission) -> None:
-        with self._lock:
-            self._pending.discard(future)
+    def _done(self, future: "Future[Commit]") -> None:
+        self._pending.discard(future)
         self._room.release()
-
-    def _wait(self) -> None:
-        with self._lock:
-            pending = list(self._pending)
-        wait(pending)
-
-    def _written(self, index: int, commit: Commit) -> Commit:
-        with self._lock:
-            self._failed.pop(index, None)
-        return commit
 
     def _check_open(self) -> None:
         if self._process != os.getpid():
@@ -360,15 +341,14 @@ class CacheWriter:
             end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
         except NotFound:
             return None
-        step = f"Delete {shard_key(index)} and write it again."
         try:
             attributes = shard_attributes(end, self.spec, index)
         except Damage as damage:
-            raise CorruptShard(f"shard {index} of {self.store.describe()}: {damage}. {step}") from damage
+            raise corrupt(self.store, index, damage) from damage
         if others := [f"{name} {attributes[name]} and {v}" for name, v in mine.items() if attributes[name] != v]:
             raise CacheError(
                 f"shard {index} of {self.store.describe()}: the existing one is of another plan ({', '.join(others)}). "
-                f"Write to another cache, or, if it is wrong: {step}"
+                f"Write to another cache, or, if it is wrong: delete {shard_key(index)} and write it again."
             )
         return str(attributes["attempt"])
 

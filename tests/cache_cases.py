@@ -67,7 +67,7 @@ def unpacked(data: bytes) -> tuple[dict[str, Any], Arrays]:
     names = [
         n.removesuffix("/zarr.json") for n, text in files.items() if b'"node_type":"array"' in text.replace(b" ", b"")
     ]
-    return shardfile.read_attributes(data), shardfile.unpack(data, dict.fromkeys(names, 2**30))
+    return shardfile.read_attributes(data), shardfile.unpack(data, dict.fromkeys(names))
 
 
 def as_sets(ids: NDArray[Any], logprobs: NDArray[Any]) -> list[dict[int, float]]:

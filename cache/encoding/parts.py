@@ -13,24 +13,8 @@ from numpy.typing import NDArray
 
 from ..spec import CacheSpec
 from .grid import codes_of, values_of
-from .ragged import (
-    BLOCK,
-    PITCH,
-    Block,
-    Streams,
-    decode_rows,
-    encode_rows,
-    smallest_unsigned,
-)
-from .vocabulary import (
-    classes_of,
-    decode_lists,
-    encode_lists,
-    learn_lists,
-    order_of,
-    rank_in_context,
-    ranks_of,
-)
+from .ragged import BLOCK, PITCH, Block, Streams, decode_rows, encode_rows, smallest_unsigned
+from .vocabulary import classes_of, decode_lists, encode_lists, learn_lists, order_of, rank_in_context, ranks_of
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -108,17 +92,17 @@ def decode_part(
     id 0, log-probability -inf and draws 0. Raises ValueError if the streams contradict each other.
     """
     capacity = min(spec.k, spec.vocab_size) if part == "head" else spec.draws
-    if counts_N.shape != offsets_N.shape or int(counts_N.max(initial=0)) > capacity:
-        raise ValueError(f"{part}/counts: got up to {counts_N.max(initial=0)} entries; expected at most {capacity}")
-    if (offsets_N + counts_N).max(initial=0) > spec.width:
-        raise ValueError(f"{part}/counts: more than {spec.width} entries in a row")
+    if (most := int(counts_N.max(initial=0))) > capacity:
+        raise ValueError(f"{part}/counts: got up to {most} entries; expected at most {capacity}")
     tables = _tables(part, spec, streams, tokens)
     coded = Streams(*(streams.get(f"{part}/{name}", np.zeros(0, np.uint16)) for name in STREAMS))
+    if (most := int(coded.extras.max(initial=0)) + 1) > max(spec.draws, 1):
+        raise ValueError(f"{part}/repeats: got an entry drawn {most} times; expected at most {spec.draws}")
     for block in decode_rows(coded, counts_N, sort_ties=spec.settings.sort_ties):
         size = block.lengths[0] if block.lengths else 0  # the rows of the block that have an entry come first
         if not size:
             continue
-        rows = block.rows[:size] if not isinstance(block.rows, slice) else _first(block.rows, size)
+        rows = slice(block.rows.start, block.rows.start + size) if isinstance(block.rows, slice) else block.rows[:size]
         codes_KB, ranks_KB = _filled(part, block, tables)
         found = [_gathered(tables.ids, _index(part, ranks_KB, rows, tables).T), _gathered(tables.logprobs, codes_KB.T)]
         if len(out) == 3:
@@ -142,11 +126,10 @@ def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Ar
     grid = streams[f"{part}/grid"].astype(np.float32)
     if not np.isfinite(grid).all() or grid.max(initial=0) > 0 or (np.diff(grid) > 0).any():
         raise ValueError(f"{part}/grid: expected falling log-probabilities")
-    classes = streams[f"{part}/classes"]
-    if classes.shape != (spec.vocab_size,):
-        raise ValueError(f"{part}/classes: got shape {classes.shape}; expected a vocabulary of {spec.vocab_size}")
-    ids, width, begins_N, lengths_N = order_of(classes), 0, np.zeros(0, np.int32), np.zeros(0, np.int64)
-    if f"{part}/context_tokens" in streams:
+    ids, width = order_of(streams[f"{part}/classes"]), 0
+    begins_N, lengths_N = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    if spec.settings.contexts:
+        assert tokens is not None
         lists, width, begins_N, lengths_N = _lists(part, streams, tokens, ids)
         ids = np.concatenate([lists, ids])
     return _Tables(
@@ -160,15 +143,11 @@ def _tables(part: str, spec: CacheSpec, streams: Mapping[str, Array], tokens: Ar
     )
 
 
-def _lists(
-    part: str, streams: Mapping[str, Array], tokens: Array | None, order: Array
-) -> tuple[Array, int, Array, Array]:
+def _lists(part: str, streams: Mapping[str, Array], tokens: Array, order: Array) -> tuple[Array, int, Array, Array]:
     """The ids of all lists, one after another; the largest length; where each row's list begins, its length `[n]`."""
     names, lengths, values, firsts, ties = (streams[f"{part}/{name}"] for name in CONTEXT_STREAMS)
     if names.shape != lengths.shape:
         raise ValueError(f"{part}: got {len(names)} contexts with {len(lengths)} lengths")
-    if tokens is None:
-        raise ValueError("the ids' contexts need the input column `tokens`")
     names = names.astype(np.int64)
     if (np.diff(names) <= 0).any():
         raise ValueError(f"{part}/context_tokens: expected ascending numbers")
@@ -218,12 +197,12 @@ def _index(part: str, ranks_KB: Array, rows: slice | Array, tables: _Tables) -> 
 
 
 def _gathered(table: pa.Array, index_BK: Array) -> Array:
-    """table[index], without a check of the indices.
+    """table[index]. Raises IndexError for an index outside the table.
 
     Arrow takes 16-bit indices as they are. NumPy widens them to 64 bits first, which takes three times as long.
     """
     flat = pa.array(np.ascontiguousarray(index_BK).reshape(-1))
-    values: Array = pc.take(table, flat, boundscheck=False).to_numpy()
+    values: Array = pc.take(table, flat, boundscheck=True).to_numpy()
     return values.reshape(index_BK.shape)
 
 
@@ -250,7 +229,3 @@ def _put(found: list[Array], rows: slice | Array, counts_N: Array, offsets_N: Ar
     flat = (numbers * out[0].shape[1] + offsets)[:, None] + np.arange(width)
     for target, values in zip(out, found, strict=True):
         target.reshape(-1)[flat[used]] = values[used]
-
-
-def _first(rows: slice, size: int) -> slice:
-    return slice(rows.start, rows.start + size)

@@ -27,6 +27,7 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
 BLOCK = 8192  # rows handled at a time: their columns stay in the cache of a core
+_MOST_IN_BLOCK = 2**25  # entries
 # Columns a power of two of bytes apart would share a few lines of the processor's cache: transposing is then ten times
 # slower.
 PITCH = 32
@@ -148,25 +149,31 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
     order = longest_first(counts_N)
     column_start = np.concatenate([[0], lengths.cumsum()])
     values, firsts, ties = streams.values, streams.firsts, streams.ties
-    if len(values) != column_start[-1]:
-        raise ValueError(f"got {len(values)} values; expected {column_start[-1]}")
-    ties_in = np.zeros(width, np.int64)
-    if sort_ties:
-        for j in range(1, width):
-            column = values[column_start[j] : column_start[j + 1]]
+    if len(values) != column_start[-1] or len(streams.extras) not in (0, len(values)):
+        raise ValueError(f"got {len(values)} values and {len(streams.extras)} extras; expected {column_start[-1]}")
+    ties_in, highest = np.zeros(width, np.int64), 0
+    for j in range(width):
+        column = values[column_start[j] : column_start[j + 1]]
+        highest += int(column.max())
+        if sort_ties and j:
             ties_in[j] = len(column) - np.count_nonzero(column)
     if len(ties) != ties_in.sum() or len(firsts) != len(values) - len(ties):
         raise ValueError(
             f"got {len(firsts)} firsts and {len(ties)} ties for {len(values)} values; expected {ties_in.sum()} ties"
         )
+    if len(ties) and ties.dtype != firsts.dtype:
+        raise ValueError(f"got ties of type {ties.dtype}; expected {firsts.dtype}, as firsts")
     tie_at = np.concatenate([[0], ties_in.cumsum()]).tolist()
     first_at = np.concatenate([[0], (lengths - ties_in).cumsum()]).tolist()
     starts, sizes = column_start.tolist(), lengths.tolist()
-    codes_KB = np.zeros((width, BLOCK + PITCH), values.dtype)[:, :BLOCK]
-    ranks_KB = np.zeros((width, BLOCK + PITCH), firsts.dtype)[:, :BLOCK]
+    # Sums of codes do not wrap: where they might, they are made in 64 bits.
+    wide = values.dtype if highest <= np.iinfo(values.dtype).max else np.dtype(np.uint64)
+    block = min(BLOCK, rows, _MOST_IN_BLOCK // max(width, 1))
+    codes_KB = np.zeros((width, block + PITCH), wide)[:, :block]
+    ranks_KB = np.zeros((width, block + PITCH), firsts.dtype)[:, :block]
     one = firsts.dtype.type(1)
-    for start in range(0, rows, BLOCK):
-        stop = min(start + BLOCK, rows)
+    for start in range(0, rows, block or 1):
+        stop = min(start + block, rows)
         here = [max(0, min(size, stop) - start) for size in sizes]
         at = [starts[j] + start for j in range(width)]
         for j, length in enumerate(here):
@@ -187,9 +194,11 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
             free = np.flatnonzero(np.logical_not(tied_B, out=tied_B))
             ranks[free] = firsts[first_at[j] : first_at[j] + len(free)]
             before = ranks_KB[j - 1].take(tied)
-            before += one
-            before += ties[tie_at[j] : tie_at[j] + len(tied)]
-            ranks[tied] = before
+            after = before + one
+            after += ties[tie_at[j] : tie_at[j] + len(tied)]
+            if (after <= before).any():
+                raise ValueError("got a rank that its type does not hold")
+            ranks[tied] = after
             first_at[j] += len(free)
             tie_at[j] += len(tied)
         yield Block(slice(start, stop) if order is None else order[start:stop], codes_KB, ranks_KB, here, at)

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spec import CacheSpec
-from ..workspace import Workspace, new_array
+from ..workspace import Workspace
 from .parts import decode_part, encode_part
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 NO_TAIL = np.iinfo(np.int32).min  # the code of a tail of −inf
+HIGHEST_TAIL_CODE = 2**30 - 1  # a difference of two is an int32
 
 
 class Targets(NamedTuple):
@@ -66,7 +67,7 @@ def decode_targets(
     none = np.zeros(rows, np.int64)
     head_counts = streams["head/counts"].astype(np.int64) if spec.k else none
     full = not spec.draws and bool((head_counts == spec.width).all())  # every element will be written
-    allocate = new_array if into is None else into.array
+    allocate = (into or Workspace()).array
     ids = allocate("ids", (rows, spec.width), np.dtype(np.int32))
     logprobs = allocate("logprobs", (rows, spec.width), np.dtype(np.float32))
     if not full:
@@ -81,7 +82,9 @@ def decode_targets(
         counts = streams["draws/counts"].astype(np.int64)
         decode_part("draws", spec, streams, tokens, counts, head_counts, [ids, logprobs, draws])
     arrays["tail"] = _decode_tail(streams["tail"], spec.settings.tail_step)
-    outcomes = streams["outcomes"] if "outcomes" in streams else spec.vocab_size - head_counts
+    outcomes = streams.get("outcomes", spec.vocab_size - head_counts)
+    if (outcomes < 0).any() or (outcomes > spec.vocab_size - head_counts).any():
+        raise ValueError("outcomes: got numbers outside 0 to those outside the top-k entries")
     arrays["outcomes"] = outcomes.astype(np.int32)
     return arrays
 
@@ -107,6 +110,9 @@ def _encode_tail(tail_NM: NDArray[np.float32], step: float) -> NDArray[np.int32]
 
 def _decode_tail(codes_MN: Array, step: float) -> NDArray[np.float32]:
     absent = codes_MN[0] == NO_TAIL
-    values = np.cumsum(np.where(absent, 0, codes_MN), axis=0, dtype=np.int64).T * np.float64(step)
+    codes = np.cumsum(np.where(absent, 0, codes_MN), axis=0, dtype=np.int64)
+    if codes_MN[1:, absent].any() or np.abs(codes).max(initial=0) > HIGHEST_TAIL_CODE:
+        raise ValueError("tail: got codes outside ±(2^30 - 1), or differences below -inf")
+    values = codes.T * np.float64(step)
     values[absent] = -np.inf
     return np.ascontiguousarray(values, np.float32)

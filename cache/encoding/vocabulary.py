@@ -126,13 +126,14 @@ def encode_lists(lists: Lists, ranks_V: Array) -> Streams:
 def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
     """The ids of all lists, one after another. Raises ValueError if the streams do not fit the lengths."""
     lengths = lengths_C.astype(np.int64)
-    width = int(lengths.max(initial=0))
-    if (lengths < 1).any():
-        raise ValueError("got a list without ids")
-    ranks_CL = np.zeros((len(lengths), width), np.int64)
+    if (lengths < 1).any() or int(lengths.sum()) != len(streams.values):
+        raise ValueError("got lists without ids, or of other lengths than their streams")
+    ids, begins = np.empty(len(streams.values), np.int64), lengths.cumsum() - lengths
     for block in decode_rows(streams, lengths, sort_ties=True):
-        ranks_CL[block.rows] = block.ranks_KB[:, : block.lengths[0]].T
-    ranks = ranks_CL[np.arange(width) < lengths[:, None]]
-    if int(ranks.max(initial=0)) >= len(order_V):
-        raise ValueError("got a list with a rank outside the order")
-    return order_V[ranks]
+        begin = begins[block.rows]
+        for j, size in enumerate(block.lengths):
+            ranks = block.ranks_KB[j, :size]
+            if int(ranks.max(initial=0)) >= len(order_V):
+                raise ValueError("got a list with a rank outside the order")
+            ids[begin[:size] + j] = order_V[ranks]
+    return ids

@@ -8,11 +8,13 @@ opens the same object with zarr.
 import hashlib
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numcodecs.pcodec import PCodec
@@ -22,7 +24,7 @@ from pcodec import standalone
 
 from ..errors import CacheError
 from ..spec import Codec, parse_json
-from ..workspace import Workspace, new_array
+from ..workspace import Workspace
 
 Array = NDArray[Any]
 
@@ -32,11 +34,17 @@ TAIL_LENGTH = 1 << 16  # of an object: holds its directory, its attributes and i
 _DATE = (1980, 1, 1, 0, 0, 0)
 _ATTRIBUTES = "zarr.json"
 _PAGE = 2**14, 2**18  # numbers with common statistics in pcodec: about one column of all rows
-_DTYPES = {
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
-}  # fmt: skip
-_BY_PCODEC = _DTYPES - {"bool", "int8", "uint8"}
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+TYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
+_NOT_BY_PCODEC = ("bool", "int8", "uint8")
 LARGEST = 2**33  # bytes of all decoded streams together, and of one decoded array; larger shards are refused
+
+
+class Expected(NamedTuple):
+    """What an array may be: its types by name, and for each dimension the sizes that it may have."""
+
+    types: tuple[str, ...]
+    shape: tuple[range, ...]
 
 
 class Damage(ValueError):
@@ -55,16 +63,16 @@ def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Code
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for folder in sorted({name.rpartition("/")[0] for name in arrays} - {""}):
-            _add(archive, f"{folder}/zarr.json", _json(_group({})))
+            _add(archive, f"{folder}/zarr.json", _group({}))
         for name in sorted(arrays):
             array = np.ascontiguousarray(arrays[name])
-            codecs, data = _smallest(array, codec, positions, either=name.startswith("inputs/"))
-            _add(archive, f"{name}/zarr.json", _json(_array(array, codecs)))
+            codecs, data = _compressed(array, codec, positions, either=name.startswith("inputs/"))
+            _add(archive, f"{name}/zarr.json", _array(array, codecs))
             if array.size:
                 sizes[name] = len(data)
                 _add(archive, f"{name}/c/" + "/".join("0" * array.ndim), data)
         # last, so that the end of the object tells everything about it
-        _add(archive, _ATTRIBUTES, _json(_group({"fastkd": {**attributes, "bytes": sizes}})))
+        _add(archive, _ATTRIBUTES, _group({"fastkd": {**attributes, "bytes": sizes}}))
         archive.comment = SEAL + b"0" * HASH_LENGTH
     whole = buffer.getbuffer()
     whole[-HASH_LENGTH:] = digest(whole).encode()
@@ -89,9 +97,10 @@ def content_hash(arrays: Mapping[str, Array]) -> str:
 
 def stored_digest(data: bytes) -> str:
     """The hash at the end of an object. Damage if there is none."""
-    if len(data) < HASH_LENGTH + len(SEAL) or data[-HASH_LENGTH - len(SEAL) : -HASH_LENGTH] != SEAL:
+    found = re.fullmatch(SEAL + b"([0-9a-f]{64})", data[-HASH_LENGTH - len(SEAL) :])
+    if found is None:
         raise Damage("it does not end in a shard's hash: it is truncated, or not a shard")
-    return data[-HASH_LENGTH:].decode("ascii", "replace")
+    return found[1].decode()
 
 
 def read_attributes(end: bytes) -> dict[str, Any]:
@@ -100,37 +109,59 @@ def read_attributes(end: bytes) -> dict[str, Any]:
     members = _directory(end)
     if _ATTRIBUTES not in members:
         raise Damage("it has no zarr.json")
-    return _attributes(_member(end, members[_ATTRIBUTES], check=True))
+    try:
+        attributes = parse_json(bytes(_member(end, members[_ATTRIBUTES], check=True)), _ATTRIBUTES).get("attributes")
+    except CacheError as error:
+        raise Damage(str(error)) from error
+    own = attributes.get("fastkd") if isinstance(attributes, dict) else None
+    if not isinstance(own, dict):
+        raise Damage("its zarr.json has no member `fastkd` in its attributes")
+    return own
 
 
 def check_bytes(data: bytes) -> None:
     """Damage, naming the array, if the object differs from the hash it ends in."""
-    if stored_digest(data) != digest(data):
-        where = _first_bad_member(data)
-        raise Damage(
-            f"its bytes differ from its sha256{'' if where else ' (in its zip headers or the hash itself)'}", where
-        )
+    if stored_digest(data) == digest(data):
+        return
+    try:
+        members(data)
+    except Damage as damage:
+        if damage.array:
+            raise Damage("its bytes differ from its sha256", damage.array) from damage
+    raise Damage("its bytes differ from its sha256 (in its zip headers or the hash itself)")
 
 
-def unpack(data: bytes, known: Mapping[str, int], streams: Workspace | None = None) -> dict[str, Array]:
+def unpack(
+    data: bytes, known: Mapping[str, Expected | None], streams: Workspace | None = None, *, check: bool = False
+) -> dict[str, Array]:
     """The arrays of an object whose bytes were checked. Damage, naming the array, if one cannot be read.
 
-    known: the arrays to read, and how many numbers each holds at most; others are skipped.
-    streams: memory for the streams (all but the inputs and the lengths, which the caller keeps).
+    known: the arrays to read, and what each may be (None: anything); others are skipped. An array is compared with it
+    before its memory is allocated. streams: memory for all but the inputs and the lengths, which the caller keeps.
+    check: compare the members with their CRC-32, for the end of an object, whose hash covers the whole.
     """
     members = _directory(data)
     arrays: dict[str, Array] = {}
     left = LARGEST
-    for path in sorted(members):
-        name = path.removesuffix("/zarr.json")
-        if name == path or name not in known:
+    for name, expected in known.items():
+        path = f"{name}/zarr.json"
+        if path not in members:
             continue
         try:
-            meta = parse_json(bytes(_member(data, members[path])), path)
+            meta = parse_json(bytes(_member(data, members[path], check=check)), path)
+            shape, dtype, codecs = _array_meta(meta, expected)
+            if (left := left - prod(shape) * dtype.itemsize) < 0:
+                raise ValueError(f"got shape {shape}; more than a shard can hold")
             own = streams is None or name.startswith("inputs/") or name.endswith("_lengths")
-            allocate = new_array if own or streams is None else streams.array
-            arrays[name] = _read_array(data, members, name, meta, min(left, 8 * known[name]), allocate)
-            left -= arrays[name].nbytes
+            out = np.empty(shape, dtype) if own or streams is None else streams.array(name, shape, dtype)
+            if out.size:
+                chunk = members.get(f"{name}/c/" + "/".join("0" * len(shape)))
+                if chunk is None:
+                    raise ValueError("its chunk is missing")
+                _decompress(_member(data, chunk, check=check), out.reshape(-1), codecs)
+            arrays[name] = out
+        except Damage:
+            raise
         except (CacheError, ValueError, RuntimeError, TypeError) as error:
             raise Damage(str(error), name) from error
     return arrays
@@ -145,44 +176,9 @@ def length_of_end(attributes: Mapping[str, Any], name: str) -> int:
     return TAIL_LENGTH + after
 
 
-def unpack_end(end: bytes, name: str, most: int) -> Array:
-    """One array, of at most `most` numbers, from the end of an object. Damage if it is missing or incomplete."""
-    members = _directory(end)
-    path = f"{name}/zarr.json"
-    try:
-        if path not in members:
-            raise ValueError("it is missing")
-        meta = parse_json(bytes(_member(end, members[path], check=True)), path)
-        for member in members:
-            if member.startswith(f"{name}/c/"):
-                _member(end, members[member], check=True)  # the seal covers the whole object
-        return _read_array(end, members, name, meta, 8 * most, new_array)
-    except (CacheError, ValueError, RuntimeError, TypeError) as error:
-        raise Damage(str(error), name) from error
-
-
 def members(data: bytes) -> dict[str, bytes]:
-    """The members of an object, by name. Damage if its zip directory is invalid."""
+    """The members of an object, by name. Damage if its zip directory is invalid, or a member is damaged."""
     return {name: bytes(_member(data, member, check=True)) for name, member in _directory(data).items()}
-
-
-def _read_array(
-    data: bytes,
-    members: Mapping[str, zipfile.ZipInfo],
-    name: str,
-    meta: dict[str, Any],
-    largest: int,
-    allocate: Callable[[str, tuple[int, ...], np.dtype[Any]], Array],
-) -> Array:
-    shape, dtype, codecs = _array_meta(meta, largest)
-    if 0 in shape:
-        return np.zeros(shape, dtype)
-    chunk = members.get(f"{name}/c/" + "/".join("0" * len(shape)))
-    if chunk is None:
-        raise ValueError("its chunk is missing")
-    out = allocate(name, shape, dtype)
-    _decompress(_member(data, chunk), out.reshape(-1), codecs)
-    return out
 
 
 def _decompress(data: memoryview, flat: Array, codecs: list[dict[str, Any]]) -> None:
@@ -211,67 +207,59 @@ def _zstd_size(frame: memoryview) -> int:
     return int.from_bytes(frame[at : at + length], "little") + (256 if length == 2 else 0)
 
 
-def _compress(array: Array, codecs: list[dict[str, Any]]) -> bytes:
-    flat = array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1)
-    if codecs[0]["name"] == "numcodecs.pcodec":
-        return bytes(PCodec(**codecs[0]["configuration"]).encode(flat))
-    return bytes(Zstd(**codecs[1]["configuration"]).encode(flat.view(np.uint8)))
-
-
-def _smallest(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
+def _compressed(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
     """Codecs of an array, and its compressed bytes. either: try both zstd and pcodec (text has repetitions)."""
-    if array.dtype.name not in _DTYPES:
-        raise CacheError(f"got an array of {array.dtype}; expected one of {', '.join(sorted(_DTYPES))}.")
-    by_pcodec = codec.compressor == "pcodec" and array.dtype.name in _BY_PCODEC
-    choices = [_pcodec(array, codec, positions)] if by_pcodec else []
-    if either or not by_pcodec:
-        choices.append(_zstd(codec.level if codec.compressor == "zstd" else 9))
-    coded = [(codecs, _compress(array, codecs) if array.size else b"") for codecs in choices]
-    return min(coded, key=lambda c: len(c[1]))
+    if array.dtype.name not in TYPES:
+        raise CacheError(f"got an array of {array.dtype}; expected one of {', '.join(TYPES)}.")
+    flat = array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1)
+    choices: list[tuple[list[dict[str, Any]], bytes]] = []
+    if codec.compressor == "pcodec" and array.dtype.name not in _NOT_BY_PCODEC:
+        # The streams are differences already: order 0 in every version of pcodec.
+        delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
+        page = min(max(positions, _PAGE[0]), _PAGE[1])
+        options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
+        data = bytes(PCodec(**options).encode(flat)) if array.size else b""
+        choices.append(([{"name": "numcodecs.pcodec", "configuration": options}], data))
+    if either or not choices:
+        options = {"level": codec.level if codec.compressor == "zstd" else 9, "checksum": True}
+        data = bytes(Zstd(**options).encode(flat.view(np.uint8))) if array.size else b""
+        endian = {"name": "bytes", "configuration": {"endian": "little"}}
+        choices.append(([endian, {"name": "zstd", "configuration": options}], data))
+    return min(choices, key=lambda choice: len(choice[1]))
 
 
-def _pcodec(array: Array, codec: Codec, positions: int) -> list[dict[str, Any]]:
-    # The streams are differences already: order 0 in every version of pcodec.
-    delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
-    page = min(max(positions, _PAGE[0]), _PAGE[1])
-    options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
-    return [{"name": "numcodecs.pcodec", "configuration": options}]
-
-
-def _zstd(level: int) -> list[dict[str, Any]]:
-    return [
-        {"name": "bytes", "configuration": {"endian": "little"}},
-        {"name": "zstd", "configuration": {"level": level, "checksum": True}},
-    ]
-
-
-def _array_meta(meta: dict[str, Any], largest: int) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]]]:
-    shape, dtype, codecs = meta.get("shape"), meta.get("data_type"), meta.get("codecs")
-    if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
+def _array_meta(
+    meta: dict[str, Any], expected: Expected | None
+) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]]]:
+    """Shape, type and codecs in the metadata of an array. ValueError if they are not as expected."""
+    shape, name, codecs = meta.get("shape"), meta.get("data_type"), meta.get("codecs")
+    if type(meta.get("zarr_format")) is not int or meta["zarr_format"] != 3 or meta.get("node_type") != "array":
         raise ValueError("it is not a Zarr v3 array")
     if not isinstance(shape, list) or not 1 <= len(shape) <= 2 or not all(type(s) is int and s >= 0 for s in shape):
         raise ValueError(f"got shape {shape!r}; expected one or two sizes")
-    if dtype not in _DTYPES:
-        raise ValueError(f"got data type {dtype!r}")
-    if int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > largest:
-        raise ValueError(f"got shape {shape}: more than a shard can hold")
-    names = (
-        [c.get("name") for c in codecs] if isinstance(codecs, list) and all(isinstance(c, dict) for c in codecs) else []
-    )
-    if names not in (["numcodecs.pcodec"], ["bytes", "zstd"]):
+    types, sizes = expected or (TYPES, tuple(range(LARGEST) for _ in shape))
+    if not isinstance(name, str) or name not in types:
+        raise ValueError(f"got type {name!r}; expected {' or '.join(types)}")
+    if len(shape) != len(sizes) or not all(s in some for s, some in zip(shape, sizes, strict=True)):
+        wanted = ", ".join(str(some[0]) if len(some) == 1 else f"{some[0]} to {some[-1]}" for some in sizes)
+        raise ValueError(f"got shape {shape}; expected [{wanted}]: a shard holds no more, or no less")
+    if not isinstance(codecs, list) or not all(isinstance(codec, dict) for codec in codecs):
+        raise ValueError(f"got codecs {codecs!r}")
+    names, dtype = [codec.get("name") for codec in codecs], np.dtype(name)
+    if names != ["numcodecs.pcodec"] and names != ["bytes", "zstd"]:
         raise ValueError(f"got codecs {codecs!r}; expected numcodecs.pcodec, or bytes and zstd")
-    assert isinstance(codecs, list)
-    if names[0] == "bytes" and np.dtype(dtype).itemsize > 1 and _setting(codecs[0], "endian") != "little":
+    if names[0] == "bytes" and dtype.itemsize > 1 and _setting(codecs[0], "endian") != "little":
         raise ValueError(f"got codecs {codecs!r}; expected little-endian bytes")
-    grid = meta.get("chunk_grid")
-    if not isinstance(grid, dict) or _setting(grid, "chunk_shape") != [max(s, 1) for s in shape]:
-        raise ValueError(f"got chunk grid {grid!r}; expected one chunk of the array's shape")
-    return tuple(shape), np.dtype(dtype).newbyteorder("<"), codecs
+    if _setting(meta.get("chunk_grid"), "chunk_shape") != [max(s, 1) for s in shape]:
+        raise ValueError(f"got chunk grid {meta.get('chunk_grid')!r}; expected one chunk of the array's shape")
+    if _setting(meta.get("chunk_key_encoding"), "separator") not in (None, "/") or meta.get("storage_transformers"):
+        raise ValueError("expected the default chunk key encoding, and no storage transformers")
+    return tuple(shape), dtype.newbyteorder("<"), codecs
 
 
-def _setting(of: Mapping[str, Any], name: str) -> Any:
+def _setting(of: Any, name: str) -> Any:
     """A member of the configuration of a codec or a chunk grid; None if it is missing."""
-    configuration = of.get("configuration")
+    configuration = of.get("configuration") if isinstance(of, dict) else None
     return configuration.get(name) if isinstance(configuration, dict) else None
 
 
@@ -293,27 +281,13 @@ def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def _json(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _attributes(data: bytes | memoryview) -> dict[str, Any]:
-    try:
-        document = parse_json(bytes(data), "zarr.json")
-    except CacheError as error:
-        raise Damage(str(error)) from error
-    attributes = document.get("attributes")
-    own = attributes.get("fastkd") if isinstance(attributes, dict) else None
-    if not isinstance(own, dict):
-        raise Damage("its zarr.json has no member `fastkd` in its attributes")
-    return own
-
-
-def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+def _add(archive: zipfile.ZipFile, name: str, content: bytes | dict[str, Any]) -> None:
+    if isinstance(content, dict):
+        content = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     info = zipfile.ZipInfo(name, _DATE)
     info.external_attr = 0o644 << 16
     info.create_system = 3
-    archive.writestr(info, data)
+    archive.writestr(info, content)
 
 
 def _directory(end: bytes | memoryview) -> dict[str, zipfile.ZipInfo]:
@@ -352,13 +326,3 @@ def _array_of(member: str) -> str | None:
     """The array of a member; None for a group."""
     name = member.partition("/c/")[0].removesuffix("/zarr.json")
     return None if name in ("", "zarr.json") else name
-
-
-def _first_bad_member(data: bytes) -> str | None:
-    """The array of the first member that differs from its CRC-32; None where none does, or it is not known."""
-    try:
-        for member in _directory(data).values():
-            _member(data, member, check=True)
-    except Damage as damage:
-        return damage.array
-    return None

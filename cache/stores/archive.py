@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Iterator
 
 from ..errors import CacheError, NotFound, StoreError
-from .base import BaseStore, Entry, Names, refuse, register_store
+from .base import Entry, Names, Store, refuse, register_store
 
 # Shards hardly compress. A member that claims to was made to exhaust memory.
 MAX_UNPACKED, MAX_RATIO = 64 << 20, 50
 
 
-class ZipStore(BaseStore):
+class ZipStore(Store):
     """The objects are the members of a zip file, stored or deflated, by their keys.
 
     `get_tail` of a deflated member unpacks all of it. `get` checks a member's CRC. Can be pickled, and used after a

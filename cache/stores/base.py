@@ -3,8 +3,8 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, NoReturn, cast
 
 from ..credentials import redact
 from ..errors import CacheError, NotFound, ReadOnly, StoreError
@@ -24,48 +24,7 @@ class Entry(NamedTuple):
     size: int
 
 
-@runtime_checkable
-class Store(Protocol):
-    """Immutable objects by key, each created whole and once. Anything with these members is a store.
-
-    Keys are relative paths with "/" between their parts. Every method raises StoreError when a request fails.
-    """
-
-    @property
-    def readonly(self) -> bool:
-        """Whether `create` is known to be refused."""
-        ...
-
-    def describe(self) -> str:
-        """The store's name for messages and logs; never with credentials."""
-        ...
-
-    def get(self, key: str) -> bytes:
-        """The whole object. Raises NotFound if it is absent."""
-        ...
-
-    def get_tail(self, key: str, length: int) -> bytes:
-        """The last `length` bytes, or all if the object is shorter. Raises NotFound if it is absent."""
-        ...
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        """The objects whose key starts with `prefix` ("shards/"), in any order; without the store's own files."""
-        ...
-
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        """Create the object if it is absent. True: this call created it, whole. False: it exists and is untouched.
-
-        After a StoreError the object may exist or not; and a store that repeats a request whose response was lost may
-        return False for an object that this call created. The object's own attributes say who wrote it.
-        """
-        ...
-
-    def sweep(self) -> Names:
-        """Remove what dead attempts left behind, and nothing of living ones; the names of what was removed."""
-        ...
-
-
-def check_key(store: Store, key: str) -> list[str]:
+def check_key(store: "Store", key: str) -> list[str]:
     """The parts of a key that stays inside the store. Raises StoreError for any other."""
     parts = key.split("/") if isinstance(key, str) else []
     if not parts or {"", ".", ".."} & set(parts) or "\\" in key or not key.isprintable() or parts[0] == ATTEMPTS:
@@ -94,15 +53,21 @@ def harmless(error: BaseException) -> BaseException:
 
 
 def refuse(
-    store: Store, operation: str, key: str, error: BaseException, step: str, kind: type[StoreError] = StoreError
+    store: "Store", operation: str, key: str, error: BaseException, step: str, kind: type[StoreError] = StoreError
 ) -> NoReturn:
     """Raise `kind` for a request that failed, naming store, operation, object, its message and the next step."""
     raise kind(f"{store.describe()}: {operation} of {key!r} failed: {words(error)}. {step}") from harmless(error)
 
 
-class BaseStore:
-    """A store in which keys are checked and errors are named. A kind of store fills in `describe` and some of `_read`,
-    `_entries`, `_put` and `_size`, which may raise `ERRORS`, with FileNotFoundError for an object that is absent."""
+class Store:
+    """Immutable objects by key, each created whole and once.
+
+    Keys are relative paths with "/" between their parts. Every method raises StoreError when a request fails. An object
+    of another class with the public members is taken for a store, too.
+
+    A kind of store fills in `describe` and some of `_read`, `_entries`, `_put` and `_size`, which may raise `ERRORS`,
+    with FileNotFoundError for an object that is absent. Here keys are checked and errors are named.
+    """
 
     ERRORS: tuple[type[Exception], ...] = (Exception,)
     NEXT_STEP = "Check the address, the credentials and the connection."
@@ -112,6 +77,7 @@ class BaseStore:
     _probe_lock = threading.Lock()
 
     def describe(self) -> str:
+        """The store's name for messages and logs; never with credentials."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -119,23 +85,32 @@ class BaseStore:
 
     @property
     def readonly(self) -> bool:
+        """Whether `create` is known to be refused."""
         return bool(self.readonly_reason)
 
     def get(self, key: str) -> bytes:
+        """The whole object. Raises NotFound if it is absent."""
         return self._object(key, None)
 
     def get_tail(self, key: str, length: int) -> bytes:
+        """The last `length` bytes, or all if the object is shorter. Raises NotFound if it is absent."""
         if length < 1:
             raise ValueError(f"length: got {length}; expected at least one byte")
         return self._object(key, length)
 
     def list(self, prefix: str) -> Iterator[Entry]:
+        """The objects whose key starts with `prefix` ("shards/"), in any order; without the store's own files."""
         folders = prefix.split("/")[:-1]
         if folders:
             check_key(self, "/".join(folders))
         return self._listing(folders, prefix)
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
+        """Create the object if it is absent. True: this call created it, whole. False: it exists and is untouched.
+
+        After a StoreError the object may exist or not; and a store that repeats a request whose response was lost may
+        return False for an object that this call created. The object's own attributes say who wrote it.
+        """
         check_key(self, key)
         if self.readonly_reason:
             raise ReadOnly(
@@ -156,6 +131,7 @@ class BaseStore:
         return self._created(key, view)
 
     def sweep(self) -> Names:
+        """Remove what dead attempts left behind, and nothing of living ones; the names of what was removed."""
         return []  # most attempts leave nothing behind
 
     def _read(self, key: str, length: int | None) -> bytes:
@@ -177,38 +153,39 @@ class BaseStore:
     def _next_step(self, error: Exception) -> str:
         return self.NEXT_STEP
 
-    def _object(self, key: str, length: int | None) -> bytes:
-        check_key(self, key)
+    @contextmanager
+    def _errors(self, operation: str, key: str, hint: str = "") -> Iterator[None]:
         try:
-            return self._read(key, length)
+            yield
         except StoreError:
             raise
-        except FileNotFoundError as error:
-            refuse(self, "reading", key, error, "There is no such object, or no such bucket.", NotFound)
         except self.ERRORS as error:
-            with suppress(Exception):  # an empty object has no last byte, which servers report in different ways
-                if length is not None and self._size(key) == 0:
-                    return b""
-            refuse(self, "reading", key, error, self._next_step(error))
+            if operation == "reading" and isinstance(error, FileNotFoundError):
+                refuse(self, operation, key, error, "There is no such object, or no such bucket.", NotFound)
+            refuse(self, operation, key, error, hint + self._next_step(error))
+
+    def _object(self, key: str, length: int | None) -> bytes:
+        check_key(self, key)
+        with self._errors("reading", key):
+            try:
+                return self._read(key, length)
+            except (StoreError, FileNotFoundError):
+                raise
+            except self.ERRORS:
+                with suppress(Exception):  # an empty object has no last byte, which servers report in different ways
+                    if length is not None and self._size(key) == 0:
+                        return b""
+                raise
 
     def _listing(self, folders: Names, prefix: str) -> Iterator[Entry]:
-        try:
+        with self._errors("listing", prefix):
             for entry in self._entries(folders):
                 if entry.key.startswith(prefix) and not entry.key.startswith(f"{ATTEMPTS}/"):
                     yield entry
-        except StoreError:
-            raise
-        except self.ERRORS as error:
-            refuse(self, "listing", prefix, error, self._next_step(error))
 
     def _created(self, key: str, data: bytes | memoryview) -> bool:
-        try:
+        with self._errors("creation", key, "It may have been committed all the same. "):
             return self._put(key, memoryview(data))
-        except StoreError:
-            raise
-        except self.ERRORS as error:
-            step = f"It may have been committed all the same. {self._next_step(error)}"
-            refuse(self, "creation", key, error, step)
 
     def _refuse_listing(self, folders: Names) -> NoReturn:
         """Raise StoreError: there is no listing over HTTP."""
@@ -217,6 +194,9 @@ class BaseStore:
             "be read from here: run `fastkd seal` on it where it was written."
         )
 
+
+BaseStore = Store  # its name for those who write a kind of store
+_MEMBERS = ("readonly", "describe", "get", "get_tail", "list", "create", "sweep")
 
 Opener = Callable[[Any, bool], Store]
 _openers: dict[str, Opener] = {}
@@ -265,8 +245,8 @@ def open_store(path_or_store: object, *, create: bool = False) -> Store:
             raise CacheError(f"store: got {path!r}, which is no path; {expected}")
         suffix = os.path.splitext(path)[1]
         return _openers.get("" if os.path.isdir(path) else suffix, _openers[""])(path, create)
-    if isinstance(place, Store):
-        return place
+    if all(hasattr(place, name) for name in _MEMBERS):
+        return cast(Store, place)
     for base in type(place).__mro__:  # by name, so that no library is imported for it
         if opener := _openers.get(f"{base.__module__}.{base.__qualname__}"):
             return opener(place, create)

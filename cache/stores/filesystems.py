@@ -3,17 +3,16 @@
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from ..credentials import redact
-from ..errors import CacheError
-from .base import BaseStore, Entry, Names, register_store
+from .base import Entry, Names, Store
 from .local import LocalStore
 
 _memory_lock = threading.Lock()  # fsspec's memory file system looks first and writes then
 
 
-class FsspecStore(BaseStore):
+class FsspecStore(Store):
     """Objects on an fsspec file system, below the folder `root`.
 
     It can be written on fsspec's own local file system (the result is then a LocalStore: fsspec itself shows partial
@@ -70,12 +69,6 @@ class FsspecStore(BaseStore):
         if self._http:
             key = urllib.parse.quote(key)
         return f"{self._root}/{key}" if self._root else key
-
-
-@register_store("fsspec.spec.AbstractFileSystem")
-def open_file_system(fs: Any, create: bool) -> NoReturn:
-    """Raises CacheError: a file system alone does not name the cache's folder."""
-    raise CacheError("A file system of fsspec needs the cache's folder as well: FsspecStore(fs, root).")
 
 
 def _stripped(fs: Any, root: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..credentials import redact
 from ..errors import CacheError
-from .base import BaseStore, Entry, Names, register_store
+from .base import Entry, Names, Store, register_store
 
 
-class HttpStore(BaseStore):
+class HttpStore(Store):
     """Objects behind http:// or https://, by GET alone; one request each, not retried.
 
     user:password@ in the URL is sent as basic authentication, but not to another host that a redirect names; a query
@@ -77,10 +77,7 @@ class HttpStore(BaseStore):
         self._refuse_listing(folders)
 
 
-@register_store("http://", "https://")
-def open_http(url: str, create: bool) -> HttpStore:
-    """The folder behind a URL."""
-    return HttpStore(url)
+register_store("http://", "https://")(lambda url, create: HttpStore(url))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from ..credentials import redact
 from ..errors import CacheError, NotFound
-from .base import ATTEMPTS, BaseStore, Entry, Names, Store, open_store, refuse, register_store
+from .base import ATTEMPTS, Entry, Names, Store, open_store, refuse, register_store
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EX
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
-class LocalStore(BaseStore):
+class LocalStore(Store):
     """Objects are files under one folder.
 
     An attempt writes a file in `attempts/`, syncs it, and links it to its final name, which fails if that exists; so
@@ -50,7 +50,7 @@ class LocalStore(BaseStore):
     def _put(self, key: str, data: memoryview) -> bool:
         *folders, name = key.split("/")
         with self._folder(folders, make=True) as target:
-            if _exists(name, target):
+            if _stat(name, target):
                 os.fsync(target)  # its writer may not have synced it yet, and False also promises that it is durable
                 return False
             with self._folder([ATTEMPTS], make=True) as attempts:
@@ -77,8 +77,9 @@ class LocalStore(BaseStore):
         try:
             for depth, name in enumerate(folders, 1):
                 path = tuple(folders[:depth])
-                if make and not _exists(name, folder):
-                    _mkdir(name, folder)
+                if make and not _stat(name, folder):
+                    with suppress(FileExistsError):  # another writer was faster
+                        os.mkdir(name, dir_fd=folder)
                     self._durable.discard(path)
                 if make and path not in self._durable:
                     os.fsync(folder)
@@ -147,8 +148,7 @@ class LocalStore(BaseStore):
                 created = True
             except FileExistsError:
                 # NFS reports this for a link that it made itself if the first response was lost.
-                there = os.stat(name, dir_fd=target, follow_symlinks=False)
-                created = os.path.samestat(os.fstat(file), there)
+                created = _is(file, name, target)
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
@@ -205,7 +205,8 @@ def make_folder(path: str) -> None:
         make_folder(parent)
     folder = os.open(parent, FOLDER)
     try:
-        _mkdir(name, folder)
+        with suppress(FileExistsError):
+            os.mkdir(name, dir_fd=folder)
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
         os.fsync(folder)
@@ -213,26 +214,17 @@ def make_folder(path: str) -> None:
         os.close(folder)
 
 
-def _mkdir(name: str, folder: int) -> None:
-    # Another writer may be faster; if it made something else than a folder, opening it raises.
-    with suppress(FileExistsError):
-        os.mkdir(name, dir_fd=folder)
-
-
-def _exists(name: str, folder: int) -> bool:
+def _stat(name: str, folder: int) -> os.stat_result | None:
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _is(file: int, name: str, folder: int) -> bool:
     """Whether a name still means this open file."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(name, dir_fd=folder, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+    there = _stat(name, folder)
+    return there is not None and os.path.samestat(os.fstat(file), there)
 
 
 def _attempt(name: str, attempts: int) -> tuple[int, str]:

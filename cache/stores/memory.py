@@ -4,10 +4,10 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import StoreError
-from .base import BaseStore, Entry, Names, register_store
+from .base import Entry, Names, Store, register_store
 
 
-class MemoryStore(BaseStore):
+class MemoryStore(Store):
     """Objects in a dict. It lives as long as something refers to it; other processes do not see it."""
 
     def __init__(self, name: str = "") -> None:
@@ -38,11 +38,5 @@ class MemoryStore(BaseStore):
             return True
 
 
-_named: dict[str, MemoryStore] = {}
-
-
-@register_store("memory://")
-def open_named(url: str, create: bool) -> MemoryStore:
-    """This process's store of that name, created on first use."""
-    name = url.partition("://")[2]
-    return _named.setdefault(name, MemoryStore(name))
+_named: dict[str, MemoryStore] = {}  # this process's stores by URL, each created on first use
+register_store("memory://")(lambda url, create: _named.setdefault(url, MemoryStore(url.partition("://")[2])))

@@ -9,7 +9,7 @@ import lazy_loader
 
 from ..credentials import redact
 from ..errors import CacheError, ReadOnly, StoreError
-from .base import BaseStore, Entry, Names, Store, harmless, open_store, refuse, register_store, words
+from .base import Entry, Names, Store, harmless, open_store, refuse, register_store, words
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -28,7 +28,7 @@ PAUSES = (0.0, 0.1, 0.4, 1.6)  # seconds before each try of a creation that met 
 _user: int | None = None  # the process that has used obstore; its threads do not survive a fork
 
 
-class ObstoreStore(BaseStore):
+class ObstoreStore(Store):
     """Objects in an obstore store: S3Store, GCSStore, AzureStore, MemoryStore; HTTPStore to read.
 
     `create` is one PUT with the provider's condition that the object be absent (`If-None-Match: *` on S3 and Azure,
@@ -56,22 +56,7 @@ class ObstoreStore(BaseStore):
         return type(self), (self._store, self._name)
 
     def describe(self) -> str:
-        store: Any = self._store
-        if self._name:
-            return self._name
-        if isinstance(store, obstore.store.HTTPStore):
-            return redact(store.url)
-        config = {"bucket": "(bucket)", "account_name": "(account)", "container_name": "(container)"}
-        config |= getattr(store, "config", None) or {}
-        names = {
-            obstore.store.S3Store: "s3://{bucket}",
-            obstore.store.GCSStore: "gs://{bucket}",
-            obstore.store.AzureStore: "az://{account_name}/{container_name}",
-        }
-        if type(store) not in names:
-            return f"obstore.{type(store).__name__}"
-        name = names[type(store)].format_map(config) + (f"/{store.prefix}" if store.prefix else "")
-        return redact(name + (f" at {config['endpoint']}" if "endpoint" in config else ""))
+        return self._name or redact(repr(self._store))
 
     def _read(self, key: str, length: int | None) -> bytes:
         self._check_process()

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..cache import CacheError, CacheSpec, NotFound, StoreError
 from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache.manifest import read_spec
 from ..cache.provenance import Identity, Provenance
-from ..cache.scan import read_spec
 from ..cache.spec import differences
 from ..cache.stores import Store
 from ..data.documents import Documents

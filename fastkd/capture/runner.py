@@ -16,8 +16,7 @@ import torch
 from .. import __version__
 from ..cache import CacheError, CacheWriter, Commit, NotFound, open_cache
 from ..cache.manifest import KEY as MANIFEST_KEY
-from ..cache.manifest import runs
-from ..cache.scan import listed, shard_key
+from ..cache.manifest import listed, runs, shard_key
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples

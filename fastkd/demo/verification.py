@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from ..cache import CacheError, verify_cache
-from ..cache.scan import shard_index
+from ..cache.manifest import shard_index
 from ..cache.verify import Report
 from ..errors import ReportError
 from .stages import Stages

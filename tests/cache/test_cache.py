@@ -195,8 +195,14 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "nan": (lambda s: s["logprobs"].__setitem__((5, 2), np.nan), r"logprobs: row 5, column 2: got nan"),
     "positive": (lambda s: s["logprobs"].__setitem__((5, 0), 0.5), r"logprobs: row 5, column 0: got 0.5"),
-    "hole in the head": (lambda s: s["logprobs"].__setitem__((5, 2), -np.inf), r"row 5, column 2: got -inf, then"),
-    "last of a head": (lambda s: s["logprobs"].__setitem__((5, 7), -np.inf), r"row 5, column 7: got -inf for id"),
+    "hole in the head": (
+        lambda s: s["logprobs"].__setitem__((5, 2), -np.inf),
+        r"row 5, column 2: got -inf; expected a finite",
+    ),
+    "last of a head": (
+        lambda s: s["logprobs"].__setitem__((5, 7), -np.inf),
+        r"ids: row 5, column 7: got \d+; expected id 0",
+    ),
     "twins": (lambda s: s["ids"].__setitem__((5, 3), s["ids"][5, 2]), r"ids: row 5: got id \d+ twice"),
     "nan tail": (lambda s: s["tail"].__setitem__((5, 1), np.nan), r"tail: row 5, temperature 1"),
     "infinite tail": (lambda s: s["tail"].__setitem__((5, 1), np.inf), r"tail: row 5, temperature 1"),

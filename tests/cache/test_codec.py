@@ -314,7 +314,7 @@ def test_many_rows() -> None:
 
 # Shard files
 
-DTYPES = sorted(shardfile._DTYPES)
+DTYPES = sorted(shardfile.TYPES)
 SHAPES = st.one_of(st.tuples(st.integers(0, 40)), st.tuples(st.integers(0, 6), st.integers(0, 9)))
 NAMES = st.sampled_from(["tail", "head/values", "head/ties", "draws/ties", "inputs/tokens", "inputs/x", "a/b/c"])
 

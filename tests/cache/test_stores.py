@@ -980,7 +980,7 @@ class TestS3:
         s3.fault = lambda *_: (403, False)
         calls = [lambda: store.get("a"), lambda: store.get_tail("a", 1), lambda: store.create("b", b"")]
         for call in [*calls, lambda: list(store.list(""))]:
-            with pytest.raises(StoreError, match=r"s3://bucket/.*403.*credentials") as caught:
+            with pytest.raises(StoreError, match=r"S3Store\(bucket=.bucket., prefix=.*403.*credentials") as caught:
                 call()
             assert not isinstance(caught.value, NotFound)
             assert SECRET not in "".join(traceback.format_exception(caught.value))

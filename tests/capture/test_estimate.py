@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.cache import open_cache
-from fastkd.cache.scan import listed
+from fastkd.cache.manifest import listed
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import estimate as estimate_module
 from fastkd.capture import sample as sample_module

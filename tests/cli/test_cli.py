@@ -21,8 +21,7 @@ from fastkd import __version__
 from fastkd.cache import CacheSpec, CacheWriter, create_cache, open_cache, open_writer
 from fastkd.cache import inspect as cache_inspect
 from fastkd.cache.capture_plan import CapturePlan
-from fastkd.cache.manifest import runs
-from fastkd.cache.scan import shard_key
+from fastkd.cache.manifest import runs, shard_key
 from fastkd.cache.shard.container import pack
 from fastkd.cli import main as cli
 from fastkd.utils.numbers import size_text

@@ -21,7 +21,7 @@ from hf_cases import model_of, tokenizer_of
 from torch import Tensor
 
 from fastkd.cache import CacheError, open_cache, verify_cache
-from fastkd.cache.scan import shard_key
+from fastkd.cache.manifest import shard_key
 from fastkd.cli import main as cli
 from fastkd.demo import language, run_demo, students, teacher
 from fastkd.demo.artifacts import cached_result, load_result, save_result
