@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Ints = NDArray[np.int64]
 _LENGTHS = ("sequence_lengths", "document_lengths")
 _KEPT = 2  # decoded shards a thread keeps for `sequences`
 
@@ -51,7 +52,7 @@ class Cache:
         self.spec = spec
         self.sealed = manifest is not None
         self._manifest = manifest
-        self._order: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._order: tuple[Ints, Ints, Ints] | None = None
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,9 +115,8 @@ class Cache:
             attributes = self._attributes(end, index)
             if (length := length_of_end(attributes, "sequence_lengths")) > len(end) >= TAIL_LENGTH:
                 end = self.store.get_tail(key, length)
-            known = {name: expected_arrays(self.spec, attributes)[name] for name in ("sequence_lengths",)}
-            arrays = unpack(end, known, check=True)
-            if not arrays:
+            known = {"sequence_lengths": expected_arrays(self.spec, attributes)["sequence_lengths"]}
+            if not (arrays := unpack(end, known, check=True)):
                 raise Damage("it is missing", "sequence_lengths")
             check_lengths(attributes, arrays)
             return arrays["sequence_lengths"].astype(np.int64)
@@ -196,7 +196,7 @@ class Cache:
                 raise Damage("it is another object than the one that was sealed")
         return shard_attributes(end, self.spec, index)
 
-    def _by_sequence(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _by_sequence(self) -> tuple[Ints, Ints, Ints]:
         """Numbers of the shards by their first sequences, and where each begins and ends."""
         if self._order is None:
             shard, first, count = (self.manifest.column(n).to_numpy() for n in ("shard", "first_sequence", "sequences"))

@@ -152,20 +152,17 @@ def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any]
         arrays = unpack(data, expected_arrays(spec, attributes))
         if content_hash(arrays) != attributes["content"]:
             raise Damage("its decoded arrays differ from the hash of its contents")
-        _check_values(spec, attributes, decode_shard(spec, attributes, arrays))
+        _check_values(spec, decode_shard(spec, attributes, arrays))
     return row
 
 
-def _check_values(spec: CacheSpec, attributes: dict[str, Any], decoded: dict[str, Any]) -> None:
-    """Damage if targets are not those that FORMAT.md allows, or the attributes count otherwise."""
+def _check_values(spec: CacheSpec, decoded: dict[str, Any]) -> None:
+    """Damage if targets are not those that FORMAT.md allows."""
     try:
         given = (decoded.get(name) for name in ("ids", "logprobs", "tail", "draws", "outcomes"))
         targets = check_targets(spec, *given, stored=True)
         check_sorted(targets)
     except CacheError as error:
         raise Damage(f"its targets cannot be a teacher's: {error}") from error
-    counted = int(((targets.head_counts + targets.draw_counts) > 0).sum())
-    if counted != attributes["counted"]:
-        raise Damage(f"got {attributes['counted']} rows that count in its attributes; its arrays have {counted}")
     if not (np.array_equal(targets.tail, decoded["tail"]) and np.array_equal(targets.outcomes, decoded["outcomes"])):
         raise Damage("a row that does not count has a tail, or not all outcomes")

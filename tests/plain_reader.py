@@ -119,7 +119,11 @@ def read_part(
 def read_shard(cache: Path, index: int) -> dict[str, np.ndarray]:
     """The arrays that FORMAT.md says a shard means, under the names that fastkd gives them."""
     spec, spec_hash = read_spec(cache)
-    attributes, arrays = open_shard(cache, index, spec_hash)
+    return decode(spec, *open_shard(cache, index, spec_hash))
+
+
+def decode(spec: dict[str, Any], attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays that a shard means, from its streams. Raises whatever it stumbles over."""
     n, vocabulary, temperatures = attributes["positions"], spec["vocab_size"], spec["temperatures"]
     head = read_part("head", spec, arrays) if spec["k"] else [[] for _ in range(n)]
     draws = read_part("draws", spec, arrays) if spec["draws"] else [[] for _ in range(n)]
@@ -158,3 +162,33 @@ def read_shard(cache: Path, index: int) -> dict[str, np.ndarray]:
     assert attributes["draw_entries"] == sum(map(len, draws))
     assert not any(isnan(x) for x in decoded["logprobs"].flat)
     return decoded
+
+
+def check_values(spec: dict[str, Any], decoded: dict[str, np.ndarray]) -> None:
+    """AssertionError for decoded targets that FORMAT.md does not allow ("For writers", Checks; Outcomes; Tails)."""
+    vocabulary = spec["vocab_size"]
+    draws = decoded.get("draws", np.zeros_like(decoded["ids"]))
+    for i, logprobs in enumerate(decoded["logprobs"].tolist()):
+        used = [x > -inf for x in logprobs]
+        count, head = sum(used), sum(u and d == 0 for u, d in zip(used, draws[i].tolist(), strict=True))
+        assert used == [True] * count + [False] * (len(used) - count), "unused entries are last"
+        ids, drawn = decoded["ids"][i, :count].tolist(), draws[i, head:count].tolist()
+        assert len(set(ids)) == count, "ids are distinct"
+        assert all(0 <= token_id < vocabulary for token_id in ids)
+        for some in (logprobs[:head], logprobs[head:count]):
+            assert some == sorted(some, reverse=True), "entries are sorted by falling log-probability"
+        assert all(-32768 - 8 <= x <= 0 for x in logprobs[:count])
+        assert head <= spec["k"]
+        assert all(d >= 1 for d in drawn)
+        assert sum(drawn) <= spec["draws"]
+        tail, outcomes = decoded["tail"][i].tolist(), int(decoded["outcomes"][i])
+        absent = [x == -inf for x in tail]
+        assert all(absent) or not any(absent), "a tail is finite at all temperatures, or at none"
+        assert len(drawn) <= outcomes <= vocabulary - head
+        assert outcomes >= 1 or all(absent)
+        assert count or (all(absent) and outcomes == vocabulary), "a row that does not count has no tail"
+    if "tokens" in decoded:
+        assert decoded["tokens"].dtype.kind in "iu"
+        assert all(0 <= token < 2**31 for token in decoded["tokens"].tolist())
+    for name in ("sequence_lengths", "document_lengths"):
+        assert all(length >= 1 for length in decoded.get(name, np.ones(1)).tolist())

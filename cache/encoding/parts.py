@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..spec import CacheSpec
 from .grid import codes_of, values_of
-from .ragged import BLOCK, PITCH, Block, Streams, decode_rows, encode_rows, smallest_unsigned
+from .ragged import BLOCK, Block, Streams, decode_rows, encode_rows, smallest_unsigned
 from .vocabulary import classes_of, decode_lists, encode_lists, learn_lists, order_of, rank_in_context, ranks_of
 
 Array = NDArray[Any]
@@ -98,7 +98,8 @@ def decode_part(
     coded = Streams(*(streams.get(f"{part}/{name}", np.zeros(0, np.uint16)) for name in STREAMS))
     if (most := int(coded.extras.max(initial=0)) + 1) > max(spec.draws, 1):
         raise ValueError(f"{part}/repeats: got an entry drawn {most} times; expected at most {spec.draws}")
-    for block in decode_rows(coded, counts_N, sort_ties=spec.settings.sort_ties):
+    room = tables.no_code, tables.no_rank
+    for block in decode_rows(coded, counts_N, sort_ties=spec.settings.sort_ties, room=room):
         size = block.lengths[0] if block.lengths else 0  # the rows of the block that have an entry come first
         if not size:
             continue
@@ -168,20 +169,11 @@ def _filled(part: str, block: Block, tables: _Tables) -> tuple[Array, Array]:
         highest = [(codes_KB.max(), ranks_KB.max())]
     else:
         highest = [(codes_KB[j, :n].max(), ranks_KB[j, :n].max()) for j, n in enumerate(block.lengths) if n]
-        codes_KB = _copy(codes_KB, smallest_unsigned(tables.no_code))
-        ranks_KB = _copy(ranks_KB, smallest_unsigned(tables.no_rank))
-        for j, length in enumerate(block.lengths):
-            codes_KB[j, length:] = tables.no_code
-            ranks_KB[j, length:] = tables.no_rank
+        for j, n in enumerate(block.lengths):
+            codes_KB[j, n:], ranks_KB[j, n:] = tables.no_code, tables.no_rank
     if any(code >= tables.no_code or rank >= tables.no_rank for code, rank in highest):
         raise ValueError(f"{part}: a code or a rank outside its table")
     return codes_KB, ranks_KB
-
-
-def _copy(columns_KB: Array, dtype: np.dtype[Any]) -> Array:
-    copy: Array = np.empty((len(columns_KB), columns_KB.shape[1] + PITCH), dtype)[:, : columns_KB.shape[1]]
-    copy[:] = columns_KB
-    return copy
 
 
 def _index(part: str, ranks_KB: Array, rows: slice | Array, tables: _Tables) -> Array:

@@ -138,10 +138,12 @@ class Block(NamedTuple):
     values_at: list[int]  # where each column begins in the stream of values (and of extras)
 
 
-def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterator[Block]:
+def decode_rows(
+    streams: Streams, counts_N: Array, *, sort_ties: bool, room: tuple[int, int] = (0, 0)
+) -> Iterator[Block]:
     """The rows of `encode_rows`, BLOCK at a time. The next block overwrites the arrays of the one before.
 
-    Raises ValueError if the streams do not fit the counts.
+    room: a code and a rank that the arrays of a block hold besides. Raises ValueError if streams do not fit the counts.
     """
     rows = len(counts_N)
     lengths = column_lengths(counts_N)
@@ -169,9 +171,8 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
     # Sums of codes do not wrap: where they might, they are made in 64 bits.
     wide = values.dtype if highest <= np.iinfo(values.dtype).max else np.dtype(np.uint64)
     block = min(BLOCK, rows, _MOST_IN_BLOCK // max(width, 1))
-    codes_KB = np.zeros((width, block + PITCH), wide)[:, :block]
-    ranks_KB = np.zeros((width, block + PITCH), firsts.dtype)[:, :block]
-    one = firsts.dtype.type(1)
+    types = [np.promote_types(t, smallest_unsigned(r)) for t, r in zip((wide, firsts.dtype), room, strict=True)]
+    codes_KB, ranks_KB = (np.zeros((width, block + PITCH), t)[:, :block] for t in types)
     for start in range(0, rows, block or 1):
         stop = min(start + block, rows)
         here = [max(0, min(size, stop) - start) for size in sizes]
@@ -194,7 +195,7 @@ def decode_rows(streams: Streams, counts_N: Array, *, sort_ties: bool) -> Iterat
             free = np.flatnonzero(np.logical_not(tied_B, out=tied_B))
             ranks[free] = firsts[first_at[j] : first_at[j] + len(free)]
             before = ranks_KB[j - 1].take(tied)
-            after = before + one
+            after = before + ranks.dtype.type(1)
             after += ties[tie_at[j] : tie_at[j] + len(tied)]
             if (after <= before).any():
                 raise ValueError("got a rank that its type does not hold")

@@ -47,7 +47,7 @@ class Expected(NamedTuple):
     shape: tuple[range, ...]
 
 
-class Damage(ValueError):
+class Damage(Exception):
     """An object is damaged. array: in which of its arrays; None where that is not known."""
 
     def __init__(self, what: str, array: str | None = None) -> None:
@@ -63,16 +63,29 @@ def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Code
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for folder in sorted({name.rpartition("/")[0] for name in arrays} - {""}):
-            _add(archive, f"{folder}/zarr.json", _group({}))
+            _add(archive, f"{folder}/zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
         for name in sorted(arrays):
             array = np.ascontiguousarray(arrays[name])
             codecs, data = _compressed(array, codec, positions, either=name.startswith("inputs/"))
-            _add(archive, f"{name}/zarr.json", _array(array, codecs))
+            shape = [max(size, 1) for size in array.shape]
+            meta = {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": list(array.shape),
+                "data_type": array.dtype.name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+                "fill_value": False if array.dtype.kind == "b" else 0.0 if array.dtype.kind == "f" else 0,
+                "codecs": codecs,
+                "attributes": {},
+            }
+            _add(archive, f"{name}/zarr.json", meta)
             if array.size:
                 sizes[name] = len(data)
                 _add(archive, f"{name}/c/" + "/".join("0" * array.ndim), data)
         # last, so that the end of the object tells everything about it
-        _add(archive, _ATTRIBUTES, _group({"fastkd": {**attributes, "bytes": sizes}}))
+        own = {"fastkd": {**attributes, "bytes": sizes}}
+        _add(archive, _ATTRIBUTES, {"zarr_format": 3, "node_type": "group", "attributes": own})
         archive.comment = SEAL + b"0" * HASH_LENGTH
     whole = buffer.getbuffer()
     whole[-HASH_LENGTH:] = digest(whole).encode()
@@ -160,8 +173,6 @@ def unpack(
                     raise ValueError("its chunk is missing")
                 _decompress(_member(data, chunk, check=check), out.reshape(-1), codecs)
             arrays[name] = out
-        except Damage:
-            raise
         except (CacheError, ValueError, RuntimeError, TypeError) as error:
             raise Damage(str(error), name) from error
     return arrays
@@ -263,24 +274,6 @@ def _setting(of: Any, name: str) -> Any:
     return configuration.get(name) if isinstance(configuration, dict) else None
 
 
-def _array(array: Array, codecs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(s, 1) for s in array.shape]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": False if array.dtype.kind == "b" else 0.0 if array.dtype.kind == "f" else 0,
-        "codecs": codecs,
-        "attributes": {},
-    }
-
-
-def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-
-
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | dict[str, Any]) -> None:
     if isinstance(content, dict):
         content = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
@@ -299,8 +292,8 @@ def _directory(end: bytes | memoryview) -> dict[str, zipfile.ZipInfo]:
         raise Damage(f"its zip directory is damaged ({error})") from error
     found: dict[str, zipfile.ZipInfo] = {}
     for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise Damage(f"its member {member.filename!r} is compressed")
+        if member.compress_type or member.flag_bits & 1 or member.file_size != member.compress_size:
+            raise Damage(f"its member {member.filename!r} is compressed or encrypted")
         if member.filename.startswith("/") or not {"", ".", ".."}.isdisjoint(member.filename.split("/")):
             raise Damage(f"its member {member.filename!r} leads out of it")
         if member.filename in found:
@@ -318,11 +311,6 @@ def _member(end: bytes | memoryview, member: zipfile.ZipInfo, *, check: bool = F
     start = offset + 30 + name_length + extra_length
     data = memoryview(end)[start : start + member.file_size]
     if len(data) != member.file_size or (check and zlib.crc32(data) != member.CRC):
-        raise Damage(f"its member {member.filename!r} is damaged", _array_of(member.filename))
+        array = member.filename.partition("/c/")[0].removesuffix("/zarr.json")
+        raise Damage(f"its member {member.filename!r} is damaged", None if array == _ATTRIBUTES else array)
     return data
-
-
-def _array_of(member: str) -> str | None:
-    """The array of a member; None for a group."""
-    name = member.partition("/c/")[0].removesuffix("/zarr.json")
-    return None if name in ("", "zarr.json") else name

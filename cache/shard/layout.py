@@ -102,10 +102,14 @@ def decode_shard(
     tokens = arrays.get("inputs/tokens")
     if tokens is not None and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31):
         raise Damage("got numbers outside 0 to 2^31 - 1", "inputs/tokens")
-    for part in ("head", "draws"):
-        entries = attributes[f"{part.removesuffix('s')}_entries"]
-        if f"{part}/counts" in arrays and (total := int(arrays[f"{part}/counts"].sum(dtype=np.int64))) != entries:
-            raise Damage(f"got a sum of {total}; expected the {entries} entries in its attributes", f"{part}/counts")
+    counted = np.zeros(attributes["positions"], bool)
+    for part, name in (("head", "head_entries"), ("draws", "draw_entries")):
+        counts = arrays.get(f"{part}/counts", np.zeros(1, np.uint16))
+        counted |= counts > 0
+        if (total := int(counts.sum(dtype=np.int64))) != attributes[name]:
+            raise Damage(f"got a sum of {total}; expected {attributes[name]}, the {name} in its attributes", part)
+    if (total := int(counted.sum())) != attributes["counted"]:
+        raise Damage(f"got {attributes['counted']} rows that count in its attributes; its arrays have {total}")
     try:
         decoded: Arrays = decode_targets(spec, arrays, tokens, into)
     except (ValueError, IndexError) as error:

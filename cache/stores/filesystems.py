@@ -1,6 +1,5 @@
-"""A cache on an fsspec file system."""
+"""A cache on an fsspec file system, which is only read."""
 
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -9,22 +8,21 @@ from ..credentials import redact
 from .base import Entry, Names, Store
 from .local import LocalStore
 
-_memory_lock = threading.Lock()  # fsspec's memory file system looks first and writes then
-
 
 class FsspecStore(Store):
-    """Objects on an fsspec file system, below the folder `root`.
+    """Objects on an fsspec file system, below the folder `root`. Pickles and forks as well as the file system does.
 
-    It can be written on fsspec's own local file system (the result is then a LocalStore: fsspec itself shows partial
-    files and follows links out of the cache) and memory file system (among the FsspecStores of this process). Every
-    other one is read-only: `pipe_file(mode="create")` looks and then writes, or ignores the mode. Write to object
-    stores by their URL (s3://, gs://, az://). Pickles and forks as well as the file system does.
+    It is only read: `pipe_file(mode="create")` looks and then writes, or ignores the mode. Write to object stores by
+    their URL (s3://, gs://, az://). For fsspec's local file system, which follows links out of a cache, the result is a
+    LocalStore.
     """
+
+    readonly_reason = "an fsspec file system does not create exclusively"
 
     def __new__(cls, fs: Any, root: str) -> Any:
         # by class and not by protocol, which others may register for themselves
-        if _class_name(fs) == "fsspec.implementations.local.LocalFileSystem":
-            return LocalStore(_stripped(fs, root) or "/")
+        if f"{type(fs).__module__}.{type(fs).__qualname__}" == "fsspec.implementations.local.LocalFileSystem":
+            return LocalStore(fs._strip_protocol(str(root)))
         return super().__new__(cls)
 
     def __getnewargs__(self) -> tuple[Any, str]:
@@ -32,10 +30,8 @@ class FsspecStore(Store):
 
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs
-        self._root = _stripped(fs, root)
+        self._root = str(fs._strip_protocol(str(root))).rstrip("/")
         self._http = "http" in fs.protocol
-        if _class_name(fs) != "fsspec.implementations.memory.MemoryFileSystem":
-            self.readonly_reason = "this file system is not known to create exclusively"
 
     def describe(self) -> str:
         return f"fsspec {redact(self._fs.unstrip_protocol(self._root))}"
@@ -57,23 +53,7 @@ class FsspecStore(Store):
         for path, info in found.items():
             yield Entry(path.removeprefix(self._root).lstrip("/"), int(info["size"]))
 
-    def _put(self, key: str, data: memoryview) -> bool:
-        try:
-            with _memory_lock:
-                self._fs.pipe_file(self._path(key), bytes(data), mode="create")
-            return True
-        except FileExistsError:
-            return False
-
     def _path(self, key: str) -> str:
         if self._http:
             key = urllib.parse.quote(key)
         return f"{self._root}/{key}" if self._root else key
-
-
-def _stripped(fs: Any, root: str) -> str:
-    return str(fs._strip_protocol(str(root))).rstrip("/")
-
-
-def _class_name(fs: Any) -> str:
-    return f"{type(fs).__module__}.{type(fs).__qualname__}"

@@ -61,14 +61,10 @@ class LocalStore(Store):
 
         On a file system without locks nothing is removed: a dead attempt looks like a living one.
         """
-        try:
-            with self._folder([ATTEMPTS]) as attempts:
-                names = [name for name in os.listdir(attempts) if name.endswith(SUFFIX)]
-                return [name for name in sorted(names) if _remove_dead(name, attempts)]
-        except FileNotFoundError:
-            return []  # nobody has attempted anything yet
-        except OSError as error:
-            refuse(self, "sweeping", ATTEMPTS, error, self._next_step(error))
+        with self._errors("sweeping", ATTEMPTS), suppress(FileNotFoundError), self._folder([ATTEMPTS]) as attempts:
+            names = [name for name in os.listdir(attempts) if name.endswith(SUFFIX)]
+            return [name for name in sorted(names) if _remove_dead(name, attempts)]
+        return []  # nobody has attempted anything yet
 
     @contextmanager
     def _folder(self, folders: Names, make: bool = False) -> Iterator[int]:

@@ -158,7 +158,6 @@ def open_toy(url: str, create: bool) -> ToyStore:
         "obstore memory",
         "s3",
         "fsspec local",
-        "fsspec memory",
     ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
@@ -179,11 +178,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         case "s3":
             request.getfixturevalue("s3")
             return open_store(f"s3://bucket/{uuid.uuid4()}")
-        case "fsspec local":
+        case _:
             (tmp_path / "cache").mkdir()
             return open_store(FsspecStore(fsspec.filesystem("file"), str(tmp_path / "cache")))
-        case _:
-            return open_store(FsspecStore(fsspec.filesystem("memory"), f"/{uuid.uuid4()}"))
 
 
 BAD_KEYS = ["", "/a", "a/", "a//b", "..", "../a", "a/../b", "./a", "a\\b", "a\0b", "a\nb", "attempts/a", "a\udc80b"]
@@ -1181,7 +1178,7 @@ class TestFsspec:
         assert store.readonly
         assert store.get("a") == b"second"
         assert list(store.list("")) == [("a", 6)]
-        with pytest.raises(ReadOnly, match="not known to create exclusively"):
+        with pytest.raises(ReadOnly, match="does not create exclusively"):
             store.create("b", b"")
 
     def test_local_links_are_not_followed(self, tmp_path: Path) -> None:
@@ -1197,10 +1194,9 @@ class TestFsspec:
         def fail(*_: object, **__: object) -> None:
             raise OSError(f"https://user:{SECRET}@host/x?sig={SECRET} does not answer")
 
-        for name in ("cat_file", "find", "pipe_file"):
+        for name in ("cat_file", "find"):
             monkeypatch.setattr(fs, name, fail)
-        calls = [lambda: store.get("a"), lambda: store.get_tail("a", 1), lambda: store.create("a", b"")]
-        for call in [*calls, lambda: list(store.list(""))]:
+        for call in (lambda: store.get("a"), lambda: store.get_tail("a", 1), lambda: list(store.list(""))):
             with pytest.raises(StoreError, match="https://…@host/x\\?… does not answer") as caught:
                 call()
             assert SECRET not in "".join(traceback.format_exception(caught.value))

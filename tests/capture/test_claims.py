@@ -374,20 +374,11 @@ def test_a_clock_that_is_set_back_while_waiting() -> None:
 # --- stores ----------------------------------------------------------------------------------------------------------
 
 
-def _fsspec(tmp_path: Path) -> Any:
-    import fsspec
-
-    from fastkd.cache.stores.filesystems import FsspecStore
-
-    return FsspecStore(fsspec.filesystem("memory"), f"/claims{tmp_path.name}")
-
-
 STORES: dict[str, Callable[[Path], Any]] = {
     "memory": lambda path: MemoryStore(),
     "folder": lambda path: open_store(path, create=True),
     "obstore memory": lambda path: open_store(obstore.store.MemoryStore()),
     "obstore folder": lambda path: open_store(obstore.store.LocalStore(path)),
-    "fsspec memory": _fsspec,
 }
 
 
