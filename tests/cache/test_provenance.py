@@ -102,7 +102,7 @@ def test_a_plan_is_read_back() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "got format 'other'; expected 'fastkd-plan'"),
+        ({"format": "other"}, "format: got 'other'; expected 'fastkd-plan'"),
         ({"totals": {}}, r"totals\.shards: got None; expected an integer"),
         ({"totals": {"shards": 3, "windows": -1}}, "windows: got -1; expected an integer"),
         ({"train_shards": True}, "train_shards: got True; expected int"),
