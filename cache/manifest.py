@@ -179,7 +179,7 @@ def _digest(table: pa.Table, spec_hash: str) -> str:
         elif pa.types.is_fixed_size_binary(column.type):
             total.update(b"".join(column.to_pylist()))
         else:
-            total.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).view(np.uint8))
+            total.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).view(np.uint8).data)
     return total.hexdigest()
 
 

@@ -181,7 +181,8 @@ class CacheSpec:
                 "the member `spec` is missing" if "spec" not in document else "this is not the spec of a fastkd cache"
             )
             raise CacheError(f"spec.json: {what}.")
-        version, required = document.get("version"), document.get("required")
+        version: Any = document.get("version")
+        required: Any = document.get("required")
         if type(version) is not int or version != FORMAT:
             step = "Use the fastkd that wrote the cache, or a newer one."
             raise CacheError(f"spec.json: got format version {version!r}; expected {FORMAT}. {step}")
@@ -267,7 +268,9 @@ def _checked(codec: Any) -> Codec:
         expect(isinstance(getattr(codec, name), bool), f"codec.{name}", getattr(codec, name), "True or False")
     known = isinstance(codec.compressor, str) and codec.compressor in COMPRESSORS
     expect(known, "codec.compressor", codec.compressor, f"one of {', '.join(COMPRESSORS)}")
-    return replace(codec, level=integer("codec.level", codec.level, 0, COMPRESSORS[codec.compressor]), **numbers)
+    level = integer("codec.level", codec.level, 0, COMPRESSORS[codec.compressor])
+    checked: Codec = replace(codec, level=level, **numbers)
+    return checked
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:

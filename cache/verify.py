@@ -159,8 +159,8 @@ def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any]
 def _check_values(spec: CacheSpec, decoded: dict[str, Any]) -> None:
     """Damage if targets are not those that FORMAT.md allows."""
     try:
-        given = (decoded.get(name) for name in ("ids", "logprobs", "tail", "draws", "outcomes"))
-        targets = check_targets(spec, *given, stored=True)
+        given = {n: decoded[n] for n in ("ids", "logprobs", "tail", "draws", "outcomes") if n in decoded}
+        targets = check_targets(spec, **given, stored=True)
         check_sorted(targets)
     except CacheError as error:
         raise Damage(f"its targets cannot be a teacher's: {error}") from error

@@ -471,7 +471,7 @@ def test_verify_missing_late_and_foreign(cache: Path, run: Any) -> None:
     status, out, _ = run("verify", cache)
     assert status == 1
     assert "shard 2: it is in the manifest, and its object is missing\n" in out
-    assert "shard 3: got index 0; expected 3\n" in out
+    assert "shard 3: its index: got 0; expected 3\n" in out
 
 
 def test_verify_of_an_unreadable_manifest_looks_at_the_shards(cache: Path, run: Any, run_json: Any) -> None:
