@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache import CacheSpec, create_cache, open_cache
-from ..cache.scan import listed
+from ..cache.manifest import listed
 from ..cache.stores import MemoryStore
 from ..data.documents import Documents
 from ..data.examples import Examples
