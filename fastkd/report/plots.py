@@ -10,10 +10,11 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 from ..errors import ReportError
-from .page import Chart, Line, Series
+from .page import Chart, Series
 
 # light, dark: blue, vermilion, green, purple, orange, sky
 COLOURS = (
@@ -38,10 +39,8 @@ _PLACEHOLDERS = {  # colours that are drawn, and what replaces them in the SVG
 
 def svg(chart: Chart) -> str:
     """The chart as an SVG element for HTML; its text stays text. Raises ReportError if matplotlib is not installed."""
-    placeholders = list(_PLACEHOLDERS)
-    with _style(chart.name):
-        figure = _draw(chart, placeholders[:-3], *placeholders[-3:])
-        buffer = io.StringIO()
+    buffer, placeholders = io.StringIO(), list(_PLACEHOLDERS)
+    with _drawn(chart, placeholders[:-3], *placeholders[-3:]) as figure:
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
@@ -59,9 +58,13 @@ def svg(chart: Chart) -> str:
 
 def png(chart: Chart) -> bytes:
     """The chart as a PNG on white, with title and legend."""
-    with _style(chart.name):
-        figure = _draw(chart, [light for light, _ in COLOURS], INK[0], GRID[0], GREY[0], alone=True)
-        buffer = io.BytesIO()
+    buffer = io.BytesIO()
+    with _drawn(chart, [light for light, _ in COLOURS], INK[0], GRID[0], GREY[0]) as figure:
+        (axes,) = figure.axes
+        axes.set_title(chart.title)
+        if chart.lines:
+            # a long name may extend beyond the plot, and must not shrink it
+            axes.legend().set_in_layout(False)
         figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -72,70 +75,57 @@ def legend(charts: Sequence[Chart]) -> list[Series]:
 
 
 @contextmanager
-def _style(salt: str) -> Iterator[None]:
-    """matplotlib's settings for these charts, without warnings about characters that its font lacks."""
+def _drawn(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str) -> Iterator[Any]:
+    """The chart as a figure of matplotlib, to be saved within the context: its settings hold there only."""
     try:
         import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ReportError(
             "matplotlib is not installed; charts are drawn with it. Use pip install 'fastkd[report]'."
         ) from error
     settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "text.parse_math": False,
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 10,
-        "axes.unicode_minus": True,
-        "axes.formatter.limits": (-4, 5),
-        "axes.formatter.useoffset": False,
-        "path.simplify": True,
-    }
+        "svg.fonttype": "none", "svg.hashsalt": chart.name, "text.parse_math": False,
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+        "figure.figsize": _SIZE, "figure.constrained_layout.use": True,
+        "axes.facecolor": "none", "axes.edgecolor": grey, "axes.labelcolor": ink, "axes.unicode_minus": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+        "axes.xmargin": 0.02, "axes.ymargin": 0.08,
+        "axes.formatter.limits": (-4, 5), "axes.formatter.useoffset": False,
+        "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titlecolor": ink,
+        "axes.grid": True, "axes.grid.axis": "both" if chart.diagonal else "y", "axes.axisbelow": True,
+        "grid.color": grid, "grid.linewidth": 0.8,
+        "xtick.color": grey, "xtick.labelcolor": ink, "xtick.labelsize": 9.5, "xtick.major.size": 3,
+        "ytick.labelcolor": ink, "ytick.labelsize": 9.5, "ytick.major.size": 0,
+        "legend.frameon": False, "legend.fontsize": 9, "legend.labelcolor": ink,
+        "lines.linewidth": 1.8, "lines.markersize": 4, "lines.solid_capstyle": "round",
+    }  # fmt: skip
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
+        figure = Figure()
+        _draw(figure.add_subplot(), chart, colours, ink, grey)
+        yield figure
 
 
-def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, *, alone: bool = False) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(grey)
-    axes.tick_params(colors=ink, length=0, labelsize=9.5)
-    axes.tick_params(axis="x", length=3, color=grey)
-    axes.grid(axis="both" if chart.diagonal else "y", color=grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(chart.x_label, color=ink)
-    axes.set_ylabel(chart.y_label, color=ink)
+def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) -> None:
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    dotted: dict[str, Any] = {"color": grey, "linestyle": (0, (1, 2))}
     if chart.diagonal:
-        axes.plot([0, 1], [0, 1], color=grey, linewidth=1, linestyle=(0, (1, 2)))
+        axes.plot([0, 1], [0, 1], linewidth=1, **dotted)
     if chart.level is not None:
-        axes.axhline(chart.level[0], color=grey, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.axhline(chart.level[0], linewidth=1.2, **dotted)
     for line in chart.lines:
         colour = grey if line.series.colour is None else colours[line.series.colour % len(colours)]
-        x, y, band = _thinned(line)
-        if band is not None:
-            axes.fill_between(x, *band, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            linewidth=1.8,
-            linestyle=(0, (4, 1.6)) if line.series.dashed else "-",
-            marker="o" if line.markers else None,
-            markersize=4,
-            solid_capstyle="round",
-            label=line.series.name,
-        )
+        size = 1 if line.band is not None else max(1, -(-len(line.x) // _POINTS))
+        x, y = ([fmean(of[i : i + size]) for i in range(0, len(of), size)] for of in (line.x, line.y))
+        if line.band is not None:
+            axes.fill_between(x, *line.band, color=colour, alpha=0.16, linewidth=0)
+        style = {"linestyle": (0, (4, 1.6)) if line.series.dashed else "-", "marker": "o" if line.markers else None}
+        axes.plot(x, y, color=colour, label=line.series.name, **style)
     for x_at, y_at, words in chart.marks:
         axes.plot([x_at], [y_at], marker="o", markersize=7, markerfacecolor="none", color=ink)
         axes.annotate(words, (x_at, y_at), xytext=(8, -14), textcoords="offset points", color=ink, fontsize=9.5)
-    axes.margins(x=0.02, y=0.08)
     if chart.from_zero:
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
@@ -143,20 +133,13 @@ def _draw(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str, 
         _logarithmic(axes, chart)
     else:
         axes.locator_params(axis="both", nbins=6)
-    if not chart.log and all(float(x).is_integer() for line in chart.lines for x in line.x):
-        locator: Any = axes.xaxis.get_major_locator()
-        locator.set_params(integer=True)
+        if all(float(x).is_integer() for line in chart.lines for x in line.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.level is not None:
         axes.text(
-            0.995, chart.level[0], chart.level[1], transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-            color=grey, fontsize=9.5,
+            0.995, *chart.level, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
+            fontsize=9.5,
         )  # fmt: skip
-    if alone:
-        axes.set_title(chart.title, color=ink, fontsize=11, loc="left")
-        if chart.lines:
-            # a long name may extend beyond the plot, and must not shrink it
-            axes.legend(frameon=False, fontsize=9, labelcolor=ink).set_in_layout(False)
-    return figure
 
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
@@ -171,15 +154,3 @@ def _logarithmic(axes: Any, chart: Chart) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
-
-
-def _thinned(line: Line) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
-    """x, y and band of a line: at most `_POINTS` points, each the mean of a group; all points of a line with a band."""
-    x, y = list(map(float, line.x)), list(map(float, line.y))
-    if line.band is not None:
-        return x, y, (list(map(float, line.band[0])), list(map(float, line.band[1])))
-    if len(x) <= _POINTS:
-        return x, y, None
-    size = -(-len(x) // _POINTS)
-    groups = [slice(i, i + size) for i in range(0, len(x), size)]
-    return [sum(x[g]) / len(x[g]) for g in groups], [sum(y[g]) / len(y[g]) for g in groups], None
