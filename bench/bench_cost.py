@@ -29,7 +29,7 @@ from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.cache import CacheSpec, create_cache, open_cache
 from fastkd.cache.writer import CacheWriter
-from fastkd.report.sections.cost import break_even
+from fastkd.demo.page import break_even
 from fastkd.utils.timing import Run, Timings, interleaved
 
 K, DRAWS = 48, 16

@@ -3,11 +3,10 @@
 Belongs here: what a person would do by hand, in order, on real input. Does not: anything the engine itself needs.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from ..settings import DemoSettings
-    from ..utils.signals import Stop
+from ..settings import DemoSettings
+from ..utils.signals import Stop
 
 
 class DemoResult(NamedTuple):
@@ -17,7 +16,7 @@ class DemoResult(NamedTuple):
     text: str
 
 
-def run_demo(settings: "DemoSettings", stop: "Stop | None" = None) -> DemoResult:
+def run_demo(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
     """Run a task, reusing the results of an earlier run. Raises `Stopped` if `stop` was called."""
     if settings.task == "digits":
         from . import digits

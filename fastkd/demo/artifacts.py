@@ -18,14 +18,14 @@ def load_result(path: Path, inputs: Json) -> Json | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(stored, dict) and stored.get(INPUTS) == plain(inputs) and isinstance(stored.get(RESULT), dict)
-    return stored[RESULT] if same else None
+    same = isinstance(stored, dict) and stored.get(INPUTS) == json.loads(json.dumps(inputs, default=str))
+    return stored[RESULT] if same and isinstance(stored.get(RESULT), dict) else None
 
 
 def save_result(path: Path, inputs: Json, result: Json) -> Json:
     """Store a result with its inputs. Returns it as `load_result` will."""
-    write_json(path, {INPUTS: inputs, RESULT: result})
-    return plain(result)
+    stored: Json = write_json(path, {INPUTS: inputs, RESULT: result})[RESULT]
+    return stored
 
 
 def cached_result(path: Path, inputs: Json, compute: Callable[[], Json]) -> Json:
@@ -34,27 +34,24 @@ def cached_result(path: Path, inputs: Json, compute: Callable[[], Json]) -> Json
     return save_result(path, inputs, compute()) if found is None else found
 
 
-def make_folder(folder: Path, inputs: Json, make: Callable[[], object]) -> bool:
-    """Call `make`, which fills a folder, unless it is complete with the same inputs. Returns whether it was called.
+def make_folder(folder: Path, inputs: Json, log: Callable[[str], object], make: Callable[[], object]) -> None:
+    """Call `make`, which fills a folder, unless it is complete with the same inputs.
 
     A complete folder of other inputs is removed before; an incomplete one stays as it is, so that `make` can resume.
     """
     if load_result(folder / FOLDER_INPUTS, inputs) is not None:
-        return False
+        log(f"{folder} is reused")
+        return
     if (folder / FOLDER_INPUTS).exists():
         remove_folder(folder)
     make()
     save_result(folder / FOLDER_INPUTS, inputs, {})
-    return True
 
 
-def write_json(path: Path, value: Json) -> None:
-    """Write JSON atomically; paths become text."""
+def write_json(path: Path, value: Json) -> Json:
+    """Write JSON atomically. Returns the value as it will be read: tuples as lists, paths as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
-
-
-def plain(value: Json) -> Json:
-    """The value as JSON returns it: tuples as lists, paths as text."""
-    found: Json = json.loads(json.dumps(value, default=str))
+    text = json.dumps(value, indent=1, allow_nan=False, default=str)
+    write_text(path, text + "\n")
+    found: Json = json.loads(text)
     return found

@@ -1,6 +1,5 @@
 """Completions of held-out prefixes: the five most likely next tokens, and a greedy continuation."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from ..models.hub import load_transformers
-from ..report.page import Answer, Example
+from ..report.page import Answer, Example, Paragraph, Section
 from .artifacts import Json
 
 PREFIXES, PREFIX_TOKENS, TOP_TOKENS, NEW_TOKENS = 8, 40, 5, 24
+NOTE = (
+    "Prefixes from held-out text. Bars: each model's five most likely next tokens and their probabilities; below them "
+    "its greedy completion."
+)
 
 
 def prefixes_of(windows: NDArray[Any]) -> NDArray[np.int64]:
@@ -51,15 +54,10 @@ def student_completions(student: Path, tokenizer: Path, prefixes: NDArray[np.int
     return completions_of(model, tokenizer, prefixes)
 
 
-def examples(answers: dict[str, Json]) -> Sequence[Example]:
-    """For a page: each prefix with the answers of all models. answers: `completions_of`, by model."""
-    return [
-        Example(
-            prefix,
-            [
-                Answer(name, [(str(token), float(p)) for token, p in found["tops"][i]], found["written"][i])
-                for name, found in answers.items()
-            ],
-        )
+def completions_section(answers: dict[str, Json]) -> Section:
+    """Each prefix with the answers of all models. answers: `completions_of`, by model."""
+    examples = [
+        Example(prefix, [Answer(name, found["tops"][i], found["written"][i]) for name, found in answers.items()])
         for i, prefix in enumerate(next(iter(answers.values()))["prefixes"])
     ]
+    return Section("Completions", [Paragraph(NOTE), *examples])

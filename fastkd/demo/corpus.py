@@ -15,7 +15,6 @@ from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_file
 
 Array = NDArray[Any]
-COLUMN = "input_ids"
 
 
 def language_reference() -> Iterator[str]:
@@ -57,27 +56,14 @@ def token_windows(texts: Iterable[str], tokenizer: Tokenizer, *, length: int, co
             break
     available = len(tokens) // length
     if not 1 <= count <= available:
-        raise DataError(
-            f"windows: got {count} of {length} tokens; expected 1 to {available}, the length of the text. Use fewer or "
-            "shorter windows."
-        )
+        wanted = f"windows: got {count} of {length} tokens; expected 1 to {available}, the length of the text"
+        raise DataError(f"{wanted}. Use fewer or shorter windows.")
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
     return np.array(tokens[: available * length], np.int32).reshape(-1, length)[chosen]
 
 
 def save_windows(path: Path, windows: Array) -> None:
-    """Write the windows as the rows of a Parquet file for `fastkd capture --data`, unless it has them already."""
-    if path.exists() and np.array_equal(load_windows(path), windows):
-        return
+    """Write the windows as the rows of a Parquet file for `fastkd capture --data`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({COLUMN: pa.array(windows.tolist(), pa.list_(pa.int32()))})
+    table = pa.table({"input_ids": pa.array(windows.tolist(), pa.list_(pa.int32()))})
     write_file(path, lambda temporary: pq.write_table(table, temporary))
-
-
-def load_windows(path: Path) -> Array:
-    """The windows `[n, L]` of such a file; an empty array if it is damaged."""
-    try:
-        rows = pq.read_table(path, columns=[COLUMN]).column(COLUMN).to_pylist()
-    except (pa.ArrowException, KeyError):
-        rows = []
-    return np.array(rows, np.int32)

@@ -5,7 +5,7 @@ OUT/digits/  teacher.safetensors  cache/  student/ (a run, with control/)  repor
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,26 +18,26 @@ from .. import __version__
 from ..capture.api import capture
 from ..data.examples import Examples
 from ..errors import DataError
-from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import CLASSIFIER_DEMO, printed_in
 from ..models.module import parameters_and_bytes
 from ..report.make import make_report
+from ..report.runs import Run, read_runs
 from ..settings import DemoSettings
-from ..train.api import EVALUATION, train
-from ..train.result import CONTROL, RUN
+from ..train.api import train
+from ..train.result import RUN
 from ..utils.atomic import write_file
 from ..utils.intervals import Interval
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
 from . import DemoResult
 from .artifacts import write_json
-from .digits_data import CLASSES, HELD_OUT, digits
-from .digits_net import Net, new_net, train_teacher
-from .results import scores_table
-from .stages import Stages, seconds_text
-from .verification import verify_before_training
+from .digits_inputs import CLASSES, HELD_OUT, Net, digits, new_net, train_teacher
+from .results import differences_to_control, scores_of, scores_table
+from .stages import Stages, verify_before_training
 
 MEASURES = printed_in(CLASSIFIER_DEMO)
+# settings of the student; the control has alpha = 1
+TRAINING: dict[str, Any] = {"alpha": 0.1, "temperature": 2.0, "rate": 2e-2, "weight_decay": 0.01, "batch_size": 32}
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,15 @@ class Sizes:
     epochs: int = 10
 
 
-@dataclass(frozen=True)
-class Training:
-    """Settings of the student; the control has alpha = 1."""
-
-    alpha: float = 0.1
-    temperature: float = 2.0
-    rate: float = 2e-2
-    weight_decay: float = 0.01
-    batch_size: int = 32
-
-
 def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None = None) -> DemoResult:
     """Run the task, reusing earlier results, and write report.html and report.json.
 
     Raises DataError for settings that this task does not have, or if scikit-learn is not installed; CacheError if the
     folder has a cache of other settings or a damaged one; `Stopped` if `stop` was called.
     """
-    reject_other_settings(settings)
+    for field in fields(DemoSettings):
+        if field.name not in ("task", "out", "seed") and (value := getattr(settings, field.name)) != field.default:
+            raise DataError(f"{field.name}: got {value!r}, but the task digits has no such setting. Leave it out.")
     sizes, stages, out, seed = sizes or Sizes(), Stages(), settings.out / "digits", settings.seed
     with stages.stage("digits", "from scikit-learn, rotated and shifted at random"):
         data = digits(seed, images=sizes.images, copies=sizes.copies)
@@ -92,7 +83,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         done = train(
             # another seed than the teacher's: equal initial weights alone could make them similar
             partial(new_net, sizes.student_width, seed + 1), out / "cache", out / "student", data=data, control=True,
-            stop=stop, progress=mode_for(), epochs=float(sizes.epochs), seed=seed, **asdict(Training()),
+            stop=stop, progress=mode_for(), epochs=float(sizes.epochs), seed=seed, **TRAINING,
         )  # fmt: skip
         if not done.complete:
             raise Stopped
@@ -102,26 +93,27 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         write_json(out / "student" / RUN, document | {"teacher": teacher_size})
     with stages.stage("report", str(out / "report.html")):
         make_report([out / "student"], out / "report.html")
+    runs = read_runs([out / "student"])
+    evaluation = runs[0].evaluation
+    assert evaluation is not None
+    (difference,) = differences_to_control(runs).values()
     report = {
         "fastkd": __version__,
-        "settings": {"task": "digits", "out": str(settings.out), "seed": seed} | asdict(sizes) | asdict(Training()),
+        "settings": {"task": "digits", "out": str(settings.out), "seed": seed} | asdict(sizes) | TRAINING,
         "teacher": teacher_size,
         "trained_now": trained,
         "captured_now": captured.positions_captured,
         "positions": checked.positions,
         "bytes": checked.bytes,
         "seconds": stages.seconds,
-        **read_scores(out / "student"),
+        "student": {name: runs[0].part("student", name) for name in ("parameters", "bytes")},
+        "held_out": evaluation.windows,
+        "waiting": runs[0].part("report", "waiting"),
+        "scores": {name: _to_json(found) for name, found in scores_of(runs).items()},
+        "student_minus_control": _to_json(difference),
     }
     write_json(out / "report.json", report)
-    return DemoResult(report, text_of(report))
-
-
-def reject_other_settings(settings: DemoSettings) -> None:
-    """Raise DataError for a setting that only the language task has."""
-    for field in fields(DemoSettings):
-        if field.name not in ("task", "out", "seed") and (value := getattr(settings, field.name)) != field.default:
-            raise DataError(f"{field.name}: got {value!r}, but the task digits has no such setting. Leave it out.")
+    return DemoResult(report, text_of(report, runs))
 
 
 def load_or_train_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, stages: Stages) -> tuple[Net, bool]:
@@ -136,57 +128,32 @@ def load_or_train_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, s
                 stages.log(f"teacher: {path} is reused")
                 return teacher.eval(), False
         stages.log(f"teacher: {path} has other settings")
-    except FileNotFoundError:
-        pass
-    except SafetensorError as error:
-        stages.log(f"teacher: {path} cannot be read ({error})")
+    except (FileNotFoundError, SafetensorError) as error:
+        if path.exists():
+            stages.log(f"teacher: {path} cannot be read ({error})")
     teacher = train_teacher(sizes.teacher_width, data, seed, epochs=sizes.teacher_epochs, progress=mode_for())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda temporary: save_file(teacher.state_dict(), temporary, metadata={"made": inputs}))
     return teacher, True
 
 
-def read_scores(run: Path) -> dict[str, Any]:
-    """The measures of teacher, student and control on held-out digits, and student minus control."""
-    ours, control = (Evaluation.from_json(json.loads((f / EVALUATION).read_text())) for f in (run, run / CONTROL))
-    document = json.loads((run / RUN).read_text())
-    teacher = ours.teacher_intervals()
-    # the cache has all classes: every label is known, and the bound is exact
-    teacher["cross_entropy"] = teacher["cross_entropy_at_least"]
-    measures = {"teacher": teacher, "student": ours.intervals(), "control": control.intervals()}
-    return {
-        "student": {name: document["student"][name] for name in ("parameters", "bytes")},
-        "held_out": ours.windows,
-        "waiting": document["report"]["waiting"],
-        "scores": {name: _to_json(found) for name, found in measures.items()},
-        "student_minus_control": _to_json(compare(ours, control)),
-    }
-
-
 def _to_json(found: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
     return {measure.name: found[measure.name]._asdict() for measure in MEASURES if measure.name in found}
 
 
-def _from_json(found: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {name: Interval(**value) for name, value in found.items()}
-
-
-def text_of(report: dict[str, Any]) -> str:
+def text_of(report: dict[str, Any], runs: Sequence[Run]) -> str:
     """The report as text."""
     positions, now = report["positions"], report["captured_now"]
     teacher, student = (report[name]["parameters"] for name in ("teacher", "student"))
-    rows = {name: _from_json(found) for name, found in report["scores"].items()}
-    differences = {"student - control": _from_json(report["student_minus_control"])}
     return "\n".join([
         f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each; "
         + (f"the teacher ran on {now:,}" if now else "the teacher did not run"),
         f"teacher: {teacher:,} parameters; student: {student:,}, {student / teacher:.1%} of them",
         "",
-        *scores_table(f"{report['held_out']} held-out digits", rows, differences, MEASURES),
+        *scores_table(runs, MEASURES, "held-out digits"),
         f"  each digit in {report['settings']['copies']} augmented copies, the same pixels for teacher and students",
         "  ±: 95% interval, with digits as the units; differences are paired",
         "  control: the same student on labels alone, in the same order; KL to the cached targets",
         "",
-        seconds_text(report["seconds"]),
         f"{report['settings']['out']}/digits/report.html shows the runs.",
     ])  # fmt: skip

@@ -1,6 +1,6 @@
 """A run of the language demo: its settings, and the sizes, files and settings of its stages that follow from them."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..settings import CaptureSettings, DemoSettings, ModelSettings, TrainSettings
@@ -11,8 +11,7 @@ BATCH_TOKENS = {"cpu": 2048, "gpu": 16384}  # positions per batch of the teacher
 WARMUP = 0.2  # share of the steps: at the full rate, the large first gradients of a pruned model can make it diverge
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Windows and steps; see `DemoSettings`."""
 
     window: int
@@ -27,11 +26,6 @@ class Sizes:
         """Training and held-out windows."""
         return self.train_windows + self.held_out
 
-    @property
-    def step_positions(self) -> int:
-        """Positions per step."""
-        return self.batch_windows * self.window
-
 
 PRESETS = {
     "cpu": Sizes(window=256, train_windows=16, held_out=48, shard_windows=48, batch_windows=2, steps=24),
@@ -40,26 +34,19 @@ PRESETS = {
 }
 
 
-class Training(NamedTuple):
-    """A student to train: the name of its folder, its settings, and whether to train a control too."""
-
-    name: str
-    settings: TrainSettings
-    control: bool = False
-
-
 class Job:
     """A run of the demo.
 
     sizes: the preset's, except those that are set. teacher, cache, pruned: folders, the last one of the student before
-    training. windows: the data, a Parquet file. model, capture, trainings: settings of the stages. runs: folders of the
-    trained runs, then of the evaluation of the pruned student.
+    training. windows: the data, a Parquet file. model, capture: settings of the stages. trainings: the name of each
+    run, its settings, and whether it has a control; steps: how long they are, as text. runs: folders of the trained
+    runs, then of the evaluation of the pruned student.
     """
 
     def __init__(self, settings: DemoSettings, stages: Stages, stop: Stop | None = None) -> None:
         self.settings, self.stages, self.stop = settings, stages, stop
-        given = {f.name: value for f in fields(Sizes) if (value := getattr(settings, f.name)) is not None}
-        self.sizes = sizes = replace(PRESETS[settings.scale], **given)
+        given = {name: value for name in Sizes._fields if (value := getattr(settings, name)) is not None}
+        self.sizes = sizes = PRESETS[settings.scale]._replace(**given)
         self.out = out = settings.out
         self.teacher = settings.teacher or out / "teacher"
         self.cache, self.pruned, self.windows = out / "cache", out / f"cut-{settings.cut}", out / "windows.parquet"
@@ -67,24 +54,16 @@ class Job:
         self.model = ModelSettings(dtype="bfloat16" if settings.scale == "gpu" else "float32")
         shard_positions = sizes.shard_windows * sizes.window
         self.capture = CaptureSettings(
-            k=settings.k,
-            draws=settings.draws,
-            context=sizes.window,
+            k=settings.k, draws=settings.draws, seed=settings.seed, context=sizes.window,
             packing="keep",  # each window is a document, so that the number of held-out windows is exact
-            held_out=sizes.held_out / sizes.windows,
-            shard_positions=shard_positions,
+            held_out=sizes.held_out / sizes.windows, shard_positions=shard_positions,
             batch_tokens=max(sizes.window, min(BATCH_TOKENS[settings.scale], shard_positions)),
-            seed=settings.seed,
-        )
+        )  # fmt: skip
         first = TrainSettings(
-            steps=sizes.steps,
-            batch_size=sizes.batch_windows,
-            rate=settings.rate,
-            warmup=WARMUP,
-            alpha=settings.alpha,
-            seed=settings.seed,
-            evaluate_every=sizes.steps,
-        )
+            steps=sizes.steps, batch_size=sizes.batch_windows, rate=settings.rate, warmup=WARMUP, alpha=settings.alpha,
+            seed=settings.seed, evaluate_every=sizes.steps,
+        )  # fmt: skip
         # the second student learns from the teacher's distributions alone
-        self.trainings = [Training("healed", first, control=True), Training("soft", replace(first, alpha=0.0))]
-        self.runs = [out / name for name in (*(training.name for training in self.trainings), "damaged")]
+        self.trainings = [("healed", first, True), ("soft", replace(first, alpha=0.0), False)]
+        self.steps = f"{sizes.steps} steps of {sizes.batch_windows * sizes.window:,} positions"
+        self.runs = [out / name for name in ("healed", "soft", "damaged")]

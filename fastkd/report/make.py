@@ -7,12 +7,10 @@ from typing import Any
 
 from ..errors import NoRun, ReportError
 from ..utils.atomic import write_file
-from ..utils.numbers import prefixed
-from .comparison import Comparison
 from .page import Page, Section
 from .plots import png
 from .render import to_html
-from .runs import Run, in_lines, read_runs
+from .runs import Comparison, Run, in_lines, read_runs
 from .sections import build_sections
 
 
@@ -51,11 +49,7 @@ def make_report(
 
 def page_of(runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "", command: str = "") -> Page:
     """The page of some runs; see `make_report`."""
-    parts = [
-        f"{run.name} ({prefixed(n)} parameters)" if (n := run.number("student", "parameters")) else run.name
-        for run in runs
-    ]
-    lead = f"Distilled from cached outputs of the teacher: {', '.join(parts)}."
+    lead = f"Distilled from cached outputs of the teacher: {', '.join(run.name for run in runs)}."
     if any(run.control is not None for run in runs):
         lead += " Dashed lines: the controls, the same students trained on hard labels alone."
     return Page(

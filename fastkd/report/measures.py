@@ -18,12 +18,15 @@ def column(measure: Measure) -> Column:
     return Column(measure.short, f"{measure.unit} {'↑' if measure.better == 'higher' else '↓'}")
 
 
-def cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
-    """A measure with its interval."""
+def cell(measure: Measure, found: Mapping[str, Interval], *, difference: bool = False) -> Cell:
+    """A measure with its interval; of a difference also whether it is better."""
     if measure.name not in found:
         return UNKNOWN
-    mean, half = with_half(*found[measure.name], scale=measure.scale)
-    return Cell(mean, f"±{THIN}{half}" if half else "")
+    mean, half = with_half(*found[measure.name], scale=measure.scale, sign=difference)
+    if not difference:
+        return Cell(mean, f"±{THIN}{half}" if half else "")
+    tone = verdict(measure, found[measure.name])
+    return Cell(mean, f"±{THIN}{half or '∞'}", tone, VERDICTS[tone])
 
 
 def perplexity(found: Mapping[str, Interval]) -> Cell:
@@ -43,12 +46,3 @@ def verdict(measure: Measure, difference: Interval) -> str:
     if abs(difference.mean) <= difference.half:
         return "even"
     return "good" if difference.mean * sign_of(measure.name) < 0 else "bad"
-
-
-def difference_cell(measure: Measure, found: Mapping[str, Interval]) -> Cell:
-    """A paired difference with its interval and verdict."""
-    if measure.name not in found:
-        return UNKNOWN
-    mean, half = with_half(*found[measure.name], scale=measure.scale, sign=True)
-    tone = verdict(measure, found[measure.name])
-    return Cell(mean, f"±{THIN}{half or '∞'}", tone, VERDICTS[tone])

@@ -4,11 +4,10 @@ All text is plain text. A new kind of block is a class here and a macro of its n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """What a line of a chart shows. colour: index into the page's colours; None: grey, for a reference. dashed: for a
     control."""
 
@@ -17,8 +16,7 @@ class Series:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """Points of a series. band: low and high of each point, where intervals are known."""
 
     series: Series
@@ -28,8 +26,7 @@ class Line:
     markers: bool = False
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A plot. name: part of its file name. level: a grey horizontal line and its label. diagonal: a grey line where
     both axes are equal. marks: points (x, y) and labels. from_zero: both axes start at 0. log: both are logarithmic."""
 
@@ -46,17 +43,15 @@ class Chart:
     log: bool = False
 
 
-@dataclass(frozen=True)
-class Charts:
+class Charts(NamedTuple):
     """Charts side by side with one legend."""
 
     charts: Sequence[Chart]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A table's cell. more: smaller, below (an interval). tone: "good", "bad", "even", "aside" (not measured) or "".
-    mark: the tone as a word, so that colour alone says nothing."""
+class Cell(NamedTuple):
+    """A table's cell. more: smaller, below (an interval). tone: "good", "bad", "even", "aside" (not measured; so is a
+    lone dash) or "". mark: the tone as a word, so that colour alone says nothing."""
 
     text: str
     more: str = ""
@@ -64,11 +59,10 @@ class Cell:
     mark: str = ""
 
 
-UNKNOWN = Cell("\u2013", tone="aside")
+UNKNOWN = Cell("\u2013")
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A table's column. note: unit, and which direction is better. text: words, not numbers."""
 
     name: str
@@ -76,8 +70,7 @@ class Column:
     text: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A table's row: its name and a cell per column. series: its line in the charts. marked: highlighted."""
 
     name: str
@@ -87,8 +80,7 @@ class Row:
     marked: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table. head: heading of the column of row names. folded: if not empty, the table is hidden below this line
     until it is clicked."""
 
@@ -99,8 +91,7 @@ class Table:
     folded: str = ""
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One number in large type."""
 
     title: str
@@ -109,57 +100,34 @@ class Card:
     tone: str = ""
 
 
-@dataclass(frozen=True)
-class Cards:
+class Cards(NamedTuple):
     """Cards side by side."""
 
     cards: Sequence[Card]
 
 
-@dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     """Text. aside: in small type."""
 
     text: str
     aside: bool = False
 
 
-@dataclass(frozen=True)
-class Notes:
+class Notes(NamedTuple):
     """Words and their meaning, in small type. folded: as for `Table`."""
 
     items: Sequence[tuple[str, str]]
     folded: str = ""
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """Text in a fixed-width font, such as a command."""
 
     text: str
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Share:
-    """A bar. share: its length, 0 to 1."""
-
-    name: str
-    share: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Bars below each other: parts of a whole."""
-
-    bars: Sequence[Share]
-    title: str = ""
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A model's most likely next tokens after a prefix, with their probabilities, and its completion."""
 
     model: str
@@ -167,34 +135,24 @@ class Answer:
     completion: str
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A prefix and each model's answer."""
 
     prefix: str
     answers: Sequence[Answer]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Prefixes with answers."""
-
-    examples: Sequence[Example]
+Block = Charts | Table | Cards | Paragraph | Notes | Code | Example
 
 
-Block = Charts | Table | Cards | Paragraph | Notes | Code | Bars | Examples
-
-
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page with a heading."""
 
     title: str
     blocks: Sequence[Block]
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """A whole page. lead: below the title. foot: at the end."""
 
     title: str

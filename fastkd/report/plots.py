@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from ..errors import ReportError
-from .page import Chart, Series
+from .page import Chart
 
 # light, dark: blue, vermilion, green, purple, orange, sky
 COLOURS = (
@@ -69,11 +69,6 @@ def png(chart: Chart) -> bytes:
     return buffer.getvalue()
 
 
-def legend(charts: Sequence[Chart]) -> list[Series]:
-    """The distinct series of some charts, in order."""
-    return list(dict.fromkeys(line.series for chart in charts for line in chart.lines))
-
-
 @contextmanager
 def _drawn(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str) -> Iterator[Any]:
     """The chart as a figure of matplotlib, to be saved within the context: its settings hold there only."""
@@ -108,8 +103,9 @@ def _drawn(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str)
 
 
 def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) -> None:
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_label)
+    from matplotlib.ticker import LogLocator
+
+    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     dotted: dict[str, Any] = {"color": grey, "linestyle": (0, (1, 2))}
     if chart.diagonal:
         axes.plot([0, 1], [0, 1], linewidth=1, **dotted)
@@ -127,10 +123,14 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         axes.plot([x_at], [y_at], marker="o", markersize=7, markerfacecolor="none", color=ink)
         axes.annotate(words, (x_at, y_at), xytext=(8, -14), textcoords="offset points", color=ink, fontsize=9.5)
     if chart.from_zero:
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
     if chart.log:
-        _logarithmic(axes, chart)
+        at = sorted({float(x) for line in chart.lines for x in line.x})
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(at, labels=[f"{x:g}" for x in at])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
     else:
         axes.locator_params(axis="both", nbins=6)
         if all(float(x).is_integer() for line in chart.lines for x in line.x):
@@ -140,17 +140,3 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
             0.995, *chart.level, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
             fontsize=9.5,
         )  # fmt: skip
-
-
-def _logarithmic(axes: Any, chart: Chart) -> None:
-    """Both axes; ticks at the points on x, at 1, 2, 5 and 10 on y."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    at = sorted({float(x) for line in chart.lines for x in line.x})
-    axes.set_xticks(at, labels=[f"{x:g}" for x in at])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ReportError
 from ..utils.numbers import percent
 from .page import Page
-from .plots import COLOURS, GREY, GRID, INK, legend, svg
+from .plots import COLOURS, GREY, GRID, INK, svg
 
 _UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories of control characters and the like
 
@@ -41,10 +41,10 @@ def _environment() -> Any:
     )
     environment.filters.update(
         svg=lambda chart: Markup(svg(chart)),
-        legend=legend,
+        legend=lambda charts: dict.fromkeys(line.series for chart in charts for line in chart.lines),
         percent=percent,
-        bar_width=_bar_width,
-        visible_token=_visible_token,
+        bar_width=lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}" if share == share else "0",  # NaN: 0
+        visible_token=lambda token: token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥"),
     )
     environment.globals.update(zip=partial(zip, strict=True), colours=COLOURS, ink=INK, grid=GRID, grey=GREY)
     return environment
@@ -53,13 +53,3 @@ def _environment() -> Any:
 def _spelled_out(text: str) -> str:
     """Characters that a browser would not show, or that would change the direction of the text, as their codes."""
     return "".join(c if unicodedata.category(c) not in _UNSEEN or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
-
-
-def _visible_token(token: str) -> str:
-    """A token with visible spaces and line ends."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-
-
-def _bar_width(share: float) -> str:
-    """Per cent, from 0 to 100 for any number; 0 for NaN."""
-    return f"{100 * min(max(share, 0.0), 1.0):.2f}" if share == share else "0"

@@ -1,4 +1,4 @@
-"""Run folders, read for a report.
+"""Run folders, read for a report, and several of them side by side.
 
     run.json          format "fastkd-run": settings, student (name, parameters, bytes, notes), caches (place and spec of
                       each), machine (versions and hardware), command, report (evaluation: the last held-out measures);
@@ -17,21 +17,22 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import NoRun, ReportError, StreamError
-from ..evaluate.api import Evaluation
+from ..evaluate.api import Evaluation, compare
 from ..utils.intervals import Interval
+from .page import Series
 
 Json = dict[str, Any]
 FORMAT, VERSION = "fastkd-run", 1
 _LINE = 80  # columns; longer commands are wrapped
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
+class Point(NamedTuple):
     """Held-out measures after a step."""
 
     step: int
@@ -40,15 +41,13 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations. measures:
-    of the last evaluation. evaluation: the same by window. control: the control's run, if any."""
+    """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations.
+    evaluation: the last one, by window. control: the control's run, if any."""
 
     name: str
-    folder: Path
     document: Json
     steps: Sequence[Json] = ()
     points: Sequence[Point] = ()
-    measures: Mapping[str, Interval] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     control: "Run | None" = None
 
@@ -59,6 +58,11 @@ class Run:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
+    def items(self, *path: str) -> list[Any]:
+        """A list in run.json; empty if it is missing, or no list."""
+        found = self.part(*path)
+        return found if isinstance(found, list) else []
+
     def number(self, *path: str) -> float | None:
         """A number in run.json; None if it is missing, or no number."""
         return finite(self.part(*path))
@@ -66,32 +70,26 @@ class Run:
     @property
     def caches(self) -> list[tuple[str, str]]:
         """Place and spec hash of each cache."""
-        found = self.part("caches")
-        entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
-        return [(str(entry["place"]), str(entry.get("spec", ""))) for entry in entries if "place" in entry]
-
-    @property
-    def notes(self) -> list[str]:
-        """Notes about the student."""
-        found = self.part("student", "notes")
-        return [str(note) for note in found] if isinstance(found, list) else []
-
-    @property
-    def hardware(self) -> str:
-        """Hardware of the training; empty if unknown."""
-        machine = {n: self.part("machine", n) for n in ("gpu", "machine", "threads", "processes")}
-        words = [str(machine["gpu"] or machine["machine"] or "")]
-        if machine["threads"] and not machine["gpu"]:
-            words.append(f"{machine['threads']} threads")
-        if (finite(machine["processes"]) or 1) > 1:
-            words.append(f"{machine['processes']} processes")
-        return ", ".join(filter(None, words))
+        entries = [entry for entry in self.items("caches") if isinstance(entry, Mapping) and "place" in entry]
+        return [(str(entry["place"]), str(entry.get("spec", ""))) for entry in entries]
 
     @property
     def command(self) -> str:
         """The command that was typed, wrapped if it is long; empty if unknown."""
         found = self.part("command")
-        return in_lines(list(map(str, found))) if isinstance(found, list) else found if isinstance(found, str) else ""
+        return found if isinstance(found, str) else in_lines([str(word) for word in self.items("command")])
+
+    @cached_property
+    def measures(self) -> Mapping[str, Interval]:
+        """The last held-out measures."""
+        if self.evaluation is not None:
+            return self.evaluation.intervals()
+        return self.points[-1].measures if self.points else measured(self.part("report", "evaluation"))
+
+    @property
+    def students(self) -> "list[Run]":
+        """The run, and its control if there is one."""
+        return [self] if self.control is None else [self, self.control]
 
     def logged(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a logged quantity, where it is a number."""
@@ -105,6 +103,36 @@ class Run:
         known = [(share, seconds) for share, seconds in pairs if share is not None and seconds is not None]
         total = sum(seconds for _, seconds in known)
         return sum(share * seconds for share, seconds in known) / total if total > 0 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs side by side: what every section is built from. runs: in the order of the page. command: the one that makes
+    this report; empty if unknown."""
+
+    runs: Sequence[Run]
+    command: str = ""
+
+    @property
+    def students(self) -> list[tuple[Run, Series]]:
+        """Each run, followed by its control, with the line that stands for it."""
+        found = [(student, student is run.control) for run in self.runs for student in run.students]
+        return [(student, Series(student.name, i, control)) for i, (student, control) in enumerate(found)]
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The first evaluation of any student."""
+        return next((run.evaluation for run, _ in self.students if run.evaluation is not None), None)
+
+
+def paired_differences(ours: Run, theirs: Run | None) -> dict[str, Interval]:
+    """Differences by measure, paired over windows; empty unless both were evaluated on the same windows."""
+    if theirs is None or ours.evaluation is None or theirs.evaluation is None:
+        return {}
+    try:
+        return compare(ours.evaluation, theirs.evaluation)
+    except StreamError:
+        return {}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -125,36 +153,18 @@ def read_run(folder: Path, name: str) -> Run:
             "the fastkd that wrote it."
         )
     steps, points = _metrics(folder / "metrics.jsonl")
-    evaluation = _evaluation(folder / "evaluation.json")
-    if evaluation is not None:
-        measures: Mapping[str, Interval] = evaluation.intervals()
-    elif points:
-        measures = points[-1].measures
-    else:
-        report = document.get("report")
-        measures = measured(report.get("evaluation") if isinstance(report, Mapping) else None)
-    control = folder / "control"
-    return Run(
-        name=name,
-        folder=folder,
-        document=document,
-        steps=steps,
-        points=points,
-        measures=measures,
-        evaluation=evaluation,
-        control=read_run(control, f"{name}, control") if control.is_dir() else None,
-    )
+    control = read_run(folder / "control", f"{name}, control") if (folder / "control").is_dir() else None
+    return Run(name, document, steps, points, _evaluation(folder / "evaluation.json"), control)
 
 
 def measured(summary: Any) -> dict[str, Interval]:
     """Intervals from a summary, which has a number, or mean, low and high, for each measure."""
     found: dict[str, Interval] = {}
     for name, value in summary.items() if isinstance(summary, Mapping) else ():
-        mean = finite(value.get("mean") if isinstance(value, Mapping) else value)
-        if mean is None or name == "perplexity":
-            continue
-        high = finite(value.get("high")) if isinstance(value, Mapping) else None
-        found[str(name)] = Interval(mean, math.inf if high is None else high - mean)
+        known = value if isinstance(value, Mapping) else {"mean": value}
+        mean, high = finite(known.get("mean")), finite(known.get("high"))
+        if mean is not None and name != "perplexity":
+            found[str(name)] = Interval(mean, math.inf if high is None else high - mean)
     return found
 
 
@@ -177,44 +187,35 @@ def finite(value: Any) -> float | None:
 
 
 def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
-    steps: list[Json] = []
-    points: list[Point] = []
-    if not path.is_file():
-        return steps, points
-    *lines, last = _text(path).split("\n")
-    if last:
-        lines.append(last)
+    # a resumed run has logged some steps twice: the later entries are valid
+    steps: dict[int, Json] = {}
+    points: dict[int, Point] = {}
+    lines = _text(path).split("\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and last:
-                break  # it is still being written
-            raise ReportError(
-                f"{path}, line {number}: got {line[:60]!r}, which is not JSON. Remove the line, or train again."
-            ) from error
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break  # without a line end: it is still being written
+            entry = None
         step = entry.get("step") if isinstance(entry, dict) else None
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+        if type(step) is not int or not 0 <= step < 2**53:
             raise ReportError(
-                f"{path}, line {number}: got {line[:60]!r}; expected an object with a step. Remove the line, or "
+                f"{path}, line {number}: got {line[:60]!r}; expected a JSON object with a step. Remove the line, or "
                 "train again."
             )
         if "evaluation" in entry:
-            points.append(Point(step, measured(entry["evaluation"])))
+            points[step] = Point(step, measured(entry["evaluation"]))
         else:
-            steps.append(entry)
-    # a resumed run has logged some steps twice: the later entries are valid
-    by_step, by_point = {s["step"]: s for s in steps}, {p.step: p for p in points}
-    return [by_step[i] for i in sorted(by_step)], [by_point[i] for i in sorted(by_point)]
+            steps[step] = entry
+    return [steps[i] for i in sorted(steps)], [points[i] for i in sorted(points)]
 
 
 def _evaluation(path: Path) -> Evaluation | None:
-    if not path.is_file():
-        return None
     try:
-        return Evaluation.from_json(_document(path))
+        return Evaluation.from_json(_document(path)) if path.is_file() else None
     except StreamError as error:
         raise ReportError(f"{path}: {error}") from error
 
@@ -239,11 +240,9 @@ def _text(path: Path) -> str:
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parent folders as make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) < len(parts):
-        twice = next(str(f) for f, p in zip(folders, parts, strict=True) if parts.count(p) > 1)
-        raise ReportError(f"{twice}: given twice; give each run once.")
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(folder) for folder in folders]
+    twice = next(str(folder) for folder, p in zip(folders, parts, strict=True) if parts.count(p) > 1)
+    raise ReportError(f"{twice}: given twice; give each run once.")

@@ -14,18 +14,21 @@ import torch
 from fastkd.cache import CacheError, open_cache
 from fastkd.cli.main import main
 from fastkd.demo import digits as demo
-from fastkd.demo.digits_data import (
+from fastkd.demo.digits_inputs import (
     DEGREES,
     HELD_OUT,
     PIXELS,
+    Net,
     augment,
     digits,
+    new_net,
+    train_teacher,
     training_digits,
 )
-from fastkd.demo.digits_net import Net, new_net, train_teacher
 from fastkd.errors import DataError
 from fastkd.evaluate.measures import CLASSIFIER_DEMO, printed_in
 from fastkd.models.module import parameters_and_bytes
+from fastkd.report.runs import read_runs
 from fastkd.settings import DemoSettings
 from fastkd.stream.split import open_split
 from fastkd.train.trainer import Trainer
@@ -63,7 +66,7 @@ def test_what_it_leaves(place: Path) -> None:
     assert report["held_out"] == 60
     scores = report["scores"]
     assert {name: set(s) for name, s in scores.items()} == {
-        "teacher": {"cross_entropy", "accuracy", "ece"},
+        "teacher": SHOWN,
         "student": SHOWN,
         "control": SHOWN,
     }
@@ -91,7 +94,7 @@ def test_what_it_leaves(place: Path) -> None:
     page = (place / "digits" / "report.html").read_text()
     assert "student, control" in page
     assert "of the split" not in page  # but held out
-    text = demo.text_of(report)
+    text = demo.text_of(report, read_runs([place / "digits" / "student"]))
     assert "1,200 augmented digits cached" in text
     assert "the teacher ran on 1,200" in text
     assert "student - control" in text
@@ -99,14 +102,14 @@ def test_what_it_leaves(place: Path) -> None:
 
 def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = result(place)
-    report = demo.run(settings(place), sizes=FEW).report
+    report, text = demo.run(settings(place), sizes=FEW)
     said = capsys.readouterr().err
     assert "teacher.safetensors is reused" in said
     assert "the cache is complete, the teacher did not run" in said
     assert "the students are reused" in said
     assert not report["trained_now"]
     assert report["captured_now"] == 0
-    assert "the teacher did not run" in demo.text_of(report)
+    assert "the teacher did not run" in text
     assert result(place) == before
 
 

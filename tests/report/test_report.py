@@ -6,7 +6,6 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from report_cases import CONTROL, STUDENT, evaluation, write_run
 
 from fastkd.cache import create_cache
 from fastkd.cli import main as cli
+from fastkd.demo.completions import completions_section
+from fastkd.demo.page import break_even, cost_section
 from fastkd.errors import NoRun, ReportError
 from fastkd.evaluate.api import compare
 from fastkd.report import plots, render, sections
-from fastkd.report.comparison import Comparison
 from fastkd.report.make import make_report, page_of
-from fastkd.report.measures import MEASURES, cell, difference_cell, perplexity, verdict
+from fastkd.report.measures import MEASURES, cell, perplexity, verdict
 from fastkd.report.page import (
     Answer,
-    Bars,
     Card,
     Cards,
     Cell,
@@ -35,7 +34,6 @@ from fastkd.report.page import (
     Code,
     Column,
     Example,
-    Examples,
     Line,
     Notes,
     Page,
@@ -43,14 +41,11 @@ from fastkd.report.page import (
     Row,
     Section,
     Series,
-    Share,
     Table,
 )  # fmt: skip
 from fastkd.report.render import to_html
-from fastkd.report.runs import in_lines, measured, read_run, read_runs
+from fastkd.report.runs import Comparison, in_lines, measured, read_run, read_runs
 from fastkd.report.sections import register_section
-from fastkd.report.sections.completions import completions_section
-from fastkd.report.sections.cost import break_even, cost_section
 from fastkd.utils.intervals import Interval
 from fastkd.utils.numbers import (
     decimals,
@@ -253,11 +248,12 @@ def test_the_cache(tmp_path: Path) -> None:
     found = Reader(text).text
     for words in (
         "Cache",
-        "of them counted",
-        "8 top-k entries, 3 draws at T = 1",
-        "mass of the top-k entries",
+        "of the positions",
+        "top-k entries k = 8",
+        "draws 3 at T = 1",
+        "mass of the top-k",
         "head/values",
-        "small arrays",
+        "other: the arrays' names",
     ):
         assert words in found
     assert "secret" not in text
@@ -278,10 +274,13 @@ def test_the_cache(tmp_path: Path) -> None:
 
 
 def test_completions_and_cost(run: Path) -> None:
-    answers = [Answer("teacher", [(" the", 0.71), ("\n", 0.0123)], EVIL), Answer("control", [(EVIL, 2.0)], "")]
+    answers = {
+        "teacher": {"prefixes": [EVIL], "tops": [[[" the", 0.71], ["\n", 0.0123]]], "written": [EVIL]},
+        "control": {"prefixes": [EVIL], "tops": [[[EVIL, 2.0]]], "written": [""]},
+    }
     more = [
-        completions_section([Example(EVIL, answers)]),
-        cost_section(capture=35, cached=86, live=95, students=3, note="As measured."),
+        completions_section(answers),
+        cost_section(capture=35, cached=86, live=95, note="As measured."),
     ]
     text = to_html(page_of(read_runs([run]), more=more))
     asks_nothing(text)
@@ -299,8 +298,6 @@ def test_break_even() -> None:
     assert break_even(capture=0.1, cached=1, live=100) == 1
     assert break_even(capture=1, cached=86, live=86) is None
     assert "never" in Reader(to_html(Page("t", "", [cost_section(capture=1, cached=2, live=1)]))).text
-    with pytest.raises(ValueError, match="positive seconds"):
-        cost_section(capture=1, cached=0, live=1)
 
 
 # Sections from outside
@@ -360,8 +357,7 @@ def test_every_block_escapes() -> None:
         Notes([(EVIL, EVIL)], EVIL),
         Notes([(EVIL, EVIL)]),
         Code(EVIL, EVIL),
-        Bars([Share(EVIL, float("nan"), EVIL)], EVIL, EVIL),
-        Examples([Example(EVIL, [Answer(EVIL, [(EVIL, 0.5)], EVIL)])]),
+        Example(EVIL, [Answer(EVIL, [(EVIL, 0.5), (EVIL, float("nan"))], EVIL)]),
     ]
     text = to_html(Page(EVIL, EVIL, [Section(EVIL, blocks)], EVIL))
     asks_nothing(text)
@@ -379,9 +375,13 @@ def damage(run: Path, name: str, change: Callable[[str], str]) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step" 7,', 1), r"metrics\.jsonl, line 7: .* not JSON"),
-        ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* expected an object with a step"),
-        ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step": "7",', 1), r"line 7: .* an object with a step"),
+        (
+            "metrics.jsonl",
+            lambda t: t.replace('"step": 7,', '"step" 7,', 1),
+            r"metrics\.jsonl, line 7: .* expected a JSON object with",
+        ),
+        ("metrics.jsonl", lambda t: "[1]\n" + t, r"metrics\.jsonl, line 1: .* expected a JSON object with a step"),
+        ("metrics.jsonl", lambda t: t.replace('"step": 7,', '"step": "7",', 1), r"line 7: .* JSON object with a step"),
         ("metrics.jsonl", lambda t: "[" * 100_000 + "\n" + t, r"metrics\.jsonl, line 1"),
         ("run.json", lambda t: t[:-5], r"run\.json: not JSON"),
         (
@@ -498,7 +498,7 @@ def test_colours_are_the_pages() -> None:
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert all(f"#{name}" in text for name in ids)
-    assert not set(ids) & set(re.findall(r' id="([^"]*)"', plots.svg(replace(chart(lines), name="d"))))
+    assert not set(ids) & set(re.findall(r' id="([^"]*)"', plots.svg(chart(lines)._replace(name="d"))))
 
 
 def test_long_lines_are_thinned() -> None:
@@ -556,9 +556,9 @@ def test_verdicts() -> None:
     assert verdict(AGREEMENT, Interval(0.1, 0.1)) == "even"
     assert verdict(KL, Interval(-9.0, float("inf"))) == "even"
     assert verdict(KL, Interval(0.0, 0.0)) == "even"
-    found = difference_cell(AGREEMENT, {"agreement": Interval(0.03, 0.01)})
+    found = cell(AGREEMENT, {"agreement": Interval(0.03, 0.01)}, difference=True)
     assert (found.text, found.more, found.tone, found.mark) == ("+3.0", "±\u202f1.0", "good", "better")
-    assert difference_cell(KL, {}).text == cell(KL, {}).text == perplexity({}).text == "–"
+    assert cell(KL, {}, difference=True).text == cell(KL, {}).text == perplexity({}).text == "–"
     assert perplexity({"cross_entropy": Interval(3.0, 0.1)}) == Cell("20.1", "18.2–22.2")
     assert perplexity({"cross_entropy": Interval(3.0, float("inf"))}) == Cell("20.1")
     assert perplexity({"cross_entropy": Interval(800.0, 5.0)}).text

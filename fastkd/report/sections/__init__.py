@@ -1,8 +1,7 @@
 """The sections of a report, one module each, with `POSITION`, its place on the page (lower is higher up), and `build`,
 from a `Comparison` of runs to a `Section`, or None if there is nothing to show.
 
-A new section is a new module here; code outside the package calls `register_section`. Modules without `build` (cost,
-completions) make sections of data that runs do not have, for the `more` of `make_report`.
+A new section is a new module here; code outside the package calls `register_section`.
 """
 
 import importlib
@@ -10,8 +9,8 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from ..comparison import Comparison
 from ..page import Section
+from ..runs import Comparison
 
 Build = Callable[[Comparison], Section | None]
 MORE = 15.0  # the position of the caller's own sections: after the held-out measures
@@ -35,4 +34,4 @@ def build_sections(comparison: Comparison, more: Sequence[Section] = ()) -> list
 @cache
 def _built_in() -> list[tuple[float, Build]]:
     modules = [importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)]
-    return [(module.POSITION, module.build) for module in modules if hasattr(module, "build")]
+    return [(module.POSITION, module.build) for module in modules]

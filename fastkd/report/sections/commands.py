@@ -1,8 +1,8 @@
 """The commands that were typed, and notes on the students."""
 
 from ...utils.text import without_credentials
-from ..comparison import Comparison
 from ..page import Block, Code, Paragraph, Section
+from ..runs import Comparison
 
 POSITION = 60
 
@@ -10,14 +10,16 @@ POSITION = 60
 def build(comparison: Comparison) -> Section:
     """Each run's command, its control's if it is another, and the report's own."""
     blocks: list[Block] = []
-    for run in comparison.runs:
-        for one in (run, run.control):
-            if one is not None and one.command and (one is run or one.command != run.command):
-                blocks.append(Code(one.command, one.name))
+    for run, _ in comparison.students:
+        if run.command and not any(isinstance(block, Code) and block.text == run.command for block in blocks):
+            blocks.append(Code(run.command, run.name))
     if missing := [run.name for run in comparison.runs if not run.command]:
         blocks.append(Paragraph(f"No command was recorded for {', '.join(missing)}.", aside=True))
     if comparison.command:
         blocks.append(Code(comparison.command, "this page"))
     for run, _ in comparison.students:
-        blocks += [Paragraph(f"{run.name}: {without_credentials(note)}", aside=True) for note in run.notes]
+        blocks += [
+            Paragraph(f"{run.name}: {without_credentials(str(note))}", aside=True)
+            for note in run.items("student", "notes")
+        ]
     return Section("Commands", blocks)

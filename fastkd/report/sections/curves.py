@@ -1,13 +1,11 @@
 """Curves of the training: losses, schedules, held-out measures at each evaluation, and calibration."""
 
 import math
-from collections.abc import Mapping, Sequence
 
 from ...evaluate.measures import Measure
-from ..comparison import Comparison
 from ..measures import MEASURES
 from ..page import Chart, Charts, Line, Paragraph, Section, Series
-from ..runs import Run
+from ..runs import Comparison, Run
 
 POSITION = 20
 _LOSSES = (
@@ -31,8 +29,7 @@ def build(comparison: Comparison) -> Section:
         if lines := _logged(comparison, name):
             charts.append(Chart(f"training-{name}", title, caption, "step", unit, lines))
     for measure in MEASURES.values():
-        lines = [line for run, series in comparison.students for line in _held_out(run, series, measure)]
-        if lines:
+        if lines := [line for run, series in comparison.students for line in _held_out(run, series, measure)]:
             caption = f"Held out; {measure.better} is better."
             if any(line.band is not None for line in lines):
                 caption += " Bands: 95% intervals of each student by itself, wider than those of paired differences."
@@ -66,9 +63,7 @@ def _held_out(run: Run, series: Series, measure: Measure) -> list[Line]:
 
 
 def _teacher_level(comparison: Comparison, measure: Measure) -> tuple[float, str] | None:
-    if comparison.evaluation is None or measure.name not in ("accuracy", "ece", "cross_entropy"):
-        return None
-    found = comparison.evaluation.teacher_intervals()
+    found = comparison.evaluation.teacher_intervals() if comparison.evaluation is not None else {}
     bound = measure.name == "cross_entropy"
     key, name = ("cross_entropy_at_least", "teacher, at least") if bound else (measure.name, "teacher")
     return (measure.scale * found[key].mean, name) if key in found else None
@@ -80,12 +75,9 @@ def _calibration(comparison: Comparison) -> list[Line]:
     for run, series in comparison.students:
         if run.evaluation is None:
             continue
-        if not lines and (bins := run.evaluation.teacher.reliability()):
-            lines.append(_reliability(Series("teacher", None), bins))
-        if bins := run.evaluation.student.reliability():
-            lines.append(_reliability(series, bins))
+        both = [(Series("teacher", None), run.evaluation.teacher)] if not lines else []
+        for name, windows in [*both, (series, run.evaluation.student)]:
+            if bins := windows.reliability():
+                x, y = ([b[axis] for b in bins] for axis in ("confidence", "accuracy"))
+                lines.append(Line(name, x, y, markers=True))
     return lines
-
-
-def _reliability(series: Series, bins: Sequence[Mapping[str, float]]) -> Line:
-    return Line(series, [b["confidence"] for b in bins], [b["accuracy"] for b in bins], markers=True)

@@ -1,9 +1,9 @@
 """The most important numbers of the first run, in large type."""
 
 from ...utils.numbers import THIN, percent, with_half
-from ..comparison import Comparison, paired_differences
 from ..measures import MEASURES, VERDICTS, cell, verdict
 from ..page import Card, Cards, Section
+from ..runs import Comparison, paired_differences
 
 POSITION = 0
 

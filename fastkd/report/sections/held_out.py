@@ -1,17 +1,16 @@
 """Measures on held-out data: students, controls and teacher in one table, and paired differences."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from ...evaluate.measures import Measure
-from ...utils.intervals import Interval
 from ...utils.numbers import THIN, decimals, figures, percent, prefixed, with_half
-from ..comparison import Comparison, paired_differences
-from ..measures import MEASURES, PERPLEXITY, cell, column, difference_cell, perplexity
-from ..page import UNKNOWN, Block, Cell, Column, Notes, Paragraph, Row, Section, Series, Table
-from ..runs import Run, finite
+from ..measures import MEASURES, PERPLEXITY, cell, column, perplexity
+from ..page import Block, Cell, Column, Notes, Paragraph, Row, Section, Series, Table
+from ..runs import Comparison, Run, finite, paired_differences
 
 POSITION = 10
+_ITSELF = {"kl_bucket": "0", "kl_sampled": "0", "agreement": "100"}  # of the teacher against itself
 
 
 def build(comparison: Comparison) -> Section:
@@ -22,7 +21,10 @@ def build(comparison: Comparison) -> Section:
         return Section("Held-out data", [Paragraph("These runs have no evaluation.")])
     rows = [*_teachers(comparison, known)]
     for run, series in students:
-        cells = [*_size(run), *(cell(m, run.measures) for m in known), perplexity(run.measures)]
+        speed = run.number("student", "positions_per_second")
+        if speed is None and run.evaluation is not None and run.evaluation.timed_positions:
+            speed = finite(run.evaluation.positions_per_second)
+        cells = [*_size(run, "student", speed), *(cell(m, run.measures) for m in known), perplexity(run.measures)]
         rows.append(Row(run.name, cells, series=series))
     columns = [Column("parameters"), Column("size"), Column("speed", "positions/s ↑")]
     found, caption = comparison.evaluation, ""
@@ -39,17 +41,9 @@ def build(comparison: Comparison) -> Section:
     return Section("Held-out data", blocks)
 
 
-def _size(run: Run) -> list[Cell]:
-    """Parameters, bytes, and inference speed: measured separately, or else during the evaluation."""
-    speed = run.number("student", "positions_per_second")
-    if speed is None and run.evaluation is not None and run.evaluation.timed_positions:
-        speed = finite(run.evaluation.positions_per_second)
-    return _size_cells(run.number("student", "parameters"), run.number("student", "bytes"), speed)
-
-
-def _size_cells(parameters: float | None, size: float | None, speed: float | None) -> list[Cell]:
-    numbers = (parameters, ""), (size, "B"), (speed, "")
-    return [UNKNOWN if n is None else Cell(prefixed(n, unit)) for n, unit in numbers]
+def _size(run: Run, who: str, speed: float | None) -> list[Cell]:
+    numbers = (run.number(who, "parameters"), ""), (run.number(who, "bytes"), "B"), (speed, "")
+    return [Cell(prefixed(number, unit)) for number, unit in numbers]
 
 
 def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]:
@@ -62,13 +56,9 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
         found = run.evaluation.teacher_intervals()
         least = found["cross_entropy_at_least"]
         mean, half = with_half(*least)
-        fixed = {
-            "kl_bucket": Cell("0", tone="aside"),
-            "kl_sampled": Cell("0", tone="aside"),
-            "agreement": Cell("100", tone="aside"),
-            "cross_entropy": Cell(f"≥{THIN}{mean}", f"±{THIN}{half}"),
-        }
-        cells = _size_cells(*(run.number("teacher", name) for name in ("parameters", "bytes", "positions_per_second")))
+        fixed = {name: Cell(text, tone="aside") for name, text in _ITSELF.items()}
+        fixed["cross_entropy"] = Cell(f"≥{THIN}{mean}", f"±{THIN}{half}")
+        cells = _size(run, "teacher", run.number("teacher", "positions_per_second"))
         cells += [fixed.get(m.name) or cell(m, found) for m in known]
         cells.append(Cell(f"≥{THIN}{figures(math.exp(min(least.mean, 700.0)))}"))
         yield Row("teacher", cells, note="from its cached rows", series=Series("teacher", None))
@@ -82,7 +72,7 @@ def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | No
         others += [(first, first.name)] if run in comparison.runs[1:] else []
         for other, name in others:
             if found := paired_differences(run, other):
-                cells = [difference_cell(m, found) for m in known]
+                cells = [cell(m, found, difference=True) for m in known]
                 rows.append(Row(run.name, cells, f"against {name}", series))
     if not rows:
         return None
@@ -101,7 +91,7 @@ def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, 
     evaluation = comparison.evaluation
     if evaluation is None:
         return notes
-    found: Mapping[str, Interval] = evaluation.teacher_intervals()
+    found = evaluation.teacher_intervals()
     text = (
         f"What its cache knows. {percent(found['label_known'].mean)} of the labels are among the cached entries, with "
         "their exact probability; any other label has at most the mass outside the entries, so the cross-entropy is a "

@@ -1,13 +1,12 @@
 """The settings of the runs: those that differ, and the others on demand."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...utils.numbers import DASH
 from ...utils.text import without_credentials
-from ..comparison import Comparison
-from ..page import UNKNOWN, Block, Cell, Column, Paragraph, Row, Section, Table
-from ..runs import finite
+from ..page import Block, Cell, Column, Paragraph, Row, Section, Table
+from ..runs import Comparison
 
 POSITION = 40
 
@@ -15,22 +14,17 @@ POSITION = 40
 def build(comparison: Comparison) -> Section:
     """A table of what differs, and a folded one of what all runs share."""
     runs = [run for run, _ in comparison.students]
-    flat = [
-        dict(_flat(run.part("settings")))
-        | dict(_flat({"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}))
-        | dict(_flat(run.part("machine"), "machine"))
-        for run in runs
-    ]
+    flat = []
+    for run in runs:
+        more = {"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}
+        flat.append(dict([*_flat(run.part("settings")), *_flat(more), *_flat(run.part("machine"), "machine")]))
     names = list(dict.fromkeys(name for values in flat for name in values))
     if not names:
         return Section("Settings", [Paragraph("These runs have no settings.")])
     blocks: list[Block] = []
     differ = [name for name in names if len({values.get(name) for values in flat}) > 1]
     if differ:
-        rows = [
-            Row(name, [Cell(values[name]) if name in values else UNKNOWN for values in flat], marked=True)
-            for name in differ
-        ]
+        rows = [Row(name, [Cell(values.get(name, DASH)) for values in flat], marked=True) for name in differ]
         columns = [Column(run.name, text=True) for run in runs]
         blocks.append(Table("setting", columns, rows, "Only what differs between the columns."))
     elif len(runs) > 1:
@@ -52,14 +46,8 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return without_credentials(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) and finite(value) is not None else json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else without_credentials(str(value))

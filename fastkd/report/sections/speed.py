@@ -3,8 +3,8 @@
 from statistics import median
 
 from ...utils.numbers import DASH, decimals, percent, prefixed, seconds
-from ..comparison import Comparison
-from ..page import UNKNOWN, Cell, Column, Row, Section, Table
+from ..page import Cell, Column, Row, Section, Table
+from ..runs import Comparison, Run, finite
 
 POSITION = 30
 _COLUMNS = (
@@ -19,17 +19,22 @@ def build(comparison: Comparison) -> Section | None:
     for run, series in comparison.students:
         if not run.steps:
             continue
-        rate, step_seconds, positions = (
-            run.logged(name)[1] for name in ("positions_per_second", "seconds", "positions")
-        )
+        rate, time, positions = (run.logged(name)[1] for name in ("positions_per_second", "seconds", "positions"))
         cells = [
-            Cell(decimals(len(run.steps))),
-            Cell(prefixed(sum(positions))) if sum(positions) else UNKNOWN,
-            Cell(prefixed(median(rate))) if rate else UNKNOWN,
-            UNKNOWN if run.waiting is None else Cell(percent(run.waiting, 2)),
-            Cell(seconds(sum(step_seconds))) if step_seconds else UNKNOWN,
-            Cell(run.hardware or DASH, tone="aside"),
+            decimals(len(run.steps)),
+            prefixed(sum(positions) or None),
+            prefixed(median(rate) if rate else None),
+            percent(run.waiting, 2),
+            seconds(sum(time) if time else None),
+            _hardware(run) or DASH,
         ]
-        rows.append(Row(run.name, cells, series=series))
+        rows.append(Row(run.name, [Cell(text) for text in cells], series=series))
     caption = "Waiting: share of a step's time in which the next batch was not ready; the target is below 1%."
     return Section("Training speed", [Table("", _COLUMNS, rows, caption)]) if rows else None
+
+
+def _hardware(run: Run) -> str:
+    gpu, machine, threads, processes = (run.part("machine", n) for n in ("gpu", "machine", "threads", "processes"))
+    words = [gpu or machine, f"{threads} threads" if threads and not gpu else None]
+    words += [f"{processes} processes"] if (finite(processes) or 1) > 1 else []
+    return ", ".join(str(word) for word in words if word)
