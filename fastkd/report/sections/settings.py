@@ -18,11 +18,13 @@ def build(comparison: Comparison) -> Section:
     for run in runs:
         more = {"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}
         flat.append(dict([*_flat(run.part("settings")), *_flat(more), *_flat(run.part("machine"), "machine")]))
-    names = list(dict.fromkeys(name for values in flat for name in values))
+    # one that was only evaluated has no settings, and does not differ
+    trained = [values for run, values in zip(runs, flat, strict=True) if run.part("settings")] or flat
+    names = list(dict.fromkeys(name for values in trained for name in values))
     if not names:
         return Section("Settings", [Paragraph("These runs have no settings.")])
     blocks: list[Block] = []
-    differ = [name for name in names if len({values.get(name) for values in flat}) > 1]
+    differ = [name for name in names if len({values.get(name) for values in trained}) > 1]
     if differ:
         rows = [Row(name, [Cell(values.get(name, DASH)) for values in flat], marked=True) for name in differ]
         columns = [Column(run.name, text=True) for run in runs]
@@ -31,7 +33,7 @@ def build(comparison: Comparison) -> Section:
         blocks.append(Paragraph("All runs have the same settings."))
     if same := [name for name in names if name not in differ]:
         title = f"{len(same)} settings that all runs have in common" if len(runs) > 1 else f"All {len(same)} settings"
-        rows = [Row(name, [Cell(flat[0][name])]) for name in same]
+        rows = [Row(name, [Cell(trained[0][name])]) for name in same]
         blocks.append(Table("setting", [Column("value", text=True)], rows, folded=title))
     return Section("Settings", blocks)
 
