@@ -32,8 +32,8 @@ from fastkd.bench.cache_targets import (
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import interleaved
 from fastkd.cache import create_cache, open_cache
-from fastkd.utils.timing import interleaved
 
 # setting: targets, changes of the spec, limit in bytes per position, goal
 SETTINGS: dict[str, tuple[str, Arrays, str, str]] = {

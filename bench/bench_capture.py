@@ -26,6 +26,7 @@ from fastkd.bench.harness import peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import interleaved
 from fastkd.cache import create_cache, open_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture.answers import topk_config
@@ -38,7 +39,6 @@ from fastkd.kernels.lm_head import LMHead
 from fastkd.kernels.topk.api import default_chunk
 from fastkd.models.protocol import Hidden
 from fastkd.settings import CaptureSettings
-from fastkd.utils.timing import interleaved
 
 
 class Decoder:

@@ -27,10 +27,10 @@ from fastkd.bench.cases import GRID
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Run, Timings, interleaved
 from fastkd.cache import CacheSpec, create_cache, open_cache
 from fastkd.cache.writer import CacheWriter
 from fastkd.demo.page import break_even
-from fastkd.utils.timing import Run, Timings, interleaved
 
 K, DRAWS = 48, 16
 SHARDS = 4  # shards that are read in turn

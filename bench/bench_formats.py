@@ -40,8 +40,8 @@ from fastkd.bench.formats import (
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Run, interleaved
 from fastkd.cache import Workspace, create_cache, open_cache
-from fastkd.utils.timing import Run, interleaved
 
 Array = NDArray[Any]
 OURS = "fastkd, default"

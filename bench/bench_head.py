@@ -19,8 +19,8 @@ from fastkd.bench.cases import known_targets
 from fastkd.bench.harness import peak_bytes, rotation
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Run, interleaved
 from fastkd.kernels.loss.linear import default_chunk
-from fastkd.utils.timing import Run, interleaved
 
 FLOOR = "three products"
 OURS = "linear_kd_loss"

@@ -35,10 +35,10 @@ from fastkd.bench.cache_targets import (
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Run, interleaved
 from fastkd.cache import Cache, Workspace, create_cache, open_cache
 from fastkd.stream.cached import DistillLoader
 from fastkd.stream.epoch_order import order
-from fastkd.utils.timing import Run, interleaved
 
 WINDOW = 512
 STEP = 2**16

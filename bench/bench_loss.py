@@ -22,7 +22,7 @@ from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.utils.timing import Run
+from fastkd.bench.timing import Run
 
 CELLS = (
     ("forward_kl", "bucket"),

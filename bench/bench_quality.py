@@ -36,10 +36,9 @@ from fastkd.bench.quality_student import (
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import figure, interval
 from fastkd.cache import CacheSpec, create_cache
 from fastkd.kernels.treatment import sampled_reach
-from fastkd.utils.intervals import interval
-from fastkd.utils.timing import figure
 
 TOP, HYBRID = Shape(64), Shape(48, 16)  # with equal numbers of entries; HYBRID has the defaults of `fastkd capture`
 ALONE = (64, 256)  # draws alone: as many as the entries above, and as many as take the same bytes

@@ -18,9 +18,9 @@ from fastkd.bench.records import POSITIONS, SEQUENCES, opening, records, write_r
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import figure
 from fastkd.cache import CacheSpec
 from fastkd.stream.epoch_order import order
-from fastkd.utils.timing import figure
 
 ALL = 10**12  # positions
 SHARDS_OPEN = 8

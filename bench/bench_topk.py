@@ -20,8 +20,8 @@ from fastkd.bench.harness import Rotation, peak_bytes, rotation
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Run, interleaved
 from fastkd.kernels.topk.api import linear_topk_targets, topk_targets
-from fastkd.utils.timing import Run, interleaved
 
 K = 64
 READ_LIMIT = 2.5  # times one read of the logits

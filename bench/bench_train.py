@@ -30,6 +30,7 @@ from fastkd.bench.harness import peak_bytes
 from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
+from fastkd.bench.timing import interleaved
 from fastkd.kernels.loss.linear import default_chunk
 from fastkd.models.hub import load_transformers
 from fastkd.settings import TrainSettings
@@ -37,7 +38,6 @@ from fastkd.stream.batch import MicroBatch
 from fastkd.train.metrics import read_metrics
 from fastkd.train.optimizer import clip_, make_optimizer
 from fastkd.train.student import Student, of_transformers
-from fastkd.utils.timing import interleaved
 
 VOCAB = 49152
 # hidden, layers, heads, key-value heads, inner

@@ -13,8 +13,8 @@ from fastkd.bench.cache_targets import Arrays, one_core, repeated, shard_of, spe
 from fastkd.bench.records import opening as open_records
 from fastkd.bench.records import records, write_records
 from fastkd.bench.table import Table
+from fastkd.bench.timing import interleaved
 from fastkd.cache import Workspace, create_cache, open_cache
-from fastkd.utils.timing import interleaved
 
 
 def read(table: Table, data: Arrays, rounds: int) -> None:

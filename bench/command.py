@@ -8,11 +8,11 @@ from fastkd.bench.suites import SUITES, RunConfig, Suite, listing, named
 from fastkd.errors import BenchError
 
 if TYPE_CHECKING:
+    from fastkd.bench.settings import BenchSettings
     from fastkd.bench.table import Recording
-    from fastkd.cli.commands import Bench
 
 
-def bench(command: "Bench") -> tuple[str, int]:
+def bench(command: "BenchSettings") -> tuple[str, int]:
     """What to print at the end, and the exit status. Raises BenchError and ReportError."""
     suites = named(command.suites)
     if command.list:
@@ -50,7 +50,7 @@ def bench(command: "Bench") -> tuple[str, int]:
     return "\n".join(lines), 1 if failed or worse else 0
 
 
-def _written(command: "Bench", found: "list[Recording]") -> list[str]:
+def _written(command: "BenchSettings", found: "list[Recording]") -> list[str]:
     """Write the tables and the page that the command asks for. Returns their paths as text."""
     files: dict[Path, str] = {}
     if command.markdown is not None:
@@ -79,7 +79,7 @@ def _taken(paths: Sequence[Path], suites: Sequence[Suite]) -> "list[Recording]":
     return found
 
 
-def _checked(command: "Bench", ask: RunConfig, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
+def _checked(command: "BenchSettings", ask: RunConfig, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
     """The recordings, with a second run of suites that seem worse; the comparison as text; whether any row is worse."""
     from fastkd.bench.check import compare, recorded, text, worse
     from fastkd.bench.run import run_suites, to_stderr

@@ -1,4 +1,4 @@
-"""Inputs larger than the last-level cache, and peak memory. Timing itself is in `fastkd.utils.timing`."""
+"""Inputs larger than the last-level cache, and peak memory. Timing itself is in `fastkd.bench.timing`."""
 
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from fastkd.bench.hardware import last_level_cache
-from fastkd.utils.timing import Run
+from fastkd.bench.timing import Run
 
 T = TypeVar("T")
 MOST_BYTES = 4 << 30  # of rotating inputs together

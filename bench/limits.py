@@ -6,7 +6,7 @@ import torch
 
 from fastkd.bench.harness import rotation
 from fastkd.bench.table import Table
-from fastkd.utils.timing import Figure, interleaved
+from fastkd.bench.timing import Figure, interleaved
 
 _SIDE = {"cpu": 1536, "cuda": 8192}  # side of the square product
 _COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes copied

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkd import kd_loss
 from fastkd.bench.cases import known_targets, student_logits
 from fastkd.bench.harness import rotation
-from fastkd.utils.timing import Run, interleaved
+from fastkd.bench.timing import Run, interleaved
 
 FLOOR = "one read and one write"
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}

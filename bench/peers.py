@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.bench.cases import eager_kd_loss
-from fastkd.utils.timing import Run
+from fastkd.bench.timing import Run
 
 if TYPE_CHECKING:
     from fastkd.bench.bench_head import HeadProblem

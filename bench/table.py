@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.bench.hardware import hardware, named, versions
+from fastkd.bench.timing import Figure
 from fastkd.errors import ReportError
-from fastkd.utils.timing import Figure
 
 
 @dataclass(frozen=True)

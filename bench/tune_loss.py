@@ -6,7 +6,7 @@ from typing import Any
 from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.utils.timing import Run
+from fastkd.bench.timing import Run
 
 
 def tune(table: Table, v: int, certain: bool, rounds: int) -> None:

@@ -3,8 +3,7 @@
 from typing import NoReturn
 
 from .cli.main import main
-from .utils.exit import end
-from .utils.signals import final
+from .utils.signals import end, final
 
 
 def run() -> NoReturn:

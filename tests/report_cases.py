@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastkd.evaluate.api import Evaluation
-from fastkd.evaluate.windows import BINS, Windows
+from fastkd.evaluate.result import BINS, Windows
 
 # held-out: cross-entropy, kl_bucket, kl_sampled, agreement, accuracy; overconfidence
 STUDENT = (3.016, 0.6475, 0.71, 0.603, 0.42, 0.02)

@@ -10,7 +10,7 @@ from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
 from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
-from ..utils.output_guard import check_cache_place
+from ..utils.output_guard import check_store
 from ..utils.progress import MODES, Progress
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
@@ -73,7 +73,7 @@ def capture(
     model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
     data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
     store = open_store(out, create=True)
-    check_cache_place(store)
+    check_store(store)
     claims = Claims(store, rank, world_size)
     mode = progress if group is None or group.leader else "none"
     reporter = Progress(0, unit="position", mode="lines" if mode == "bar" else mode)

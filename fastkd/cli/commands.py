@@ -6,16 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..bench.settings import BenchSettings
 from ..kernels.divergences import DivergenceName
 from ..kernels.treatment import TreatmentName
-from ..settings import (
-    CaptureSettings,
-    DataSettings,
-    DemoSettings,
-    ModelSettings,
-    TeacherSettings,
-    TrainSettings,
-)
+from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings, TeacherSettings, TrainSettings
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 
@@ -108,13 +102,7 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(TrainSettings):
-    """Train a student from a cache.
-
-    Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
-    Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
-    """
-
+class _Training(TrainSettings):
     student: str
     """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
     initialized), or module:factory (a function of yours that takes no arguments and returns a torch module)."""
@@ -122,16 +110,26 @@ class Train(TrainSettings):
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     data: str | None = None
     """module:factory that returns the labelled examples, for a cache of examples."""
-    out: Path
-    """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
-    control: bool = False
-    """Also train a control: the same student on hard labels alone, in the same order, for comparison."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(TrainSettings):
+class Train(_Training):
+    """Train a student from a cache.
+
+    Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
+    Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
+    """
+
+    out: Path
+    """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
+    control: bool = False
+    """Also train a control: the same student on hard labels alone, in the same order, for comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(_Training):
     """Train a student with several settings, and rank them.
 
     The arms are the grid of the given values of alpha, temperature, divergence, treatment and rate; all other settings
@@ -139,13 +137,6 @@ class Sweep(TrainSettings):
     Exit status 0: all arms are trained. 75: work remains (after SIGTERM, with checkpoints written): requeue it.
     """
 
-    student: str
-    """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
-    initialized), or module:factory (a function of yours that takes no arguments and returns a new torch module)."""
-    cache: str
-    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
-    data: str | None = None
-    """module:factory that returns the labelled examples, for a cache of examples."""
     out: Path
     """Output folder of the sweep: sweep.json, sweep.png, and a run folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]
@@ -162,8 +153,6 @@ class Sweep(TrainSettings):
     """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms."""
     at_once: int | None = None
     """Deprecated, without effect: arms are trained one after another."""
-    json: bool = False
-    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True)
@@ -186,38 +175,11 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(BenchSettings):
     """Run benchmarks against limits and peers.
 
     Without a suite, all of them run. Exit status 1: a suite failed, or with --check a figure got worse.
     """
-
-    suites: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SUITE ...]")] = ()
-    """Suites to run; --list shows them."""
-    list: bool = False
-    """List the suites and what they measure, without running them."""
-    device: str | None = None
-    """Device: cpu or cuda. Default: a GPU if there is one."""
-    peers: bool = False
-    """Also measure Liger-Kernel and Cut Cross-Entropy (pip install 'fastkd[peers]')."""
-    full: bool = False
-    """Use the published sizes: up to an hour instead of minutes."""
-    rounds: int | None = None
-    """Rounds per measurement. Default: set by each suite."""
-    runs: int = 1
-    """Repetitions of each suite; --check estimates the noise from two or more."""
-    json: Path | None = None
-    """Output file for the rows, as JSON."""
-    use: tuple[Path, ...] = ()
-    """Files that --json wrote, to use instead of measuring."""
-    check: bool = False
-    """Compare ratios and bytes with the recording; figures that look worse are measured again."""
-    against: Path | None = None
-    """Recording for --check to compare with. Default: the bundled recording for this hardware."""
-    page: Path | None = None
-    """Output file for an HTML page with plots."""
-    markdown: Path | None = None
-    """Output file for the tables, as Markdown."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ and running the same command again resumes. Heavy imports happen inside the comm
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
@@ -28,28 +26,15 @@ from ..errors import (
 )
 from ..settings import CaptureSettings, DataSettings, TrainSettings
 from ..utils.numbers import size_text
-from ..utils.output_guard import check_cache_place, check_demo_place
+from ..utils.output_guard import check_folder, check_store
+from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.text import printable, ranges, report_text
-from .commands import (
-    Bench,
-    Capture,
-    Completion,
-    Demo,
-    Inspect,
-    Plan,
-    Report,
-    Seal,
-    Sweep,
-    Train,
-    Verify,
-)
-from .flags import in_flags
-from .parse import completion_script, flags, parse
+from .commands import Bench, Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
+from .parse import completion_script, flags, in_flags, parse
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
-    from ..capture.check import TeacherCheck
 
 
 class Outcome(NamedTuple):
@@ -62,19 +47,24 @@ class Outcome(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
         _say(f"fastkd {__version__}")
         return 0
     try:
         command = parse(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
     try:
-        outcome = _COMMANDS[type(command)](command)
+        if (long := _LONG.get(type(command))) is None:
+            outcome = _COMMANDS[type(command)](command)
+        else:
+            with stopping() as stop:
+                outcome = long(command, stop)
     except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error, command)
+    except Stopped:
+        outcome = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
         return 130
@@ -87,55 +77,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return outcome.status
 
 
-def capture(command: Capture) -> Outcome:
+def capture(command: Capture, stop: Stop) -> Outcome:
     """Fill the cache. Status 75: work remains."""
-    return _stoppable(
-        partial(_captured, command), "stopped before the first shard. Run the same command again to resume."
-    )
-
-
-def _captured(command: Capture, stop: Stop) -> Outcome:
     from ..cache import open_store
     from ..capture.window_plan import check_settings
     from ..utils.progress import mode_for
 
     check_settings(_capture_settings(command))
-    store = open_store(command.out, create=True)
-    check_cache_place(store)
+    try:
+        store = open_store(command.out, create=True)
+        check_store(store)
+    except StoreError as error:
+        raise CacheError(str(error)) from error  # once the work has begun, the same error is one to try again after
     _note(f"loading {command.teacher}", events=command.json)
     from ..capture.api import capture as run
     from ..capture.runner import capture_text
     from ..teachers.load import load
 
-    with _work_remains(StoreError, more=" Committed shards are kept: run the same command again to resume."):
-        loaded = load(
-            command.teacher,
-            command,
-            command,
-            rank=command.rank,
-            world_size=command.world_size,
-            parallel=command.teacher_parallel,
-            progress=_at_terminal(),
-        )
-        report = run(
-            loaded.teacher,
-            loaded.data,
-            store,
-            _capture_settings(command),
-            rank=loaded.worker.worker,
-            world_size=loaded.worker.workers,
-            group=loaded.worker,
-            threads=command.threads,
-            stop=stop,
-            progress=mode_for(events=command.json),
-            notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
-        )
-        loaded.worker.leave()
+    loaded = load(
+        command.teacher,
+        command,
+        command,
+        rank=command.rank,
+        world_size=command.world_size,
+        parallel=command.teacher_parallel,
+        progress=_at_terminal(),
+    )
+    report = run(
+        loaded.teacher,
+        loaded.data,
+        store,
+        _capture_settings(command),
+        rank=loaded.worker.worker,
+        world_size=loaded.worker.workers,
+        group=loaded.worker,
+        threads=command.threads,
+        stop=stop,
+        progress=mode_for(events=command.json),
+        notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
+    )
+    loaded.worker.leave()
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
 
 def plan(command: Plan) -> Outcome:
-    """Estimate a capture from a sample of it."""
     from ..capture.window_plan import check_settings
 
     check_settings(_capture_settings(command))
@@ -171,7 +156,6 @@ def _capture_settings(command: Capture | Plan) -> CaptureSettings:
 
 
 def inspect(command: Inspect) -> Outcome:
-    """Describe the cache."""
     from ..cache import open_cache
     from ..cache.inspect import inspect_cache
 
@@ -190,9 +174,9 @@ def verify(command: Verify) -> Outcome:
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
     if found.missing:
-        why, also = (
-            ("sealed without them", " after deleting manifest.parquet") if found.sealed else ("not written yet?", "")
-        )
+        why, also = "sealed without them", " after deleting manifest.parquet"
+        if not found.sealed:
+            why, also = "not written yet?", ""
         lines.append(
             f"missing ({why}): shards {ranges(found.missing)}. Run the same capture again{also} to write them."
         )
@@ -205,31 +189,23 @@ def verify(command: Verify) -> Outcome:
     report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
     if command.teacher is None or not found.ok:
         return Outcome(report, text, 0 if found.ok else 1, warning)
-    from ..capture.check import check_text
-
-    check = _check_teacher(command, command.teacher, store)
-    report |= {"ok": check.ok, "teacher": check.to_json()}
-    return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
-
-
-def _check_teacher(command: Verify, teacher: str, store: "Store") -> "TeacherCheck":
-    """The check of a cache against its teacher."""
     from ..cache import open_cache
-    from ..capture.check import check_teacher
+    from ..capture.check import check_teacher, check_text
     from ..data.examples import Examples
     from ..teachers.load import load
 
     data = None if command.examples is None else DataSettings(data=(command.examples,))
-    loaded = load(teacher, command, data, rank=0, world_size=1, progress=_at_terminal())
-    examples = loaded.data if isinstance(loaded.data, Examples) else None
-    return check_teacher(
+    loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=_at_terminal())
+    check = check_teacher(
         open_cache(store),
         loaded.teacher,
         positions=command.positions,
         seed=command.sample,
-        data=examples,
+        data=loaded.data if isinstance(loaded.data, Examples) else None,
         progress=_at_terminal(),
     )
+    report |= {"ok": check.ok, "teacher": check.to_json()}
+    return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
 
 
 def seal(command: Seal) -> Outcome:
@@ -256,73 +232,48 @@ def seal(command: Seal) -> Outcome:
     return Outcome(report, printable(text), 0, warning if missing else "")
 
 
-def train(command: Train) -> Outcome:
+def train(command: Train, stop: Stop) -> Outcome:
     """Train the student. Status 75: work remains."""
-    return _stoppable(partial(_trained, command), f"{command.out}: stopped. Run the same command again to resume.")
-
-
-def _trained(command: Train, stop: Stop) -> Outcome:
     from ..train.api import train as run
     from ..train.result import report_of
-    from ..utils.progress import mode_for
 
-    with _work_remains(StoreError, WorkRemains):
-        report = run(
-            command.student,
-            _store(command.cache),
-            command.out,
-            TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
-            data=_examples(command.data),
-            control=command.control,
-            stop=stop,
-            progress=mode_for(events=command.json),
-        )
+    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    report = run(
+        command.student, _store(command.cache), command.out, settings, control=command.control, stop=stop,
+        **_shared(command),
+    )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
 
 
-def sweep(command: Sweep) -> Outcome:
+def sweep(command: Sweep, stop: Stop) -> Outcome:
     """Train the arms. Status 75: work remains."""
-    return _stoppable(partial(_swept, command), f"{command.out}: stopped. Run the same command again to resume.")
-
-
-def _swept(command: Sweep, stop: Stop) -> Outcome:
     from ..sweep.api import sweep as run
     from ..sweep.arms import FIELDS
     from ..sweep.result import sweep_text
-    from ..utils.progress import mode_for
 
-    shared = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
-    with _work_remains(StoreError, WorkRemains):
-        report = run(
-            command.student,
-            _store(command.cache),
-            command.out,
-            {name: getattr(command, name) for name in FIELDS},
-            TrainSettings(**shared),
-            data=_examples(command.data),
-            seeds=command.seeds,
-            at_once=command.at_once,
-            stop=stop,
-            progress=mode_for(events=command.json),
-        )
+    arms = {name: getattr(command, name) for name in FIELDS}
+    settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
+    report = run(
+        command.student, _store(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
+        at_once=command.at_once, stop=stop, **_shared(command),
+    )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
 
 
-def _examples(factory: str | None) -> Any:
-    """The object that `--data` names. Its reader checks whether it fits the cache."""
+def _shared(command: Train | Sweep) -> dict[str, Any]:
+    """Arguments of both. data: the object that `--data` names; its reader checks whether it fits the cache."""
     from ..utils.factories import is_factory, made_by
+    from ..utils.progress import mode_for
 
-    if factory is None:
-        return None
-    if not is_factory(factory):
-        raise DataError(f"--data: got {factory!r}; expected the module:factory that returns the cache's examples.")
-    return made_by(factory, DataError)
+    if command.data is not None and not is_factory(command.data):
+        raise DataError(f"--data: got {command.data!r}; expected the module:factory that returns the cache's examples.")
+    data = None if command.data is None else made_by(command.data, DataError)
+    return {"data": data, "progress": mode_for(events=command.json)}
 
 
 def report(command: Report) -> Outcome:
-    """Write the report page."""
     from ..report.make import make_report
 
     found = make_report(command.runs, command.out, pngs=command.png)
@@ -330,71 +281,36 @@ def report(command: Report) -> Outcome:
 
 
 def bench(command: Bench) -> Outcome:
-    """Run the benchmarks."""
     from ..bench.command import bench as run
 
     text, status = run(command)
     return Outcome({}, text, status)
 
 
-def demo(command: Demo) -> Outcome:
+def demo(command: Demo, stop: Stop) -> Outcome:
     """Run the demo, or the missing parts of it. Status 75: work remains."""
-    return _stoppable(partial(_demo, command), "stopped. Run the same command again to resume.")
-
-
-def _demo(command: Demo, stop: Stop) -> Outcome:
     from ..demo import run_demo
 
-    check_demo_place(command.out)
+    check_folder(command.out, "demo")
     return Outcome(*run_demo(command, stop))
 
 
 def completion(command: Completion) -> Outcome:
-    """Print the completion script."""
     return Outcome({}, completion_script(command.shell))
 
 
-def _stoppable(run: Callable[[Stop], Outcome], stopped: str) -> Outcome:
-    """Run a long command. Status 75 if a signal stops it before its job begins (with the text `stopped`), or if a
-    recoverable error interrupts it (see `_work_remains`)."""
-    try:
-        with stopping() as stop:
-            return run(stop)
-    except Stopped:
-        text = stopped
-    except _Recoverable as recoverable:
-        text = str(recoverable)
+def _stopped(text: str) -> Outcome:
     return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
 
 
-class _Recoverable(Exception):
-    """A recoverable error: the same command can be run again. Its text contains no credentials."""
-
-
-@contextmanager
-def _work_remains(*errors: type[Exception], more: str = "") -> Iterator[None]:
-    """Turn these errors into `_Recoverable`, except for a store that does not exist or is read-only."""
-    from ..cache.credentials import redact
-
-    try:
-        yield
-    except (ReadOnly, NotFound):
-        raise
-    except errors as error:
-        raise _Recoverable(redact(f"{error}{more}")) from error
-
-
+_LONG: dict[type, Callable[[Any, Stop], Outcome]] = {Capture: capture, Train: train, Sweep: sweep, Demo: demo}
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
-    Capture: capture,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
     Seal: seal,
-    Train: train,
-    Sweep: sweep,
     Report: report,
     Bench: bench,
-    Demo: demo,
     Completion: completion,
 }
 
@@ -415,10 +331,12 @@ def _store(place: str) -> "Store":
 
 
 def _failure(error: Exception, command: Any) -> Outcome:
-    from ..cache.credentials import redact
-
     absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
-    text = redact(in_flags(str(error), flags(command)))
+    text = masked(in_flags(str(error), flags(command)))
+    transient = isinstance(error, (StoreError, WorkRemains)) and not isinstance(error, (ReadOnly, NotFound))
+    if transient and type(command) in _LONG:
+        kept = " Committed shards are kept: run the same command again to resume."
+        return _stopped(text + kept * isinstance(command, Capture))
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 

@@ -1,8 +1,9 @@
-"""Parse the command line into one of the commands, with help and shell completion, by tyro."""
+"""Parse the command line into one of the commands, by tyro, with help and shell completion; name settings by flags."""
 
 import inspect
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
@@ -20,6 +21,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from ..utils.secrets import masked
 from .commands import COMMANDS
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
@@ -37,10 +39,7 @@ def parse(args: Sequence[str]) -> Any:
         return _parse(args, aloud=False)
     except SystemExit as stop:
         if stop.code:
-            from ..cache.credentials import redact
-
-            # the message quotes the arguments, and a URL may contain a password
-            args = [redact(arg) for arg in args]
+            args = masked(args)  # the message quotes the arguments, and a URL may contain a password
         _parse(args, aloud=True)
         raise
 
@@ -66,9 +65,13 @@ def flags(command: Any) -> dict[str, str]:
 def _parse(args: Sequence[str], *, aloud: bool) -> Any:
     # the first paragraph in the list of commands; the whole text in the help of one command
     brief = not args or args[0].startswith("-")
-    union: Any = reduce(or_, (_subcommand(name, command, brief) for name, command in COMMANDS.items()))
+    commands: list[Any] = []
+    for name, command in COMMANDS.items():
+        text = inspect.getdoc(command) or ""
+        about = text.split("\n\n")[0] if brief else text
+        commands.append(Annotated[command, tyro.conf.subcommand(name, description=about)])
     return tyro.cli(
-        union,
+        reduce(or_, commands),
         prog="fastkd",
         description=_ABOUT,
         args=args,
@@ -76,11 +79,6 @@ def _parse(args: Sequence[str], *, aloud: bool) -> Any:
         console_outputs=aloud,
         registry=_registry(),
     )
-
-
-def _subcommand(name: str, command: type, brief: bool) -> Any:
-    text = inspect.getdoc(command) or ""
-    return Annotated[command, tyro.conf.subcommand(name, description=text.split("\n\n")[0] if brief else text)]
 
 
 def _registry() -> ConstructorRegistry:
@@ -121,3 +119,34 @@ def _one_line(text: str | Callable[[], str | None] | None) -> str:
     """A docstring as one line. tyro passes a callable that reads the source lazily."""
     found = text() if callable(text) else text
     return " ".join((found or "").split())
+
+
+_VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
+
+
+def in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Replace names of settings in a message by their flags. flags: from a setting's name to its flag.
+
+    `held_out: got 1.5; expected less` becomes `--held-out 1.5: expected less`, `Use export='last'` becomes `Use
+    --export last`, and a name with an underscore becomes its flag wherever it stands alone. Paths are not changed.
+    """
+    if not flags:
+        return text
+    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+    words = "|".join(sorted((re.escape(name) for name in flags if "_" in name), key=len, reverse=True)) or r"(?!)"
+
+    def assigned(found: re.Match[str]) -> str:
+        value = _bare(found[2] or "")
+        return flags[found[1]] + (f" {value}" if value not in ("", "True") else "")
+
+    text = re.sub(rf"^({names}): got {_VALUE}; ", lambda m: f"{flags[m[1]]} {_bare(m[2])}: ", text)
+    listed = rf"^((?:{names})(?:, (?:{names}))*)(?=: )"
+    text = re.sub(listed, lambda m: ", ".join(flags[name] for name in m[1].split(", ")), text)
+    text = re.sub(rf"(?<=[ (])({names})={_VALUE}?(?![\w/=]|,\w)", assigned, text)
+    # lists of differences: (there, and now: k: 8 and 9; mass: None and 0.5)
+    text = re.sub(rf"(?:(?<=now: )|(?<=settings \()|(?<=; ))({names})(?=: )", lambda m: flags[m[1]], text)
+    return re.sub(rf"(?<![\w./'\"-])({words})(?![\w/'\"(=-]|\.\w)", lambda m: flags[m[1]], text)
+
+
+def _bare(value: str) -> str:
+    return value.strip("\"'")

@@ -17,8 +17,8 @@ from ..models.tokenizers import load_tokenizer
 from ..settings import TrainSettings
 from ..train.api import EVALUATION, train
 from ..train.checkpoint import FOLDER as CHECKPOINTS
-from ..train.load_student import make_student
 from ..train.result import CONTROL, RUN, STUDENT, describe_cache, run_document
+from ..train.student import make_student
 from ..train.trainer import autocast_of
 from ..utils.atomic import write_folder, write_text
 from ..utils.distributed import joined_processes

@@ -1,6 +1,7 @@
 """The teacher's part of the language demo: it fills the cache, is timed, writes completions, and is released."""
 
 import gc
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,6 @@ from ..teachers.protocol import Teacher
 from ..utils.hashing import files_sha256
 from ..utils.progress import mode_for
 from ..utils.signals import Stopped
-from ..utils.timing import interleaved
 from .artifacts import Json, load_result, save_result
 from .completions import completions_of, prefixes_of
 from .job import Job, Sizes
@@ -105,10 +105,14 @@ def _run_teacher(job: Job, windows: NDArray[Any]) -> tuple[int, Json]:
 
 def _seconds_alone(teacher: Teacher, windows: NDArray[Any], *, warm_up: bool) -> list[float]:
     """Seconds per position of the teacher alone on one batch of windows `[n, L]`, in each round."""
-    batch = torch.from_numpy(windows).long()
-    runs = {"teacher": lambda: _forward(teacher, batch)}
-    times = interleaved(runs, device=teacher.device.type, rounds=ROUNDS, warmup=int(warm_up))
-    return [milliseconds / 1e3 / batch.numel() for milliseconds in times.rounds["teacher"]]
+    batch, times = torch.from_numpy(windows).long(), []
+    for _ in range(warm_up + ROUNDS):
+        begun = time.perf_counter()
+        _forward(teacher, batch)
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+        times.append((time.perf_counter() - begun) / batch.numel())
+    return times[warm_up:]
 
 
 @torch.inference_mode()

@@ -1,9 +1,5 @@
 """A student on the held-out part of a cache, without a teacher; and two students compared, window by window.
 
-found = evaluate(student, "cache")
-found.intervals()["kl_bucket"]  # Interval(mean=0.65, half=0.02)
-compare(found, evaluate(control, "cache"))["kl_bucket"]
-
 `measures.py` says what is measured. Intervals are of 95%, with windows (a cache's sequences) as the independent units.
 """
 
@@ -11,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..cache.reader import Cache, open_cache
@@ -19,11 +16,9 @@ from ..errors import StreamError
 from ..stream.cached import CachedSource
 from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import Interval
-from .forward import StudentForward, check_finite, device_name, device_of
-from .partition import EvalPartition
-from .result import Evaluation
+from .forward import EvalPartition, StudentForward, check_finite
+from .result import Evaluation, Windows
 from .rows import student_rows, teacher_rows
-from .windows import Windows
 
 __all__ = ["Evaluation", "compare", "evaluate"]
 _MAX_LOGITS = 2**27  # numbers in the logits of a micro-batch, unless one window has more
@@ -58,7 +53,8 @@ def evaluate(
     if isinstance(cache, (list, tuple)):
         raise StreamError("cache: got a mixture; expected one cache. Evaluate on each of its caches.")
     cache = cache if isinstance(cache, Cache) else open_cache(cache)
-    where = torch.device(device) if device is not None else device_of(student)
+    first = next(student.parameters(), None) if isinstance(student, nn.Module) else None
+    where = torch.device(device or (first.device if first is not None else "cpu"))
     columns = (cache.manifest.column(name).to_numpy().sum() for name in ("positions", "sequences"))
     cached_positions, cached_windows = (max(int(total), 1) for total in columns)
     source = CachedSource(
@@ -93,7 +89,7 @@ def evaluate(
                 teachers.add(window, teacher_rows(batch.targets, labels))
             done += step.sequences
             bar.update(step.sequences)
-    ours, teachers, positions = partition.sum(ours), partition.sum(teachers), partition.total(positions)
+    ours, teachers, positions = partition.sum(ours, teachers, positions)
     if not ours.counts.any():
         raise StreamError(
             f"split: got {split!r} of {cache!r} with {windows} windows, in which no position counts. Capture with more "
@@ -107,7 +103,7 @@ def evaluate(
         positions=positions,
         seconds=seconds,
         timed_positions=timed_positions,
-        device=device_name(where),
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         student=ours,
         teacher=teachers,
     )

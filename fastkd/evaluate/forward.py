@@ -1,8 +1,13 @@
-"""The logits of a student that is evaluated: computed, timed and checked."""
+"""A student that is evaluated: its logits, timed and checked; and the part of the windows that each process computes.
+
+Steps are whole: each process computes the same micro-batches as a single process would, so that the sums of each window
+are the same numbers, whichever process computes them.
+"""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,10 @@ from torch import Tensor, nn
 
 from ..cache.reader import Cache
 from ..errors import StreamError
-from ..stream.batch import AnyBatch
+from ..stream.batch import AnyBatch, Step
+from ..stream.cached import CachedSource
+from ..utils.distributed import ALONE, Processes, is_fsdp
+from .result import Windows
 
 LogitsOf = Callable[[Any], Tensor]
 """From a micro-batch (a `MicroBatch` or an `ExampleBatch`) to the logits `[m, V]` of the positions that count,
@@ -49,23 +57,20 @@ class StudentForward:
 
     def _check(self, logits: Any, batch: AnyBatch) -> None:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        vocab_size = self._cache.spec.vocab_size
-        expected = f"({batch.count}, {vocab_size} or more)"
+        vocab_size, highest = self._cache.spec.vocab_size, int(batch.labels.max())
+        problem = f"got logits of shape {got}; expected ({batch.count}, {vocab_size} or more), "
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch.count:
-            raise StreamError(
-                f"student: got logits of shape {got}; expected {expected}, a row for each position that counts."
-            )
-        if logits.shape[1] < vocab_size:
-            raise StreamError(
-                f"student: got logits of shape {got}; expected {expected}, the vocabulary of the teacher of "
-                f"{self._cache!r}. Give the student that vocabulary."
-            )
-        highest = int(batch.labels.max())
-        if highest >= logits.shape[1]:
-            raise StreamError(
-                f"student: got logits for {logits.shape[1]} tokens; expected more, as {self._cache!r} has labels up to "
+            problem += "a row for each position that counts."
+        elif logits.shape[1] < vocab_size:
+            problem += f"the vocabulary of the teacher of {self._cache!r}. Give the student that vocabulary."
+        elif highest >= logits.shape[1]:
+            problem = (
+                f"got logits for {logits.shape[1]} tokens; expected more, as {self._cache!r} has labels up to "
                 f"{highest}. Give the student the vocabulary of the tokenizer."
             )
+        else:
+            return
+        raise StreamError(f"student: {problem}")
 
     def time(self) -> tuple[float, int]:
         """Seconds of the forward, and its positions, without the first (which warms up) if there are more."""
@@ -90,6 +95,52 @@ class StudentForward:
             torch.cuda.synchronize(self._device)
 
 
+class EvalPartition:
+    """This process's part of the steps of an epoch.
+
+    source: not divided over ranks, with a batch_size. windows: of the epoch. student: checked for FSDP2.
+    With fewer steps than processes, each process computes all of them, and nothing is summed.
+    """
+
+    def __init__(self, source: CachedSource, windows: int, processes: Processes, student: Any) -> None:
+        self._source, count = source, len(source)
+        self._processes = processes if count >= processes.world_size else ALONE
+        world = self._processes.world_size
+        self._first, self._last = (count * rank // world for rank in (self._processes.rank, self._processes.rank + 1))
+        self._max_steps = -(-count // world)
+        # FSDP2 gathers the shards of a layer in every forward, so all processes must run equally many, at the same time
+        modules = student.modules() if isinstance(student, nn.Module) else ()
+        self._in_lockstep = world > 1 and any(is_fsdp(module) for module in modules)
+        self.first_window = min(self._first * source.fingerprint["batch_size"], windows)
+        """The number of the first window of the first step."""
+
+    def steps(self, forward: Callable[[Any], object]) -> Iterator[Step]:
+        """The steps of this process; the caller runs one forward for each micro-batch with positions that count.
+
+        forward: of a micro-batch, called in addition if other processes run more forwards than this one.
+        """
+        self._source.seek(0, self._first)
+        mine = islice(self._source.steps(epochs=1), self._last - self._first)
+        last: Any = None
+        for _ in range(self._max_steps):
+            step = next(mine, None)
+            forwards = 0 if step is None else sum(batch.count > 0 for batch in step.micro_batches)
+            most = max(self._processes.gather(forwards)) if self._in_lockstep else forwards
+            if step is not None:
+                last = step.micro_batches[-1]
+                yield step
+            for _ in range(most - forwards):
+                forward(last)
+
+    def sum(self, ours: Windows, teachers: Windows, positions: int) -> tuple[Windows, Windows, int]:
+        """The sums of all processes; each window was computed by one of them."""
+        if self._processes.group is None:
+            return ours, teachers, positions
+        parts = zip(*self._processes.gather((ours, teachers, positions)), strict=True)
+        all_ours, all_teachers, all_positions = parts
+        return Windows.merged(all_ours), Windows.merged(all_teachers), sum(all_positions)
+
+
 def check_finite(cross_entropy: Tensor, window: NDArray[np.int64]) -> None:
     """StreamError, naming the first window, if a cross-entropy `[m]` is not finite. window `[m]`."""
     bad = ~torch.isfinite(cross_entropy).cpu().numpy()
@@ -98,14 +149,3 @@ def check_finite(cross_entropy: Tensor, window: NDArray[np.int64]) -> None:
             f"student: its cross-entropy is not finite at {bad.sum()} positions, the first in window {window[bad][0]}. "
             "Its weights may contain NaN, or it gives a label a probability of 0."
         )
-
-
-def device_of(student: Any) -> torch.device:
-    """Of a module's first parameter; else the CPU."""
-    first = next(student.parameters(), None) if isinstance(student, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-def device_name(device: torch.device) -> str:
-    """For people: the GPU's name, or the CPU and its threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -11,6 +11,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from ..errors import StreamError as StreamError
     from ..utils.distributed import summed_over as summed_over
+    from .batch import BatchSource as BatchSource
     from .batch import ExampleBatch as ExampleBatch
     from .batch import MicroBatch as MicroBatch
     from .batch import Step as Step
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
     from .cached import DistillLoader as DistillLoader
     from .epoch_order import Epoch as Epoch
     from .epoch_order import order as order
-    from .source import BatchSource as BatchSource
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "batch": ["ExampleBatch", "MicroBatch", "Step"],
+        "batch": ["BatchSource", "ExampleBatch", "MicroBatch", "Step"],
         "cached": ["CachedSource", "DistillLoader", "StreamError", "summed_over"],
         "epoch_order": ["Epoch", "order"],
-        "source": ["BatchSource"],
     },
 )

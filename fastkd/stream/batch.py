@@ -1,9 +1,9 @@
-"""Micro-batches of tokens or of examples, with labels and targets, and optimizer steps made of them."""
+"""Micro-batches of tokens or of examples, with labels and targets; optimizer steps made of them; `BatchSource`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,14 +29,11 @@ class AnyBatch(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors."""
         return self.labels.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The micro-batch on another device."""
         return self._map(
-            lambda x: x.to(device, non_blocking=non_blocking),
-            lambda t: t.to(device, non_blocking=non_blocking),
+            lambda x: x.to(device, non_blocking=non_blocking), lambda t: t.to(device, non_blocking=non_blocking)
         )
 
     def pin_memory(self) -> Self:
@@ -44,7 +41,6 @@ class AnyBatch(ABC):
         return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, those of the targets included."""
         own = [getattr(self, f.name) for f in fields(self)]
         return [x for x in own if isinstance(x, Tensor)] + self.targets.tensors()
 
@@ -153,9 +149,47 @@ class Step:
     number: int
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Step":
-        """The step with its micro-batches on a device."""
         return replace(self, micro_batches=[b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
 
     def pin_memory(self) -> "Step":
         """The step with its micro-batches in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
         return replace(self, micro_batches=[b.pin_memory() for b in self.micro_batches])
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Optimizer steps (`Step`) in an order that can be left at any step and resumed exactly.
+
+    A source has no base class: an object with these members is one. `CachedSource` is the one that reads a cache.
+    The order of the steps may depend on what `fingerprint` names, on the epoch and on the number of the step, and on
+    nothing else: not on the number of ranks, nor on how often the source was stopped.
+    """
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """All that decides which steps the source yields, by name, in values that JSON can hold."""
+
+    def __len__(self) -> int:
+        """Optimizer steps per epoch."""
+
+    def steps(self) -> Iterator[Step]:
+        """The steps from the current position on, epoch after epoch without end.
+
+        The position advances as steps are handed out. Only one iterator is active: a new one ends the one before.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, after the step handed out last, in values that JSON can hold. The same on every rank."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to the position of a state. Raises StreamError if it belongs to a source with another fingerprint."""
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Go to the position before a step of an epoch, both counted from 0.
+
+        The steps that follow, and the state, are the same as if the source had been iterated to that position.
+        step = the number of steps in the epoch is its end. Raises StreamError beyond that.
+        """
+
+    def close(self) -> None:
+        """End the active iterator, and the threads and files behind it. `steps()` may be called again."""

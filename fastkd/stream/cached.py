@@ -1,32 +1,121 @@
-"""CachedSource, also named DistillLoader: optimizer steps from a cache, in an exact order, prefetched on threads.
+"""CachedSource, also named DistillLoader: optimizer steps from a cache, in an exact order, prefetched on threads."""
 
-loader = DistillLoader("cache", batch_tokens=2**19, device="cuda")
-for step in loader:
-    for batch in step.micro_batches:
-        hidden = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-        linear_kd_loss(hidden, lm_head, batch.targets, batch.labels, num_items=step.count).loss.backward()
-    optimizer.step()
-"""
-
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from ..cache.workspace import Workspace
 from ..data.examples import Examples
 from ..errors import StreamError
 from ..utils.deprecated import deprecated_decode, renamed
 from ..utils.distributed import Reduce, summed_over  # noqa: F401  part of the public `fastkd.stream`
-from .batch import LAYOUTS, Step
-from .dataset_check import check_data
-from .gather import BatchFormat
-from .loader_pass import LoaderPass, LoaderSetup
+from .batch import LAYOUTS, AnyBatch, Step
+from .gather import BatchFormat, OpenShard, gather, gather_examples, open_shard
 from .mixture import SequenceStream
-from .open_caches import check_alike, open_sources, shares_of
-from .split import open_split
-from .step_plan import LoaderProgress, StepPlan
+from .prefetch import Prefetcher
+from .split import ShardTable, check_alike, check_data, open_sources, open_split, shares_of
+from .step_plan import LoaderProgress, RankShare, ShardKey, StepPlan
 
 VERSION = 1  # of the state, and of the order in which it is a position
+
+
+class _RankStep(NamedTuple):
+    """A rank's share of a step, assembled. copied: an event after the copy to the GPU."""
+
+    share: RankShare
+    batches: Sequence[AnyBatch]
+    copied: torch.cuda.Event | None
+
+
+# waits for the sums over ranks: positions that count, positions, and the micro-batches of each rank
+Total = Callable[[], list[int]]
+
+
+class LoaderPass:
+    """One iteration over a loader: prefetches, and sums counts over the ranks one step ahead. `close` it when done."""
+
+    def __init__(self, source: "CachedSource", progress: LoaderProgress, epochs: int | None) -> None:
+        self._source = source
+        self._free = list(source._workspaces)
+        # a stream of its own, so that copies overlap with the student's work on the GPU
+        self._stream: Any = None
+        if source._form.device.type == "cuda":
+            self._stream = torch.cuda.Stream(source._form.device)  # type: ignore[no-untyped-call]
+        shares = source._plan.shares(progress, rank=source._rank, world_size=source._world_size, epochs=epochs)
+        self._prefetcher = Prefetcher(
+            shares, self._read, self._assemble, self._release, shards=source._max_shards, steps=source._prefetch,
+            threads=source._threads,
+        )  # fmt: skip
+        self._fetched: deque[tuple[_RankStep, Total] | Exception | None] = deque()
+
+    def next(self) -> tuple[Step, LoaderProgress] | None:
+        """The next step, and the progress once it is taken; None after the last."""
+        if not self._fetched:
+            self._fetched.append(self._fetch())
+        item = self._fetched[0]
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            return None
+        self._fetched.popleft()
+        if self._source._reduce is not None:
+            # the sums of the next step are computed while this one is trained on
+            self._fetched.append(self._fetch())
+        (share, batches, copied), total = item
+        count, positions, *numbers = total()
+        if copied is not None:
+            current = torch.cuda.current_stream(self._source._form.device)
+            current.wait_event(copied)
+            for tensor in (tensor for batch in batches for tensor in batch.tensors()):
+                tensor.record_stream(current)
+        if missing := max(numbers) - len(batches):
+            batches = [*batches, *[self._source._form.empty()] * missing]
+        after = share.after
+        return Step(list(batches), count, positions, share.sequences, after.epoch, after.number - 1), after
+
+    def close(self) -> None:
+        """End the threads, and drop the steps that are ready."""
+        self._prefetcher.close()
+        self._fetched.clear()
+
+    def _fetch(self) -> tuple[_RankStep, Total] | Exception | None:
+        """The next step of this rank, its sums begun; or the error that prevented it, to be raised when it is due."""
+        try:
+            step = self._prefetcher.next()
+        except Exception as error:
+            return error
+        if step is None:
+            return None
+        numbers = [0] * self._source._world_size
+        numbers[self._source._rank] = len(step.batches)
+        mine = [sum(b.count for b in step.batches), sum(b.positions for b in step.batches), *numbers]
+        return step, ((lambda: mine) if self._source._reduce is None else self._source._reduce(mine))
+
+    def _read(self, key: ShardKey) -> OpenShard:
+        source, row = key
+        table = self._source._tables[source]
+        try:
+            workspace = self._free.pop()
+        except IndexError:
+            workspace = Workspace()
+            self._source._workspaces.append(workspace)
+        return open_shard(table.cache, int(table.shard[row]), workspace)
+
+    def _assemble(self, share: RankShare, shards: Mapping[Any, OpenShard]) -> _RankStep:
+        if not share.shards:
+            return _RankStep(share, [], None)
+        form = self._source._form
+        with torch.cuda.stream(self._stream):
+            sequences = [(shards[key], numbers) for key, numbers in share.shards.items()]
+            batches: Sequence[AnyBatch] = (gather if form.data is None else gather_examples)(sequences, form)
+            if form.device.type != "cpu":
+                batches = [batch.to(form.device, non_blocking=True) for batch in batches]
+            return _RankStep(share, batches, None if self._stream is None else self._stream.record_event())
+
+    def _release(self, shard: OpenShard) -> None:
+        self._free.append(shard.workspace)
 
 
 class CachedSource:
@@ -36,7 +125,7 @@ class CachedSource:
         positions. An epoch of a mixture has as many sequences as its caches have together; a cache that is used up
         begins its next epoch, in another order.
     batch_size: sequences per optimizer step, on all ranks; or batch_tokens: positions, on average (see
-        `micro_batches.step_end`); exactly one of the two. The last step of an epoch has what is left.
+        `step_plan.step_end`); exactly one of the two. The last step of an epoch has what is left.
     micro_tokens: maximum positions per micro-batch, pads included (a longer row is alone). micro_batch_size: maximum
         rows. None: no limit. layout: "padded", a row for each segment, or "packed"; see `MicroBatch`.
     seed, shuffle, shards_open: the order; see `epoch_order.py`. The number of open shards bounds `memory`.
@@ -91,8 +180,9 @@ class CachedSource:
             deprecated_decode(decode, StreamError, stacklevel=2)
         _check_integers(1, shards_open=shards_open, world_size=world_size, threads=threads, prefetch=prefetch)
         _check_integers(0, seed=seed, skip=skip, rank=rank)
-        _check_integers(1, optional=True, batch_size=batch_size, batch_tokens=batch_tokens, micro_tokens=micro_tokens)
-        _check_integers(1, optional=True, micro_batch_size=micro_batch_size, max_positions=max_positions)
+        limits = {"micro_tokens": micro_tokens, "micro_batch_size": micro_batch_size, "max_positions": max_positions}
+        limits |= {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        _check_integers(1, **{name: limit for name, limit in limits.items() if limit is not None})
         if layout not in LAYOUTS:
             raise StreamError(f"layout: got {layout!r}; expected one of {', '.join(LAYOUTS)}.")
         if (batch_size is None) == (batch_tokens is None):
@@ -111,8 +201,10 @@ class CachedSource:
             raise StreamError("skip, max_positions: got a mixture; expected one cache. Leave them out.")
         check_data(caches, data)
         check_alike(caches)
-        part: dict[str, Any] = {"skip": skip, "max_positions": max_positions, "allow_partial": allow_partial}
-        tables = [open_split(cache, split, **part) for cache in caches]
+        tables = [
+            open_split(cache, split, skip=skip, max_positions=max_positions, allow_partial=allow_partial)
+            for cache in caches
+        ]
         self._shares = shares_of(tables, weights)
         sizes = [t.sequences for t in tables]
         stream = SequenceStream(sizes, self._shares, seed, shards_open=shards_open, shuffle=shuffle)
@@ -122,26 +214,22 @@ class CachedSource:
                 "Use fewer ranks, or larger steps."
             )
         max_shards = sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + threads
-        self._setup = LoaderSetup(
-            tables=tables,
-            plan=StepPlan(stream, tables, batch_size=batch_size, batch_tokens=batch_tokens, keep=2 * max_shards),
-            form=BatchFormat(
-                layout=layout,
-                tokens=micro_tokens,
-                rows=micro_batch_size,
-                spec=caches[0].spec,
-                width=max(c.spec.width for c in caches),
-                draws=any(c.spec.draws > 0 for c in caches),
-                device=torch.device("cpu" if device is None else device),
-                data=data,
-            ),
-            rank=rank,
-            world_size=world_size,
-            reduce=reduce,
-            threads=threads,
-            prefetch=prefetch,
-            max_shards=max_shards,
+        self._form = BatchFormat(
+            layout=layout,
+            tokens=micro_tokens,
+            rows=micro_batch_size,
+            spec=caches[0].spec,
+            width=max(c.spec.width for c in caches),
+            draws=any(c.spec.draws > 0 for c in caches),
+            device=torch.device("cpu" if device is None else device),
+            data=data,
         )
+        self._tables = tables
+        self._plan = StepPlan(stream, tables, batch_size=batch_size, batch_tokens=batch_tokens, keep=2 * max_shards)
+        self._rank, self._world_size, self._reduce = rank, world_size, reduce
+        self._threads, self._prefetch, self._max_shards = threads, prefetch, max_shards
+        # the memory that shards are decoded into, kept: memory that was touched before is much faster
+        self._workspaces: list[Workspace] = []
         self._progress = LoaderProgress()
         self._pass: LoaderPass | None = None
         # all that decides which sequences a step has, under the names of the arguments
@@ -166,7 +254,7 @@ class CachedSource:
 
     def __len__(self) -> int:
         """Steps per epoch. By batch_tokens for a mixture: about, from the mean lengths of its sequences."""
-        return self._setup.plan.steps_per_epoch(self._shares)
+        return self._plan.steps_per_epoch(self._shares)
 
     def steps(self, epochs: int | None = None) -> Iterator[Step]:
         """The steps from the current position to the end of its epoch, and of epochs − 1 more (None: without end).
@@ -174,7 +262,7 @@ class CachedSource:
         Only one iterator is active: a new one ends the one before.
         """
         self.close()
-        current = self._pass = LoaderPass(self._setup, self._progress, epochs)
+        current = self._pass = LoaderPass(self, self._progress, epochs)
         try:
             while (item := current.next()) is not None:
                 step, self._progress = [item[0]], item[1]
@@ -195,7 +283,8 @@ class CachedSource:
         """Go to the start of an epoch; stay at the current position if it is in that epoch already."""
         _check_integers(0, epoch=epoch)
         if epoch != self._progress.epoch:
-            self._go_to(LoaderProgress(int(epoch)))
+            self.close()
+            self._progress = LoaderProgress(int(epoch))
 
     def seek(self, epoch: int, step: int) -> None:
         """Go to the position before a step of an epoch, both counted from 0; the same steps follow as if the loader had
@@ -205,19 +294,13 @@ class CachedSource:
         """
         _check_integers(0, epoch=epoch, step=step)
         self.close()
-        self._progress = self._setup.plan.seek(int(epoch), int(step))
+        self._progress = self._plan.seek(int(epoch), int(step))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, after the step handed out last, in values that JSON can hold. The same on every rank."""
         at = self._progress
-        return {
-            "version": VERSION,
-            "epoch": at.epoch,
-            "sequences": at.sequences,
-            "positions": at.positions,
-            "steps": at.number,
-            "fingerprint": self.fingerprint,
-        }
+        values = {"epoch": at.epoch, "sequences": at.sequences, "positions": at.positions, "steps": at.number}
+        return {"version": VERSION, **values, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position of a state. Raises StreamError, naming the differences, if it is of a loader with other
@@ -228,20 +311,20 @@ class CachedSource:
         theirs = state.get("fingerprint")
         if not isinstance(theirs, Mapping):
             raise StreamError("state: got no fingerprint; expected what `state_dict` returned.")
-        names = sorted(self.fingerprint.keys() | theirs.keys())
-        if others := [n for n in names if self.fingerprint.get(n) != theirs.get(n)]:
+        ours = self.fingerprint
+        if others := [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]:
+            listed = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in others)
             raise StreamError(
-                "state: it is of a loader with other settings: "
-                + "; ".join(f"{n}: {theirs.get(n)!r} there, {self.fingerprint.get(n)!r} here" for n in others)
-                + ". Use the same settings, or start a new run."
+                f"state: it is of a loader with other settings: {listed}. Use the same settings, or start a new run."
             )
         values: dict[str, Any] = {name: state.get(name) for name in ("epoch", "sequences", "positions", "steps")}
         _check_integers(0, **{f"state: {name}": value for name, value in values.items()})
         progress = LoaderProgress(*map(int, values.values()))
-        total = len(self._setup.plan.stream)
+        total = len(self._plan.stream)
         if progress.sequences > total:
             raise StreamError(f"state: got {progress.sequences} sequences; expected at most {total}, an epoch.")
-        self._go_to(progress)
+        self.close()
+        self._progress = progress
 
     @property
     def memory(self) -> int:
@@ -249,26 +332,21 @@ class CachedSource:
 
         In memory there are also the encoded shard of every thread that reads, and `prefetch` + 2 steps.
         """
-        largest = 0
-        for table in self._setup.tables:
+
+        def largest(table: ShardTable) -> int:
             spec = table.cache.spec
             entries = (8 + (4 if spec.draws else 0)) * spec.width
             row = entries + 4 * len(spec.temperatures) + 4 + 8 + 16  # and the input columns
-            largest = max(largest, row * int(table.cache.manifest.column("positions").to_numpy().max()))
-        return largest * self._setup.max_shards
+            return row * int(table.cache.manifest.column("positions").to_numpy().max())
 
-    def _go_to(self, progress: LoaderProgress) -> None:
-        self.close()
-        self._progress = progress
+        return max(map(largest, self._tables)) * self._max_shards
 
 
 DistillLoader = CachedSource
 """The name of `CachedSource` in code that has its own training loop."""
 
 
-def _check_integers(least: int, *, optional: bool = False, **values: Any) -> None:
+def _check_integers(least: int, **values: Any) -> None:
     for name, value in values.items():
-        if optional and value is None:
-            continue
         if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) < 2**63:
             raise StreamError(f"{name}: got {value!r}; expected an integer of at least {least}.")

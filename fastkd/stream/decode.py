@@ -23,29 +23,15 @@ def targets_from_raw(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def targets_from_arrays(
-    arrays: Mapping[str, NDArray[Any]],
-    spec: CacheSpec,
-    *,
-    device: torch.device | str = "cpu",
-    compact: bool = False,
+    arrays: Mapping[str, NDArray[Any]], spec: CacheSpec, *, device: torch.device | str = "cpu", compact: bool = False
 ) -> SparseTargets:
     """Deprecated: use `SparseTargets.from_arrays`. compact: keep only the positions that count, with an index."""
-    warnings.warn(
-        "targets_from_arrays: use SparseTargets.from_arrays(arrays, vocab_size=..., temperatures=..., "
-        "draw_temperature=...).",
-        DeprecationWarning,
-        stacklevel=2,
-    )
+    instead = "SparseTargets.from_arrays(arrays, vocab_size=..., temperatures=..., draw_temperature=...)"
+    warnings.warn(f"targets_from_arrays: use {instead}.", DeprecationWarning, stacklevel=2)
     index = None
     if compact:
         # a position that does not count has no entries, not even a first one
         index = np.flatnonzero(arrays["logprobs"][:, 0] > -np.inf)
         arrays = {field.name: arrays[field.name][index] for field in FIELDS if field.name in arrays}
-    return SparseTargets.from_arrays(
-        arrays,
-        vocab_size=spec.vocab_size,
-        temperatures=spec.temperatures,
-        draw_temperature=spec.draw_temperature,
-        device=device,
-        index=index,
-    )
+    settings: Any = {name: getattr(spec, name) for name in ("vocab_size", "temperatures", "draw_temperature")}
+    return SparseTargets.from_arrays(arrays, device=device, index=index, **settings)

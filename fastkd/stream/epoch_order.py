@@ -10,19 +10,15 @@ sequences of a slot can be computed without those of any other:
     slot 1        0 4 1             half of 0, a third of 4, half of 1
     slot 2          4 1 2           a third of 4, half of 1, all of 2
 
-Quality of the shuffle for 256 shards of 256 sequences (`bench/bench_loader.py`; all open is a full shuffle):
-
-    shards open                                            1      2      4      8     16     64    256
-    two in a row from one shard, share                  1.00   0.50   0.25   0.12   0.06   0.02   0.00
-    different shards among 64 in a row                   1.0    2.0    4.0    8.0   15.8   40.7   56.6
-    neighbours in the data, mean distance in the order    86    171    343    683   1358   5207  21905
-    neighbours in the data, within 64, share            0.43   0.23   0.12   0.06   0.03   0.01   0.00
+With 8 of 256 shards open, 12% of neighbours in the order come from one shard (all open: none); `bench/bench_loader.py`
+measures that.
 
 No random generator is used: keys are splitmix64 of (seed, epoch, what is permuted, number), so an order is the same on
 every machine and with every version of NumPy. Only the slots that are needed are computed.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -83,8 +79,8 @@ class Epoch:
             begins[1:] += end - begin
         np.cumsum(begins, out=begins)
         self.begins = begins  # [slots + 1]: the number of each slot's first sequence
-        self._computed: dict[int, Sequences] = {}
-        self._permuted: dict[int, Ints] = {}
+        self._slot = lru_cache(_KEPT)(self._compute_slot)
+        self._shuffled = lru_cache(self.open + 1)(self._permute_shard)
 
     def __len__(self) -> int:
         return int(self.begins[-1])
@@ -133,26 +129,18 @@ class Epoch:
         number, size = slot - first, self._sizes[rank]
         return number * size // slots, (number + 1) * size // slots
 
-    def _slot(self, slot: int) -> Sequences:
-        if slot not in self._computed:
-            ranks = np.arange(slot, slot + self.open)
-            begins, ends = self._dealt(ranks, np.full(self.open, slot))
-            for closed in self._permuted.keys() - set(ranks.tolist()):
-                del self._permuted[closed]
-            dealt = zip(ranks.tolist(), begins.tolist(), ends.tolist(), strict=True)
-            sequences = np.concatenate([self._shuffled(rank)[begin:end] for rank, begin, end in dealt])
-            by = self._permutation(len(sequences), _SLOT, slot)
-            at = np.repeat(ranks, ends - begins)[by]
-            while len(self._computed) >= _KEPT:
-                del self._computed[next(iter(self._computed))]
-            self._computed[slot] = Sequences(self.shards[at], sequences[by], at % self.open)
-        return self._computed[slot]
+    def _compute_slot(self, slot: int) -> Sequences:
+        ranks = np.arange(slot, slot + self.open)
+        begins, ends = self._dealt(ranks, np.full(self.open, slot))
+        dealt = zip(ranks.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        sequences = np.concatenate([self._shuffled(rank)[begin:end] for rank, begin, end in dealt])
+        by = self._permutation(len(sequences), _SLOT, slot)
+        at = np.repeat(ranks, ends - begins)[by]
+        return Sequences(self.shards[at], sequences[by], at % self.open)
 
-    def _shuffled(self, rank: int) -> Ints:
+    def _permute_shard(self, rank: int) -> Ints:
         """The sequences of the shard of a rank in the order, permuted."""
-        if rank not in self._permuted:
-            self._permuted[rank] = self._permutation(int(self._sizes[rank]), _SEQUENCES, rank)
-        return self._permuted[rank]
+        return self._permutation(int(self._sizes[rank]), _SEQUENCES, rank)
 
     def _permutation(self, count: int, what: int, which: int) -> Ints:
         if not self._shuffle:

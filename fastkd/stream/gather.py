@@ -1,4 +1,4 @@
-"""From open shards to micro-batches: a rank's sequences of a step, divided, and their rows copied together."""
+"""From shards to micro-batches: a rank's sequences of a step, divided, and their rows copied together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +10,107 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
-from ..data.examples import Examples
+from ..cache.workspace import Workspace
+from ..data.examples import EXAMPLE_COLUMNS, Examples
+from ..data.packing import batches
 from ..kernels import SparseTargets
 from ..kernels.targets import FIELDS
 from .batch import AnyBatch, ExampleBatch, MicroBatch
-from .micro_batches import packed_micro_batches, padded_micro_batches
-from .shards import IGNORED, OpenShard, ranges
 
+Array = NDArray[Any]
 Ints = NDArray[np.int64]
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class TextInputs:
+    """The inputs of the n rows of a shard of text.
+
+    A segment is the part of a document that lies in one sequence (window); without documents, a whole sequence.
+
+    tokens, labels `[n]`: the input, and the next token of its segment (IGNORED: none, or the row does not count).
+    segments `[segments + 1]`: the first row of each. first_segment `[sequences + 1]`: the first segment of each
+        sequence.
+    """
+
+    tokens: Array
+    labels: Array
+    segments: Ints
+    first_segment: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleInputs:
+    """The inputs of the n rows of a shard of examples.
+
+    example, seed `[n]` int64: the example's number in its data set, and its augmentation seed.
+    counts `[n]`: whether the row has a target. first_row `[sequences + 1]`: the first row of each sequence.
+    """
+
+    example: Ints
+    seed: Ints
+    counts: NDArray[np.bool_]
+    first_row: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A decoded shard.
+
+    inputs: `TextInputs` or `ExampleInputs`. targets: the arrays of its n rows, by the names of `SparseTargets`.
+    workspace: the memory that they lie in, to be used again.
+    """
+
+    inputs: Any
+    targets: dict[str, Array]
+    workspace: Workspace
+
+
+def ranges(begins: Ints, lengths: Ints) -> Ints:
+    """The numbers from begins[i] to below begins[i] + lengths[i], for each i in turn."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
+def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard:
+    arrays = cache.read_shard(index, into=workspace)
+    # a row that does not count has no entries, not even a first one
+    counts = arrays["logprobs"][:, 0] > -np.inf
+    inputs = _text_inputs(arrays, counts) if "tokens" in cache.spec.inputs else _example_inputs(arrays, counts)
+    return OpenShard(inputs, {f.name: arrays[f.name] for f in FIELDS if f.name in arrays}, workspace)
+
+
+def _example_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> ExampleInputs:
+    # copies: the columns lie in the workspace
+    example, seed = (arrays[name].astype(np.int64) for name in EXAMPLE_COLUMNS)
+    return ExampleInputs(example, seed, counts, _bounds(arrays["sequence_lengths"]))
+
+
+def _text_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> TextInputs:
+    tokens = arrays["tokens"]
+    if "loss_mask" in arrays:
+        counts = counts & arrays["loss_mask"].astype(bool, copy=False)
+    begins = np.zeros(len(tokens) + 1, bool)
+    sequences = _bounds(arrays["sequence_lengths"])
+    begins[sequences] = True
+    if "document_lengths" in arrays:
+        # a document may continue in the next sequence, as another segment
+        begins[_bounds(arrays["document_lengths"])] = True
+    segments = np.flatnonzero(begins)
+    labels = np.empty(len(tokens), np.int32)
+    labels[:-1] = tokens[1:]
+    labels[segments[1:] - 1] = IGNORED
+    labels[~counts] = IGNORED
+    return TextInputs(tokens, labels, segments, np.searchsorted(segments, sequences))
+
+
+def _bounds(lengths: Array) -> Ints:
+    """The first row of each of these lengths, and the end of the last: `[m + 1]`."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
 ShardRows = Sequence[tuple[OpenShard, Ints]]
 """Shards, and the numbers of rows (or of sequences) of each."""
 
@@ -79,11 +171,8 @@ class BatchFormat:
 
     def empty(self) -> AnyBatch:
         """A micro-batch of one position that does not count, on the device."""
-        common: dict[str, Any] = {
-            "sequences": torch.zeros(1, dtype=torch.int32),
-            "targets": self.targets([], np.zeros(0, np.int64)),
-            "positions": 0,
-        }
+        targets = self.targets([], np.zeros(0, np.int64))
+        common: dict[str, Any] = {"sequences": torch.zeros(1, dtype=torch.int32), "targets": targets, "positions": 0}
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if self.data is not None:
             inputs = torch.zeros_like(self.data.first())
@@ -170,8 +259,10 @@ def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat)
     )
 
 
-def gather_examples(sequences: ShardRows, form: BatchFormat, data: Examples) -> list[ExampleBatch]:
+def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatch]:
     """The micro-batches of examples, on the host. A sequence, the copies of an example, is never divided."""
+    data = form.data
+    assert data is not None
     first = np.concatenate([shard.inputs.first_row[some] for shard, some in sequences])
     lengths = np.concatenate([shard.inputs.first_row[some + 1] for shard, some in sequences]) - first
     shard_of = np.repeat(np.arange(len(sequences)), [len(some) for _, some in sequences])
@@ -195,4 +286,35 @@ def gather_examples(sequences: ShardRows, form: BatchFormat, data: Examples) -> 
                 positions=len(example),
             )
         )
+    return found
+
+
+def padded_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
+    """The indices of the rows of each micro-batch, rows of similar lengths together, the longest first.
+
+    A micro-batch, padded to its longest row, has at most `tokens` positions and `rows` rows (None: no limit); a longer
+    row is alone.
+    """
+    total = int(lengths.sum()) * len(lengths)
+    size = rows or len(lengths)
+    # ascending within: rows of one shard lie together
+    return [
+        np.sort(batch[i : i + size])
+        for batch in batches(lengths, total if tokens is None else tokens)
+        for i in range(0, len(batch), size)
+    ]
+
+
+def packed_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
+    """The indices of the windows of each micro-batch, in order: at most `tokens` positions and `rows` windows."""
+    ends = np.cumsum(lengths)
+    found: list[Ints] = []
+    begin, done = 0, 0
+    while begin < len(lengths):
+        end = len(lengths) if tokens is None else int(np.searchsorted(ends, done + tokens, side="right"))
+        end = max(end, begin + 1)
+        if rows is not None:
+            end = min(end, begin + rows)
+        found.append(np.arange(begin, end))
+        begin, done = end, int(ends[end - 1])
     return found

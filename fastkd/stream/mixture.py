@@ -7,7 +7,7 @@ share, to within one. With one source the stream is its epochs, one after anothe
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class SequenceStream:
         self.totals = [int(s.sum()) for s in sizes]
         self._until = [sum(shares[:j], Fraction(0)) for j in range(len(sizes) + 1)]
         self.block = max(_BLOCK, *(-(-share.denominator // share.numerator) for share in shares))
-        self._epochs: dict[tuple[int, int], Epoch] = {}
+        self._epoch = lru_cache(2 * len(sizes))(self._make_epoch)
 
     def __len__(self) -> int:
         """Sequences per epoch of the stream: as many as the sources have together."""
@@ -88,15 +88,10 @@ class SequenceStream:
                 total += self._epoch(j, epoch).positions_before(at, positions[j], partial(lengths, j))
         return total
 
-    def _epoch(self, source: int, number: int) -> Epoch:
-        key = source, number
-        if key not in self._epochs:
-            for old in [k for k in self._epochs if k[0] == source and k[1] != number - 1]:
-                del self._epochs[old]
-            # a seed per source, so that two sources of equal sizes have different orders
-            seed = (self._seed + (source << 48)) % 2**64
-            self._epochs[key] = order(self._sizes[source], seed, number, shards_open=self._open, shuffle=self._shuffle)
-        return self._epochs[key]
+    def _make_epoch(self, source: int, number: int) -> Epoch:
+        # a seed per source, so that two sources of equal sizes have different orders
+        seed = (self._seed + (source << 48)) % 2**64
+        return order(self._sizes[source], seed, number, shards_open=self._open, shuffle=self._shuffle)
 
     def _quotas(self, block: int) -> list[int]:
         """How many sequences each source has in all blocks before this one."""

@@ -9,77 +9,59 @@ and by `MAX_PLANNED`. An error of any thread is raised unchanged by `next` when 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
+
+from .gather import OpenShard
+from .step_plan import RankShare, ShardKey
 
 # Steps that are planned and not yet assembled, at most: enough for shards to be read in time. Without a limit, and with
 # few shards that hold everything for epochs without end, planning would take a core and the memory.
 MAX_PLANNED = 1024
-
-Share = TypeVar("Share")
-Shard = TypeVar("Shard")
-Assembled = TypeVar("Assembled")
-
-
-@dataclass(frozen=True)
-class PlannedStep(Generic[Share]):
-    """A step to be assembled: the keys of its shards, and of those that later steps may need."""
-
-    share: Share
-    shards: list[Hashable]
-    still_open: set[Hashable]
-
-
-@dataclass(frozen=True)
-class _ReadingStep(Generic[Share, Shard]):
-    share: Share
-    shards: "dict[Hashable, Future[Shard]]"
-    done_with: "list[Future[Shard]]"
 
 
 class _Stopped(Exception):
     """`close` was called."""
 
 
-class Prefetcher(Generic[Share, Shard, Assembled]):
-    """Assembles the steps of `planned` in order, ahead of time. `close` it when done.
+class Prefetcher:
+    """Assembles the steps of `shares` in order, ahead of time. `close` it when done.
 
-    read: from a shard's key to the shard. assemble: from a share and its shards to a step. release: called with a shard
-    that no step needs any more. threads: for reading.
+    read: a shard. assemble: a step, from a share and its shards. release: called with a shard that no step needs any
+    more. threads: for reading.
     """
 
     def __init__(
         self,
-        planned: Iterator[PlannedStep[Share]],
-        read: Callable[[Hashable], Shard],
-        assemble: Callable[[Share, dict[Hashable, Shard]], Assembled],
-        release: Callable[[Shard], None],
+        shares: Iterator[RankShare],
+        read: Callable[[ShardKey], OpenShard],
+        assemble: Callable[[RankShare, dict[ShardKey, OpenShard]], Any],
+        release: Callable[[OpenShard], None],
         *,
         shards: int,
         steps: int,
         threads: int,
     ) -> None:
-        self._planned, self._read, self._assemble, self._release = planned, read, assemble, release
+        self._shares, self._read, self._assemble, self._release = shares, read, assemble, release
         self._max_shards, self._max_steps = shards, steps
         self._changed = threading.Condition()  # one lock for everything: held for moments
-        self._reading: deque[_ReadingStep[Share, Shard] | BaseException | None] = deque()
-        self._ready: deque[Assembled | BaseException | None] = deque()
+        # both end with None or an error
+        self._reading: deque[Any] = deque()  # a share, the futures of its shards, and those that no later step needs
+        self._ready: deque[Any] = deque()
         self._unassembled = self._held = 0  # steps planned and not yet assembled; shards read or being read
         self._stopped = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-read")
         self._threads = [
-            threading.Thread(target=self._run, args=(work, out), name=f"fastkd-{name}", daemon=True)
-            for name, work, out in (
-                ("plan", self._submit_reads, self._reading),
-                ("assemble", self._assemble_steps, self._ready),
-            )
+            threading.Thread(target=self._run, args=(self._plan_steps, self._reading), name="fastkd-plan", daemon=True),
+            threading.Thread(
+                target=self._run, args=(self._assemble_steps, self._ready), name="fastkd-assemble", daemon=True
+            ),
         ]
         for thread in self._threads:
             thread.start()
 
-    def next(self) -> Assembled | None:
+    def next(self) -> Any:
         """The next step; None after the last. Raises the error that prevented it."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._stopped)
@@ -104,7 +86,7 @@ class Prefetcher(Generic[Share, Shard, Assembled]):
         self._reading.clear()
         self._ready.clear()
 
-    def _run(self, work: Callable[[], None], out: "deque[object]") -> None:
+    def _run(self, work: Callable[[], None], out: deque[Any]) -> None:
         """On a thread: the work, and then its end or its error."""
         end: BaseException | None = None
         try:
@@ -123,26 +105,22 @@ class Prefetcher(Generic[Share, Shard, Assembled]):
         if self._stopped:
             raise _Stopped
 
-    def _submit_reads(self) -> None:
-        live: dict[Hashable, Future[Shard]] = {}
-        for step in self._planned:
-            for key in step.shards:
+    def _plan_steps(self) -> None:
+        live: dict[ShardKey, Future[OpenShard]] = {}
+        for share in self._shares:
+            for key in share.shards:
                 if key not in live:
-                    live[key] = self._submit_read(key)
-            shards = {key: live[key] for key in step.shards}
-            done_with = [live.pop(key) for key in live.keys() - step.still_open]
+                    with self._changed:  # as soon as there is room; at once if the next step waits for this shard alone
+                        self._wait_for(lambda: self._held < self._max_shards or not self._unassembled)
+                        self._held += 1
+                    live[key] = self._pool.submit(self._read, key)
+            shards = {key: live[key] for key in share.shards}
+            done_with = [live.pop(key) for key in live.keys() - share.still_open]
             with self._changed:
                 self._wait_for(lambda: self._unassembled < MAX_PLANNED)
-                self._reading.append(_ReadingStep(step.share, shards, done_with))
+                self._reading.append((share, shards, done_with))
                 self._unassembled += 1
                 self._changed.notify_all()
-
-    def _submit_read(self, key: Hashable) -> "Future[Shard]":
-        """Read a shard as soon as there is room for it; at once if the next step waits for it alone."""
-        with self._changed:
-            self._wait_for(lambda: self._held < self._max_shards or not self._unassembled)
-            self._held += 1
-        return self._pool.submit(self._read, key)
 
     def _assemble_steps(self) -> None:
         while True:
@@ -153,18 +131,19 @@ class Prefetcher(Generic[Share, Shard, Assembled]):
                 return
             if isinstance(item, BaseException):
                 raise item
-            step = self._assemble(item.share, {key: self._result(future) for key, future in item.shards.items()})
-            for future in item.done_with:
+            share, shards, done_with = item
+            step = self._assemble(share, {key: self._result(future) for key, future in shards.items()})
+            for future in done_with:
                 self._release(self._result(future))
             with self._changed:
-                self._held -= len(item.done_with)
+                self._held -= len(done_with)
                 self._unassembled -= 1
                 self._changed.notify_all()
                 self._wait_for(lambda: len(self._ready) < self._max_steps)
                 self._ready.append(step)
                 self._changed.notify_all()
 
-    def _result(self, future: "Future[Shard]") -> Shard:
+    def _result(self, future: Future[OpenShard]) -> OpenShard:
         try:
             return future.result()
         except BaseException:

@@ -1,7 +1,10 @@
-"""The sequences of a cache that a loader reads: a split fixed at capture, all of it or a part; and missing shards."""
+"""The sequences that a loader reads: one cache or a mixture, with the data set of examples, and a split of each."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -9,8 +12,10 @@ from numpy.typing import NDArray
 
 from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
 from ..cache.manifest import gaps, overlaps
-from ..cache.reader import Cache
+from ..cache.reader import Cache, open_cache
+from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..errors import StreamError
+from .mixture import SMALLEST_SHARE
 
 Ints = NDArray[np.int64]
 SPLITS = ("train", "held_out")
@@ -40,36 +45,22 @@ class ShardTable:
         """For a loader's fingerprint."""
         return {"spec": self.cache.spec.hash, "sequences": int(self.sequences.sum()), "content": self.content}
 
-    def _rows(self, some: slice) -> "ShardTable":
-        columns = {n: getattr(self, n)[some] for n in ("shard", "first", "sequences", "positions")}
-        return replace(self, **columns)
-
-    def _cut(self, row: int, begin: int, end: int) -> "ShardTable":
-        """The table with sequences `begin` to `end` of those that it has of one shard."""
+    def part(self, skip: int, max_positions: int | None) -> "ShardTable":
+        """Without the first `skip` sequences; of the rest, the first whole ones with at most `max_positions`."""
         first, sequences, positions = self.first.copy(), self.sequences.copy(), self.positions.copy()
-        positions[row] = self.lengths(row)[begin:end].sum()
-        first[row] += begin
-        sequences[row] = end - begin
-        return replace(self, first=first, sequences=sequences, positions=positions)
-
-    def skip(self, sequences: int) -> "ShardTable":
-        """The table without its first sequences."""
-        ends = np.cumsum(self.sequences)
-        row = int(np.searchsorted(ends, sequences, side="right"))
-        rest = self._rows(slice(row, None))
-        if not len(rest.shard) or not (skipped := sequences - int(ends[row] - rest.sequences[0])):
-            return rest
-        return rest._cut(0, skipped, int(rest.sequences[0]))
-
-    def up_to(self, max_positions: int) -> "ShardTable":
-        """The first whole sequences of the table with at most `max_positions` positions together."""
-        ends = np.cumsum(self.positions)
-        row = int(np.searchsorted(ends, max_positions, side="right"))
-        if row == len(ends):
-            return self
-        room = max_positions - int(ends[row] - self.positions[row])
-        count = int(np.searchsorted(np.cumsum(self.lengths(row)), room, side="right"))
-        return self._rows(slice(row + 1))._cut(row, 0, count) if count else self._rows(slice(row))
+        skipped = np.clip(skip - (np.cumsum(sequences) - sequences), 0, sequences)
+        for row in np.flatnonzero(skipped).tolist():
+            positions[row] = self.lengths(row)[skipped[row] :].sum() if skipped[row] < sequences[row] else 0
+        first, sequences = first + skipped, sequences - skipped
+        ends = np.cumsum(positions)
+        if max_positions is not None and max_positions < ends[-1]:
+            last = int(np.searchsorted(ends, max_positions, side="right"))
+            room = np.cumsum(self.lengths(last)[skipped[last] :])
+            count = int(np.searchsorted(room, max_positions - (ends[last] - positions[last]), side="right"))
+            sequences[last], positions[last] = count, room[count - 1] if count else 0
+            sequences[last + 1 :] = 0
+        kept = sequences > 0
+        return ShardTable(self.cache, *(column[kept] for column in (self.shard, first, sequences, positions)))
 
 
 def open_split(
@@ -102,9 +93,7 @@ def open_split(
     content = manifest.column("content_sha256").take(inside).to_pylist()
     shard = number[inside]
     table = ShardTable(cache, shard, np.zeros(len(shard), np.int64), sequences[inside], positions[inside])
-    table = table.skip(skip)
-    if max_positions is not None:
-        table = table.up_to(max_positions)
+    table = table.part(skip, max_positions)
     if not len(table.shard):
         raise StreamError(
             f"skip, max_positions: got {skip} and {max_positions}, which leave nothing of the "
@@ -150,3 +139,97 @@ def _check_complete(cache: Cache, plan: CapturePlan | None, there: Ints, begin: 
             f"({len(missing) / expected:.1%}; the first is {missing[0]}). Run the capture again, which writes only "
             "what is missing, or read the shards that exist with allow_partial=True."
         )
+
+
+def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
+    """The caches and their weights, of one cache or of a mixture [(cache, weight), ...]."""
+    if not isinstance(cache, (list, tuple)):
+        cache = [(cache, 1)]
+    caches, weights = [], []
+    for entry in cache:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise StreamError(f"cache: got {entry!r} in a mixture; expected pairs of a cache and its weight.")
+        weight = entry[1]
+        if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__") or not 0 < float(weight) < math.inf:
+            raise StreamError(f"cache: got the weight {weight!r} for {entry[0]!r}; expected a positive number.")
+        weights.append(Fraction(float(weight)))
+        caches.append(entry[0] if isinstance(entry[0], Cache) else open_cache(entry[0]))
+    if not caches:
+        raise StreamError("cache: got an empty mixture; expected a cache, or pairs of a cache and its weight.")
+    return caches, weights
+
+
+def check_alike(caches: Sequence[Cache]) -> None:
+    """StreamError if the caches of a mixture cannot be used for one student."""
+    for cache in caches:
+        for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
+            ours, first = (getattr(c.spec, name) for c in (cache, caches[0]))
+            if ours != first:
+                raise StreamError(
+                    f"cache: {caches[0]!r} and {cache!r} cannot be mixed: {name} is {first!r} in one and {ours!r} in "
+                    "the other. Capture one of them again."
+                )
+
+
+def shares_of(tables: Sequence[ShardTable], weights: Sequence[Fraction]) -> list[Fraction]:
+    """The part of the sequences to take from each cache, so that its part of the positions is its weight."""
+    per_sequence = [
+        weight * int(t.sequences.sum()) / int(t.positions.sum()) for t, weight in zip(tables, weights, strict=True)
+    ]
+    shares = [part / sum(per_sequence, Fraction(0)) for part in per_sequence]
+    for table, share in zip(tables, shares, strict=True):
+        if share < SMALLEST_SHARE:
+            raise StreamError(
+                f"cache: the weight of {table.cache!r} comes to {float(share):.1e} of the sequences; expected at least "
+                "1e-6."
+            )
+    return shares
+
+
+def check_data(caches: Sequence[Cache], data: Any) -> None:
+    """StreamError if the caches cannot be read with this data: data with a cache of text; none with a cache of
+    examples, other examples than those in its spec (naming the differences), or labels outside the teacher's classes.
+    """
+    for cache in caches:
+        columns = cache.spec.inputs
+        if "tokens" in columns:
+            if data is not None:
+                raise StreamError(f"data: got {type(data).__name__} for {cache!r}, which is of text. Leave it out.")
+            continue
+        if not set(EXAMPLE_COLUMNS) <= set(columns):
+            raise StreamError(
+                f"{cache!r}: got input columns {', '.join(columns) or 'none'}; expected `tokens` for text, or "
+                f"{' and '.join(EXAMPLE_COLUMNS)} for examples. Capture it with fastkd.capture."
+            )
+        if not isinstance(data, Examples):
+            raise StreamError(
+                f"data: got {type(data).__name__} for {cache!r}, a cache of examples that does not contain them. Give "
+                "the fastkd.data.examples.Examples that it was captured from (data=, or --data module:factory)."
+            )
+        _check_same(cache, data)
+        if not data.labelled:
+            raise StreamError(f"data: got no labels, and {cache!r} contains none. Use Examples(..., labels=...).")
+        if data.classes > cache.spec.vocab_size:
+            raise StreamError(
+                f"data: got a label {data.classes - 1}; expected classes from 0 to {cache.spec.vocab_size - 1}, those "
+                f"of the teacher of {cache!r}."
+            )
+
+
+def _check_same(cache: Cache, data: Examples) -> None:
+    theirs, ours = cache.spec.provenance.dataset_sha256, data.fingerprint()
+    if theirs == ours:
+        return
+    if theirs is None:
+        raise StreamError(
+            f"{cache!r}: its spec has no hash of the data set (dataset: {cache.spec.dataset!r}), so the data cannot be "
+            "checked. Capture it with fastkd.capture."
+        )
+    plan = read_capture_plan(cache.store)
+    counts = plan and (("examples", plan.totals.get("documents"), len(data)),
+                       ("copies", plan.settings.get("context"), data.copies))  # fmt: skip
+    differences = [f"{name}: {a} in the cache, {b} here" for name, a, b in counts or () if a != b]
+    raise StreamError(
+        f"data: got sha256 {ours[:12]}…; expected {theirs[:12]}…, the data set that {cache!r} was captured from "
+        f"({'; '.join(differences) or 'the values of the examples, their augmentation, or its seed differ'})."
+    )

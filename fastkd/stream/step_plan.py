@@ -1,16 +1,17 @@
 """Which sequences each optimizer step has, and each rank's share of it. Reads lengths of sequences, nothing else."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StreamError
-from .micro_batches import split_over_ranks, step_end
 from .mixture import MixedSequences, SequenceStream
 from .split import ShardTable
 
@@ -115,11 +116,9 @@ class StepPlan:
         if self._batch_size is not None:
             return LoaderProgress(epoch, min(step * self._batch_size, total), 0, step)
         assert tokens is not None
-        low, high = 0, total + 1  # the largest number of sequences with at most step · tokens positions
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if positions_before(middle) - before <= step * tokens else (low, middle)
-        return LoaderProgress(epoch, low, positions_before(low) - before, step)
+        # the largest number of sequences with at most step · tokens positions
+        number = bisect_right(range(total + 1), before + step * tokens, key=positions_before) - 1
+        return LoaderProgress(epoch, number, positions_before(number) - before, step)
 
     def _step(self, progress: LoaderProgress) -> tuple[MixedSequences, Ints]:
         """The sequences of the step after `progress`, and the weight of each: its positions if they are known, or 1."""
@@ -161,3 +160,31 @@ class StepPlan:
             key = int(sequences.source[i]), int(sequences.shard[i])
             found.setdefault(key, []).append(int(sequences.sequence[i]))
         return {key: np.array(numbers) + self._tables[key[0]].first[key[1]] for key, numbers in found.items()}
+
+
+def step_end(lengths: Ints, done: int, batch_tokens: int) -> int | None:
+    """How many of the next sequences belong to the step that begins after `done` positions of the epoch.
+
+    Step t takes the sequences that end within the first (t + 1) · batch_tokens positions of the epoch and belong to no
+    earlier step. So steps have batch_tokens on average, to within a sequence each, and their number follows from the
+    epoch's positions alone. lengths: of the next sequences, `[m]`, none above batch_tokens. None: these do not fill
+    the step.
+    """
+    number = -(-done // batch_tokens)
+    found = int(np.searchsorted(np.cumsum(lengths), (number + 1) * batch_tokens - done, side="right"))
+    return found if found < len(lengths) else None
+
+
+def split_over_ranks(lanes: Ints, weights: Ints, world_size: int) -> list[Ints]:
+    """The indices of each rank's sequences in a step, for every rank: about equal weights, by lane.
+
+    lanes `[m]`: see `epoch_order.Sequences`. A shard keeps its lane, so a rank's sequences come from few of the open
+    shards: its part of the lanes, and the two that it shares with its neighbours. With equal weights, and at least as
+    many sequences as ranks, every rank has a sequence; else a rank may have none.
+    """
+    by = np.argsort(lanes, kind="stable")
+    ends = np.cumsum(weights[by])
+    # the rank that the middle of each falls to
+    rank = (2 * ends - weights[by]) * world_size // (2 * ends[-1])
+    begins = np.searchsorted(rank, np.arange(world_size + 1))
+    return [by[a:b] for a, b in pairwise(begins.tolist())]

@@ -3,7 +3,6 @@
 SWEEP/  sweep.json  sweep.png  ARM/seed=0/ (a run of `fastkd.train`)  ARM/seed=1/ ...
 """
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,17 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..settings import TrainSettings
 from ..train.api import DEFAULTS, Inputs, held_out, train
-from ..train.load_student import make_student
 from ..train.result import TrainReport, describe_cache
+from ..train.student import make_student
 from ..train.trainer import Diverged
-from ..utils.atomic import lock, write_text
-from ..utils.distributed import process_count
-from ..utils.output_guard import check_sweep_place
+from ..utils.atomic import lock, write_json
+from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .arms import make_arms
@@ -66,12 +66,12 @@ def sweep(
     if at_once is not None:
         warnings.warn("at_once has no effect: arms are trained one after another", DeprecationWarning, stacklevel=2)
     settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
-    if (count := process_count()) > 1:
+    if (count := dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise TrainError(
             f"sweep: got {count} processes; expected one. Give each process its own arms and its own folder, without "
             "torchrun, or train the arms one by one with fastkd train."
         )
-    check_sweep_place(out)
+    check_folder(out, "sweep")
     inputs = Inputs.of(cache, data)
     if inputs.spec is None:
         raise TrainError("cache: got a batch source; expected a cache, or a mixture of caches.")
@@ -100,7 +100,7 @@ def sweep(
             try:
                 reports.append(train(student, cache, folder, own, data=data, stop=stop, progress=progress))
             except Diverged as error:
-                write_text(folder / FAILED, json.dumps({"step": error.step, "error": str(error)}) + "\n")
+                write_json(folder / FAILED, {"step": error.step, "error": str(error)})
                 say.event("note", text=f"{arm.name}, seed {seed}: diverged; continuing with the next. {error}")
         results = {(arm, seed): read_result(folder) for arm, seed, folder in runs}
         report = make_report(out, chosen, list(numbers), results, inputs.weights, measure=settings.best, notes=notes)
@@ -108,6 +108,5 @@ def sweep(
         waiting = sum(one.seconds * one.waiting for one in reports) / seconds if seconds else 0.0
         report = replace(report, trainings=len(reports), seconds=seconds, waiting=waiting)
         report = plotted(report) if report.complete else report
-        document = report.to_json() | {"settings": asdict(settings)}
-        write_text(out / SWEEP, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)})
         return report

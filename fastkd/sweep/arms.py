@@ -11,7 +11,6 @@ from ..settings import TrainSettings
 from ..train.settings_check import check_settings
 
 FIELDS = ("alpha", "temperature", "divergence", "treatment", "rate")
-_TEXTS = ("divergence", "treatment")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Arm:
         return ",".join(f"{name}={_text(value)}" for name, value in self.changes) or "unchanged"
 
     def of(self, settings: TrainSettings, seed: int) -> TrainSettings:
-        """The settings of its training with a seed."""
         changes: dict[str, Any] = dict(self.changes)
         return replace(settings, seed=seed, **changes)
 
@@ -54,7 +52,8 @@ def make_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list
 def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -> tuple[list[Arm], list[str]]:
     given = {name: [x] if isinstance(x, str) or not isinstance(x, Sequence) else list(x) for name, x in values.items()}
     given = {name: some for name, some in given.items() if some}
-    found = [_arm(dict(zip(given, some, strict=True))) for some in itertools.product(*given.values())] if given else []
+    combinations = itertools.product(*given.values()) if given else ()
+    found = [_arm(dict(zip(given, some, strict=True))) for some in combinations]
     _check_each_once(found)
     problems = {arm: problem for arm in found if (problem := _problem(arm, settings, spec))}
     kept = [arm for arm in found if arm not in problems]
@@ -80,11 +79,8 @@ def _arm(changes: Mapping[str, Any]) -> Arm:
 
 
 def _value(name: str, value: Any) -> float | str:
-    if name in _TEXTS:
-        possible = TrainSettings.__annotations__[name].__args__
-        if value in possible:
-            return str(value)
-        raise TrainError(f"arms: got {name}={value!r}; expected one of {', '.join(possible)}.")
+    if isinstance(getattr(TrainSettings, name), str):
+        return str(value)  # checked with the other settings
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TrainError(f"arms: got {name}={value!r}; expected a number.")
     return float(value)
@@ -93,11 +89,9 @@ def _value(name: str, value: Any) -> float | str:
 def _check_each_once(arms: Sequence[Arm]) -> None:
     if not arms:
         raise TrainError(f"arms: got none; expected values of some of {', '.join(FIELDS)}.")
-    for arm in arms:
-        if arms.count(arm) > 1:
-            raise TrainError(
-                f"arms: got {arm.name} {arms.count(arm)} times; expected each once. Use seeds for repetitions."
-            )
+    if twice := [arm for arm in arms if arms.count(arm) > 1]:
+        count = arms.count(twice[0])
+        raise TrainError(f"arms: got {twice[0].name} {count} times; expected each once. Use seeds for repetitions.")
 
 
 def _problem(arm: Arm, settings: TrainSettings, spec: CacheSpec) -> str:

@@ -25,7 +25,7 @@ from ..errors import TrainError
 from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import SWEEP as SHOWN
 from ..evaluate.measures import printed_in, sign_of
-from ..evaluate.windows import Windows
+from ..evaluate.result import Windows
 from ..settings import TrainSettings
 from ..train.api import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
@@ -59,9 +59,17 @@ class Behind:
     by_windows: float | None
 
     @property
+    def half(self) -> float | None:
+        """Half the wider interval; None if it is infinite."""
+        return None if self.by_seeds is None or self.by_windows is None else max(self.by_seeds, self.by_windows)
+
+    @property
     def told_apart(self) -> bool:
         """Whether the distance is larger than both intervals."""
-        return all(half is not None and self.distance > half for half in (self.by_seeds, self.by_windows))
+        return self.half is not None and self.distance > self.half
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"told_apart": self.told_apart}
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,8 @@ class ArmResult:
         return stdev(values) if len(values) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, with mean and spread of each measure."""
         measures = {n: {"mean": self.mean(n), "spread": self.spread(n)} for n in self.values}
-        behind = self.behind and asdict(self.behind) | {"told_apart": self.behind.told_apart}
-        return asdict(self) | {"measures": measures, "behind": behind}
+        return asdict(self) | {"measures": measures, "behind": self.behind and self.behind.to_json()}
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,6 @@ class SweepReport:
 
     @property
     def status(self) -> int:
-        """Exit status: 0, or 75 if work remains."""
         return DONE if self.complete else WORK_REMAINS
 
     @property
@@ -139,41 +144,32 @@ class SweepReport:
         return f"{text} Not distinguishable from it: {'; '.join(self.alike)}.{why}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
         own = {"format": "fastkd-sweep", "version": 1, "verdict": self.verdict, "status": self.status}
-        margin = self.margin and asdict(self.margin) | {"told_apart": self.margin.told_apart}
+        margin = self.margin and self.margin.to_json()
         return own | asdict(self) | {"arms": [arm.to_json() for arm in self.arms], "margin": margin}
 
 
 def read_result(folder: Path) -> Result | None:
     """The result of a training, or None if it is not finished. Raises TrainError if its files are damaged."""
-    if (folder / FAILED).exists():
-        return Result({}, failed=str(_read(folder / FAILED)["error"]))
-    if not (folder / RUN).exists() or not (document := _read(folder / RUN))["report"]["complete"]:
+    if (failed := _read(folder / FAILED)) is not None:
+        return Result({}, failed=str(failed["error"]))
+    if (document := _read(folder / RUN)) is None or not document["report"]["complete"]:
         return None
-    found = [_read(folder / EVALUATION)] if (folder / EVALUATION).exists() else []
-    found = _read(folder / EVALUATIONS) if (folder / EVALUATIONS).exists() else found
-    return Result(document, [Evaluation.from_json(one) for one in found])
+    one, several = _read(folder / EVALUATION), _read(folder / EVALUATIONS)
+    return Result(document, [Evaluation.from_json(found) for found in several or ([one] if one else [])])
 
 
-def check_finished(
-    folder: Path,
-    done: Result,
-    settings: TrainSettings,
-    student: Mapping[str, Any],
-    caches: Sequence[Mapping[str, Any]],
-) -> None:
+def check_finished(folder: Path, done: Result, settings: TrainSettings, student: Any, caches: Sequence[Any]) -> None:
     """Raise TrainError if a finished training is not the one that is wanted. student: name and parameters; caches:
     their `train.result.describe_cache`."""
-    run, names = done.run, ("spec", "positions")
-    same = {
-        "student": all(run["student"][name] == value for name, value in student.items()),
-        "cache": [[c[n] for n in names] for c in run["caches"]] == [[c[n] for n in names] for c in caches],
-    }
-    if others := [what for what, is_same in same.items() if not is_same]:
+    run = done.run
+    theirs, ours = ([(c["spec"], c["positions"]) for c in some] for some in (run["caches"], caches))
+    other = "cache" if theirs != ours else ""
+    other = "student" if any(run["student"][name] != value for name, value in student.items()) else other
+    if other:
         raise TrainError(
-            f"{folder}: it was trained with another {others[0]}. Sweep into another folder, or delete this one to "
-            "train it again."
+            f"{folder}: it was trained with another {other}. Sweep into another folder, or delete this one to train "
+            "it again."
         )
     check_same(stated(run["settings"]), stated(asdict(settings)), str(folder))
 
@@ -190,12 +186,10 @@ def make_report(
 ) -> SweepReport:
     """The report, from the result of each training. weights: of the caches. measure: to rank by; perplexity is ranked
     by its logarithm. Raises TrainError if all arms diverged, or the evaluations lack the measure."""
-    measure = "cross_entropy" if measure == "perplexity" else measure
-    results = []
-    evaluations: dict[str, list[Sequence[Evaluation]]] = {}
+    results, evaluations = [], {}
     for arm in arms:
-        mine = [(seed, found[arm, seed]) for seed in seeds]
-        done = [one.evaluations for _, one in mine if one is not None and one.evaluations]
+        mine = [(seed, result) for seed in seeds if (result := found[arm, seed]) is not None]
+        evaluations[arm.name] = done = [result.evaluations for _, result in mine if result.evaluations]
         each = [means(one, weights) for one in done]
         results.append(
             ArmResult(
@@ -203,17 +197,15 @@ def make_report(
                 dict(arm.changes),
                 [str(out / arm.name / f"seed={seed}") for seed in seeds],
                 {name: [values[name] for values in each] for name in (each[0] if each else ())},
-                {str(seed): one.failed for seed, one in mine if one is not None and one.failed},
+                {str(seed): result.failed for seed, result in mine if result.failed},
             )
         )
-        evaluations[arm.name] = done
-    complete = all(one is not None for one in found.values())
+    complete = None not in found.values()
+    measure = "cross_entropy" if measure == "perplexity" else measure
     report = SweepReport(str(out), complete, list(seeds), measure, results, notes=list(notes))
     if complete and all(len(arm.diverged) == len(seeds) for arm in results):
         raise TrainError(f"sweep: all {len(arms)} arms diverged. The first: {results[0].diverged[str(seeds[0])]}")
-    if not complete or not any(evaluations.values()):
-        return report
-    return ranked(report, evaluations, weights)
+    return ranked(report, evaluations, weights) if complete and any(evaluations.values()) else report
 
 
 def ranked(
@@ -268,10 +260,8 @@ def window_noise(
 
 
 def sweep_text(report: SweepReport) -> str:
-    """The report as text."""
     if not report.complete:
         return f"{report.out}: stopped. Run the same command again to resume."
-    lines = [f"note: {note}" for note in report.notes]
     names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
     rows = [["arm", *names, "behind the best"]]
     for arm in report.arms:
@@ -282,24 +272,19 @@ def sweep_text(report: SweepReport) -> str:
         if arm.diverged:
             cells, behind = [""] * len(names), f"diverged with seed {', '.join(arm.diverged)}"
         rows.append([arm.name, *cells, behind])
-    if names:
-        lines.append(f"held out: mean over {len(report.seeds)} seeds ± standard deviation")
+    lines = [f"note: {note}" for note in report.notes]
+    lines += [f"held out: mean over {len(report.seeds)} seeds ± standard deviation"] * bool(names)
     lines += format_table(rows)
-    if report.alike:
-        lines.append("?: not distinguishable from the best")
+    lines += ["?: not distinguishable from the best"] * bool(report.alike)
     lines.append(report.verdict)
     if report.seconds:
-        lines.append(
-            f"{report.trainings} trainings, {duration(report.seconds)}, {report.waiting:.1%} of it waiting for data"
-        )
-    lines.append(
-        f"{report.out}/{SWEEP}" + (f", {report.plot}" if report.plot else "") + "; ARM/seed=S is the folder of a run"
-    )
-    return "\n".join(lines)
+        spent = f"{duration(report.seconds)}, {report.waiting:.1%} of it waiting for data"
+        lines.append(f"{report.trainings} trainings, {spent}")
+    plot = f", {report.plot}" if report.plot else ""
+    return "\n".join([*lines, f"{report.out}/{SWEEP}{plot}; ARM/seed=S is the folder of a run"])
 
 
 def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The mean of several evaluations of the same windows."""
     windows = [one.student for one in evaluations]
     sums = {name: np.mean([one.sums[name] for one in windows], 0) for name in windows[0].sums}
     bins = [one.bins for one in windows if one.bins is not None]
@@ -308,8 +293,11 @@ def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def _read(path: Path) -> Any:
+    """A JSON document, or None if there is no such file."""
     try:
         return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise TrainError(f"{path}: cannot be read ({error}). Delete {path.parent}, and run the sweep again.") from error
 

@@ -16,7 +16,7 @@ from ..cache import CacheError
 from ..errors import TeacherError
 from ..models.hub import brief
 from ..utils.distributed import local_device
-from ..utils.exit import grouped
+from ..utils.signals import grouped
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of collective operations

@@ -17,20 +17,17 @@ from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import StreamError, TrainError
 from ..settings import TrainSettings
+from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
-from ..stream.dataset_check import check_data
-from ..stream.open_caches import open_sources
-from ..stream.source import BatchSource
-from ..stream.split import open_split
-from ..utils.atomic import write_text
+from ..stream.split import check_data, open_sources, open_split
+from ..utils.atomic import write_json
 from ..utils.distributed import ALONE, Processes, joined_processes
-from ..utils.output_guard import check_run_place
+from ..utils.output_guard import check_folder
 from ..utils.signals import Stop
-from .load_student import make_student
 from .objective import Objective
 from .result import CONTROL, RUN, TrainReport, describe_cache
 from .settings_check import check_settings
-from .student import Student
+from .student import Student, make_student
 from .trainer import Evaluate, Trainer
 
 if TYPE_CHECKING:
@@ -77,22 +74,64 @@ def train(
     """
     if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
         raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
-    settings = replace(settings, **changes)
-    check_run_place(Path(out))
+    settings, out = replace(settings, **changes), Path(out)
+    check_folder(out, "run")
     inputs = Inputs.of(cache, data)
     check_settings(settings, inputs.spec, objective)
     with joined_processes(settings.device) as processes, ExitStack() as stack:
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        held = None if evaluate else held_out(settings, inputs, processes)
-        job = _Job(student, inputs, processes, evaluate or held, held, stop or Stop(), progress)
-        report = job.run(Path(out), settings, objective)
+        shared = (inputs, processes, evaluate or held_out(settings, inputs, processes), stop or Stop(), progress)
+        report = _run(student, out, settings, objective, *shared)
         if control and report.complete:
             hard_labels = replace(settings, alpha=1.0, alpha_end=None)
-            report = replace(report, control=job.run(Path(out) / CONTROL, hard_labels, None))
+            report = replace(report, control=_run(student, out / CONTROL, hard_labels, None, *shared))
             if processes.first:
-                _add_control(Path(out), report)
+                document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
+                write_json(out / RUN, document)
         return report
+
+
+def _run(
+    student: Any,
+    out: Path,
+    settings: TrainSettings,
+    objective: Objective | None,
+    inputs: "Inputs",
+    processes: Processes,
+    evaluate: Evaluate | None,
+    stop: Stop,
+    progress: str,
+) -> TrainReport:
+    """Train, or resume, in a folder."""
+    held = evaluate if isinstance(evaluate, HeldOut) else None
+    if held is not None:
+        held.evaluations.clear()  # those of another run
+    made = make_student(student, inputs.spec, settings, inputs.data)
+    trainer = Trainer(
+        made, inputs.open(settings, processes), processes, settings, out, objective=objective, evaluate=evaluate,
+        progress=progress,
+    )  # fmt: skip
+    try:
+        trainer.resume()
+        stop.gentle = True
+        trainer.run(stop)
+        if trainer.step >= trainer.steps:
+            # of a run that was complete already, there are no evaluations by window
+            trainer.evaluate_result(again=held is not None and not held.evaluations)
+        report = trainer.report()
+        if processes.first:
+            if held is not None and held.evaluations:  # by window, so that runs can be compared pairwise
+                documents = [one.to_json() for one in held.evaluations]
+                name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
+                write_json(out / name, document, indent=None)
+            caches = {"caches": [describe_cache(cache) for cache in inputs.caches]}
+            trainer.write_run(report, caches if inputs.source is None else None)  # last: the run is then complete
+        processes.wait()
+        return report
+    finally:
+        stop.gentle = False
+        trainer.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,70 +174,22 @@ class Inputs:
         return make_source(self.caches[0] if len(mixture) == 1 else mixture, settings, processes, self.data)
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """Arguments of `train` that its runs share. held: `evaluate`, if it is the default one."""
-
-    student: Any
-    inputs: Inputs
-    processes: Processes
-    evaluate: Evaluate | None
-    held: "HeldOut | None"
-    stop: Stop
-    progress: str
-
-    def run(self, out: Path, settings: TrainSettings, objective: Objective | None) -> TrainReport:
-        """Train, or resume, in a folder."""
-        inputs, held, first = self.inputs, self.held, self.processes.first
-        if held is not None:
-            held.evaluations.clear()  # those of another run
-        made = make_student(self.student, inputs.spec, settings, inputs.data)
-        trainer = Trainer(
-            made, inputs.open(settings, self.processes), self.processes, settings, out, objective=objective,
-            evaluate=self.evaluate, progress=self.progress,
-        )  # fmt: skip
-        try:
-            trainer.resume()
-            self.stop.gentle = True
-            trainer.run(self.stop)
-            if trainer.step >= trainer.steps:
-                # of a run that was complete already, there are no evaluations by window
-                trainer.evaluate_result(again=held is not None and not held.evaluations)
-            report = trainer.report()
-            if first:
-                if held is not None and held.evaluations:  # by window, so that runs can be compared pairwise
-                    documents = [one.to_json() for one in held.evaluations]
-                    name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
-                    write_text(out / name, json.dumps(document) + "\n")
-                caches = {"caches": [describe_cache(cache) for cache in inputs.caches]}
-                trainer.write_run(report, caches if inputs.source is None else None)  # last: the run is then complete
-            self.processes.wait()
-            return report
-        finally:
-            self.stop.gentle = False
-            trainer.close()
-
-
 def make_source(
     cache: Any, settings: TrainSettings, processes: Processes = ALONE, data: Examples | None = None
 ) -> CachedSource:
     """The source that a training with these settings reads. Raises StreamError and CacheError."""
+    names = (
+        "batch_size", "micro_tokens", "layout", "seed", "shards_open", "skip", "max_positions", "threads",
+        "allow_partial",
+    )  # fmt: skip
     return CachedSource(
         cache,
-        batch_size=settings.batch_size,
+        **{name: getattr(settings, name) for name in names},
         batch_tokens=settings.batch_tokens if settings.batch_size is None else None,
-        micro_tokens=settings.micro_tokens,
-        layout=settings.layout,
-        seed=settings.seed,
-        shards_open=settings.shards_open,
         rank=processes.rank,
         world_size=processes.world_size,
         reduce=processes.reduce,
-        skip=settings.skip,
-        max_positions=settings.max_positions,
         device=processes.device,
-        threads=settings.threads,
-        allow_partial=settings.allow_partial,
         data=data,
     )
 
@@ -258,10 +249,3 @@ def means(evaluations: "Sequence[Evaluation]", weights: Sequence[float]) -> dict
             if (mean := value["mean"]) is not None:
                 total[name] = total.get(name, 0.0) + mean * weight / sum(weights)
     return total
-
-
-def _add_control(out: Path, report: TrainReport) -> None:
-    """Add the control to run.json."""
-    document = json.loads((out / RUN).read_text())
-    document["report"] = report.to_json()
-    write_text(out / RUN, json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -4,7 +4,7 @@
 
 Each process writes its own part of the tensors into a folder with a temporary name; the first one renames it when all
 are done. state.json has the size and sha256 of every other file, so that a damaged checkpoint is detected. Any number
-of processes can load a checkpoint. Version 1 (model.safetensors, optimizer.safetensors) can still be read.
+of processes can load a checkpoint.
 """
 
 import hashlib
@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import TrainError
 from ..utils.atomic import PART, commit_folder, drop_folder, remove_folder, start_folder, temporary_folder
@@ -38,6 +35,8 @@ from ..utils.distributed import ALONE, Processes
 FORMAT, VERSION = "fastkd-checkpoint", 2
 FOLDER = "checkpoints"
 STATE = "state.json"
+MODEL, OPTIMIZER = "model", "optimizer"
+"""Names of the groups of tensors in a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 Tensors = Mapping[str, Tensor]
@@ -45,18 +44,15 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. state: the JSON document given to `write`. version: of the format on disk."""
+    """A complete checkpoint. state: the JSON document given to `write`."""
 
     folder: Path
     step: int
     state: dict[str, Any]
-    version: int = VERSION
 
     def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor of a group, by name. Raises TrainError if the files cannot be read."""
         with self._readable():
-            if self.version == 1:
-                return {name: (tuple(t.shape), t.dtype) for name, t in self._safetensors(group).items()}
             stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
             return {
                 name.removeprefix(f"{group}."): (tuple(one.size), one.properties.dtype)
@@ -70,11 +66,6 @@ class Checkpoint:
         tensors: all with the shapes that `shapes` returns. Raises TrainError if the files cannot be read.
         """
         with self._readable(), torch.no_grad():
-            if self.version == 1:
-                stored = self._safetensors(group)
-                for name, tensor in tensors.items():
-                    tensor.copy_(_distributed_like(stored[name], tensor))
-                return
             named = {f"{group}.{name}": tensor for name, tensor in tensors.items()}
             reader = FileSystemReader(self.folder)
             if processes.group is None:  # torch 2.6 has no public way for one process alone of several
@@ -88,15 +79,12 @@ class Checkpoint:
         self.load(group, found)
         return found
 
-    def _safetensors(self, group: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{group}.safetensors")
-
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             with _cause_of_failure():
                 yield
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise TrainError(f"{self.folder}: cannot be read ({error}). Delete it, and train again.") from error
 
 
@@ -162,10 +150,10 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
         return f"{STATE} cannot be read ({error})"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return f"{STATE} is not that of a checkpoint"
-    if (version := document.get("version")) not in (1, VERSION):
+    if (version := document.get("version")) != VERSION:
         raise TrainError(
-            f"{folder}: got version {version!r}; expected at most {VERSION}. Use the fastkd that wrote it, or train "
-            "into another folder."
+            f"{folder}: got version {version!r}; expected {VERSION}. Use the fastkd that wrote it, or train into "
+            "another folder."
         )
     for name, expected in document["files"].items() if verify else ():
         try:
@@ -173,7 +161,7 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
                 return f"{name} has changed since it was written"
         except OSError as error:
             return f"{name} cannot be read ({error})"
-    return Checkpoint(folder, step, document["state"], version)
+    return Checkpoint(folder, step, document["state"])
 
 
 def steps_of(run: Path) -> list[int]:
@@ -217,13 +205,70 @@ def _cause_of_failure() -> Iterator[None]:
         raise cause from error
 
 
-def _distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 def _identity(path: Path) -> list[Any]:
-    """A file's size and sha256."""
     with open(path, "rb") as file:
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, shared ones once. They share memory with the model."""
+    return {name: tensor.detach() for name, tensor in _named(model)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state of each parameter, named `parameter.key`. They share memory with the optimizer."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}.{key}": value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state[p].items()
+    }
+
+
+def load_model(checkpoint: Checkpoint, model: nn.Module, processes: Processes = ALONE) -> None:
+    """Load a checkpoint's weights. Raises TrainError if they are those of another student."""
+    tensors = model_tensors(model)
+    _check(tensors, checkpoint)
+    checkpoint.load(MODEL, tensors, processes)
+
+
+def load_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes = ALONE
+) -> None:
+    """Load a checkpoint's optimizer state, after `load_model` has checked that the parameters fit."""
+    parameters = dict(model.named_parameters())
+    on_device = {
+        id(p) for group in optimizer.param_groups if group["fused"] or group["capturable"] for p in group["params"]
+    }
+    for full, (shape, dtype) in checkpoint.shapes(OPTIMIZER).items():
+        name, _, key = full.rpartition(".")
+        p = parameters[name]
+        if key == "step":  # a counter, not sharded as the parameter is; torch wants it on the CPU or beside it
+            optimizer.state[p][key] = torch.empty(shape, dtype=dtype, device=p.device if id(p) in on_device else None)
+        else:
+            optimizer.state[p][key] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+    checkpoint.load(OPTIMIZER, optimizer_tensors(optimizer, model), processes)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _check(ours: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    theirs, advice = checkpoint.shapes(MODEL), "Train into another folder, or with the student the run began with."
+    where = checkpoint.folder
+    if names := sorted(ours.keys() ^ theirs.keys()):
+        side = "the checkpoint's student" if names[0] in theirs else "this student"
+        raise TrainError(f"{where}: {names[0]} is in {side} alone ({len(names)} such tensors). {advice}")
+    for name, tensor in ours.items():
+        shape, dtype = theirs[name]
+        if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
+            raise TrainError(
+                f"{where}: {name} is {shape} {dtype} there, {tuple(tensor.shape)} {tensor.dtype} in this student. "
+                f"{advice}"
+            )

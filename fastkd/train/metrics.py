@@ -2,22 +2,69 @@
 
 A step: step (from 1 on), epoch, the objective's loss and parts (loss, hard, soft), rate, the objective's schedule
 (alpha, ...), grad_norm (before clipping), positions, sequences, positions_per_second, seconds, waiting (fraction of
-them without a batch). An evaluation: step, and "evaluation", an object of measures.
+them without a batch). An evaluation: step, and "evaluation", an object of measures. Trackers, TensorBoard or Weights &
+Biases, get the same as train/NAME and held_out/NAME.
 """
 
+import hashlib
+import importlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..errors import TrainError
 from ..utils.atomic import write_text
-from .trackers import Tracker
+from ..utils.secrets import masked
 
-FILE = "metrics.jsonl"
+FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class Tracker(NamedTuple):
+    """A copy of metrics.jsonl elsewhere. log: takes named scalars and their step. close: ends the log."""
+
+    log: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
+
+
+def check_tracker(name: str) -> None:
+    """Raise TrainError if a tracker is not installed."""
+    if name != "none":
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise TrainError(f"log: got {name!r}, which is not installed ({error}). pip install {name}") from error
+
+
+def tracker_of(name: str, run: Path, step: int, settings: Mapping[str, Any]) -> Tracker | None:
+    """The tracker of a run; None for "none". step: the last one made; entries of later steps are void. settings: of the
+    training, which are logged."""
+    if name == "tensorboard":
+        torchs: Any = importlib.import_module("torch.utils.tensorboard")
+        writer = torchs.SummaryWriter(log_dir=str(run / TENSORBOARD), purge_step=step + 1)
+
+        def log(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return Tracker(log, writer.close)
+    if name == "wandb":
+        wandb: Any = importlib.import_module("wandb")
+        # a run in the same folder is the same run there, and an open run of another folder is not ended
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        options = {"dir": str(run), "resume": "allow", "reinit": "create_new"}
+        logged = wandb.init(id=identity, name=str(run), config=masked(dict(settings)), **options)
+        return Tracker(lambda values, step: logged.log(values, step=step), logged.finish)
+    return None
+
+
+def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
+    if "evaluation" in entry:
+        return {f"held_out/{name}": float(value) for name, value in entry["evaluation"].items()}
+    return {f"train/{name}": float(value) for name, value in entry.items() if name != "step"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +101,12 @@ class MetricsLog:
         self._tracker = tracker
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a line, and flush it."""
         self._file.write(_line(entry))
         self._file.flush()
         if self._tracker is not None:
-            self._tracker.write(entry)
+            self._tracker.log(scalars(entry), entry["step"])
 
     def close(self) -> None:
-        """Close the file and the tracker."""
         self._file.close()
         if self._tracker is not None:
             self._tracker.close()
@@ -81,11 +126,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)
     return found
-
-
-def not_finite(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these metrics that is NaN or infinite, or None."""
-    return next((name for name in names if not math.isfinite(record[name])), None)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ..models.lm_head import logits_of
 from ..models.protocol import Logits, Output
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch
-from .schedule import RAMPS, ramp_at
+from .optimizer import RAMPS, ramp_at
 
 
 class Objective(Protocol):
@@ -84,28 +84,25 @@ RESERVED = (
 
 def check_objective(objective: Any) -> None:
     """Raise TrainError unless an object has the members of `Objective`, with values of the right types."""
-    name = type(objective).__name__
+    name, problem = type(objective).__name__, ""
     members = ("signals", "outputs", "schedule", "losses", "describe")
     if isinstance(objective, type):
-        raise TrainError(f"objective: got the class {objective.__name__}; expected an instance of it.")
-    if missing := [member for member in members if not hasattr(objective, member)]:
-        raise TrainError(
-            f"objective: got {name} without {', '.join(missing)}; expected the members of "
-            "fastkd.train.objective.Objective."
-        )
-    for member in ("signals", "outputs"):
-        value = getattr(objective, member)
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TrainError(f"objective: got {name}.{member} = {value!r}; expected a tuple of names.")
-    if unknown := [output for output in objective.outputs if output not in OUTPUTS]:
-        raise TrainError(f"objective: got the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}.")
-    scheduled = objective.schedule(0, 1)
-    if not isinstance(scheduled, Mapping):
-        raise TrainError(f"objective: got {scheduled!r} from {name}.schedule; expected a mapping of numbers by name.")
-    if taken := [key for key in scheduled if key in (*RESERVED, "num_items", "loss")]:
-        raise TrainError(
-            f"objective: got a schedule named {taken[0]!r}, which the trainer uses; expected another name."
-        )
+        problem = f"the class {objective.__name__}; expected an instance of it"
+    elif missing := [member for member in members if not hasattr(objective, member)]:
+        problem = f"{name} without {', '.join(missing)}; expected the members of fastkd.train.objective.Objective"
+    else:
+        for member in ("signals", "outputs"):
+            value = getattr(objective, member)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                problem = f"{name}.{member} = {value!r}; expected a tuple of names"
+        if not problem and (unknown := [output for output in objective.outputs if output not in OUTPUTS]):
+            problem = f"the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}"
+    if not problem and not isinstance(scheduled := objective.schedule(0, 1), Mapping):
+        problem = f"{scheduled!r} from {name}.schedule; expected a mapping of numbers by name"
+    elif not problem and (taken := [key for key in scheduled if key in (*RESERVED, "num_items", "loss")]):
+        problem = f"a schedule named {taken[0]!r}, which the trainer uses; expected another name"
+    if problem:
+        raise TrainError(f"objective: got {problem}.")
     try:
         json.dumps(dict(objective.describe()), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -115,24 +112,22 @@ def check_objective(objective: Any) -> None:
 def check_losses(objective: Any, losses: Any) -> Mapping[str, Tensor]:
     """What `Objective.losses` returned. Raises TrainError unless it has "loss", which can be differentiated, and parts
     that are 0-d tensors."""
-    name = f"{type(objective).__name__}.losses"
+    name, problem = f"{type(objective).__name__}.losses", ""
     if not isinstance(losses, Mapping) or "loss" not in losses:
         got = f"the names {', '.join(map(str, losses))}" if isinstance(losses, Mapping) else type(losses).__name__
         raise TrainError(f'objective: got {got} from {name}; expected a mapping with "loss" and parts by name.')
     for key, value in losses.items():
         if key in RESERVED:
-            raise TrainError(
-                f"objective: got a part named {key!r}, which the trainer logs itself; expected another name."
-            )
-        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            got = (
-                f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else repr(value)
-            )
-            raise TrainError(f"objective: got {got} as {key!r} from {name}; expected a 0-d floating-point tensor.")
-    if torch.is_grad_enabled() and not losses["loss"].requires_grad:
-        raise TrainError(f'objective: got a "loss" without a gradient from {name}; expected one to differentiate.')
+            problem = f"a part named {key!r}, which the trainer logs itself; expected another name"
+        elif not isinstance(value, Tensor):
+            problem = f"{value!r} as {key!r} from {name}; expected a 0-d floating-point tensor"
+        elif value.ndim or not value.is_floating_point():
+            got = f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+            problem = f"{got} as {key!r} from {name}; expected a 0-d floating-point tensor"
+    if not problem and torch.is_grad_enabled() and not losses["loss"].requires_grad:
+        problem = f'a "loss" without a gradient from {name}; expected one to differentiate'
+    if problem:
+        raise TrainError(f"objective: got {problem}.")
     return losses
 
 
@@ -228,12 +223,9 @@ class WeightedSum(nn.Module):
 
     def __init__(self, terms: Mapping[str, Objective], weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        if not terms:
-            raise TrainError("WeightedSum: got no terms; expected at least one.")
-        if "loss" in terms:
-            raise TrainError(
-                "WeightedSum: got a term named 'loss', which is the name of the sum; expected another name."
-            )
+        if not terms or "loss" in terms:
+            got = "a term named 'loss', as the sum is" if terms else "no terms"
+            raise TrainError(f"WeightedSum: got {got}; expected at least one, of other names.")
         if unknown := sorted(set(weights or {}) - set(terms)):
             raise TrainError(f"WeightedSum: got a weight for {unknown[0]!r}; expected some of {', '.join(terms)}.")
         for term in terms.values():

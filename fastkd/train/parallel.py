@@ -1,5 +1,6 @@
 """A student on several processes: as it is, in DDP, or in FSDP2; activation checkpointing and compilation of layers."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,23 +48,17 @@ class ParallelStudent:
         if isinstance(module, FSDPModule):
             module.set_is_last_backward(last)
             module.set_requires_gradient_sync(last)
-            return self._forward_backward(batch, arguments)
-        if isinstance(module, DistributedDataParallel) and not last:
-            with module.no_sync():
-                return self._forward_backward(batch, arguments)
-        return self._forward_backward(batch, arguments)
+        with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
+            losses: dict[str, Tensor] = module(batch, **arguments)
+            loss = losses["loss"]
+            (loss * self._world if self._world > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        return {name: value.detach() for name, value in losses.items()}
 
     def reshard(self) -> None:
         """Shard parameters again after `Student.logits`, which leaves FSDP2's outermost ones complete."""
         for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _forward_backward(self, batch: AnyBatch, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self._module(batch, **arguments)
-        loss = losses["loss"]
-        (loss * self._world if self._world > 1 else loss).backward()  # type: ignore[no-untyped-call]
-        return {name: value.detach() for name, value in losses.items()}
 
 
 def checkpoint_layers(student: Student) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,7 +61,6 @@ class TrainReport:
 
     @property
     def status(self) -> int:
-        """Exit status: 0, or 75 if work remains."""
         return DONE if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
@@ -74,20 +74,18 @@ class TrainReport:
 
 
 def report_of(report: TrainReport) -> str:
-    """The report as text."""
     if not report.complete:
         part = report.control or report
         return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
     speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
     lines += [f"note: {note}" for note in report.notes]
-    columns = {"student": report.evaluation} | ({"control": report.control.evaluation} if report.control else {})
     if report.evaluation:
-        difference = report.to_json().get("difference")
-        columns |= {"difference": difference} if difference else {}
-        rows = [["held out", *columns]]
-        rows += [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
-        lines += format_table(rows)
+        columns = {"student": report.evaluation}
+        if report.control:
+            columns |= {"control": report.control.evaluation, "difference": report.to_json()["difference"]}
+        rows = [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
+        lines += format_table([["held out", *columns], *rows])
     return "\n".join([*lines, f"student: {report.student}"])
 
 
@@ -123,24 +121,17 @@ def run_document(
 
     inputs: describes the data; {"caches": [`describe_cache`, ...]} for caches.
     """
-    parameters, bytes_ = size
+    described = {"name": student.name, "parameters": size[0], "bytes": size[1], "notes": student.notes}
     return {
         "format": "fastkd-run",
         "version": 1,
-        "student": {
-            "name": student.name,
-            "parameters": parameters,
-            "bytes": bytes_,
-            "notes": student.notes,
-            "vocab_size": student.vocab_size,
-        },
+        "student": described | {"vocab_size": student.vocab_size},
         **inputs,
         "machine": machine(device, world_size),
     }
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:
-    """A cache in run.json."""
     spec = cache.spec
     positions, size = (int(cache.manifest.column(name).to_numpy().sum()) for name in ("positions", "bytes"))
     names = ("vocab_size", "k", "draws", "draw_temperature", "mass", "temperatures", "teacher", "tokenizer", "dataset")
@@ -157,18 +148,13 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
 
 
 def machine(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions and hardware."""
     found: dict[str, Any] = {"fastkd": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     found |= {"machine": platform.machine(), "system": platform.system(), "processors": os.cpu_count()}
     found |= {"processes": world_size, "threads": torch.get_num_threads(), "device": str(device)}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def command_line() -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..settings import TrainSettings
+from .metrics import check_tracker
 from .objective import Objective, TokenKD, check_objective
-from .trackers import check_tracker
 
 # Settings that may change when a run is resumed: they affect speed, memory, rounding or what is kept.
 RESUME_MAY_CHANGE = {
@@ -28,12 +28,12 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
 
     spec: of the cache, or None for another source. objective: None for the `TokenKD` of the settings.
     """
-    check_tracker(settings.log)
     for field in fields(TrainSettings):
         if get_origin(field.type) is Literal and (value := getattr(settings, field.name)) not in get_args(field.type):
             why = " (float16 loses small gradients; bfloat16 needs no scaling of the loss)" * (value == "float16")
             expected = ", ".join(get_args(field.type))
             raise TrainError(f"{field.name}: got {value!r}; expected one of {expected}{why}.")
+    check_tracker(settings.log)
     for name, (low, high) in _RANGES.items():
         number = getattr(settings, name)
         if number is not None and not (low <= number <= high and math.isfinite(number)):

@@ -1,19 +1,20 @@
-"""Student: a model and its objective, in one torch module whose forward maps a micro-batch to losses.
+"""Student: a model and its objective in one torch module that maps a micro-batch to losses; `make_student`."""
 
-student = make_student(config, cache.spec).student
-loss = student(batch, num_items=step.count)["loss"]
-"""
-
+import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainError
+from ..cache.spec import CacheSpec
+from ..data.examples import Examples
+from ..errors import TeacherError, TrainError
 from ..kernels import LMHead
-from ..models.hf import probe_causal_lm
+from ..models.hf import load_causal_lm, probe_causal_lm
+from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.lm_head import LMHeadMatch
 from ..models.module import (
     EXAMPLES,
@@ -25,7 +26,10 @@ from ..models.module import (
     separates_documents,
 )
 from ..models.protocol import Hidden, Logits, Output
+from ..models.tokenizers import Tokenizer, load_tokenizer
+from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
+from ..utils.factories import is_factory, made_by
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
 
 
@@ -91,10 +95,8 @@ class Student(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The layers: the modules of the longest nn.ModuleList of a single class; none if there is no such list."""
-        lists = [
-            list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
-        ]
-        return max(lists, key=len, default=[])
+        lists = (list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList))
+        return max((some for some in lists if len({type(layer) for layer in some}) == 1), key=len, default=[])
 
     def _output(self, batch: AnyBatch) -> Output:
         if isinstance(batch, MicroBatch):
@@ -156,8 +158,7 @@ def of_module(model: nn.Module, name: str, example: Tensor | None = None) -> Stu
     if (parameter := next(model.parameters(), None)) is None:
         raise TrainError(f"{name}: {type(model).__name__} has no parameters; there is nothing to train.")
     shape = TEXT if example is None else EXAMPLES
-    probe = torch.zeros((1, 4), dtype=torch.int64) if example is None else example
-    probe = probe.to(parameter.device)
+    probe = (torch.zeros((1, 4), dtype=torch.int64) if example is None else example).to(parameter.device)
 
     def run(module: Any, batch: Any) -> Output:
         value = module(batch.inputs) if example is not None else module(batch.input_ids, **_position_ids(batch))
@@ -210,3 +211,127 @@ def _run_transformers(match: LMHeadMatch | None, width: int) -> Callable[[Any, M
 def _position_ids(batch: MicroBatch) -> dict[str, Tensor]:
     """Position ids separate the documents of packed rows; padded rows need none."""
     return {"position_ids": batch.position_ids} if batch.layout == "packed" else {}
+
+
+DEFAULTS = TrainSettings()
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+class LoadedStudent(NamedTuple):
+    """A student, and its tokenizer if it has one."""
+
+    student: Student
+    tokenizer: Tokenizer | None
+
+
+def make_student(
+    source: Any, spec: CacheSpec | None, settings: TrainSettings = DEFAULTS, data: Examples | None = None
+) -> LoadedStudent:
+    """The student of a training, on the CPU, with weights in float32 (a module's weights keep their types).
+
+    source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
+        config: the weights are then new, by the settings' seed; a torch module or a callable that returns one, which is
+        copied; or module:factory, which returns any of these.
+    spec: of the cache; None for another source of batches. data: for a cache of examples, these; the student is then a
+        module, or a callable that returns one.
+    Raises TrainError if it cannot be loaded, or does not fit the cache: fewer logits than the teacher, or another
+    tokenizer.
+    """
+    files: ModelFiles | None = None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            student, files = _student(source, settings, data)
+        tokenizer = _tokenizer(files, settings)
+    except TeacherError as error:
+        raise TrainError(f"student: {error}") from error
+    if spec is None:
+        return LoadedStudent(student, tokenizer)
+    if student.vocab_size < spec.vocab_size:  # more is fine: a padded vocabulary
+        raise TrainError(
+            f"{student.name}: got a vocabulary of {student.vocab_size}; expected at least {spec.vocab_size}, that of "
+            f"the cache's teacher. Give the student vocab_size={spec.vocab_size} (or more, padded), or capture with a "
+            "teacher of its vocabulary."
+        )
+    known = spec.provenance.tokenizer and spec.provenance.tokenizer.sha256
+    if tokenizer and known and tokenizer.identity != known and not settings.allow_other_tokenizer:
+        raise TrainError(
+            f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache (sha256 "
+            f"{known[:12]}…): the student would be trained with other tokens than it is used with. Use the cache's "
+            "tokenizer (--tokenizer), or --allow-other-tokenizer if both give the same ids."
+        )
+    return LoadedStudent(student, tokenizer)
+
+
+def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:
+    if isinstance(source, nn.Module):
+        model, name = copy.deepcopy(source), type(source).__name__
+        if data is not None:
+            return of_module(model, name, data.first()), None
+        return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name), None
+    if isinstance(source, (str, Path)) and is_factory(str(source)):
+        return _student(made_by(str(source), TrainError), settings, data)
+    if data is not None and not callable(source):
+        raise TrainError(
+            f"student: got {source!r} for a cache of examples; expected a torch module, a callable that returns "
+            "one, or module:factory."
+        )
+    if isinstance(source, (str, Path)):
+        return _from_files(source, settings)
+    if hasattr(source, "get_text_config"):
+        model = _new_model(source, settings)
+        return of_transformers(model, type(model).__name__), None
+    if callable(source):
+        made = source()
+        if not isinstance(made, nn.Module):
+            raise TrainError(f"student: got {type(made).__name__} from {source!r}; expected a torch module.")
+        return _student(made, settings, data)  # copied, since the callable may return the same module again
+    raise TrainError(
+        f"student: got {type(source).__name__}; expected a folder, a name, a config of transformers, a torch "
+        "module, or a callable that returns one."
+    )
+
+
+def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, ModelFiles]:
+    transformers = load_transformers()
+    files = resolve(source, settings.revision)
+    remote = settings.trust_remote_code
+    if not files.gguf and not any(next(files.folder.glob(kind), None) for kind in _WEIGHTS):
+        if not (files.folder / "config.json").exists():
+            raise TrainError(f"{source}: got neither a config.json nor weights; expected the folder of a model.")
+        try:
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote)
+        except Exception as error:
+            raise TrainError(f"{source}: config.json cannot be read ({brief(error)}).") from error
+        return of_transformers(_new_model(config, settings), files.name), files
+    notes: list[str] = []
+    # float32: in half precision the change of a step would be lost in rounding
+    model = load_causal_lm(
+        source, files, attention=settings.attention, notes=notes, trust_remote_code=remote, dtype=torch.float32
+    )
+    student = of_transformers(model, files.name)
+    student.notes[:0] = notes
+    return student, files
+
+
+def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
+    transformers = load_transformers()
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    except Exception as error:
+        raise TrainError(
+            f"student: transformers cannot make a causal language model of {type(config).__name__} ({brief(error)})."
+        ) from error
+    return model
+
+
+def _tokenizer(files: ModelFiles | None, settings: TrainSettings) -> Tokenizer | None:
+    """The tokenizer of the settings; otherwise the one in the student's folder, if there is one."""
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    if files is None or not (files.gguf or any(files.folder.glob("tokenizer*"))):
+        return None
+    return load_tokenizer(files.path, trust_remote_code=settings.trust_remote_code)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -22,24 +21,32 @@ from ..errors import TrainError, WorkRemains
 from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
-from ..stream.batch import Step
-from ..stream.source import BatchSource
-from ..utils.atomic import lock, write_text
+from ..stream.batch import BatchSource, Step
+from ..utils.atomic import lock, write_json
 from ..utils.distributed import Processes
 from ..utils.progress import Progress
 from ..utils.signals import Stop
-from .checkpoint import Checkpoint, clean, newest, prune, read, write
-from .load_student import LoadedStudent
-from .metrics import MetricsLog, StepMetrics, not_finite
+from .checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Checkpoint,
+    clean,
+    load_model,
+    load_optimizer,
+    model_tensors,
+    newest,
+    optimizer_tensors,
+    prune,
+    read,
+    write,
+)
+from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, check_objective
-from .optimizer import clip_, make_optimizer
+from .optimizer import clip_, make_optimizer, rate_at
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
 from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
-from .schedule import rate_at
 from .settings_check import check_same, resume_fingerprint
-from .state import MODEL, OPTIMIZER, load_model, load_optimizer, model_tensors, optimizer_tensors
-from .student import Student
-from .trackers import tracker_of
+from .student import LoadedStudent, Student
 
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Returns measures of a student by name. All processes call it, in the same order."""
@@ -96,7 +103,9 @@ class Trainer:
             described = json.loads(json.dumps(dict(objective.describe())))  # as a checkpoint returns it
             self._fingerprint["objective"] = {"type": type(objective).__qualname__, **described}
         self._evaluate = evaluate
-        self._evaluate_every = _every(settings.evaluate_every, self.steps) if evaluate else 0
+        every = settings.evaluate_every
+        default = max(1, self.steps // _EVALUATIONS)
+        self._evaluate_every = 0 if evaluate is None else default if every is None else every
         self._metrics: dict[str, Any] = {}
         self._evaluation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
@@ -104,9 +113,10 @@ class Trainer:
         self._unlogged: list[StepMetrics] = []
         self._positions, self._seconds, self._waited = 0, 0.0, 0.0
         self._mode = progress if processes.first else "none"
+        # replaced when the work begins
+        self._progress = Progress(0, unit="step", mode="lines" if self._mode == "bar" else self._mode)
         self._log: MetricsLog | None = None
         self._lock: int | None = None
-        self._progress: Progress | None = None
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one, and open the log. Raises TrainError if it is not of this run."""
@@ -134,9 +144,9 @@ class Trainer:
     def run(self, stop: Stop) -> None:
         """Make the remaining steps, until a stop is requested."""
         clock = time.perf_counter
-        flags = _no_flags
-        saved = clock()
-        begun, steps = clock(), iter(self._source.steps())
+        flags: Callable[[], list[int]] = lambda: [0, 0]  # noqa: E731  whether to stop, and to save
+        begun = saved = clock()
+        steps = iter(self._source.steps())
         while self.step < self.steps:
             step = next(steps, None)
             if not isinstance(step, Step):
@@ -197,24 +207,17 @@ class Trainer:
     def write_run(self, report: TrainReport, inputs: Mapping[str, Any] | None = None) -> None:
         """Write run.json. inputs: a description of the data; default: the source's fingerprint."""
         described = {"caches": [], "source": dict(self._source.fingerprint)} if inputs is None else inputs
-        document = run_document(
-            self.student, self.size, described, self._processes.device, self._processes.world_size
-        ) | {
-            "settings": asdict(self._settings),
-            "command": command_line(),
-            "report": report.to_json(),
-        }
-        write_text(self._out / RUN, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        document = run_document(self.student, self.size, described, self._processes.device, self._processes.world_size)
+        document |= {"settings": asdict(self._settings), "command": command_line(), "report": report.to_json()}
+        write_json(self._out / RUN, document)
 
     def close(self) -> None:
-        """Close the source and all files."""
         self._source.close()
         if self._log is not None:
             self._log.close()
         if self._lock is not None:
             os.close(self._lock)
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
 
     def _take(self, step: Step, *, begun: float, waited: float) -> None:
         """Make an optimizer step, and log the one before, whose metrics are on the host by now.
@@ -234,11 +237,9 @@ class Trainer:
         self._positions += step.positions
         self._seconds += seconds
         self._waited += waited
-        if self._progress is not None:
-            self._progress.add(1, waiting=waited)
+        self._progress.add(1, waiting=waited)
 
     def _make(self, step: Step) -> StepMetrics:
-        """Forward, backward and update of one optimizer step."""
         settings, device, at = self._settings, self._processes.device, (self.step, self.steps)
         torch.manual_seed(_seed_of(settings.seed, self.step, self._processes.rank))
         rate = rate_at(
@@ -278,16 +279,16 @@ class Trainer:
         while len(self._unlogged) > keep:
             done = self._unlogged.pop(0)
             record = done.record()
-            if name := not_finite(record, (*done.parts, "grad_norm")):
-                raise self._diverged(f"{name} is {record[name]}", done.step, done.batch)
+            for name in (*done.parts, "grad_norm"):
+                if not math.isfinite(record[name]):
+                    raise self._diverged(f"{name} is {record[name]}", done.step, done.batch)
             self._metrics = record
             if self._log is not None:
                 self._log.write(record)
-            if self._progress is not None:
-                for name in done.parts:
-                    self._progress.figure(name, record[name], f"{name} {record[name]:.3f}")
-                speed = record["positions_per_second"]
-                self._progress.figure("positions_per_second", speed, f"{speed:,.0f} positions/s")
+            for name in done.parts:
+                self._progress.figure(name, record[name], f"{name} {record[name]:.3f}")
+            speed = record["positions_per_second"]
+            self._progress.figure("positions_per_second", speed, f"{speed:,.0f} positions/s")
 
     def _evaluate_and_save_if_due(self, *, stopped: bool, timed: bool) -> bool:
         """After a step: evaluate, and write a checkpoint, if they are due. Returns whether anything was.
@@ -384,22 +385,10 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.event("note", text=text)
-        elif self._mode in ("bar", "lines"):
-            print(text, file=sys.stderr, flush=True)
-
-
-def _no_flags() -> list[int]:
-    return [0, 0]
-
-
-def _every(every: int | None, steps: int) -> int:
-    return max(1, steps // _EVALUATIONS) if every is None else every
+        self._progress.event("note", text=text)
 
 
 def total_steps(settings: TrainSettings, source: BatchSource) -> int:
-    """The number of optimizer steps of a training."""
     return settings.steps or max(1, math.ceil(settings.epochs * len(source)))
 
 

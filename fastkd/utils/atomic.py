@@ -1,12 +1,15 @@
 """Atomic writing: a file or a folder is on disk complete, or not at all. And the lock of a folder."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import TrainError
+from .secrets import masked
 
 PART = ".part"
 """How the name of a temporary file or folder ends; it begins with a dot."""
@@ -47,8 +50,12 @@ def write_file(final: Path, write: Callable[[Path], object], *, sync: bool = Tru
 
 
 def write_text(final: Path, text: str, *, sync: bool = True) -> None:
-    """Create or replace a text file, in UTF-8."""
     write_file(final, lambda path: path.write_text(text, encoding="utf-8"), sync=sync)
+
+
+def write_json(final: Path, document: Any, *, indent: int | None = 1) -> None:
+    """Create or replace a JSON file. Credentials in its texts are masked."""
+    write_text(final, json.dumps(masked(document), indent=indent, allow_nan=False) + "\n")
 
 
 def write_folder(final: Path, fill: Callable[[Path], object]) -> None:

@@ -1,9 +1,9 @@
 """Settings and functions of earlier versions: what still works warns, and what was removed says what to do instead."""
 
-import importlib
 import sys
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -24,21 +24,13 @@ class MovedModules(MetaPathFinder, Loader):
     """Imports documented modules from their former places, with a DeprecationWarning."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of a module that has moved."""
         return ModuleSpec(fullname, self, is_package=_MOVED[fullname] is None) if fullname in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let the names of the module come from its new place."""
-        moved = _MOVED[module.__name__]
-        if moved is None:
-            return
-        place, renames = moved
-        warnings.warn(f"{module.__name__} has moved: import from {place}.", DeprecationWarning, stacklevel=2)
-
-        def names(name: str) -> Any:
-            return getattr(importlib.import_module(place), renames.get(name, name))
-
-        module.__getattr__ = names  # type: ignore[method-assign]
+        if (moved := _MOVED[module.__name__]) is not None:
+            place, renames = moved
+            warnings.warn(f"{module.__name__} has moved: import from {place}.", DeprecationWarning, stacklevel=2)
+            module.__getattr__ = lambda name: getattr(import_module(place), renames.get(name, name))  # type: ignore[method-assign]
 
 
 def find_moved_modules() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import StreamError, TrainError
-from .exit import grouped
+from .signals import grouped
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -77,7 +77,6 @@ class Processes:
         return None if self.group is None else summed_over(self.group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor on the device over all processes, in place."""
         if self.group is not None:
             dist.all_reduce(tensor)
         return tensor
@@ -112,16 +111,10 @@ class Processes:
             raise OSError(f"{failed} of {self.world_size} processes failed; their own messages say why")
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
         self.begin_sum([0])()
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-def process_count(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of processes: of the initialized process group, otherwise of torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else int(environment.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -131,10 +124,8 @@ def joined_processes(device: str | None, environment: Mapping[str, str] = os.env
     device: None for this process's GPU, or the CPU without one. Raises TrainError if there is no such device.
     """
     where = local_device(device, TrainError, environment)
-    began = False
-    if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
+    if began := not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-        began = True
         grouped()
     if where.type == "cuda":
         torch.cuda.set_device(where)

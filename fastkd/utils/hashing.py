@@ -6,6 +6,7 @@ A worker that restarts on a terabyte of data, or with a large teacher, does not 
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -75,11 +76,10 @@ def _entry(path: Path, stat: os.stat_result) -> tuple[str, str]:
 def _recalled(entry: tuple[str, str]) -> str | None:
     name, identity = entry
     try:
-        known, digest, end = (cache_folder() / "sha256" / name).read_text().split("\n")
+        found = re.fullmatch(r"(.*)\n([0-9a-f]{64})\n", (cache_folder() / "sha256" / name).read_text())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return None
-    whole = known == identity and len(digest) == 64 and not set(digest) - set("0123456789abcdef") and not end
-    return digest if whole else None
+    return found[2] if found and found[1] == identity else None
 
 
 def _remember(entry: tuple[str, str], digest: str) -> None:

@@ -6,8 +6,8 @@ that two measures of the same sequences have the same resamples and can be subtr
 """
 
 import math
-from collections.abc import Callable, Sequence
-from statistics import NormalDist, fmean, stdev
+from collections.abc import Callable
+from statistics import NormalDist, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -26,28 +26,18 @@ class Interval(NamedTuple):
 
     @property
     def low(self) -> float:
-        """The lower end."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
-        """The upper end."""
         return self.mean + self.half
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% interval (Student's t) of independent values."""
-    n = len(values)
-    if n < 2:
-        return Interval(fmean(values), float("inf"))
-    return Interval(fmean(values), t_quantile(n - 1) * stdev(values) / n**0.5)
 
 
 def ratio_interval(sums: Floats, counts: Floats) -> Interval:
     """Σ sums / Σ counts over sequences `[n]`, and its 95% interval.
 
     The mean over positions, of sequences of unequal counts: the ratio estimator with its linearised variance (Cochran,
-    Sampling Techniques, 1977, chapter 6), and Student's t. With equal counts it is `interval` of the means.
+    Sampling Techniques, 1977, chapter 6), and Student's t. With equal counts it is that of the mean of their means.
     """
     n, total = len(sums), float(counts.sum())
     mean = float(sums.sum()) / total

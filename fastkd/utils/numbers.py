@@ -90,7 +90,6 @@ def duration(seconds: float) -> str:
 
 
 def percent(value: float | None, digits: int = 3) -> str:
-    """A share as a percentage."""
     return DASH if value is None or not math.isfinite(value) else f"{figures(100 * value, digits)}{THIN}%"
 
 

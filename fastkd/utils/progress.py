@@ -80,7 +80,6 @@ class Progress:
             self._bar.update(units)
 
     def figure(self, name: str, value: float, text: str) -> None:
-        """Show a figure with the progress from now on."""
         self._figures[name] = value, text
 
     def event(self, name: str, **fields: Any) -> None:
@@ -113,7 +112,6 @@ class Progress:
         return found
 
     def close(self) -> None:
-        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -160,12 +158,10 @@ class Lenient:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, unless writing has failed."""
         self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless writing has failed."""
         self._try(lambda stream: stream.flush())
 
     def _try(self, action: Callable[[TextIO], object]) -> None:

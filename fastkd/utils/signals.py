@@ -1,11 +1,19 @@
-"""Graceful stop on SIGTERM and SIGINT. Imports nothing heavy: commands enter it first."""
+"""Graceful stop on SIGTERM and SIGINT, and the end of a process. Imports nothing heavy: commands enter it first.
 
+transformers and FSDP2 keep process groups in caches that are never emptied. Their threads are still alive when the
+interpreter shuts down, which sometimes aborts ("terminate called without an active exception"). A process that has
+joined a process group therefore skips the interpreter's shutdown after its exit functions have run.
+"""
+
+import atexit
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, which schedulers can requeue on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -76,3 +84,29 @@ def _began_as_stopped(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, Stopped):
         error = error.__cause__
     return error is not None
+
+
+_grouped = False
+
+
+def grouped() -> None:
+    global _grouped
+    _grouped = True
+
+
+def end(status: int) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a late SIGTERM would otherwise change the status
+    if not _grouped:
+        sys.exit(status)
+    # what the interpreter does before its shutdown
+    threading._shutdown()  # type: ignore[attr-defined]  # joins the other threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:  # None: closed when the process began
+                stream.flush()
+        except OSError as error:
+            with suppress(Exception):
+                print(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status = 120
+    os._exit(status)

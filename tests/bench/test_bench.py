@@ -33,11 +33,11 @@ from fastkd.bench.suites import (
     named,
 )
 from fastkd.bench.table import Recording, Row, Table, load, save
+from fastkd.bench.timing import Figure, figure, interleaved
 from fastkd.cache import CacheSpec, open_cache
 from fastkd.cli import main as cli
 from fastkd.errors import NoSuite, ReportError
 from fastkd.stream.epoch_order import Sequences
-from fastkd.utils.timing import Figure, figure, interleaved
 
 MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
 

@@ -8,8 +8,8 @@ import torch
 from fastkd.bench import bench_cost, bench_train
 from fastkd.bench.page import charts_of
 from fastkd.bench.table import Table
+from fastkd.bench.timing import Timings
 from fastkd.cache import open_cache
-from fastkd.utils.timing import Timings
 
 
 def rows_of(**milliseconds: float) -> Table:

@@ -9,8 +9,7 @@ from train_cases import make_cache
 
 from fastkd.cli import main as cli
 from fastkd.cli.commands import Capture, Inspect
-from fastkd.cli.flags import in_flags
-from fastkd.cli.parse import flags, parse
+from fastkd.cli.parse import flags, in_flags, parse
 
 NAMES = ("held_out", "k", "rate", "rank", "world_size", "export", "column", "loss_on", "allow_partial", "max_positions")
 FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES}

@@ -18,13 +18,14 @@ from stream_cases import make_cache, reference
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.bench.timing import interval
 from fastkd.cache import Cache, create_cache, open_cache
 from fastkd.errors import StreamError
 from fastkd.evaluate.api import Evaluation, compare, evaluate
+from fastkd.evaluate.result import BINS, Windows
 from fastkd.evaluate.rows import student_rows, teacher_rows
-from fastkd.evaluate.windows import BINS, Windows
 from fastkd.stream.batch import MicroBatch
-from fastkd.utils.intervals import Interval, bootstrap_interval, interval, ratio_interval, to_json
+from fastkd.utils.intervals import Interval, bootstrap_interval, ratio_interval, to_json
 
 Logits = Callable[[MicroBatch], Tensor]
 

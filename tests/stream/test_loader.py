@@ -17,9 +17,10 @@ from stream_cases import TRAIN_SHARDS, bits, check, make_cache, ranks, reference
 from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
 from fastkd.errors import StreamError
-from fastkd.stream import loader_pass
-from fastkd.stream.loader_pass import LoaderPass
-from fastkd.stream.prefetch import MAX_PLANNED, PlannedStep, Prefetcher
+from fastkd.stream import cached
+from fastkd.stream.cached import LoaderPass
+from fastkd.stream.prefetch import MAX_PLANNED, Prefetcher
+from fastkd.stream.step_plan import LoaderProgress, RankShare
 
 
 @pytest.fixture(scope="module")
@@ -310,14 +311,15 @@ def test_planning_is_bounded() -> None:
     """One shard holds everything, for epochs without end: only the number of planned steps ends planning."""
     drawn = 0
 
-    def plans() -> Iterator[PlannedStep[int]]:
+    def shares() -> Iterator[RankShare]:
         nonlocal drawn
         while True:
             drawn += 1
-            yield PlannedStep(drawn, ["shard"], {"shard"})
+            yield RankShare(drawn, {(0, 0): np.zeros(1, np.int64)}, {(0, 0)}, LoaderProgress())
 
-    ahead: Prefetcher[int, object, int] = Prefetcher(
-        plans(), lambda key: key, lambda plan, shards: plan, lambda shard: None, shards=2, steps=2, threads=1
+    read: Any = lambda key: key  # noqa: E731
+    ahead = Prefetcher(
+        shares(), read, lambda share, shards: share.sequences, lambda shard: None, shards=2, steps=2, threads=1
     )
     try:
         assert [ahead.next() for _ in range(5)] == [1, 2, 3, 4, 5]
@@ -398,7 +400,7 @@ def test_errors_of_any_thread_come_out_whole(cache: Cache, monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("made up")
 
-    for name, module in (("gather", loader_pass), ("open_shard", loader_pass)):
+    for name, module in (("gather", cached), ("open_shard", cached)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             loader = DistillLoader(cache, batch_size=2)

@@ -20,7 +20,7 @@ from fastkd.cache import Cache, open_cache
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.evaluate.api import Evaluation, compare
-from fastkd.evaluate.windows import Windows
+from fastkd.evaluate.result import Windows
 from fastkd.settings import TrainSettings
 from fastkd.sweep.arms import make_arms
 from fastkd.sweep.plot import plotted
@@ -271,7 +271,7 @@ def test_at_once_is_deprecated(cache: Cache, tmp_path: Path) -> None:
         ("alpha", "arms: got 'alpha'"),
         ({"beta": [0.1]}, "arms: got 'beta'; expected some of alpha, "),
         ({"alpha": ["x"]}, "arms: got alpha='x'; expected a number"),
-        ({"treatment": ["buckets"]}, "arms: got treatment='buckets'; expected one of auto, bucket"),
+        ({"treatment": ["buckets"]}, "arms: treatment: got 'buckets'; expected one of auto, bucket"),
         ({"alpha": [0.5, 0.5]}, "arms: got alpha=0.5 2 times"),
         ({"alpha": [0, 1.5]}, "arms: alpha: got 1.5"),
         ({"temperature": [1, 0.5]}, "arms: .*temperature"),

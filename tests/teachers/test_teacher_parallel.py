@@ -20,7 +20,7 @@ from fastkd.teachers.tensor_parallel import ParallelGroup, join_group
 DIVISIBLE = ["llama", "gemma2", "cohere", "phi", "mixtral"]
 
 
-END = "\nfrom fastkd.utils.exit import end\nend(0)\n"
+END = "\nfrom fastkd.utils.signals import end\nend(0)\n"
 
 
 def processes(code: str, count: int, arguments: list[str], environment: dict[str, str] | None = None) -> list[str]:

@@ -18,9 +18,9 @@ from fastkd.cache import Cache
 from fastkd.errors import StreamError, TrainError
 from fastkd.kernels import KDError, LossConfig
 from fastkd.settings import TrainSettings
-from fastkd.train.load_student import make_student
 from fastkd.train.metrics import read_metrics
 from fastkd.train.objective import TokenKD, WeightedSum
+from fastkd.train.student import make_student
 from fastkd.train.trainer import Trainer
 from fastkd.utils.distributed import ALONE
 from fastkd.utils.signals import Stop

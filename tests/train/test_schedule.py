@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastkd.train.schedule import RAMPS, RATES, ramp_at, rate_at
+from fastkd.train.optimizer import RAMPS, RATES, ramp_at, rate_at
 
 
 def rates(steps: int, **arguments: float | str) -> list[float]:

@@ -17,8 +17,7 @@ from fastkd.errors import TrainError
 from fastkd.models.protocol import Hidden
 from fastkd.settings import TrainSettings
 from fastkd.stream.batch import MicroBatch
-from fastkd.train.load_student import make_student
-from fastkd.train.student import Student
+from fastkd.train.student import Student, make_student
 
 SETTINGS: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "num_items": 50}
 KINDS = ["llama", "gpt2", "gemma2", "cohere", "granite", "phi", "opt"]

@@ -12,8 +12,7 @@ import fastkd
 from fastkd.cache import Cache
 from fastkd.cli import main as cli
 from fastkd.errors import TrainError
-from fastkd.train.metrics import read_metrics
-from fastkd.train.trackers import scalars
+from fastkd.train.metrics import read_metrics, scalars
 from fastkd.utils.signals import Stop
 
 CHANGES: dict[str, Any] = SMALL | {"evaluate_every": 5}

@@ -26,7 +26,7 @@ from fastkd.models.protocol import Hidden
 from fastkd.settings import TrainSettings
 from fastkd.train.checkpoint import newest, read, steps_of
 from fastkd.train.metrics import read_metrics
-from fastkd.train.schedule import rate_at
+from fastkd.train.optimizer import rate_at
 from fastkd.train.student import Student, of_module
 from fastkd.utils.signals import Stop
 

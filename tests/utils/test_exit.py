@@ -11,7 +11,7 @@ _BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHO
 
 CODE = """
 import atexit, os, sys
-from fastkd.utils.exit import end, grouped
+from fastkd.utils.signals import end, grouped
 
 class Kept:
     def __del__(self, write=os.write):
@@ -35,7 +35,7 @@ def test_one_of_a_group_is_not_taken_apart(how: str, last: str) -> None:
 
 def _end(code: str, how: str, **options: Any) -> subprocess.CompletedProcess[str]:
     joined = "grouped()" if how == "grouped" else ""
-    lines = ["import sys", "from fastkd.utils.exit import end, grouped", joined, code, "end(75)"]
+    lines = ["import sys", "from fastkd.utils.signals import end, grouped", joined, code, "end(75)"]
     return subprocess.run([sys.executable, "-c", "\n".join(lines)], text=True, timeout=60, **options)
 
 

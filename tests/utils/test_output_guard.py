@@ -11,7 +11,7 @@ from fastkd.cache import CacheError
 from fastkd.cache.stores import MemoryStore
 from fastkd.cli import main as cli
 from fastkd.errors import TrainError
-from fastkd.utils.output_guard import check_run_place
+from fastkd.utils.output_guard import check_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -82,5 +82,5 @@ def test_the_commands(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    check_run_place(tmp_path / "new" / "folder")
+    check_folder(tmp_path / "new" / "folder", "run")
     assert not (tmp_path / "new").exists()

@@ -89,7 +89,7 @@ def test_it_is_asked_with_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> Non
 
 STOPPED = """
 import time
-from fastkd.utils.exit import end
+from fastkd.utils.signals import end
 from fastkd.utils.signals import Stopped, WORK_REMAINS, final, stopping
 
 class Slow:

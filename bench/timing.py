@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from fastkd.utils.intervals import Interval, t_quantile
 
 Run = Callable[[], object]
 
@@ -24,6 +27,14 @@ class Figure(NamedTuple):
     def inverse(self, of: float = 1.0) -> "Figure":
         """`of` divided by all three, for example a rate from a time; the percentiles swap."""
         return Figure(of / self.median, of / self.p80, of / self.p20)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95% interval (Student's t) of independent values."""
+    n = len(values)
+    if n < 2:
+        return Interval(fmean(values), float("inf"))
+    return Interval(fmean(values), t_quantile(n - 1) * stdev(values) / n**0.5)
 
 
 def figure(values: Sequence[float]) -> Figure:
@@ -92,7 +103,7 @@ def timer_for(device: str, *, core_time: bool = False) -> Callable[[Run], float]
 
 
 def _time_cuda(run: Run) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
     stop.record()
