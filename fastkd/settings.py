@@ -202,6 +202,8 @@ class TrainSettings:
     """Apply torch.compile to each layer."""
     device: str | None = None
     """Device: cpu, cuda, cuda:1, ... Default: this process's GPU, or the CPU if there is none."""
+    timeout_minutes: float = 10.0
+    """Minutes to wait for another process that does not answer, before the training ends with work remaining."""
     evaluate_every: int | None = None
     """Steps between evaluations on the held-out split, with one more at the end. 0: never. Default: ten evaluations per
     run, or none if nothing was held out."""

@@ -225,3 +225,57 @@ def refused(student: Any, cache: Path, out: Path, changes: dict[str, Any], messa
         assert re.search(message, str(error)), error
         return
     raise AssertionError("nothing was refused")
+
+
+def train_and_lose(
+    student: Any, cache: Path, out: Path, changes: dict[str, Any], step: int, of: int, number: int, said: Path
+) -> None:
+    """Rank `of` sends itself a signal before a step. The message of the others' error is written to `said`."""
+    import sys
+
+    import fastkd
+    from fastkd.errors import WorkRemains
+    from fastkd.train.trainer import Trainer
+
+    make = Trainer._make
+
+    def losing(self: Any, batch: Any) -> Any:
+        if self.step == step and os.environ["RANK"] == str(of):
+            os.kill(os.getpid(), number)
+        return make(self, batch)
+
+    Trainer._make = losing  # type: ignore[method-assign]
+    try:
+        fastkd.train(student, cache, out, **changes)
+    except WorkRemains as error:
+        said.write_text(str(error))
+        sys.stdout.flush()
+        os._exit(WORK_REMAINS)
+
+
+def train_within(
+    student: Any, cache: Path, out: Path, changes: dict[str, Any], size: int, said: Path, method: str
+) -> None:
+    """Train where no file can grow beyond a size, as on a full disk, once a method of the trainer is called. Exits as
+    the command does."""
+    import resource
+    import sys
+
+    import fastkd
+    from fastkd.errors import TrainError, WorkRemains
+    from fastkd.train.trainer import Trainer
+
+    function = getattr(Trainer, method)
+
+    def limited(self: Any, *arguments: Any, **named: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return function(self, *arguments, **named)
+
+    setattr(Trainer, method, limited)
+    try:
+        report = fastkd.train(student, cache, out, **changes)
+    except TrainError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        said.write_text(str(error))
+        sys.exit(WORK_REMAINS if isinstance(error, WorkRemains) else 1)
+    sys.exit(report.status)

@@ -59,19 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (long := _LONG.get(type(command))) is None:
             outcome = _COMMANDS[type(command)](command)
         else:
-            with stopping() as stop:
+            stopped = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
+            out = json.dumps(stopped.report) + "\n" if command.json else ""
+            with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
                 outcome = long(command, stop)
     except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error, command)
     except Stopped:
-        outcome = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
+        outcome = stopped
     except KeyboardInterrupt:
         _say("fastkd: interrupted", sys.stderr)
         return 130
     if outcome.warning:
         _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
     if command.json is True:
-        _say(json.dumps(outcome.report, allow_nan=False))
+        _say(json.dumps(masked(outcome.report), allow_nan=False))
     elif outcome.text:
         _say(outcome.text)
     return outcome.status
@@ -343,7 +345,7 @@ def _failure(error: Exception, command: Any) -> Outcome:
 def _note(text: str, *, events: bool) -> None:
     """Announce a long operation: a line on stderr, or an event."""
     if events:
-        _say(json.dumps({"event": "note", "text": text}))
+        _say(json.dumps({"event": "note", "text": masked(text)}))
     else:
         _say(printable(f"fastkd: {text}"), sys.stderr)
 
@@ -353,11 +355,12 @@ def _at_terminal() -> bool:
 
 
 def _say(text: str, stream: Any = None) -> None:
-    """Print text. Characters that the stream cannot encode are escaped; a closed pipe is ignored."""
+    """Print text without credentials. Characters that the stream cannot encode are escaped; a closed pipe or a full
+    disk is ignored."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except BrokenPipeError:
+        print(masked(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
         # otherwise Python's flush at exit would raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

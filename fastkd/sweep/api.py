@@ -20,7 +20,7 @@ from ..train.api import DEFAULTS, Inputs, held_out, train
 from ..train.result import TrainReport, describe_cache
 from ..train.student import make_student
 from ..train.trainer import Diverged
-from ..utils.atomic import lock, write_json
+from ..utils.atomic import lock, write_json, writing
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
@@ -81,7 +81,7 @@ def sweep(
     notes += [f"student: {note}" for note in probe.notes]
     del probe
     measured = held_out(settings, inputs) is not None
-    with ExitStack() as stack:
+    with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
         say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)

@@ -20,7 +20,7 @@ from ..settings import TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
 from ..stream.split import check_data, open_sources, open_split
-from ..utils.atomic import write_json
+from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.signals import Stop
@@ -78,7 +78,11 @@ def train(
     check_folder(out, "run")
     inputs = Inputs.of(cache, data)
     check_settings(settings, inputs.spec, objective)
-    with joined_processes(settings.device) as processes, ExitStack() as stack:
+    with (
+        writing(out),
+        joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
+        ExitStack() as stack,
+    ):
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         shared = (inputs, processes, evaluate or held_out(settings, inputs, processes), stop or Stop(), progress)

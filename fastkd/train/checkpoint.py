@@ -3,10 +3,11 @@
     RUN/checkpoints/step-00000120/  .metadata  __0_0.distcp  __1_0.distcp ...  state.json
 
 Each process writes its own part of the tensors into a folder with a temporary name; the first one renames it when all
-are done. state.json has the size and sha256 of every other file, so that a damaged checkpoint is detected. Any number
-of processes can load a checkpoint.
+are done. state.json has the size and sha256 of every other file, and a sha256 of its own contents, so that a damaged
+checkpoint is detected. Any number of processes can load a checkpoint.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -112,7 +113,7 @@ def write(
         with processes.all_or_none():
             if processes.first:
                 document = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": dict(state)}
-                (temporary / STATE).write_text(json.dumps(document, allow_nan=False))
+                (temporary / STATE).write_text(json.dumps(document | {"sha256": _sha256(document)}, allow_nan=False))
                 commit_folder(final)
     except BaseException:
         if processes.first:
@@ -145,23 +146,29 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
     """
     folder = run / FOLDER / f"step-{step:08d}"
     try:
-        document = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         return f"{STATE} cannot be read ({error})"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return f"{STATE} is not that of a checkpoint"
+    stored = document.pop("sha256", None)  # none in checkpoints of earlier versions
+    if stored is not None and stored != _sha256(document):
+        return f"{STATE} has changed since it was written"
     if (version := document.get("version")) != VERSION:
         raise TrainError(
             f"{folder}: got version {version!r}; expected {VERSION}. Use the fastkd that wrote it, or train into "
             "another folder."
         )
-    for name, expected in document["files"].items() if verify else ():
+    files, state = document.get("files"), document.get("state")
+    if document.get("step") != step or not isinstance(files, dict) or not isinstance(state, dict):
+        return f"{STATE} is not that of step {step}"
+    for name, expected in files.items() if verify else ():
         try:
             if _identity(folder / name) != expected:
                 return f"{name} has changed since it was written"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"{name} cannot be read ({error})"
-    return Checkpoint(folder, step, document["state"])
+    return Checkpoint(folder, step, state)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -190,9 +197,14 @@ def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:
     # buffers may differ between processes: those of the first one are kept
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     writer = FileSystemWriter(folder)
-    with warnings.catch_warnings(), _cause_of_failure():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
-        save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
+    try:
+        with warnings.catch_warnings(), _cause_of_failure():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
+            save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # torch's own writer, as on a full disk
+            raise OSError(errno.EIO, str(error).split("\n")[0]) from error
+        raise
 
 
 @contextmanager
@@ -203,6 +215,11 @@ def _cause_of_failure() -> Iterator[None]:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise cause from error
+
+
+def _sha256(document: Mapping[str, Any]) -> str:
+    """Of a JSON document, however it is written."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _identity(path: Path) -> list[Any]:

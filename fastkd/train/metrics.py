@@ -6,10 +6,13 @@ them without a batch). An evaluation: step, and "evaluation", an object of measu
 Biases, get the same as train/NAME and held_out/NAME.
 """
 
+import errno
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,38 +93,52 @@ class StepMetrics:
 class MetricsLog:
     """The file of a run, opened after `step`: lines of later steps, which will be made again, are removed.
 
-    tracker: is given the same entries.
+    tracker: is given the same entries. mark: what `mark` returned at that step; changed: whether the file is another
+    one than it was then.
     """
 
-    def __init__(self, run: Path, step: int, tracker: Tracker | None = None) -> None:
-        path = run / FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= step]
-        write_text(path, "".join(_line(entry) for entry in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
-        self._tracker = tracker
+    def __init__(self, run: Path, step: int, tracker: Tracker | None = None, mark: Any = None) -> None:
+        self._path, self._tracker = run / FILE, tracker
+        text = "".join(_line(entry) for entry in read_metrics(run) if entry["step"] <= step)
+        self._size, self._sha256 = len(text.encode()), hashlib.sha256(text.encode())
+        self.changed = mark is not None and mark != self.mark()
+        write_text(self._path, text)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
+
+    def mark(self) -> list[Any]:
+        """Size and sha256 of what is written so far."""
+        return [self._size, self._sha256.hexdigest()]
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(_line(entry))
+        """Append a line, and flush it. Raises OSError if that is not possible, also if the file was removed."""
+        line = _line(entry)
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "it was removed while it was written to", str(self._path))
+        self._file.write(line)
         self._file.flush()
+        self._size += len(line.encode())
+        self._sha256.update(line.encode())
         if self._tracker is not None:
             self._tracker.log(scalars(entry), entry["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which the last `write` has raised
+            self._file.close()
         if self._tracker is not None:
             self._tracker.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl; a kill may have cut off the last one."""
+    """The lines of a run's metrics.jsonl that can be read; a kill may have cut off the last one."""
     path = run / FILE
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
-        except ValueError:
+            _line(entry)  # raises ValueError for NaN and infinities
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)

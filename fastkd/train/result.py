@@ -1,5 +1,6 @@
 """The results of a run: the exported student, run.json, and the report that `fastkd.train` returns."""
 
+import errno
 import math
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,10 +102,14 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
     model: Any = student.model
 
     def fill(place: Path) -> None:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(place, state_dict=plain)
-        else:
-            save_file(plain, place / "model.safetensors")
+        try:
+            if hasattr(model, "save_pretrained"):
+                model.save_pretrained(place, state_dict=plain)
+            else:
+                save_file(plain, place / "model.safetensors")
+        except SafetensorError as error:  # as of a full disk
+            raise OSError(errno.EIO, str(error)) from error
+        if not hasattr(model, "save_pretrained"):
             (place / "README.txt").write_text(
                 f"model.safetensors: parameters and buffers of {type(model).__module__}.{type(model).__qualname__}.\n"
                 "Load them into such a module with load_state_dict(safetensors.torch.load_file(...), strict=False).\n"

@@ -14,12 +14,13 @@ from .objective import Objective, TokenKD, check_objective
 # Settings that may change when a run is resumed: they affect speed, memory, rounding or what is kept.
 RESUME_MAY_CHANGE = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
-    "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep", "export",
+    "timeout_minutes", "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep",
+    "export",
     "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
 }  # fmt: skip
 _RANGES = {
     **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end"), (0.0, 1.0)),
-    **dict.fromkeys(("weight_decay", "rate", "epochs", "checkpoint_minutes"), (0.0, math.inf)),
+    **dict.fromkeys(("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes"), (0.0, math.inf)),
 }
 
 

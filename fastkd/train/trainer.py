@@ -5,6 +5,7 @@ the step: batches come in the source's order, and dropout draws by (seed, step, 
 step comes to the same weights as one that was not.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainError, WorkRemains
+from ..errors import TrainError
 from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
 from ..stream.batch import BatchSource, Step
-from ..utils.atomic import lock, write_json
+from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
 from ..utils.progress import Progress
 from ..utils.signals import Stop
@@ -125,18 +126,21 @@ class Trainer:
             self._lock = lock(self._out)
             clean(self._out)
         found = newest(self._out, self._say) if self._processes.first else None
-        step = self._processes.agree(found.step if found else 0)
+        step, mark = self._processes.agree(found.step if found else 0), None
         if step:
             checkpoint = found or read(self._out, step, verify=False)
             if not isinstance(checkpoint, Checkpoint):
                 raise TrainError(f"{self._out}: process {self._processes.rank} has no checkpoint of step {step} there "
                                  f"({checkpoint}); all processes need the same folder.")  # fmt: skip
             self._load(checkpoint)
+            mark = checkpoint.state.get("log")
             self._say(f"resuming from step {step} of {self.steps}")
         self.resumed = self._checkpointed = self.step
         if self._processes.first:
             tracker = tracker_of(self._settings.log, self._out, self.step, asdict(self._settings))
-            self._log = MetricsLog(self._out, self.step, tracker)
+            self._log = MetricsLog(self._out, self.step, tracker, mark)
+            if self._log.changed:
+                self._say(f"{self._out}: metrics.jsonl has changed since step {step}; what cannot be read is left out")
         self._progress = Progress(self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode)
         for note in self.student.notes:
             self._say(f"student: {note}")
@@ -345,14 +349,13 @@ class Trainer:
             "metrics": self._metrics,
             "evaluation": self._evaluation,
             "processes": self._processes.world_size,
+            "log": self._log and self._log.mark(),
         }
-        try:
+        with writing(self._out, f"the checkpoint of step {self.step} "):
+            with self._processes.all_or_none():
+                if self._lock is not None and not os.path.samestat(os.fstat(self._lock), os.stat(self._out)):
+                    raise FileNotFoundError(errno.ENOENT, "the folder was replaced", str(self._out))
             write(self._out, self.step, tensors, state, self._processes)
-        except OSError as error:
-            raise WorkRemains(
-                f"{self._out}: the checkpoint of step {self.step} cannot be written ({error}). Earlier checkpoints are "
-                "kept: free disk space, and run the same command again to resume."
-            ) from error
         if self._processes.first:
             prune(self._out, keep=self._settings.keep, best=self._best.get("step"), last=self.step)
         self._checkpointed = self.step

@@ -1,16 +1,22 @@
 """Atomic writing: a file or a folder is on disk complete, or not at all. And the lock of a folder."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainError
+from ..errors import TrainError, WorkRemains
 from .secrets import masked
 
+_RECOVERABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EMFILE,
+    errno.ENFILE, errno.ETIMEDOUT,
+)  # fmt: skip
 PART = ".part"
 """How the name of a temporary file or folder ends; it begins with a dot."""
 
@@ -31,6 +37,24 @@ def lock(run: Path) -> int:
     except OSError:
         pass
     return folder
+
+
+@contextmanager
+def writing(where: Path, what: str = "") -> Iterator[None]:
+    """Errors while files are written below a folder, as one sentence: WorkRemains if the same call may succeed later,
+    as after a full disk; otherwise TrainError, as for a folder that was removed meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{where}: {what}cannot be written ({error})"
+        # no file name and ENOENT: of tempfile, which finds no folder that it can write to
+        if error.errno in (None, *_RECOVERABLE) or (error.errno == errno.ENOENT and error.filename is None):
+            raise WorkRemains(
+                f"{problem}. Finished work is kept: free disk space if there is none, and run the same command again "
+                "to resume."
+            ) from error
+        removed = " It was removed while it was written to." if error.errno in (errno.ENOENT, errno.ESTALE) else ""
+        raise TrainError(f"{problem}.{removed} Check the folder and its permissions, and run it again.") from error
 
 
 def write_file(final: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:

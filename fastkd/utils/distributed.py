@@ -1,17 +1,19 @@
 """The processes of one job, and their collectives."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import StreamError, TrainError
+from ..errors import StreamError, TrainError, WorkRemains
 from .signals import grouped
 
 if TYPE_CHECKING:
@@ -117,26 +119,44 @@ class Processes:
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
+# what torch's backends say of a process that is gone, or silent
+_LOST = re.compile(r"(?i)gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|c10d|TCPStore")
+
+
 @contextmanager
-def joined_processes(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+def joined_processes(
+    device: str | None, environment: Mapping[str, str] = os.environ, *, timeout_minutes: float = 10.0
+) -> Iterator[Processes]:
     """The processes that torchrun started, or those of an initialized process group; otherwise this one alone.
 
-    device: None for this process's GPU, or the CPU without one. Raises TrainError if there is no such device.
+    device: None for this process's GPU, or the CPU without one. timeout_minutes: how long to wait for another process.
+    Raises TrainError if there is no such device, and WorkRemains if another process has ended or does not answer.
     """
     where = local_device(device, TrainError, environment)
     if began := not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
         grouped()
+    timeout, count = timedelta(minutes=timeout_minutes), int(environment.get("WORLD_SIZE", "1"))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     try:
+        if began:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=timeout)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            group = dist.new_group(backend="gloo")
+            count = dist.get_world_size()
+            group = dist.new_group(backend="gloo", timeout=timeout)
             yield Processes(dist.get_rank(), dist.get_world_size(), where, group)
         else:
             yield Processes(0, 1, where)
-    except BaseException:
+    except BaseException as error:
         began = False  # the others may wait in a collective: destroying the group would wait for them
+        if count > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            silent = re.search("(?i)timed out|timeout", str(error))
+            lost = f"has not answered for {timeout_minutes:g} minutes (timeout_minutes)" if silent else "has ended"
+            rank = environment.get("RANK", "?")
+            raise WorkRemains(
+                f"process {rank} of {count}: another process of the job {lost}. Its own message says why, if any; "
+                "run the same command again, with all processes, to resume."
+            ) from error
         raise
     finally:
         if began:

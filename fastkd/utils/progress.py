@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from .numbers import duration
+from .secrets import masked
 
 MODES = ("none", "bar", "lines", "events")
 LINE_SECONDS = 60.0  # between lines, without a bar
@@ -149,7 +150,7 @@ class Progress:
 
 
 class Lenient:
-    """A stream that drops output after the first failed write."""
+    """A stream that masks credentials, and drops output after the first failed write."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -158,7 +159,7 @@ class Lenient:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda stream: stream.write(text))
+        self._try(lambda stream: stream.write(masked(text)))
         return len(text)
 
     def flush(self) -> None:

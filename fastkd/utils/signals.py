@@ -46,9 +46,11 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(out: str = "", err: str = "") -> Iterator[Stop]:
     """Yield a `Stop` that the first SIGTERM or SIGINT triggers. While no job is running, `Stopped` is raised at once.
 
+    A process that ends after the job (see `final`) is then ended by the signal's handler instead, with status 75 and
+    the texts `out` and `err`: an exception in an import would leave modules half made, and there is nothing to finish.
     A second SIGINT interrupts as usual. A second SIGTERM is ignored: launchers forward signals that schedulers have
     already sent to every process. Enter it in the main thread.
     """
@@ -60,6 +62,11 @@ def stopping() -> Iterator[Stop]:
                 raise KeyboardInterrupt
             return
         stop()
+        if not stop.gentle and _final:
+            for descriptor, text in ((1, out), (2, err)):
+                with suppress(OSError):
+                    os.write(descriptor, text.encode())
+            os._exit(WORK_REMAINS)
         if not stop.gentle:
             raise Stopped
         with suppress(OSError, RuntimeError, ValueError):  # stderr is closed, or a line was being written

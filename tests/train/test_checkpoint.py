@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train_cases import Tiny
+from train_cases import SMALL, Tiny, bits, make_cache
 
+import fastkd
 from fastkd.errors import TrainError
 from fastkd.settings import TrainSettings
 from fastkd.train.checkpoint import (
@@ -24,9 +25,11 @@ from fastkd.train.checkpoint import (
     steps_of,
     write,
 )
+from fastkd.train.metrics import MetricsLog
 from fastkd.train.optimizer import clip_, decay_groups, make_optimizer
 from fastkd.utils import atomic
 from fastkd.utils.atomic import lock, write_folder, write_text
+from fastkd.utils.signals import Stop
 
 
 def tensors(seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -73,14 +76,106 @@ def test_a_damaged_one_is_known_and_an_older_one_taken(name: str, harm: str, tmp
         path.write_bytes(data[: len(data) - (harm == "cut")])
     warnings: list[str] = []
     found = newest(tmp_path, warnings.append)
-    if name == "state.json" and harm == "flip":
-        assert found is not None  # a digit of a hash, or a brace: either way nothing false is taken
-        assert found.step in (3, 12)
-        return
     assert found is not None
     assert found.step == 3
     assert "step-00000012" in warnings[0]
     assert "older" in warnings[0]
+
+
+STATE: dict[str, Any] = {
+    "settings": {"alpha": 0.5, "steps": 10, "layout": "padded", "adam_betas": [0.9, 0.95], "alpha_end": None},
+    "loader": {"version": 1, "epoch": 3, "sequences": 17, "positions": 0, "steps": 6, "fingerprint": {"seed": 0}},
+    "best": {"step": 2, "measure": "cross_entropy", "value": 6.083333333333333}, "metrics": {"loss": 1.5e-07},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.soak)])
+def test_any_bit_of_its_state(every: int, tmp_path: Path) -> None:
+    """The older one is taken, with a warning; or the bit changes nothing that is read, as in a space."""
+    write(tmp_path, 3, tensors(3), STATE)
+    write(tmp_path, 12, tensors(12), STATE)
+    path = file_of(tmp_path, 12, "state.json")
+    data, noticed = path.read_bytes(), 0
+    for bit in range(0, 8 * len(data), every):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        warnings: list[str] = []
+        found = newest(tmp_path, warnings.append)
+        assert found is not None
+        assert found.state == STATE
+        assert bool(warnings) == (found.step == 3)
+        noticed += found.step == 3
+    assert noticed > 0.98 * len(range(0, 8 * len(data), every))
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.soak)])
+def test_any_bit_of_the_log(every: int, tmp_path: Path) -> None:
+    """A resumed run has the same log, or says that it was changed."""
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 3.25 / step, "rate": 1e-05, "seconds": 0.1234567890123})
+    log.write({"step": 3, "evaluation": {"cross_entropy": 8.25}})
+    mark = log.mark()
+    log.write({"step": 4, "loss": 0.5, "rate": 1e-05})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    data, noticed = path.read_bytes(), 0
+    kept = b"".join(data.splitlines(keepends=True)[:4])
+    for bit in range(0, 8 * len(data), every):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        again = MetricsLog(tmp_path, 3, mark=mark)
+        again.close()
+        assert again.changed == (path.read_bytes() != kept), bit
+        noticed += again.changed
+    assert noticed > 0.6 * len(range(0, 8 * len(data), every))
+
+
+def test_a_torn_line_of_the_log_is_left_out(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 1.0})
+    mark = log.mark()
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 2, "lo')
+    again = MetricsLog(tmp_path, 1, mark=mark)
+    again.close()
+    assert not again.changed  # a kill tears lines of steps that will be made again
+    assert path.read_text() == whole
+    path.write_text(whole[:9])
+    again = MetricsLog(tmp_path, 1, mark=mark)
+    again.close()
+    assert again.changed
+
+
+@pytest.mark.parametrize(("pattern", "by"), [(b'"epoch": 0', b'"epoch": 1'), (b'"loader"', b'"loaddr"')])
+def test_a_run_resumes_from_an_older_one(pattern: bytes, by: bytes, tmp_path: Path, capsys: Any) -> None:
+    """With other weights nowhere, though the state of the newest one names another position, or lacks it."""
+    cache = make_cache(tmp_path / "cache")
+    changes = SMALL | {"steps": 6, "checkpoint_every": 2}
+    fastkd.train("train_cases:dropping", cache, tmp_path / "whole", **changes)
+    stop, out = Stop(), tmp_path / "run"
+
+    def measure(student: Any) -> dict[str, float]:
+        stop()
+        return {"cross_entropy": 1.0}
+
+    stopped: dict[str, Any] = {"evaluate": measure, "stop": stop}
+    fastkd.train("train_cases:dropping", cache, out, **stopped, **(changes | {"evaluate_every": 4}))
+    assert steps_of(out) == [4, 5]
+    path = file_of(out, 5, "state.json")
+    data = path.read_bytes()
+    assert pattern in data
+    path.write_bytes(data.replace(pattern, by))
+    report = fastkd.train("train_cases:dropping", cache, out, progress="lines", **changes)
+    assert report.resumed == 4
+    assert "step-00000005: state.json has changed since it was written; an older checkpoint is used" in (
+        capsys.readouterr().err
+    )
+    assert bits(out, 6) == bits(tmp_path / "whole", 6)
 
 
 def test_where_none_is_whole_nothing_begins_anew_by_itself(tmp_path: Path) -> None:
@@ -94,7 +189,9 @@ def test_where_none_is_whole_nothing_begins_anew_by_itself(tmp_path: Path) -> No
 def test_another_version(version: int, tmp_path: Path) -> None:
     write(tmp_path, 3, tensors(3), {})
     path = file_of(tmp_path, 3, "state.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+    document = json.loads(path.read_text()) | {"version": version}
+    del document["sha256"]
+    path.write_text(json.dumps(document))
     with pytest.raises(TrainError, match=f"got version {version}; expected 2"):
         newest(tmp_path)
 
