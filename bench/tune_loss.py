@@ -33,13 +33,11 @@ def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
 
 
 def candidates(v: int) -> dict[str, dict[str, Any]]:
-    """Settings to try: the defaults, other cache hints, and other block sizes and warps."""
+    """Settings to try: the defaults, and other block sizes and warps."""
     from fastkd.kernels.loss.row_passes import sweep_settings
 
     default = sweep_settings(v, 2)
     found: dict[str, dict[str, Any]] = {"default": default}
-    for keep, done in (("", ""), ("", "evict_first"), ("evict_last", "")):
-        found[f"hints {keep or '-'} {done or '-'}"] = {**default, "KEEP": keep, "DONE": done}
     for warps in (32, 16, 8):
         for tile in (32 * warps * 32, 32 * warps * 16):
             settings = {**default, "BLOCK": tile, "THREADS": 32 * warps, "num_warps": warps}

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .targets import SparseTargets as SparseTargets
     from .targets import TargetsAt as TargetsAt
     from .topk.api import linear_topk_targets as linear_topk_targets
+    from .topk.api import prepare_topk as prepare_topk
     from .topk.api import topk_targets as topk_targets
     from .topk.config import TopKConfig as TopKConfig
-    from .topk.dispatch import prepare_topk as prepare_topk
     from .treatment import resolve_treatment as resolve_treatment
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -35,9 +35,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loss.checks": ["set_debug"],
         "loss.config": ["LossConfig"],
         "targets": ["SparseTargets", "TargetsAt"],
-        "topk.api": ["linear_topk_targets", "topk_targets"],
+        "topk.api": ["linear_topk_targets", "prepare_topk", "topk_targets"],
         "topk.config": ["TopKConfig"],
-        "topk.dispatch": ["prepare_topk"],
         "treatment": ["resolve_treatment"],
     },
 )

@@ -15,8 +15,9 @@ def describe(value: Any) -> str:
     return f"{repr(value)[:40]} ({type(value).__name__})"
 
 
-def whole_number(name: str, value: Any, expected: str) -> Any:
-    """An int (or torch's symbol for one) from any integer type, NumPy's included. Raises KDError for others.
+def whole_number(name: str, value: Any, expected: str, least: int | None = None) -> Any:
+    """An int (or torch's symbol for one) from any integer type, NumPy's included. Raises KDError for others, and below
+    `least`.
 
     expected: what the number means, for the message.
     """
@@ -30,6 +31,8 @@ def whole_number(name: str, value: Any, expected: str) -> Any:
             number = operator.index(value)
     if not -(2**63) <= number < 2**63:
         raise KDError(f"{name}: got {number}; expected {expected} below 2^63.")
+    if least is not None and number < least:
+        raise KDError(f"{name}: got {number}; expected {expected}, at least {least}.")
     return number
 
 

@@ -44,7 +44,6 @@ FIELDS = (
 )
 """The tensors of `SparseTargets` that a cache stores, under the same names."""
 INDEX = Field("index", torch.int64, 0, "N", optional=True)
-_EXPECTED = {"outcomes": "a tensor or an int", "draws": "a tensor or None", "index": "a tensor or None"}
 
 
 def _sizes(field: Field, rows: int, width: int, temperatures: int) -> tuple[int, ...]:
@@ -97,14 +96,13 @@ class SparseTargets:
     index: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.outcomes, Integral) and isinstance(self.ids, Tensor):  # one number for all rows
+            object.__setattr__(self, "outcomes", torch.as_tensor(int(self.outcomes), device=self.ids.device))
         for field in (*FIELDS, INDEX):
             value = getattr(self, field.name)
-            if field.name == "outcomes" and isinstance(value, Integral):  # one number for all rows
-                object.__setattr__(self, "outcomes", torch.as_tensor(int(value), device=self.ids.device))
-            elif not isinstance(value, Tensor) and not (field.optional and value is None):
-                raise KDError(
-                    f"targets.{field.name}: got {value!r:.40}; expected {_EXPECTED.get(field.name, 'a tensor')}."
-                )
+            if not isinstance(value, Tensor) and not (field.optional and value is None):
+                or_else = " or None" if field.optional else " or an int" if field.name == "outcomes" else ""
+                raise KDError(f"targets.{field.name}: got {value!r:.40}; expected a tensor{or_else}.")
         if self.ids.ndim != 2:
             raise KDError(f"targets.ids: got shape {tuple(self.ids.shape)}; expected (positions, entries).")
         if not isinstance(self.temperatures, Iterable) or not all(isinstance(t, Real) for t in self.temperatures):
@@ -137,10 +135,9 @@ class SparseTargets:
             raise KDError(
                 f"targets.{field.name}: got a tensor on {value.device}; expected it beside ids on {self.ids.device}."
             )
-        if field.dtype.is_floating_point and value.dtype not in FLOATS:
-            raise KDError(f"targets.{field.name}: got {value.dtype}; expected a floating-point type.")
-        if not field.dtype.is_floating_point and value.dtype not in INTEGERS:
-            raise KDError(f"targets.{field.name}: got {value.dtype}; expected {INTEGER_TYPE}.")
+        types, name = (FLOATS, "a floating-point type") if field.dtype.is_floating_point else (INTEGERS, INTEGER_TYPE)
+        if value.dtype not in types:
+            raise KDError(f"targets.{field.name}: got {value.dtype}; expected {name}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -159,7 +156,8 @@ class SparseTargets:
         """All tensors, `index` included."""
         return [x for field in (*FIELDS, INDEX) if (x := getattr(self, field.name)) is not None]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
+        """The targets with each of their tensors put through a function."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **changed)
@@ -168,17 +166,17 @@ class SparseTargets:
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers. `targets[rows]` is the same."""
         if not isinstance(rows, (slice, Tensor)):
             raise KDError(f"targets[...]: got {type(rows).__name__}; expected a slice, a mask or a tensor of rows.")
-        return self._map(lambda x: x if x.ndim == 0 else x[rows])
+        return self.map(lambda x: x if x.ndim == 0 else x[rows])
 
     __getitem__ = take
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
         """The targets on another device."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SparseTargets":
         """The targets in page-locked memory, from which a copy to a device does not block."""
-        return self._map(lambda x: x.pin_memory())
+        return self.map(lambda x: x.pin_memory())
 
     @classmethod
     def empty(
@@ -298,19 +296,47 @@ class SparseTargets:
     ) -> TargetsAt:
         """The teacher's distribution at a temperature under a treatment, in `dtype`.
 
-        KDError for an unknown treatment, or a temperature that these targets do not serve.
+        A tensor temperature is read on the host. KDError for an unknown treatment, or a temperature that these targets
+        do not serve.
         """
-        return targets_at(
-            self.logprobs,
-            self.draws,
-            self.tail,
-            self.outcomes,
-            temperature,
-            treatment,
-            temperatures=self.temperatures,
-            draw_temperature=self.draw_temperature,
-            dtype=dtype,
-        )
+        t = float(temperature)
+        check_temperature(t, self.temperatures)
+        draws, logprobs = self.draws, self.logprobs.to(dtype)
+        treatment = resolve_treatment(treatment, t, has_draws=draws is not None, draw_temperature=self.draw_temperature)
+        used = logprobs > -_INF
+        drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)
+        exact = used & ~drawn
+
+        log_tail = _tail_at(t, self.tail.to(dtype), self.outcomes, self.temperatures)
+        scaled = logprobs / t
+        log_exact = _logsumexp(scaled.masked_fill(~exact, -_INF))
+        log_z = torch.logaddexp(log_exact, log_tail)
+        log_z = torch.where(log_z > -_INF, log_z, 0.0)  # a row with nothing in it at all stays −inf, not NaN
+        log_q = scaled - log_z[:, None]
+        log_q_tail = log_tail - log_z
+
+        draws_only = drawn.any(1) & ~exact.any(1)
+        if treatment == "renormalize":
+            log_q = (scaled - log_exact[:, None]).masked_fill(~exact, -_INF)
+            log_q_tail = torch.full_like(log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
+            return TargetsAt(log_q, log_q.exp(), log_q_tail)
+        in_exact = log_q.masked_fill(~exact, -_INF)
+        if treatment == "bucket":
+            log_q_tail = torch.where(exact.any(1), log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
+            return TargetsAt(in_exact, in_exact.exp(), log_q_tail)
+
+        # sampled: q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
+        counts = draws.clamp(min=1).to(dtype) if draws is not None else torch.ones_like(logprobs)
+        share = counts.log() + logprobs * (1.0 / t - 1.0 / self.draw_temperature)
+        share = share.masked_fill(~drawn, -_INF)
+        log_share = share - _logsumexp(share)[:, None]
+        has_draws = drawn.any(1)
+        log_w = torch.where(drawn, log_share + log_q_tail[:, None], in_exact)
+        in_support = exact | drawn
+        log_q = log_q.masked_fill(~in_support, -_INF)
+        # a row without draws falls back to the bucket
+        log_q_tail = torch.where(has_draws | ~exact.any(1), -_INF, log_q_tail)
+        return TargetsAt(log_q, log_w.masked_fill(~in_support, -_INF).exp(), log_q_tail)
 
 
 def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -319,59 +345,6 @@ def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def targets_at(
-    logprobs: Tensor,
-    draws: Tensor | None,
-    tail: Tensor,
-    outcomes: Tensor,
-    temperature: float | Tensor,
-    treatment: str,
-    *,
-    temperatures: tuple[float, ...],
-    draw_temperature: float,
-    dtype: torch.dtype = torch.float32,
-) -> TargetsAt:
-    """`SparseTargets.at` on bare tensors. A tensor temperature is read on the host here (the Triton kernels do not)."""
-    t = float(temperature)
-    check_temperature(t, temperatures)
-    treatment = resolve_treatment(treatment, t, has_draws=draws is not None, draw_temperature=draw_temperature)
-    logprobs = logprobs.to(dtype)
-    used = logprobs > -_INF
-    drawn = used & (draws > 0) if draws is not None else torch.zeros_like(used)
-    exact = used & ~drawn
-
-    log_tail = _tail_at(t, tail.to(dtype), outcomes, temperatures)
-    scaled = logprobs / t
-    log_exact = _logsumexp(scaled.masked_fill(~exact, -_INF))
-    log_z = torch.logaddexp(log_exact, log_tail)
-    log_z = torch.where(log_z > -_INF, log_z, 0.0)  # a row with nothing in it at all stays −inf, not NaN
-    log_q = scaled - log_z[:, None]
-    log_q_tail = log_tail - log_z
-
-    draws_only = drawn.any(1) & ~exact.any(1)
-    if treatment == "renormalize":
-        log_q = (scaled - log_exact[:, None]).masked_fill(~exact, -_INF)
-        log_q_tail = torch.full_like(log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
-        return TargetsAt(log_q, log_q.exp(), log_q_tail)
-    in_exact = log_q.masked_fill(~exact, -_INF)
-    if treatment == "bucket":
-        log_q_tail = torch.where(exact.any(1), log_q_tail, -_INF).masked_fill(draws_only, torch.nan)
-        return TargetsAt(in_exact, in_exact.exp(), log_q_tail)
-
-    # sampled: q_tail is shared among the drawn entries in proportion to c_j p_j^(1/T - 1/T_d)
-    counts = draws.clamp(min=1).to(dtype) if draws is not None else torch.ones_like(logprobs)
-    share = counts.log() + logprobs * (1.0 / t - 1.0 / draw_temperature)
-    share = share.masked_fill(~drawn, -_INF)
-    log_share = share - _logsumexp(share)[:, None]
-    has_draws = drawn.any(1)
-    log_w = torch.where(drawn, log_share + log_q_tail[:, None], in_exact)
-    in_support = exact | drawn
-    log_q = log_q.masked_fill(~in_support, -_INF)
-    # a row without draws falls back to the bucket
-    log_q_tail = torch.where(has_draws | ~exact.any(1), -_INF, log_q_tail)
-    return TargetsAt(log_q, log_w.masked_fill(~in_support, -_INF).exp(), log_q_tail)
 
 
 def _tail_at(t: float, tail_NM: Tensor, outcomes: Tensor, temperatures: tuple[float, ...]) -> Tensor:

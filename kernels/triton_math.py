@@ -1,10 +1,17 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
 """Functions on numbers and small vectors that Triton kernels, and the Triton forms of divergences, share."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """True for a kernel that was imported under TRITON_INTERPRET=1, which is how kernels run on CPU tensors."""
+    return not isinstance(kernel, triton.JITFunction)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Starts workers that capture, to be killed in tests. Each is a process forked after all imports.
 
-Commands are lines of JSON: {"run": {...}} is answered with a process id, {"wait": id} with the exit status. Arguments
-of a worker: folder, rank, world_size; pause: minimum seconds per batch; at: the monotonic time to start at; step: the
-number of the system call to die at (0: report the call that creates each object); gently: whether SIGTERM stops it (it
-reports "ready" once it does).
+Commands are lines of JSON: {"run": {...}} is answered with a process id, {"wait": id} with the exit status, 75 if a
+store failed. Arguments of a worker: folder (or URL), rank, world_size; pause: minimum seconds per batch; at: the
+monotonic time to start at; step: the number of the system call to die at (0: report the call that creates each object);
+gently: whether SIGTERM stops it (it reports "ready" once it does).
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 from capture_cases import SMALL, Causal, documents
 from torch import Tensor
 
+from fastkd.cache import StoreError
 from fastkd.capture.api import capture
 from fastkd.kernels import prepare_topk
 from fastkd.utils.signals import Stopped, stopping
@@ -44,7 +45,7 @@ class Slow(Causal):
         return super().forward(tokens)
 
 
-def run(folder: Path, *, pause: float = 0.0, **place: Any) -> Any:
+def run(folder: Path | str, *, pause: float = 0.0, **place: Any) -> Any:
     """A worker's part of a capture."""
     return capture(Slow(pause), documents(), folder, **SMALL, **place)
 
@@ -78,14 +79,15 @@ def worker(folder: str, at: float = 0.0, step: int | None = None, gently: bool =
         pass
     if step is not None:
         die_at(step)
-    if not gently:
-        status: int = run(Path(folder), **rest).status
-        return status
+    place = folder if "://" in folder else Path(folder)
     try:
+        if not gently:
+            return int(run(place, **rest).status)
         with stopping() as stop:
             say("ready")
-            return int(run(Path(folder), stop=stop, **rest).status)
-    except Stopped:
+            return int(run(place, stop=stop, **rest).status)
+    except (Stopped, StoreError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 75
 
 

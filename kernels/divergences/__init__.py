@@ -57,7 +57,6 @@ class Divergence:
     oracle_terms: Callable[..., Any]
 
 
-_FUNCTIONS = ("torch_terms", "triton_terms", "oracle_terms")
 # Each divergence by its name, or what is wrong with its definition.
 _known: dict[str, Divergence | str] = {}
 
@@ -102,17 +101,19 @@ def load_folder() -> None:
 
 
 def _read(name: str, definition: Any) -> Divergence | str:
-    missing = [x for x in ("PARAMETER", "TREATMENTS", *_FUNCTIONS) if not hasattr(definition, x)]
+    names = ("PARAMETER", "TREATMENTS", "torch_terms", "triton_terms", "oracle_terms")
+    missing = [x for x in names if not hasattr(definition, x)]
     if missing:
-        return f"got no {', '.join(missing)}; expected PARAMETER, TREATMENTS, {', '.join(_FUNCTIONS)}."
-    if wrong := [x for x in _FUNCTIONS if not callable(getattr(definition, x))]:
-        return f"{wrong[0]}: got {getattr(definition, wrong[0])!r}; expected a function."
-    parameter, treatments = definition.PARAMETER, definition.TREATMENTS
+        return f"got no {', '.join(missing)}; expected {', '.join(names)}."
+    parameter, treatments, *functions = (getattr(definition, x) for x in names)
+    for x, function in zip(names[2:], functions, strict=True):
+        if not callable(function):
+            return f"{x}: got {function!r}; expected a function."
     if parameter is not None and not isinstance(parameter, Parameter):
         return f"PARAMETER: got {parameter!r}; expected a fastkd.kernels.divergences.Parameter, or None."
     if not isinstance(treatments, tuple) or "bucket" not in treatments or not {*treatments} <= {*TREATMENTS}:
         return f"TREATMENTS: got {treatments!r}; expected a tuple with 'bucket' of {', '.join(TREATMENTS)}."
-    return Divergence(name, parameter, treatments, *(getattr(definition, x) for x in _FUNCTIONS))
+    return Divergence(name, parameter, treatments, *functions)
 
 
 load_folder()

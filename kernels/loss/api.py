@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..arguments import check_positive, describe, whole_number
+from ..arguments import check_positive, describe, is_number, whole_number
 from ..errors import KDError
-from ..lm_head import LMHead, as_lm_head
-from ..targets import FIELDS, SparseTargets
+from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
+from ..tail import check_temperature
+from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
-from .checks import check_constant, check_floats, check_rows, overlaps
 from .config import SCHEDULED, LossConfig, LossSettings
 from .linear import default_chunk
 
@@ -57,36 +57,29 @@ def kd_loss(
     inplace: write the gradient over the logits, whose buffer is given up. Without effect where no gradient is taken.
         The logits are unusable afterwards, and an operation that had saved them for its backward raises there.
 
-    The config's tensors, weights, num_items and targets are constants: one that requires a gradient is refused.
-
-    Gradients are computed in the forward: do not wrap the call in activation checkpointing, which would run all of it
-    twice and save nothing. (float16 is the exception: it computes them in the backward, where their scale is known.) A
-    second backward through the same loss raises KDError, and so do create_graph=True, forward-mode differentiation and
-    the transforms of torch.func.
-
-    Raises KDError if arguments do not fit together; for values inside tensors see `set_debug`.
+    Gradients are computed in the forward (of float16 logits in the backward, where their scale is known): do not wrap
+    the call in activation checkpointing, which would run all of it twice and save nothing. Raises KDError if arguments
+    do not fit together, for a setting, weight or target that requires a gradient, for a second backward through the
+    same loss, create_graph=True, forward-mode differentiation and the transforms of torch.func; for values inside
+    tensors see `set_debug`.
     """
     _check_student("logits", logits)
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     call = _call("logits", logits, logits.shape[-1], logits.dtype, targets, loss_config(config, settings), rows)
-    args = call.arguments()
-    wanted = logits.requires_grad and torch.is_grad_enabled()
-    if wanted and inplace and overlaps(logits):
-        raise KDError(
-            f"logits: got strides {logits.stride()} for shape {tuple(logits.shape)} with inplace=True; expected "
-            "elements that share no memory (they do after expand). Pass logits.contiguous(), or leave inplace out."
-        )
-    if not wanted:
-        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits.detach(), None, False, False, *args)
-    elif logits.dtype == torch.float16:
+    args, plain = call.arguments(), logits.detach()
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return KDLoss(*torch.ops.fastkd.kd_loss(plain, None, False, False, *args)[:3])
+    if inplace:
+        _check_separate("logits", logits, "Pass logits.contiguous(), or leave inplace out.")
+    if logits.dtype == torch.float16:
         loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, False, inplace, *args)
-    elif inplace:
-        with torch.no_grad():
-            loss, hard, soft = torch.ops.fastkd.kd_loss_(logits.detach(), None, *args)
-        loss = torch.ops.fastkd.attach(logits, logits.detach(), loss, call.config.impl)
+        return KDLoss(loss, hard.detach(), soft.detach())
+    if inplace:
+        (loss, hard, soft), gradient = torch.ops.fastkd.kd_loss_(plain, None, *args), plain
     else:
-        loss, hard, soft, _ = torch.ops.fastkd.kd_loss(logits, None, True, False, *args)
-    return KDLoss(loss, hard.detach(), soft.detach())
+        loss, hard, soft, gradient = torch.ops.fastkd.kd_loss(plain, None, True, False, *args)
+    loss = torch.ops.fastkd.attach(loss, [logits], [gradient], None, None, call.config.impl)
+    return KDLoss(loss, hard, soft)
 
 
 def linear_kd_loss(
@@ -124,50 +117,49 @@ def linear_kd_loss(
     autocast the matrix products run in its type.
     """
     lm_head = as_lm_head(weight, bias, softcap, logit_scale)
-    weight, bias, softcap, logit_scale = lm_head.weight, lm_head.bias, lm_head.softcap, lm_head.logit_scale
     _check_student("hidden", hidden)
-    _check_student("weight", weight)
-    if bias is not None:
-        _check_student("bias", bias, 1)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise KDError(
-            f"weight: got shape {tuple(weight.shape)} with hidden {tuple(hidden.shape)}; "
-            f"expected (V, {hidden.shape[-1]})."
-        )
-    width, autocast = weight.shape[0], _autocast_type(hidden)
-    dtype = hidden.dtype if autocast is None else autocast
-    rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
-    call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)
-    for name, tensor, shape in (("weight", weight, weight.shape), ("bias", bias, (width,))):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(shape) or tensor.device != hidden.device:
-            found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise KDError(f"{name}: got {found}; expected {tuple(shape)} on {hidden.device}.")
-        if tensor.dtype != hidden.dtype and (autocast is None or tensor.dtype == torch.float64):
-            raise KDError(f"{name}: got {tensor.dtype}, hidden {hidden.dtype}; expected one type (or autocast).")
-    for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
+    weight, bias, autocast = lm_head.weight, lm_head.bias, _autocast_type(hidden)
+    check_lm_head(hidden, lm_head, any_type=autocast is not None)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check_student(name, tensor)
+    for name, number in (("softcap", lm_head.softcap), ("logit_scale", lm_head.logit_scale)):
         if number is not None:
             check_positive(name, number)
+    width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
+    rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
+    call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)
+    chunk = default_chunk(hidden.device, width, dtype.itemsize)
     if chunk_tokens is not None:
-        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a number of positions")
-        if chunk_tokens < 1:
-            raise KDError(f"chunk_tokens: got {chunk_tokens}; expected at least 1.")
+        chunk = whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
 
     grad_mode = torch.is_grad_enabled()
-    want = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    inputs = (hidden, weight, bias)
+    want = [grad_mode and x is not None and x.requires_grad for x in inputs]
     if grad_weight is not None:
         _check_accumulator(grad_weight, weight)
         if grad_mode and not weight.requires_grad:
             raise KDError(
                 "grad_weight: got one beside a weight that does not require a gradient; leave it out, or unfreeze it."
             )
-    chunk = chunk_tokens or default_chunk(hidden.device, width, dtype.itemsize)
-    flat = hidden.flatten(0, -2)
-    loss, hard, soft, *_ = torch.ops.fastkd.linear_kd_loss(
-        flat, weight, bias, grad_weight, softcap, logit_scale, chunk, dtype, want, *call.arguments()
+    flat = hidden.detach().flatten(0, -2)
+    plain_bias = None if bias is None else bias.detach()
+    loss, hard, soft, *gradients, factor = torch.ops.fastkd.linear_kd_loss(
+        flat, weight.detach(), plain_bias, lm_head.softcap, lm_head.logit_scale, chunk, dtype, want, *call.arguments()
     )
-    return KDLoss(loss, hard.detach(), soft.detach())
+    if any(want):
+        gradients[0] = gradients[0].view(hidden.shape) if want[0] else gradients[0]
+        # the weight first: its gradient may go to the accumulator
+        wanted = [i for i in (1, 0, 2) if want[i]]
+        loss = torch.ops.fastkd.attach(
+            loss,
+            [inputs[i] for i in wanted],
+            [gradients[i] for i in wanted],
+            factor if dtype == torch.float16 else None,
+            grad_weight,
+            call.config.impl,
+        )
+    return KDLoss(loss, hard, soft)
 
 
 class DistillationLoss(nn.Module):
@@ -192,10 +184,6 @@ class DistillationLoss(nn.Module):
             name, value = "config", replace(self.config, **{name: value})
         super().__setattr__(name, value)
 
-    def settings(self) -> dict[str, Any]:
-        """The config as keyword arguments of `kd_loss`."""
-        return {name: getattr(self.config, name) for name in LossConfig.__dataclass_fields__}
-
     def forward(self, logits: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any) -> KDLoss:
         """`kd_loss` with the module's config; kwargs: its other arguments (mask, weights, num_items, inplace)."""
         return kd_loss(logits, targets, labels, config=self.config, **kwargs)
@@ -208,7 +196,7 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The config, for printing."""
-        return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+        return ", ".join(f"{name}={value}" for name, value in vars(self.config).items())
 
 
 def loss_config(config: LossConfig | None, settings: LossSettings) -> LossConfig:
@@ -246,10 +234,10 @@ def _in_a_transform() -> bool:
 _in_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_student(name: str, tensor: Tensor, least: int = 2) -> None:
+def _check_student(name: str, tensor: Tensor) -> None:
     check_floats(name, tensor)
-    if tensor.ndim < least:
-        raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected at least {least} dimensions.")
+    if name in ("logits", "hidden") and tensor.ndim < 2:
+        raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected at least 2 dimensions.")
     if _in_a_transform():
         raise KDError(f"{name}: got a tensor of a torch.func transform (grad, jvp, vmap); call the loss outside of it.")
     if torch.compiler.is_compiling():
@@ -271,53 +259,109 @@ def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
         raise KDError(f"grad_weight: got {describe(grad_weight)}; expected {tuple(weight.shape)} torch.float32.")
     if grad_weight.device != weight.device:
         raise KDError(f"grad_weight: got on {grad_weight.device}, weight on {weight.device}; expected one device.")
-    if grad_weight.requires_grad:
-        raise KDError(
-            "grad_weight: got a tensor that requires a gradient; expected a plain one, which is added to in place."
-        )
-    if not torch.compiler.is_compiling() and grad_weight.is_inference():
-        raise KDError("grad_weight: got a tensor made under torch.inference_mode; expected one that may be written.")
-    if overlaps(grad_weight):
-        raise KDError(
-            f"grad_weight: got strides {grad_weight.stride()} for shape {tuple(grad_weight.shape)}; expected elements "
-            "that share no memory (they do after expand)."
-        )
+    if grad_weight.requires_grad or (not torch.compiler.is_compiling() and grad_weight.is_inference()):
+        kind = "that requires a gradient" if grad_weight.requires_grad else "made under torch.inference_mode"
+        raise KDError(f"grad_weight: got a tensor {kind}; expected a plain one, which is added to in place.")
+    _check_separate("grad_weight", grad_weight, "Pass grad_weight.contiguous().")
+
+
+def _check_separate(name: str, tensor: Tensor, advice: str) -> None:
+    """Raise KDError where elements of a tensor may share memory, as those of an expanded one do."""
+    # each dimension has to step over all elements of the finer ones
+    steps = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(steps):
+        finer = (s * (n - 1) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j < i))
+        if stride <= sum(finer):
+            raise KDError(
+                f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, where it is written to; "
+                f"expected elements that share no memory (they do after expand). {advice}"
+            )
 
 
 def _call(
     what: str, x: Tensor, width: int, dtype: torch.dtype, targets: SparseTargets, config: LossConfig,
     rows: Mapping[str, Any],
 ) -> Call:  # fmt: skip
-    """Check what can be checked without reading tensors, and flatten the rows.
+    """Check what can be checked without reading tensors, and flatten the rows: labels, mask, weights and num_items.
 
-    what, x: the name of the logits or hidden states `[..., X]`, and them. rows: labels, mask, weights and num_items.
+    what, x: the name of the logits or hidden states `[..., X]`, and them.
     """
     if not isinstance(targets, SparseTargets):
         raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
-    labels, mask, weights, num_items = (rows[name] for name in ("labels", "mask", "weights", "num_items"))
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = whole_number("num_items", num_items, "an int or a 0-d tensor, the whole step's count,")
-    check_rows(what, tuple(x.shape[:-1]), width, x.device, targets, labels, mask, weights, num_items)
+    leading, index = tuple(x.shape[:-1]), targets.index
+    _check_targets(what, x, width, targets)
+    for name, kinds, expected in (
+        ("labels", INTEGERS, INTEGER_TYPE),
+        ("mask", (torch.bool,), "torch.bool"),
+        ("weights", FLOATS, "a floating-point type"),
+    ):
+        tensor = rows[name]
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise KDError(f"{name}: got {type(tensor).__name__}; expected a tensor.")
+        if tuple(tensor.shape) != leading:
+            raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected {leading}, as of {what}.")
+        if tensor.device != x.device:
+            raise KDError(f"{name}: got a tensor on {tensor.device}, {what} on {x.device}; move it there.")
+        if tensor.dtype not in kinds:
+            raise KDError(f"{name}: got {tensor.dtype}; expected {expected}.")
+    items = rows["num_items"]
+    if isinstance(items, Tensor):
+        is_number("num_items", items)
+    elif items is not None:
+        items = whole_number("num_items", items, "an int or a 0-d tensor, the whole step's count,", 0)
+    if not isinstance(config.temperature, Tensor):  # whose value is checked where the loss reads it
+        check_temperature(config.temperature, targets.temperatures)
+    constants = {name: getattr(config, name) for name in SCHEDULED} | {"weights": rows["weights"], "num_items": items}
+    for name, value in constants.items():
+        _check_constant(name, value)
 
-    def there(number: float | Tensor, name: str) -> Any:
+    def there(number: Any) -> Any:
         """A number; where it is a tensor, on the device, without waiting for it."""
-        if not isinstance(number, Tensor):
-            return number
-        check_constant(name, number)
-        return number.detach().to(x.device, non_blocking=True)
+        return number.detach().to(x.device, non_blocking=True) if isinstance(number, Tensor) else number
 
-    config.check_grid(targets.temperatures)
-    scheduled = {name: there(getattr(config, name), name) for name in SCHEDULED}
+    labels, mask, weights = (None if rows[n] is None else rows[n].reshape(-1) for n in ("labels", "mask", "weights"))
     return Call(
-        labels=None if labels is None else labels.reshape(-1).long().contiguous(),
-        mask=None if mask is None else mask.reshape(-1).contiguous(),
-        weights=None if weights is None else weights.detach().reshape(-1).contiguous(),
-        num_items=there(num_items, "num_items") if isinstance(num_items, Tensor) else None,
-        items=-1 if num_items is None or isinstance(num_items, Tensor) else num_items,
-        **{field.name: getattr(targets, field.name) for field in FIELDS},
-        positions=None if targets.index is None else targets.index.long().contiguous(),
-        temperatures=list(targets.temperatures),
-        draw_temperature=targets.draw_temperature,
-        vocab_size=targets.vocab_size,
-        config=replace(config, impl=resolve_impl(config.impl, x, dtype), **scheduled),
+        labels=None if labels is None else labels.long().contiguous(),
+        mask=None if mask is None else mask.contiguous(),
+        weights=None if weights is None else weights.detach().contiguous(),
+        num_items=there(items) if isinstance(items, Tensor) else None,
+        items=-1 if items is None or isinstance(items, Tensor) else items,
+        targets=targets if index is None else replace(targets, index=index.long().contiguous()),
+        config=replace(
+            config,
+            impl=resolve_impl(config.impl, x, dtype),
+            **{name: there(getattr(config, name)) for name in SCHEDULED},
+        ),
     )
+
+
+def _check_targets(what: str, x: Tensor, width: int, targets: SparseTargets) -> None:
+    """Raise KDError unless targets fit the positions of x `[..., X]`, with `width` logits each."""
+    leading, device = tuple(x.shape[:-1]), x.device
+    _check_constant("targets.logprobs", targets.logprobs)
+    _check_constant("targets.tail", targets.tail)
+    if targets.device != device:
+        raise KDError(f"targets: got tensors on {targets.device}, {what} on {device}; use targets.to({str(device)!r}).")
+    if width < targets.vocab_size:
+        raise KDError(
+            f"{what}: got {width} logits a position, narrower than the targets' vocabulary; expected at least "
+            f"{targets.vocab_size}, one for each of the teacher's tokens (a wider, padded LM head is allowed)."
+        )
+    positions = 1
+    for size in leading:
+        positions *= size
+    if targets.index is None and len(targets) != positions:
+        raise KDError(
+            f"targets: got {len(targets)} rows for {what} over {leading} = {positions} positions; pass a row for "
+            "each position, or compact targets with an index."
+        )
+    if targets.index is not None and len(targets) > positions:
+        raise KDError(f"targets.index: got {len(targets)} rows for {what} over {positions} positions.")
+
+
+def _check_constant(name: str, value: Any) -> None:
+    """Raise KDError for a tensor that requires a gradient: the loss has gradients in the student alone."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise KDError(f"{name}: got a tensor that requires a gradient; expected a constant. Pass {name}.detach().")

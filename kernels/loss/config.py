@@ -1,15 +1,12 @@
 """LossConfig: what a distillation loss computes, as one object. Imports neither torch nor triton."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from ..arguments import is_number, whole_number
 from ..divergences import DivergenceName, divergence_parameters, find_divergence
 from ..errors import KDError
-from ..tail import check_temperature
 from ..treatment import TreatmentName, resolve_treatment
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
@@ -77,12 +74,6 @@ class LossConfig:
                 )
             own.check(self.divergence_parameter, "divergence_parameter")
         object.__setattr__(self, "ignore_index", whole_number("ignore_index", self.ignore_index, "an int"))
-
-    def check_grid(self, temperatures: Sequence[float]) -> None:
-        """Raise KDError unless targets with this grid of temperatures serve the config's (a tensor's value is checked
-        where the loss reads it)."""
-        if isinstance(self.temperature, Real):
-            check_temperature(self.temperature, temperatures)
 
     @property
     def parameter(self) -> float:

@@ -1,8 +1,7 @@
 """The LM head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
 
 import warnings
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,6 @@ CUDA_CHUNK = 2048
 CPU_CHUNK_BYTES = 48 << 20
 
 
-class Gradients(NamedTuple):
-    """Gradients in hidden (its type), weight and bias (float32), None if not requested; before `rescale`."""
-
-    hidden_ND: Tensor | None
-    weight_VD: Tensor | None
-    bias_V: Tensor | None
-    rescale: Tensor | None
-
-
 def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
     """Tokens whose logits are computed at once, by default."""
     if device.type == "cpu":
@@ -40,7 +30,11 @@ def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor,
     beta, half = (0 if first else 1), gradient_CV.dtype != total_VD.dtype
     if half and gradient_CV.is_cuda:
         if not hasattr(torch.ops.aten.addmm, "dtype_out"):
-            _warn_of_old_torch()
+            warnings.warn(
+                f"torch {torch.__version__} cannot accumulate a half-precision product in float32: each chunk's share "
+                "of the weight's gradient is rounded once before it is added, and takes longer. torch 2.8 can.",
+                stacklevel=2,
+            )
             product = torch.mm(gradient_CV.t(), hidden_CD)
             total_VD.copy_(product) if first else total_VD.add_(product)
         else:
@@ -49,19 +43,11 @@ def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor,
         total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), beta=beta)
 
 
-@lru_cache(maxsize=1)
-def _warn_of_old_torch() -> None:
-    warnings.warn(
-        f"torch {torch.__version__} cannot accumulate a half-precision product in float32: each chunk's share of the "
-        "weight's gradient is rounded once before it is added, and takes longer. A newer torch (2.8) can.",
-        stacklevel=2,
-    )
-
-
 def linear_kd_loss_chunks(
-    hidden_ND: Tensor, lm_head: LMHead, call: Call, *, chunk: int, dtype: torch.dtype, want: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Loss, hard, soft, and the gradients in (hidden, weight, bias) that are wanted.
+    hidden_ND: Tensor, lm_head: LMHead, call: Call, *, chunk: int, dtype: torch.dtype, want: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Loss, hard, soft, and the gradients in hidden (its type), weight and bias (float32), None for those not wanted;
+    last what they are still to be multiplied by, or None.
 
     Matrix products run in `dtype` (autocast's, or the tensors' own). Peak memory beyond what is returned: one buffer
     `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
@@ -77,7 +63,7 @@ def linear_kd_loss_chunks(
         want_grad=any(want),
         what="hidden @ weight.T",
     )
-    rows = _rows(call, hidden_ND.shape[0], width, dtype, options)
+    rows = rows_of(call, hidden_ND.shape[0], width, dtype, options)
     weight_VD = lm_head.weight.to(dtype)
     bias_V = None if lm_head.bias is None else lm_head.bias.to(dtype)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
@@ -122,10 +108,11 @@ def linear_kd_loss_chunks(
         rescale = (1.0 if largest is None else largest) / (rows.divisor * FLOAT16_SCALE)
     if index is not None and d_hidden is not None:
         d_hidden = d_hidden[:n]
-    return *rows.total(), Gradients(d_hidden, d_weight, d_bias, rescale)
+    return *rows.total(), [d_hidden, d_weight, d_bias, rescale]
 
 
-def _rows(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:
+def rows_of(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:
+    """The rows of a call, by the implementation that its config names: torch or triton."""
     if call.config.impl == "triton":
         from .triton_impl import TritonRows
 

@@ -1,69 +1,76 @@
 # mypy: allow-untyped-decorators
 """The losses as operators, for autograd and torch.compile. The forward computes gradients; the backward scales them.
 
-`kd_loss` and `linear_kd_loss` are functional, with fakes and autograd formulas. `kd_loss_` writes the gradient over the
-logits; an operator that mutates cannot register autograd, so `attach` ties its result to the graph.
+`kd_loss` and `linear_kd_loss` return the losses and gradients, `kd_loss_` writes the gradient over the logits, and
+`attach` ties a loss and its gradients to the graph.
 
 Logit gradients in float16 are not stored between forward and backward: scaled by 1/N they underflow, and the scale that
 they need (GradScaler's) is only known in the backward. For float16 the forward computes the loss alone, and the
-backward the gradient.
+backward of `kd_loss` the gradient.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import KDError
 from ..lm_head import LMHead
-from .call import SCHEMA, Call, saveable
-from .linear import linear_kd_loss_chunks
+from .call import SCHEMA, Call, RowOptions, saveable
+from .linear import linear_kd_loss_chunks, rows_of
 from .reference import kd_loss_reference, linear_reference
-from .torch_impl import kd_loss_torch
 
+F = TypeVar("F", bound=Callable[..., Any])
 _CALL = SCHEMA.count(",") + 1
-_TAGS = (
-    (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides) if hasattr(torch.Tag, "needs_exact_strides") else ()
-)
+_TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)]
 
 
-def _define(name: str, schema: str) -> None:
-    torch.library.define(f"fastkd::{name}", schema, tags=_TAGS or (torch.Tag.pt2_compliant_tag,))
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Define an operator whose kernel is the decorated function. fake: makes results of the same shapes and types."""
+
+    def define(function: F) -> F:
+        name, _, rest = f"fastkd::{schema}".partition("(")
+        torch.library.define(name, f"({rest}", tags=_TAGS)
+        torch.library.impl(name, "default")(function)
+        torch.library.register_fake(name)(fake)
+        return function
+
+    return define
 
 
-_define(
-    "kd_loss",
-    f"(Tensor logits, Tensor? upstream, bool want_grad, bool inplace, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_define("kd_loss_", f"(Tensor(a!) logits, Tensor? upstream, {SCHEMA}) -> (Tensor, Tensor, Tensor)")
-_define("attach", "(Tensor logits, Tensor gradient, Tensor loss, str impl) -> Tensor")
-_define(
-    "linear_kd_loss",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? grad_weight, float? softcap, float? logit_scale, int chunk, "
-    f"ScalarType dtype, bool[] want, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-_define("scale_", "(Tensor(a!) x, Tensor factor, str impl) -> ()")
-_define("scaled", "(Tensor x, Tensor factor, ScalarType dtype) -> Tensor")
-_define("accumulate_", "(Tensor(a!) total, Tensor x, Tensor factor) -> ()")
+def _scalars(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hard and soft, uninitialised."""
+    loss, hard, soft = (like.new_empty((), dtype=torch.float32) for _ in range(3))
+    return loss, hard, soft
 
 
 def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Run the implementation that the config names. out: where the gradient goes, which may be the logits."""
-    if call.config.impl == "triton":
-        from .triton_impl import kd_loss_triton
-
-        return kd_loss_triton(logits, call, upstream, out)
-    run = kd_loss_reference if call.config.impl == "reference" else kd_loss_torch
-    flat = logits.reshape(-1, logits.shape[-1])
-    if out is None or out.is_contiguous():
-        return run(flat, call, upstream, None if out is None else out.view(flat.shape))
-    fresh = torch.empty_like(flat)  # the strided buffer's rows cannot be addressed as one matrix
-    losses = run(flat, call, upstream, fresh)
-    out.copy_(fresh.view(out.shape))
+    x, gradient, width = logits, out, logits.shape[-1]
+    if call.config.impl != "triton":  # whose kernels address rows of any stride
+        x = logits.reshape(-1, width)
+        if out is not None:
+            gradient = out.view(x.shape) if out.is_contiguous() else torch.empty_like(x)
+    if call.config.impl == "reference":
+        losses = kd_loss_reference(x, call, upstream, gradient)
+    else:
+        options = RowOptions(upstream, want_grad=out is not None)
+        rows = rows_of(call, logits.numel() // max(width, 1), width, logits.dtype, options)
+        rows.loss_at_positions(x, gradient)
+        losses = rows.total()
+    if out is not None and gradient is not None and gradient.data_ptr() != out.data_ptr():
+        out.copy_(gradient.view(out.shape))
     return losses
 
 
-@torch.library.impl("fastkd::kd_loss", "default")
+@_operator(
+    f"kd_loss(Tensor logits, Tensor? upstream, bool want_grad, bool inplace, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, _, want_grad, *rest: (
+        *_scalars(logits), logits.new_empty(logits.shape if want_grad else (0,))
+    ),
+)  # fmt: skip
 def _kd_loss(
     logits: Tensor, upstream: Tensor | None, want_grad: bool, inplace: bool, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,13 +78,10 @@ def _kd_loss(
     return *_losses(logits, Call.of(call), upstream, gradient if want_grad else None), gradient
 
 
-@torch.library.register_fake("fastkd::kd_loss")
-def _kd_loss_fake(logits: Tensor, upstream: Tensor | None, want_grad: bool, inplace: bool, *call: Any) -> Any:
-    scalars = (logits.new_empty((), dtype=torch.float32) for _ in range(3))
-    return *scalars, logits.new_empty(logits.shape if want_grad else (0,))
-
-
-@torch.library.impl("fastkd::kd_loss_", "default")
+@_operator(
+    f"kd_loss_(Tensor(a!) logits, Tensor? upstream, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    fake=lambda logits, *rest: _scalars(logits),
+)
 def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = _losses(logits, Call.of(call), upstream, logits)
     # autograd must see the write: an operation that saved these logits for its backward has to raise
@@ -85,78 +89,50 @@ def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tup
     return losses
 
 
-@torch.library.register_fake("fastkd::kd_loss_")
-def _kd_loss_inplace_fake(logits: Tensor, upstream: Tensor | None, *call: Any) -> Any:
-    return tuple(logits.new_empty((), dtype=torch.float32) for _ in range(3))
+def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, want = rest[4], rest[5]
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        *_scalars(hidden),
+        hidden.new_empty(hidden.shape if want[0] else (0,)),
+        weight.new_empty(weight.shape if want[1] else (0,), dtype=accumulator),
+        weight.new_empty(weight.shape[:1] if want[2] else (0,), dtype=accumulator),
+        hidden.new_empty(() if dtype == torch.float16 else (0,), dtype=torch.float32),
+    )
 
 
-@torch.library.impl("fastkd::attach", "default")
-def _attach(logits: Tensor, gradient: Tensor, loss: Tensor, impl: str) -> Tensor:
+@_operator(
+    "linear_kd_loss(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float? logit_scale, int chunk, "
+    f"ScalarType dtype, bool[] want, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_linear_fake,
+)
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Loss, hard, soft; gradients in hidden, weight and bias; and their factor. Empty tensors for what is not wanted:
+    the gradients that `want` has not, and the factor unless the matrix products are float16."""
+    softcap, logit_scale, chunk, dtype, want, *args = rest
+    call, lm_head = Call.of(args), LMHead(weight, bias, softcap, logit_scale)
+    if call.config.impl == "reference":
+        *losses, gradients = linear_reference(hidden, lm_head, call, want)
+        gradients.append(hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else None)
+    else:
+        *losses, gradients = linear_kd_loss_chunks(hidden, lm_head, call, chunk=chunk, dtype=dtype, want=want)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    types = (hidden.dtype, accumulator, accumulator, torch.float32)
+    each = zip(gradients, types, strict=True)
+    return *losses, *(hidden.new_empty(0, dtype=t) if g is None else g.to(t) for g, t in each)
+
+
+@_operator(
+    "attach(Tensor loss, Tensor[] inputs, Tensor[] gradients, Tensor? factor, Tensor? accumulator, str impl) -> Tensor",
+    fake=lambda loss, *rest: torch.empty_like(loss),
+)
+def _attach(loss: Tensor, *rest: Any) -> Tensor:
+    """The loss, whose gradients in the inputs are `gradients` times `factor` (None: 1). accumulator: what the first
+    input's is added to, in place of being returned."""
     return loss.clone()
 
 
-@torch.library.register_fake("fastkd::attach")
-def _attach_fake(logits: Tensor, gradient: Tensor, loss: Tensor, impl: str) -> Tensor:
-    return torch.empty_like(loss)
-
-
-@torch.library.impl("fastkd::linear_kd_loss", "default")
-def _linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grad_weight: Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    chunk: int,
-    dtype: torch.dtype,
-    want: list[bool],
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    call, empty = Call.of(args), hidden.new_empty(0)
-    lm_head = LMHead(weight, bias, softcap, logit_scale)
-    if call.config.impl == "reference":
-        wanted = [x for x, w in zip((hidden, weight, bias), want, strict=True) if w and x is not None]
-        *losses, gradients = linear_reference(hidden, lm_head, call, wanted)
-        remaining = iter(gradients)
-        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        types = (hidden.dtype, accumulator, accumulator)
-        shaped = [next(remaining).to(t) if w else empty.clone() for w, t in zip(want, types, strict=True)]
-        rescale = hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else empty
-        return *losses, *shaped, rescale
-    loss, hard, soft, found = linear_kd_loss_chunks(
-        hidden, lm_head, call, chunk=chunk, dtype=dtype, want=(want[0], want[1], want[2])
-    )
-    return loss, hard, soft, *(hidden.new_empty(0) if g is None else g for g in found)
-
-
-@torch.library.register_fake("fastkd::linear_kd_loss")
-def _linear_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grad_weight: Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    chunk: int,
-    dtype: torch.dtype,
-    want: list[bool],
-    *args: Any,
-) -> Any:
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    scalars = tuple(hidden.new_empty((), dtype=torch.float32) for _ in range(3))
-    return (
-        *scalars,
-        hidden.new_empty(hidden.shape if want[0] else (0,)),
-        weight.new_empty(weight.shape if want[1] else (0,), dtype=accumulator if want[1] else hidden.dtype),
-        weight.new_empty(weight.shape[:1] if want[2] else (0,), dtype=accumulator if want[2] else hidden.dtype),
-        hidden.new_empty(
-            () if dtype == torch.float16 else (0,), dtype=torch.float32 if dtype == torch.float16 else None
-        ),
-    )
-
-
-@torch.library.impl("fastkd::scale_", "default")
+@_operator("scale_(Tensor(a!) x, Tensor factor, str impl) -> ()", fake=lambda x, factor, impl: None)
 def _scale(x: Tensor, factor: Tensor, impl: str) -> None:
     if impl == "triton" and x.is_contiguous():
         from .row_passes import scale_triton_
@@ -164,38 +140,6 @@ def _scale(x: Tensor, factor: Tensor, impl: str) -> None:
         scale_triton_(x, factor)
     elif x.device.type != "cpu" or float(factor) != 1.0:
         x.mul_(factor)
-
-
-@torch.library.register_fake("fastkd::scale_")
-def _scale_fake(x: Tensor, factor: Tensor, impl: str) -> None:
-    return None
-
-
-@torch.library.impl("fastkd::scaled", "default")
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # multiplied in float32 and rounded once, without a float32 copy in between
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
-
-
-@torch.library.register_fake("fastkd::scaled")
-def _scaled_fake(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
-@torch.library.impl("fastkd::accumulate_", "default")
-def _accumulate(total: Tensor, x: Tensor, factor: Tensor) -> None:
-    total.addcmul_(x, factor)
-
-
-@torch.library.register_fake("fastkd::accumulate_")
-def _accumulate_fake(total: Tensor, x: Tensor, factor: Tensor) -> None:
-    return None
-
-
-def _only_loss(ctx: Any, *others: Tensor) -> None:
-    """Only the loss has a gradient. Without this, autograd would make zeros of `[V, D]` for the other outputs."""
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
 
 
 def _once(ctx: Any) -> None:
@@ -213,81 +157,51 @@ def _once(ctx: Any) -> None:
     ctx.spent = True
 
 
-def _kd_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, ctx.want_grad, ctx.inplace, *args = inputs
-    ctx.impl = Call.of(args).config.impl
-    _only_loss(ctx, *output[1:])
-    if ctx.want_grad:
-        ctx.save_for_backward(output[3])
-    else:
-        ctx.save_for_backward(logits, *(saveable(a) for a in args if isinstance(a, Tensor)))
-        ctx.args = [None if isinstance(a, Tensor) else a for a in args]
-        ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-
-
-def _kd_loss_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
-    _once(ctx)
-    if ctx.want_grad:
-        (gradient,) = ctx.saved_tensors
-        torch.ops.fastkd.scale_(gradient, upstream, ctx.impl)
-    else:
-        logits, *tensors = ctx.saved_tensors
-        args = list(ctx.args)
-        for i, tensor in zip(ctx.tensor_at, tensors, strict=True):
-            args[i] = tensor
-        logits = logits.detach()
-        if ctx.inplace:
-            torch.ops.fastkd.kd_loss_(logits, upstream, *args)
-            gradient = logits
-        else:
-            gradient = torch.ops.fastkd.kd_loss(logits, upstream, True, False, *args)[3]
-    return gradient, None, None, None, *([None] * _CALL)
-
-
 def _attach_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.impl = inputs[3]
+    # the accumulator is not saved: other losses of the same step may add to it before this one's backward does
+    _, wanted, gradients, factor, ctx.accumulator, ctx.impl = inputs
+    ctx.types, ctx.has_factor = [x.dtype for x in wanted], factor is not None
+    ctx.save_for_backward(*gradients, *([factor] if ctx.has_factor else []))
 
 
 def _attach_backward(ctx: Any, upstream: Tensor) -> Any:
     _once(ctx)
-    (gradient,) = ctx.saved_tensors
-    torch.ops.fastkd.scale_(gradient, upstream, ctx.impl)
-    return gradient, None, None, None
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, bias, grad_weight, _, _, _, ctx.dtype, ctx.want, *args = inputs
-    ctx.impl = Call.of(args).config.impl
-    _only_loss(ctx, *output[1:])
-    ctx.weight_type, ctx.bias_type = weight.dtype, None if bias is None else bias.dtype
-    # not saved: other losses of the same step may add to it before this one's backward does
-    ctx.grad_weight = grad_weight
-    ctx.save_for_backward(*output[3:])
-
-
-def _linear_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
-    _once(ctx)
-    d_hidden, d_weight, d_bias, rescale = ctx.saved_tensors
-    grad_weight = ctx.grad_weight
-    factor = upstream * rescale if ctx.dtype == torch.float16 else upstream
+    gradients = list(ctx.saved_tensors)
+    factor = upstream * gradients.pop() if ctx.has_factor else upstream
     results: list[Tensor | None] = []
-    for wanted, gradient, dtype in zip(
-        ctx.want, (d_hidden, d_weight, d_bias), (d_hidden.dtype, ctx.weight_type, ctx.bias_type), strict=True
-    ):
-        if not wanted:
-            results.append(None)
-        elif gradient is d_weight and grad_weight is not None:
-            torch.ops.fastkd.accumulate_(grad_weight, gradient, factor)
+    for number, (gradient, dtype) in enumerate(zip(gradients, ctx.types, strict=True)):
+        if number == 0 and ctx.accumulator is not None:
+            ctx.accumulator.addcmul_(gradient, factor)
             results.append(None)
         elif gradient.dtype == dtype:
             torch.ops.fastkd.scale_(gradient, factor, ctx.impl)
             results.append(gradient)
         else:
-            results.append(torch.ops.fastkd.scaled(gradient, factor, dtype))
-    return *results, *([None] * (6 + _CALL))
+            # multiplied in float32 and rounded once, without a float32 copy in between
+            results.append(torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)))
+    return None, results, [None] * len(gradients), None, None, None
 
 
-torch.library.register_autograd("fastkd::kd_loss", _kd_loss_backward, setup_context=_kd_loss_setup)
+def _float16_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, ctx.inplace, *args = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, *(saveable(a) for a in args if isinstance(a, Tensor)))
+    ctx.args = [torch.Tensor if isinstance(a, Tensor) else a for a in args]
+
+
+def _float16_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+    _once(ctx)
+    logits, *tensors = ctx.saved_tensors
+    saved = iter(tensors)
+    args = [next(saved) if a is torch.Tensor else a for a in ctx.args]
+    gradient = logits.detach()
+    if ctx.inplace:
+        torch.ops.fastkd.kd_loss_(gradient, upstream, *args)
+    else:
+        gradient = torch.ops.fastkd.kd_loss(gradient, upstream, True, False, *args)[3]
+    return gradient, None, None, None, *([None] * _CALL)
+
+
 torch.library.register_autograd("fastkd::attach", _attach_backward, setup_context=_attach_setup)
-torch.library.register_autograd("fastkd::linear_kd_loss", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("fastkd::kd_loss", _float16_backward, setup_context=_float16_setup)

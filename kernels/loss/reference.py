@@ -10,6 +10,7 @@ from ..divergences import find_divergence
 from ..lm_head import LMHead
 from ..targets import TargetsAt
 from .call import Call, saveable
+from .checks import check_student
 from .torch_impl import counted_rows
 
 _INF = float("inf")
@@ -51,50 +52,54 @@ def kd_loss_reference(
     logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard and soft of logits; the gradient times `upstream` goes to `out`."""
-    losses, gradients = _differentiate(
-        lambda x_CV, _: x_CV, [logits_NV], [logits_NV] if out_NV is not None else [], call, logits_NV.shape
+    *losses, gradients = _differentiate(
+        lambda x_CV: x_CV, [logits_NV], [out_NV is not None], call, logits_NV.shape, "logits"
     )
-    if out_NV is not None:
+    if out_NV is not None and gradients[0] is not None:
         out_NV.copy_(gradients[0] if upstream is None else gradients[0] * upstream)
-    return losses
+    return losses[0], losses[1], losses[2]
 
 
 def linear_reference(
-    hidden_ND: Tensor, lm_head: LMHead, call: Call, wanted: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, hard, soft of hidden states, and the gradients in those of hidden, weight and bias that are `wanted`."""
+    hidden_ND: Tensor, lm_head: LMHead, call: Call, want: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Loss, hard, soft of hidden states, and the gradients in hidden, weight and bias; None for those not wanted."""
 
-    def logits(hidden_CD: Tensor, weight_and_bias: list[Tensor]) -> Tensor:
-        raw = hidden_CD @ weight_and_bias[0].T
-        raw = raw if lm_head.bias is None else raw + weight_and_bias[1]
-        return capped(raw, lm_head.softcap, lm_head.logit_scale)
+    def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        raw = hidden_CD @ weight_VD.T
+        return capped(raw if bias_V is None else raw + bias_V, lm_head.softcap, lm_head.logit_scale)
 
-    inputs = [x for x in (hidden_ND, lm_head.weight, lm_head.bias) if x is not None]
-    losses, gradients = _differentiate(logits, inputs, wanted, call, (hidden_ND.shape[0], lm_head.weight.shape[0]))
-    return *losses, gradients
+    inputs = [hidden_ND, lm_head.weight, lm_head.bias]
+    shape = (hidden_ND.shape[0], lm_head.weight.shape[0])
+    return _differentiate(logits, inputs, want, call, shape, "hidden @ weight.T")
 
 
 def _differentiate(
-    logits: Callable[[Tensor, list[Tensor]], Tensor],
-    inputs: list[Tensor],
-    wanted: list[Tensor],
+    logits: Callable[..., Tensor],
+    inputs: list[Tensor | None],
+    want: list[bool],
     call: Call,
     shape: tuple[int, ...],
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Losses, and gradients in those of the inputs that are `wanted`.
+    what: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Loss, hard, soft, and the gradients in the inputs; None for those not wanted.
 
-    logits: a function of those rows of the first input that count, and of the other inputs.
+    logits: a function of those rows of the first input that count, and of the other inputs. what: its name in messages.
     """
-    call, index, divisor = counted_rows(Call(*map(saveable, call)), *shape)
+    saved = Call(*map(saveable, call))._replace(targets=call.targets.map(saveable))
+    call, index, divisor = counted_rows(saved, *shape)
 
-    def run() -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-        leaves = [saveable(x.detach().double()).requires_grad_() for x in inputs]
+    def run() -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+        leaves = [None if x is None else saveable(x.detach().double()).requires_grad_() for x in inputs]
         # rows that do not count never meet a weight: 0 * NaN would reach its gradient
-        rows = leaves[0] if index is None else leaves[0][index]
-        loss, hard, soft = _total(logits(rows, leaves[1:]), call, divisor)
-        by_input = {id(x): leaf for x, leaf in zip(inputs, leaves, strict=True)}
-        gradients = torch.autograd.grad(loss, [by_input[id(x)] for x in wanted]) if wanted else ()
-        return (loss.detach().float(), hard.detach().float(), soft.detach().float()), list(gradients)
+        rows = leaves[0] if index is None or leaves[0] is None else leaves[0][index]
+        z = logits(rows, *leaves[1:])
+        check_student(~z.detach().amax(1).isfinite(), what)
+        loss, hard, soft = _total(z, call, divisor)
+        wanted = [leaf for leaf, w in zip(leaves, want, strict=True) if w and leaf is not None]
+        gradients = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+        each = [next(gradients) if w else None for w in want]
+        return loss.detach().float(), hard.detach().float(), soft.detach().float(), each
 
     # Inside an operator autograd is off for this thread; in a new one it is on.
     with ThreadPoolExecutor(1) as pool:
@@ -103,8 +108,8 @@ def _differentiate(
 
 def _total(z_CV: Tensor, call: Call, divisor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alpha, t = call.numbers()
-    at = call.targets_at(t, torch.float64)
-    soft = t * t * divergence_rows(z_CV / t, call.ids, at, call.config.divergence, call.config.parameter)
+    at = call.targets.at(t, call.treatment(t), dtype=torch.float64)
+    soft = t * t * divergence_rows(z_CV / t, call.targets.ids, at, call.config.divergence, call.config.parameter)
     hard = torch.zeros_like(soft) if call.labels is None else cross_entropy_rows(z_CV, call.labels.long())
     if call.weights is not None:
         soft, hard = soft * call.weights.double(), hard * call.weights.double()
@@ -112,7 +117,7 @@ def _total(z_CV: Tensor, call: Call, divisor: Tensor) -> tuple[Tensor, Tensor, T
     if call.labels is None:
         return soft_mean, torch.full_like(soft_mean, torch.nan), soft_mean
     # a part with factor 0 adds nothing, even where it is infinite
-    loss = (alpha * hard_mean if alpha else hard_mean.detach() * 0) + ((1 - alpha) * soft_mean if alpha < 1 else 0)
+    loss = (alpha * hard_mean if alpha else torch.zeros_like(hard_mean)) + ((1 - alpha) * soft_mean if alpha < 1 else 0)
     return loss, hard_mean, soft_mean
 
 

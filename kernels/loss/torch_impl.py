@@ -24,13 +24,13 @@ _INF = float("inf")
 def counted_rows(call: Call, positions: int, width: int) -> tuple[Call, Tensor | None, Tensor]:
     """The call over the rows that count alone, their positions (None: all, in order), and the divisor."""
     check_values(call, positions, width)
-    index, call = call.positions, call.by_row()
-    divisor, counted = call.divisor(), call.counted()
+    index, (call, counted) = call.targets.index, call.by_row(positions)
+    divisor = call.divisor(counted)
     if not bool(counted.all()):
         rows = counted.nonzero()[:, 0]
         call, index = call.take(rows), rows if index is None else index[rows]
     elif index is None and call.rows != positions:
-        index = torch.arange(call.rows, device=call.ids.device)
+        index = torch.arange(call.rows, device=call.targets.device)
     return call, index, divisor
 
 
@@ -54,14 +54,6 @@ def outcome_terms(
     return value.masked_fill(at.log_q_tail.isnan(), torch.nan), gradient[:, :-1] * in_support, gradient[:, -1]
 
 
-class _Entries(NamedTuple):
-    """The entries of a block's support: at most K a row."""
-
-    ids: Tensor  # [C, K] int64; an unused entry repeats the row's first entry of S
-    used: Tensor  # [C, K] bool
-    logits: Tensor  # [C, K]; −inf for an unused entry
-
-
 class _Sums(NamedTuple):
     """A block's rows reduced over all tokens off the support: e^z and e^(z/T), relative to a reference of the row."""
 
@@ -73,10 +65,7 @@ class _Sums(NamedTuple):
 
 
 class TorchRows:
-    """The rows of one call that count, block by block; `TritonRows` is the same on a GPU.
-
-    width: V. dtype: of the logits.
-    """
+    """The rows of one call that count, block by block; `TritonRows` is the same on a GPU."""
 
     def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
         self.call, self.index, self.divisor = counted_rows(call, positions, width)
@@ -89,9 +78,9 @@ class TorchRows:
         self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
         self.alpha, self.t = self.call.numbers()
         # once for all rows: their number of small operations would show in every block
-        self.at = self.call.targets_at(self.t, self.dtype)
-        self.scratch = torch.empty(0, dtype=self.dtype, device=call.ids.device)
-        self.hard, self.soft = (torch.empty(self.rows, dtype=self.dtype, device=call.ids.device) for _ in range(2))
+        self.at = self.call.targets.at(self.t, self.call.treatment(self.t), dtype=self.dtype)
+        self.scratch = torch.empty(0, dtype=self.dtype, device=call.targets.device)
+        self.hard, self.soft = (torch.empty(self.rows, dtype=self.dtype, device=call.targets.device) for _ in range(2))
 
     def loss_(self, x_CV: Tensor, first: int) -> None:
         """Losses of the rows from `first` on, whose raw logits x holds; x becomes their gradient, if one is wanted."""
@@ -102,6 +91,21 @@ class TorchRows:
             self._block_(work, rows)
             if self.options.want_grad and work is not block:
                 block.copy_(work)
+
+    def loss_at_positions(self, logits_NV: Tensor, out_NV: Tensor | None) -> None:
+        """Losses of all rows, at their positions in the logits; their gradient goes to `out`."""
+        buffer = torch.empty(min(self.step, self.rows), logits_NV.shape[1], dtype=self.dtype, device=logits_NV.device)
+        for first in range(0, self.rows, self.step):
+            rows = slice(first, min(first + self.step, self.rows))
+            at = rows if self.index is None else self.index[rows]
+            x = buffer[: rows.stop - first].copy_(logits_NV[at])
+            self.loss_(x, first)
+            if out_NV is not None:
+                out_NV[at] = x.to(out_NV.dtype)
+        if out_NV is not None and self.index is not None:
+            uncovered = torch.ones(len(out_NV), dtype=torch.bool, device=out_NV.device)
+            uncovered[self.index] = False
+            out_NV[uncovered] = 0.0
 
     def counted(self) -> Tensor | None:
         """Which rows count, bool `[P]`; None where all do."""
@@ -124,17 +128,19 @@ class TorchRows:
         call, at, t = self.call.take(rows), TargetsAt(*(x[rows] for x in self.at)), self.t
         row_weight = torch.ones_like(x_CV[:, 0]) if call.weights is None else call.weights.to(x_CV.dtype)
         cap_slope = self._cap_(x_CV)
-        entries = _entries(x_CV, call, at)
+        used = at.log_q > -_INF
+        # an unused entry may hold any id: it stands for column 0, to which it adds nothing
+        ids = call.targets.ids.long().masked_fill(~used, 0)
+        entries_CK = x_CV.gather(1, ids).masked_fill(~used, -_INF)
         label = None
         if call.labels is not None:
             label = call.labels.long()[:, None]
             z_label = x_CV.gather(1, label)[:, 0]
         # Without S, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
-        supported = entries.used.any(1, keepdim=True)
-        x_CV.scatter_(1, entries.ids, torch.where(supported, -_INF, x_CV.gather(1, entries.ids)))
-        sums = self._sums_(x_CV, entries)
+        x_CV.scatter_add_(1, ids, torch.zeros_like(entries_CK).masked_fill_(used, -_INF))
+        sums = self._sums_(x_CV, entries_CK)
 
-        above_CK = entries.logits - sums.m[:, None]
+        above_CK = entries_CK - sums.m[:, None]
         e_CK = above_CK.exp()
         s_1 = sums.off_1 * sums.shift.exp() + e_CK.sum(1)
         s_t = sums.off_t * (sums.shift / t).exp() + (above_CK / t).exp().sum(1)
@@ -165,12 +171,11 @@ class TorchRows:
             hard_scale * sums.shift.exp() / s_1,
             torch.where((soft_scale == 0) | (sums.off_t == 0), 0.0, soft_scale * off_support / sums.off_t),
         )
-        hard_CK = hard_scale[:, None] * (e_CK / s_1[:, None])
+        # x is 0 on the support here
         if label is not None:
             x_CV.scatter_add_(1, label, -hard_scale[:, None])
-            hard_CK = hard_CK - hard_scale[:, None] * (entries.ids == label)
         soft_CK = torch.where(soft_scale[:, None] == 0, 0.0, soft_scale[:, None] * on_support)
-        _write_entries_(x_CV, entries, hard_CK + soft_CK)
+        x_CV.scatter_add_(1, ids, torch.where(used, hard_scale[:, None] * (e_CK / s_1[:, None]) + soft_CK, 0.0))
         if cap_slope is not None:
             x_CV.mul_(cap_slope)
         if self.options.logit_scale is not None:
@@ -187,12 +192,12 @@ class TorchRows:
         torch.mul(capped, self.options.softcap, out=x_CV).masked_fill_(masked, -_INF)
         return capped.square_().neg_().add_(1.0)
 
-    def _sums_(self, x_CV: Tensor, entries: _Entries) -> _Sums:
+    def _sums_(self, x_CV: Tensor, entries_CK: Tensor) -> _Sums:
         """Reduce a block off its support, whose logits are −inf in x; x becomes e^(z - reference) if T is not 1 or 2,
         and e^((z - reference) / T) if it is."""
         t, m_off = self.t, x_CV.amax(1)
         reference = torch.where(m_off == -_INF, 0.0, m_off)
-        m = torch.cat([m_off[:, None], entries.logits], 1).amax(1)
+        m = torch.cat([m_off[:, None], entries_CK], 1).amax(1)
         shift = torch.where(m_off == -_INF, -_INF, m_off - m)
         if t == 2.0:  # (z - m) / 2 in one pass, exact, since the halves are
             torch.add(-0.5 * reference[:, None], x_CV, alpha=0.5, out=x_CV)
@@ -226,46 +231,3 @@ class TorchRows:
         if self.scratch.numel() < x_CV.numel():
             self.scratch.resize_(x_CV.numel())
         return self.scratch[: x_CV.numel()].view(x_CV.shape)
-
-
-def _entries(x_CV: Tensor, call: Call, at: TargetsAt) -> _Entries:
-    used = at.log_q > -_INF
-    # An unused entry may hold any id. It gets the row's first entry of S, so that it marks nothing of its own.
-    ids = call.ids.long().masked_fill(~used, 0)
-    if ids.shape[1]:
-        ids = torch.where(used, ids, ids.gather(1, used.int().argmax(1, keepdim=True)))
-    return _Entries(ids, used, x_CV.gather(1, ids).masked_fill(~used, -_INF))
-
-
-def _write_entries_(x_CV: Tensor, entries: _Entries, gradient_CK: Tensor) -> None:
-    """The gradient of the support's entries into x; a row without support stays as it is."""
-    ids, used = entries.ids, entries.used
-    if not ids.shape[1]:
-        return
-    gradient_CK = torch.where(used, gradient_CK, 0.0)
-    # an unused entry repeats the first entry of S, and so does what it writes
-    gradient_CK = torch.where(used, gradient_CK, gradient_CK.gather(1, used.int().argmax(1, keepdim=True)))
-    x_CV.scatter_(1, ids, torch.where(used.any(1, keepdim=True), gradient_CK, x_CV.gather(1, ids)))
-
-
-def kd_loss_torch(
-    logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hard, soft; the gradient times `upstream` goes to `out`, which may be the logits themselves."""
-    positions, width = logits_NV.shape
-    options = RowOptions(upstream, want_grad=out_NV is not None)
-    rows = TorchRows(call, positions, width, logits_NV.dtype, options)
-    uncovered = None
-    if rows.index is not None and out_NV is not None:
-        uncovered = torch.ones(positions, dtype=torch.bool, device=logits_NV.device)
-        uncovered[rows.index] = False
-    buffer = torch.empty(min(rows.step, rows.rows), width, dtype=rows.dtype, device=logits_NV.device)
-    for first in range(0, rows.rows, rows.step):
-        at = slice(first, min(first + rows.step, rows.rows))
-        x = buffer[: at.stop - first].copy_(logits_NV[at if rows.index is None else rows.index[at]])
-        rows.loss_(x, first)
-        if out_NV is not None:
-            out_NV[at if rows.index is None else rows.index[at]] = x.to(out_NV.dtype)
-    if uncovered is not None and out_NV is not None:
-        out_NV[uncovered] = 0.0
-    return rows.total()

@@ -12,23 +12,14 @@ from torch import Tensor
 from .. import triton_math
 from ..divergences import Divergence, find_divergence
 from ..errors import KDError
-from ..interpreter import is_interpreted
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from ..treatment import sampled_reach
+from ..triton_math import is_interpreted
 from .call import Call, RowOptions, split
 from .checks import check_student, check_values, values_are_checked
 from .config import HIGHEST_TEMPERATURE, SCHEDULED
 from .row_passes import sweep_settings, zero_uncovered_kernel
-from .triton_kernels import (
-    BUCKET,
-    DIVISOR,
-    RENORMALIZE,
-    SAMPLED,
-    WEIGHTS,
-    loss_kernel,
-    prepare_kernel,
-    total_kernel,
-)
+from .triton_kernels import BUCKET, DIVISOR, RENORMALIZE, SAMPLED, WEIGHTS, loss_kernel, prepare_kernel, total_kernel
 
 INTERPRETED = is_interpreted(loss_kernel)
 
@@ -55,12 +46,12 @@ class TritonRows:
     def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise KDError(f"{options.what}: got {dtype}; expected float32, bfloat16 or float16 with impl='triton'.")
-        if values_are_checked(call.ids.device):
+        targets, device = call.targets, call.targets.device
+        if values_are_checked(device):
             check_values(call, positions, width)
-        device = call.ids.device
-        self.call, self.index, self.rows, self.options = call, call.positions, call.rows, options
+        self.call, self.index, self.rows, self.options = call, targets.index, call.rows, options
         self.width, self.positions = width, positions
-        grid = tuple(call.temperatures)
+        grid = targets.temperatures
         m = len(grid)
         self.block_m = triton.next_power_of_2(m + 1)
         self.params = torch.empty(WEIGHTS.value + m + 1, dtype=torch.float32, device=device)
@@ -70,67 +61,54 @@ class TritonRows:
         # where it depends on a tensor, the kernel decides between the draws and the bucket
         treatment, reach = call.treatment(None), float("inf")
         if treatment == "auto":
-            treatment, reach = "sampled", sampled_reach(call.draw_temperature)
+            treatment, reach = "sampled", sampled_reach(targets.draw_temperature)
         (alpha, alpha_tensor), (t, t_tensor) = (split(getattr(call.config, name)) for name in SCHEDULED)
         prepare_kernel[(1,)](
-            self.params,
-            device_table(grid, device),
-            call.labels,
-            call.mask,
-            call.positions,
-            call.num_items,
-            options.upstream,
-            alpha_tensor,
-            t_tensor,
-            alpha,
-            t,
-            call.items,
-            self.rows,
-            positions,
-            call.config.ignore_index,
-            reach,
-            options.fixed_scale or 0.0,
-            M=m,
-            OFF_GRID=m >= OFF_GRID_NEEDS,
-            SNAP=ON_GRID,
-            HIGHEST=HIGHEST_TEMPERATURE,
-            BLOCK=4096,
-            BLOCK_M=self.block_m,
-            num_warps=8,
-        )
-        k = call.ids.shape[1]
+            self.params, device_table(grid, device), call.labels, call.mask, self.index, call.num_items,
+            options.upstream, alpha_tensor, t_tensor, alpha, t, call.items, self.rows, positions,
+            call.config.ignore_index, reach, options.fixed_scale or 0.0,
+            M=m, OFF_GRID=m >= OFF_GRID_NEEDS, SNAP=ON_GRID, HIGHEST=HIGHEST_TEMPERATURE, BLOCK=4096,
+            BLOCK_M=self.block_m, num_warps=8,
+        )  # fmt: skip
         self.kernel = loss_kernel_of(find_divergence(call.config.divergence))
         self.constants: dict[str, Any] = dict(
             TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
             WANT_GRAD=options.want_grad,
-            SOFTCAP=options.softcap is not None,
-            SCALED=options.logit_scale is not None,
             M=m,
-            BLOCK_K=max(16, triton.next_power_of_2(k)),
+            BLOCK_K=max(16, triton.next_power_of_2(targets.width)),
             BLOCK_M=self.block_m,
             BLOCK_SLOW=512,
             **sweep_settings(width, dtype.itemsize),
         )
-        self.targets = tuple(
-            None if x is None else x.contiguous() for x in (call.ids, call.logprobs, call.draws, call.tail)
-        )
+        contiguous = (x if x is None else x.contiguous() for x in (targets.ids, targets.logprobs, targets.draws))
+        self.pointers = (call.labels, call.mask, call.weights, self.index, *contiguous, targets.tail.contiguous())
 
     def loss_(self, x_CV: Tensor, first: int) -> None:
         """Losses of the rows from `first` on, whose raw logits x holds; x becomes their gradient, if one is wanted."""
         x_1CV = x_CV[None]
         self._launch(x_1CV, x_1CV if self.options.want_grad else None, len(x_CV), first, by_position=False)
 
-    def loss_at_positions(self, logits_BLV: Tensor, out_BLV: Tensor | None) -> None:
-        """Losses of all rows, at their positions in the logits; their gradient goes to `out`."""
+    def loss_at_positions(self, logits: Tensor, out: Tensor | None) -> None:
+        """Losses of all rows, at their positions in the logits `[..., V]`; their gradient goes to `out`."""
+        if any(self.width * abs(x.stride(-1)) >= 2**31 for x in (logits, out) if x is not None):
+            raise KDError(
+                f"logits: got a stride of {logits.stride(-1)} between the {self.width} outcomes of a row, which then "
+                "span more than 2^31 elements; pass logits.contiguous()."
+            )
+        logits_BLV = _as_three(logits)
+        if out is None:
+            return self._launch(logits_BLV, None, self.rows, 0, by_position=True)
+        out_BLV = logits_BLV if out is logits else _as_three(out)
         self._launch(logits_BLV, out_BLV, self.rows, 0, by_position=True)
         index = self.safe_index()
-        if out_BLV is not None and index is not None:
-            covered = torch.zeros(self.positions + 1, dtype=torch.int8, device=out_BLV.device)
+        if index is not None and self.positions:
+            covered = torch.zeros(self.positions + 1, dtype=torch.int8, device=out.device)
             covered[index] = 1
-            if self.positions:
-                zero_uncovered_kernel[(self.positions,)](
-                    out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
-                )
+            zero_uncovered_kernel[(self.positions,)](
+                out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
+            )
+        if out_BLV.data_ptr() != out.data_ptr():
+            out.copy_(out_BLV.view(out.shape))
 
     def safe_index(self) -> Tensor | None:
         """The positions of the rows, int64 `[P]`, N for those outside the batch; None where they are all, in order."""
@@ -143,42 +121,20 @@ class TritonRows:
         """Which rows count, bool `[P]`; None where all do. The kernels write zeros for the others."""
         if self.call.labels is None and self.call.mask is None and self.index is None:
             return None
-        return self.call.by_row_within(self.positions)[1]
+        return self.call.by_row(self.positions)[1]
 
     def _launch(self, x: Tensor, g: Tensor | None, programs: int, first: int, *, by_position: bool) -> None:
         if programs == 0:
             return
-        call = self.call
+        call, targets, options = self.call, self.call.targets, self.options
         self.kernel[(programs,)](
-            x,
-            g,
-            self.hard,
-            self.soft,
-            self.params,
-            call.labels,
-            call.mask,
-            call.weights,
-            call.positions,
-            *self.targets,
-            call.outcomes,
-            *x.stride(),
-            *(x if g is None else g).stride(),
-            x.shape[1],
-            first,
-            self.width,
-            call.vocab_size,
-            call.ids.shape[1],
-            self.positions,
-            call.outcomes.stride(0) if call.outcomes.ndim else 0,
-            call.config.ignore_index,
-            1.0 / call.draw_temperature,
-            call.config.parameter,
-            self.options.softcap or 1.0,
-            self.options.logit_scale or 1.0,
-            BY_POSITION=by_position,
-            IN_PLACE=g is not None and g.data_ptr() == x.data_ptr(),
-            **self.constants,
-        )
+            x, g, self.hard, self.soft, self.params, *self.pointers, targets.outcomes,
+            *x.stride(), *(x if g is None else g).stride(), x.shape[1], first,
+            self.width, targets.vocab_size, targets.width, self.positions,
+            targets.outcomes.stride(0) if targets.outcomes.ndim else 0, call.config.ignore_index,
+            1.0 / targets.draw_temperature, call.config.parameter, options.softcap, options.logit_scale,
+            BY_POSITION=by_position, IN_PLACE=g is not None and g.data_ptr() == x.data_ptr(), **self.constants,
+        )  # fmt: skip
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, hard and soft."""
@@ -187,38 +143,10 @@ class TritonRows:
             check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.options.what)
         loss, hard, soft = (torch.empty((), dtype=torch.float32, device=self.params.device) for _ in range(3))
         total_kernel[(1,)](
-            self.hard,
-            self.soft,
-            self.params,
-            hard,
-            soft,
-            loss,
-            self.rows,
-            HARD=self.call.labels is not None,
-            BLOCK=4096,
-            num_warps=8,
-        )
+            self.hard, self.soft, self.params, hard, soft, loss, self.rows,
+            HARD=self.call.labels is not None, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
         return loss, hard, soft
-
-
-def kd_loss_triton(
-    logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hard, soft of logits `[..., V]`; the gradient times `upstream` goes to `out`, which may be the logits."""
-    width = logits.shape[-1]
-    if any(width * abs(x.stride(-1)) >= 2**31 for x in (logits, out) if x is not None):
-        raise KDError(
-            f"logits: got a stride of {logits.stride(-1)} between the {width} outcomes of a row, which then span "
-            "more than 2^31 elements; pass logits.contiguous()."
-        )
-    options = RowOptions(upstream, want_grad=out is not None)
-    rows = TritonRows(call, logits.numel() // max(width, 1), width, logits.dtype, options)
-    three = _as_three(logits)
-    gradient = three if out is logits else None if out is None else _as_three(out)
-    rows.loss_at_positions(three, gradient)
-    if out is not None and gradient is not None and gradient.data_ptr() != out.data_ptr():
-        out.copy_(gradient.view(out.shape))
-    return rows.total()
 
 
 def _as_three(x: Tensor) -> Tensor:

@@ -9,52 +9,24 @@ determine the divergence and two factors a and b; the second pass, whose reads c
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from .. import triton_math as tm
-from .row_passes import (
-    LOG2_E,
-    logits_of,
-    reduce_row,
-    reduce_tempered,
-    reduce_without,
-    through_cap,
-    write_row,
-    zero_row,
-)
+from .row_passes import LOG2_E, logits_of, reduce_online, reduce_row, reduce_without, through_cap, write_row, zero_row
 
-BUCKET, SAMPLED, RENORMALIZE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BUCKET, SAMPLED, RENORMALIZE = constexpr(0), constexpr(1), constexpr(2)
 # Below this share of the student's mass, 1 - Σ_S p has too few digits left for the bucket: sum what is off S itself.
-TINY_TAIL = tl.constexpr(0.125)
+TINY_TAIL = constexpr(0.125)
 # Where `prepare_kernel` stores the numbers of a call.
-ALPHA, TEMPERATURE, SCALE, USE_DRAWS, DIVISOR, WEIGHTS = (tl.constexpr(i) for i in range(6))
+ALPHA, TEMPERATURE, SCALE, USE_DRAWS, DIVISOR, WEIGHTS = (constexpr(i) for i in range(6))
 
 
 @triton.jit
 def prepare_kernel(
-    params_ptr,
-    table_ptr,
-    labels_ptr,
-    mask_ptr,
-    index_ptr,
-    num_items_ptr,
-    upstream_ptr,
-    alpha_ptr,
-    T_ptr,
-    alpha,
-    T,
-    count,
-    P,
-    N,
-    ignore_index,
-    reach,
-    fixed_scale,
-    M: tl.constexpr,
-    OFF_GRID: tl.constexpr,
-    SNAP: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    params_ptr, table_ptr, labels_ptr, mask_ptr, index_ptr, num_items_ptr, upstream_ptr, alpha_ptr, T_ptr,
+    alpha, T, count, P, N, ignore_index, reach, fixed_scale,
+    M: constexpr, OFF_GRID: constexpr, SNAP: constexpr, HIGHEST: constexpr, BLOCK: constexpr, BLOCK_M: constexpr,
+):  # fmt: skip
     """The numbers that all rows of a call share: alpha, T, the gradient's scale, and the tail's spline weights."""
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -139,54 +111,14 @@ def outcome_terms(weight, log_q, log_p, parameter):
 
 @triton.jit
 def loss_kernel(
-    x_ptr,
-    g_ptr,
-    hard_ptr,
-    soft_ptr,
-    params_ptr,
-    labels_ptr,
-    mask_ptr,
-    weights_ptr,
-    index_ptr,
-    ids_ptr,
-    logprobs_ptr,
-    draws_ptr,
-    tail_ptr,
-    outcomes_ptr,
-    x_outer,
-    x_inner,
-    x_stride,
-    g_outer,
-    g_inner,
-    g_stride,
-    inner,
-    first_row,
-    V,
-    teacher_V,
-    K,
-    N,
-    outcomes_stride,
-    ignore_index,
-    inverse_draw_temperature,
-    parameter,
-    softcap,
-    logit_scale,
-    TREATMENT: tl.constexpr,
-    BY_POSITION: tl.constexpr,
-    WANT_GRAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
-    VEC: tl.constexpr,
-    KEEP: tl.constexpr,
-    DONE: tl.constexpr,
-    BLOCK_SLOW: tl.constexpr,
-):
+    x_ptr, g_ptr, hard_ptr, soft_ptr, params_ptr,  # logits, and what is written; numbers of the call
+    labels_ptr, mask_ptr, weights_ptr, index_ptr,  # of the positions; None for those not given
+    ids_ptr, logprobs_ptr, draws_ptr, tail_ptr, outcomes_ptr,  # of the target rows
+    x_outer, x_inner, x_stride, g_outer, g_inner, g_stride, inner, first_row,
+    V, teacher_V, K, N, outcomes_stride, ignore_index, inverse_draw_temperature, parameter, softcap, logit_scale,
+    TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, IN_PLACE: constexpr, M: constexpr,
+    BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, BLOCK_SLOW: constexpr,
+):  # fmt: skip
     """The losses of one target row (times its weight), and its gradient if WANT_GRAD."""
     pid = tl.program_id(0)
     row = (first_row + pid).to(tl.int64)
@@ -242,7 +174,7 @@ def loss_kernel(
     nan = float("nan")
 
     # --- the student's row ------------------------------------------------------------------------------------------
-    m, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, THREADS, VEC, KEEP)
+    m, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC)
 
     # --- the teacher at T -----------------------------------------------------------------------------------------
     ids = ids.to(tl.int64)
@@ -303,12 +235,10 @@ def loss_kernel(
     log_q_tail = tl.where(bucket, log_q_tail, float("-inf"))
 
     # --- the student ----------------------------------------------------------------------------------------------
-    z = logits_of(
-        tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), SOFTCAP, softcap, SCALED, logit_scale
-    )
+    z = logits_of(tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), softcap, logit_scale)
     z_label = 0.0
     if labels_ptr is not None:
-        z_label = logits_of(tl.load(x_ptr + label * x_stride), SOFTCAP, softcap, SCALED, logit_scale)
+        z_label = logits_of(tl.load(x_ptr + label * x_stride), softcap, logit_scale)
     e_1 = tl.exp(z - m)
     log_s = tl.log(s_t)
     log_p = tl.where(support, (z - m) / T - log_s, float("-inf"))
@@ -329,14 +259,12 @@ def loss_kernel(
             tl.debug_barrier()
             tl.store(g_ptr + ids * g_stride, float("-inf"), mask=support)
             tl.debug_barrier()
-            m_off, s_off = reduce_tempered(
-                g_ptr, g_stride, V, T, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, THREADS, VEC, KEEP
+            m_off, _, s_off = reduce_online(
+                g_ptr, g_stride, V, LOG2_E / T, softcap, logit_scale, 0, BLOCK, THREADS, VEC
             )
         else:
             taken = tl.where(support, ids, -1)
-            m_off, s_off = reduce_without(
-                x_ptr, x_stride, V, T, taken, softcap, logit_scale, SOFTCAP, SCALED, BLOCK_SLOW
-            )
+            m_off, s_off = reduce_without(x_ptr, x_stride, V, T, taken, softcap, logit_scale, BLOCK_SLOW)
         log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + (m_off - m) / T - log_s, float("-inf"))
 
     # --- the divergence and its gradient ----------------------------------------------------------------------------
@@ -382,13 +310,11 @@ def loss_kernel(
             g_entries = g_entries - tl.where(ids == label, hard_scale, 0.0)
             # the label off S: its share of both parts, minus the hard loss's own term
             g_label = a * tl.exp(z_label - base) + b * tl.exp((z_label - base) / T) - hard_scale
-            g_label = through_cap(g_label, z_label, SOFTCAP, softcap, SCALED, logit_scale)
-        g_entries = through_cap(g_entries, z, SOFTCAP, softcap, SCALED, logit_scale)
+            g_label = through_cap(g_label, z_label, softcap, logit_scale)
+        g_entries = through_cap(g_entries, z, softcap, logit_scale)
         # all warps have read their entries of S before another warp's part of the pass overwrites them
         tl.debug_barrier()
-        write_row(
-            x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, SOFTCAP, SCALED, BLOCK, DONE
-        )
+        write_row(x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, BLOCK)
         # all threads have written their part of the pass before the entries overwrite it
         tl.debug_barrier()
         element = g_ptr.dtype.element_ty
@@ -401,7 +327,7 @@ def loss_kernel(
 
 @triton.jit
 def total_kernel(
-    hard_ptr, soft_ptr, params_ptr, out_hard_ptr, out_soft_ptr, out_loss_ptr, P, HARD: tl.constexpr, BLOCK: tl.constexpr
+    hard_ptr, soft_ptr, params_ptr, out_hard_ptr, out_soft_ptr, out_loss_ptr, P, HARD: constexpr, BLOCK: constexpr
 ):
     """Loss, hard and soft from the rows' losses, summed in one fixed order."""
     cols = tl.arange(0, BLOCK)

@@ -1,20 +1,25 @@
 """From a teacher's logits, or its last hidden states, to SparseTargets: top-k entries, tails and draws."""
 
 import math
-from typing import Any, Unpack
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from ..arguments import whole_number
+from ..arguments import describe, whole_number
 from ..errors import KDError
-from ..lm_head import LMHead, as_lm_head
+from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..targets import SparseTargets
 from .config import TopKCall, TopKConfig, TopKSettings, topk_config
-from .dispatch import filler
-from .fill import unfilled
+from .fill import fill_rows, unfilled
+from .torch_impl import TORCH
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
+MAX_TRITON_K = 1024
+
 CHUNK_TOKENS = 2048  # of the LM head's product on a GPU, where the product is then as fast as an unchunked one
 CHUNK_BYTES = 64 << 20  # of the same on a CPU: the weights are read again for every chunk
 
@@ -46,19 +51,17 @@ def topk_targets(
         "auto": triton for CUDA tensors, except float64 ones and k above 1024; numba on a CPU if it is installed, except
         for float64; else torch. All give the same top-k entries and draws to the bit, and sums within 1e-6.
 
-    Returns ids int32 `[N, K]`, logprobs float32 `[N, K]` (nats), tail float32 `[N, M]` (nats), outcomes int32 `[N]`,
-    and draws int32 `[N, K]` or None; K = min(k, V) + draws. Drawn entries follow the top-k entries, best first; a row
-    with an empty tail has none. Detached from autograd.
+    Returns targets of K = min(k, V) + draws entries a row, detached from autograd. Drawn entries follow the top-k
+    entries, best first; a row with an empty tail has none.
 
     A row with NaN, with +inf, with no finite logit, or with logits that float32 cannot hold after `logit_scale` or
     relative to the row's best, raises KDError on the CPU; on a GPU nothing waits for the device, and the row's logprobs
     and tail are NaN. KDError if the arguments do not fit together.
     """
-    if not isinstance(logits, Tensor) or logits.ndim < 1 or logits.dtype not in DTYPES:
-        raise KDError(f"logits: got {_describe(logits)}; expected a floating-point tensor (..., V).")
+    check_floats("logits", logits)
     call = _call("logits", logits.shape[-1], topk_config(k, config, settings), softcap, logit_scale)
     positions_N = _positions(positions, logits, "logits")
-    fill = filler(impl, logits, call)
+    fill = _filler(impl, logits, call)
     out = unfilled(call, positions_N.numel(), logits.device)
     start = 0
     for rows_NV in _as_rows(logits):
@@ -93,15 +96,14 @@ def linear_topk_targets(
     The other arguments, the result and the errors are those of `topk_targets`.
     """
     lm_head = as_lm_head(weight, bias, softcap, logit_scale)
-    _check_operands(hidden, lm_head)
+    check_floats("hidden", hidden)
+    check_lm_head(hidden, lm_head)
     if chunk_tokens is not None:
-        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a positive integer")
-        if chunk_tokens < 1:
-            raise KDError(f"chunk_tokens: got {chunk_tokens}; expected a positive integer.")
+        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
     vocab = len(lm_head.weight)
     call = _call("weight", vocab, topk_config(k, config, settings), lm_head.softcap, lm_head.logit_scale)
     positions_N = _positions(positions, hidden, "hidden")
-    fill = filler(impl, hidden, call)
+    fill = _filler(impl, hidden, call)
     rows = positions_N.numel()
     if chunk_tokens is None:
         chunk_tokens = default_chunk(hidden, vocab)
@@ -148,30 +150,6 @@ def _call(name: str, vocab_size: int, config: TopKConfig, softcap: float | None,
     return TopKCall(**vars(config), vocab_size=vocab_size, softcap=softcap, logit_scale=logit_scale)
 
 
-def _check_operands(hidden: Tensor, lm_head: LMHead) -> None:
-    """KDError unless hidden states and LM head can be multiplied."""
-    operands: list[tuple[str, Any, str, int]] = [
-        ("hidden", hidden, "(..., D)", 0),
-        ("weight", lm_head.weight, "(V, D)", 2),
-    ]
-    if lm_head.bias is not None:
-        operands.append(("bias", lm_head.bias, "(V,)", 1))
-    for name, tensor, shape, ndim in operands:
-        right_shape = isinstance(tensor, Tensor) and (tensor.ndim == ndim if ndim else tensor.ndim >= 1)
-        if not right_shape or tensor.dtype not in DTYPES:
-            raise KDError(f"{name}: got {_describe(tensor)}; expected a floating-point tensor {shape}.")
-        if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
-            raise KDError(
-                f"{name}: got {tensor.dtype} on {tensor.device}; expected {hidden.dtype} on {hidden.device}, as of "
-                "hidden."
-            )
-    vocab, width = lm_head.weight.shape
-    if width != hidden.shape[-1]:
-        raise KDError(f"weight: got shape {(vocab, width)}; expected (V, {hidden.shape[-1]}), the width of hidden.")
-    if lm_head.bias is not None and len(lm_head.bias) != vocab:
-        raise KDError(f"bias: got shape {tuple(lm_head.bias.shape)}; expected ({vocab},), as of weight.")
-
-
 def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     """Global positions int64 `[N]` for `rows` `[..., X]`."""
     leading = tuple(rows.shape[:-1])
@@ -179,7 +157,7 @@ def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     if positions is None:
         return torch.arange(count, device=rows.device)
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
-        raise KDError(f"positions: got {_describe(positions)}; expected a tensor of torch.int64.")
+        raise KDError(f"positions: got {describe(positions)}; expected a tensor of torch.int64.")
     if tuple(positions.shape) not in (leading, (count,)):
         raise KDError(f"positions: got shape {tuple(positions.shape)}; expected ({count},), a row of {what} each.")
     if positions.device != rows.device:
@@ -187,5 +165,53 @@ def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     return positions.reshape(-1)
 
 
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _filler(impl: str, rows: Tensor, call: TopKCall) -> Callable[[Tensor, SparseTargets, TopKCall, Tensor, int], None]:
+    """The function that fills in targets of rows of this type on this device. KDError for an `impl` that cannot."""
+    if impl not in IMPLEMENTATIONS:
+        raise KDError(f"impl: got {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
+    half_or_single, on_gpu = rows.dtype != torch.float64, rows.device.type == "cuda"
+    numba = rows.device.type == "cpu" and half_or_single and _numba_installed()
+    if impl == "auto":
+        triton = on_gpu and half_or_single and call.entries <= MAX_TRITON_K
+        impl = "triton" if triton else "numba" if numba else "torch"
+    if impl == "triton":
+        from .triton_impl import INTERPRETED, fill_triton
+
+        if not half_or_single or call.entries > MAX_TRITON_K:
+            raise KDError(
+                f"impl: got 'triton' for {rows.dtype} and {call.entries} top-k entries; expected at most float32 and "
+                f"{MAX_TRITON_K} entries. Use impl='torch'."
+            )
+        if not on_gpu and not INTERPRETED:
+            raise KDError(
+                f"impl: got 'triton' for tensors on {rows.device}; expected CUDA tensors, or the Triton interpreter "
+                "(TRITON_INTERPRET=1 before triton is imported). Use impl='auto'."
+            )
+        return fill_triton
+    if impl == "numba":
+        if not numba:
+            raise KDError(
+                f"impl: got 'numba' for {rows.dtype} on {rows.device}; expected a CPU tensor, at most float32, and the "
+                "package numba (pip install 'fastkd[cpu]'). Use impl='auto'."
+            )
+        from .numba_impl import NUMBA
+
+        return partial(fill_rows, NUMBA)
+    return partial(fill_rows, TORCH)
+
+
+def prepare_topk(device: torch.device) -> str:
+    """Compile the CPU code of `topk_targets` now, not in its first call. Returns a message for the user, or ""."""
+    if device.type != "cpu":
+        return ""
+    if not _numba_installed():
+        return "top-k: by PyTorch, at a third of the speed of compiled code: pip install 'fastkd[cpu]' (Numba)"
+    from .numba_impl import compile_all
+
+    seconds = compile_all()
+    return f"top-k: compiled for this CPU in {seconds:.0f} s, and kept" if seconds > 3 else ""
+
+
+@lru_cache(maxsize=1)
+def _numba_installed() -> bool:
+    return find_spec("numba") is not None

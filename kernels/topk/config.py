@@ -38,15 +38,20 @@ class TopKConfig:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "k": _count("k", self.k),
-            "draws": _count("draws", self.draws),
-            "seed": _seed(self.seed),
-            "mass": _mass(self.mass),
+            "k": int(whole_number("k", self.k, "an integer", 0)),
+            "draws": int(whole_number("draws", self.draws, "an integer", 0)),
+            # an int of any size: it is used modulo 2^64
+            "seed": self.seed if type(self.seed) is int else int(whole_number("seed", self.seed, "an integer")),
+            "mass": None if self.mass is None else _number("mass", self.mass, (0.0, 1.0)),
             "draw_temperature": _number("draw_temperature", self.draw_temperature, TEMPERATURES),
             "temperatures": _temperatures(self.temperatures),
         }
         if not checked["k"] and not checked["draws"]:
             raise KDError("k: got 0 with draws=0, which keeps nothing; expected k >= 1, or draws >= 1.")
+        if checked["mass"] == 0:
+            raise KDError("mass: got 0; expected a probability above 0 and at most 1, or None.")
+        if checked["mass"] == 1:
+            checked["mass"] = None  # reached with the last outcome, after which nothing is left to drop
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -121,19 +126,6 @@ class TopKCall(TopKConfig):
         return tuple(steps)
 
 
-def _count(name: str, value: Any) -> int:
-    number = whole_number(name, value, "an integer from 0 on")
-    if number < 0:
-        raise KDError(f"{name}: got {number}; expected an integer from 0 on.")
-    return int(number)
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value  # of any size: it is used modulo 2^64
-    return int(whole_number("seed", value, "an integer"))
-
-
 def _temperatures(temperatures: Any) -> tuple[float, ...]:
     least, greatest = TEMPERATURES
     try:
@@ -148,25 +140,11 @@ def _temperatures(temperatures: Any) -> tuple[float, ...]:
     return grid
 
 
-def _mass(mass: Any) -> float | None:
-    if mass is None:
-        return None
-    number = _float(mass)
-    if not 0 < number <= 1:
-        raise KDError(f"mass: got {mass!r}; expected a probability above 0 and at most 1, or None.")
-    # the top-k entries reach probability 1 with the last outcome, after which nothing is left to drop
-    return None if number == 1 else number
-
-
 def _number(name: str, value: Any, bounds: tuple[float, float]) -> float:
-    number = _float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = nan
     if not bounds[0] <= number <= bounds[1]:
         raise KDError(f"{name}: got {value!r}; expected a number from {bounds[0]:g} to {bounds[1]:g}.")
     return number
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return nan

@@ -4,21 +4,19 @@ A draw is made of integers alone, so nothing depends on the order in which anyth
 
 - random bits: a counter-based hash of (seed, global position, number of the draw, attempt) in wraparound int64;
 - the weight of a token, an integer: `2^bits · e^((z - z_top)/T_d)`, cut, z_top being the tail's own most likely token;
-- its units, a small integer that is never less than its weight in units of 2^(bits - UNIT_BITS), and rarely much more.
-  They cost a third of the weight and are computed for every token.
+- its units, a small integer that is never less than its weight in units of 2^(bits - UNIT_BITS), and rarely much more;
+  they cost a third of the weight.
 
-An attempt inverts the running sum of the units (in the order of the ids) at a random number. That names a token, and
-leaves a remainder below the token's units: where it is below the token's weight, the token is drawn; where not, the
-next attempt follows. So a token is drawn in proportion to its weight exactly, and the weight itself is computed only
-for tokens that were named. Tokens outside the tail have a unit and no weight. Nine attempts in ten succeed.
+An attempt inverts the running sum of all tokens' units (in the order of the ids) at a random number. That names a
+token, and leaves a remainder below the token's units: where it is below the token's weight, the token is drawn; where
+not, the next attempt follows. So a token is drawn in proportion to its weight exactly. Tokens outside the tail have a
+unit and no weight. Nine attempts in ten succeed.
 
 Weights and units are computed in float32 by operations that IEEE 754 rounds one by one (no fused multiply-add), so two
 devices agree on every bit. What is approximated: a weight is right to some 1e-6 relative (or the rounding of the
 float32 logits, |z|·6e-8, where that is more), and a token whose probability is below 2^-bits of the most likely one's
 (bits = 35 up to a vocabulary of 2^18) is never drawn. The top token's weight is exactly 2^bits, so a tail that is not
 empty can always be drawn from. float64 logits are rounded to float32 first.
-
-The Triton kernels use the same constants and the same operations in the same order.
 """
 
 import math
@@ -28,6 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..targets import SparseTargets
+from .config import TopKCall
+
+GROUP = 32  # tokens per group of units
 LOG2E = 1.4426950408889634
 MINUS_2_LOG2E = -2.885390043258667  # as a float32
 # 2^f on [-1/2, 1/2]: 1 + f·(C1 + f·(C2 + ...)), coefficients float32, relative error 1e-7.
@@ -40,7 +42,7 @@ C6 = 0.00015461447765119374
 # 2^-48 of the top is below one unit of weight, so lower values do not matter.
 LOWEST = -48.0
 
-# The units of the tail's top are about 2^UNIT_BITS: 32 tokens' units add up exactly in float32, in any order.
+# The units of the tail's top are about 2^UNIT_BITS: GROUP tokens' units add up exactly in float32, in any order.
 UNIT_BITS = 18
 # Units are bits of a float32 made by arithmetic: (1 + f)·2^n for y = n + f is never less than 2^y, and 6% more at most.
 # y + 512 + 127 + UNIT_BITS lies between 512 and 1024, in steps of 2^-14, so that its fraction's 23 bits, shifted left
@@ -60,11 +62,6 @@ MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 and
 MIX2 = -7723592293110705685
 
 
-def _wrap(number: int) -> int:
-    """A Python integer as the int64 that wraparound arithmetic would hold."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
 def _mix(x: Tensor) -> Tensor:
     """Scramble int64 numbers, one to one."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX1
@@ -74,7 +71,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def row_keys(seed: int, positions_N: Tensor) -> Tensor:
     """The key of a row's random bits, int64 `[N]`. positions_N: int64. seed: any integer, modulo 2^64."""
-    key = _mix(torch.full((), _wrap(seed * STREAM + STREAM), dtype=torch.int64, device=positions_N.device))
+    start = (seed * STREAM + STREAM + 2**63) % 2**64 - 2**63  # what wraparound arithmetic would hold
+    key = _mix(torch.full((), start, dtype=torch.int64, device=positions_N.device))
     return _mix(key + (positions_N + 1) * STREAM)
 
 
@@ -126,6 +124,22 @@ def exact_transform(x: Tensor, logit_scale: float | None, softcap: float | None)
     return torch.where(x.abs() < torch.inf, tanh.copysign_(x).mul_(softcap), x)
 
 
+def work_type(logits: Tensor) -> torch.dtype:
+    """The type in which sums are computed."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def transform(x: Tensor, call: TopKCall) -> Tensor:
+    """The LM head's transform of a logit: scale, then softcap. −inf (a masked token) stays."""
+    if x.dtype == torch.float32:
+        return exact_transform(x, call.logit_scale, call.softcap)
+    if call.logit_scale is not None:
+        x = x * call.logit_scale
+    if call.softcap is not None:
+        x = torch.where(x.abs() < torch.inf, torch.tanh(x / call.softcap) * call.softcap, x)
+    return x
+
+
 def integer_weights(d: Tensor, scale: float, bits: int) -> Tensor:
     """Weights int64 of float32 z - top; 0 where it is −inf. `scale`: `exponent_scale`."""
     return _exp2_(d * scale, bits).long()
@@ -142,30 +156,40 @@ def units_(d: Tensor, scale: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """The inputs of some rows' draws."""
+class State:
+    """The inputs of the draws of some rows, in the work type where none is named: float32, or float64 for such logits.
 
-    sums: Tensor  # float32 `[n, groups]`: units of every group of tokens; a top-k entry counts as one
-    width: int  # tokens a group, at most 32
-    logits: Tensor  # `[n, V]`: as given
+    Top-k entries are those that are kept.
+    """
+
+    sums: Tensor  # float32 `[n, groups]`: units of every group of GROUP tokens; a top-k entry counts as one
     edge_x: Tensor  # `[n]`: the logit of the last top-k entry (+inf if there are none)
     edge_id: Tensor  # int64 `[n]`: and its id
-    top: Tensor  # float32 `[n]`: the transformed logit of the tail's top
-    logit_scale: float | None
-    softcap: float | None
-    draw_temperature: float
+    tail_top_x: Tensor  # `[n]`: the tail's greatest logit as given
+    top: Tensor  # `[n]`: the row's greatest z
+    log_total: Tensor  # `[n]`: and the log-partition relative to it
+    size: Tensor  # int64 `[n]`: number of top-k entries
+    wanted: Tensor  # bool `[n]`: the row is fine and has a tail
+
+    def __getitem__(self, rows: slice) -> "State":
+        return State(*(tensor[rows] for tensor in vars(self).values()))
+
+    def tail_top(self, call: TopKCall) -> Tensor:
+        """The transformed logit of the tail's top, float32 `[n]`."""
+        return exact_transform(self.tail_top_x.float(), call.logit_scale, call.softcap)
 
 
-def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
-    """Drawn ids int64 `[n, draws]`; anything in rows that are not to be drawn from."""
+def draw(state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Tensor:
+    """Drawn ids int64 `[n, draws]`; anything in rows that are not to be drawn from. keys_N: `row_keys`."""
     n, device = len(keys_N), keys_N.device
     # The groups of all rows in one line, row after row: the units before each, and of all.
-    before = torch.zeros(tail.sums.numel() + 1, dtype=torch.int64, device=device)
-    torch.cumsum(tail.sums.reshape(-1), 0, dtype=torch.int64, out=before[1:])
+    before = torch.zeros(state.sums.numel() + 1, dtype=torch.int64, device=device)
+    torch.cumsum(state.sums.reshape(-1), 0, dtype=torch.int64, out=before[1:])
+    draws, top_N = call.draws, state.tail_top(call)
     number_D = torch.arange(draws, device=device)
     row_R, number_R1 = torch.arange(n, device=device), number_D  # first every row with all its draws at once
     token_P = torch.zeros(n * draws, dtype=torch.int64, device=device)
-    wanted_P = drawn_N.repeat_interleave(draws)
+    wanted_P = state.wanted.repeat_interleave(draws)
     some: Tensor | slice = slice(None)
     first = 0
     for count in _WINDOWS:
@@ -177,7 +201,7 @@ def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
             row_R, number_R1 = some // draws, (some % draws)[:, None]
         attempt_A = torch.arange(first, first + count, device=device)
         u = uniforms(keys_N[row_R][:, None, None], number_R1[..., None], attempt_A)
-        named, good = _attempt(tail, before, row_R, u.view(len(row_R), -1))
+        named, good = _attempt(state, logits_NV, call, top_N, before, row_R, u.view(len(row_R), -1))
         named, good = named.view(-1, count), good.view(-1, count)
         which = torch.where(good, attempt_A - first, count - 1).amin(1, keepdim=True)  # the first that succeeds
         wanted = wanted_P[some]
@@ -187,9 +211,15 @@ def draw(tail: Tail, keys_N: Tensor, drawn_N: Tensor, draws: int) -> Tensor:
     return token_P.view(n, draws)
 
 
-def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """The token that each uniform number names in its row, and whether it is drawn."""
-    (n, vocab), groups, bits = tail.logits.shape, tail.sums.shape[1], weight_bits(tail.logits.shape[1])
+def _attempt(
+    state: State, logits_NV: Tensor, call: TopKCall, top_N: Tensor, before: Tensor, row_R: Tensor, u_RC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The token that each uniform number names in its row, and whether it is drawn.
+
+    top_N: `State.tail_top`. before: the units before each group of all rows, one after another.
+    """
+    (n, vocab), groups, bits = logits_NV.shape, state.sums.shape[1], weight_bits(logits_NV.shape[1])
+    scale = exponent_scale(call.draw_temperature)
     low_bits = bits - UNIT_BITS
     row_R1 = row_R[:, None]
     first_R1 = row_R1 * groups
@@ -202,49 +232,42 @@ def _attempt(tail: Tail, before: Tensor, row_R: Tensor, u_RC: Tensor) -> tuple[T
     inside_RC1 = (unit_RC - before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
 
     # the group's tokens, and the units of each
-    first_RC1 = (group_RC - first_R1).mul_(tail.width)[:, :, None]
-    token_RCW = torch.arange(tail.width, device=row_R.device) + first_RC1
-    x_RCW = tail.logits[row_R1[:, :, None], token_RCW.clamp_(0, vocab - 1)]
-    edge_R11, top_R11 = tail.edge_x[row_R1, None], tail.top[row_R1, None]
-    in_topk = (x_RCW == edge_R11).logical_and_(token_RCW <= tail.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
+    first_RC1 = (group_RC - first_R1).mul_(GROUP)[:, :, None]
+    token_RCW = torch.arange(GROUP, device=row_R.device) + first_RC1
+    x_RCW = logits_NV[row_R1[:, :, None], token_RCW.clamp_(0, vocab - 1)]
+    edge_R11, top_R11 = state.edge_x[row_R1, None], top_N[row_R1, None]
+    in_topk = (x_RCW == edge_R11).logical_and_(token_RCW <= state.edge_id[row_R1, None]).logical_or_(x_RCW > edge_R11)
     x_RCW = x_RCW.float().masked_fill_(in_topk, -torch.inf)
-    d_RCW = exact_transform(x_RCW, tail.logit_scale, tail.softcap) - top_R11
-    units_RCW = units_(d_RCW.clone(), exponent_scale(tail.draw_temperature))
+    d_RCW = exact_transform(x_RCW, call.logit_scale, call.softcap) - top_R11
+    units_RCW = units_(d_RCW.clone(), scale)
     running_RCW = units_RCW.cumsum(2)
     behind_RCW = running_RCW <= inside_RC1
-    place_RC1 = behind_RCW.sum(2, keepdim=True).clamp_(max=tail.width - 1)
+    place_RC1 = behind_RCW.sum(2, keepdim=True).clamp_(max=GROUP - 1)
     rest_RC = (inside_RC1[:, :, 0] - running_RCW.mul_(behind_RCW).amax(2)).long()  # units of the token itself
     rest_RC = (rest_RC << low_bits).add_(at_RC & (2**low_bits - 1))
-    weight_RC = integer_weights(d_RCW.gather(2, place_RC1)[:, :, 0], exponent_scale(tail.draw_temperature), bits)
+    weight_RC = integer_weights(d_RCW.gather(2, place_RC1)[:, :, 0], scale, bits)
     return token_RCW.gather(2, place_RC1)[:, :, 0], rest_RC < weight_RC
 
 
-def merge(
-    ids_ND: Tensor,
-    values_ND: Tensor,
-    logprobs_ND: Tensor,
-    drawn_N: Tensor,
-    kept_N: Tensor,
-    *,
-    out_ids: Tensor,
-    out_logprobs: Tensor,
-    out_draws: Tensor,
-) -> None:
-    """Write the drawn entries of every row behind its top-k entries: equal ids once, with their count, best first.
+def merge_drawn(logits_NV: Tensor, ids_ND: Tensor, state: State, out: SparseTargets, call: TopKCall) -> None:
+    """Write drawn ids (any order) behind the top-k entries of their rows: equal ids once, with their count, best first.
 
-    ids_ND int64 ascending in each row, values_ND the logits there (what "best" means), logprobs_ND, drawn_N bool (rows
-    without draws stay as they are), kept_N the number of top-k entries. The outputs `[N, K]` hold the top-k
-    entries, and unused entries behind them.
+    Rows that are not wanted stay as they are. `out` holds the top-k entries, and unused entries behind them.
     """
+    assert out.draws is not None
+    ids_ND = ids_ND.clamp(0, call.vocab_size - 1).sort(1).values
+    values_ND = logits_NV.gather(1, ids_ND)
+    z_ND = transform(values_ND.to(state.top.dtype), call)
+    logprobs_ND = (z_ND - state.top[:, None] - state.log_total[:, None]).to(out.logprobs.dtype)
     ordered = values_ND.sort(dim=1, descending=True, stable=True)  # stable: equal values stay in the order of their ids
     ids_ND = ids_ND.gather(1, ordered.indices)
     new_ND = torch.ones_like(ids_ND)
     new_ND[:, 1:] = ids_ND[:, 1:] != ids_ND[:, :-1]
-    place_ND = kept_N[:, None] + new_ND.cumsum(1) - 1
-    drawn_N1 = drawn_N[:, None]
+    place_ND = state.size[:, None] + new_ND.cumsum(1) - 1
+    drawn_N1 = state.wanted[:, None]
     # equal ids write equal values to one place, and the counts are integers: no order of writing can show
-    out_draws.scatter_add_(1, place_ND, drawn_N1.expand_as(place_ND).to(out_draws.dtype))
-    ids = torch.where(drawn_N1, ids_ND.to(out_ids.dtype), out_ids.gather(1, place_ND))
-    logprobs = torch.where(drawn_N1, logprobs_ND.gather(1, ordered.indices), out_logprobs.gather(1, place_ND))
-    out_ids.scatter_(1, place_ND, ids)
-    out_logprobs.scatter_(1, place_ND, logprobs)
+    out.draws.scatter_add_(1, place_ND, drawn_N1.expand_as(place_ND).to(out.draws.dtype))
+    ids = torch.where(drawn_N1, ids_ND.to(out.ids.dtype), out.ids.gather(1, place_ND))
+    logprobs = torch.where(drawn_N1, logprobs_ND.gather(1, ordered.indices), out.logprobs.gather(1, place_ND))
+    out.ids.scatter_(1, place_ND, ids)
+    out.logprobs.scatter_(1, place_ND, logprobs)

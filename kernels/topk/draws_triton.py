@@ -9,20 +9,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..triton_math import INF, finite_or_zero
 from . import draws as dr
 from .config import TopKCall
 from .triton_math import column, exp2_exact, transform
 
-STREAM = tl.constexpr(dr.STREAM)
-MIX1 = tl.constexpr(dr.MIX1)
-MIX2 = tl.constexpr(dr.MIX2)
-ATTEMPT_STEP = tl.constexpr(dr.ATTEMPT_STEP)
-MAX_ATTEMPTS = tl.constexpr(dr.MAX_ATTEMPTS)
-UNIT_BIAS = tl.constexpr(dr.UNIT_BIAS)
-UNIT_SHIFT = tl.constexpr(dr.UNIT_SHIFT)
-UNIT_LEAST = tl.constexpr(dr.UNIT_LEAST)
+STREAM = constexpr(dr.STREAM)
+MIX1 = constexpr(dr.MIX1)
+MIX2 = constexpr(dr.MIX2)
+ATTEMPT_STEP = constexpr(dr.ATTEMPT_STEP)
+MAX_ATTEMPTS = constexpr(dr.MAX_ATTEMPTS)
+UNIT_BIAS = constexpr(dr.UNIT_BIAS)
+UNIT_SHIFT = constexpr(dr.UNIT_SHIFT)
+UNIT_LEAST = constexpr(dr.UNIT_LEAST)
 
 
 class Tuning:
@@ -58,26 +59,12 @@ def _in_topk(x, token, edge_x, edge_id):
 
 @triton.jit
 def _weigh(
-    x_ptr,
-    stride_n,
-    stride_v,
-    vocab,
-    groups,
-    parts,
-    state_ptr,  # [5, N], as `triton_kernels._finish` left it
-    edge_ptr,  # [2, N]
+    x_ptr, stride_n, stride_v, vocab, groups, parts,
+    state_ptr, edge_ptr,  # [5, N] and [2, N], as `triton_kernels._finish` left them
     units_ptr,  # out [N, groups] int32
-    rows,
-    draw_scale,
-    scale,
-    cap,
-    inverse_cap,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    rows, draw_scale, scale, cap, inverse_cap,
+    G: constexpr, BLOCK: constexpr, UNIT: constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
@@ -86,38 +73,23 @@ def _weigh(
     x = x.to(tl.float32)
     in_topk = _in_topk(x, token, tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row))
     top = tl.load(state_ptr + 3 * rows + row)
-    top = finite_or_zero(transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
-    d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
+    top = finite_or_zero(transform(top, scale, cap, inverse_cap, True))
+    d = transform(x, scale, cap, inverse_cap, True) - top
     units = _units(d, token, vocab, in_topk, draw_scale)
     tl.store(units_ptr + row * groups + group, tl.sum(units, axis=1), mask=group < groups)
 
 
 @triton.jit
 def _draw(
-    x_ptr,
-    stride_n,
-    stride_v,
-    vocab,
-    groups,
-    draws,
-    state_ptr,
-    edge_ptr,
-    units_ptr,  # [N, groups] int32
+    x_ptr, stride_n, stride_v, vocab, groups, draws,
+    state_ptr, edge_ptr, units_ptr,  # as `_weigh` has them
     key_ptr,  # [N] int64
     drawn_ptr,  # out [N, draws] int64
-    rows,
-    draw_scale,
-    scale,
-    cap,
-    inverse_cap,
-    BITS: tl.constexpr,  # of a weight
-    LOW_BITS: tl.constexpr,  # of these, those below a unit
-    G: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    rows, draw_scale, scale, cap, inverse_cap,
+    BITS: constexpr,  # of a weight
+    LOW_BITS: constexpr,  # of these, those below a unit
+    G: constexpr, GROUPS: constexpr, UNIT: constexpr,
+):  # fmt: skip
     draw = tl.program_id(0).to(tl.int64)
     row = draw // draws
     number = draw % draws
@@ -127,7 +99,7 @@ def _draw(
     total = tl.max(running, axis=0) << LOW_BITS
     edge_x, edge_id = tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row)
     top_x = tl.load(state_ptr + 3 * rows + row)
-    top = finite_or_zero(transform(top_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True))
+    top = finite_or_zero(transform(top_x, scale, cap, inverse_cap, True))
     drawn = tl.full([], 0, tl.int32)
     # a row without a tail, or with NaN, has no draws
     wanted = (top_x > -INF) & (tl.load(state_ptr + 4 * rows + row) > 0)
@@ -145,7 +117,7 @@ def _draw(
         x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
         x = x.to(tl.float32)
         in_topk = _in_topk(x, token, edge_x, edge_id)
-        d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, True) - top
+        d = transform(x, scale, cap, inverse_cap, True) - top
         units = tl.cumsum(_units(d, token, vocab, in_topk, draw_scale), axis=0)
         behind = units <= inside
         found = tl.sum(behind.to(tl.int32), axis=0)
@@ -165,8 +137,7 @@ def draw(
     edge: Tensor,
     call: TopKCall,
     positions_N: Tensor,
-    transform_numbers: tuple[float, float, float],
-    flags: dict[str, bool],
+    transform_numbers: tuple[float | None, ...],
 ) -> Tensor:
     """Drawn ids int64 `[N, draws]`; anything in rows without a tail. state, edge: as `_finish` leaves them."""
     rows, vocab = x.shape
@@ -184,11 +155,11 @@ def draw(
     exact = {"enable_fp_fusion": False, "num_warps": Tuning.warps}
     _weigh[(rows * parts,)](
         x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *transform_numbers,
-        G=group, BLOCK=block, UNIT=unit, **flags, **exact,
+        G=group, BLOCK=block, UNIT=unit, **exact,
     )  # fmt: skip
     _draw[(rows * call.draws,)](
         x, stride_n, stride_v, vocab, groups, call.draws, state, edge, units, keys, drawn, rows, draw_scale,
         *transform_numbers, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
-        UNIT=unit, **flags, **exact,
+        UNIT=unit, **exact,
     )  # fmt: skip
     return drawn

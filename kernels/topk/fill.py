@@ -10,9 +10,9 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from torch import Tensor
 from ..errors import KDError
 from ..targets import SparseTargets
 from .config import TopKCall
-from .draws import Tail, exact_transform, merge, row_keys
+from .draws import State, exact_transform, merge_drawn, row_keys, transform, work_type
 
-GROUP = 32  # tokens per group of units, for the draws
 # Draws are made for many blocks' rows at once: they are some hundred operations on little data.
 ROWS_DRAWN = 512
+_kept = threading.local()
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Swept:
     row_top: Tensor  # `[n]`: the greatest x; NaN where the row has one
     finite: Tensor  # int64 `[n]`: tokens above −inf
     tail_sums: Tensor  # `[n, M]`: Σ e^((z - z of tail_top_x)/T) over all but the top-k entries
-    rest: Tensor | None  # scratch memory that `units` continues from, if it needs it
+    rest: Tensor | None  # scratch memory that `units` continues from, or the units themselves
 
 
 class Sweeps(Protocol):
@@ -47,26 +47,14 @@ class Sweeps(Protocol):
     def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
         """Rows a block."""
 
-    def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
-        """Sweep a block of any stride and type. units_nG: memory for the units, if there are draws; it may be filled
-        here, where that is cheaper, and `units` then does nothing."""
+    def sweep(self, logits_NV: Tensor, call: TopKCall) -> Swept:
+        """Sweep a block of any stride and type."""
 
-    def units(self, swept: Swept, logits_NV: Tensor, state: "State", call: TopKCall) -> None:
-        """Fill `state.sums`; the rest of `state` is filled. May overwrite `swept`."""
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> Tensor:
+        """The sums of units: `state` without them as yet. May overwrite `swept`."""
 
-    def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
+    def draw(self, state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Tensor:
         """`draws.draw`, to the bit."""
-
-
-def transform(x: Tensor, call: TopKCall) -> Tensor:
-    """The LM head's transform of a logit: scale, then softcap. −inf (a masked token) stays."""
-    if x.dtype == torch.float32:
-        return exact_transform(x, call.logit_scale, call.softcap)
-    if call.logit_scale is not None:
-        x = x * call.logit_scale
-    if call.softcap is not None:
-        x = torch.where(x.abs() < torch.inf, torch.tanh(x / call.softcap) * call.softcap, x)
-    return x
 
 
 def fill_rows(
@@ -74,45 +62,39 @@ def fill_rows(
 ) -> None:
     """Fill `out` from logits `[N, V]` of any stride. `first_row`: the number of the first row in an error message."""
     rows, vocab = logits_NV.shape
-    groups = -(-vocab // GROUP)
     threads = torch.get_num_threads() if logits_NV.device.type == "cpu" else 1
     block = sweeps.rows(vocab, work_type(logits_NV).itemsize, logits_NV.device)
     block = max(1, min(block, -(-rows // threads)))
     inference = torch.is_inference_mode_enabled()
 
-    def each(work: Callable[[slice], None], span: slice, step: int) -> None:
-        """Call `work` with every `step` rows of a span."""
+    def each(work: Callable[[slice], Any], span: slice, step: int) -> list[Any]:
+        """The results of `work` on every `step` rows of a span."""
         parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
 
-        def with_modes(part: slice) -> None:
+        def with_modes(part: slice) -> Any:
             with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
-                work(part)
+                return work(part)
 
         if threads == 1:
-            for part in parts:
-                work(part)
-        else:
-            for _ in _pool(threads, os.getpid()).map(with_modes, parts):
-                pass  # in order: of several bad rows the first is the one named
+            return [work(part) for part in parts]
+        return list(_pool(threads, os.getpid()).map(with_modes, parts))  # of several bad rows the first is named
+
+    def fill(part: slice) -> State | None:
+        swept = sweeps.sweep(logits_NV[part], call)
+        state = _finish(swept, out[part], call, first_row + part.start)
+        return replace(state, sums=sweeps.units(swept, logits_NV[part], state, call)) if call.draws else None
 
     for start in range(0, rows, max(block, ROWS_DRAWN)):
         span = slice(start, min(start + max(block, ROWS_DRAWN), rows))
-        state = State.empty(span.stop - start, groups, call, logits_NV) if call.draws else None
-
-        def fill(part: slice, state: State | None = state, start: int = start) -> None:
-            here = None if state is None else state[part.start - start : part.stop - start]
-            swept = sweeps.sweep(logits_NV[part], call, None if here is None else here.sums)
-            _finish(swept, out[part], call, first_row + part.start, here)
-            if here is not None:
-                sweeps.units(swept, logits_NV[part], here, call)
-
-        def draw_some(part: slice, state: State | None = state, start: int = start) -> None:
-            assert state is not None
-            here = state[part.start - start : part.stop - start]
-            _draw(sweeps, here, logits_NV[part], out[part], call, positions_N[part])
-
-        each(fill, span, block)
+        states = each(fill, span, block)
         if call.draws:
+            state = State(*map(torch.cat, zip(*(vars(part).values() for part in states), strict=True)))
+
+            def draw_some(part: slice, state: State = state, start: int = start) -> None:
+                here = state[part.start - start : part.stop - start]
+                ids = sweeps.draw(here, logits_NV[part], row_keys(call.seed, positions_N[part]), call)
+                merge_drawn(logits_NV[part], ids, here, out[part], call)
+
             each(draw_some, span, -(-(span.stop - start) // threads))
 
 
@@ -127,35 +109,6 @@ def unfilled(call: TopKCall, rows: int, device: torch.device) -> SparseTargets:
         draw_temperature=call.draw_temperature,
         device=device,
     )
-
-
-def work_type(logits: Tensor) -> torch.dtype:
-    """The type in which sums are computed."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class State:
-    """The inputs of the draws of some rows."""
-
-    sums: Tensor  # float32 `[n, groups]`: see `draws.Tail`
-    edge_x: Tensor  # `[n]`
-    edge_id: Tensor  # int64 `[n]`
-    tail_top_x: Tensor  # `[n]`: the tail's greatest logit as given
-    top: Tensor  # `[n]`: the row's greatest z
-    log_total: Tensor  # `[n]`: and the log-partition relative to it
-    size: Tensor  # int64 `[n]`: top-k entries that are kept
-    wanted: Tensor  # bool `[n]`: the row is fine and has a tail
-
-    @classmethod
-    def empty(cls, rows: int, groups: int, call: TopKCall, like: Tensor) -> "State":
-        work = work_type(like)
-        sums = torch.empty((rows, groups), dtype=torch.float32, device=like.device)
-        types = (work, torch.int64, work, work, work, torch.int64, torch.bool)
-        return cls(sums, *(torch.empty(rows, dtype=dtype, device=like.device) for dtype in types))
-
-    def __getitem__(self, rows: slice) -> "State":
-        return State(*(tensor[rows] for tensor in vars(self).values()))
 
 
 @lru_cache(maxsize=1)
@@ -174,8 +127,8 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int, state: State | None) -> None:
-    """From the result of a block's sweeps to its targets. state: filled but for its sums; None without draws."""
+def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int) -> State:
+    """From the result of a block's sweeps to its targets. Returns what its draws start from, without the sums."""
     best_x, best_id, tail_top_x, sums_nM = swept.best_x, swept.best_id, swept.tail_top_x, swept.tail_sums
     row_top, entries = swept.row_top, call.entries
     used = best_x > -torch.inf
@@ -192,7 +145,7 @@ def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int, st
     # (top, log total) stay two numbers: their sum would lose what is small beside a logit of 1e4
     log_total = torch.where(valid_n, total.log(), torch.nan)
     logprobs = torch.where(used, best_z - top[:, None] - log_total[:, None], -torch.inf)
-    inverse_M = inverse_temperatures(call.temperatures, best_z.device, best_z.dtype)
+    inverse_M = over_temperatures(1.0, call.temperatures, best_z.device, best_z.dtype)
     tail_nM = sums_nM.log() + (shifted - log_total)[:, None] * inverse_M
     kept = used
 
@@ -214,39 +167,13 @@ def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int, st
     out.logprobs[:, :entries] = torch.where(kept, logprobs, -torch.inf)
     out.logprobs.masked_fill_(broken_n1, torch.nan)
     out.tail.copy_(tail_nM.masked_fill(broken_n1, torch.nan))
-    out.outcomes.copy_(swept.finite - kept.sum(1))
-    if state is not None:
-        state.tail_top_x.copy_(tail_top_x)
-        state.top.copy_(top)
-        state.log_total.copy_(log_total)
-        state.size.copy_(kept.sum(1))
-        state.wanted.copy_(valid_n & (tail_top_x > -torch.inf))
-        if entries:
-            last_n1 = (state.size - 1).clamp_(min=0)[:, None]
-            state.edge_x.copy_(best_x.gather(1, last_n1)[:, 0])
-            state.edge_id.copy_(best_id.gather(1, last_n1)[:, 0])
-        else:
-            state.edge_x.fill_(torch.inf)
-            state.edge_id.fill_(-1)
-
-
-def _draw(
-    sweeps: Sweeps, state: State, logits_NV: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor
-) -> None:
-    """Draw from some rows, and write the draws to their targets."""
-    tail = Tail(
-        sums=state.sums,
-        width=GROUP,
-        logits=logits_NV,
-        edge_x=state.edge_x,
-        edge_id=state.edge_id,
-        top=exact_transform(state.tail_top_x.float(), call.logit_scale, call.softcap),
-        logit_scale=call.logit_scale,
-        softcap=call.softcap,
-        draw_temperature=call.draw_temperature,
-    )
-    ids = sweeps.draw(tail, row_keys(call.seed, positions_N), state.wanted, call.draws)
-    merge_drawn(logits_NV, ids, state.wanted, state.size, state.top, state.log_total, out, call)
+    size, edge_x, edge_id = kept.sum(1), torch.full_like(top, torch.inf), torch.full_like(swept.finite, -1)
+    if entries:
+        last_n1 = (size - 1).clamp_(min=0)[:, None]
+        edge_x, edge_id = best_x.gather(1, last_n1)[:, 0], best_id.gather(1, last_n1)[:, 0]
+    out.outcomes.copy_(swept.finite - size)
+    wanted = valid_n & (tail_top_x > -torch.inf)
+    return State(out.logprobs[:, :0], edge_x, edge_id, tail_top_x, top, log_total, size, wanted)
 
 
 def refuse(valid_n: Tensor, top_x: Tensor, first_row: int) -> None:
@@ -258,13 +185,9 @@ def refuse(valid_n: Tensor, top_x: Tensor, first_row: int) -> None:
         return
     row = int((~valid_n).nonzero()[0, 0])
     top = float(top_x[row])
-    if math.isfinite(top):
-        raise KDError(
-            f"logits: row {first_row + row} has logits out of float32's range, after logit_scale or relative to the "
-            f"row's best (as given {top:g}); expected smaller numbers, or -inf for tokens that are no outcomes.",
-            row=first_row + row,
-        )
     has = "no finite logit" if top == -torch.inf else "NaN" if top != top else "+inf"
+    if math.isfinite(top):
+        has = f"logits out of float32's range, after logit_scale or relative to the row's best (as given {top:g})"
     raise KDError(
         f"logits: row {first_row + row} has {has}; expected finite numbers (-inf only for tokens that are no "
         "outcomes), at least one.",
@@ -272,35 +195,20 @@ def refuse(valid_n: Tensor, top_x: Tensor, first_row: int) -> None:
     )
 
 
+def scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    kept: Tensor | None = getattr(_kept, "memory", None)
+    if kept is None or kept.dtype != dtype or len(kept) < size:
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+            _kept.memory = kept = torch.empty(size, dtype=dtype, device=device)
+    return kept[:size]
+
+
 @lru_cache(maxsize=64)
-def inverse_temperatures(temperatures: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1/T `[M]` on a device, copied there once."""
-    return 1.0 / torch.tensor(temperatures, dtype=torch.float64, device="cpu").to(device, dtype)
-
-
-def merge_drawn(
-    logits_NV: Tensor,
-    ids_ND: Tensor,
-    drawn_N: Tensor,
-    kept_N: Tensor,
-    top_N: Tensor,
-    log_total_N: Tensor,
-    out: SparseTargets,
-    call: TopKCall,
-) -> None:
-    """Write drawn ids (any order) and their logprobs behind the top-k entries. top_N, log_total_N: the
-    row's log-partition."""
-    assert out.draws is not None
-    ids_ND = ids_ND.clamp(0, call.vocab_size - 1).sort(1).values
-    x_ND = logits_NV.gather(1, ids_ND)
-    z_ND = transform(x_ND.to(top_N.dtype), call)
-    merge(
-        ids_ND,
-        x_ND,
-        (z_ND - top_N[:, None] - log_total_N[:, None]).to(out.logprobs.dtype),
-        drawn_N,
-        kept_N,
-        out_ids=out.ids,
-        out_logprobs=out.logprobs,
-        out_draws=out.draws,
-    )
+def over_temperatures(
+    number: float, temperatures: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """number/T `[M]` on a device, copied there once."""
+    return torch.tensor([number / t for t in temperatures], dtype=torch.float64, device="cpu").to(device, dtype)

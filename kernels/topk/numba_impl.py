@@ -4,7 +4,6 @@ A row is copied once, in float32, and swept twice: for the maxima of groups of 3
 entries, and for the tail. Entries and draws are those of `torch_impl` to the bit; sums are added up in another order.
 """
 
-import threading
 import time
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from . import draws as dr
 from .config import TopKCall
-from .draws import Tail, exponent_scale, reciprocal, weight_bits
-from .fill import GROUP, State, Swept, fill_rows, unfilled
+from .draws import GROUP, State, exponent_scale, reciprocal, weight_bits
+from .fill import Swept, fill_rows, scratch, unfilled
 from .numba_kernels import draw_rows, sweep_rows, unit_rows
 
 BLOCK_BYTES = 32 << 20  # of logits per call: the code that is not compiled costs the same for one row as for many
-
-_kept = threading.local()
 
 
 def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,11 +30,7 @@ def _as_rows(logits_NV: Tensor) -> NDArray[np.float32]:
     """Logits as C-contiguous float32 `[n, V]`: themselves if they are, or copied to a buffer of this thread."""
     if _as_they_are(logits_NV):
         return _array(logits_NV)
-    kept: Tensor | None = getattr(_kept, "room", None)
-    if kept is None or kept.numel() < logits_NV.numel():
-        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
-            _kept.room = kept = _room(logits_NV.numel())
-    room = kept[: logits_NV.numel()].view(logits_NV.shape)
+    room = scratch(logits_NV.numel(), torch.float32, logits_NV.device).view(logits_NV.shape)
     room.copy_(logits_NV)
     return _array(room)
 
@@ -51,9 +44,9 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().numpy()
 
 
-def _transform_numbers(of: TopKCall | Tail) -> NDArray[np.float32]:
+def _transform_numbers(call: TopKCall) -> NDArray[np.float32]:
     """Scale, softcap (0: none) and its reciprocal."""
-    scale, cap = of.logit_scale, of.softcap
+    scale, cap = call.logit_scale, call.softcap
     return np.array([1.0 if scale is None else scale, cap or 0.0, reciprocal(cap) if cap else 0.0], np.float32)
 
 
@@ -63,15 +56,13 @@ class NumbaSweeps:
     def rows(self, vocab_size: int, itemsize: int, device: torch.device) -> int:
         return BLOCK_BYTES // (vocab_size * itemsize)
 
-    def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
+    def sweep(self, logits_NV: Tensor, call: TopKCall) -> Swept:
         (n, vocab), entries, many = logits_NV.shape, call.entries, len(call.temperatures)
         best_x = _room(n, min(entries + 1, vocab))
         best_id = _room(*best_x.shape, dtype=torch.int64)
         row_top, finite, sums = _room(n), _room(n, dtype=torch.int64), _room(n, many)
-        at_once = (
-            units_nG is not None and call.mass is None
-        )  # with `mass`, the tail's top is only known after the sweep
-        units = units_nG if units_nG is not None and at_once else _room(0, 1)
+        # with `mass`, the tail's top is only known after the sweep
+        units = _room(n, -(-vocab // GROUP)) if call.draws and call.mass is None else None
         steps, powers = np.array(call.chains()).T
         sweep_rows(
             _as_rows(logits_NV),
@@ -80,8 +71,8 @@ class NumbaSweeps:
             steps.copy(),
             powers.copy(),
             _transform_numbers(call),
-            np.float32(exponent_scale(call.draw_temperature) if at_once else 0.0),
-            *map(_array, (best_x, best_id, row_top, finite, sums, units)),
+            np.float32(0.0 if units is None else exponent_scale(call.draw_temperature)),
+            *map(_array, (best_x, best_id, row_top, finite, sums, _room(0, 1) if units is None else units)),
         )
         return Swept(
             best_x=best_x[:, :entries],
@@ -90,12 +81,13 @@ class NumbaSweeps:
             row_top=row_top,
             finite=finite,
             tail_sums=sums,
-            rest=None,
+            rest=units,
         )
 
-    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> None:
-        if call.mass is None:
-            return  # `sweep` has filled them
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> Tensor:
+        if swept.rest is not None:
+            return swept.rest
+        units = _room(len(logits_NV), -(-call.vocab_size // GROUP))
         unit_rows(
             _as_rows(logits_NV),
             np.ascontiguousarray(_array(swept.best_id)),
@@ -103,18 +95,20 @@ class NumbaSweeps:
             _array(state.tail_top_x),
             _transform_numbers(call),
             np.float32(exponent_scale(call.draw_temperature)),
-            _array(state.sums),
+            _array(units),
         )
+        return units
 
-    def draw(self, tail: Tail, keys_N: Tensor, wanted_N: Tensor, draws: int) -> Tensor:
-        ids = torch.zeros((len(keys_N), draws), dtype=torch.int64, device=keys_N.device)
-        if not _as_they_are(tail.logits):
-            return dr.draw(tail, keys_N, wanted_N, draws)  # reads a few tokens per row, so no copy is made
+    def draw(self, state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Tensor:
+        if not _as_they_are(logits_NV):
+            return dr.draw(state, logits_NV, keys_N, call)  # reads a few tokens per row, so no copy is made
+        ids = torch.zeros((len(keys_N), call.draws), dtype=torch.int64, device=keys_N.device)
+        rows = (logits_NV, state.sums, state.edge_x, state.edge_id, state.tail_top(call), keys_N, state.wanted)
         draw_rows(
-            *map(_array, (tail.logits, tail.sums, tail.edge_x, tail.edge_id, tail.top, keys_N, wanted_N)),
-            _transform_numbers(tail),
-            np.float32(exponent_scale(tail.draw_temperature)),
-            weight_bits(tail.logits.shape[1]),
+            *map(_array, rows),
+            _transform_numbers(call),
+            np.float32(exponent_scale(call.draw_temperature)),
+            weight_bits(call.vocab_size),
             _array(ids),
         )
         return ids

@@ -14,7 +14,6 @@ import numpy as np
 from numba.core.caching import FunctionCache
 
 from . import draws as dr
-from .fill import GROUP
 
 LANES = 16  # groups whose maxima are computed together, interleaved, so that a vector has a token of each
 CHUNK = LANES * 32  # tokens processed at a time, whose intermediate values fit into the fastest cache
@@ -28,6 +27,7 @@ C1, C2, C3, C4, C5, C6 = (F(c) for c in (dr.C1, dr.C2, dr.C3, dr.C4, dr.C5, dr.C
 LOWEST, MINUS_2_LOG2E = F(dr.LOWEST), F(dr.MINUS_2_LOG2E)
 UNIT_LEAST, UNIT_BIAS, UNIT_SHIFT = F(dr.UNIT_LEAST), F(dr.UNIT_BIAS), np.int32(dr.UNIT_SHIFT)
 UNIT_BITS, MAX_ATTEMPTS, ATTEMPT_STEP = dr.UNIT_BITS, dr.MAX_ATTEMPTS, dr.ATTEMPT_STEP
+GROUP = dr.GROUP
 STREAM, MIX1, MIX2 = np.int64(dr.STREAM), np.int64(dr.MIX1), np.int64(dr.MIX2)
 NO_KEY = np.int64(-2139095041 << 32)  # of −inf, after all tokens
 LOW_BITS = np.int64(0x7FFFFFFF)
@@ -142,14 +142,6 @@ def _count(x):
     for j in range(CHUNK):
         finite += np.int32(x[j] > MINUS_INF)
     return finite
-
-
-@compiled()
-def _nans(x):
-    nans = 0
-    for j in range(len(x)):
-        nans += x[j] != x[j]
-    return nans
 
 
 @compiled(fastmath={"contract", "reassoc"})
@@ -282,7 +274,7 @@ def sweep_rows(
             _maxima(x, e, tops[c * LANES : (c + 1) * LANES])
             outcomes += _count(x)
         finite[r] = outcomes
-        row_top[r] = F(np.nan) if outcomes < vocab and _nans(x_NV[r]) else tops.max()
+        row_top[r] = F(np.nan) if outcomes < vocab and np.isnan(x_NV[r]).any() else tops.max()
         _best(row, tops, heap)
         for i in range(count):
             token = LOW_BITS - (heap[i] & np.int64(0xFFFFFFFF))

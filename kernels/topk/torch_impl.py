@@ -7,18 +7,15 @@ Blocks are small enough for a CPU's last-level cache. In each:
 2. the top-k entries are set to −inf, and the rest is summed at every temperature.
 """
 
-import threading
-
 import torch
 from torch import Tensor
 
 from .config import TopKCall
-from .draws import LOG2E, draw, exact_transform, exponent_scale, units_
-from .fill import GROUP, State, Swept, transform, work_type
+from .draws import GROUP, LOG2E, State, draw, exact_transform, exponent_scale, transform, units_, work_type
+from .fill import Swept, scratch
 
 BLOCK_BYTES = {"cpu": 6 << 20}  # of one block of logits in the work type
 BLOCK_BYTES_ELSEWHERE = 64 << 20
-_kept = threading.local()
 
 
 class TorchSweeps:
@@ -30,9 +27,10 @@ class TorchSweeps:
         budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE)
         return budget // (-(-vocab_size // GROUP) * GROUP * itemsize)
 
-    def sweep(self, logits_NV: Tensor, call: TopKCall, units_nG: Tensor | None) -> Swept:
+    def sweep(self, logits_NV: Tensor, call: TopKCall) -> Swept:
         (n, vocab), entries = logits_NV.shape, call.entries
-        x, spare = _scratch(n, -(-vocab // GROUP) * GROUP, work_type(logits_NV), logits_NV.device)
+        columns = -(-vocab // GROUP) * GROUP
+        x, spare = scratch(2 * n * columns, work_type(logits_NV), logits_NV.device).view(2, n, columns)
         x[:, :vocab] = logits_NV
         x[:, vocab:] = -torch.inf  # the last group is filled up with tokens that are no outcomes
         groups_top = x.view(n, -1, GROUP).amax(-1)
@@ -51,7 +49,7 @@ class TorchSweeps:
             rest=x,
         )
 
-    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> None:
+    def units(self, swept: Swept, logits_NV: Tensor, state: State, call: TopKCall) -> Tensor:
         n, vocab = logits_NV.shape
         x = swept.rest  # z - top of the tail, as `_tail_sums` leaves it
         assert x is not None
@@ -59,32 +57,18 @@ class TorchSweeps:
             x = x.float()
         if call.mass is not None or logits_NV.dtype == torch.float64:
             # the tail's top may be another now, and z - top has to be rounded from it afresh
-            top = exact_transform(state.tail_top_x.float(), call.logit_scale, call.softcap)
+            top = state.tail_top(call)
             x[:, :vocab] = logits_NV
             place = torch.arange(call.entries, device=x.device)
             x.scatter_(1, swept.best_id, swept.best_x.float().masked_fill(place < state.size[:, None], -torch.inf))
             x.copy_(exact_transform(x, call.logit_scale, call.softcap))
             x.sub_(torch.where(top > -torch.inf, top, 0.0)[:, None])
-        units = units_(x, exponent_scale(call.draw_temperature))
-        torch.sum(units.view(n, -1, GROUP), 2, out=state.sums)
-        state.sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
+        sums = units_(x, exponent_scale(call.draw_temperature)).view(n, -1, GROUP).sum(2)
+        sums[:, -1] -= x.shape[1] - vocab  # what fills up the last group comes last: no token moves
+        return sums
 
 
 TORCH = TorchSweeps()
-
-
-def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two blocks of uninitialised numbers. On a CPU each thread keeps its own: fresh pages cost more than a sweep."""
-    size = rows * columns
-    both: Tensor | None
-    if device.type != "cpu":
-        both = torch.empty(2 * size, dtype=dtype, device=device)
-    else:
-        both = getattr(_kept, "both", None)
-        if both is None or both.dtype != dtype or len(both) < 2 * size:
-            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
-                _kept.both = both = torch.empty(2 * size, dtype=dtype, device=device)
-    return both[:size].view(rows, columns), both[size : 2 * size].view(rows, columns)
 
 
 def _best_tokens(x: Tensor, groups_top: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from ..interpreter import is_interpreted
 from ..targets import SparseTargets
+from ..triton_math import is_interpreted
 from . import draws as dr
 from .config import TopKCall
+from .draws import merge_drawn
 from .draws_triton import draw
-from .fill import merge_drawn, refuse
+from .fill import over_temperatures, refuse
 from .triton_kernels import _finish, _pick, _scan, _select
 
-MAX_K = 1024
+# Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
+ROWS_AT_ONCE = 8192
 # float32 bits that a logit of the type never uses: the bisection need not look at them
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
@@ -37,25 +39,17 @@ class Tuning:
 # The Triton interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
 INTERPRETED = is_interpreted(_scan)
 
-_scales: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
-
-
-def _log2e_over_t(temperatures: tuple[float, ...], device: torch.device) -> Tensor:
-    """log2(e)/T `[M]` float32 on a device, copied there once."""
-    key = (temperatures, device)
-    if key not in _scales:
-        _scales[key] = torch.tensor([dr.LOG2E / t for t in temperatures], dtype=torch.float32, device="cpu").to(device)
-    return _scales[key]
-
 
 def fill_triton(logits_NV: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, first_row: int) -> None:
-    """Fill `out` from logits `[N, V]` (bfloat16, float16 or float32, any stride); at most MAX_K top-k entries.
+    """Fill `out` from logits `[N, V]` (bfloat16, float16 or float32, any stride); at most 1024 top-k entries.
 
     `first_row`: the number of the first row in an error message, which only CPU tensors can give.
     """
     on = torch.cuda.device(logits_NV.device) if logits_NV.is_cuda else contextlib.nullcontext()
     with on:
-        _launch(logits_NV, out, call, positions_N, first_row)
+        for start in range(0, len(logits_NV), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
+            _launch(logits_NV[some], out[some], call, positions_N[some], first_row + start)
 
 
 def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, first_row: int) -> None:
@@ -63,15 +57,10 @@ def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, 
     entries, many, device = call.entries, len(call.temperatures), x.device
     stride_n, stride_v = x.stride()
     unit = stride_v == 1
-    scales = _log2e_over_t(call.temperatures, device)
+    scales = over_temperatures(dr.LOG2E, call.temperatures, device, torch.float32)
     chain = sum((m | power << 8) << (16 * i) for i, (m, power) in enumerate(call.chains()))
     unused = UNUSED_BITS[x.dtype]
-    transform = (
-        call.logit_scale if call.logit_scale is not None else 1.0,
-        call.softcap if call.softcap is not None else 1.0,
-        dr.reciprocal(call.softcap) if call.softcap is not None else 1.0,
-    )
-    flags = {"HAS_SCALE": call.logit_scale is not None, "HAS_CAP": call.softcap is not None}
+    transform = (call.logit_scale, call.softcap, None if call.softcap is None else dr.reciprocal(call.softcap))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -93,11 +82,11 @@ def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, 
 
     _scan[(rows * parts,)](
         x, stride_n, stride_v, vocab, groups, parts, scales, group_tops, group_sums, finite, *transform,
-        CHAIN=chain, M=many, G=group, BLOCK=block, UNIT=unit, **flags, num_warps=Tuning.scan_warps,
+        CHAIN=chain, M=many, G=group, BLOCK=block, UNIT=unit, num_warps=Tuning.scan_warps,
     )  # fmt: skip
     _pick[(rows,)](
         group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], floor, entries, take, groups, *transform,
-        UNUSED=unused, M=many, KP=padded_k, NGP=triton.next_power_of_2(groups), **flags, num_warps=Tuning.pick_warps,
+        UNUSED=unused, M=many, KP=padded_k, NGP=triton.next_power_of_2(groups), num_warps=Tuning.pick_warps,
     )  # fmt: skip
     if entries:
         tokens = padded_k * group
@@ -105,7 +94,7 @@ def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, 
             x, stride_n, stride_v, vocab, picked, floor, scales, best, count, rest_tops[1], rest_sums[1], entries, take,
             *transform,
             UNUSED=unused, CHAIN=chain, M=many, G=group, KP=padded_k,
-            CANDIDATES=candidates, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit, **flags,
+            CANDIDATES=candidates, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit,
             num_warps=min(32, max(4, tokens // Tuning.select_tokens)),
         )  # fmt: skip
     else:
@@ -117,13 +106,14 @@ def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, 
         out.outcomes, state, edge, rows, entries, parts, 1.0 - call.mass if call.mass is not None else 0.0, *transform,
         ONE=call.temperatures.index(1.0), HAS_MASS=call.mass is not None, M=many, CANDIDATES=candidates,
         STAGES=candidates.bit_length() - 1,
-        PARTS=triton.next_power_of_2(parts), **flags, num_warps=1 if padded_k <= 64 else 4,
+        PARTS=triton.next_power_of_2(parts), num_warps=1 if padded_k <= 64 else 4,
     )  # fmt: skip
     valid = state[4] > 0
     if x.device.type == "cpu":
         refuse(valid, x.amax(1), first_row)
     if call.draws:
-        drawn = draw(x, state, edge, call, positions_N, transform, flags)
+        ids = draw(x, state, edge, call, positions_N, transform)
         out.logprobs[:, entries:].masked_fill_(~valid[:, None], torch.nan)
-        has_tail = valid & (state[3] > -torch.inf)
-        merge_drawn(x, drawn, has_tail, edge[1].long(), state[0], state[1], out, call)
+        top, log_total, edge_x, tail_top_x, _ = state
+        has_tail, (edge_id, size) = valid & (tail_top_x > -torch.inf), edge.long()
+        merge_drawn(x, ids, dr.State(x[:, :0], edge_x, edge_id, tail_top_x, top, log_total, size, has_tail), out, call)

@@ -15,40 +15,31 @@ run in a fixed order without atomics: results are the same bits on every run. `t
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from ..triton_math import INF, finite_or_zero, log
-from .triton_math import LOW31, column, ordered, sort_descending, transform, unordered
+from .triton_math import LOW31, chain_step, column, ordered, sort_descending, transform, unordered
 
-LEAST = tl.constexpr(-(2**31))  # below every ordered logit
-LEAST64 = tl.constexpr(-(2**63))
+LEAST = constexpr(-(2**31))  # below every ordered logit
+LEAST64 = constexpr(-(2**63))
 # Two counts in one int32: of tokens above a threshold (up to four times the largest k), and over them of tokens equal.
-COUNT_BITS = tl.constexpr(13)
-COUNT_MASK = tl.constexpr(2**13 - 1)
+COUNT_BITS = constexpr(13)
+COUNT_MASK = constexpr(2**13 - 1)
 
 
 @triton.jit
 def _scan(
-    x_ptr,  # [N, V] any strides
-    stride_n,
-    stride_v,
-    vocab,
+    x_ptr, stride_n, stride_v, vocab,  # [N, V] of any strides
     groups,  # NG = ceil(V / G)
     parts,  # programs a row
     log2e_over_t_ptr,  # [M] float32
     top_ptr,  # out [N, NG] float32: raw maxima
     sums_ptr,  # out [N, M, NG] float32
     finite_ptr,  # out [N, parts] int32
-    scale,
-    cap,
-    inverse_cap,
-    CHAIN: tl.constexpr,  # 16 bits a step: power of the exponential before (0: afresh), the temperature's number
-    M: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    scale, cap, inverse_cap,
+    CHAIN: constexpr,  # 16 bits a step: see `chain_step`
+    M: constexpr, G: constexpr, BLOCK: constexpr, UNIT: constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
@@ -63,42 +54,27 @@ def _scan(
     if tl.min(tl.min(x, axis=1), axis=0) == -INF:
         finite = tl.sum(tl.sum((x > -INF).to(tl.int32), axis=1), axis=0)
     tl.store(finite_ptr + row * parts + part, finite)
-    reference = finite_or_zero(transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False))
-    d = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False) - reference[:, None]
+    reference = finite_or_zero(transform(top, scale, cap, inverse_cap, False))
+    d = transform(x, scale, cap, inverse_cap, False) - reference[:, None]
+    e = d
     for m in tl.static_range(M):
-        if ((CHAIN >> (16 * m)) & 0xFF00) == 0x0000:
-            e = tl.exp2(d * tl.load(log2e_over_t_ptr + ((CHAIN >> (16 * m)) & 0xFF)))
-        elif ((CHAIN >> (16 * m)) & 0xFF00) == 0x0200:
-            e = e * e
-        else:
-            e = e * e
-            e = e * e
+        e = chain_step(e, d, log2e_over_t_ptr, (CHAIN >> (16 * m)) & 0xFFFF)
         at = row * (M * groups) + ((CHAIN >> (16 * m)) & 0xFF) * groups + group
         tl.store(sums_ptr + at, tl.sum(e, axis=1), mask=there)
 
 
 @triton.jit
 def _pick(
-    top_ptr,  # [N, NG]
-    sums_ptr,  # [N, M, NG]
-    log2e_over_t_ptr,
+    top_ptr, sums_ptr, log2e_over_t_ptr,  # as `_scan` has them
     picked_ptr,  # out [N, KP] int32: numbers of the best groups, ascending
     rest_top_ptr,  # out [N] float32: raw maximum over all other groups
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
     floor_ptr,  # out [N] int32: an ordered logit that is not above the k-th best token's
     entries,  # top-k entries: min(k, V)
     take,  # min(entries, NG)
-    groups,
-    scale,
-    cap,
-    inverse_cap,
-    UNUSED: tl.constexpr,
-    M: tl.constexpr,
-    KP: tl.constexpr,
-    NGP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    groups, scale, cap, inverse_cap,
+    UNUSED: constexpr, M: constexpr, KP: constexpr, NGP: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NGP)
     there = group < groups
@@ -122,8 +98,8 @@ def _pick(
     rest = there & (chosen == 0)
     rest_top = tl.max(tl.where(rest, top, -INF), axis=0)
     tl.store(rest_top_ptr + row, rest_top)
-    reference = finite_or_zero(transform(rest_top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False))
-    d = transform(top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False) - reference
+    reference = finite_or_zero(transform(rest_top, scale, cap, inverse_cap, False))
+    d = transform(top, scale, cap, inverse_cap, False) - reference
     for m in tl.static_range(M):
         sums = tl.load(sums_ptr + row * (M * groups) + m * groups + group, mask=rest, other=0.0)
         e = tl.where(rest, tl.exp2(d * tl.load(log2e_over_t_ptr + m)) * sums, 0.0)
@@ -132,33 +108,17 @@ def _pick(
 
 @triton.jit
 def _select(
-    x_ptr,
-    stride_n,
-    stride_v,
-    vocab,
-    picked_ptr,  # [N, KP]
-    floor_ptr,  # [N]
-    log2e_over_t_ptr,
+    x_ptr, stride_n, stride_v, vocab,
+    picked_ptr, floor_ptr, log2e_over_t_ptr,  # as `_pick` has them
     best_ptr,  # out [N, CANDIDATES] int64: (ordered logit, complement of the id), unordered: the top-k, and maybe more
     count_ptr,  # out [N] int32: how many
     rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other tokens
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
-    entries,  # top-k entries: min(k, V)
-    take,
-    scale,
-    cap,
-    inverse_cap,
-    UNUSED: tl.constexpr,
-    CHAIN: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    KP: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    TILE: tl.constexpr,  # groups at a time
-    UNIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    entries, take, scale, cap, inverse_cap,
+    UNUSED: constexpr, CHAIN: constexpr, M: constexpr, G: constexpr, KP: constexpr, CANDIDATES: constexpr,
+    TILE: constexpr,  # groups at a time
+    UNIT: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, KP)
     group = tl.load(picked_ptr + row * KP + place, mask=place < take, other=0)
@@ -194,17 +154,12 @@ def _select(
     rest = tl.where(is_below, x, -INF)
     rest_top = tl.where(spare > 0, level_x, tl.max(tl.max(rest, axis=1), axis=0))
     tl.store(rest_top_ptr + row, rest_top)
-    reference = finite_or_zero(transform(rest_top, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False))
-    d = transform(rest, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False) - reference
+    reference = finite_or_zero(transform(rest_top, scale, cap, inverse_cap, False))
+    d = transform(rest, scale, cap, inverse_cap, False) - reference
     spares = tl.where((spare > 0) & (level_x > -INF), spare, 0).to(tl.float32)
+    e = d
     for m in tl.static_range(M):
-        if ((CHAIN >> (16 * m)) & 0xFF00) == 0x0000:
-            e = tl.exp2(d * tl.load(log2e_over_t_ptr + ((CHAIN >> (16 * m)) & 0xFF)))
-        elif ((CHAIN >> (16 * m)) & 0xFF00) == 0x0200:
-            e = e * e
-        else:
-            e = e * e
-            e = e * e
+        e = chain_step(e, d, log2e_over_t_ptr, (CHAIN >> (16 * m)) & 0xFFFF)
         # spare ones, if any, are the rest's top: each adds e^0
         at = row * M + ((CHAIN >> (16 * m)) & 0xFF)
         tl.store(rest_sums_ptr + at, tl.sum(tl.sum(e, axis=1), axis=0) + spares)
@@ -240,29 +195,19 @@ def _finish(
     sums_ptr,  # [2, N, M] float32
     finite_ptr,  # [N, parts] int32
     log2e_over_t_ptr,
-    ids_ptr,  # out [N, K]
-    logprobs_ptr,  # out [N, K]
-    stride_out,
+    ids_ptr, logprobs_ptr, stride_out,  # out [N, K]
     tail_ptr,  # out [N, M]
     outcomes_ptr,  # out [N]
     state_ptr,  # out [5, N] float32: top z, log total, the last entry's raw logit, the tail's raw top, 1.0 if finite
     edge_ptr,  # out [2, N] int32: the id of the last top-k entry, and how many are kept
-    rows,
-    entries,
-    parts,
+    rows, entries, parts,
     cut_at,  # 1 - mass
-    scale,
-    cap,
-    inverse_cap,
-    ONE: tl.constexpr,  # the number of T = 1
-    HAS_MASS: tl.constexpr,
-    M: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    STAGES: tl.constexpr,  # log2 of CANDIDATES
-    PARTS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    scale, cap, inverse_cap,
+    ONE: constexpr,  # the number of T = 1
+    HAS_MASS: constexpr, M: constexpr, CANDIDATES: constexpr,
+    STAGES: constexpr,  # log2 of CANDIDATES
+    PARTS: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, CANDIDATES)
     count = tl.load(count_ptr + row)
@@ -271,11 +216,11 @@ def _finish(
     token = entry.to(tl.int32) ^ LOW31  # the lower half
     x = tl.where(place < count, unordered((entry >> 32).to(tl.int32)), -INF)
     used = (x > -INF) & (place < entries)
-    z = transform(x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
+    z = transform(x, scale, cap, inverse_cap, False)
 
     left_x, right_x = tl.load(tops_ptr + row), tl.load(tops_ptr + rows + row)
-    left = transform(left_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
-    right = transform(right_x, scale, cap, inverse_cap, HAS_SCALE, HAS_CAP, False)
+    left = transform(left_x, scale, cap, inverse_cap, False)
+    right = transform(right_x, scale, cap, inverse_cap, False)
     # the tail's third part: candidates that are no top-k entries
     tail_x = tl.maximum(tl.maximum(left_x, right_x), tl.max(tl.where(used, -INF, x), axis=0))
     tail_top = tl.maximum(tl.maximum(left, right), tl.max(tl.where(used, -INF, z), axis=0))

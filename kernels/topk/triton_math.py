@@ -3,15 +3,16 @@
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from ..triton_math import INF
 from . import draws as dr
 
-MINUS_2_LOG2E = tl.constexpr(dr.MINUS_2_LOG2E)
-C1, C2, C3 = tl.constexpr(dr.C1), tl.constexpr(dr.C2), tl.constexpr(dr.C3)
-C4, C5, C6 = tl.constexpr(dr.C4), tl.constexpr(dr.C5), tl.constexpr(dr.C6)
-LOWEST = tl.constexpr(dr.LOWEST)
-LOW31 = tl.constexpr(2**31 - 1)
+MINUS_2_LOG2E = constexpr(dr.MINUS_2_LOG2E)
+C1, C2, C3 = constexpr(dr.C1), constexpr(dr.C2), constexpr(dr.C3)
+C4, C5, C6 = constexpr(dr.C4), constexpr(dr.C5), constexpr(dr.C6)
+LOWEST = constexpr(dr.LOWEST)
+LOW31 = constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def unordered(key):
 
 
 @triton.jit
-def exp2_exact(y, SHIFT: tl.constexpr):
+def exp2_exact(y, SHIFT: constexpr):
     """`draws._exp2_`, operation by operation. Needs a launch without fused multiply-adds."""
     y = tl.where(y >= LOWEST, y, LOWEST)
     y = tl.where(y > 0.0, 0.0, y)
@@ -46,11 +47,12 @@ def exp2_exact(y, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def transform(x, scale, cap, inverse_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr):
-    """Scale, then softcap; infinities and NaN stay. EXACT: to the bits of `draws.exact_transform`."""
-    if HAS_SCALE:
+def transform(x, scale, cap, inverse_cap, EXACT: constexpr):
+    """Scale, then softcap, where they are not None; infinities and NaN stay. EXACT: to the bits of
+    `draws.exact_transform`."""
+    if scale is not None:
         x = x * scale
-    if HAS_CAP:
+    if cap is not None:
         y = tl.abs(x * inverse_cap) * MINUS_2_LOG2E
         if EXACT:
             t = exp2_exact(y, 0)
@@ -63,7 +65,20 @@ def transform(x, scale, cap, inverse_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.c
 
 
 @triton.jit
-def sort_descending(x, SIZE: tl.constexpr, STAGES: tl.constexpr):
+def chain_step(e, d, log2e_over_t_ptr, STEP: constexpr):
+    """e^(d/T) at a step of `TopKCall.chains`: the power of the last step's e (0: from d) << 8, and T's number."""
+    if (STEP & 0xFF00) == 0x0000:
+        e = tl.exp2(d * tl.load(log2e_over_t_ptr + (STEP & 0xFF)))
+    elif (STEP & 0xFF00) == 0x0200:
+        e = e * e
+    else:
+        e = e * e
+        e = e * e
+    return e
+
+
+@triton.jit
+def sort_descending(x, SIZE: constexpr, STAGES: constexpr):
     """A bitonic sort of SIZE = 2^STAGES integers. (tl.sort does the same, but takes seconds a row when interpreted.)"""
     place = tl.arange(0, SIZE)
     for stage in tl.static_range(1, STAGES + 1):
@@ -77,7 +92,7 @@ def sort_descending(x, SIZE: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def column(token, stride_v, UNIT: tl.constexpr):
+def column(token, stride_v, UNIT: constexpr):
     """Offset of a token within its row."""
     if UNIT:
         return token

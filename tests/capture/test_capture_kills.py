@@ -49,7 +49,7 @@ class Server:
         assert line, "the server of workers is gone"
         return json.loads(line)
 
-    def start(self, folder: Path, **options: Any) -> int:
+    def start(self, folder: Path | str, **options: Any) -> int:
         """A worker's process number."""
         self.said.clear()
         return self.ask(run={"folder": str(folder), **options})
@@ -63,16 +63,20 @@ class Server:
         os.kill(process, signal.SIGKILL)
         return self.wait(process)
 
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=120)
+        self.process.stdout.close()
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     server = Server()
     yield server
-    assert server.process.stdin is not None
-    assert server.process.stdout is not None
-    server.process.stdin.close()
-    server.process.wait(timeout=120)
-    server.process.stdout.close()
+    server.close()
 
 
 Whole = dict[str, Any]

@@ -1,6 +1,7 @@
 """Triton's interpreter without the work that it repeats, in half the time; and its compiler without a GPU."""
 
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -61,6 +62,55 @@ def _patch_once(interpreter: Any) -> None:
     interpreter._get_np_dtype = numpy_type_once
 
 
+def _make_types_once(interpreter: Any) -> None:
+    """Keep what the interpreter makes anew at every operation: the type and shape of a tensor, and constants.
+
+    Neither is ever changed. Operands that have the wanted type are not looked at again.
+    """
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
+    kind, block_type = type(semantic), core.block_type
+    make_block, constant, broadcast, cast = (
+        block_type.__init__, kind.scalar_constant, kind.broadcast_impl_value, kind.cast,
+    )  # fmt: skip
+    shapes: dict[Any, Any] = {}
+    blocks: dict[Any, Any] = {}
+    constants: dict[Any, Any] = {}
+
+    def make_tensor(self: Any, handle: Any, of: Any) -> None:
+        self.handle, self.type, self.dtype = handle, of, of.scalar
+        shape = tuple(of.shape) if of.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+        self.numel, self.shape = shapes[shape]
+
+    def block_once(cls: Any, element: Any, shape: Any) -> Any:
+        key = (str(element), *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            blocks[key] = object.__new__(cls)
+            make_block(blocks[key], element, shape)
+        return blocks[key]
+
+    def constant_once(self: Any, value: Any, dtype: Any) -> Any:
+        key = (repr(value), type(value), getattr(dtype, "name", None))  # repr: −0.0 is not 0.0, and NaN is NaN
+        if key not in constants:
+            constants[key] = constant(self, value, dtype)
+        return constants[key]
+
+    def patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member) if core.is_builtin(member) else member
+
+        def call(*args: Any, **options: Any) -> Any:
+            return function(*args, **options | {"_semantic": semantic})
+
+        scope.set_attr(owner, name, call)
+
+    core.tensor.__init__ = make_tensor
+    block_type.__new__, block_type.__init__ = block_once, lambda self, element, shape: None
+    kind.scalar_constant, interpreter._patch_attr = constant_once, patch_attribute
+    kind.broadcast_impl_value = lambda self, x, y: (x, y) if x.type is y.type else broadcast(self, x, y)
+    kind.cast = lambda self, x, to, *rest, **options: x if x.type.scalar is to else cast(self, x, to, *rest, **options)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     try:
         from triton.runtime import interpreter
@@ -69,6 +119,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     else:
         needed = ("_LangPatchScope", "_patch_lang", "_patch_attr", "_patch_builtin", "_get_np_dtype")
         if all(hasattr(interpreter, name) for name in needed):  # not in older versions
+            _make_types_once(interpreter)
             _patch_once(interpreter)
 
 

@@ -181,7 +181,7 @@ def test_inductor(inplace: bool) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss"])
+@pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss", "attach"])
 def test_operators_are_sound(op: str) -> None:
     """torch's own checks of an operator: schema, fakes, autograd registration."""
     from fastkd.kernels.loss.api import _call
@@ -190,11 +190,14 @@ def test_operators_are_sound(op: str) -> None:
     rows = {"labels": c.labels, "mask": None, "weights": None, "num_items": None}
     config = LossConfig(temperature=2.0, impl="torch")
     call = _call("logits", c.logits, 48, torch.float32, c.targets, config, rows).arguments()
+    hidden, weight = torch.randn(5, 8), torch.randn(48, 8)
     if op == "kd_loss":
-        args = (c.logits.requires_grad_(), None, True, False, *call)
+        args = (c.logits.half().requires_grad_(), None, False, False, *call)
+    elif op == "attach":
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        args = (torch.tensor(1.0), leaves, [torch.randn(5, 8), torch.randn(48, 8)], torch.tensor(2.0), None, "torch")
     else:
-        hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(48, 8, requires_grad=True)
-        args = (hidden, weight, None, None, None, None, 4, torch.float32, [True, True, False], *call)
+        args = (hidden, weight, None, None, None, 4, torch.float32, [True, True, False], *call)
     # not test_aot_dispatch_*: it returns the gradients that the backward scales where they lie, which no caller sees
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.fastkd, op).default, args, test_utils=utils)

@@ -23,6 +23,9 @@ TYPES = {
 }
 FLOATS = ("alpha", "T", "reach", "fixed_scale", "inverse_draw_temperature", "parameter", "softcap", "logit_scale")
 
+RUN_TIME = object()
+HEAD = {"softcap": RUN_TIME, "logit_scale": RUN_TIME}  # numbers of a model that has them
+
 def compiled(kernel, constants, dtype="bf16", arch=90, **options):
     names = kernel.arg_names
     def type_of(name):
@@ -44,21 +47,24 @@ def loss(arch, dtype, divergence, treatment, **change):
     settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
     options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
     c = dict(
-        TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, SOFTCAP=False,
-        SCALED=False, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK_SLOW=512, **settings,
+        TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, softcap=None,
+        logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK_SLOW=512, **settings,
     )
     if treatment != 1:
         c["draws_ptr"] = None
-    return compiled(loss_kernel_of(find_divergence(divergence)), {**c, **change}, dtype, arch, **options)
+    c = {name: value for name, value in {**c, **change}.items() if value is not RUN_TIME}
+    return compiled(loss_kernel_of(find_divergence(divergence)), c, dtype, arch, **options)
 
 sizes = {}
+others = sorted({*divergence_names()} - {"forward_kl"})
 for arch in (80, 90):
-    cells = [("forward_kl", 1), ("forward_kl", 2), *((name, 0) for name in divergence_names())]
+    # what depends on the machine is in the kernel itself: all of that on both, a divergence's own terms on one
+    cells = [("forward_kl", treatment) for treatment in (0, 1, 2)] + [(name, 0) for name in others[arch // 90 :: 2]]
     for number, (divergence, treatment) in enumerate(cells):
         dtype = ("bf16", "fp16", "fp32")[number % 3]
         name = f"sm_{arch} {divergence} {treatment} {dtype}"
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
-sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, IN_PLACE=False, SOFTCAP=True, SCALED=True)
+sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, IN_PLACE=False, **HEAD)
 sizes["evaluation, compact, no labels"] = loss(90, "bf16", "forward_kl", 0, WANT_GRAD=False, labels_ptr=None)
 sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8))
 sizes["prepare, floats"] = compiled(
@@ -76,5 +82,5 @@ print(json.dumps(sizes))
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
 def test_every_kernel_compiles_without_a_gpu(compiled_kernels) -> None:
     sizes = json.loads(compiled_kernels(COMPILE))
-    assert len(sizes) == 21
+    assert len(sizes) == 17
     assert all(size > 1000 for size in sizes.values())

@@ -1,12 +1,15 @@
 """The draws: uniform, weighted rightly, and a function of nothing but seed, position and logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastkd.kernels import SparseTargets
 from fastkd.kernels.topk import draws
 from fastkd.kernels.topk.api import topk_targets
+from fastkd.kernels.topk.config import TopKCall
 
 
 def uniforms(seed, positions, count, attempt=0):
@@ -102,31 +105,38 @@ def test_exact_transform_is_a_softcap():
     assert torch.equal(draws.exact_transform(x, None, None), x)
 
 
-def tail_of(logits, width=32, draw_temperature=1.0):
-    """What `draws.draw` takes: rows without a head."""
+def rows_of(logits, count=1, wanted=None):
+    """What `draws.draw` takes: the state of rows without top-k entries, the logits, and the call."""
     n, vocab = logits.shape
+    width = draws.GROUP
     groups = -(-vocab // width)
     d = torch.full((n, groups * width), -torch.inf)
     top = logits.amax(1)
     d[:, :vocab] = logits - top[:, None]
-    sums = draws.units_(d, draws.exponent_scale(draw_temperature)).view(n, groups, width).sum(2)
+    sums = draws.units_(d, draws.exponent_scale(1.0)).view(n, groups, width).sum(2)
     sums[:, -1] -= groups * width - vocab
-    return draws.Tail(
+    state = draws.State(
         sums=sums,
-        width=width,
-        logits=logits,
         edge_x=torch.full((n,), torch.inf),
         edge_id=torch.full((n,), -1),
+        tail_top_x=top,
         top=top,
-        logit_scale=None,
-        softcap=None,
-        draw_temperature=draw_temperature,
+        log_total=torch.zeros(n),
+        size=torch.zeros(n, dtype=torch.int64),
+        wanted=torch.ones(n, dtype=torch.bool) if wanted is None else wanted,
     )
+    return state, logits, TopKCall(k=0, draws=count, vocab_size=vocab)
 
 
-def attempt(tail, rows, u):
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), tail.sums.flatten().long().cumsum(0)])
-    return draws._attempt(tail, before, rows, u)
+def attempt(rows, which, u):
+    state, logits, call = rows
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), state.sums.flatten().long().cumsum(0)])
+    return draws._attempt(state, logits, call, state.tail_top(call), before, which, u)
+
+
+def drawn(logits, keys, wanted):
+    state, logits, call = rows_of(logits, 50, wanted)
+    return draws.draw(state, logits, keys, call)
 
 
 @pytest.mark.parametrize("case", ["normal", "one of a kind", "flat", "masked"])
@@ -140,7 +150,7 @@ def test_an_attempt_draws_in_proportion_to_the_weights(case):
     }[case]()
     count = 2**18
     u = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(2, -1)  # evenly spread
-    tokens, good = attempt(tail_of(logits), torch.arange(2), u)
+    tokens, good = attempt(rows_of(logits), torch.arange(2), u)
     assert (tokens[:, 1:] >= tokens[:, :-1]).all()  # named in the order of the ids
     p = torch.softmax(logits.double(), 1)
     for row in range(2):
@@ -154,16 +164,17 @@ def test_which_attempts_are_made_together_does_not_show(monkeypatch):
     torch.manual_seed(3)
     logits = torch.randn(9, 333) * 2
     keys, wanted = draws.row_keys(1, torch.arange(9)), torch.arange(9) != 4
-    want = draws.draw(tail_of(logits), keys, wanted, 50)
+    want = drawn(logits, keys, wanted)
     for windows in ((256,), (3, 5, 248)):
         monkeypatch.setattr(draws, "_WINDOWS", windows)
-        assert torch.equal(draws.draw(tail_of(logits), keys, wanted, 50)[wanted], want[wanted])
-    # and the definition, one draw at a time
-    tail = tail_of(logits, width=16)
+        assert torch.equal(drawn(logits, keys, wanted)[wanted], want[wanted])
+    # and the definition, one draw at a time, with other groups
+    monkeypatch.setattr(draws, "GROUP", 16)
+    rows = rows_of(logits)
     for row in (0, 8):
         for number in range(50):
             u = draws.uniforms(keys[row], torch.tensor(number), torch.arange(draws.MAX_ATTEMPTS))
-            tokens, good = attempt(tail, torch.tensor([row]), u[None])
+            tokens, good = attempt(rows, torch.tensor([row]), u[None])
             assert int(tokens[0][good[0]][0]) == want[row, number]
 
 
@@ -197,22 +208,17 @@ def test_draws_follow_the_tail(k, draw_temperature):
 
 def test_merge_puts_the_best_first_and_counts():
     # row 0 drew 7 twice, 2 and 9 once, 2 and 9 tie; row 1 has nothing to draw from
-    ids = torch.tensor([[2, 7, 7, 9], [1, 1, 1, 1]])
-    values = torch.tensor([[0.5, 3.0, 3.0, 0.5], [0.0] * 4])
+    ids = torch.tensor([[7, 2, 9, 7], [1, 1, 1, 1]])
+    logits = torch.zeros(2, 10)
+    logits[0, [2, 7, 9]] = torch.tensor([0.5, 3.0, 0.5])
     out_ids = torch.tensor([[4, 0, 0, 0, 0, 0], [4, 5, 0, 0, 0, 0]], dtype=torch.int32)
     out_logprobs = torch.tensor([[-0.1] + [-torch.inf] * 5, [-0.1, -2.0] + [-torch.inf] * 4])
     out_draws = torch.zeros(2, 6, dtype=torch.int32)
     before = out_ids[1].clone(), out_logprobs[1].clone()
-    draws.merge(
-        ids,
-        values,
-        values - 5,
-        torch.tensor([True, False]),
-        torch.tensor([1, 2]),
-        out_ids=out_ids,
-        out_logprobs=out_logprobs,
-        out_draws=out_draws,
-    )
+    out = SparseTargets(out_ids, out_logprobs, torch.zeros(2, 1), torch.tensor([9, 8]), vocab_size=10, draws=out_draws)
+    state, logits, call = rows_of(logits, 4, torch.tensor([True, False]))
+    state = replace(state, top=torch.tensor([3.0, 0.0]), log_total=torch.tensor([2.0, 0.0]), size=torch.tensor([1, 2]))
+    draws.merge_drawn(logits, ids, state, out, call)
     assert out_ids[0].tolist() == [4, 7, 2, 9, 0, 0]
     assert out_draws.tolist() == [[0, 2, 1, 1, 0, 0], [0] * 6]
     assert out_logprobs[0].tolist() == pytest.approx([-0.1, -2.0, -4.5, -4.5, -math.inf, -math.inf])

@@ -134,12 +134,23 @@ def test_a_coded_logprob_may_lie_just_above_zero() -> None:
     assert kd_loss(C.logits, targets, C.labels).loss.isfinite()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers(value: float) -> None:
-    logits = C.logits.clone()
-    logits[4, 17] = value
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter
+@IMPLS_ON_CPU
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers(value: float, alpha: float, impl: str) -> None:
+    """One NaN or +inf, or nothing but -inf, in a row that counts: refused whatever its factor in the loss."""
+    logits, hidden = C.logits.clone(), torch.eye(6)
+    logits[4, 17 if value != -math.inf else slice(None)] = value
     with pytest.raises(KDError, match=r"logits: row .* NaN or infinite"):
-        kd_loss(logits, C.targets, C.labels)
+        kd_loss(logits, C.targets, C.labels, alpha=alpha, impl=impl)
+    weight = torch.randn(50, 6)
+    if value == -math.inf:
+        weight[:, 4] = value  # the products with the zeros of the other rows are NaN
+    else:
+        weight[17, 4] = value
+    with pytest.raises(KDError, match=r"hidden @ weight\.T: row .* NaN or infinite"):
+        linear_kd_loss(hidden, weight, C.targets, C.labels, alpha=alpha, impl=impl)
 
 
 def test_shapes() -> None:

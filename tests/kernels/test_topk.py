@@ -521,7 +521,7 @@ def test_bad_arguments():
         "logit_scale: got 1e\\+40": {"logit_scale": 1e40},
         "seed:": {"seed": 0.5},
         "impl:": {"impl": "cuda"},
-        "positions: got torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
+        r"positions: got \(4,\) torch.int32": {"positions": torch.arange(4, dtype=torch.int32)},
         r"positions: got shape \(3,\)": {"positions": torch.arange(3)},
         "positions: got list": {"positions": [0, 1, 2, 3]},
     }.items():
@@ -539,7 +539,7 @@ def test_bad_arguments_of_the_lm_head():
     for word, args, settings in (
         ("weight: got shape", (hidden, torch.randn(30, 7)), {}),
         ("weight: got torch.float32 on", (hidden.double(), weight), {}),
-        ("weight: got torch.float32 \\(30,\\)", (hidden, weight[:, 0]), {}),
+        (r"weight: got shape \(30,\)", (hidden, weight[:, 0]), {}),
         ("weight: got a vocabulary of 0", (hidden, weight[:0]), {}),
         ("hidden:", (torch.ones(4, 8, dtype=torch.int64), weight), {}),
         ("bias: got shape", (hidden, weight), {"bias": torch.zeros(29)}),
@@ -619,7 +619,7 @@ class Compiler:
                 kind = POINTERS[value.dtype]
             else:
                 kind = "fp32" if isinstance(value, float) else "i32"
-            if name in constants or (kind == "i32" and value == 1):
+            if name in constants or value is None or (kind == "i32" and value == 1):
                 kind, values[names.index(name),] = "constexpr", value
             signature[name] = kind
         source = ASTSource(fn=self.kernel, signature={n: signature[n] for n in names}, constexprs=values)
@@ -635,7 +635,7 @@ for module, names in ((triton_impl, ("_scan", "_pick", "_select", "_finish")), (
 triton_impl.refuse = triton_impl.merge_drawn = lambda *args: None
 settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
 for capability in (80, 90):
-    for k, mass, draws, softcap, scale in settings:
+    for k, mass, draws, softcap, scale in settings[capability == 80 :]:  # every kernel on both, the simple ones on one
         call = TopKCall(k=k, mass=mass, draws=draws, vocab_size=5000, softcap=softcap, logit_scale=scale)
         logits = torch.zeros(2, 5000, dtype=torch.bfloat16)
         triton_impl._launch(logits, unfilled(call, 2, logits.device), call, torch.arange(2), 0)
@@ -648,7 +648,8 @@ def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(compiled_ke
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
         pytest.skip("the compiler's interface was another one before triton 3.5")
     names = compiled_kernels(COMPILE).split()
-    assert names == (["_scan", "_pick", "_select", "_finish"] * 2 + ["_weigh", "_draw"]) * 2
+    of_topk, of_draws = ["_scan", "_pick", "_select", "_finish"], ["_weigh", "_draw"]
+    assert names == of_topk + of_draws + of_topk * 2 + of_draws
 
 
 def test_nothing_of_the_input_is_changed(place):

@@ -10,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.kernels import KDError, prepare_topk, topk_targets
-from fastkd.kernels.topk import dispatch as topk_impl
+from fastkd.kernels.topk import api as topk_impl
 from fastkd.kernels.topk import fill as topk_fill
-from fastkd.kernels.topk import torch_impl as topk_torch
 
 pytest.importorskip("numba")
 import numba
 from numba.core import caching
-
-from fastkd.kernels.topk import numba_impl as topk_numba
 
 INF = math.inf
 
@@ -94,9 +91,8 @@ def test_defaults_of_the_caller_do_not_matter(impl, dtype):
             torch.set_default_dtype(default)
             with torch.device("meta"):
                 topk_impl.prepare_topk(torch.device("cpu"))
-                topk_fill.inverse_temperatures.cache_clear()
-                topk_torch._kept.__dict__.clear()
-                topk_numba._kept.__dict__.clear()
+                topk_fill.over_temperatures.cache_clear()
+                topk_fill._kept.__dict__.clear()
                 got = topk_targets(logits, 4, **named)
             for field in ("ids", "logprobs", "tail", "outcomes", "draws"):
                 assert torch.equal(getattr(got, field), getattr(plain, field)), field
