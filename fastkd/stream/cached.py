@@ -1,5 +1,6 @@
 """CachedSource, also named DistillLoader: optimizer steps from a cache, in an exact order, prefetched on threads."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import torch
 from ..cache.workspace import Workspace
 from ..data.examples import Examples
 from ..errors import StreamError
-from ..utils.deprecated import deprecated_decode, renamed
 from ..utils.distributed import Reduce, summed_over  # noqa: F401  part of the public `fastkd.stream`
 from .batch import LAYOUTS, AnyBatch, Step
 from .gather import BatchFormat, OpenShard, gather, gather_examples, open_shard
@@ -175,9 +175,12 @@ class CachedSource:
         ahead: int | None = None,
     ) -> None:
         if ahead is not None:
-            prefetch = renamed("ahead", "prefetch", ahead, stacklevel=2)
+            prefetch = ahead
+            warnings.warn("ahead: this argument is now named prefetch.", DeprecationWarning, stacklevel=2)
+        if decode not in (None, "host"):
+            raise StreamError(f"decode: got {decode!r}; expected no value. Targets are always decoded on the host now.")
         if decode is not None:
-            deprecated_decode(decode, StreamError, stacklevel=2)
+            warnings.warn("decode: targets are always decoded on the host now.", DeprecationWarning, stacklevel=2)
         _check_integers(1, shards_open=shards_open, world_size=world_size, threads=threads, prefetch=prefetch)
         _check_integers(0, seed=seed, skip=skip, rank=rank)
         limits = {"micro_tokens": micro_tokens, "micro_batch_size": micro_batch_size, "max_positions": max_positions}

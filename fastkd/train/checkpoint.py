@@ -113,7 +113,8 @@ def write(
         with processes.all_or_none():
             if processes.first:
                 document = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": dict(state)}
-                (temporary / STATE).write_text(json.dumps(document | {"sha256": _sha256(document)}, allow_nan=False))
+                document = json.loads(json.dumps(document, allow_nan=False))  # as it is read: keys become strings
+                (temporary / STATE).write_text(json.dumps(document | {"sha256": _sha256(document)}))
                 commit_folder(final)
     except BaseException:
         if processes.first:

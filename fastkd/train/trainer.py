@@ -351,7 +351,7 @@ class Trainer:
             "processes": self._processes.world_size,
             "log": self._log and self._log.mark(),
         }
-        with writing(self._out, f"the checkpoint of step {self.step} "):
+        with writing(self._out, f"the checkpoint of step {self.step}"):
             with self._processes.all_or_none():
                 if self._lock is not None and not os.path.samestat(os.fstat(self._lock), os.stat(self._out)):
                     raise FileNotFoundError(errno.ENOENT, "the folder was replaced", str(self._out))

@@ -46,7 +46,8 @@ def writing(where: Path, what: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"{where}: {what}cannot be written ({error})"
+        failed = f"{what} cannot be written" if what else "a file cannot be written or read"
+        problem = f"{where}: {failed} ({error})"
         # no file name and ENOENT: of tempfile, which finds no folder that it can write to
         if error.errno in (None, *_RECOVERABLE) or (error.errno == errno.ENOENT and error.filename is None):
             raise WorkRemains(

@@ -1,4 +1,4 @@
-"""Settings and functions of earlier versions: what still works warns, and what was removed says what to do instead."""
+"""Documented modules of earlier versions, which can still be imported, with a warning."""
 
 import sys
 import warnings
@@ -7,9 +7,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # Documented modules that have moved: the new module, and renamed names. None: a package of such modules.
 _MOVED: Mapping[str, tuple[str, Mapping[str, str]] | None] = {
@@ -37,23 +35,3 @@ def find_moved_modules() -> None:
     """Make modules that have moved importable from their former places."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())
-
-
-def deprecated_decode(value: str, error: type[Exception], *, stacklevel: int) -> None:
-    """The setting `decode`, which chose where targets are decoded: warn for "host", raise `error` for anything else.
-
-    stacklevel: 1 warns at the line that calls this function, 2 at its caller's, and so on.
-    """
-    if value != "host":
-        raise error(f"decode: got {value!r}; expected no value. Targets are always decoded on the host now.")
-    warnings.warn(
-        "decode: targets are always decoded on the host now; leave this setting out.",
-        DeprecationWarning,
-        stacklevel=stacklevel + 1,
-    )
-
-
-def renamed(old: str, new: str, value: T, *, stacklevel: int) -> T:
-    """The value of an argument given by its old name, with a warning. stacklevel: as for `deprecated_decode`."""
-    warnings.warn(f"{old}: this argument is now named {new}.", DeprecationWarning, stacklevel=stacklevel + 1)
-    return value

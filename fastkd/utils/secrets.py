@@ -19,7 +19,8 @@ def masked(value: Any) -> Any:
     """
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            if len(secret) >= _SHORTEST and secret in value and _SECRET_NAME.search(name):
+            found = len(secret) >= _SHORTEST and secret in value and _SECRET_NAME.search(name)
+            if found and not os.path.exists(secret):  # the folder of a key is none
                 value = value.replace(secret, "…")
         return redact(value)
     if isinstance(value, Mapping):

@@ -2,24 +2,22 @@
 
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
+from train_cases import make_cache
 
-from fastkd import targets_from_raw
+from fastkd import DistillLoader, targets_from_raw
 from fastkd.errors import StreamError
-from fastkd.utils.deprecated import deprecated_decode
 
 
-def test_decode_on_the_host_warns_and_anything_else_is_refused() -> None:
-    def loader(decode: Any) -> None:
-        deprecated_decode(decode, StreamError, stacklevel=2)
-
+def test_decode_on_the_host_warns_and_anything_else_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
     with pytest.warns(DeprecationWarning, match="always decoded on the host") as caught:
-        loader("host")
+        DistillLoader(cache, batch_size=4, decode="host")
     assert caught[0].filename == __file__
     with pytest.raises(StreamError, match=r"decode: got 'device'; expected no value.*on the host now"):
-        loader("device")
+        DistillLoader(cache, batch_size=4, decode="device")
 
 
 def test_raw_streams_are_no_longer_decoded_on_a_device() -> None:

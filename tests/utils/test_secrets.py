@@ -1,5 +1,7 @@
 """Credentials in texts and documents are masked."""
 
+from pathlib import Path
+
 import pytest
 
 from fastkd.utils.secrets import masked
@@ -42,7 +44,9 @@ def test_other_texts_are_kept(text: str) -> None:
     assert masked(text) == text
 
 
-def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("HARMLESS", "some-harmless-value")
+    monkeypatch.setenv("SECRETS_FOLDER", str(tmp_path))
+    assert masked(f"in {tmp_path}/run") == f"in {tmp_path}/run"
     assert masked(f"error in {SECRET}, some-harmless-value") == "error in …, some-harmless-value"
