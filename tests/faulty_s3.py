@@ -35,7 +35,8 @@ class Request(NamedTuple):
 
 
 class FaultyS3:
-    """A bucket at `url`. Of each request, a fault happens with probability `rate`, until `left` have happened."""
+    """A bucket at `url`. A fault happens with probability `rate` to a request, until `left` have happened; and, if
+    `first_puts`, to the first request to create each key."""
 
     def __init__(self) -> None:
         with socket.socket() as free:
@@ -47,6 +48,7 @@ class FaultyS3:
         self.lock = threading.Lock()
         self.log: list[Request] = []
         self.rate, self.left, self.random = 0.0, 0, random.Random(0)
+        self.first_puts, self.seen = False, set[str]()
         self.proxy = _Proxy(self)
         self.url = f"http://127.0.0.1:{self.proxy.server_port}"
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
@@ -79,9 +81,12 @@ class FaultyS3:
         answer = self.upstream.getresponse()
         return answer.status, answer.getheaders(), answer.read()
 
-    def fault_for(self, method: str) -> str:
+    def fault_for(self, method: str, key: str) -> str:
         """The fault of the next request, or ""."""
         with self.lock:
+            if self.first_puts and method == "PUT" and key not in self.seen:
+                self.seen.add(key)
+                return ON_A_PUT[len(self.seen) % len(ON_A_PUT)]
             if not self.left or self.random.random() >= self.rate:
                 return ""
             self.left -= 1
@@ -120,11 +125,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _serve(self) -> None:
         s3, method = self.server.s3, self.command
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault, status, headers, data = s3.fault_for(method), 0, [], b""
+        key = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).removeprefix(f"/{BUCKET}/")
+        fault, status, headers, data = s3.fault_for(method, key), 0, [], b""
         with s3.lock:
             if not fault.endswith("before"):
                 status, headers, data = s3.pass_on(method, self.path, dict(self.headers.items()), body)
-            key = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).removeprefix(f"/{BUCKET}/")
             s3.log.append(Request(method, key, "If-None-Match" in self.headers, status, fault))
         if fault.startswith("reset"):
             return self._reset()

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lazy_loader
 
@@ -14,6 +14,7 @@ from .base import Entry, Names, Store, harmless, open_store, refuse, register_st
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+T = TypeVar("T")
 obstore = lazy_loader.load("obstore")  # imported on first use: most caches do without
 
 # What one PUT takes: 5 GiB on S3 and Google, 5000 MiB on Azure.
@@ -23,7 +24,8 @@ TIMEOUTS = {"timeout": "600s", "connect_timeout": "20s"}
 # Given any option of its HTTP client, obstore reads none from the environment; so these are read here.
 ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
-PAUSES = (0.0, 0.1, 0.4, 1.6)  # seconds before each try of a creation that met a conflict
+PAUSES = (0.0, 0.1, 0.4, 1.6)  # seconds before each try of what met a conflict or a broken connection
+QUICK_SECONDS = 10.0  # what fails later has been repeated by obstore, or is no reset
 
 _user: int | None = None  # the process that has used obstore; its threads do not survive a fork
 
@@ -35,8 +37,8 @@ class ObstoreStore(Store):
     `ifGenerationMatch=0` on Google), so an object is never partial. It is never a multipart upload, whose completion
     obstore cannot make conditional: an object has at most 5000 MiB. Some S3-compatible servers ignore the condition;
     before the first `create` a probe of a few bytes, `attempts/exclusive-create`, is therefore put twice, and a store
-    that accepts both is refused. obstore repeats a request that was answered with 5xx or 429: if the first had
-    succeeded after all, `create` returns False for its own object.
+    that accepts both is refused. A request that was answered with 5xx or 429, or whose connection broke, is repeated:
+    if the first had succeeded after all, `create` returns False for its own object.
 
     Reading needs GET and LIST. `get_tail` is one request; two on Azure, which has no ranges counted from the end. Can
     be pickled if the obstore store can. obstore hangs in a forked child, so requests there raise StoreError: start
@@ -60,6 +62,9 @@ class ObstoreStore(Store):
 
     def _read(self, key: str, length: int | None) -> bytes:
         self._check_process()
+        return self._repeated(lambda: self._read_once(key, length))
+
+    def _read_once(self, key: str, length: int | None) -> bytes:
         if length is None:
             return bytes(obstore.get(self._store, key).bytes())
         if isinstance(self._store, obstore.store.AzureStore):
@@ -74,7 +79,8 @@ class ObstoreStore(Store):
         if self.readonly_reason:
             self._refuse_listing(folders)
         self._check_process()
-        for batch in obstore.list(self._store, prefix="/".join(folders) or None, chunk_size=1000):
+        prefix = "/".join(folders) or None
+        for batch in self._repeated(lambda: list(obstore.list(self._store, prefix=prefix, chunk_size=1000))):
             for meta in batch:
                 yield Entry(meta["path"], meta["size"])
 
@@ -94,7 +100,8 @@ class ObstoreStore(Store):
         for pause in PAUSES:
             time.sleep(pause)
             try:
-                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                # the condition makes it safe to repeat
+                self._repeated(lambda: obstore.put(self._store, key, data, mode="create", use_multipart=False))
                 return True
             except obstore.exceptions.AlreadyExistsError as error:
                 conflict = error
@@ -108,6 +115,18 @@ class ObstoreStore(Store):
         assert conflict is not None
         step = "Yet nothing is there: other requests for it conflict. Try again later."
         refuse(self, "creation", key, conflict, step)
+
+    def _repeated(self, request: Callable[[], T]) -> T:
+        """Repeat a request whose connection broke: obstore does not where it creates, or in the middle of an answer."""
+        for pause in PAUSES[1:]:
+            began = time.monotonic()
+            try:
+                return request()
+            except obstore.exceptions.GenericError:
+                if time.monotonic() - began > QUICK_SECONDS:
+                    raise
+            time.sleep(pause)
+        return request()
 
     def _check_process(self) -> None:
         """Raises StoreError in a child forked from a process that has used obstore: a request would hang there."""
