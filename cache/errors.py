@@ -15,7 +15,11 @@ class StoreError(CacheError):
     """A request to a store failed: the store, the object, the operation, and the store's own message."""
 
 
-class ReadOnly(StoreError):
+class Refused(StoreError):
+    """A request that fails again if it is repeated: it is not permitted, or the object is no file of a cache."""
+
+
+class ReadOnly(Refused):
     """A store cannot be written, or cannot create an object only if it is absent."""
 
 

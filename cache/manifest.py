@@ -3,9 +3,9 @@
 import hashlib
 import io
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .errors import CacheError, CorruptShard, NotFound, StoreError
-from .shard.container import TAIL_LENGTH, Damage, stored_digest
+from .errors import CacheError, CorruptShard, NotFound, StoreError, expect
+from .shard.container import TAIL_LENGTH, Damage, check_bytes, stored_digest
 from .shard.layout import COUNTS, shard_attributes
-from .spec import MOST_SHARDS, CacheSpec
+from .spec import MOST_JSON, MOST_SHARDS, CacheSpec
 from .stores import Store
 
 SPEC_KEY = "spec.json"
@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
     + [pa.field(f"{what}_sha256", pa.binary(32), nullable=False) for what in ("content", "object")]
     + [pa.field("written", pa.int64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
 )
+T = TypeVar("T")
+MOST_MANIFEST = 2**28  # bytes
 _ROW = 64  # bytes that a row takes at least, compressed: two hashes
 _NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
 _REQUESTS = 16  # at a time: the end of a shard is small, and most of the time is latency
@@ -51,10 +53,20 @@ def listed(store: Store) -> dict[int, int]:
     return dict(sorted((index, size) for index, size in found if index is not None))
 
 
+def read_twice(read: Callable[[], T]) -> T:
+    """What `read` returns. If it finds damage it is called again: bytes may have changed on their way, not at rest."""
+    try:
+        return read()
+    except (Damage, CacheError) as error:
+        if isinstance(error, StoreError):
+            raise
+        return read()
+
+
 def read_spec(store: Store) -> CacheSpec:
     """The spec of the cache in a store. CacheError if there is none, or none that this version can read."""
     try:
-        return CacheSpec.from_json(store.get(SPEC_KEY))
+        return read_twice(lambda: CacheSpec.from_json(store.get_tail(SPEC_KEY, MOST_JSON + 1)))
     except NotFound as error:
         raise CacheError(f"{store.describe()}: there is no cache here (no {SPEC_KEY}).") from error
     except StoreError:
@@ -66,13 +78,24 @@ def read_spec(store: Store) -> CacheSpec:
 def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
     """The manifest of a sealed cache; None for one that is not sealed. CacheError if it is damaged."""
     try:
-        return from_parquet(store.get(KEY), spec.hash)
+        return read_twice(lambda: from_parquet(store.get_tail(KEY, MOST_MANIFEST + 1), spec.hash))
     except NotFound:
         return None
     except StoreError:
         raise
     except CacheError as error:
         raise CacheError(f"{store.describe()}: {error}") from error
+
+
+def read_object(store: Store, index: int) -> bytes:
+    """A shard's object, whole. Damage if it differs from its own hash."""
+
+    def read() -> bytes:
+        data = store.get(shard_key(index))
+        check_bytes(data)
+        return data
+
+    return read_twice(read)
 
 
 def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,7 +118,8 @@ def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool
 
     def row(index: int, size: int) -> dict[str, Any]:
         try:
-            return shard_row(spec, index, store.get_tail(shard_key(index), TAIL_LENGTH), size)[0]
+            key = shard_key(index)
+            return read_twice(lambda: shard_row(spec, index, store.get_tail(key, TAIL_LENGTH), size)[0])
         except Damage as damage:
             raise corrupt(store, index, damage) from damage
 
@@ -129,6 +153,7 @@ def to_parquet(table: pa.Table, spec_hash: str) -> bytes:
 def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
     """The table in manifest.parquet. CacheError if it is damaged or belongs to another cache."""
     step = "Delete it and seal the cache again: it is made from the shards, which stay as they are."
+    expect(len(data) <= MOST_MANIFEST, KEY, f"{len(data)} bytes or more", f"at most {MOST_MANIFEST}")
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data),

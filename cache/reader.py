@@ -11,9 +11,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import CacheError, NotFound
-from .manifest import corrupt, listed, read_manifest, read_spec, refuse_overlaps, scan, shard_key
-from .shard.container import TAIL_LENGTH, Damage, check_bytes, length_of_end, members, stored_digest, unpack
-from .shard.layout import check_lengths, decode_shard, expected_arrays, shard_attributes
+from .manifest import (
+    corrupt,
+    listed,
+    read_manifest,
+    read_object,
+    read_spec,
+    read_twice,
+    refuse_overlaps,
+    scan,
+    shard_key,
+)
+from .shard.container import TAIL_LENGTH, Damage, length_of_end, members, stored_digest, unpack
+from .shard.layout import COUNTS, check_lengths, decode_shard, expected_arrays, shard_attributes
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
@@ -102,24 +112,26 @@ class Cache:
     def attributes(self, index: int) -> dict[str, Any]:
         """The attributes of a shard (FORMAT.md, "Attributes"), from its last bytes."""
         with self._errors(index):
-            return self._attributes(self.store.get_tail(shard_key(index), TAIL_LENGTH), index)
+            return self._attributes_and_end(index)[0]
 
     def sequence_lengths(self, index: int) -> NDArray[np.int64]:
         """Rows of each sequence of a shard, `[s]`, from the end of its object: some 3% of it, and no decoding.
 
         Raises CorruptShard as `read_shard`, but only for the bytes that it reads.
         """
-        key = shard_key(index)
-        with self._errors(index):
-            end = self.store.get_tail(key, TAIL_LENGTH)
-            attributes = self._attributes(end, index)
+
+        def read() -> Arrays:
+            attributes, end = self._attributes_and_end(index)
             if (length := length_of_end(attributes, "sequence_lengths")) > len(end) >= TAIL_LENGTH:
-                end = self.store.get_tail(key, length)
+                end = self.store.get_tail(shard_key(index), length)
             known = {"sequence_lengths": expected_arrays(self.spec, attributes)["sequence_lengths"]}
             if not (arrays := unpack(end, known, check=True)):
                 raise Damage("it is missing", "sequence_lengths")
             check_lengths(attributes, arrays)
-            return arrays["sequence_lengths"].astype(np.int64)
+            return arrays
+
+        with self._errors(index):
+            return read_twice(read)["sequence_lengths"].astype(np.int64)
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
@@ -170,10 +182,19 @@ class Cache:
 
     def _object(self, index: int) -> tuple[bytes, dict[str, Any]]:
         """A shard's object and its attributes: the bytes that were committed, of this shard of this cache."""
+
         with self._errors(index):
-            data = self.store.get(shard_key(index))
-            check_bytes(data)
+            data = read_object(self.store, index)
             return data, self._attributes(data, index)
+
+    def _attributes_and_end(self, index: int) -> tuple[dict[str, Any], bytes]:
+        """The attributes of a shard, and the end of its object."""
+
+        def read() -> tuple[dict[str, Any], bytes]:
+            end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
+            return self._attributes(end, index), end
+
+        return read_twice(read)
 
     @contextmanager
     def _errors(self, index: int) -> Iterator[None]:
@@ -184,6 +205,8 @@ class Cache:
             raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
+        except MemoryError as error:
+            raise CacheError(f"shard {index} of {self.store.describe()}: there is not enough memory for it.") from error
 
     def _attributes(self, end: bytes, index: int) -> dict[str, Any]:
         """The attributes of an object, or of its end. Damage if it is not this shard of this cache."""
@@ -194,7 +217,10 @@ class Cache:
                 raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
             if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(end):
                 raise Damage("it is another object than the one that was sealed")
-        return shard_attributes(end, self.spec, index)
+        attributes = shard_attributes(end, self.spec, index)
+        if self.sealed and any(self.manifest.column(n)[row].as_py() != attributes[n] for n in COUNTS):
+            raise Damage("its attributes differ from the manifest")
+        return attributes
 
     def _by_sequence(self) -> tuple[Ints, Ints, Ints]:
         """Numbers of the shards by their first sequences, and where each begins and ends."""

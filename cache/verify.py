@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from .capture_plan import planned_shards
 from .checks import check_sorted, check_targets
-from .errors import CacheError, NotFound, StoreError
-from .manifest import PREFIX, gaps, overlaps, read_manifest, read_spec, shard_index, shard_key, shard_row, table_of
-from .shard.container import Damage, check_bytes, content_hash, unpack
+from .errors import CacheError, NotFound, Refused, StoreError
+from .manifest import PREFIX, gaps, overlaps, read_manifest, read_object, read_spec, shard_index, shard_row, table_of
+from .shard.container import Damage, content_hash, unpack
 from .shard.layout import decode_shard, expected_arrays
 from .spec import CacheSpec
 from .stores import Store, open_store
@@ -112,17 +112,18 @@ def verify(
     rows: list[dict[str, Any]] = []
     for index in tqdm(indices, unit="shard", disable=not progress, desc="verify"):
         try:
-            data = store.get(shard_key(index))
+            data = read_object(store, index)
+            report.bytes += len(data)
+            row = _checked_row(spec, index, data, known.get(index), deep)
         except NotFound:
             report.problems.append(Problem(index, None, "it is in the manifest, and its object is missing"))
             continue
-        report.shards += 1
-        report.bytes += len(data)
-        try:
-            row = _checked_row(spec, index, data, known.get(index), deep)
-        except Damage as damage:
-            report.problems.append(Problem(index, damage.array, str(damage)))
+        except (Damage, Refused, MemoryError) as error:
+            what = "there is not enough memory for it" if isinstance(error, MemoryError) else str(error)
+            report.problems.append(Problem(index, getattr(error, "array", None), what))
+            report.shards += 1
             continue
+        report.shards += 1
         if sealed and index not in known:
             what = "it is not in the manifest: it was written after the cache was sealed"
             report.problems.append(Problem(index, None, what))
@@ -136,13 +137,12 @@ def verify(
     for one, other in overlaps(table_of(rows)):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for key in sorted(key for key, index in numbers.items() if index is None):
-        report.problems.append(Problem(None, None, f"{key} is no shard's name"))
+        report.problems.append(Problem(None, None, f"{key!r} is no shard's name"))
     return report
 
 
 def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any] | None, deep: bool) -> dict[str, Any]:
     """The manifest's row of a shard, from its object. Damage if it is wrong. known: the row as it was sealed."""
-    check_bytes(data)
     row, attributes = shard_row(spec, index, data, len(data))
     if known is not None and known["object_sha256"] != row["object_sha256"]:
         raise Damage("it is another object than the one that was sealed")

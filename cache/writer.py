@@ -24,9 +24,10 @@ from .manifest import (
     KEY,
     SPEC_KEY,
     corrupt,
-    from_parquet,
     listed,
+    read_manifest,
     read_spec,
+    read_twice,
     refuse_overlaps,
     scan,
     shard_key,
@@ -264,11 +265,11 @@ class CacheWriter:
             raise CacheError(f"{self.store.describe()}: there is no shard to seal.")
         refuse_overlaps(self.store, table)
         if not self.store.create(KEY, to_parquet(table, self.spec.hash)):
-            sealed = from_parquet(self.store.get(KEY), self.spec.hash)
-            if not sealed.select(["shard", "object_sha256"]).equals(table.select(["shard", "object_sha256"])):
+            sealed, columns = read_manifest(self.store, self.spec), ["shard", "object_sha256"]
+            if sealed is None or not sealed.select(columns).equals(table.select(columns)):
                 raise CacheError(
-                    f"{self.store.describe()}: it was sealed with {len(sealed)} shards and now has {len(table)} or "
-                    f"others: `fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
+                    f"{self.store.describe()}: it was sealed with other shards than the {len(table)} it has now: "
+                    f"`fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
                 )
         return table
 
@@ -338,11 +339,11 @@ class CacheWriter:
     def _attempt_of(self, index: int, mine: Mapping[str, Any]) -> str | None:
         """The attempt that committed a shard; None if it does not exist. CacheError if it differs from `mine`."""
         try:
-            end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
+            attributes = read_twice(
+                lambda: shard_attributes(self.store.get_tail(shard_key(index), TAIL_LENGTH), self.spec, index)
+            )
         except NotFound:
             return None
-        try:
-            attributes = shard_attributes(end, self.spec, index)
         except Damage as damage:
             raise corrupt(self.store, index, damage) from damage
         if others := [f"{name} {attributes[name]} and {v}" for name, v in mine.items() if attributes[name] != v]:

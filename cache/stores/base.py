@@ -1,5 +1,6 @@
 """What all stores share: the protocol, checks of keys, errors without credentials, and `open_store`."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -7,10 +8,19 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn, cast
 
 from ..credentials import redact
-from ..errors import CacheError, NotFound, ReadOnly, StoreError
+from ..errors import CacheError, NotFound, ReadOnly, Refused, StoreError
 
 # The folder of a store's own objects: unfinished attempts, a probe. Never listed, never an object's key.
 ATTEMPTS = "attempts"
+FINAL = {
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EROFS,
+}  # not a matter of time
+MOST_BYTES = 2**33  # of an object; nothing in a cache is larger
 PROBE = f"{ATTEMPTS}/exclusive-create"
 PROBE_TEXT = b"fastkd asks with this object whether the store creates exclusively.\n"
 
@@ -153,16 +163,21 @@ class Store:
     def _next_step(self, error: Exception) -> str:
         return self.NEXT_STEP
 
+    def _is_final(self, error: Exception) -> bool:
+        """Whether a request that failed so would fail again."""
+        return isinstance(error, PermissionError) or getattr(error, "errno", None) in FINAL
+
     @contextmanager
     def _errors(self, operation: str, key: str, hint: str = "") -> Iterator[None]:
         try:
             yield
         except StoreError:
             raise
-        except self.ERRORS as error:
+        except (MemoryError, *self.ERRORS) as error:
             if operation == "reading" and isinstance(error, FileNotFoundError):
                 refuse(self, operation, key, error, "There is no such object, or no such bucket.", NotFound)
-            refuse(self, operation, key, error, hint + self._next_step(error))
+            kind = Refused if self._is_final(error) else StoreError
+            refuse(self, operation, key, error, hint + self._next_step(error), kind)
 
     def _object(self, key: str, length: int | None) -> bytes:
         check_key(self, key)

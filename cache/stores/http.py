@@ -3,6 +3,7 @@
 import base64
 import functools
 import http.client
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -11,7 +12,10 @@ from typing import Any
 
 from ..credentials import redact
 from ..errors import CacheError
-from .base import Entry, Names, Store, register_store
+from .base import MOST_BYTES, Entry, Names, Store, register_store
+
+SLOWEST = 2**14  # bytes a second
+MOST_SKIPPED = 2**30  # bytes that are read for the end of an object, from a server that ignores ranges
 
 
 class HttpStore(Store):
@@ -21,7 +25,8 @@ class HttpStore(Store):
     (a signature) is sent with every request. `list` raises StoreError: HTTP has no listing. `get_tail` fetches the
     whole object from a server that ignores ranges. Can be pickled and used after a fork.
 
-    timeout: seconds without any response after which a request fails.
+    timeout: seconds without any response after which a request fails; and how long a body may take beyond a second
+    for each SLOWEST bytes.
     """
 
     ERRORS = (OSError, http.client.HTTPException)
@@ -57,8 +62,7 @@ class HttpStore(Store):
             with _opener().open(request, timeout=self._timeout) as response:
                 if response.status not in ((200,) if length is None else (200, 206)):
                     raise http.client.HTTPException(f"got HTTP {response.status}; expected an object")
-                body: bytes = response.read()
-                return body[-(length or 0) :]
+                return self._body(response, length)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (404, 410):
@@ -66,6 +70,27 @@ class HttpStore(Store):
             if error.code == 416 and error.headers.get("Content-Range") == "bytes */0":
                 return b""  # an empty object has no last byte
             raise
+
+    def _body(self, response: http.client.HTTPResponse, length: int | None) -> bytes:
+        """A response's body, or the last `length` bytes of it, of which no more is kept."""
+        begun, expected, body, size = time.monotonic(), response.length, bytearray(), 0
+        most = MOST_BYTES if length is None else max(length, MOST_SKIPPED)
+        while size != expected and (chunk := response.read1(2**20)):
+            size += len(chunk)
+            body += chunk
+            if length is not None and len(body) > length + 2**22:
+                del body[:-length]
+            if size > most:
+                raise http.client.HTTPException(f"got more than {most} bytes; expected an object of a cache")
+            if time.monotonic() - begun > self._timeout + size / SLOWEST:
+                raise TimeoutError(f"got {size} bytes in {time.monotonic() - begun:.0f} seconds; expected more")
+        if expected is not None and size < expected:
+            raise http.client.IncompleteRead(b"", expected - size)
+        return bytes(body[-length:] if length else body)
+
+    def _is_final(self, error: Exception) -> bool:
+        code = error.code if isinstance(error, urllib.error.HTTPError) else 0
+        return 400 <= code < 500 and code not in (408, 425, 429)
 
     def _next_step(self, error: Exception) -> str:
         if isinstance(error, urllib.error.HTTPError):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from ..credentials import redact
 from ..errors import CacheError, NotFound
-from .base import ATTEMPTS, Entry, Names, Store, open_store, refuse, register_store
+from .base import ATTEMPTS, MOST_BYTES, Entry, Names, Store, open_store, refuse, register_store
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,8 @@ class LocalStore(Store):
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
+            if length is None and status.st_size > MOST_BYTES:
+                raise OSError(errno.EINVAL, f"{status.st_size} bytes, more than an object of a cache has")
             with open(file, "rb", buffering=0, closefd=False) as reader:
                 reader.seek(0 if length is None else max(0, status.st_size - length))
                 return reader.readall()

@@ -128,6 +128,10 @@ class ObstoreStore(Store):
             time.sleep(pause)
         return request()
 
+    def _is_final(self, error: Exception) -> bool:
+        denied = obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError, PermissionError
+        return isinstance(error, denied)
+
     def _check_process(self) -> None:
         """Raises StoreError in a child forked from a process that has used obstore: a request would hang there."""
         global _user

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
-from ..cache.errors import CacheError, NotFound, ReadOnly, StoreError
+from ..cache.errors import CacheError, NotFound, Refused, StoreError
 from ..errors import (
     BenchError,
     DataError,
@@ -335,7 +335,7 @@ def _store(place: str) -> "Store":
 def _failure(error: Exception, command: Any) -> Outcome:
     absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
     text = masked(in_flags(str(error), flags(command)))
-    transient = isinstance(error, (StoreError, WorkRemains)) and not isinstance(error, (ReadOnly, NotFound))
+    transient = isinstance(error, (StoreError, WorkRemains)) and not isinstance(error, (Refused, NotFound))
     if transient and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))

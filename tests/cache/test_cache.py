@@ -420,13 +420,13 @@ def test_other_processes_read_the_same_cache(tmp_path: Path, method: str) -> Non
 def test_a_sealed_cache_opens_with_two_requests(tmp_path: Path) -> None:
     sealed(tmp_path)
     store, asked = open_store(tmp_path), []
-    get = store.get
+    read = store._object  # type: ignore[attr-defined]
 
-    def counted(key: str) -> bytes:
+    def counted(key: str, length: int | None) -> bytes:
         asked.append(key)
-        return get(key)
+        return read(key, length)
 
-    store.get = counted  # type: ignore[method-assign]
+    store._object = counted  # type: ignore[attr-defined]
     cache = open_cache(store)
     assert cache.shards == [0, 1, 2]
     assert asked == ["spec.json", "manifest.parquet"]
