@@ -169,11 +169,12 @@ class Store:
 
     @contextmanager
     def _errors(self, operation: str, key: str, hint: str = "") -> Iterator[None]:
+        expected: tuple[type[Exception], ...] = (MemoryError, *self.ERRORS)
         try:
             yield
         except StoreError:
             raise
-        except (MemoryError, *self.ERRORS) as error:
+        except expected as error:
             if operation == "reading" and isinstance(error, FileNotFoundError):
                 refuse(self, operation, key, error, "There is no such object, or no such bucket.", NotFound)
             kind = Refused if self._is_final(error) else StoreError
