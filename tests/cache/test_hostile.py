@@ -24,7 +24,6 @@ from fastkd.cache.errors import Refused
 from fastkd.cache.manifest import to_parquet
 from fastkd.cache.spec import parse_json
 from fastkd.cache.stores import HttpStore, MemoryStore
-from fastkd.cli.main import _Recoverable, _work_remains
 
 
 def sealed(path: Any, shards: int = 2) -> None:
@@ -292,8 +291,4 @@ def test_errors_of_a_store_are_named_and_final_where_they_are() -> None:
     with pytest.raises(Refused, match="'a' failed: Permission denied"):
         Denied().get("a")
     with pytest.raises(StoreError, match="'b' failed: MemoryError"):
-        Denied().get("b")
-    with pytest.raises(Refused), _work_remains(StoreError):  # not status 75, which asks for the same command again
-        Denied().get("a")
-    with pytest.raises(_Recoverable), _work_remains(StoreError):
         Denied().get("b")

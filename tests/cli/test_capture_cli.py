@@ -201,6 +201,19 @@ def test_a_full_disk_is_75(teacher: Path, tmp_path: Path, run: Any, monkeypatch:
     assert run(*given)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["spec.json", "plan.json", "shards/0.zarr.zip"])
+@pytest.mark.parametrize("how", ["fifo", "link"])
+def test_what_is_no_file_is_no_work_that_remains(teacher: Path, tmp_path: Path, run: Any, name: str, how: str) -> None:
+    """The same command would fail again: 1, not 75."""
+    path = tmp_path / "cache" / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path) if how == "fifo" else path.symlink_to("/etc/hostname")
+    data = lines(tmp_path / "a.jsonl", TEXTS, "text")
+    status, _, told = run("--teacher", teacher, "--data", data, "--out", tmp_path / "cache", *SMALL)
+    assert status == 1
+    assert name in told
+
+
 def test_a_folder_that_cannot_be_written_is_no_work_that_remains(teacher: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "file").write_text("")
     data = lines(tmp_path / "a.jsonl", TEXTS, "text")
