@@ -1,16 +1,20 @@
 """The capture plan, stored as plan.json: how the data were divided into shards (FORMAT.md)."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import CacheError, NotFound, StoreError, expect
-from .spec import MOST_SHARDS, parse_json
+from .spec import MOST_SHARDS, CacheSpec, parse_json
 from .stores import Store
 
 PLAN_KEY = "plan.json"
 _FORMAT = "fastkd-plan"
+_HASH = "content_sha256"
+_SPEC = "spec.json"
+_RESTORE = "Restore it; or delete it and run the same capture again, which writes it from the same data."
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class CapturePlan:
 
     settings: how documents were divided: context, packing, shard_positions, batch_tokens, held_out, seed and others.
     dataset: the fingerprint of the documents. totals: counts of documents, windows, shards, positions, tokens.
-    train_shards: the shards from this number on are held out. sha256: of the whole plan. version: of its rules.
+    train_shards: the shards from this number on are held out. sha256: of the whole plan, as the cache's spec names it.
+    version: of its rules. hashed: whether plan.json had a hash of itself, which older versions did not write.
     """
 
     settings: Mapping[str, Any]
@@ -28,6 +33,7 @@ class CapturePlan:
     train_shards: int
     sha256: str
     version: int = 1
+    hashed: bool = field(default=True, compare=False)
 
     @property
     def shards(self) -> int:
@@ -36,38 +42,72 @@ class CapturePlan:
 
     def to_json(self) -> bytes:
         """plan.json."""
-        return json.dumps({"format": _FORMAT, "version": self.version, **asdict(self)}, indent=2).encode() + b"\n"
+        document = {"format": _FORMAT, "version": self.version, **asdict(self)}
+        del document["hashed"]
+        return json.dumps({**document, _HASH: _content_hash(document)}, indent=2).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> "CapturePlan":
         """The plan in plan.json. CacheError, naming the member, if it is none."""
         document = parse_json(data, PLAN_KEY)
         expect(document.get("format") == _FORMAT, f"{PLAN_KEY}: format", document.get("format"), repr(_FORMAT))
-        values = {name: document.get(name) for name in cls.__dataclass_fields__}
+        values = {name: document.get(name) for name in cls.__dataclass_fields__ if name != "hashed"}
         kinds = {"settings": dict, "dataset": str, "totals": dict, "train_shards": int, "sha256": str, "version": int}
         for name, kind in kinds.items():
             expect(type(values[name]) is kind, f"{PLAN_KEY}: {name}", values[name], kind.__name__)
-        plan = cls(**values)  # type: ignore[arg-type]  # checked above
+        content = document.pop(_HASH, None)
+        plan = cls(**values, hashed=content is not None)  # type: ignore[arg-type]  # checked above
         counts = {"train_shards": plan.train_shards, "totals.shards": plan.totals.get("shards"), **plan.totals}
         for name, count in counts.items():
             good = type(count) is int and 0 <= count < (MOST_SHARDS if "shards" in name else 2**62)
             expect(good, f"{PLAN_KEY}: {name}", count, "an integer from 0 on, below 2^26 of shards")
+        expect(plan.train_shards <= plan.shards, f"{PLAN_KEY}: train_shards", plan.train_shards, f"up to {plan.shards}")
+        expect(not plan.hashed or content == _content_hash(document), f"{PLAN_KEY}: {_HASH}", content, "the hash of it")
         return plan
 
 
-def read_capture_plan(store: Store) -> CapturePlan | None:
+def _content_hash(document: Mapping[str, Any]) -> str:
+    """sha256 of a plan's other members, as compact JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePlan | None:
     """The plan that a cache was captured by; None for a cache without a plan.
 
-    Raises CacheError, naming store and member, if plan.json is not one that this version can read.
+    spec: of the cache, which names its plan by hash; None: there is no spec yet.
+    Raises CacheError, naming store and member, if plan.json is damaged, or not one that this version can read; and if
+    it is not the plan that the spec names.
     """
+    expected = None if spec is None else spec.provenance.plan_sha256
     try:
-        return CapturePlan.from_json(store.get(PLAN_KEY))
-    except NotFound:
-        return None
-    except StoreError:
-        raise
+        data = store.get(PLAN_KEY)
+    except NotFound as error:
+        if expected is None:
+            return None
+        raise CacheError(
+            f"{store.describe()}: there is no {PLAN_KEY}, although {_SPEC} names one: which shards are held out is "
+            f"unknown. {_RESTORE}"
+        ) from error
+    try:
+        plan = CapturePlan.from_json(data)
+        if spec is not None and expected is not None:
+            _check_named(plan, spec)
     except CacheError as error:
-        raise CacheError(f"{store.describe()}: {error}") from error
+        raise CacheError(f"{store.describe()}: {error}" + ("" if expected is None else f" {_RESTORE}")) from error
+    return plan
+
+
+def _check_named(plan: CapturePlan, spec: CacheSpec) -> None:
+    """CacheError unless this is the plan that the spec names."""
+    source = spec.provenance
+    for name, theirs, ours in (
+        ("sha256", source.plan_sha256, plan.sha256),
+        ("dataset", source.dataset_sha256, plan.dataset),
+        ("settings.seed", source.draw_seed, plan.settings.get("seed")),
+        ("settings.shard_positions", spec.shard_positions, plan.settings.get("shard_positions")),
+    ):
+        if theirs != ours:
+            raise CacheError(f"{PLAN_KEY}: {name}: got {ours!r}; expected {theirs!r}, as in {_SPEC}.")
 
 
 def planned_shards(store: Store) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from .capture_plan import planned_shards
+from .capture_plan import read_capture_plan
 from .checks import check_sorted, check_targets
 from .errors import CacheError, NotFound, Refused, StoreError
 from .manifest import PREFIX, gaps, overlaps, read_manifest, read_object, read_spec, shard_index, shard_row, table_of
@@ -129,7 +129,14 @@ def verify(
             report.problems.append(Problem(index, None, what))
         rows.append(row)
         report.positions += row["positions"]
-    report.missing = gaps(np.array(indices, np.int64), end=planned_shards(store))
+    try:
+        plan = read_capture_plan(store, spec)
+    except StoreError:
+        raise
+    except CacheError as error:
+        plan = None
+        report.problems.append(Problem(None, None, str(error).removeprefix(f"{store.describe()}: ")))
+    report.missing = gaps(np.array(indices, np.int64), end=0 if plan is None else plan.shards)
     for first, last in [] if sealed else report.missing:
         if 0 < first < max(indices, default=0):  # those before the first may be another writer's, which has not begun
             what = "it is missing" if first == last else f"it and all up to {last} are missing"

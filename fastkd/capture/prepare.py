@@ -1,10 +1,6 @@
 """Before the first shard: a capture's window plan and the spec of its cache, and whether it may continue a cache."""
 
-import io
-import struct
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,6 +17,7 @@ from ..cache.spec import differences
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples
+from ..data.lengths import LENGTHS_KEY, lengths_from_npz, lengths_to_npz
 from ..errors import DataError
 from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
@@ -28,8 +25,8 @@ from .claims import Claims
 from .rows import TEXT
 from .window_plan import VERSION, WindowPlan, cache_spec, make_window_plan, window_plan_settings
 
-LENGTHS_KEY = "lengths.npz"
 _WAIT_SECONDS = 2.0
+_DELETE = "Delete it; it is written again from the same data."
 
 
 def prepare(
@@ -86,12 +83,17 @@ def prepare(
 
 def write_window_plan(store: Store, plan: WindowPlan) -> None:
     """Write the plan, unless the store has it. CacheError if it has another one, naming what differs."""
-    if not store.create(PLAN_KEY, plan.to_json()):
-        there = _existing_plan(store)
-        if there is not None and there.sha256 != plan.hash:
-            # with the same settings and data, the rules differ
-            versions = f"version of the window plan: {there.version} and {VERSION}"
-            raise _refusal(store, _plan_differences(there, plan.dataset, asdict(plan.settings)) or [versions])
+    ours = plan.capture_plan()
+    if store.create(PLAN_KEY, ours.to_json()) or (there := _existing_plan(store)) is None or there == ours:
+        return
+    if there.sha256 == ours.sha256:
+        raise CacheError(
+            f"{store.describe()}: {PLAN_KEY}: damaged: got {there.train_shards} training shards of {there.shards}; "
+            f"expected {ours.train_shards} of {ours.shards}. {_DELETE}"
+        )
+    # with the same settings and data, the rules differ
+    versions = f"version of the window plan: {there.version} and {VERSION}"
+    raise _refusal(store, _plan_differences(there, plan.dataset, asdict(plan.settings)) or [versions])
 
 
 def read_window_plan(store: Store, spec: CacheSpec) -> tuple[WindowPlan, int]:
@@ -137,7 +139,7 @@ def _existing_plan(store: Store) -> CapturePlan | None:
     except StoreError:
         raise
     except CacheError as error:
-        raise CacheError(f"{error} Delete it; it is written again from the same data.") from error
+        raise CacheError(f"{error} {_DELETE}") from error
 
 
 def _lengths(
@@ -225,26 +227,3 @@ def _refusal(store: Store, different: list[str]) -> CacheError:
         f"{store.describe()}: the existing cache was written with other settings (there, and now: "
         f"{'; '.join(different)}). Write to another folder, or capture with the settings of the existing cache."
     )
-
-
-def lengths_to_npz(lengths: NDArray[np.int32], fingerprint: str) -> bytes:
-    """Lengths `[documents]`, compressed, with the fingerprint of their dataset."""
-    sink = io.BytesIO()
-    np.savez_compressed(sink, fingerprint=np.array(fingerprint), lengths=lengths)
-    return sink.getvalue()
-
-
-def lengths_from_npz(data: bytes, fingerprint: str, where: str) -> NDArray[np.int32] | None:
-    """The lengths `[documents]`; None if they belong to a dataset with another fingerprint. Raises DataError, naming
-    `where`, for data that cannot be read."""
-    try:
-        with np.load(io.BytesIO(data)) as arrays:
-            stored, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)
-    except (
-        *(OSError, KeyError, ValueError, EOFError, MemoryError, NotImplementedError, RuntimeError),
-        *(SyntaxError, struct.error, zipfile.BadZipFile, zlib.error),
-    ) as error:
-        raise DataError(
-            f"{where}: no lengths can be read from it ({error}). Delete it; the documents are then measured again."
-        ) from error
-    return lengths if stored == fingerprint else None

@@ -23,14 +23,7 @@ from tqdm import tqdm
 from ..cache.capture_plan import CapturePlan
 from ..cache.errors import CacheError
 from ..cache.spec import CacheSpec
-from ..data.packing import (
-    batches,
-    held_out,
-    pack,
-    segment_counts,
-    segment_lengths,
-    shard_starts,
-)
+from ..data.packing import DIVIDED_BY, batches, divide, pack
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
 
@@ -216,12 +209,15 @@ class WindowPlan:
         shard = self.shard(index)
         return batches(shard.stop - shard.start, self.settings.batch_tokens)
 
-    def to_json(self) -> bytes:
-        """The plan as JSON: with the lengths, enough to compute it again and check that it is the same."""
-        written = CapturePlan(
+    def capture_plan(self) -> CapturePlan:
+        """What plan.json holds: with the lengths, enough to compute the plan again and check that it is the same."""
+        return CapturePlan(
             asdict(self.settings), self.dataset, self.totals, self.train_shards, sha256=self.hash, version=VERSION
         )
-        return written.to_json()
+
+    def to_json(self) -> bytes:
+        """plan.json."""
+        return self.capture_plan().to_json()
 
     @classmethod
     def from_json(cls, data: bytes, lengths: NDArray[np.int32]) -> "WindowPlan":
@@ -269,21 +265,9 @@ def make_window_plan(lengths: Any, settings: WindowPlanSettings, dataset: str, *
         )
     if settings.held_out and len(kept) < 2:
         raise DataError(f"held_out: got {settings.held_out} and one document with tokens; expected at least two.")
-    out = held_out(kept, settings.held_out, settings.seed)
-    order = np.concatenate([kept[~out], kept[out]])
-    train_documents = len(kept) - int(np.count_nonzero(out))
-    del kept, out
-    ordered = lengths[order]
-    counts = np.ones(len(order), np.int32)
-    if settings.on_long == "split":
-        counts = segment_counts(ordered, settings.context, settings.overlap)
-    segments = segment_lengths(ordered, counts, settings.context, settings.overlap)
-    first_segment = np.zeros(len(order) + 1, np.int64)
-    np.cumsum(counts, out=first_segment[1:])
-    del ordered, counts
-    train = shard_starts(segments[: first_segment[train_documents]], settings.shard_positions)
-    rest = shard_starts(segments[first_segment[train_documents] :], settings.shard_positions)
-    begins = np.concatenate([train, rest[1:] + train[-1]])
+    del kept
+    chosen = {name: getattr(settings, name) for name in DIVIDED_BY}
+    order, first_segment, segments, begins, train_shards = divide(lengths, **chosen)
     shard_rows = np.zeros(len(begins), np.int64)
     np.cumsum(np.add.reduceat(segments, begins[:-1], dtype=np.int64), out=shard_rows[1:])
     if settings.packing == "pack":
@@ -293,7 +277,7 @@ def make_window_plan(lengths: Any, settings: WindowPlanSettings, dataset: str, *
         np.cumsum(windows, out=windows)
     else:
         windows = begins.copy()
-    return WindowPlan(settings, dataset, lengths, order, first_segment, begins, windows, shard_rows, len(train) - 1)
+    return WindowPlan(settings, dataset, lengths, order, first_segment, begins, windows, shard_rows, train_shards)
 
 
 def plan_text(totals: Mapping[str, int], context: int, on_long: str) -> str:

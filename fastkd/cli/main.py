@@ -35,6 +35,7 @@ from .parse import completion_script, flags, in_flags, parse
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
+    from ..cache.verify import Report as VerifyReport
 
 
 class Outcome(NamedTuple):
@@ -171,6 +172,8 @@ def verify(command: Verify) -> Outcome:
 
     store = _store(command.cache)
     found = verify_cache(store, deep=command.deep, progress=_at_terminal())
+    if found.ok:
+        _check_plan(store, found)
     read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
@@ -210,19 +213,34 @@ def verify(command: Verify) -> Outcome:
     return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
 
 
+def _check_plan(store: "Store", found: "VerifyReport") -> None:
+    """Add the problem of a plan that has no hash of itself and is not what the lengths of the documents give."""
+    from ..cache import open_cache
+    from ..cache.verify import Problem
+    from ..stream.split import plan_of
+
+    try:
+        plan_of(open_cache(store))
+    except StoreError:
+        raise
+    except CacheError as error:
+        found.problems.append(Problem(None, None, str(error)))
+
+
 def seal(command: Seal) -> Outcome:
     """Seal the cache. A sealed cache is reported as such; a cache without shards is refused."""
     from ..cache import open_cache, open_writer
-    from ..cache.capture_plan import planned_shards
+    from ..cache.capture_plan import read_capture_plan
     from ..cache.manifest import gaps
 
     cache = open_cache(_store(command.cache))
+    plan = read_capture_plan(cache.store, cache.spec)
     name = cache.store.describe()
     if not cache.store.readonly and not cache.shards:
         raise CacheError(f"{name}: got a cache without shards; a sealed cache accepts no more. Nothing was written.")
     with open_writer(cache.store) as writer:
         table = writer.seal(progress=_at_terminal())
-    missing = gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store))
+    missing = gaps(table.column("shard").to_numpy(), end=0 if plan is None else plan.shards)
     warning = (
         f"{name}: shards {ranges(missing)} are missing, and a sealed cache accepts no more. To write them, delete "
         "manifest.parquet and run the capture again."

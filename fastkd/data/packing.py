@@ -4,6 +4,7 @@ A segment is a document, or if the document is longer than the context, a part o
 """
 
 from bisect import bisect_left, insort
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,48 @@ Lengths = NDArray[np.int32]
 _BLOCK = 2**18  # documents processed at a time, to bound temporary memory
 
 
-def held_out(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
+DIVIDED_BY = ("context", "on_long", "overlap", "held_out", "seed", "shard_positions")
+"""The settings of a window plan that `divide` takes."""
+
+
+class Division(NamedTuple):
+    """How documents are divided into segments, and these into shards. Window plans and their checks agree on it.
+
+    order: int32 `[kept]`, the documents with tokens, those of the training split first. first_segment: `[kept + 1]`, in
+    that order. segments: int32 `[segments]`, positions of each. shards: `[shards + 1]`, the first segment of each.
+    train_shards: the number of shards of the training split, which come first.
+    """
+
+    order: NDArray[np.int32]
+    first_segment: Ints
+    segments: Lengths
+    shards: Ints
+    train_shards: int
+
+
+def divide(
+    lengths: Lengths, *, context: int, on_long: str, overlap: int, held_out: float, seed: int, shard_positions: int
+) -> Division:
+    """Divide documents of these lengths, `[documents]`, some of them positive. The settings are those of a window plan
+    (see `WindowPlanSettings`)."""
+    kept = np.flatnonzero(lengths).astype(np.int32)
+    out = held_out_documents(kept, held_out, seed)
+    order = np.concatenate([kept[~out], kept[out]])
+    train_documents = len(kept) - int(np.count_nonzero(out))
+    del kept, out
+    ordered = lengths[order]
+    counts = np.ones(len(order), np.int32)
+    if on_long == "split":
+        counts = segment_counts(ordered, context, overlap)
+    segments = segment_lengths(ordered, counts, context, overlap)
+    first_segment = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(counts, out=first_segment[1:])
+    train = shard_starts(segments[: first_segment[train_documents]], shard_positions)
+    rest = shard_starts(segments[first_segment[train_documents] :], shard_positions)
+    return Division(order, first_segment, segments, np.concatenate([train, rest[1:] + train[-1]]), len(train) - 1)
+
+
+def held_out_documents(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which documents are held out, `[documents]`: those with the smallest hashes of number and seed.
 
     That fraction of them, rounded, but at least one held out and at least one not; with fraction 0 none is held out.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample
 
 from ..data.examples import Examples
-from ..data.packing import held_out
+from ..data.packing import held_out_documents
 from ..errors import DataError
 from ..utils.progress import Progress
 from ..utils.splitmix import mixed
@@ -38,7 +38,7 @@ def digits(seed: int, *, images: int, copies: int) -> Examples:
 
 def training_digits(data: Examples, seed: int) -> NDArray[np.int64]:
     """The numbers of the digits that a capture with this seed does not hold out."""
-    return np.flatnonzero(~held_out(np.arange(len(data), dtype=np.int32), HELD_OUT, seed))
+    return np.flatnonzero(~held_out_documents(np.arange(len(data), dtype=np.int32), HELD_OUT, seed))
 
 
 def augment(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:

@@ -32,6 +32,7 @@ def evaluate(
     split: str = "held_out",
     batch_tokens: int = 8192,
     max_positions: int | None = None,
+    allow_partial: bool = False,
     device: torch.device | str | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
@@ -44,7 +45,8 @@ def evaluate(
     data: for a cache of examples, the labelled `Examples` that it was captured from. A window is then an example.
     batch_tokens: maximum positions per micro-batch, pads included; fewer if its logits would have more than 2^27
         numbers. A longer window is alone: its logits are the most that is in memory.
-    max_positions: only the first whole windows with at most this many positions. device: None, the student's.
+    max_positions: only the first whole windows with at most this many positions. allow_partial: accept a split with
+        missing shards. device: None, the student's.
     processes: the windows are divided over them; all call this function alike, and get the same result.
     progress: show a bar on stderr.
 
@@ -62,6 +64,7 @@ def evaluate(
         split=split,
         shuffle=False,
         max_positions=max_positions,
+        allow_partial=allow_partial,
         batch_size=max(1, batch_tokens * cached_windows // cached_positions),  # about a micro-batch
         micro_tokens=max(1, min(batch_tokens, _MAX_LOGITS // cache.spec.vocab_size)),
         device=where,

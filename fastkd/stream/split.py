@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,14 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache.errors import CacheError, NotFound
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache, open_cache
 from ..data.examples import EXAMPLE_COLUMNS, Examples
-from ..errors import StreamError
+from ..data.lengths import LENGTHS_KEY, lengths_from_npz
+from ..data.packing import DIVIDED_BY, divide
+from ..errors import DataError, StreamError
 from .mixture import SMALLEST_SHARE
 
 Ints = NDArray[np.int64]
 SPLITS = ("train", "held_out")
+_RESTORE = "Restore it; or delete it and run the same capture again, which writes it from the same data."
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,7 @@ def open_split(
         )
     names = ("shard", "first_sequence", "sequences", "positions")
     number, first_sequence, sequences, positions = (manifest.column(n).to_numpy().astype(np.int64) for n in names)
-    plan = read_capture_plan(cache.store)
+    plan = plan_of(cache)
     begin, end = _shards_of(cache, plan, split)
     inside = np.flatnonzero((number >= begin) & (number < end))
     inside = inside[np.argsort(first_sequence[inside], kind="stable")]
@@ -106,6 +111,47 @@ def open_split(
     kept = np.isin(shard, table.shard)
     digest.update(b"".join(c for c, k in zip(content, kept.tolist(), strict=True) if k))
     return replace(table, content=digest.hexdigest())
+
+
+def plan_of(cache: Cache) -> CapturePlan | None:
+    """The plan that a cache was captured by; None for a cache without a plan.
+
+    Raises CacheError if the plan is missing, damaged or another one's: which documents are held out is then unknown.
+    The plan of an older version has no hash of itself: it is computed again from the lengths of the documents; without
+    them, a warning says that it is not checked.
+    """
+    plan = read_capture_plan(cache.store, cache.spec)
+    if plan is None or plan.hashed:
+        return plan
+    try:
+        lengths = lengths_from_npz(cache.store.get(LENGTHS_KEY), plan.dataset, LENGTHS_KEY)
+        if lengths is None:
+            raise DataError(f"{LENGTHS_KEY} belongs to other data")
+    except (NotFound, DataError) as error:
+        warnings.warn(
+            f"{cache!r}: {PLAN_KEY} is of an older version, without a hash of itself, and cannot be checked ({error}): "
+            f"shards from {plan.train_shards} on are taken as held out.",
+            stacklevel=2,
+        )
+        return plan
+    try:
+        with np.errstate(all="raise"):
+            found = divide(lengths, **{name: plan.settings[name] for name in DIVIDED_BY})
+        expected = found.train_shards, len(found.shards) - 1
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        raise CacheError(f"{cache!r}: {PLAN_KEY}: damaged: its settings are none ({error!r}). {_RESTORE}") from error
+    if (plan.train_shards, plan.shards) != expected:
+        raise CacheError(
+            f"{cache!r}: {PLAN_KEY}: damaged: got {plan.train_shards} training shards of {plan.shards}; expected "
+            f"{expected[0]} of {expected[1]}, by {LENGTHS_KEY}. {_RESTORE}"
+        )
+    return plan
+
+
+def has_held_out(cache: Cache) -> bool:
+    """Whether documents were held out when the cache was captured. Raises what `plan_of` does."""
+    plan = plan_of(cache)
+    return plan is not None and plan.train_shards < plan.shards
 
 
 def _shards_of(cache: Cache, plan: CapturePlan | None, split: str) -> tuple[int, int]:
@@ -225,7 +271,7 @@ def _check_same(cache: Cache, data: Examples) -> None:
             f"{cache!r}: its spec has no hash of the data set (dataset: {cache.spec.dataset!r}), so the data cannot be "
             "checked. Capture it with fastkd.capture."
         )
-    plan = read_capture_plan(cache.store)
+    plan = plan_of(cache)
     counts = plan and (("examples", plan.totals.get("documents"), len(data)),
                        ("copies", plan.settings.get("context"), data.copies))  # fmt: skip
     differences = [f"{name}: {a} in the cache, {b} here" for name, a, b in counts or () if a != b]

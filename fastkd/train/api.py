@@ -19,7 +19,7 @@ from ..errors import StreamError, TrainError
 from ..settings import TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
-from ..stream.split import check_data, open_sources, open_split
+from ..stream.split import check_data, has_held_out, open_sources, open_split
 from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
@@ -220,6 +220,7 @@ class HeldOut:
                 data=self.inputs.data,
                 batch_tokens=self.settings.micro_tokens,
                 max_positions=self.settings.evaluate_positions,
+                allow_partial=self.settings.allow_partial,
                 processes=self.processes,
             )
             for cache in self.inputs.caches
@@ -229,16 +230,15 @@ class HeldOut:
 
 def held_out(settings: TrainSettings, inputs: Inputs, processes: Processes = ALONE) -> HeldOut | None:
     """The default evaluation of a training; None without a held-out split, and if the settings want none. Raises
-    TrainError if they want one and there is no held-out split."""
+    TrainError if they want one and there is no held-out split, and StreamError if shards of it are missing."""
     if settings.evaluate_every == 0:
         return None
     problem = "" if inputs.caches else "a batch source has no held-out split. Pass evaluate."
-    try:
+    if without := [cache for cache in inputs.caches if not has_held_out(cache)]:
+        problem = f"no documents of {without[0]!r} were held out."
+    if not problem:
         for cache in inputs.caches:
             open_split(cache, "held_out", allow_partial=settings.allow_partial)
-    except StreamError as error:
-        problem = str(error)
-    if not problem:
         return HeldOut(settings, inputs, processes, [])
     if settings.evaluate_every is None:
         return None

@@ -35,9 +35,9 @@ from fastkd.cache import CacheError, StoreError, open_cache
 from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
-from fastkd.capture.prepare import lengths_from_npz, lengths_to_npz
 from fastkd.capture.teacher_pass import TeacherPass
 from fastkd.data.documents import open_documents
+from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
 
 

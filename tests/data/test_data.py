@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkd.capture.prepare import lengths_from_npz, lengths_to_npz
 from fastkd.data.chat import InvalidChat, chat_tokens
 from fastkd.data.documents import Documents, open_documents
+from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
 from fastkd.errors import DataError
 
 generator = np.random.default_rng(0)
