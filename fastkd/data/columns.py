@@ -11,8 +11,10 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..errors import DataError
 
@@ -27,13 +29,11 @@ class Column(Protocol):
 
     name: str
     """The column's name; empty if it has none."""
-    row_bytes: float
-    """Approximate size of a row, which decides how many are read at a time."""
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Values:
-        """The values of rows start to stop."""
+        """The values of rows from start on, up to stop: as many as take a few megabytes, at least one."""
 
     def where(self, row: int) -> str:
         """The row's location, for messages."""
@@ -44,7 +44,6 @@ class _BatchColumn:
 
     kind = ""
     name = ""
-    row_bytes = 1.0
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,15 +54,10 @@ class _BatchColumn:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> pa.Array:
-        parts = []
         with file_errors(self.path, self.kind, f"rows {start} to {stop}"):
-            while start < stop:
-                if not self._first <= start < self._first + len(self._batch):
-                    self._load(start)
-                part = self._batch.slice(start - self._first, stop - start)
-                parts.append(part)
-                start += len(part)
-        return concat_arrays(parts)
+            if not self._first <= start < self._first + len(self._batch):
+                self._load(start)
+        return first_rows(self._batch.slice(start - self._first, stop - start))
 
     def where(self, row: int) -> str:
         return f"{self.path}, row {row} (from 0)"
@@ -87,17 +81,9 @@ class ParquetColumn(_BatchColumn):
         with file_errors(path, self.kind):
             # without buffer_size a row group's whole column would be read at once
             self._file = pq.ParquetFile(path, buffer_size=2**20)
+            metadata = self._file.metadata
+            self._starts = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
-        metadata = self._file.metadata
-        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        size = sum(
-            group.column(c).total_uncompressed_size
-            for group in groups
-            for c in range(group.num_columns)
-            if group.column(c).path_in_schema.split(".")[0] == self.name
-        )
-        self.row_bytes = size / max(1, len(self))
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
 
@@ -105,7 +91,7 @@ class ParquetColumn(_BatchColumn):
         group = self._group_of(row)
         if group != self._group or row < self._first:
             self._group, self._first, self._batch = group, int(self._starts[group]), pa.nulls(0)
-            count = rows_per_read(self.row_bytes)
+            count = self._rows_at_once(group)
             self._batches = self._file.iter_batches(count, row_groups=[group], columns=[self.name])
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
@@ -113,6 +99,32 @@ class ParquetColumn(_BatchColumn):
             if batch is None:
                 raise pa.ArrowInvalid(f"row group {group} ends before row {row}")
             self._batch = batch.column(0)
+
+    def _rows_at_once(self, group: int) -> int:
+        """Rows of a row group to decode at a time. A file of some kilobytes may hold gigabytes: its values are encoded
+        as numbers in a dictionary, and as lengths of runs."""
+        metadata = self._file.metadata.row_group(group)
+        leaves = [metadata.column(c) for c in range(metadata.num_columns)]
+        leaves = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == self.name]
+        values = max((leaf.num_values for leaf in leaves), default=0) / max(1, metadata.num_rows)  # of a row
+        size = sum(max(leaf.total_uncompressed_size, 8 * leaf.num_values) for leaf in leaves)
+        count = READ_BYTES * metadata.num_rows // max(1, size)
+        texts = [x.path_in_schema for x in leaves if x.physical_type == "BYTE_ARRAY" and x.has_dictionary_page]
+        if texts:
+            encoded = pq.ParquetFile(self.path, buffer_size=2**20, read_dictionary=texts)
+            batch = next(encoded.iter_batches(1, row_groups=[group], columns=[self.name]), None)
+            longest = 0 if batch is None else _longest_in_dictionaries(batch.column(0))
+            count = min(count, 2 * READ_BYTES // max(1, int(longest * values)))
+        return int(min(2**14, max(1, count)))
+
+
+def _longest_in_dictionaries(values: pa.Array) -> int:
+    """Bytes of the longest text in the dictionaries of an array, however deep these are in it."""
+    if pa.types.is_dictionary(values.type):
+        return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
+    if pa.types.is_struct(values.type):
+        return max(map(_longest_in_dictionaries, values.flatten()), default=0)
+    return _longest_in_dictionaries(values.values) if hasattr(values, "values") else 0
 
 
 class ArrowColumn(_BatchColumn):
@@ -138,16 +150,34 @@ class ArrowColumn(_BatchColumn):
             self._get = reader.get_batch if batches is None else batches.__getitem__
             count = reader.num_record_batches if batches is None else len(batches)
             self._starts = np.cumsum([0, *(self._get(b).num_rows for b in range(count))])
-        self.row_bytes = path.stat().st_size / max(1, len(self))
 
     def _load(self, row: int) -> None:
         number = self._group_of(row)
         self._first, self._batch = int(self._starts[number]), self._get(number).column(0)
 
 
-def rows_per_read(row_bytes: float) -> int:
-    """Number of rows of that size to read, or decode, at a time."""
-    return int(min(2**14, max(1, READ_BYTES // max(1.0, row_bytes))))
+def first_rows(values: pa.Array) -> pa.Array:
+    """The first rows of an array: as many as take a few megabytes as Python values, at least one."""
+    kind, rows = values.type, values[: 2**14]
+    if pa.types.is_dictionary(kind) and len(kind_sizes := _sizes(rows.dictionary)):
+        sizes = kind_sizes[rows.indices.fill_null(0).to_numpy()]
+    else:
+        sizes = _sizes(rows)
+    return rows[: max(1, int(np.searchsorted(np.cumsum(sizes), READ_BYTES, side="right")))]
+
+
+def _sizes(values: pa.Array) -> NDArray[np.int64]:
+    """Approximate bytes of each value: of texts and lists of numbers by their lengths; of anything else an even share
+    of what they are encoded to, at least 64 kB, as texts in it may be repeated."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        lengths, each = pc.binary_length(values), 1
+    elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_primitive(kind.value_type):
+        lengths, each = pc.list_value_length(values), 8
+    else:
+        return np.full(len(values), max(2**16, values.nbytes // max(1, len(values))))
+    found: NDArray[np.int64] = lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64) * each
+    return found
 
 
 def choose_column(where: str, names: Sequence[str], column: str | None) -> str:

@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..models.tokenizers import Tokenizer
 from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
-from .columns import Column, Values, rows_per_read
+from .columns import Column, Values, concat_arrays
 from .sources import Source, open_source
 from .token_ids import check_range, check_undamaged, flat_ids, texts_or_chats
 
@@ -213,16 +213,17 @@ class Documents:
     def _range(self, start: int, stop: int) -> Iterator[Tokens]:
         """Documents start to stop, a few megabytes at a time."""
         for column, begin in zip(self._columns, self._starts.tolist(), strict=False):
-            first, last = max(start - begin, 0), min(stop - begin, len(column))
-            step = rows_per_read(column.row_bytes)
-            for row in range(first, last, step):
-                yield self._tokens(column, row, column.read(row, min(row + step, last)))
+            row, last = max(start - begin, 0), min(stop - begin, len(column))
+            while row < last:
+                values = column.read(row, last)
+                yield self._tokens(column, row, values)
+                row += len(values)
 
     def _value_bytes(self) -> Iterator[bytes]:
         """The values as bytes, in blocks that do not depend on the container."""
         for column in self._columns:
             for first in range(0, len(column), 256):
-                values = column.read(first, min(first + 256, len(column)))
+                values = _read_all(column, first, min(first + 256, len(column)))
                 if self._tokenizer is None:
                     part = self._tokens(column, first, values)
                     yield part.lengths.astype("<i8").tobytes()
@@ -276,6 +277,17 @@ def _file_state(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise DataError(f"{path}: the file is gone ({error.strerror}). Bring it back.") from error
     return found.st_size, found.st_mtime_ns
+
+
+def _read_all(column: Column, start: int, stop: int) -> Values:
+    """The values of rows start to stop."""
+    parts: list[Any] = []
+    while start < stop:
+        parts.append(column.read(start, stop))
+        start += len(parts[-1])
+    if parts and isinstance(parts[0], pa.Array):
+        return concat_arrays(parts)
+    return [value for part in parts for value in part]
 
 
 def _concatenate(parts: list[Tokens]) -> Tokens:
@@ -358,8 +370,7 @@ def detect_kind(columns: Sequence[Column]) -> str | None:
     Anything else counts as "ids"; reading it names the error.
     """
     for column in columns:
-        values = column.read(0, min(_INSPECTED_ROWS, len(column)))
-        for value in values:
+        for value in _read_all(column, 0, min(_INSPECTED_ROWS, len(column))):
             if (known := _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)) is not None:
                 return known
     return None

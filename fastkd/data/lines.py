@@ -26,7 +26,6 @@ class _LinesColumn:
         self.path = path
         with file_errors(path, "text"):
             self._offsets = find_offsets(path)  # of each row, and the end of the last: [rows + 1]
-        self.row_bytes = int(self._offsets[-1]) / max(1, len(self))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -35,7 +34,8 @@ class _LinesColumn:
         return f"{self.path}, line {row + 1}"
 
     def _read_bytes(self, start: int, stop: int) -> list[bytes]:
-        """Rows start to stop, without the line ends after them."""
+        """Rows from start on, up to stop, without the line ends after them: a few megabytes, at least one row."""
+        stop = min(stop, start + 2**14, max(start + 1, self._row_at(int(self._offsets[start]) + READ_BYTES)))
         ends = self._offsets[start : stop + 1] - self._offsets[start]
         with file_errors(self.path, "text"), open(self.path, "rb") as file:
             file.seek(int(self._offsets[start]))
@@ -43,6 +43,9 @@ class _LinesColumn:
         if len(data) < ends[-1]:
             raise DataError(f"{self.path}: the file became shorter after it was opened. Do not change it during a run.")
         return [data[a:b].rstrip(b"\r\n") for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+
+    def _row_at(self, offset: int) -> int:
+        return int(np.searchsorted(self._offsets, offset, side="right")) - 1
 
     def _decode(self, row: int, data: bytes) -> str:
         try:

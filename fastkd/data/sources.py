@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, concat_arrays
+from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, concat_arrays, first_rows
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
 _FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
@@ -17,6 +17,7 @@ _FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), lambda path, column, _: JsonLinesColumn(path, column)),
     **dict.fromkeys((".txt", ".text"), TextColumn),
 }
+_ROWS = 1024  # of values in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,6 @@ class RowsColumn:
     """Values in memory: a sequence, a NumPy array of rows or an Arrow array; or a column of an Arrow table, or of
     anything else whose slices are Arrow tables. names: of the columns, if there are any. what, unit: for messages."""
 
-    row_bytes = 2.0**13
-
     def __init__(self, values: Any, names: list[str] | None, column: str | None, what: str, unit: str) -> None:
         self.name = ""
         if names is not None:
@@ -50,12 +49,12 @@ class RowsColumn:
         return len(self._values)
 
     def read(self, start: int, stop: int) -> Values:
-        part = self._values[start:stop]
+        part = self._values[start : min(stop, start + _ROWS)]
         if isinstance(part, (pa.Table, pa.RecordBatch)):
             part = part.column(self.name)
         if isinstance(part, pa.ChunkedArray):
-            return concat_arrays(part.chunks)
-        return part if isinstance(part, pa.Array) else list(part)
+            part = concat_arrays(part.chunks)
+        return first_rows(part) if isinstance(part, pa.Array) else list(part)
 
     def where(self, row: int) -> str:
         return f"{self._what} {row} (from 0)"
