@@ -15,7 +15,7 @@ from train_cases import SMALL, Tiny, make_cache
 import fastkd
 from fastkd.cache import CacheError, CacheSpec, open_cache, verify_cache
 from fastkd.cache.capture_plan import CapturePlan, read_capture_plan
-from fastkd.cache.scan import read_spec
+from fastkd.cache.manifest import read_spec
 from fastkd.cache.stores import MemoryStore
 from fastkd.cli.main import main
 from fastkd.errors import StreamError
