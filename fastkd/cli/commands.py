@@ -170,6 +170,8 @@ class Report:
     """Output page. Default: report.html in the first run folder."""
     png: bool = False
     """Also write each plot as a PNG beside the page."""
+    fetch: bool = False
+    """Also open caches at URLs that the runs name. By default only caches in folders are opened."""
     json: bool = False
     """Print one JSON object instead of text."""
 

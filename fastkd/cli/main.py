@@ -296,7 +296,7 @@ def _shared(command: Train | Sweep) -> dict[str, Any]:
 def report(command: Report) -> Outcome:
     from ..report.make import make_report
 
-    found = make_report(command.runs, command.out, pngs=command.png)
+    found = make_report(command.runs, command.out, pngs=command.png, fetch=command.fetch)
     return Outcome(found, printable(", ".join(found["files"])))
 
 

@@ -19,6 +19,7 @@ def make_report(
     out: Path | None = None,
     *,
     pngs: bool = False,
+    fetch: bool = False,
     more: Sequence[Section] = (),
     title: str = "",
     command: str = "",
@@ -26,15 +27,17 @@ def make_report(
     """Write the report of some runs. Returns what was written, for JSON.
 
     out: file of the page; None: report.html in the first run's folder. pngs: also write every chart as
-    `<name of the page>-<name of the chart>.png`. more: sections after the held-out measures. title: of the page.
-    command: how to make this page again; "": by `fastkd report`. Raises ReportError.
+    `<name of the page>-<name of the chart>.png`. fetch: also open caches at URLs that the runs name. more: sections
+    after the held-out measures. title: of the page. command: how to make this page again; "": by `fastkd report`.
+    Raises ReportError.
     """
     if not folders:
         raise NoRun("runs: got none; expected the folder of at least one run.")
     runs = read_runs(folders)
     out = folders[0] / "report.html" if out is None else out
-    command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *["--png"] * pngs])
-    page = page_of(runs, more=more, title=title, command=command)
+    flags = ["--png"] * pngs + ["--fetch"] * fetch
+    command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *flags])
+    page = page_of(runs, more=more, title=title, command=command, fetch=fetch)
     files = {out: to_html(page).encode()}
     if pngs:
         files |= {out.with_name(f"{out.stem}-{chart.name}.png"): png(chart) for chart in page.charts}
@@ -47,7 +50,9 @@ def make_report(
     return {"report": str(out), "files": [str(path) for path in files], "runs": [run.name for run in runs]}
 
 
-def page_of(runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "", command: str = "") -> Page:
+def page_of(
+    runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "", command: str = "", fetch: bool = False
+) -> Page:
     """The page of some runs; see `make_report`."""
     lead = f"Distilled from cached outputs of the teacher: {', '.join(run.name for run in runs)}."
     if any(run.control is not None for run in runs):
@@ -55,6 +60,6 @@ def page_of(runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "
     return Page(
         title=title or (f"{len(runs)} runs compared" if len(runs) > 1 else f"Distillation: {runs[0].name}"),
         lead=lead,
-        sections=build_sections(Comparison(runs, command), more),
+        sections=build_sections(Comparison(runs, command, fetch), more),
         foot="Made by fastkd report. This page is one file and loads nothing from the network.",
     )

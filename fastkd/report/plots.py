@@ -27,6 +27,7 @@ COLOURS = (
 )
 INK, GRID, GREY = ("#1c2126", "#e4e8ec"), ("#dfe3e8", "#30363d"), ("#68727d", "#98a2ad")
 _POINTS = 240  # maximum of a line; more are averaged in groups
+_LARGEST = 1e100  # matplotlib fails on differences that overflow
 _SIZE = (4.5, 2.9)  # inches of 72 points
 
 _PLACEHOLDERS = {  # colours that are drawn, and what replaces them in the SVG
@@ -110,13 +111,16 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
     if chart.diagonal:
         axes.plot([0, 1], [0, 1], linewidth=1, **dotted)
     if chart.level is not None:
-        axes.axhline(chart.level[0], linewidth=1.2, **dotted)
+        axes.axhline(_drawable(chart.level[0]), linewidth=1.2, **dotted)
     for line in chart.lines:
         colour = grey if line.series.colour is None else colours[line.series.colour % len(colours)]
         size = 1 if line.band is not None else max(1, -(-len(line.x) // _POINTS))
-        x, y = ([fmean(of[i : i + size]) for i in range(0, len(of), size)] for of in (line.x, line.y))
-        if line.band is not None:
-            axes.fill_between(x, *line.band, color=colour, alpha=0.16, linewidth=0)
+        x, y, *band = (
+            [fmean(_drawable(value) for value in of[i : i + size]) for i in range(0, len(of), size)]
+            for of in (line.x, line.y, *(line.band or ()))
+        )
+        if band:
+            axes.fill_between(x, *band, color=colour, alpha=0.16, linewidth=0)
         style = {"linestyle": (0, (4, 1.6)) if line.series.dashed else "-", "marker": "o" if line.markers else None}
         axes.plot(x, y, color=colour, label=line.series.name, **style)
     for x_at, y_at, words in chart.marks:
@@ -136,7 +140,12 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         if all(float(x).is_integer() for line in chart.lines for x in line.x):
             axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.level is not None:
+        y, label = chart.level
         axes.text(
-            0.995, *chart.level, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
+            0.995, _drawable(y), label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
             fontsize=9.5,
         )  # fmt: skip
+
+
+def _drawable(value: float) -> float:
+    return min(max(value, -_LARGEST), _LARGEST)

@@ -1,4 +1,4 @@
-"""Pages as HTML, by Jinja2 from `templates/`. Autoescape is on: text never becomes markup.
+"""Pages as HTML, by Jinja2 from `templates/`. Autoescape is on: text never becomes markup. Credentials are masked.
 
 The page is one file that loads nothing, and its Content-Security-Policy says so to the browser.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ReportError
 from ..utils.numbers import percent
+from ..utils.secrets import masked
 from .page import Page
 from .plots import COLOURS, GREY, GRID, INK, svg
 
@@ -34,7 +35,7 @@ def _environment() -> Any:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        finalize=lambda value: _spelled_out(value) if type(value) is str else value,
+        finalize=lambda value: _spelled_out(masked(value)) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -30,6 +30,7 @@ from .page import Series
 Json = dict[str, Any]
 FORMAT, VERSION = "fastkd-run", 1
 _LINE = 80  # columns; longer commands are wrapped
+_MOST_BYTES = 2**30  # of a file
 
 
 class Point(NamedTuple):
@@ -108,10 +109,11 @@ class Run:
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Runs side by side: what every section is built from. runs: in the order of the page. command: the one that makes
-    this report; empty if unknown."""
+    this report; empty if unknown. fetch: whether caches at URLs are opened."""
 
     runs: Sequence[Run]
     command: str = ""
+    fetch: bool = False
 
     @property
     def students(self) -> list[tuple[Run, Series]]:
@@ -232,6 +234,8 @@ def _document(path: Path) -> Json:
 
 def _text(path: Path) -> str:
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"got {size:,} bytes; expected {_MOST_BYTES:,} at most")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read ({error}). Restore it, or train again.") from error

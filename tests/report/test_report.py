@@ -1,11 +1,12 @@
 """The report: what is on the page, that text stays text, and which files it refuses."""
 
 import json
+import os
 import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from cache_cases import make_shard, make_spec
 from report_cases import CONTROL, STUDENT, evaluation, write_run
 
-from fastkd.cache import create_cache
+from fastkd.cache import CacheError, create_cache
 from fastkd.cli import main as cli
 from fastkd.demo.completions import completions_section
 from fastkd.demo.page import break_even, cost_section
@@ -270,6 +271,25 @@ def test_the_cache(tmp_path: Path) -> None:
     assert "cannot be read" in (tmp_path / "r.html").read_text()
 
 
+def test_no_address_that_a_run_names_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder may be a stranger's: its addresses learn nothing, unless --fetch asks them."""
+    asked: list[str] = []
+
+    def opens(place: str) -> Any:
+        asked.append(place)
+        raise CacheError("no answer")
+
+    monkeypatch.setattr("fastkd.report.sections.cache.open_cache", opens)
+    for place in ("https://host/cache", "s3://bucket/cache", "http+other://host", "\\\\host\\share://x"):
+        run = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), place=place, control=None)
+        assert "was not asked. --fetch asks it" in Reader(to_html(page_of(read_runs([run])))).text
+        assert not asked
+        assert "cannot be read: no answer" in Reader(to_html(page_of(read_runs([run]), fetch=True))).text
+        assert asked.pop() == place
+    assert cli.main(["report", str(run), "--fetch"]) == 0
+    assert asked.pop() == place
+
+
 # Sections of the demo
 
 
@@ -321,6 +341,21 @@ def test_a_section_from_outside_the_package(run: Path, monkeypatch: pytest.Monke
 
 
 # Text stays text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_credentials_are_masked(tmp_path: Path) -> None:
+    """Also those of a run that another program wrote."""
+    url = "https://user:hunter2@host/x?signature=0123abcd"
+    run = write_run(tmp_path / "run", notes=f"see {url}", control=None, log=url, nested={"url": [url]})
+    document = json.loads((run / "run.json").read_text())
+    document |= {"command": ["fastkd", "train", "--cache", url], "caches": [{"place": url}], "machine": {"gpu": url}}
+    document["student"]["name"] = url
+    (run / "run.json").write_text(json.dumps(document))
+    text = to_html(page_of(read_runs([run]), title=url, command=f"fastkd report {url}"))
+    assert text.count("host/x") > 6
+    for secret in ("hunter2", "0123abcd"):
+        assert secret not in text
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:
@@ -400,6 +435,54 @@ def test_damaged_files_are_named(run: Path, name: str, change: Any, message: str
     damage(run, name, change)
     with pytest.raises(ReportError, match=message):
         read_run(run, "r")
+
+
+def test_huge_files_are_refused_before_they_are_read(run: Path) -> None:
+    for name in ("evaluation.json", "metrics.jsonl", "run.json"):
+        os.truncate(run / name, 2**40)  # takes no space
+        with pytest.raises(ReportError, match=rf"{name}: cannot be read .*got 1,099,511,627,776 bytes; expected"):
+            read_run(run, "r")
+
+
+ODD: list[Any] = [None, True, -1, 2**70, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), "", "x\0", [], {}]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json", "metrics.jsonl"])
+def test_odd_values_make_a_page_or_are_refused(tmp_path: Path, name: str) -> None:
+    """Values of a file, each replaced by an odd one."""
+    run = write_run(tmp_path / "run", control=None, steps=40)
+    whole = (run / name).read_text()
+    document = [json.loads(line) for line in whole.splitlines()][-2:] if name == "metrics.jsonl" else json.loads(whole)
+    paths, pages, refused = list(paths_of(document)), 0, 0
+    for number in range(60):
+        changed = replaced(document, paths[number % len(paths)], ODD[number % len(ODD)])
+        lines = changed if name == "metrics.jsonl" and isinstance(changed, list) else [changed]
+        (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            to_html(page_of(read_runs([run])))
+            pages += 1
+        except ReportError as error:
+            assert str(error).startswith(str(run / name)), error
+            refused += 1
+    assert pages + refused == 60
+    assert min(pages, refused) > 2
+
+
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values in a document, of long lists only the first ones."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from paths_of(one, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
 
 
 def test_other_damage(run: Path, tmp_path: Path) -> None:
@@ -499,6 +582,12 @@ def test_colours_are_the_pages() -> None:
     assert len(ids) == len(set(ids))
     assert all(f"#{name}" in text for name in ids)
     assert not set(ids) & set(re.findall(r' id="([^"]*)"', plots.svg(chart(lines)._replace(name="d"))))
+
+
+@pytest.mark.parametrize("values", [[1e308, -1e308], [5e-324, 0.0], [1e-300, 1e300]])
+def test_extreme_values_are_drawn(values: list[float]) -> None:
+    lines = [Line(Series("a", 0), [1, 2], values, (values, values), markers=True), Line(Series("b", 1), [3], [1.0])]
+    assert "<svg" in plots.svg(chart(lines, level=(values[0], "level")))
 
 
 def test_long_lines_are_thinned() -> None:

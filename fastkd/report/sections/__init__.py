@@ -4,10 +4,10 @@ from a `Comparison` of runs to a `Section`, or None if there is nothing to show.
 A new section is a new module here; code outside the package calls `register_section`.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from functools import cache
 
 from ..page import Section
 from ..runs import Comparison
@@ -31,7 +31,7 @@ def build_sections(comparison: Comparison, more: Sequence[Section] = ()) -> list
     return [section for _, section in sorted(found, key=lambda entry: entry[0]) if section is not None]
 
 
-@cache
+@functools.cache
 def _built_in() -> list[tuple[float, Build]]:
     modules = [importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)]
     return [(module.POSITION, module.build) for module in modules]

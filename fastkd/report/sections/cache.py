@@ -2,7 +2,7 @@
 
 from ...cache import CacheError, open_cache
 from ...cache.inspect import inspect_cache
-from ...utils.text import report_text, without_credentials
+from ...utils.text import report_text
 from ..page import Block, Code, Paragraph, Section
 from ..runs import Comparison
 
@@ -10,7 +10,7 @@ POSITION = 50
 
 
 def build(comparison: Comparison) -> Section | None:
-    """What `fastkd inspect` says of each cache, once; and notes on those that cannot be opened, or were replaced."""
+    """What `fastkd inspect` says of each cache, once; and notes on those that are not opened, or were replaced."""
     caches: dict[str, tuple[str, str, str]] = {}
     for run, _ in comparison.students:
         for place, spec in run.caches:
@@ -18,15 +18,18 @@ def build(comparison: Comparison) -> Section | None:
     blocks: list[Block] = []
     notes: list[Block] = []
     for name, place, spec in caches.values():
-        shown = without_credentials(place)
+        if "://" in place and not comparison.fetch:  # a run folder may be a stranger's
+            text = f"The cache of {name} is at an address, {place}, which was not asked. --fetch asks it."
+            notes.append(Paragraph(text, aside=True))
+            continue
         try:
             report = inspect_cache(open_cache(place))
         except (CacheError, OSError) as error:
-            text = f"The cache of {name}, {shown}, cannot be read: {without_credentials(str(error))}"
+            text = f"The cache of {name}, {place}, cannot be read: {error}"
             notes.append(Paragraph(text, aside=True))
             continue
         if spec and report["spec_sha256"] != spec:
-            text = f"{shown} now holds another cache than the one that {name} was trained from."
+            text = f"{place} now holds another cache than the one that {name} was trained from."
             notes.append(Paragraph(text, aside=True))
         else:
             blocks.append(Code(report_text(report)))

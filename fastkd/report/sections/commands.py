@@ -1,6 +1,5 @@
 """The commands that were typed, and notes on the students."""
 
-from ...utils.text import without_credentials
 from ..page import Block, Code, Paragraph, Section
 from ..runs import Comparison
 
@@ -18,8 +17,5 @@ def build(comparison: Comparison) -> Section:
     if comparison.command:
         blocks.append(Code(comparison.command, "this page"))
     for run, _ in comparison.students:
-        blocks += [
-            Paragraph(f"{run.name}: {without_credentials(str(note))}", aside=True)
-            for note in run.items("student", "notes")
-        ]
+        blocks += [Paragraph(f"{run.name}: {note}", aside=True) for note in run.items("student", "notes")]
     return Section("Commands", blocks)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...utils.numbers import DASH
-from ...utils.text import without_credentials
 from ..page import Block, Cell, Column, Paragraph, Row, Section, Table
 from ..runs import Comparison
 
@@ -52,4 +51,4 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else without_credentials(str(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
