@@ -1,7 +1,6 @@
 """Checks of single arguments: whole numbers, real numbers and 0-d tensors. Imports torch only for what may be one."""
 
 import operator
-from math import inf
 from numbers import Real
 from typing import Any
 
@@ -34,12 +33,6 @@ def whole_number(name: str, value: Any, expected: str, least: int | None = None)
     if least is not None and number < least:
         raise KDError(f"{name}: got {number}; expected {expected}, at least {least}.")
     return number
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise KDError unless it is a positive, finite number."""
-    if not isinstance(value, Real) or not 0 < float(value) < inf:
-        raise KDError(f"{name}: got {value!r}; expected a positive, finite number.")
 
 
 def is_number(name: str, value: Any) -> bool:

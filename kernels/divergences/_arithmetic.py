@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `tl` and `tm` are there where a divergence's triton_terms are compiled
+    import triton.language as tl
     from torch import Tensor
+
+    from .. import triton_math as tm
+
+    __all__ = ["Tensor", "tl", "tm"]
 
 _INF = math.inf
 

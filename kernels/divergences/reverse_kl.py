@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 from ._arithmetic import differentiable_difference, differentiable_times, times
 
 if TYPE_CHECKING:
-    import triton.language as tl
-    from torch import Tensor
-
-    from .. import triton_math as tm
+    from ._arithmetic import Tensor, tl, tm
 
 PARAMETER = None
 TREATMENTS = ("bucket",)

@@ -11,10 +11,7 @@ from . import Parameter
 from ._arithmetic import differentiable_difference, differentiable_log_mix, differentiable_times, log_mix, times
 
 if TYPE_CHECKING:
-    import triton.language as tl
-    from torch import Tensor
-
-    from .. import triton_math as tm
+    from ._arithmetic import Tensor, tl, tm
 
 PARAMETER = Parameter("skew", default=0.1, low=0.0, high=1.0)
 TREATMENTS = ("bucket",)

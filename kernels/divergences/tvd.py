@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import triton.language as tl
-    from torch import Tensor
+    from ._arithmetic import Tensor, tl
 
 PARAMETER = None
 TREATMENTS = ("bucket",)

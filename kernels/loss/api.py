@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
+from numbers import Real
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..arguments import check_positive, describe, is_number, whole_number
+from ..arguments import describe, is_number, whole_number
 from ..errors import KDError
 from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..tail import check_temperature
@@ -124,8 +126,8 @@ def linear_kd_loss(
         if tensor is not None:
             _check_student(name, tensor)
     for name, number in (("softcap", lm_head.softcap), ("logit_scale", lm_head.logit_scale)):
-        if number is not None:
-            check_positive(name, number)
+        if number is not None and not (isinstance(number, Real) and 0 < number < inf):
+            raise KDError(f"{name}: got {number!r}; expected a positive, finite number.")
     width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)

@@ -42,12 +42,6 @@ def cross_entropy_rows(z_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(valid, -picked, 0.0)
 
 
-def capped(raw_NV: Tensor, softcap: float | None, logit_scale: float | None) -> Tensor:
-    """Logits of an LM head's matrix product: the scale multiplies, then the cap. A masked logit stays −inf."""
-    z = raw_NV if logit_scale is None else raw_NV * logit_scale
-    return z if softcap is None else torch.where(raw_NV == -_INF, -_INF, softcap * torch.tanh(z / softcap))
-
-
 def kd_loss_reference(
     logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +60,12 @@ def linear_reference(
     """Loss, hard, soft of hidden states, and the gradients in hidden, weight and bias; None for those not wanted."""
 
     def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        raw = hidden_CD @ weight_VD.T
-        return capped(raw if bias_V is None else raw + bias_V, lm_head.softcap, lm_head.logit_scale)
+        z = hidden_CD @ weight_VD.T
+        z = z if bias_V is None else z + bias_V
+        z = z if lm_head.logit_scale is None else z * lm_head.logit_scale
+        # a masked logit stays −inf
+        cap = lm_head.softcap
+        return z if cap is None else torch.where(z == -_INF, -_INF, cap * torch.tanh(z / cap))
 
     inputs = [hidden_ND, lm_head.weight, lm_head.bias]
     shape = (hidden_ND.shape[0], lm_head.weight.shape[0])
