@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StreamError
+from ..utils.atomic import unsealed
 from ..utils.intervals import Interval, bootstrap_interval, ratio_interval, to_json
 from .rows import Rows
 
@@ -193,6 +194,7 @@ class Evaluation:
         if (version := data.get("version")) != VERSION:
             raise StreamError(f"evaluation: got version {version!r}; expected {VERSION}. Evaluate again.")
         try:
+            data = unsealed(data)
             found = cls(
                 **{name: kind(data[name]) for name, kind in _SCALARS.items()},
                 student=Windows.from_json(data["student"]),

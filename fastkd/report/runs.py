@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from ..errors import NoRun, ReportError, StreamError
 from ..evaluate.api import Evaluation, compare
+from ..utils.atomic import unsealed
 from ..utils.intervals import Interval
 from .page import Series
 
@@ -229,6 +230,10 @@ def _document(path: Path) -> Json:
         raise ReportError(f"{path}: not JSON ({error}). Restore it, or train again.") from error
     if not isinstance(found, dict):
         raise ReportError(f"{path}: got {type(found).__name__}; expected a JSON object. Restore it, or train again.")
+    try:
+        unsealed(found)
+    except ValueError as error:
+        raise ReportError(f"{path}: {error}. Restore it, or train again.") from error
     return found
 
 

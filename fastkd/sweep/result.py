@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TrainError
+from ..errors import StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import SWEEP as SHOWN
 from ..evaluate.measures import printed_in, sign_of
@@ -30,6 +30,7 @@ from ..settings import TrainSettings
 from ..train.api import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
 from ..train.settings_check import check_same, stated
+from ..utils.atomic import unsealed
 from ..utils.intervals import t_quantile
 from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
@@ -151,12 +152,15 @@ class SweepReport:
 
 def read_result(folder: Path) -> Result | None:
     """The result of a training, or None if it is not finished. Raises TrainError if its files are damaged."""
-    if (failed := _read(folder / FAILED)) is not None:
-        return Result({}, failed=str(failed["error"]))
-    if (document := _read(folder / RUN)) is None or not document["report"]["complete"]:
-        return None
-    one, several = _read(folder / EVALUATION), _read(folder / EVALUATIONS)
-    return Result(document, [Evaluation.from_json(found) for found in several or ([one] if one else [])])
+    try:
+        if (failed := _read(folder / FAILED)) is not None:
+            return Result({}, failed=str(failed["error"]))
+        if (document := _read(folder / RUN)) is None or not document["report"]["complete"]:
+            return None
+        one, several = _read(folder / EVALUATION), _read(folder / EVALUATIONS)
+        return Result(document, [Evaluation.from_json(found) for found in several or ([one] if one else [])])
+    except (KeyError, TypeError, StreamError) as error:
+        raise TrainError(f"{folder}: {error!r}. Its results are damaged: delete it, and sweep again.") from error
 
 
 def check_finished(folder: Path, done: Result, settings: TrainSettings, student: Any, caches: Sequence[Any]) -> None:
@@ -295,10 +299,10 @@ def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
 def _read(path: Path) -> Any:
     """A JSON document, or None if there is no such file."""
     try:
-        return json.loads(path.read_text())
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError(f"{path}: cannot be read ({error}). Delete {path.parent}, and run the sweep again.") from error
 
 

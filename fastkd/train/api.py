@@ -20,7 +20,7 @@ from ..settings import TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
 from ..stream.split import check_data, has_held_out, open_sources, open_split
-from ..utils.atomic import write_json, writing
+from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.signals import Stop
@@ -126,7 +126,7 @@ def _run(
         report = trainer.report()
         if processes.first:
             if held is not None and held.evaluations:  # by window, so that runs can be compared pairwise
-                documents = [one.to_json() for one in held.evaluations]
+                documents = [sealed(one.to_json()) for one in held.evaluations]
                 name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
                 write_json(out / name, document, indent=None)
             caches = {"caches": [describe_cache(cache) for cache in inputs.caches]}

@@ -2,10 +2,11 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _RECOVERABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EMFILE,
     errno.ENFILE, errno.ETIMEDOUT,
 )  # fmt: skip
+_SHA256 = "sha256"  # of a JSON document: the name of its hash
 PART = ".part"
 """How the name of a temporary file or folder ends; it begins with a dot."""
 
@@ -79,8 +81,30 @@ def write_text(final: Path, text: str, *, sync: bool = True) -> None:
 
 
 def write_json(final: Path, document: Any, *, indent: int | None = 1) -> None:
-    """Create or replace a JSON file. Credentials in its texts are masked."""
-    write_text(final, json.dumps(masked(document), indent=indent, allow_nan=False) + "\n")
+    """Create or replace a JSON file. Credentials in its texts are masked; an object is `sealed`."""
+    document = masked(document)
+    document = sealed(document) if isinstance(document, dict) else document
+    write_text(final, json.dumps(document, indent=indent, allow_nan=False) + "\n")
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document as JSON returns it, with a sha256 of its contents, so that `unsealed` notices a changed bit."""
+    plain = json.loads(json.dumps({name: value for name, value in document.items() if name != _SHA256}))
+    return plain | {_SHA256: _digest(plain)}
+
+
+def unsealed(document: Any) -> Any:
+    """The document without its sha256. Raises ValueError if it has one and is not what was `sealed`."""
+    if not isinstance(document, dict) or _SHA256 not in document:
+        return document
+    plain = {name: value for name, value in document.items() if name != _SHA256}
+    if document[_SHA256] != _digest(plain):
+        raise ValueError("it has changed since it was written")
+    return plain
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def write_folder(final: Path, fill: Callable[[Path], object]) -> None:

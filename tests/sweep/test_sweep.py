@@ -29,6 +29,7 @@ from fastkd.sweep.result import (
     Behind,
     SweepReport,
     ranked,
+    read_result,
     seed_noise,
     sweep_text,
     window_noise,
@@ -198,6 +199,33 @@ def test_without_matplotlib_there_is_a_note(done: Any, monkeypatch: pytest.Monke
         monkeypatch.setitem(__import__("sys").modules, name, None)
     report = plotted(done[1])
     assert report.notes[-1].startswith("no plot: matplotlib is not installed. pip install 'fastkd[report]'")
+
+
+@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
+def test_any_bit_of_a_finished_training(name: str, every: int, done: Any, tmp_path: Path) -> None:
+    """It is noticed, or changes nothing that is read, as in a space."""
+    run = next(done[0].glob("*/seed=0"))
+    for file in ("run.json", "evaluation.json"):
+        shutil.copy(run / file, tmp_path / file)
+    before = read_result(tmp_path)
+    assert before is not None
+    path, noticed = tmp_path / name, 0
+    data = path.read_bytes()
+    bits = range(0, 8 * len(data), every)
+    for bit in bits:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = read_result(tmp_path)
+        except TrainError:
+            noticed += 1
+        else:
+            assert found is not None
+            assert found.run == before.run or "sha256" not in json.loads(flipped)
+            assert found.evaluations[0].to_json() == before.evaluations[0].to_json()
+    assert noticed > 0.6 * len(bits)  # many bytes are spaces
 
 
 def test_the_best_checkpoint_is_what_is_measured(cache: Cache, tmp_path: Path) -> None:
