@@ -62,6 +62,7 @@ def report_text(report: dict[str, Any]) -> str:
         whole = "all shards" if read == report["shards"] else f"{read} of {report['shards']:,} shards, evenly chosen"
         rows = [[f"  {name}", f"{size:.3f}", f"{size / (each['total'] or 1):.1%}"] for name, size in each.items()]
         lines += ["", f"Bytes per position, by array (from {whole})", *format_table(rows, gap=4)]
+        lines.append("  other: the arrays' names, shapes and codecs; headers")
     if report["mass"]["mean"] is not None:
         rows = [["Counted positions", *report["mass"]]]
         for what, label in (("mass", "mass of the top-k"), ("entropy", "entropy in nats")):
