@@ -89,7 +89,7 @@ def write_json(final: Path, document: Any, *, indent: int | None = 1) -> None:
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document as JSON returns it, with a sha256 of its contents, so that `unsealed` notices a changed bit."""
-    plain = json.loads(json.dumps({name: value for name, value in document.items() if name != _SHA256}))
+    plain: dict[str, Any] = json.loads(json.dumps({n: value for n, value in document.items() if n != _SHA256}))
     return plain | {_SHA256: _digest(plain)}
 
 
