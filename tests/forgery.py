@@ -44,7 +44,7 @@ VALUES = (
 
 def shard_of(spec: CacheSpec) -> tuple[dict[str, Any], Arrays]:
     """Attributes and arrays of a shard of 24 positions with everything that the settings allow."""
-    shard = make_shard(spec, positions=24, seed=3, sequences=3)
+    shard = make_shard(spec, positions=24, seed=3, sequences=3, uncounted=0.25)
     if "weight" in spec.inputs:
         shard["inputs"]["weight"] = np.linspace(0, 1, 24, dtype=np.float32)
     if spec.settings.contexts:

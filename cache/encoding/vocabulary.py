@@ -132,6 +132,8 @@ def decode_lists(streams: Streams, lengths_C: Array, order_V: Ints) -> Ints:
     for block in decode_rows(streams, lengths, sort_ties=True):
         begin = begins[block.rows]
         for j, size in enumerate(block.lengths):
+            if not size:
+                break
             ranks = block.ranks_KB[j, :size]
             if int(ranks.max(initial=0)) >= len(order_V):
                 raise ValueError("got a list with a rank outside the order")
