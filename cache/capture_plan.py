@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import CacheError, NotFound, StoreError, expect
-from .spec import MOST_SHARDS, CacheSpec, parse_json
+from .manifest import read_twice
+from .spec import MOST_JSON, MOST_SHARDS, CacheSpec, parse_json
 from .stores import Store
 
 PLAN_KEY = "plan.json"
@@ -80,7 +81,9 @@ def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePla
     """
     expected = None if spec is None else spec.provenance.plan_sha256
     try:
-        data = store.get(PLAN_KEY)
+        plan = read_twice(lambda: CapturePlan.from_json(store.get_tail(PLAN_KEY, MOST_JSON + 1)))
+        if spec is not None and expected is not None:
+            _check_named(plan, spec)
     except NotFound as error:
         if expected is None:
             return None
@@ -88,10 +91,8 @@ def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePla
             f"{store.describe()}: there is no {PLAN_KEY}, although {_SPEC} names one: which shards are held out is "
             f"unknown. {_RESTORE}"
         ) from error
-    try:
-        plan = CapturePlan.from_json(data)
-        if spec is not None and expected is not None:
-            _check_named(plan, spec)
+    except StoreError:
+        raise
     except CacheError as error:
         raise CacheError(f"{store.describe()}: {error}" + ("" if expected is None else f" {_RESTORE}")) from error
     return plan

@@ -459,3 +459,14 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
     assert open_cache(tmp_path).zarr_group(0)["draws/context_tokens"].size
     assert (open_cache(tmp_path).read_shard(0)["draws"] == 1).all()
     same(tmp_path)
+
+
+def test_every_check_of_a_reader_has_its_test() -> None:
+    section = FORMAT.read_text().split("## What a reader must check")[1].split("\n## ")[0]
+    source = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    points = re.findall(r"^- .*?(?=\n- |\n\n|\Z)", section, re.DOTALL | re.MULTILINE)
+    assert len(points) > 15
+    for point in points:
+        assert re.search(r"`test_\w+`", point), point
+    for name in re.findall(r"`(test_\w+)`", section):
+        assert f"def {name}(" in source, name

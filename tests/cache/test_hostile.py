@@ -20,10 +20,11 @@ import pytest
 from cache_cases import make_shard, make_spec
 
 from fastkd.cache import Cache, CacheError, CorruptShard, StoreError, create_cache, open_cache, verify_cache
+from fastkd.cache.capture_plan import read_capture_plan
 from fastkd.cache.errors import Refused
 from fastkd.cache.manifest import to_parquet
 from fastkd.cache.spec import parse_json
-from fastkd.cache.stores import HttpStore, MemoryStore
+from fastkd.cache.stores import HttpStore, MemoryStore, open_store
 
 
 def sealed(path: Any, shards: int = 2) -> None:
@@ -37,14 +38,20 @@ def sealed(path: Any, shards: int = 2) -> None:
 # Bounded reads
 
 
-@pytest.mark.parametrize("name", ["spec.json", "manifest.parquet", "shards/0.zarr.zip", "shards/1.zarr.zip"])
+@pytest.mark.parametrize("name", ["spec.json", "plan.json", "manifest.parquet", "shards/0.zarr.zip"])
 def test_a_sparse_object_of_50_gib_is_refused_unread(tmp_path: Path, name: str) -> None:
     sealed(tmp_path)
+    (tmp_path / "plan.json").touch()
     os.truncate(tmp_path / name, 50 * 2**30)
+
+    def read() -> None:
+        open_cache(tmp_path).read_shard(0)
+        read_capture_plan(open_store(tmp_path))
+
     tracemalloc.start()
     try:
-        with pytest.raises(CacheError, match=re.escape(name.partition("/")[0])):
-            open_cache(tmp_path).read_shard(int(name[7]) if name[0:2] == "sh" else 0)
+        with pytest.raises(CacheError, match=re.escape(name)):
+            read()
         report = verify_cache(tmp_path)
         assert any("bytes" in problem.what for problem in report.problems)
         assert tracemalloc.get_traced_memory()[1] < 2**30
