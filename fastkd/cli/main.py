@@ -373,12 +373,12 @@ def _at_terminal() -> bool:
 
 
 def _say(text: str, stream: Any = None) -> None:
-    """Print text without credentials. Characters that the stream cannot encode are escaped; a closed pipe or a full
-    disk is ignored."""
-    stream = stream or sys.stdout
+    """Print text without credentials and control characters. Characters that the stream cannot encode are escaped; a
+    closed pipe or a full disk is ignored."""
+    stream, text = stream or sys.stdout, printable(masked(text), keep="\n\t")
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(masked(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
         # otherwise Python's flush at exit would raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -48,10 +48,6 @@ class AnyBatch(ABC):
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
 
-    def _index(self) -> Tensor:
-        assert self.targets.index is not None
-        return self.targets.index
-
     def _map(self, function: Callable[[Tensor], Tensor], targets: Callable[[SparseTargets], SparseTargets]) -> Self:
         changed: dict[str, Any] = {
             f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
@@ -103,10 +99,11 @@ class MicroBatch(AnyBatch):
 
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
+        index: Any = self.targets.index
         if self.layout == "padded":
-            segment = torch.div(self._index(), self.input_ids.shape[1], rounding_mode="floor")
+            segment = torch.div(index, self.input_ids.shape[1], rounding_mode="floor")
         else:
-            segment = torch.bucketize(self._index(), self.cu_seqlens, right=True) - 1
+            segment = torch.bucketize(index, self.cu_seqlens, right=True) - 1
         return self.sequences.long()[segment]
 
 
@@ -126,7 +123,8 @@ class ExampleBatch(AnyBatch):
 
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
-        return self.sequences.long()[self._index()]
+        index: Any = self.targets.index
+        return self.sequences.long()[index]
 
 
 @dataclass(frozen=True, eq=False)

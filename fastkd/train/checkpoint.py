@@ -230,7 +230,9 @@ def _identity(path: Path) -> list[Any]:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, shared ones once. They share memory with the model."""
-    return {name: tensor.detach() for name, tensor in _named(model)}
+    stored = model.state_dict().keys()  # without buffers that are not persistent
+    named = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in stored}}
+    return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -267,14 +269,6 @@ def load_optimizer(
         else:
             optimizer.state[p][key] = torch.empty_like(p, dtype=dtype, requires_grad=False)
     checkpoint.load(OPTIMIZER, optimizer_tensors(optimizer, model), processes)
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _check(ours: dict[str, Tensor], checkpoint: Checkpoint) -> None:

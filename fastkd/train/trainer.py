@@ -83,7 +83,7 @@ class Trainer:
     ) -> None:
         self.student, self._tokenizer = made
         self._source, self._processes, self._settings, self._out = source, processes, settings, out
-        self.steps = total_steps(settings, source)
+        self.steps = settings.steps or max(1, math.ceil(settings.epochs * len(source)))
         self.step = self.resumed = 0
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
@@ -245,7 +245,9 @@ class Trainer:
 
     def _make(self, step: Step) -> StepMetrics:
         settings, device, at = self._settings, self._processes.device, (self.step, self.steps)
-        torch.manual_seed(_seed_of(settings.seed, self.step, self._processes.rank))
+        # the seed of dropout: so no generator's state has to be saved, and evaluations do not change it
+        seed = hashlib.sha256(f"{settings.seed},{self.step},{self._processes.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:7]))
         rate = rate_at(
             *at, peak=settings.rate, schedule=settings.rate_schedule, warmup=settings.warmup, floor=settings.rate_floor,
             decay=settings.decay,
@@ -391,20 +393,11 @@ class Trainer:
         self._progress.event("note", text=text)
 
 
-def total_steps(settings: TrainSettings, source: BatchSource) -> int:
-    return settings.steps or max(1, math.ceil(settings.epochs * len(source)))
-
-
 def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
     """The type of matrix products for a setting of `precision` on a device; None: that of the weights."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout: so no generator's state has to be saved, and evaluations do not change it."""
-    return int.from_bytes(hashlib.sha256(f"{seed},{step},{rank}".encode()).digest()[:7])
 
 
 def _describe(step: Step) -> str:

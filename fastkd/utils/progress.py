@@ -10,13 +10,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from .numbers import duration
 from .secrets import masked
+from .text import printable
 
 MODES = ("none", "bar", "lines", "events")
 LINE_SECONDS = 60.0  # between lines, without a bar
@@ -24,7 +25,7 @@ EVENT_SECONDS = 5.0
 _WINDOW_SECONDS = 60.0  # over which rates are averaged
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Counts units of work and reports them. Close it, or use it as a context manager.
 
     total: units in all. already: units done before this job. shares: names of time shares, passed to `add` in seconds
@@ -52,11 +53,10 @@ class Progress:
         self._stream: Any = Lenient(stream or (sys.stdout if mode == "events" else sys.stderr))
         self._begun = self._said = clock()
         self._marks: deque[tuple[float, int, dict[str, float]]] = deque([(self._begun, 0, dict(self._shares))])
-        self._bar = None
-        if mode == "bar":
-            self._bar = tqdm(
-                total=total, initial=already, unit=unit, unit_scale=True, file=self._stream, dynamic_ncols=True
-            )
+        self._bar = tqdm(
+            total=total, initial=already, unit=unit, unit_scale=True, file=self._stream, dynamic_ncols=True,
+            disable=mode != "bar",
+        )  # fmt: skip
 
     def add(self, units: int, **seconds: float) -> None:
         """Add units of work done by this process, and the seconds of each share."""
@@ -69,16 +69,15 @@ class Progress:
             self._marks.append((now, self._mine, dict(self._shares)))
             while now - self._marks[0][0] > _WINDOW_SECONDS and len(self._marks) > 2:
                 self._marks.popleft()
-        if self._bar is not None:
+        if self._mode == "bar":
             self._bar.set_postfix_str(", ".join(self._notes()), refresh=False)
-            self._bar.update(units)
+        self._bar.update(units)
         self._say_now_and_then(now)
 
     def found(self, units: int) -> None:
         """Add units done by other workers; negative if counted work was discarded."""
         self.done += units
-        if self._bar is not None:
-            self._bar.update(units)
+        self._bar.update(units)
 
     def figure(self, name: str, value: float, text: str) -> None:
         self._figures[name] = value, text
@@ -94,7 +93,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, in modes "bar" and "lines"."""
         if self._mode in ("bar", "lines"):
-            self._write(text)
+            self._write(printable(text))
 
     def now(self) -> dict[str, float]:
         """Current state: units, total, units_per_second, shares, figures, and seconds_left if any unit was done in
@@ -113,12 +112,7 @@ class Progress:
         return found
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> "Progress":
-        return self
+        self._bar.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -143,7 +137,7 @@ class Progress:
         self._write(f"{self.done:,} of {self.total:,} {self.unit}s ({share:.1%}), {', '.join(parts)}{left}")
 
     def _write(self, text: str) -> None:
-        if self._bar is not None:
+        if self._mode == "bar":
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)

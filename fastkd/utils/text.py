@@ -18,9 +18,10 @@ _LABEL = 20  # columns of a line's label
 _MOST_LISTED = 8  # ranges, or objects, on one line
 
 
-def printable(text: str) -> str:
-    """The text on one line, with unprintable characters escaped: no escape sequence reaches a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """The text on one line, with unprintable characters escaped: no escape sequence reaches a terminal. keep: these are
+    not escaped."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def ranges(pairs: Iterable[list[int]]) -> str:
