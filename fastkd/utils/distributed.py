@@ -120,7 +120,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 # what torch's backends say of a process that is gone, or silent
-_LOST = re.compile(r"(?i)gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|c10d|TCPStore")
+_LOST = re.compile(r"(?i)connection (closed|reset|refused)|timed out|timeout|broken pipe|remote process")
 
 
 @contextmanager
@@ -157,6 +157,8 @@ def joined_processes(
                 f"process {rank} of {count}: another process of the job {lost}. Its own message says why, if any; "
                 "run the same command again, with all processes, to resume."
             ) from error
+        if isinstance(error, dist.DistError):
+            raise TrainError(f"the processes of the job cannot meet: {error}") from error
         raise
     finally:
         if began:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import train_jobs
 from train_cases import SMALL, make_cache
 
+from fastkd.errors import TrainError
 from fastkd.train.checkpoint import steps_of
+from fastkd.utils.distributed import joined_processes
 
 CHANGES: dict[str, Any] = SMALL | {"steps": 12, "checkpoint_every": 2}
 
@@ -43,3 +46,13 @@ def test_the_others_end(number: int, of: int, parallel: str, message: str, tmp_p
     changes["timeout_minutes"] = 5.0
     train_jobs.run(train_jobs.train, *arguments, ranks=2)
     assert os.path.exists(tmp_path / "run" / "run.json")
+
+
+def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port is taken, by something that is none of them."""
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(TrainError, match=r"cannot meet: .*address already in use"), joined_processes("cpu"):
+            pass
