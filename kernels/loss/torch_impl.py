@@ -171,11 +171,14 @@ class TorchRows:
             hard_scale * sums.shift.exp() / s_1,
             torch.where((soft_scale == 0) | (sums.off_t == 0), 0.0, soft_scale * off_support / sums.off_t),
         )
-        # x is 0 on the support here
+        hard_CK = hard_scale[:, None] * (e_CK / s_1[:, None])
         if label is not None:
-            x_CV.scatter_add_(1, label, -hard_scale[:, None])
+            on_label = (ids == label) & used
+            hard_CK = hard_CK - hard_scale[:, None] * on_label
+            x_CV.scatter_add_(1, label, torch.where(on_label.any(1, keepdim=True), 0.0, -hard_scale[:, None]))
         soft_CK = torch.where(soft_scale[:, None] == 0, 0.0, soft_scale[:, None] * on_support)
-        x_CV.scatter_add_(1, ids, torch.where(used, hard_scale[:, None] * (e_CK / s_1[:, None]) + soft_CK, 0.0))
+        # x is 0 on the support here
+        x_CV.scatter_add_(1, ids, torch.where(used, hard_CK + soft_CK, 0.0))
         if cap_slope is not None:
             x_CV.mul_(cap_slope)
         if self.options.logit_scale is not None:

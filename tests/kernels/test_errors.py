@@ -198,6 +198,7 @@ def test_things_that_are_something_else() -> None:
             kd_loss(**{"logits": C.logits, "targets": C.targets, "labels": C.labels, **change})
     for change, says in [
         ({"weight": [1.0]}, "weight: got"),
+        ({"weight": None}, "weight: got None"),
         ({"bias": [1.0]}, "bias: got"),
         ({"bias": torch.zeros(50, dtype=torch.int64)}, "bias: got"),
         ({"softcap": "a"}, "softcap: got 'a'"),
