@@ -105,7 +105,9 @@ def decode_part(
             continue
         rows = slice(block.rows.start, block.rows.start + size) if isinstance(block.rows, slice) else block.rows[:size]
         codes_KB, ranks_KB = _filled(part, block, tables)
-        found = [_gathered(tables.ids, _index(part, ranks_KB, rows, tables).T), _gathered(tables.logprobs, codes_KB.T)]
+        last = 1 if block.lengths[-1] == size else 0  # nothing is filled up: the numbers that mean no entry are refused
+        ids, logprobs = (table.slice(0, len(table) - last) for table in (tables.ids, tables.logprobs))
+        found = [_gathered(ids, _index(part, ranks_KB, rows, tables).T), _gathered(logprobs, codes_KB.T)]
         if len(out) == 3:
             found.append(_draws(coded.extras, block).T)
         _put(found, rows, counts_N, offsets_N, out)
@@ -162,17 +164,18 @@ def _lists(part: str, streams: Mapping[str, Array], tokens: Array, order: Array)
 
 
 def _filled(part: str, block: Block, tables: _Tables) -> tuple[Array, Array]:
-    """Codes and ranks of a block, `[width, size]`, filled up with no_code and no_rank."""
+    """Codes and ranks of a block, `[width, size]`, filled up with no_code and no_rank.
+
+    Where nothing is filled up and there are no lists, those outside their tables are left to `_gathered`.
+    """
     size = block.lengths[0]
     codes_KB, ranks_KB = block.codes_KB[:, :size], block.ranks_KB[:, :size]
-    if block.lengths[-1] == size:
-        highest = [(codes_KB.max(), ranks_KB.max())]
-    else:
-        highest = [(codes_KB[j, :n].max(), ranks_KB[j, :n].max()) for j, n in enumerate(block.lengths) if n]
-        for j, n in enumerate(block.lengths):
-            codes_KB[j, n:], ranks_KB[j, n:] = tables.no_code, tables.no_rank
-    if any(code >= tables.no_code or rank >= tables.no_rank for code, rank in highest):
-        raise ValueError(f"{part}: a code or a rank outside its table")
+    if block.lengths[-1] == size and not tables.list_width:
+        return codes_KB, ranks_KB
+    for j, n in enumerate(block.lengths):
+        if n and (codes_KB[j, :n].max() >= tables.no_code or ranks_KB[j, :n].max() >= tables.no_rank):
+            raise ValueError(f"{part}: a code or a rank outside its table")
+        codes_KB[j, n:], ranks_KB[j, n:] = tables.no_code, tables.no_rank
     return codes_KB, ranks_KB
 
 
@@ -194,7 +197,7 @@ def _gathered(table: pa.Array, index_BK: Array) -> Array:
     Arrow takes 16-bit indices as they are. NumPy widens them to 64 bits first, which takes three times as long.
     """
     flat = pa.array(np.ascontiguousarray(index_BK).reshape(-1))
-    values: Array = pc.take(table, flat, boundscheck=True).to_numpy()
+    values: Array = pc.take(table, flat, boundscheck=True).to_numpy()  # of data from a file: always checked
     return values.reshape(index_BK.shape)
 
 

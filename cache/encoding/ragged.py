@@ -16,6 +16,7 @@ Without `sort_ties` all ranks are in `firsts`, in the order of the entries.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,12 +154,10 @@ def decode_rows(
     values, firsts, ties = streams.values, streams.firsts, streams.ties
     if len(values) != column_start[-1] or len(streams.extras) not in (0, len(values)):
         raise ValueError(f"got {len(values)} values and {len(streams.extras)} extras; expected {column_start[-1]}")
-    ties_in, highest = np.zeros(width, np.int64), 0
-    for j in range(width):
+    ties_in = np.zeros(width, np.int64)
+    for j in range(1, width if sort_ties else 0):
         column = values[column_start[j] : column_start[j + 1]]
-        highest += int(column.max())
-        if sort_ties and j:
-            ties_in[j] = len(column) - np.count_nonzero(column)
+        ties_in[j] = len(column) - np.count_nonzero(column)
     if len(ties) != ties_in.sum() or len(firsts) != len(values) - len(ties):
         raise ValueError(
             f"got {len(firsts)} firsts and {len(ties)} ties for {len(values)} values; expected {ties_in.sum()} ties"
@@ -169,7 +168,11 @@ def decode_rows(
     first_at = np.concatenate([[0], (lengths - ties_in).cumsum()]).tolist()
     starts, sizes = column_start.tolist(), lengths.tolist()
     # Sums of codes do not wrap: where they might, they are made in 64 bits.
-    wide = values.dtype if highest <= np.iinfo(values.dtype).max else np.dtype(np.uint64)
+    most = np.iinfo(values.dtype).max
+    bound = width * int(values.max(initial=0))
+    if bound > most:
+        bound = sum(int(values[begin:end].max()) for begin, end in pairwise(starts))
+    wide = values.dtype if bound <= most else np.dtype(np.uint64)
     block = min(BLOCK, rows, _MOST_IN_BLOCK // max(width, 1))
     types = [np.promote_types(t, smallest_unsigned(r)) for t, r in zip((wide, firsts.dtype), room, strict=True)]
     codes_KB, ranks_KB = (np.zeros((width, block + PITCH), t)[:, :block] for t in types)
@@ -191,8 +194,8 @@ def decode_rows(
                 first_at[j] += length
                 continue
             tied_B = column == 0
-            tied = np.flatnonzero(tied_B)
-            free = np.flatnonzero(np.logical_not(tied_B, out=tied_B))
+            tied = tied_B.nonzero()[0]  # np.flatnonzero takes twice as long
+            free = np.logical_not(tied_B, out=tied_B).nonzero()[0]
             ranks[free] = firsts[first_at[j] : first_at[j] + len(free)]
             before = ranks_KB[j - 1].take(tied)
             after = before + ranks.dtype.type(1)

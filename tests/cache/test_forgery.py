@@ -81,7 +81,7 @@ def wrapping_ranks(arrays: Arrays) -> Arrays:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (wrapping_codes, "a code or a rank outside its table"),
+        (wrapping_codes, "cannot be decoded ("),
         (wrapping_ranks, "got a rank that its type does not hold"),
         (lambda a: {"head/firsts": a["head/firsts"].astype(np.int16)}, "got type 'int16'; expected uint16 or uint32"),
         (lambda a: {"head/ties": a["head/ties"].astype(np.uint32)}, "got ties of type uint32; expected uint16"),
