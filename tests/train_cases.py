@@ -1,18 +1,21 @@
 """Tiny caches and students for the tests of training, importable by the processes that these start."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hf_cases import VOCAB, config_of
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastkd
 from fastkd.cache import Cache, open_cache
 from fastkd.kernels.lm_head import LMHead
 from fastkd.models.protocol import Hidden
-from fastkd.train.checkpoint import Checkpoint, read
+from fastkd.train.checkpoint import FOLDER, Checkpoint, read
 
 WIDTH = 12
 # at least eight shards, of segments of many lengths
@@ -109,6 +112,20 @@ class Toy:
 
 def toy_objective(strength: float) -> Any:
     return Toy(strength)
+
+
+def write_version_1(run: Path, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """A checkpoint of version 1, as fastkd wrote it before DCP."""
+    folder = run / FOLDER / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    files = {}
+    for name, group in groups.items():
+        path = folder / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in group.items()}, path)
+        data = path.read_bytes()
+        files[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
+    document = {"format": "fastkd-checkpoint", "version": 1, "step": step, "files": files, "state": state}
+    (folder / "state.json").write_text(json.dumps(document))
 
 
 def bits(run: Path, step: int) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:

@@ -4,7 +4,8 @@
 
 Each process writes its own part of the tensors into a folder with a temporary name; the first one renames it when all
 are done. state.json has the size and sha256 of every other file, and a sha256 of its own contents, so that a damaged
-checkpoint is detected. Any number of processes can load a checkpoint.
+checkpoint is detected. Any number of processes can load a checkpoint. Version 1 (model.safetensors,
+optimizer.safetensors) can still be read.
 """
 
 import errno
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -28,6 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import distribute_tensor
 
 from ..errors import TrainError
 from ..utils.atomic import (
@@ -40,7 +44,7 @@ from ..utils.atomic import (
     temporary_folder,
     unsealed,
 )  # fmt: skip
-from ..utils.distributed import ALONE, Processes
+from ..utils.distributed import ALONE, Processes, is_dtensor
 
 FORMAT, VERSION = "fastkd-checkpoint", 2
 FOLDER = "checkpoints"
@@ -54,15 +58,18 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. state: the JSON document given to `write`."""
+    """A complete checkpoint. state: the JSON document given to `write`. version: of the format on disk."""
 
     folder: Path
     step: int
     state: dict[str, Any]
+    version: int = VERSION
 
     def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor of a group, by name. Raises TrainError if the files cannot be read."""
         with self._readable():
+            if self.version == 1:
+                return {name: (tuple(t.shape), t.dtype) for name, t in self._safetensors(group).items()}
             stored = FileSystemReader(self.folder).read_metadata().state_dict_metadata
             return {
                 name.removeprefix(f"{group}."): (tuple(one.size), one.properties.dtype)
@@ -76,6 +83,14 @@ class Checkpoint:
         tensors: all with the shapes that `shapes` returns. Raises TrainError if the files cannot be read.
         """
         with self._readable(), torch.no_grad():
+            if self.version == 1:
+                stored = self._safetensors(group)
+                for name, tensor in tensors.items():
+                    whole = stored[name].to(tensor.device)
+                    if is_dtensor(tensor):
+                        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+                    tensor.copy_(whole)
+                return
             named = {f"{group}.{name}": tensor for name, tensor in tensors.items()}
             reader = FileSystemReader(self.folder)
             if processes.group is None:  # torch 2.6 has no public way for one process alone of several
@@ -89,12 +104,15 @@ class Checkpoint:
         self.load(group, found)
         return found
 
+    def _safetensors(self, group: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{group}.safetensors")
+
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             with _cause_of_failure():
                 yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise TrainError(f"{self.folder}: cannot be read ({error}). Delete it, and train again.") from error
 
 
@@ -160,10 +178,10 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
         return f"{STATE} cannot be read ({error})"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return f"{STATE} is not that of a checkpoint"
-    if (version := document.get("version")) != VERSION:
+    if (version := document.get("version")) not in (1, VERSION):
         raise TrainError(
-            f"{folder}: got version {version!r}; expected {VERSION}. Use the fastkd that wrote it, or train into "
-            "another folder."
+            f"{folder}: got version {version!r}; expected at most {VERSION}. Use the fastkd that wrote it, or train "
+            "into another folder."
         )
     files, state = document.get("files"), document.get("state")
     if document.get("step") != step or not isinstance(files, dict) or not isinstance(state, dict):
@@ -174,7 +192,7 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
                 return f"{name} has changed since it was written"
         except (OSError, ValueError) as error:
             return f"{name} cannot be read ({error})"
-    return Checkpoint(folder, step, state)
+    return Checkpoint(folder, step, state, version)
 
 
 def steps_of(run: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """However a step is divided over micro-batches and processes, the weights come out as those of one process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import train_jobs
 from torch import Tensor
-from train_cases import SMALL, make_cache
+from train_cases import SMALL, make_cache, write_version_1
 
 from fastkd.models.hub import load_transformers
 from fastkd.train.checkpoint import newest
@@ -129,4 +130,17 @@ def test_another_number_of_processes_resumes(
     if parallel == "fsdp" and before > 1:  # each process has written its own half
         assert max(sizes) < 0.7 * sum(sizes)
     train_jobs.run(train_jobs.train, TINY, place / "cache", tmp_path, changes, ranks=after)
+    assert_same(tmp_path, place / "one", 1e-9)
+
+
+def test_a_checkpoint_of_version_1_is_resumed_by_two_processes(place: Path, tmp_path: Path) -> None:
+    """Written before torch.distributed.checkpoint was used."""
+    changes = SMALL | {"parallel": "fsdp"}
+    train_jobs.run(train_jobs.train_and_stop, TINY, place / "cache", tmp_path, changes, 5)
+    found = newest(tmp_path)
+    assert found is not None
+    groups = {name: found.tensors(name) for name in ("model", "optimizer")}
+    shutil.rmtree(found.folder)
+    write_version_1(tmp_path, found.step, groups, found.state)
+    train_jobs.run(train_jobs.train, TINY, place / "cache", tmp_path, changes, ranks=2)
     assert_same(tmp_path, place / "one", 1e-9)
