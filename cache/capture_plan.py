@@ -80,10 +80,15 @@ def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePla
     it is not the plan that the spec names.
     """
     expected = None if spec is None else spec.provenance.plan_sha256
-    try:
-        plan = read_twice(lambda: CapturePlan.from_json(store.get_tail(PLAN_KEY, MOST_JSON + 1)))
+
+    def read() -> CapturePlan:
+        plan = CapturePlan.from_json(store.get_tail(PLAN_KEY, MOST_JSON + 1))
         if spec is not None and expected is not None:
             _check_named(plan, spec)
+        return plan
+
+    try:
+        return read_twice(store, read)
     except NotFound as error:
         if expected is None:
             return None
@@ -94,8 +99,7 @@ def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePla
     except StoreError:
         raise
     except CacheError as error:
-        raise CacheError(f"{store.describe()}: {error}" + ("" if expected is None else f" {_RESTORE}")) from error
-    return plan
+        raise CacheError(f"{error}" + ("" if expected is None else f" {_RESTORE}")) from error
 
 
 def _check_named(plan: CapturePlan, spec: CacheSpec) -> None:

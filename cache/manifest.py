@@ -53,49 +53,42 @@ def listed(store: Store) -> dict[int, int]:
     return dict(sorted((index, size) for index, size in found if index is not None))
 
 
-def read_twice(read: Callable[[], T]) -> T:
-    """What `read` returns. If it finds damage it is called again: bytes may have changed on their way, not at rest."""
+def read_twice(store: Store, read: Callable[[], T]) -> T:
+    """What `read` returns. If it finds damage it is called again: bytes may have changed on their way, not at rest.
+    Raises Damage, and CacheError with the name of the store."""
     try:
         return read()
-    except (Damage, CacheError) as error:
-        if isinstance(error, StoreError):
-            raise
+    except StoreError:
+        raise
+    except (Damage, CacheError):
+        pass
+    try:
         return read()
+    except StoreError:
+        raise
+    except CacheError as error:
+        raise CacheError(f"{store.describe()}: {error}") from error
 
 
 def read_spec(store: Store) -> CacheSpec:
     """The spec of the cache in a store. CacheError if there is none, or none that this version can read."""
     try:
-        return read_twice(lambda: CacheSpec.from_json(store.get_tail(SPEC_KEY, MOST_JSON + 1)))
+        return read_twice(store, lambda: CacheSpec.from_json(store.get_tail(SPEC_KEY, MOST_JSON + 1)))
     except NotFound as error:
         raise CacheError(f"{store.describe()}: there is no cache here (no {SPEC_KEY}).") from error
-    except StoreError:
-        raise
-    except CacheError as error:
-        raise CacheError(f"{store.describe()}: {error}") from error
 
 
 def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
     """The manifest of a sealed cache; None for one that is not sealed. CacheError if it is damaged."""
     try:
-        return read_twice(lambda: from_parquet(store.get_tail(KEY, MOST_MANIFEST + 1), spec.hash))
+        return read_twice(store, lambda: from_parquet(store.get_tail(KEY, MOST_MANIFEST + 1), spec.hash))
     except NotFound:
         return None
-    except StoreError:
-        raise
-    except CacheError as error:
-        raise CacheError(f"{store.describe()}: {error}") from error
 
 
 def read_object(store: Store, index: int) -> bytes:
     """A shard's object, whole. Damage if it differs from its own hash."""
-
-    def read() -> bytes:
-        data = store.get(shard_key(index))
-        check_bytes(data)
-        return data
-
-    return read_twice(read)
+    return read_twice(store, lambda: check_bytes(store.get(shard_key(index))))
 
 
 def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +112,7 @@ def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool
     def row(index: int, size: int) -> dict[str, Any]:
         try:
             key = shard_key(index)
-            return read_twice(lambda: shard_row(spec, index, store.get_tail(key, TAIL_LENGTH), size)[0])
+            return read_twice(store, lambda: shard_row(spec, index, store.get_tail(key, TAIL_LENGTH), size)[0])
         except Damage as damage:
             raise corrupt(store, index, damage) from damage
 

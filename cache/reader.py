@@ -112,7 +112,7 @@ class Cache:
     def attributes(self, index: int) -> dict[str, Any]:
         """The attributes of a shard (FORMAT.md, "Attributes"), from its last bytes."""
         with self._errors(index):
-            return self._attributes_and_end(index)[0]
+            return read_twice(self.store, lambda: self._end(index)[0])
 
     def sequence_lengths(self, index: int) -> NDArray[np.int64]:
         """Rows of each sequence of a shard, `[s]`, from the end of its object: some 3% of it, and no decoding.
@@ -121,7 +121,7 @@ class Cache:
         """
 
         def read() -> Arrays:
-            attributes, end = self._attributes_and_end(index)
+            attributes, end = self._end(index)
             if (length := length_of_end(attributes, "sequence_lengths")) > len(end) >= TAIL_LENGTH:
                 end = self.store.get_tail(shard_key(index), length)
             known = {"sequence_lengths": expected_arrays(self.spec, attributes)["sequence_lengths"]}
@@ -131,7 +131,7 @@ class Cache:
             return arrays
 
         with self._errors(index):
-            return read_twice(read)["sequence_lengths"].astype(np.int64)
+            return read_twice(self.store, read)["sequence_lengths"].astype(np.int64)
 
     def sequences(self, numbers: Iterable[int]) -> Arrays:
         """The arrays of `read_shard` for these sequences (by their numbers in the whole cache), one after another.
@@ -187,14 +187,10 @@ class Cache:
             data = read_object(self.store, index)
             return data, self._attributes(data, index)
 
-    def _attributes_and_end(self, index: int) -> tuple[dict[str, Any], bytes]:
+    def _end(self, index: int) -> tuple[dict[str, Any], bytes]:
         """The attributes of a shard, and the end of its object."""
-
-        def read() -> tuple[dict[str, Any], bytes]:
-            end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
-            return self._attributes(end, index), end
-
-        return read_twice(read)
+        end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
+        return self._attributes(end, index), end
 
     @contextmanager
     def _errors(self, index: int) -> Iterator[None]:
@@ -214,7 +210,7 @@ class Cache:
             numbers = self.manifest.column("shard").to_numpy()
             row = int(np.searchsorted(numbers, index))
             if row == len(numbers) or numbers[row] != index:
-                raise CacheError(f"shard {index}: {self.store.describe()} was sealed without it.")
+                raise CacheError(f"shard {index}: the cache was sealed without it.")
             if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(end):
                 raise Damage("it is another object than the one that was sealed")
         attributes = shard_attributes(end, self.spec, index)

@@ -339,8 +339,9 @@ class CacheWriter:
     def _attempt_of(self, index: int, mine: Mapping[str, Any]) -> str | None:
         """The attempt that committed a shard; None if it does not exist. CacheError if it differs from `mine`."""
         try:
+            key = shard_key(index)
             attributes = read_twice(
-                lambda: shard_attributes(self.store.get_tail(shard_key(index), TAIL_LENGTH), self.spec, index)
+                self.store, lambda: shard_attributes(self.store.get_tail(key, TAIL_LENGTH), self.spec, index)
             )
         except NotFound:
             return None

@@ -132,10 +132,10 @@ def read_attributes(end: bytes) -> dict[str, Any]:
     return own
 
 
-def check_bytes(data: bytes) -> None:
-    """Damage, naming the array, if the object differs from the hash it ends in."""
+def check_bytes(data: bytes) -> bytes:
+    """The object itself. Damage, naming the array, if it differs from the hash it ends in."""
     if stored_digest(data) == digest(data):
-        return
+        return data
     try:
         members(data)
     except Damage as damage:

@@ -1,14 +1,12 @@
 """A cache in a folder behind HTTP, which is only read."""
 
 import base64
-import functools
 import http.client
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
 
 from ..credentials import redact
 from ..errors import CacheError
@@ -59,7 +57,7 @@ class HttpStore(Store):
         if self._authorization:
             request.add_unredirected_header("Authorization", self._authorization)
         try:
-            with _opener().open(request, timeout=self._timeout) as response:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 if response.status not in ((200,) if length is None else (200, 206)):
                     raise http.client.HTTPException(f"got HTTP {response.status}; expected an object")
                 return self._body(response, length)
@@ -103,13 +101,3 @@ class HttpStore(Store):
 
 
 register_store("http://", "https://")(lambda url, create: HttpStore(url))
-
-
-@functools.cache
-def _opener() -> Any:
-    """An opener of http and https alone: a redirect leads to no other scheme."""
-    opener = urllib.request.OpenerDirector()
-    for kind in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError"):
-        opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    return opener

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import lazy_loader
 
 from ..credentials import redact
-from ..errors import CacheError, ReadOnly, StoreError
+from ..errors import CacheError, ReadOnly, Refused, StoreError
 from .base import Entry, Names, Store, harmless, open_store, refuse, register_store, words
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ObstoreStore(Store):
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
         if (size := memoryview(data).nbytes) > MAX_SIZE:
-            raise StoreError(
+            raise Refused(
                 f"{self.describe()}: {key!r} has {size} bytes, a single conditional request takes {MAX_SIZE}. Make the "
                 "shards smaller."
             )
