@@ -28,6 +28,7 @@ from .sources import Source, open_source
 from .token_ids import check_range, check_undamaged, flat_ids, texts_or_chats
 
 LARGEST_ID = 2**31 - 1
+_LONG = 2**16  # tokens of a document that is worth keeping
 _INSPECTED_ROWS = 256  # of each file, until one shows the kind
 SHORT = 32  # tokens; a line of 80 to 120 columns has some 20
 _PER_DOCUMENT = {"line": "one per line", "blank-line": "one per paragraph", "file": "one per file"}
@@ -120,6 +121,7 @@ class Documents:
         self._vocab_size = vocab_size
         self._starts = np.cumsum([0, *(len(column) for column in self._columns)])  # first document of each column
         self._file_states = [_file_state(path) for path in self._files]
+        self._kept: dict[int, Tokens] = {}  # long documents that were read last, by number
 
     @property
     def name(self) -> str:
@@ -141,16 +143,34 @@ class Documents:
         return self.read([number])
 
     def read(self, numbers: Sequence[int] | range | NDArray[Any]) -> Tokens:
-        """The documents of these numbers, in this order. Ascending numbers are read fastest."""
+        """The documents of these numbers, in this order. Ascending numbers are read fastest.
+
+        The first and the last long one are kept until the next call: a document that continues in another shard is
+        tokenized once, not once a shard.
+        """
         wanted = np.asarray(numbers, np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise DataError(f"document {wanted.max()}: there are {len(self)}, numbered from 0.")
         # consecutive rows are read together
-        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
-        runs = np.split(wanted, cuts) if len(wanted) else []
+        known = np.isin(wanted, list(self._kept))
+        cuts = np.flatnonzero((np.diff(wanted) != 1) | known[1:] | known[:-1]) + 1
         files = np.unique(np.searchsorted(self._starts, wanted, side="right") - 1).tolist() if self._files else []
+        parts: list[Tokens] = []
         with self._unchanged(files):
-            return _concatenate([part for run in runs for part in self._range(int(run[0]), int(run[-1]) + 1)])
+            for run in np.split(wanted, cuts) if len(wanted) else []:
+                first = int(run[0])
+                parts += [self._kept[first]] if first in self._kept else self._range(first, int(run[-1]) + 1)
+        found = _concatenate(parts)
+        ends = np.cumsum(found.lengths)
+        long = np.flatnonzero(found.lengths >= _LONG)
+        kept = {}
+        for i in {*long[:1].tolist(), *long[-1:].tolist()}:
+            number, of = int(wanted[i]), slice(int(ends[i] - found.lengths[i]), int(ends[i]))
+            kept[number] = self._kept.get(number) or Tokens(
+                found.tokens[of].copy(), found.lengths[i : i + 1], found.loss_mask[of].copy()
+            )
+        self._kept = kept
+        return found
 
     def lengths(self, *, progress: bool = False, on_part: Callable[[], None] | None = None) -> NDArray[np.int32]:
         """Tokens of each document, `[documents]`, in one pass that checks every value.

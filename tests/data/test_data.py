@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastkd.capture.rows import read_shard_rows
+from fastkd.capture.window_plan import WindowPlanSettings, make_window_plan
 from fastkd.data.chat import InvalidChat, chat_tokens
 from fastkd.data.documents import Documents, open_documents
 from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
@@ -490,3 +492,30 @@ def test_a_template_that_rewrites_the_past_is_refused() -> None:
         open_documents(
             [chat], **{**CHAT, "template": forgets, "template_fingerprint": "f"}, loss_on="assistant"
         ).lengths()
+
+
+def test_a_long_document_is_tokenized_once_not_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.data.documents._LONG", 500)
+    path = tmp_path / "books"
+    path.mkdir()
+    sizes = {"a": 40, "b": 9000, "c": 30, "d": 2000, "e": 700, "f": 20}
+    for name, size in sizes.items():
+        (path / f"{name}.txt").write_text(name * size)
+    tokenized: list[str] = []
+
+    def tokenizer(text: str) -> list[int]:
+        tokenized.append(text[0])
+        return [ord(c) for c in text]
+
+    documents = open_documents(path, text_documents="file", tokenizer=tokenizer, tokenizer_fingerprint="characters")
+    settings = WindowPlanSettings(context=100, shard_positions=500, batch_tokens=1000)
+    plan = make_window_plan(documents.lengths(), settings, "x")
+    assert plan.shards > 20
+    for order in (range(plan.shards), reversed(range(plan.shards))):
+        tokenized.clear()
+        for shard in order:
+            rows = read_shard_rows(plan, documents, shard)
+            assert {chr(c) for c in rows.inputs["tokens"]} == {"abcdef"[n] for n in rows.document.tolist()}
+            assert len(documents._kept) <= 2
+        assert all(tokenized.count(name) <= 1 for name in "bde")
+        assert max(tokenized.count(name) for name in "acf") <= 2
