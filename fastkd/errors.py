@@ -1,14 +1,23 @@
 """Errors about user input. Each message names the thing, the evidence, and the next step."""
 
+from .utils.secrets import masked
 
-class DataError(Exception):
+
+class _MaskedError(Exception):
+    """An error whose message names what a person gave, without the credentials in it."""
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        super().__init__(masked(message), *more)
+
+
+class DataError(_MaskedError):
     """A problem with a dataset or its settings.
 
     Not a CacheError, which is about stored caches: catching that must not hide a fault in the input data.
     """
 
 
-class TeacherError(Exception):
+class TeacherError(_MaskedError):
     """A problem with a teacher or its tokenizer."""
 
 

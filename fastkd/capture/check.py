@@ -155,7 +155,7 @@ def check_teacher(
     kinds = {"top_k": spec.k, "draws": spec.draws, "tail": 1}
     report = TeacherCheck(
         cache=cache.store.describe(),
-        teacher=teacher.fingerprint,
+        teacher=without_credentials(teacher.fingerprint),
         expected=spec.teacher,
         seed=seed,
         cache_shards=len(shards),

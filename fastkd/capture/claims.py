@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..cache.errors import NotFound, StoreError
+from ..cache.errors import NotFound, Refused, StoreError
 from ..cache.stores import Store
 
 FIRST_SECONDS = 60.0
 LONGEST_SECONDS = 3600.0  # upper limit, whatever a claim states
+_PAUSE = 0.5
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,17})\.json")
 
 
@@ -59,7 +60,19 @@ class Claims:
         }
 
     def take(self, name: str) -> float:
-        """Claim a name. Returns 0 on success; otherwise the seconds for which another worker's claim may last."""
+        """Claim a name. Returns 0 on success; otherwise the seconds for which another worker's claim may last.
+
+        A request that fails is repeated once: claims are only advice, and no reason to end a capture.
+        """
+        try:
+            return self._take(name)
+        except Refused:
+            raise
+        except StoreError:
+            time.sleep(_PAUSE)
+            return self._take(name)
+
+    def _take(self, name: str) -> float:
         number, newest = self._newest(name)
         now = self._clock()
         if newest is not None and (left := self._seconds_left(name, number, newest, now)) > 0:

@@ -129,7 +129,7 @@ def estimate(
     each = position_seconds(run, sizes.seconds, teacher.device)
     hours = capture_hours(plan, workers, each)
     return Estimate(
-        teacher=teacher.fingerprint,
+        teacher=without_credentials(teacher.fingerprint),
         device=device_name(teacher.device),
         settings={
             **asdict(settings),
@@ -245,7 +245,7 @@ def _header(report: Estimate) -> list[str]:
         measured += f"; {sample['batches_halved']:,} of the batches did not fit into memory and were halved"
     return [
         "fastkd plan",
-        *labelled("  teacher", without_credentials(report.teacher)),
+        *labelled("  teacher", report.teacher),
         *labelled("  device", report.device),
         *(labelled("  data", report.data[0]) if report.data else ()),
         *labelled("  plan", plan_text(report.plan, settings["context"], settings["on_long"]).partition(": ")[2]),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..cache import CacheError, CacheSpec, NotFound, StoreError
 from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache.credentials import without_credentials
 from ..cache.manifest import read_spec
 from ..cache.provenance import Identity, Provenance
 from ..cache.spec import differences
@@ -21,6 +22,7 @@ from ..data.lengths import LENGTHS_KEY, lengths_from_npz, lengths_to_npz
 from ..errors import DataError
 from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
+from ..utils.secrets import masked
 from .claims import Claims
 from .rows import TEXT
 from .window_plan import VERSION, WindowPlan, cache_spec, make_window_plan, window_plan_settings
@@ -73,7 +75,7 @@ def prepare(
         vocab_size=teacher.vocab_size,
         shard_positions=plan.settings.shard_positions,
         inputs=EXAMPLE_COLUMNS if isinstance(data, Examples) else TEXT,
-        notes=notes,
+        notes=masked(notes),
         **provenance_of(teacher, data, dataset, plan.hash, settings.seed).texts(),
     )
     if store is not None:
@@ -121,7 +123,7 @@ def provenance_of(
     text = {} if isinstance(data, Examples) else data.text_settings
     tokenizer, template = (Identity.of(text[name]) if name in text else None for name in ("tokenizer", "template"))
     return Provenance(
-        teacher=Identity.of(teacher.fingerprint),
+        teacher=Identity.of(without_credentials(teacher.fingerprint)),
         tokenizer=tokenizer,
         template=template,
         loss_on=text.get("loss_on"),

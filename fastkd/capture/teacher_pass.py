@@ -167,7 +167,7 @@ class TeacherPass:
             targets = targets_of(answer, flat_M, numbers_M, self.settings, shape, self.teacher.vocab_size)
         except KDError as error:
             if error.row is None:
-                raise
+                raise TeacherError(f"teacher: no targets can be made of its answer ({error}).") from error
             raise source.bad_row(int(rows[error.row]), str(error)) from error
         pending.targets = targets.to("cpu", non_blocking=device.type == "cuda")  # into page-locked memory
         pending.copied = _event(device)

@@ -4,7 +4,7 @@ Columns of Parquet and Arrow files return Arrow arrays, other columns lists of P
 when they become tokens (token_ids.py). Text files: lines.py. A column must be used from one thread at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -57,7 +57,7 @@ class _BatchColumn:
         with file_errors(self.path, self.kind, f"rows {start} to {stop}"):
             if not self._first <= start < self._first + len(self._batch):
                 self._load(start)
-        return first_rows(self._batch.slice(start - self._first, stop - start))
+            return checked_rows(self._batch.slice(start - self._first, stop - start), lambda: self.where(start))
 
     def where(self, row: int) -> str:
         return f"{self.path}, row {row} (from 0)"
@@ -82,7 +82,7 @@ class ParquetColumn(_BatchColumn):
             # without buffer_size a row group's whole column would be read at once
             self._file = pq.ParquetFile(path, buffer_size=2**20)
             metadata = self._file.metadata
-            self._starts = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
+            self._starts = _starts([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -103,9 +103,11 @@ class ParquetColumn(_BatchColumn):
     def _rows_at_once(self, group: int) -> int:
         """Rows of a row group to decode at a time. A file of some kilobytes may hold gigabytes: its values are encoded
         as numbers in a dictionary, and as lengths of runs."""
-        metadata = self._file.metadata.row_group(group)
-        leaves = [metadata.column(c) for c in range(metadata.num_columns)]
-        leaves = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == self.name]
+        # a row first: the metadata of a damaged file would end the process, while a reader raises an error
+        next(self._file.iter_batches(1, row_groups=[group], columns=[self.name]), None)
+        schema, metadata = self._file.schema, self._file.metadata.row_group(group)
+        ours = [c for c in range(len(schema)) if schema.column(c).path.split(".")[0] == self.name]
+        leaves = [metadata.column(c) for c in ours]
         values = max((leaf.num_values for leaf in leaves), default=0) / max(1, metadata.num_rows)  # of a row
         size = sum(max(leaf.total_uncompressed_size, 8 * leaf.num_values) for leaf in leaves)
         count = READ_BYTES * metadata.num_rows // max(1, size)
@@ -149,21 +151,43 @@ class ArrowColumn(_BatchColumn):
             batches = None if is_file else list(reader)
             self._get = reader.get_batch if batches is None else batches.__getitem__
             count = reader.num_record_batches if batches is None else len(batches)
-            self._starts = np.cumsum([0, *(self._get(b).num_rows for b in range(count))])
+            self._starts = _starts([self._get(b).num_rows for b in range(count)])
 
     def _load(self, row: int) -> None:
         number = self._group_of(row)
         self._first, self._batch = int(self._starts[number]), self._get(number).column(0)
 
 
-def first_rows(values: pa.Array) -> pa.Array:
-    """The first rows of an array: as many as take a few megabytes as Python values, at least one."""
-    kind, rows = values.type, values[: 2**14]
+def _starts(rows: list[int]) -> NDArray[np.int64]:
+    """First row of each part, and the number of rows."""
+    if min(rows, default=0) < 0 or sum(rows) >= 2**31:
+        raise ValueError(f"got parts of {rows} rows; expected fewer than 2^31 in all")
+    return np.cumsum([0, *rows], dtype=np.int64)
+
+
+def checked_rows(values: pa.Array, where: Callable[[], str]) -> pa.Array:
+    """The first rows of an array: as many as take a few megabytes as Python values, at least one. DataError, naming
+    where they are, for an array with, say, offsets that point outside: Arrow would follow them."""
+    try:
+        rows = values[: 2**14]
+        rows.validate()
+        rows = rows[: max(1, _count(rows))]
+        rows.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{where()}: this row or one of the {len(rows) - 1} after it is damaged ({error}). Fetch the file again."
+        ) from error
+    return rows
+
+
+def _count(rows: pa.Array) -> int:
+    """How many of the rows take a few megabytes as Python values."""
+    kind = rows.type
     if pa.types.is_dictionary(kind) and len(kind_sizes := _sizes(rows.dictionary)):
         sizes = kind_sizes[rows.indices.fill_null(0).to_numpy()]
     else:
         sizes = _sizes(rows)
-    return rows[: max(1, int(np.searchsorted(np.cumsum(sizes), READ_BYTES, side="right")))]
+    return int(np.searchsorted(np.cumsum(sizes), READ_BYTES, side="right"))
 
 
 def _sizes(values: pa.Array) -> NDArray[np.int64]:
@@ -202,12 +226,14 @@ def concat_arrays(parts: Sequence[pa.Array]) -> pa.Array:
 
 @contextmanager
 def file_errors(path: Path, kind: str, part: str = "") -> Iterator[None]:
-    """Raise errors of Arrow and of the operating system as a DataError that names the file, and the part of it."""
+    """Raise whatever a library raises about a damaged file as a DataError that names the file, and the part of it."""
     try:
         yield
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file.") from error
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         raise DataError(
             f"{path}: {part + ': ' if part else ''}cannot be read as {kind} ({' '.join(str(error).split())}). It may "
             "be truncated or of another format: fetch it again, or leave it out."

@@ -25,7 +25,7 @@ from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
 from .columns import Column, Values, concat_arrays
 from .sources import Source, open_source
-from .token_ids import check_range, check_undamaged, flat_ids, texts_or_chats
+from .token_ids import check_range, flat_ids, texts_or_chats
 
 LARGEST_ID = 2**31 - 1
 _LONG = 2**16  # tokens of a document that is worth keeping
@@ -259,8 +259,6 @@ class Documents:
             named = f", column {column.name!r}" if column.name else ""
             return f"{column.where(first + row)}{named}: "
 
-        if isinstance(values, pa.Array):
-            check_undamaged(values, where)
         loss_mask: list[bool] | None = None
         if self._tokenizer is None:
             ids, lengths = flat_ids(values, where)
@@ -390,8 +388,12 @@ def detect_kind(columns: Sequence[Column]) -> str | None:
     Anything else counts as "ids"; reading it names the error.
     """
     for column in columns:
-        for value in _read_all(column, 0, min(_INSPECTED_ROWS, len(column))):
-            if (known := _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)) is not None:
+        for row, value in enumerate(_read_all(column, 0, min(_INSPECTED_ROWS, len(column)))):
+            try:
+                known = _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)
+            except (pa.ArrowException, ValueError) as error:
+                raise DataError(f"{column.where(row)}: cannot be read ({error}).") from error
+            if known is not None:
                 return known
     return None
 

@@ -1,5 +1,6 @@
 """From a source (files, a Hugging Face Dataset, or values in memory) to its columns."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import ArrowColumn, Column, ParquetColumn, Values, choose_column, concat_arrays, first_rows
+from .columns import ArrowColumn, Column, ParquetColumn, Values, checked_rows, choose_column, concat_arrays
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
 _FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
@@ -17,6 +18,7 @@ _FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), lambda path, column, _: JsonLinesColumn(path, column)),
     **dict.fromkeys((".txt", ".text"), TextColumn),
 }
+_URL = re.compile(r"(\w{2,}):/+(?!$)")
 _ROWS = 1024  # of values in memory at a time
 
 
@@ -49,12 +51,16 @@ class RowsColumn:
         return len(self._values)
 
     def read(self, start: int, stop: int) -> Values:
-        part = self._values[start : min(stop, start + _ROWS)]
-        if isinstance(part, (pa.Table, pa.RecordBatch)):
-            part = part.column(self.name)
-        if isinstance(part, pa.ChunkedArray):
-            part = concat_arrays(part.chunks)
-        return first_rows(part) if isinstance(part, pa.Array) else list(part)
+        try:
+            part = self._values[start : min(stop, start + _ROWS)]
+            if isinstance(part, (pa.Table, pa.RecordBatch)):
+                part = part.column(self.name)
+            if isinstance(part, pa.ChunkedArray):
+                part.validate(full=True)
+                part = concat_arrays(part.chunks)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.where(start)} or after it: cannot be read ({error}).") from error
+        return checked_rows(part, lambda: self.where(start)) if isinstance(part, pa.Array) else list(part)
 
     def where(self, row: int) -> str:
         return f"{self._what} {row} (from 0)"
@@ -83,6 +89,10 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
     names = [source] if isinstance(source, (str, Path)) else source
     if isinstance(source, (str, Path)) or (_is_list(source) and all(isinstance(name, Path) for name in source)):
         paths = [path for name in names for path in _expand(name)]
+        if odd := [path for path in paths if path.exists() and not path.is_file()]:
+            raise DataError(
+                f"{odd[0]}: got a pipe or a device; expected a regular file, of which rows are read by number."
+            )
         if unknown := [path for path in paths if path.suffix.lower() not in _FORMATS]:
             raise DataError(f"{unknown[0]}: got an unknown suffix; expected one of {', '.join(_FORMATS)}.")
         return Source([_FORMATS[path.suffix.lower()](path, column, text_documents) for path in paths], paths)
@@ -117,6 +127,9 @@ def _is_file(text: str) -> bool:
 def _expand(name: str | Path) -> list[Path]:
     """A file itself; of a folder, the files with a known suffix; of a pattern, its matches; both sorted by name."""
     path = Path(name)
+    if _URL.match(str(name)):
+        whole = _URL.sub(r"\1://", str(name))  # Path makes one slash of two
+        raise DataError(f"{whole}: got a URL; expected a file, a folder or a pattern. Download the data first.")
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in _FORMATS)
     elif path.exists() or not any(mark in str(name) for mark in "*?["):

@@ -14,16 +14,6 @@ Where = Callable[[int], str]
 """The location of a value, ending in ": ", by its number among those given."""
 
 
-def check_undamaged(values: pa.Array, where: Where) -> None:
-    """DataError for an array with, say, offsets that point outside: Arrow would follow them."""
-    try:
-        values.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{where(0)}this row or one of the {len(values) - 1} after it is damaged ({error}). Fetch the file again."
-        ) from error
-
-
 def flat_ids(values: Values, where: Where) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Lists of integers as one array of ids `[tokens]`, and the length of each list, `[documents]`."""
     return _arrow_ids(values, where) if isinstance(values, pa.Array) else _list_ids(values, where)
@@ -43,7 +33,10 @@ def check_range(ids: NDArray[Any], lengths: NDArray[np.int64], vocab_size: int, 
 def texts_or_chats(values: Values, where: Where, *, chats: bool) -> list[Any]:
     """A column of text as strings, or a column of conversations as lists of messages."""
     if isinstance(values, pa.Array):
-        values = values.to_pylist()
+        try:
+            values = values.to_pylist()
+        except (pa.ArrowException, ValueError) as error:  # names that are no text, times that are none
+            raise DataError(f"{where(0)}this row or one after it cannot be read ({error}).") from error
     for row, value in enumerate(values):
         if value is None:
             raise _null(where(row))

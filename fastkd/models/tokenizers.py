@@ -4,11 +4,14 @@ tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
 docs = load_documents("chats.jsonl", tokenizer=tokenizer, loss_on="assistant", vocab_size=teacher.vocab_size)
 """
 
+import ctypes
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,7 @@ from .hub import brief, load_transformers, resolve
 TODAY = datetime(2024, 7, 26)
 """The date that chat templates see: a conversation must give the same tokens every day."""
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TEMPLATE_SECONDS = 10.0  # for one conversation
 _PROBE = "A quick brown fox; 0123456789"
 
 
@@ -53,13 +57,14 @@ class Tokenizer:
         return list(self._backend(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """A conversation as text, by the chat template. DataError if there is none."""
-        text: str = self._backend.apply_chat_template(
-            list(messages),
-            chat_template=self.template_text,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+        """A conversation as text, by the chat template. DataError if there is none, or if it takes too long."""
+        with _time_limit(TEMPLATE_SECONDS, "the chat template"):
+            text: str = self._backend.apply_chat_template(
+                list(messages),
+                chat_template=self.template_text,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
         return text
 
     @cached_property
@@ -67,6 +72,8 @@ class Tokenizer:
         """The chat template, with calls for the date replaced by 26 July 2024. DataError if there is none."""
         if self._template_file is not None:
             try:
+                if not Path(self._template_file).is_file():
+                    raise FileNotFoundError("there is no such file")  # a pipe would be waited for
                 text = Path(self._template_file).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise DataError(f"template {self._template_file}: cannot be read ({brief(error)}).") from error
@@ -142,6 +149,34 @@ def load_tokenizer(
     if not set(backend(_PROBE)["input_ids"]) - set(backend.all_special_ids):
         raise TeacherError(f"{source}: got a folder without the files of a tokenizer. Name one (--tokenizer).")
     return Tokenizer(backend, name=files.name, append_eos=append_eos, template=template)
+
+
+class _TimeUp(BaseException):
+    """Raised in a thread by another one. No library takes it for an error of its own."""
+
+
+@contextmanager
+def _time_limit(seconds: float, what: str) -> Iterator[None]:
+    """DataError if Python code takes longer: a template may loop for ever, on any thread."""
+    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TimeUp))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except _TimeUp as error:
+        raise DataError(f"{what} took longer than {seconds:g} s. Give another one, or a column of text.") from error
+    finally:
+        with lock:
+            over = True
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # if it was about to be raised
+        timer.cancel()
 
 
 def choose_tokenizer(

@@ -14,6 +14,7 @@ import obstore.store
 import pytest
 
 from fastkd.cache import StoreError, open_store
+from fastkd.cache.errors import Refused
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
 from fastkd.capture.claims import FIRST_SECONDS, LONGEST_SECONDS, Claims
@@ -434,3 +435,48 @@ def test_a_store_that_fails_loses_no_claim_and_stops_nobody() -> None:
     one.drop("7")
     one.drop("8")
     assert one.held == []
+
+
+class ResetOnce(MemoryStore):
+    """Its n-th request for a claim fails once; of a PUT, before or after it took effect."""
+
+    def __init__(self, at: int, after: bool = False, error: type[StoreError] = StoreError) -> None:
+        super().__init__()
+        self.at, self.after, self.error, self.requests = at, after, error, 0
+
+    def _fail(self) -> bool:
+        self.requests += 1
+        return self.requests - 1 == self.at
+
+    def create(self, key: str, data: Any) -> bool:
+        failing = self._fail()
+        if failing and not self.after:
+            raise self.error("the connection was reset")
+        done = super().create(key, data)
+        if failing:
+            raise self.error("the connection was reset")
+        return done
+
+    def list(self, prefix: str) -> Any:
+        if self._fail():
+            raise self.error("the connection was reset")
+        return super().list(prefix)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_one_reset_of_a_claims_request_is_no_end(at: int, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "_PAUSE", 0.0)
+    clock, store = Clock(), ResetOnce(at, after)
+    one = Claims(store, 0, 2, clock)
+    for name in ("4", "5"):
+        assert one.take(name) == 0.0
+    assert one.held == ["4", "5"]
+    assert elsewhere(Claims(store, 1, 2, clock)).take("4") > 0
+
+
+def test_a_request_that_is_refused_is_not_repeated() -> None:
+    store = ResetOnce(1, error=Refused)
+    with pytest.raises(Refused):
+        Claims(store, 0, 1).take("4")
+    assert store.requests == 2

@@ -14,7 +14,7 @@ from fastkd.capture.answers import targets_of
 from fastkd.errors import TeacherError
 from fastkd.kernels import KDError, topk_targets
 from fastkd.settings import CaptureSettings
-from fastkd.teachers import Logits, TopK
+from fastkd.teachers import Hidden, LMHead, Logits, TopK
 
 ENTRIES, TEMPERATURES = 8, (1.0, 2.0)
 SERVED: dict[str, Any] = SMALL | {"draws": 0, "temperatures": (1.0,)}
@@ -153,3 +153,30 @@ def test_answers_of_another_shape(tmp_path: Path) -> None:
         )
     with pytest.raises(TeacherError, match="expected vocab_size, 5"):
         targets(Logits(torch.zeros(1, 4)))
+
+
+class Odd(Served):
+    """A server that answers with what no targets can be made of."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __call__(self, inputs: Tensor) -> Any:
+        return self.answer(self.model(inputs))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda logits: Logits(logits.long()),
+        lambda logits: Logits(logits.to(torch.complex64)),
+        lambda logits: Hidden(logits[..., :3].half(), LMHead(torch.zeros(VOCAB, 3))),
+        lambda logits: Hidden(logits[..., :3], LMHead(torch.zeros(VOCAB, 4))),
+        lambda logits: Hidden(logits[..., :3], lambda states: states.long()),
+        lambda logits: Hidden(logits[..., :3], lambda states: torch.zeros(1, 2)),
+    ],
+)
+def test_an_answer_of_the_wrong_type_is_an_error_of_the_teacher(answer: Any, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="teacher: "):
+        capture(tmp_path, teacher=Odd(answer), **(SERVED | {"fingerprint": ""}))

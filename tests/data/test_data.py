@@ -1,6 +1,10 @@
 """Documents from every format: the same tokens whatever holds them, any of them at any time, and bad input named."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -519,3 +523,68 @@ def test_a_long_document_is_tokenized_once_not_once_a_shard(tmp_path: Path, monk
             assert len(documents._kept) <= 2
         assert all(tokenized.count(name) <= 1 for name in "bde")
         assert max(tokenized.count(name) for name in "acf") <= 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.arrow"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path / name, tmp_path, str(tmp_path / "*")):
+        with pytest.raises(DataError, match="got a pipe or a device; expected a regular file"):
+            open_documents(source)
+
+
+def test_errors_name_no_credentials() -> None:
+    place = "https://me:hunter22@host/data.parquet?signature=abcdef"
+    with pytest.raises(DataError) as raised:
+        open_documents(place)
+    assert "host/data.parquet" in str(raised.value)
+    assert "got a URL" in str(raised.value)
+    assert not {"hunter22", "abcdef"} & set(re.split(r"\W", str(raised.value)))
+
+
+FLIPS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_data import CHAT, TEXT
+from fastkd.data.documents import load_documents, open_documents
+from fastkd.errors import DataError
+path, good = Path(sys.argv[2]), Path(sys.argv[2]).read_bytes()
+noticed = tried = 0
+for place in range(len(good)):
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+    for options in (None, json.loads(sys.argv[3])):
+        tried += 1
+        try:
+            if options is None:
+                documents = load_documents(path, vocab_size=2000)
+            else:
+                documents = open_documents(path, vocab_size=2000, **{"ids": {}, "text": TEXT, "chats": CHAT}[options])
+            documents.lengths(), documents.read(range(len(documents)))
+        except DataError:
+            noticed += 1
+print(tried, noticed)
+"""
+
+
+@pytest.mark.parametrize("kind", ["text", "dictionary", "chats", "stream", "parquet"])
+def test_a_flipped_bit_of_a_file_is_an_error_of_ours_or_none(kind: str, tmp_path: Path) -> None:
+    """No error of Arrow's, none of Python's, and no crash: in a process of its own."""
+    text = pa.array(TEXTS[1:4])
+    values: dict[str, Any] = {"text": text, "dictionary": text.dictionary_encode(), "chats": pa.array(CHATS[:2])}
+    table = pa.table({"it": values.get(kind, pa.array(IDS[1:4]))})
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pq.write_table(table, path, store_schema=False)
+    else:
+        new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+    size = path.stat().st_size
+    column = {"text": "text", "dictionary": "text", "chats": "chats"}.get(kind, "ids")
+    code = [sys.executable, "-c", FLIPS, str(Path(__file__).parent), str(path), json.dumps(column)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-3000:]
+    tried, noticed = map(int, done.stdout.split())
+    assert tried == 2 * size
+    assert noticed > tried // 3

@@ -1,6 +1,9 @@
 """Tokenizers and what is read with them: the right ids of each kind of column, and no other tokenizer's."""
 
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -271,3 +274,40 @@ def test_fingerprints_reach_the_documents(tmp_path: Path) -> None:
     assert len(others | {first}) == 4
     texts = jsonl(tmp_path / "b.jsonl", [WORDS])
     assert fingerprint(texts) != fingerprint(texts, append_eos=False)
+
+
+@pytest.mark.parametrize("on_a_thread", [False, True])
+def test_a_template_that_does_not_end_is_an_error(
+    on_a_thread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastkd.models.tokenizers.TEMPLATE_SECONDS", 0.3)
+    loops = "".join(f"{{% for a{i} in range(99999) %}}" for i in range(9)) + "{% endfor %}" * 9
+    (tmp_path / "endless.jinja").write_text(loops + "{{ messages[0]['content'] }}")
+    tokenizer = load_tokenizer(tokenizer_of(), template=tmp_path / "endless.jinja")
+    documents = load_documents([CHAT] * 3, tokenizer=tokenizer, vocab_size=300)
+
+    def read() -> None:
+        with pytest.raises(DataError, match=r"document 0 .*the chat template took longer than 0\.3 s"):
+            documents.read([0])
+
+    if on_a_thread:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(read).result(timeout=60)
+    else:
+        read()
+
+
+def test_many_templates_are_within_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.models.tokenizers.TEMPLATE_SECONDS", 0.05)
+    tokenizer = load_tokenizer(tokenizer_of())
+    tokenizer.template(CHAT, False)
+    began = time.monotonic()
+    while time.monotonic() - began < 0.5:
+        tokenizer.template(CHAT[:1], True)
+
+
+def test_a_template_is_read_from_a_file_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jinja")
+    tokenizer = load_tokenizer(tokenizer_of(), template=tmp_path / "pipe.jinja")
+    with pytest.raises(DataError, match=r"pipe\.jinja: cannot be read"):
+        tokenizer.template(CHAT, False)

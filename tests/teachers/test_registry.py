@@ -10,6 +10,7 @@ import torch
 
 import fastkd
 from fastkd.cache import open_cache
+from fastkd.cli.main import main
 from fastkd.errors import TeacherError
 from fastkd.settings import DataSettings, ModelSettings
 from fastkd.teachers import Hidden, LMHead, Teacher, TopK, register_teacher, registry
@@ -98,6 +99,30 @@ def test_kinds_that_cannot_be_registered() -> None:
         register_teacher("twice")(lambda name, settings: None)
     with pytest.raises(TeacherError, match="got 'a:b'; expected letters"):
         register_teacher("a:b")(lambda name, settings: None)
+
+
+def test_the_address_of_a_server_is_stored_and_shown_without_its_credentials(tmp_path: Path, capfd: Any) -> None:
+    """The canary is in the name, and in the fingerprint that the loader makes of it."""
+
+    @register_teacher("far")
+    def load_far(name: str, settings: ModelSettings) -> ModuleTeacher:
+        torch.manual_seed(0)
+        return ModuleTeacher(torch.nn.Embedding(9, 9), vocab_size=9, fingerprint=f"far {name}")
+
+    (tmp_path / "data.jsonl").write_text('{"tokens": [1, 2, 3, 8]}\n')
+    teacher, out = "far:https://me:canary1@host/model?signature=canary2", tmp_path / "out"
+    command = ["--teacher", teacher, "--data", str(tmp_path / "data.jsonl")]
+    for more in (["capture", "--json", "--out", str(out)], ["capture", "--out", str(out)], ["plan", "--seconds", "0"]):
+        assert main([*more, *command, "--k", "3"]) == 0
+    assert main(["verify", str(out), "--teacher", teacher]) == 0
+    assert main(["capture", *command, "--out", str(out), "--k", "4"]) == 1
+    assert main(["capture", *command[:3], "https://me:canary3@host/a.jsonl?token=canary4", "--out", str(out)]) == 1
+    assert main(["capture", "--teacher", "https://me:canary1@host/m", *command[2:], "--out", str(out)]) == 1
+    shown = capfd.readouterr()
+    assert "canary" not in shown.out + shown.err
+    for path in out.rglob("*"):
+        assert path.is_dir() or b"canary" not in path.read_bytes()
+    assert "host/model" in open_cache(out).spec.teacher
 
 
 def test_the_old_name_of_the_lm_head() -> None:
