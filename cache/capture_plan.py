@@ -15,7 +15,7 @@ PLAN_KEY = "plan.json"
 _FORMAT = "fastkd-plan"
 _HASH = "content_sha256"
 _SPEC = "spec.json"
-_RESTORE = "Restore it; or delete it and run the same capture again, which writes it from the same data."
+RESTORE_PLAN = "Restore it; or delete it and run the same capture again, which writes it from the same data."
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def read_capture_plan(store: Store, spec: CacheSpec | None = None) -> CapturePla
             return None
         raise CacheError(
             f"{store.describe()}: there is no {PLAN_KEY}, although {_SPEC} names one: which shards are held out is "
-            f"unknown. {_RESTORE}"
+            f"unknown. {RESTORE_PLAN}"
         ) from error
     except StoreError:
         raise
     except CacheError as error:
-        raise CacheError(f"{error}" + ("" if expected is None else f" {_RESTORE}")) from error
+        raise CacheError(f"{error}" + ("" if expected is None else f" {RESTORE_PLAN}")) from error
 
 
 def _check_named(plan: CapturePlan, spec: CacheSpec) -> None:

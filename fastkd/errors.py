@@ -1,13 +1,13 @@
 """Errors about user input. Each message names the thing, the evidence, and the next step."""
 
-from .utils.secrets import masked
+from .cache.credentials import redact
 
 
 class _MaskedError(Exception):
     """An error whose message names what a person gave, without the credentials in it."""
 
     def __init__(self, message: object = "", *more: object) -> None:
-        super().__init__(masked(message), *more)
+        super().__init__(redact(str(message)), *more)
 
 
 class DataError(_MaskedError):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache.capture_plan import PLAN_KEY, RESTORE_PLAN, CapturePlan, read_capture_plan
 from ..cache.errors import CacheError, NotFound
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache, open_cache
@@ -23,7 +23,6 @@ from .mixture import SMALLEST_SHARE
 
 Ints = NDArray[np.int64]
 SPLITS = ("train", "held_out")
-_RESTORE = "Restore it; or delete it and run the same capture again, which writes it from the same data."
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +138,13 @@ def plan_of(cache: Cache) -> CapturePlan | None:
             found = divide(lengths, **{name: plan.settings[name] for name in DIVIDED_BY})
         expected = found.train_shards, len(found.shards) - 1
     except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-        raise CacheError(f"{cache!r}: {PLAN_KEY}: damaged: its settings are none ({error!r}). {_RESTORE}") from error
+        raise CacheError(
+            f"{cache!r}: {PLAN_KEY}: damaged: its settings are none ({error!r}). {RESTORE_PLAN}"
+        ) from error
     if (plan.train_shards, plan.shards) != expected:
         raise CacheError(
             f"{cache!r}: {PLAN_KEY}: damaged: got {plan.train_shards} training shards of {plan.shards}; expected "
-            f"{expected[0]} of {expected[1]}, by {LENGTHS_KEY}. {_RESTORE}"
+            f"{expected[0]} of {expected[1]}, by {LENGTHS_KEY}. {RESTORE_PLAN}"
         )
     return plan
 

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,12 +29,14 @@ from fastkd.cache import writer as writer_module
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import claims as claims_module
 from fastkd.capture import runner as job_module
+from fastkd.capture import teacher_pass as teacher_pass_module
 from fastkd.capture.claims import Claims
 from fastkd.capture.prepare import prepare, write_window_plan
 from fastkd.capture.runner import CaptureReport, CaptureRunner
 from fastkd.capture.teacher_pass import TeacherPass
 from fastkd.data.documents import open_documents
 from fastkd.errors import DataError, TeacherError
+from fastkd.kernels import SparseTargets
 from fastkd.settings import CaptureSettings
 from fastkd.teachers.module import ModuleTeacher
 from fastkd.utils.signals import Stop
@@ -277,21 +280,21 @@ def test_a_group_is_stopped_by_its_leader(whole: dict[int, str]) -> None:
 def test_a_job_holds_few_shards_at_a_time(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the writer is: one that is run, those that are encoded, and one that waits."""
     alive: set[int] = set()
-    most, made, encode, room = 0, 0, writer_module.encode_targets, TeacherPass._empty_arrays
+    most, made, encode = 0, 0, writer_module.encode_targets
 
-    def counted(runner: TeacherPass, n: int) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         nonlocal most, made
-        arrays, made = room(runner, n), made + 1
+        arrays, made = SparseTargets.empty(*args, **options).arrays(), made + 1
         alive.add(made)
         weakref.finalize(arrays["ids"], alive.discard, made)
         most = max(most, len(alive))
-        return arrays
+        return SimpleNamespace(arrays=lambda: arrays)
 
     def slow(*args: Any) -> Any:
         time.sleep(0.02)
         return encode(*args)
 
-    monkeypatch.setattr(TeacherPass, "_empty_arrays", counted)
+    monkeypatch.setattr(teacher_pass_module, "SparseTargets", SimpleNamespace(empty=counted))
     monkeypatch.setattr(writer_module, "encode_targets", slow)
     assert capture(MemoryStore(), documents(90), threads=threads).complete
     assert made > 25

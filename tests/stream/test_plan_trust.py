@@ -190,6 +190,16 @@ def test_a_missing_held_out_shard_is_an_error_where_it_is_needed(cache: Path) ->
         assert train(cache, allow_partial=True).evaluation
 
 
+def test_a_held_out_shard_that_is_missing_from_a_sealed_cache_is_named(cache: Path) -> None:
+    plan = plan_of(open_cache(cache))
+    assert plan is not None
+    (cache / "shards" / f"{plan.train_shards}.zarr.zip").unlink()
+    for reader in ("train", "sweep", "evaluate"):
+        with pytest.raises(CacheError, match=f"shard {plan.train_shards}: .* has none of this number"):
+            READERS[reader](cache)
+    READERS["train, not evaluated"](cache)
+
+
 def test_without_a_held_out_split_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", held_out=0.0)
     assert not has_held_out(open_cache(tmp_path / "cache"))
