@@ -1,6 +1,9 @@
 """Reads are bounded before they happen, are made again before an object is blamed, and fail by name."""
 
+import hashlib
 import http.server
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -18,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_shard, make_spec
+from forgery import VALUES
 
-from fastkd.cache import Cache, CacheError, CorruptShard, StoreError, create_cache, open_cache, verify_cache
-from fastkd.cache.capture_plan import read_capture_plan
+from fastkd.cache import Cache, CacheError, CacheSpec, CorruptShard, StoreError, create_cache, open_cache, verify_cache
+from fastkd.cache.capture_plan import CapturePlan, read_capture_plan
 from fastkd.cache.errors import Refused
 from fastkd.cache.manifest import to_parquet
 from fastkd.cache.spec import parse_json
@@ -299,3 +303,57 @@ def test_errors_of_a_store_are_named_and_final_where_they_are() -> None:
         Denied().get("a")
     with pytest.raises(StoreError, match="'b' failed: MemoryError"):
         Denied().get("b")
+
+
+def test_settings_of_every_type_are_refused_or_mean_the_same() -> None:
+    """Every member of spec.json and plan.json x every kind of value, with the hash that its writer would give it."""
+    spec = make_spec(draws=2, mass=0.5, inputs=("tokens", "mask"))
+    refused = taken = 0
+    for place in ((), ("spec",), ("spec", "codec"), ("provenance",)):
+        good = json.loads(spec.to_json())
+        members = good
+        for name in place:
+            members = members[name]
+        for name, value in itertools.product([*members, "more"], VALUES):
+            document = json.loads(spec.to_json())
+            inner = document
+            for step in place:
+                inner = inner[step]
+            inner[name] = value
+            hashed = {**document["spec"], "notes": ""} if isinstance(document.get("spec"), dict) else {}
+            text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
+            if place[:1] == ("spec",):
+                document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            try:
+                found = CacheSpec.from_json(json.dumps(document).encode())
+            except CacheError as error:
+                assert "spec.json" in str(error)
+                refused += 1
+            else:
+                assert found.hash == document["sha256"]
+                taken += 1
+    assert refused > 5 * taken > 0
+
+
+def test_plans_of_every_type_are_refused_or_mean_the_same() -> None:
+    plan = CapturePlan({"context": 8}, "d" * 64, {"shards": 3, "windows": 9}, 2, "a" * 64)
+    refused = 0
+    for name, value in itertools.product([*json.loads(plan.to_json()), "totals.shards", "totals.windows"], VALUES):
+        document = json.loads(plan.to_json())
+        inner, last = (document["totals"], name[7:]) if "." in name else (document, name)
+        inner[last] = value
+        content = {n: v for n, v in document.items() if n != "content_sha256"}
+        if name != "content_sha256":
+            text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+            document["content_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        try:
+            found = CapturePlan.from_json(json.dumps(document).encode())
+        except CacheError as error:
+            assert "plan.json" in str(error)
+            refused += 1
+        else:
+            assert found.shards < 2**26
+            assert json.loads(found.to_json()) == document or name in ("content_sha256", "version")
+    assert refused > 150
+    with pytest.raises(CacheError, match=r"totals\.shards: got 1000000000"):
+        CapturePlan.from_json(json.dumps(json.loads(plan.to_json()) | {"totals": {"shards": 10**9}}).encode())
