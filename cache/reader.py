@@ -177,7 +177,8 @@ class Cache:
 
         data, _ = self._object(index)
         make = default_buffer_prototype().buffer.from_bytes
-        contents = {name: make(content) for name, content in members(data).items()}
+        with self._errors(index):
+            contents = {name: make(content) for name, content in members(data).items()}
         return zarr.open_group(zarr.storage.MemoryStore(contents, read_only=True), mode="r")
 
     def _object(self, index: int) -> tuple[bytes, dict[str, Any]]:

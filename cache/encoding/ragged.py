@@ -200,7 +200,7 @@ def decode_rows(
             before = ranks_KB[j - 1].take(tied)
             after = before + ranks.dtype.type(1)
             after += ties[tie_at[j] : tie_at[j] + len(tied)]
-            if (after <= before).any():
+            if np.count_nonzero(after <= before):
                 raise ValueError("got a rank that its type does not hold")
             ranks[tied] = after
             first_at[j] += len(free)

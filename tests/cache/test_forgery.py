@@ -192,3 +192,5 @@ def test_zip_directories_that_a_reader_does_not_take(change: Callable[..., None]
     store.create(KEY, members_of(cache.store.get(KEY), change))
     with pytest.raises(CorruptShard, match=r"its member 'tail/|its zip directory"):
         Cache(store, cache.spec, None).read_shard(0)
+    with pytest.raises(CorruptShard, match=r"its member 'tail/|its zip directory"):
+        Cache(store, cache.spec, None).zarr_group(0)
