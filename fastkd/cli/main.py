@@ -25,6 +25,7 @@ from ..errors import (
     WorkRemains,
 )
 from ..settings import CaptureSettings, DataSettings, TrainSettings
+from ..utils.atomic import disk_is_full
 from ..utils.numbers import size_text
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = json.dumps(stopped.report) + "\n" if command.json else ""
             with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
                 outcome = long(command, stop)
-    except (BenchError, CacheError, DataError, ReportError, StreamError, TeacherError, TrainError) as error:
+    except (BenchError, CacheError, DataError, OSError, ReportError, StreamError, TeacherError, TrainError) as error:
         outcome = _failure(error, command)
     except Stopped:
         outcome = stopped
@@ -357,6 +358,8 @@ def _failure(error: Exception, command: Any) -> Outcome:
     if transient and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))
+    if disk_is_full(error):
+        return _stopped(text if " again" in text else f"{text} Free some space and run the same command again.")
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 

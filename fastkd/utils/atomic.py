@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def lock(run: Path) -> int:
     except OSError:
         pass
     return folder
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk, or an exhausted quota, is the cause of an error; libraries name it by its text alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search(r"(?i)no space left on device|quota exceeded", str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextmanager
