@@ -14,6 +14,22 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
+def test_the_tests_that_documents_name_are_there() -> None:
+    """Files, and functions by name, in the guides and in the description of the format."""
+    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    functions = set(re.findall(r"^\s*def (test_\w+)", "\n".join(tests.values()), re.MULTILINE))
+    named = 0
+    for page in [*PAGES, ROOT / "cache" / "FORMAT.md"]:
+        text = page.read_text()
+        for file in re.findall(r"\btests/[\w/]+\.\w+", text):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+            named += 1
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert name in functions, f"{page.name}: {name}"
+            named += 1
+    assert named > 20
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_snippets_run(name: str) -> None:
     names: dict[str, object] = {}

@@ -222,4 +222,4 @@ def _out(job: str) -> str:
 
 
 def _untimed(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in line.items() if k not in ("seconds", "waiting", "positions_per_second")}
+    return {k: v for k, v in line.items() if k not in ("seconds", "waiting", "positions_per_second", "sha256")}

@@ -25,7 +25,7 @@ from ..report.runs import Run, read_runs
 from ..settings import DemoSettings
 from ..train.api import train
 from ..train.result import RUN
-from ..utils.atomic import write_file
+from ..utils import atomic
 from ..utils.intervals import Interval
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
@@ -90,7 +90,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         if done.control is not None and done.resumed == done.steps == done.control.resumed:
             stages.log("train: the students are reused")
         document = json.loads((out / "student" / RUN).read_text())
-        write_json(out / "student" / RUN, document | {"teacher": teacher_size})
+        atomic.write_json(out / "student" / RUN, document | {"teacher": teacher_size})
     with stages.stage("report", str(out / "report.html")):
         make_report([out / "student"], out / "report.html")
     runs = read_runs([out / "student"])
@@ -133,7 +133,7 @@ def load_or_train_teacher(path: Path, data: Examples, sizes: Sizes, seed: int, s
             stages.log(f"teacher: {path} cannot be read ({error})")
     teacher = train_teacher(sizes.teacher_width, data, seed, epochs=sizes.teacher_epochs, progress=mode_for())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda temporary: save_file(teacher.state_dict(), temporary, metadata={"made": inputs}))
+    atomic.write_file(path, lambda temporary: save_file(teacher.state_dict(), temporary, metadata={"made": inputs}))
     return teacher, True
 
 
