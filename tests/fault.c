@@ -19,7 +19,7 @@ enum { CREATE = 1, WRITE = 2, SYNC = 4, MOVE = 8, OPEN = 16, READ = 32 };
 
 static struct state {
     int classes, error, forever;
-    long nth, count, failed;
+    long nth, count, failed, each[6];
     char folder[PATH_MAX];
 } *state;
 
@@ -35,9 +35,10 @@ void fault_arm(const char *folder, int classes, long nth, int error, int forever
     state->error = error;
     state->forever = forever;
     state->count = state->failed = 0;
+    memset(state->each, 0, sizeof state->each);
     state->classes = classes;
 }
-long fault_count(void) { return state->count; }
+long fault_calls(int class) { return state->each[class]; }
 long fault_failed(void) { return state->failed; }
 
 static int fails(int class, int folder, const char *path) {
@@ -51,6 +52,7 @@ static int fails(int class, int folder, const char *path) {
         path = name;
     }
     if (strncmp(path, state->folder, strlen(state->folder))) return 0;
+    __sync_add_and_fetch(&state->each[__builtin_ctz(class)], 1);
     long number = __sync_add_and_fetch(&state->count, 1);
     if (!state->nth || (state->forever ? number < state->nth : number != state->nth)) return 0;
     __sync_add_and_fetch(&state->failed, 1);

@@ -1,7 +1,7 @@
 """Runs commands in which a system call fails. Started with fault.c preloaded; each command is forked after all imports.
 
-A line of JSON in: {"argv", "folder", "classes", "nth", "error", "forever", "log"}; out: [status, calls of the classes,
-calls that failed]. The command's output goes to the file `log`.
+A line of JSON in: {"argv", "folder", "classes", "nth", "error", "forever", "log"}; out: [status, calls that
+failed, calls by class]. The command's output goes to the file `log`.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ def main() -> None:
     prepare()
     library: Any = ctypes.CDLL(None)
     library.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_int]
-    library.fault_count.restype = library.fault_failed.restype = ctypes.c_long
+    library.fault_calls.restype = library.fault_failed.restype = ctypes.c_long
     for line in iter(sys.stdin.readline, ""):
         do = json.loads(line)
         process = os.fork()
@@ -67,7 +67,8 @@ def main() -> None:
             finally:
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        print(json.dumps([status, library.fault_count(), library.fault_failed()]), flush=True)
+        calls = [library.fault_calls(number) for number in range(6)]
+        print(json.dumps([status, library.fault_failed(), calls]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +32,7 @@ class Fault(NamedTuple):
     forever: bool = False
 
 
-NONE = Fault(0, 0)
+NONE = Fault(CREATE | WRITE | SYNC | MOVE | OPEN | READ, 0)
 NO_CALL = "no call failed"
 FAULTS = {
     "full": Fault(CREATE | WRITE, errno.ENOSPC, forever=True),
@@ -55,7 +55,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "report": ("run",),
 }  # fmt: skip
 NEEDS = {"capture": [], "seal": ["cache"], "train": ["cache"], "sweep": ["cache"], "report": ["cache", "run"]}
-SAMPLE = {"capture": 8, "seal": 3, "train": 4, "sweep": 1, "report": 1}  # of each fault, in `make test`
+SAMPLE = {"capture": 25, "seal": 10, "train": 10, "sweep": 2, "report": 3}  # cases in `make test`
 
 
 class Faults:
@@ -73,26 +73,26 @@ class Faults:
         self.base.mkdir()
         pq.write_table(pa.table({"input_ids": documents(16, 16)}), self.base / "ids.parquet")
         shutil.copytree(self.base, self.place)
-        self.calls: dict[tuple[str, str], int] = {}
+        self.calls: dict[str, list[int]] = {}  # of each job, by class
         self.whole: dict[str, dict[str, bytes]] = {}
         for job in JOBS:
             if job == "seal":
                 (self.place / "cache" / "manifest.parquet").unlink()
-            status, text, _ = self.run(job)
+            status, text, _, self.calls[job] = self.run(job)
             assert status == 0, text
             self.whole[job] = self.outcome(job)
             if job in ("capture", "train"):
                 shutil.copytree(self.place / _out(job), self.base / _out(job))
 
-    def run(self, job: str, fault: Fault = NONE, nth: int = 0) -> tuple[int, str, list[int]]:
-        """Status, output; the number of calls of the fault's classes, and how many of them failed."""
+    def run(self, job: str, fault: Fault = NONE, nth: int = 0) -> tuple[int, str, int, list[int]]:
+        """Status, output, how many calls failed, and how many there were of each of the fault's classes."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         argv = [job, *(str(self.place / a) if a in _PATHS else a for a in JOBS[job])]
         order = {"argv": argv, "folder": str(self.place), "log": str(self.log), "nth": nth, **fault._asdict()}
         print(json.dumps(order), file=self.process.stdin, flush=True)
-        status, *counts = json.loads(self.process.stdout.readline())
-        return status, self.log.read_text(), counts
+        status, failed, calls = json.loads(self.process.stdout.readline())
+        return status, self.log.read_text(), failed, calls
 
     def reset(self, job: str) -> None:
         """The folder as it is before a job."""
@@ -134,7 +134,7 @@ class Faults:
         """Run a job with a fault, and again without. Returns what is wrong."""
         fault, problems = FAULTS[name], []
         self.reset(job)
-        status, text, (_, failed) = self.run(job, fault, nth)
+        status, text, failed, _ = self.run(job, fault, nth)
         if status not in (0, 1, 75):
             problems.append(f"status {status}")
         if fault.error == errno.ENOSPC and status == 1:
@@ -144,7 +144,7 @@ class Faults:
         elif status and not text.splitlines()[-1].startswith("fastkd: "):
             problems.append("the last line is no error")
         kept = self.committed(job)
-        again, retold, _ = self.run(job)
+        again, retold, *_ = self.run(job)
         if again:
             problems.append(f"run again: status {again}: {retold[-300:]}")
         else:
@@ -164,8 +164,7 @@ class Faults:
 
     def count(self, job: str, name: str) -> int:
         """The number of calls of a job that can fail so."""
-        self.reset(job)
-        return self.run(job, FAULTS[name])[2][0]
+        return sum(calls for number, calls in enumerate(self.calls[job]) if FAULTS[name].classes >> number & 1)
 
     def close(self) -> None:
         """End the server."""
@@ -185,41 +184,27 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     found.close()
 
 
-def check(faults: Faults, job: str, most: int | None) -> None:
-    """Every fault of a job, at most so many of each, evenly chosen."""
+def check(faults: Faults, job: str, cases: list[tuple[str, int]]) -> None:
+    """cases: faults of a job by name, and which call fails."""
     problems: list[str] = []
-    cases = missed = 0
-    for name in FAULTS:
-        calls = faults.count(job, name)
-        assert calls, f"{job}: no call can fail so: {name}"
-        every = 1 if most is None else max(1, calls // most)
-        for nth in range(1 + (calls - 1) % every // 2, calls + 1, every):
-            found = faults.case(job, name, nth)
-            cases += 1
-            # threads do not always make the same calls
-            missed += found == [NO_CALL]
-            problems += found if found != [NO_CALL] else []
-    assert not problems, f"{len(problems)} of {cases}:\n" + "\n\n".join(problems[:12])
-    assert missed <= cases / 10
+    missed = 0
+    for name, nth in cases:
+        found = faults.case(job, name, nth)
+        # threads do not always make the same calls
+        missed += found == [NO_CALL]
+        problems += found if found != [NO_CALL] else []
+    assert not problems, f"{len(problems)} of {len(cases)}:\n" + "\n\n".join(problems[:12])
+    assert missed <= 1 + len(cases) / 10
 
 
 def test_a_sample_of_calls_fails(faults: Faults) -> None:
-    for job, most in SAMPLE.items():
-        check(faults, job, most)
+    for job, count in SAMPLE.items():
+        names = [list(FAULTS)[number % len(FAULTS)] for number in range(count)]
+        # evenly over all calls
+        check(faults, job, [(name, 1 + faults.count(job, name) * i // count) for i, name in enumerate(names)])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("job", JOBS)
 def test_every_call_fails(faults: Faults, job: str) -> None:
-    check(faults, job, None)
-
-
-_PATHS = {"ids.parquet", "cache", "run", "sweep"}
-
-
-def _out(job: str) -> str:
-    return {"capture": "cache", "seal": "cache", "train": "run", "sweep": "sweep", "report": "run"}[job]
-
-
-def _untimed(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in line.items() if k not in ("seconds", "waiting", "positions_per_second", "sha256")}
+    check(faults, job, [(name, n) for name in FAULTS for n in range(1, faults.count(job, name) + 1)])
