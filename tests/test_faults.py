@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,6 +56,16 @@ JOBS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 NEEDS = {"capture": [], "seal": ["cache"], "train": ["cache"], "sweep": ["cache"], "report": ["cache", "run"]}
 SAMPLE = {"capture": 25, "seal": 10, "train": 10, "sweep": 2, "report": 3}  # cases in `make test`
+
+_PATHS = {"ids.parquet", "cache", "run", "sweep"}
+
+
+def _out(job: str) -> str:
+    return {"capture": "cache", "seal": "cache", "train": "run", "sweep": "sweep", "report": "run"}[job]
+
+
+def _untimed(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k not in ("seconds", "waiting", "positions_per_second", "sha256")}
 
 
 class Faults:

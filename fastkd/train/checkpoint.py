@@ -112,8 +112,12 @@ class Checkpoint:
         try:
             with _cause_of_failure():
                 yield
-        except (OSError, SafetensorError) as error:
-            raise TrainError(f"{self.folder}: cannot be read ({error}). Delete it, and train again.") from error
+        # DCP asserts what it could not read
+        except (AssertionError, OSError, RuntimeError, SafetensorError) as error:
+            raise TrainError(
+                f"{self.folder}: cannot be read ({error}). Train again; if that does not help, delete it, and an older "
+                "checkpoint is taken."
+            ) from error
 
 
 def write(
