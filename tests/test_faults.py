@@ -55,7 +55,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "report": ("run",),
 }  # fmt: skip
 NEEDS = {"capture": [], "seal": ["cache"], "train": ["cache"], "sweep": ["cache"], "report": ["cache", "run"]}
-SAMPLE = {"capture": 25, "seal": 10, "train": 10, "sweep": 2, "report": 3}  # cases in `make test`
+SAMPLE = {"capture": 20, "seal": 10, "train": 10, "sweep": 2, "report": 2}  # cases in `make test`
 
 _PATHS = {"ids.parquet", "cache", "run", "sweep"}
 
