@@ -161,7 +161,7 @@ class ArrowColumn(_BatchColumn):
 def _starts(rows: list[int]) -> NDArray[np.int64]:
     """First row of each part, and the number of rows."""
     if min(rows, default=0) < 0 or sum(rows) >= 2**31:
-        raise ValueError(f"got parts of {rows} rows; expected fewer than 2^31 in all")
+        raise ValueError(f"got {sum(rows)} rows in {len(rows)} parts; expected 0 to 2^31")
     return np.cumsum([0, *rows], dtype=np.int64)
 
 

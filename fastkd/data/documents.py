@@ -233,17 +233,14 @@ class Documents:
     def _range(self, start: int, stop: int) -> Iterator[Tokens]:
         """Documents start to stop, a few megabytes at a time."""
         for column, begin in zip(self._columns, self._starts.tolist(), strict=False):
-            row, last = max(start - begin, 0), min(stop - begin, len(column))
-            while row < last:
-                values = column.read(row, last)
+            for row, values in _pieces(column, max(start - begin, 0), min(stop - begin, len(column))):
                 yield self._tokens(column, row, values)
-                row += len(values)
 
     def _value_bytes(self) -> Iterator[bytes]:
         """The values as bytes, in blocks that do not depend on the container."""
         for column in self._columns:
             for first in range(0, len(column), 256):
-                values = _read_all(column, first, min(first + 256, len(column)))
+                values = _whole([part for _, part in _pieces(column, first, min(first + 256, len(column)))])
                 if self._tokenizer is None:
                     part = self._tokens(column, first, values)
                     yield part.lengths.astype("<i8").tobytes()
@@ -297,15 +294,18 @@ def _file_state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read_all(column: Column, start: int, stop: int) -> Values:
-    """The values of rows start to stop."""
-    parts: list[Any] = []
+def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, Values]]:
+    """The values of rows start to stop, a few megabytes at a time, with the first row of each piece."""
     while start < stop:
-        parts.append(column.read(start, stop))
-        start += len(parts[-1])
-    if parts and isinstance(parts[0], pa.Array):
-        return concat_arrays(parts)
-    return [value for part in parts for value in part]
+        values = column.read(start, stop)
+        if not len(values):
+            raise DataError(f"{column.where(start)}: got no rows; expected {stop - start}. Fetch the data again.")
+        yield start, values
+        start += len(values)
+
+
+def _whole(parts: list[Any]) -> Values:
+    return concat_arrays(parts) if isinstance(parts[0], pa.Array) else [value for part in parts for value in part]
 
 
 def _concatenate(parts: list[Tokens]) -> Tokens:
@@ -388,13 +388,14 @@ def detect_kind(columns: Sequence[Column]) -> str | None:
     Anything else counts as "ids"; reading it names the error.
     """
     for column in columns:
-        for row, value in enumerate(_read_all(column, 0, min(_INSPECTED_ROWS, len(column)))):
-            try:
-                known = _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)
-            except (pa.ArrowException, ValueError) as error:
-                raise DataError(f"{column.where(row)}: cannot be read ({error}).") from error
-            if known is not None:
-                return known
+        for first, values in _pieces(column, 0, min(_INSPECTED_ROWS, len(column))):
+            for row, value in enumerate(values, first):
+                try:
+                    known = _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)
+                except (pa.ArrowException, ValueError) as error:
+                    raise DataError(f"{column.where(row)}: cannot be read ({error}).") from error
+                if known is not None:
+                    return known
     return None
 
 

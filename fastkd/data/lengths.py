@@ -20,10 +20,13 @@ def lengths_to_npz(lengths: NDArray[np.int32], fingerprint: str) -> bytes:
     return sink.getvalue()
 
 
-def lengths_from_npz(data: bytes, fingerprint: str, where: str) -> NDArray[np.int32] | None:
+def lengths_from_npz(data: bytes, fingerprint: str, where: str, documents: int = 2**31) -> NDArray[np.int32] | None:
     """The lengths `[documents]`; None if they belong to a dataset with another fingerprint. Raises DataError, naming
-    `where`, for data that cannot be read."""
+    `where`, for data that cannot be read, or that would take more than that many documents do."""
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            if (size := sum(member.file_size for member in members.infolist())) > 4 * documents + 2**13:
+                raise ValueError(f"got {size} bytes for {documents} documents")
         with np.load(io.BytesIO(data)) as arrays:
             stored, lengths = str(arrays["fingerprint"]), np.asarray(arrays["lengths"], np.int32)
     except (

@@ -123,7 +123,8 @@ def plan_of(cache: Cache) -> CapturePlan | None:
     if plan is None or plan.hashed:
         return plan
     try:
-        lengths = lengths_from_npz(cache.store.get(LENGTHS_KEY), plan.dataset, LENGTHS_KEY)
+        documents = plan.totals.get("documents", 0)
+        lengths = lengths_from_npz(cache.store.get(LENGTHS_KEY), plan.dataset, LENGTHS_KEY, documents)
         if lengths is None:
             raise DataError(f"{LENGTHS_KEY} belongs to other data")
     except (NotFound, DataError) as error:

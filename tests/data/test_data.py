@@ -588,3 +588,16 @@ def test_a_flipped_bit_of_a_file_is_an_error_of_ours_or_none(kind: str, tmp_path
     tried, noticed = map(int, done.stdout.split())
     assert tried == 2 * size
     assert noticed > tried // 3
+
+
+def test_a_source_that_ends_early_is_named_and_not_waited_for() -> None:
+    class Shrunk(FakeDataset):
+        def __len__(self) -> int:
+            return len(self.table) + 5
+
+        def with_format(self, name: str) -> FakeDataset:
+            return Shrunk(self.table, True)
+
+    documents = open_documents(Shrunk(pa.table({"documents": IDS})))
+    with pytest.raises(DataError, match=r"the Dataset, row 60 \(from 0\): got no rows; expected 5"):
+        documents.lengths()

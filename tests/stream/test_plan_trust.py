@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import train_cases
 from train_cases import SMALL, Tiny, make_cache
@@ -18,7 +19,8 @@ from fastkd.cache.capture_plan import CapturePlan, read_capture_plan
 from fastkd.cache.manifest import read_spec
 from fastkd.cache.stores import MemoryStore
 from fastkd.cli.main import main
-from fastkd.errors import StreamError
+from fastkd.data.lengths import lengths_from_npz, lengths_to_npz
+from fastkd.errors import DataError, StreamError
 from fastkd.evaluate.api import evaluate
 from fastkd.stream.split import has_held_out, plan_of
 
@@ -109,6 +111,15 @@ def test_a_plan_of_an_older_version_without_lengths_is_taken_with_a_warning(cach
     (cache / "lengths.npz").unlink()
     with pytest.warns(UserWarning, match=r"cannot be checked .*: shards from \d+ on are taken as held out"):
         assert split_of(plan_of(open_cache(cache))) == split_of(CapturePlan.from_json(plan))
+
+
+def test_lengths_that_multiply_are_not_read(captured: Path) -> None:
+    """A kilobyte of zeros takes gigabytes."""
+    plan = CapturePlan.from_json((captured / "plan.json").read_bytes())
+    with pytest.raises(DataError, match=r"got 40000\d+ bytes for 60 documents"):
+        lengths_from_npz(
+            lengths_to_npz(np.zeros(10**7, np.int32), plan.dataset), plan.dataset, "there", plan.totals["documents"]
+        )
 
 
 def test_the_plan_of_another_capture_is_refused(cache: Path, tmp_path: Path) -> None:
