@@ -252,8 +252,10 @@ def test_second_derivatives_and_forward_mode_are_refused(impl: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@IMPLS_ON_CPU
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("compiled", "impl"),
+    [(False, "torch"), (False, "reference"), pytest.param(False, "triton", marks=INTERPRETED), (True, "torch")],
+)
 def test_transforms_are_refused(compiled: bool, impl: str) -> None:
     """Under them a tensor hides that it requires a gradient: it would silently be none."""
     hidden, weight = torch.randn(6, 4), torch.randn(50, 4)
@@ -295,7 +297,7 @@ def test_too_small_a_grid_is_refused_off_it() -> None:
 
 ON_A_CPU = """
 import os, torch, fastkd
-targets = fastkd.SparseTargets.from_logits(torch.randn(2, 20), 3)
+targets = fastkd.SparseTargets.from_logits(torch.randn(2, 20), 3, impl="torch")
 calls = (
     lambda: fastkd.kd_loss(torch.randn(2, 20), targets, torch.tensor([1, 2]), impl="triton"),
     lambda: fastkd.topk_targets(torch.randn(2, 20), 3, impl="triton"),

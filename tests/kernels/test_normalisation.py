@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import case
+from forked import Forked
 from test_linear import close, grads, head_case
 from test_matrix import DEVICE_ON
 
@@ -65,7 +65,8 @@ def _rank(rank: int, init: str, results: str) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Unequal counts on two ranks, the count reduced beforehand, gradients summed: those of one process."""
     results = tmp_path / "gradient.pt"
-    mp.start_processes(_rank, args=(str(tmp_path / "init"), str(results)), nprocs=2, start_method="spawn")
+    ranks = [Forked(_rank, rank, str(tmp_path / "init"), str(results)) for rank in range(2)]
+    assert [(rank.communicate(timeout=300)[1], rank.returncode) for rank in ranks] == [("", 0)] * 2
     c, hidden, weight, _ = head_case()
     weight = weight.requires_grad_()
     (expected,) = grads(linear_kd_loss(hidden, weight, c.targets, c.labels, temperature=2.0).loss, weight)
