@@ -10,10 +10,11 @@ import json
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,27 @@ class _TimeUp(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float, what: str) -> Iterator[None]:
-    """DataError if Python code takes longer: a template may loop for ever, on any thread."""
-    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    """DataError if Python code computes for longer, on any thread: a template may loop for ever. Time in which the
+    thread waits for others does not count."""
+    thread, lock, over = threading.get_ident(), threading.Lock(), False
+    now: Callable[[], float] = time.monotonic
+    if hasattr(time, "pthread_getcpuclockid"):  # not on macOS
+        now = partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
+    end = now() + seconds
+    timers: list[threading.Timer] = []
 
-    def stop() -> None:
+    def watch() -> None:
         with lock:
-            if not over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TimeUp))
+            if over:
+                return
+            if (left := end - now()) <= 0:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeUp))
+                return
+            timers.append(threading.Timer(left, watch))
+            timers[-1].daemon = True
+            timers[-1].start()
 
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
+    watch()
     try:
         yield
     except _TimeUp as error:
@@ -175,8 +186,9 @@ def _time_limit(seconds: float, what: str) -> Iterator[None]:
     finally:
         with lock:
             over = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # if it was about to be raised
-        timer.cancel()
+            # if it was about to be raised
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+        timers[-1].cancel()
 
 
 def choose_tokenizer(
