@@ -13,7 +13,7 @@ from .encoding.ragged import BLOCK
 from .encoding.targets import HIGHEST_TAIL_CODE, Targets
 from .errors import CacheError, expect
 from .shard.container import LARGEST
-from .spec import CacheSpec, integer
+from .spec import CacheSpec
 
 Array = NDArray[Any]
 
@@ -106,11 +106,6 @@ def check_lengths(name: str, lengths: Sequence[int] | Array, positions: int) -> 
     if (total := int(array.sum(dtype=np.int64))) != positions:
         raise CacheError(f"{name}: got a sum of {total}; expected the {positions} positions.")
     return array.astype(np.uint32)
-
-
-def check_number(name: str, value: Any) -> int:
-    """The number of a shard or a sequence."""
-    return integer(name, value, 0, 10**18 - 1)
 
 
 def check_record(record: Any) -> dict[str, Any]:

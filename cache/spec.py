@@ -49,6 +49,11 @@ class Codec:
     compressor: str = "pcodec"
     level: int = 8
 
+    @property
+    def grids(self) -> dict[str, tuple[float, float, float]]:
+        """Step, growth and cap of the log-probabilities of the top-k ("head") and the drawn entries ("draws")."""
+        return {"head": (self.step, self.growth, self.cap), "draws": (self.draw_step, 0.0, self.draw_step)}
+
 
 CODECS = {
     "fast": Codec(step=1 / 16, growth=0.0, cap=1 / 16, sort_ties=False, level=4),

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .checks import check_inputs, check_lengths, check_number, check_record, check_sorted, check_targets
+from .checks import check_inputs, check_lengths, check_record, check_sorted, check_targets
 from .encoding.ragged import BLOCK
 from .encoding.targets import Targets, encode_targets
 from .errors import CacheError, NotFound, ReadOnly, StoreError
@@ -159,12 +159,12 @@ class CacheWriter:
         before anything is written, for arrays that cannot be a teacher's.
         """
         self._check_open()
-        index = check_number("index", index)
+        index = integer("index", index, 0, 10**18 - 1)
         targets = check_targets(self.spec, ids, logprobs, tail, draws, outcomes)
         check_sorted(targets)
         n = len(targets.ids)
         given = ShardLayout(**layout)
-        first = check_number("first_sequence", given.first_sequence)
+        first = integer("first_sequence", given.first_sequence, 0, 10**18 - 1)
         columns = check_inputs(self.spec, inputs, n)
         sequences = [n] if given.sequence_lengths is None else given.sequence_lengths
         lengths = check_lengths("sequence_lengths", sequences, n)
@@ -369,10 +369,7 @@ def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | Non
     rest = np.exp(tail)
     entropy -= rest * np.where(rest > 0, tail, 0)
     counted = (targets.head_counts + targets.draw_counts) > 0
-    return {"mass": _summary(mass[counted]), "entropy": _summary(entropy[counted])}
-
-
-def _summary(values: NDArray[np.float64]) -> list[float | None]:
-    if not len(values):
-        return [None] * 4
-    return [float(values.mean()), *(float(q) for q in np.quantile(values, (0.05, 0.5, 0.95)))]
+    if not counted.any():
+        return {"mass": [None] * 4, "entropy": [None] * 4}
+    found = {"mass": mass[counted], "entropy": entropy[counted]}
+    return {name: [float(x.mean()), *np.quantile(x, (0.05, 0.5, 0.95)).tolist()] for name, x in found.items()}

@@ -29,15 +29,14 @@ def encode_part(
     spec: CacheSpec,
     entries: tuple[Array, Array, Array | None],
     counts_N: Array,
-    grid: tuple[float, float, float],
     tokens: Array | None,
 ) -> Arrays:
     """The streams of a part. entries: ids, log-probabilities and (of drawn entries) repeats, each `[n, K]`.
 
-    part: "head" (the top-k entries) or "draws". counts_N: entries of each row. grid: step, growth and cap.
+    part: "head" (the top-k entries) or "draws". counts_N: entries of each row.
     """
     ids_NK, logprobs_NK, extras_NK = entries
-    codec = spec.settings
+    codec, grid = spec.settings, spec.settings.grids[part]
     width = ids_NK.shape[1]
     ragged = bool((counts_N < width).any())
     place = np.arange(width)

@@ -35,21 +35,18 @@ class Targets(NamedTuple):
 
 def encode_targets(spec: CacheSpec, targets: Targets, tokens: Array | None) -> Arrays:
     """The streams of the targets. tokens `[n]`: the input at each position, needed for contexts."""
-    codec = spec.settings
     streams: Arrays = {}
     if spec.k:
         width = int(targets.head_counts.max(initial=0))
-        grid = (codec.step, codec.growth, codec.cap)
         entries = targets.ids[:, :width], targets.logprobs[:, :width], None
-        streams |= encode_part("head", spec, entries, targets.head_counts, grid, tokens)
+        streams |= encode_part("head", spec, entries, targets.head_counts, tokens)
     if spec.draws:
         assert targets.draws is not None
-        grid = (codec.draw_step, 0.0, codec.draw_step)
         arrays = (targets.ids, targets.logprobs, targets.draws)
         ids, logprobs, draws = (_drawn(a, targets.head_counts, targets.draw_counts) for a in arrays)
         repeats = np.maximum(draws, 1).astype(np.uint32) - np.uint32(1)
-        streams |= encode_part("draws", spec, (ids, logprobs, repeats), targets.draw_counts, grid, tokens)
-    streams["tail"] = _encode_tail(targets.tail, codec.tail_step)
+        streams |= encode_part("draws", spec, (ids, logprobs, repeats), targets.draw_counts, tokens)
+    streams["tail"] = _encode_tail(targets.tail, spec.settings.tail_step)
     if (targets.outcomes != spec.vocab_size - targets.head_counts).any():
         streams["outcomes"] = targets.outcomes.astype(np.int32)
     return streams

@@ -72,12 +72,11 @@ def expected_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str,
     arrays["sequence_lengths"] = Expected(("uint32",), (sequences,))
     arrays["document_lengths"] = Expected(("uint32",), (range(1, n.stop),))
     codec = spec.settings
-    grids = {"head": (codec.step, codec.growth, codec.cap), "draws": (codec.draw_step, 0.0, codec.draw_step)}
     for part, capacity in (("head", spec.k), ("draws", spec.draws)):
         if not capacity:
             continue
         entries = attributes["head_entries" if part == "head" else "draw_entries"]
-        most_codes = int(codes_of(np.array([LOWEST], np.float32), *grids[part])[0]) + 2
+        most_codes = int(codes_of(np.array([LOWEST], np.float32), *codec.grids[part])[0]) + 2
         arrays[f"{part}/counts"] = Expected(("uint16",), (n,))
         arrays[f"{part}/classes"] = Expected(("uint16",), (_exactly(spec.vocab_size),))
         arrays[f"{part}/grid"] = Expected(("float32",), (range(1, most_codes + 1),))
