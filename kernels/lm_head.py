@@ -50,8 +50,9 @@ def check_lm_head(hidden: Tensor, lm_head: LMHead, *, any_type: bool = False) ->
     any_type: under autocast, the types may differ, if none is float64.
     """
     weight, bias, width = lm_head.weight, lm_head.bias, hidden.shape[-1]
+    check_floats("weight", weight)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
+        if tensor is None:
             continue
         check_floats(name, tensor)
         converts = any_type and torch.float64 not in (tensor.dtype, hidden.dtype)
