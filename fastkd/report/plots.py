@@ -140,9 +140,9 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         if all(float(x).is_integer() for line in chart.lines for x in line.x):
             axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.level is not None:
-        y, label = chart.level
+        level, label = chart.level
         axes.text(
-            0.995, _drawable(y), label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
+            0.995, _drawable(level), label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
             fontsize=9.5,
         )  # fmt: skip
 
