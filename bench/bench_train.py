@@ -31,6 +31,7 @@ from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.bench.timing import interleaved
+from fastkd.demo.step_ratio import labels_only
 from fastkd.kernels.loss.linear import default_chunk
 from fastkd.models.hub import load_transformers
 from fastkd.settings import TrainSettings
@@ -76,11 +77,6 @@ def batch_of(rows: int, length: int, targets: SparseTargets, device: str) -> Mic
     )  # fmt: skip
 
 
-def _labels_only(targets: SparseTargets) -> SparseTargets:
-    """The same positions without entries, all that cross-entropy needs."""
-    return replace(targets, ids=targets.ids[:, :0], logprobs=targets.logprobs[:, :0], draws=None)
-
-
 class Steps:
     """The steps that are compared. Their weights have the same shapes and different values."""
 
@@ -93,7 +89,7 @@ class Steps:
         n = size["rows"] * size["length"]
         targets = known_targets(n, VOCAB, 48, 16, device)
         self.batch = batch_of(size["rows"], size["length"], targets, device)
-        self.labels_only = batch_of(size["rows"], size["length"], _labels_only(targets), device)
+        self.labels_only = batch_of(size["rows"], size["length"], labels_only(targets), device)
         self.temperature = torch.tensor(temperature, device=device)
         self.alpha, self.one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
 

@@ -50,10 +50,11 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
     with job.stages.stage("flip a bit", "in a copy of the cache"):
         flipped, problems = flip_a_bit(job.cache, copy)
         job.stages.log("\n         ".join([f"flipped a bit of {flipped}; `fastkd verify {copy}` reports:", *problems]))
-    answers = make_students(job, cache)
+    answers, step = make_students(job, cache)
     runs = read_runs(job.runs)
     targets = targets_of(
         overhead=teacher["overhead"]["ratio"],
+        step=step["ratio"],
         runs=runs[: len(job.trainings)],
         bytes_per_position=inspected["bytes_per_position"],
     )

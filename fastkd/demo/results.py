@@ -26,12 +26,13 @@ class Target(NamedTuple):
         return self.value <= self.limit
 
 
-def targets_of(*, overhead: float, runs: Sequence[Run], bytes_per_position: float) -> list[Target]:
-    """The three targets. runs: the trained ones."""
+def targets_of(*, overhead: float, step: float, runs: Sequence[Run], bytes_per_position: float) -> list[Target]:
+    """The four targets. runs: the trained ones."""
     waiting = max(run.waiting for run in runs if run.waiting is not None)
     return [
         Target("capture over the bare teacher", overhead, 1.08, f"{overhead:.3f}", "1.08"),
         Target("share of training that waited for data", waiting, 0.01, f"{waiting:.2%}", "1%"),
+        Target("a step over one of cross-entropy alone", step, 1.05, f"{step:.3f}", "1.05"),
         Target("bytes a position", bytes_per_position, 108.0, f"{bytes_per_position:.1f}", "108"),
     ]
 

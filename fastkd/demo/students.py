@@ -27,11 +27,12 @@ from ..utils.signals import Stopped
 from .artifacts import Json, cached_result, make_folder, write_json
 from .completions import prefixes_of, student_completions
 from .job import Job
+from .step_ratio import step_ratio
 from .teacher import held_out_windows, teacher_identity
 
 
-def make_students(job: Job, cache: Cache) -> dict[str, Json]:
-    """Make, evaluate and train all students. Returns their completions by name.
+def make_students(job: Job, cache: Cache) -> tuple[dict[str, Json], dict[str, float]]:
+    """Make, evaluate and train all students. Returns their completions by name, and the `step_ratio`.
 
     Raises `Stopped` if `job.stop` was called.
     """
@@ -53,6 +54,8 @@ def make_students(job: Job, cache: Cache) -> dict[str, Json]:
             for one in (run, run / CONTROL):  # not needed any more, and three times the student's size
                 shutil.rmtree(one / CHECKPOINTS, ignore_errors=True)
     inputs |= {"settings": asdict(first)}
+    with stages.stage("step", "of distillation, and of cross-entropy alone"):
+        step = cached_result(job.out / "step.json", inputs, lambda: step_ratio(job.pruned, cache, first))
     with stages.stage("completions", "by the students"):
         prefixes = prefixes_of(held_out_windows(cache, job.sizes))
         healed = job.out / "healed"
@@ -61,7 +64,7 @@ def make_students(job: Job, cache: Cache) -> dict[str, Json]:
         for name, folder in folders.items():
             complete = partial(student_completions, folder, job.teacher, prefixes)
             answers[name] = cached_result(job.out / f"completions-{name}.json", inputs, complete)
-    return answers
+    return answers, step
 
 
 def kept_layers(count: int, every: int) -> list[int]:

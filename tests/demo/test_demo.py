@@ -130,7 +130,7 @@ def evaluations(out: Path) -> dict[str, Any]:
     """What was measured of each student, but for the time that it took."""
     names = ("damaged", "healed", "healed/control", "soft")
     found = {name: json.loads((out / name / "evaluation.json").read_text()) for name in names}
-    return {name: {k: v for k, v in f.items() if k != "seconds"} for name, f in found.items()}
+    return {name: {k: v for k, v in f.items() if k not in ("seconds", "sha256")} for name, f in found.items()}
 
 
 # The parts
@@ -277,6 +277,7 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     assert {f["name"] for f in report["figures"]} == {
         "capture over the bare teacher",
         "share of training that waited for data",
+        "a step over one of cross-entropy alone",
         "bytes a position",
     }
     assert all(f["value"] > 0 for f in report["figures"] if not f["name"].startswith("share"))
@@ -371,11 +372,13 @@ def test_a_training_that_is_stopped_goes_on(again: DemoSettings, whole: Path, ru
     assert evaluations(again.out) == evaluations(whole)
 
 
-@pytest.mark.parametrize("dies_in", ["evaluate_untrained", "train_student", "student_completions", "make_report"])
+@pytest.mark.parametrize(
+    "dies_in", ["evaluate_untrained", "train_student", "step_ratio", "student_completions", "make_report"]
+)
 def test_interrupted_anywhere_it_goes_on(
     again: DemoSettings, whole: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
-    for path in again.out.glob("completions-*"):
+    for path in [*again.out.glob("completions-*"), again.out / "step.json"]:
         path.unlink()
     shutil.rmtree(again.out / "damaged")
     shutil.rmtree(again.out / "soft")
