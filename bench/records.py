@@ -20,8 +20,10 @@ import os, sys, time
 import fastkd.cache, pyarrow.parquet
 from fastkd.cache import open_cache, open_store
 store = open_store(sys.argv[1])
-asked, get = [], store.get
-store.get = lambda key: (asked.append(key), get(key))[1]
+asked = []
+def counted(call):
+    return lambda key, *size: (asked.append(key), call(key, *size))[1]
+store.get, store.get_tail = counted(store.get), counted(store.get_tail)
 def peak():
     return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
 base = peak()

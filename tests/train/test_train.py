@@ -387,7 +387,7 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
 
 def test_without_a_held_out_split(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", held_out=0.0)
-    with pytest.raises(TrainError, match=r"evaluate_every: got 5, and .* was captured with held_out=0"):
+    with pytest.raises(TrainError, match=r"evaluate_every: got 5, and no documents of .* were held out"):
         train(cache, tmp_path / "run", evaluate_every=5)
     assert not train(cache, tmp_path / "run", evaluate_every=None).evaluation
 
