@@ -346,7 +346,7 @@ def load_documents(
     """The documents of a source, whose column is found to hold ids, text or messages.
 
     source, column, text_documents, loss_on: see `open_documents`.
-    tokenizer: needed for text and messages, not used for ids; or a function that returns it, called if it is needed.
+    tokenizer: for text and messages; token ids do not use it. Or a function that loads it, called only for these.
     vocab_size: the width of the teacher's LM head.
 
     Raises DataError if the column, the tokenizer and these settings do not fit together.

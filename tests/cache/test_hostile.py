@@ -8,11 +8,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_shard, make_spec
 from forgery import VALUES
+from http_server import http_server
 
 from fastkd.cache import Cache, CacheError, CacheSpec, CorruptShard, StoreError, create_cache, open_cache, verify_cache
 from fastkd.cache.capture_plan import CapturePlan, read_capture_plan
@@ -82,23 +81,11 @@ class Endless(http.server.BaseHTTPRequestHandler):
             pass
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
 @pytest.mark.parametrize("path", ["endless", "long", "drip"])
 def test_an_endless_or_dripping_body_is_given_up(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MOST_BYTES", "MOST_SKIPPED"):
         monkeypatch.setattr(f"fastkd.cache.stores.http.{name}", 2**25)
-    with served() as url:
+    with http_server(Endless) as url:
         store = HttpStore(f"{url}/{path}", timeout=1)
         tracemalloc.start()
         try:

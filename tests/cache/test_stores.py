@@ -27,6 +27,7 @@ import obstore
 import pytest
 from cache_cases import make_shard, make_spec
 from fsspec.implementations.dirfs import DirFileSystem
+from http_server import http_server
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.threaded_moto_server import create_backend_app
@@ -363,13 +364,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def web(content: Path) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(content)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with http_server(functools.partial(Quiet, directory=str(content))) as address:
+        yield address
 
 
 def zipped(path: Path, compression: int) -> Path:
