@@ -32,7 +32,7 @@ from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.text import printable, ranges, report_text
 from .commands import Bench, Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
-from .parse import completion_script, flags, in_flags, parse
+from .parse import completion_script, discard, flags, in_flags, parse
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
@@ -383,5 +383,4 @@ def _say(text: str, stream: Any = None) -> None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
-        # otherwise Python's flush at exit would raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard(stream)

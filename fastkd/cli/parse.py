@@ -2,7 +2,9 @@
 
 import inspect
 import io
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields, replace
@@ -10,7 +12,7 @@ from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -40,8 +42,21 @@ def parse(args: Sequence[str]) -> Any:
     except SystemExit as stop:
         if stop.code:
             args = masked(args)  # the message quotes the arguments, and a URL may contain a password
-        _parse(args, aloud=True)
-        raise
+        try:
+            _parse(args, aloud=True)
+        except OSError:  # a closed pipe or a full disk: the status is what remains to say
+            for stream in (sys.stdout, sys.stderr):
+                discard(stream)
+        raise stop from None
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is printed to a stream nowhere from now on, if it cannot be written."""
+    try:
+        stream.flush()
+    except OSError:
+        # otherwise Python's flush at exit would raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def completion_script(shell: str) -> str:

@@ -165,7 +165,8 @@ class BatchSource(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """All that decides which steps the source yields, by name, in values that JSON can hold."""
+        """All that decides which steps the source yields, by name, in values that JSON can hold. Checkpoints keep it as
+        it is, to compare it: a URL in it is without credentials."""
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""

@@ -636,6 +636,20 @@ def test_a_reader_that_has_gone(cache: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_output_that_cannot_be_written(cache: Path) -> None:
+    """The status alone says what happened: no traceback, neither at once nor when Python flushes at its end."""
+    cases = ((["--help"], 0), (["train", "--help"], 0), (["train", "--nope"], 2), (["inspect", str(cache)], 0))
+    with open("/dev/full", "w") as full:
+        for arguments, status in cases:
+            command = [sys.executable, "-m", "fastkd", *arguments]
+            streams: dict[str, Any] = {"stdout": full, "stderr": subprocess.PIPE}
+            if status == 2:  # what is printed goes to stderr
+                streams = {"stdout": subprocess.PIPE, "stderr": full}
+            done = subprocess.run(command, **streams, timeout=120)
+            assert (done.returncode, done.stdout or b"", done.stderr or b"") == (status, b"", b"")
+
+
 def test_an_interrupt_is_no_traceback(cache: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
