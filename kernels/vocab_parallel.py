@@ -1,0 +1,124 @@
+"""A vocabulary divided over the ranks of a process group: which columns are whose, and what ranks exchange.
+
+Each rank holds a range of the columns (of the logits, or of the LM head's rows); the ranges may be of unequal sizes.
+torch.distributed is imported by the first call that has a group.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import describe, whole_number
+from .errors import KDError
+
+
+class VocabPart(NamedTuple):
+    """This rank's part of the vocabulary: columns `start` to `start + size - 1` of `total`."""
+
+    group: str  # the process group's name
+    start: int
+    size: int
+    total: int
+
+
+def group_name(group: Any) -> str:
+    """The name of a torch.distributed.ProcessGroup that this process belongs to: what an operator can take.
+    Raises KDError for anything else."""
+    from torch import distributed as dist
+
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        found = "none: this process is no member of it" if type(group) is int else describe(group)
+        raise KDError(
+            f"group: got {found}; expected the torch.distributed.ProcessGroup over which the vocabulary is divided "
+            "(of a DeviceMesh: mesh['tp'].get_group(); of all processes: torch.distributed.group.WORLD)."
+        )
+    return str(group.group_name)
+
+
+def check_vocab_start(vocab_start: Any, group: Any) -> int:
+    """The first column of this rank's part; -1 where it is None: the parts lie in the order of the ranks."""
+    if vocab_start is None:
+        return -1
+    if group is None:
+        raise KDError(f"vocab_start: got {vocab_start!r} without a group; pass the ranks' process group as group=.")
+    return int(whole_number("vocab_start", vocab_start, "this rank's first column", 0))
+
+
+def ranks_of(name: str) -> int:
+    """The number of ranks of a group."""
+    return int(_group(name).size())
+
+
+def exchange_parts(name: str, size: int, start: int, device: torch.device) -> Tensor:
+    """First column and number of columns of every rank's part, int64 `[R, 2]` on the device, which is not waited for.
+
+    size, start: of this rank; start -1 as by `check_vocab_start`. One all-gather of two numbers, in every call: to
+    remember them for a size would leave ranks waiting for each other where another vocabulary, divided over the same
+    group, gives some ranks as many columns as before and some not.
+    """
+    parts = all_gather(torch.tensor([start, size], device=device), name)
+    sizes = parts[:, 1]
+    in_order = sizes.cumsum(0) - sizes
+    return torch.stack([torch.where((parts[:, 0] < 0).all(), in_order, parts[:, 0]), sizes], 1)
+
+
+def read_part(name: str, parts_R2: Tensor, vocab_size: int, what: str) -> VocabPart:
+    """This rank's part, of `exchange_parts`. Reads the tensor: it waits for a GPU.
+
+    vocab_size: the fewest columns that the parts may have together. what: the tensor that is divided, for messages.
+    Raises KDError, on all ranks alike, unless the parts are a division of one vocabulary of at least this size.
+    """
+    parts = parts_R2.tolist()
+    listed = ", ".join(f"{start} to {start + size - 1}" if start >= 0 else f"? ({size})" for start, size in parts)
+    end = 0
+    for start, size in sorted(parts):
+        if start != end or size < 1:
+            raise KDError(
+                f"vocab_start: got the columns {listed} on ranks 0 to {len(parts) - 1}; expected parts of at least one "
+                "column that follow on each other from column 0. Pass each rank's first column, or None on all ranks "
+                "if the parts lie in rank order."
+            )
+        end += size
+    if end < vocab_size:
+        raise KDError(
+            f"{what}: got {end} columns on all {len(parts)} ranks together ({listed}), fewer than the vocabulary; "
+            f"expected at least {vocab_size}, one for each of the teacher's tokens."
+        )
+    start, size = parts[_group(name).rank()]
+    return VocabPart(name, start, size, end)
+
+
+def all_gather(x: Tensor, name: str) -> Tensor:
+    """Every rank's x, which has one shape and type on all ranks, as `[R, *x.shape]`."""
+    from torch import distributed as dist
+
+    group = _group(name)
+    x = x.contiguous()
+    out = x.new_empty((group.size(), *x.shape))
+    # its name since torch 2.13
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(out.view(-1), x.view(-1), group=group)
+    return out
+
+
+def all_reduce_sum_(x: Tensor, name: str) -> None:
+    """x becomes the sum of all ranks' x."""
+    from torch import distributed as dist
+
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        total = x.float()  # gloo does not add bfloat16 in every version
+        dist.all_reduce(total, group=_group(name))
+        x.copy_(total)
+    else:
+        dist.all_reduce(x, group=_group(name))
+
+
+def _group(name: str) -> Any:
+    """The group of this name. Raises KDError if it was destroyed."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise KDError(f"group: got {name!r}, which exists no more; expected a group that was not destroyed.") from error
