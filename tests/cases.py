@@ -5,6 +5,9 @@
 """
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from fastkd import SparseTargets
 from fastkd.kernels.loss.reference import cross_entropy_rows, divergence_rows
+from fastkd.kernels.targets import FIELDS, INDEX
 
 GRID = (1.0, 1.5, 2.0, 4.0)
 CELLS = (
@@ -70,6 +74,32 @@ def sparse(
         temperatures=grid,
         draw_temperature=draw_temperature,
     )
+
+
+def same(one: SparseTargets, other: SparseTargets) -> bool:
+    """All fields are equal, types included."""
+    columns = [(getattr(one, f.name), getattr(other, f.name)) for f in (*FIELDS, INDEX)]
+    settings = all(getattr(one, n) == getattr(other, n) for n in ("vocab_size", "temperatures", "draw_temperature"))
+    return settings and all(
+        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)) for a, b in columns
+    )
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Within it, what waits for the GPU raises.
+
+    Setting torch's alarm warns that it is a prototype: where warnings are errors, that one would leave it set.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @dataclass

@@ -1,6 +1,11 @@
-"""Without a GPU, Triton kernels are interpreted, which must be set before triton is imported."""
+"""Without a GPU, Triton kernels are interpreted, which must be set before triton is imported.
+
+`pytest -m gpu tests/kernels` needs torch, triton, numpy and pytest alone, and no installation of fastkd.
+"""
 
 import os
+import runpy
+from pathlib import Path
 
 import torch
 
@@ -12,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+
+runpy.run_path(str(Path(__file__).parent.parent / "bench" / "bare.py"))["use_checkout"]()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

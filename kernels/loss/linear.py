@@ -1,6 +1,7 @@
 """The LM head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .torch_impl import TorchRows
 FLOAT16_SCALE = 16.0
 CUDA_CHUNK = 2048
 CPU_CHUNK_BYTES = 48 << 20
+MM_ROWS = 8192  # of the weight's gradient at once, where a chunk's share of it needs memory of its own
 
 
 def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
@@ -27,20 +29,60 @@ def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
 
 def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
     """total += gradient^T hidden (total = ..., for the first chunk), in float32 whatever the operands' type."""
-    beta, half = (0 if first else 1), gradient_CV.dtype != total_VD.dtype
-    if half and gradient_CV.is_cuda:
-        if not hasattr(torch.ops.aten.addmm, "dtype_out"):
-            warnings.warn(
-                f"torch {torch.__version__} cannot accumulate a half-precision product in float32: each chunk's share "
-                "of the weight's gradient is rounded once before it is added, and takes longer. torch 2.8 can.",
-                stacklevel=2,
-            )
-            product = torch.mm(gradient_CV.t(), hidden_CD)
-            total_VD.copy_(product) if first else total_VD.add_(product)
-        else:
-            torch.addmm(total_VD, gradient_CV.t(), hidden_CD, out_dtype=total_VD.dtype, beta=beta, out=total_VD)
+    gradient_VC, dtype, beta = gradient_CV.t(), total_VD.dtype, 0 if first else 1
+    way = "same" if gradient_CV.dtype == dtype else wider_product(gradient_CV.device, gradient_CV.dtype)
+    if way == "addmm":
+        torch.addmm(total_VD, gradient_VC, hidden_CD, out_dtype=dtype, beta=beta, out=total_VD)
+    elif way == "mm" and first:
+        torch.mm(gradient_VC, hidden_CD, out_dtype=dtype, out=total_VD)
+    elif way == "mm":
+        for block_VC, block_VD in zip(gradient_VC.split(MM_ROWS), total_VD.split(MM_ROWS), strict=True):
+            block_VD.add_(torch.mm(block_VC, hidden_CD, out_dtype=dtype))
+    elif way == "rounded":
+        product = torch.mm(gradient_VC, hidden_CD)
+        total_VD.copy_(product) if first else total_VD.add_(product)
     else:
-        total_VD.addmm_(gradient_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), beta=beta)
+        total_VD.addmm_(gradient_VC.to(dtype), hidden_CD.to(dtype), beta=beta)
+
+
+def wider_product(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of half-precision matrices are added up in float32 on a device.
+
+    "addmm", "mm": by that function's `out_dtype`. "rounded": rounded once, then added. "upcast": of converted operands.
+    """
+    return "upcast" if device.type == "cpu" else try_wider_product(device, dtype)
+
+
+@cache
+def try_wider_product(device: torch.device, dtype: torch.dtype) -> str:
+    """`wider_product` on a GPU, found by trying: torch 2.8 and 2.9 have `addmm(out_dtype=)`, but it refuses a matrix to
+    add that is not of the operands' type, and some back ends have none of it."""
+    total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    found, why = "rounded", ""
+    for name, product in (
+        ("addmm", lambda: torch.addmm(total, half, half, out_dtype=total.dtype, out=total)),
+        ("mm", lambda: torch.mm(half, half, out_dtype=total.dtype, out=total)),
+    ):
+        try:
+            product()
+        except torch.OutOfMemoryError:
+            raise  # which says nothing about the function
+        except (RuntimeError, TypeError) as error:
+            why = why or f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            found = name
+            break
+    if found != "addmm":
+        cost = {
+            "mm": "It is added in another pass, which takes longer",
+            "rounded": "Each chunk's share of the weight's gradient is rounded before it is added, and takes longer",
+        }[found]
+        warnings.warn(
+            f"torch {torch.__version__} cannot add a {dtype} product to a float32 matrix on {device} ({why}). {cost}. "
+            "torch 2.10 can on CUDA.",
+            stacklevel=2,
+        )
+    return found
 
 
 def linear_kd_loss_chunks(

@@ -1,11 +1,14 @@
 """The fused head: gradients in hidden, weight and bias, what is frozen, what is tied, and what is given up."""
 
+import warnings
+
 import pytest
 import torch
 from cases import CELLS, Case, case
 from test_matrix import DEVICE_ON
 
 from fastkd import DistillationLoss, KDError, SparseTargets, kd_loss, linear_kd_loss
+from fastkd.kernels.loss import linear
 
 
 def head_case(n: int = 11, d: int = 8, v: int = 96, k: int = 6, draws: int = 4, dtype=torch.float32):
@@ -369,3 +372,43 @@ def test_peak_memory_is_one_chunk() -> None:
             peak = max(peak, live)
     returned = (h.numel() + w.numel()) * 4
     assert peak - returned < 6 * 16 * v * 4 + (1 << 18)
+
+
+@pytest.mark.parametrize("refuses", [(), ("addmm",), ("addmm", "mm")], ids=["all", "torch 2.8", "none"])
+def test_the_weights_gradient_is_added_as_the_build_can(monkeypatch: pytest.MonkeyPatch, refuses: tuple) -> None:
+    """`addmm(out_dtype=float32)` exists in torch 2.8 and refuses unequal types: what works is tried, once a device."""
+    calls: list[str] = []
+
+    def emulate(name: str):
+        original = getattr(torch, name)
+
+        def function(*args: torch.Tensor, out_dtype: torch.dtype | None = None, **more):
+            if out_dtype is None:
+                return original(*args, **more)
+            calls.append(name)
+            assert args[-1].dtype == args[-2].dtype == torch.bfloat16
+            if name in refuses:
+                raise RuntimeError(f"{name}: self and mat2 must have the same dtype")
+            return original(*(x.to(out_dtype) for x in args), **more)
+
+        return function
+
+    for name in ("addmm", "mm"):
+        monkeypatch.setattr(torch, name, emulate(name))
+    monkeypatch.setattr(linear, "wider_product", linear.try_wider_product)  # as on a GPU
+    monkeypatch.setattr(linear, "MM_ROWS", 40)
+    linear.try_wider_product.cache_clear()
+    c, hidden, weight, _ = head_case(dtype=torch.bfloat16)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for chunk in (4, 5):
+            h, w = hidden.requires_grad_(), weight.requires_grad_()
+            found += grads(linear_kd_loss(h, w, c.targets, c.labels, impl="torch", chunk_tokens=chunk).loss, w)
+    linear.try_wider_product.cache_clear()
+    monkeypatch.undo()
+    expected = grads(linear_kd_loss(h, w, c.targets, c.labels, impl="torch", chunk_tokens=4).loss, w)[0]
+    for one in found:
+        assert float((one - expected).norm()) <= (1e-2 if len(refuses) == 2 else 1e-3) * float(expected.norm())
+    assert calls.count("addmm") == (1 + 3 + 2 if not refuses else 1)  # ten rows count
+    assert [str(w.message).count("cannot add a torch.bfloat16") for w in caught] == [1] * bool(refuses)

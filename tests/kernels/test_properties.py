@@ -1,7 +1,10 @@
 """Drawn inputs: whatever the shape, the head, the draws, the temperature and the cell, the implementations agree."""
 
+import pytest
 import torch
 from cases import CELLS, KINDS, case
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_matrix import agree, oracle, run

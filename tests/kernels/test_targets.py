@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import GRID, case, sparse
+from cases import GRID, case, same, sparse
 
-from fastkd import KDError, SparseTargets, targets_from_arrays
-from fastkd.cache import CacheSpec, create_cache, open_cache
-from fastkd.kernels.targets import FIELDS, INDEX
+from fastkd import KDError, SparseTargets
+from fastkd.kernels.targets import FIELDS
 
 
 def dense_teacher(seed: int = 0, n: int = 6, v: int = 40) -> torch.Tensor:
@@ -96,15 +94,6 @@ def test_slices_move_together() -> None:
         targets[3]
 
 
-def same(one: SparseTargets, other: SparseTargets) -> bool:
-    """All fields are equal, types included."""
-    columns = [(getattr(one, f.name), getattr(other, f.name)) for f in (*FIELDS, INDEX)]
-    settings = all(getattr(one, n) == getattr(other, n) for n in ("vocab_size", "temperatures", "draw_temperature"))
-    return settings and all(
-        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)) for a, b in columns
-    )
-
-
 def test_the_parts_of_targets_make_the_whole_again() -> None:
     targets = replace(case("plain", 9, 50, 4, 3).targets, index=torch.arange(9) * 2)
     assert same(SparseTargets.cat([targets[:2], targets.take(torch.tensor([2])), targets[3:3], targets[3:]]), targets)
@@ -166,33 +155,6 @@ def test_arrays_and_back() -> None:
     del arrays["tail"]
     with pytest.raises(KDError, match="arrays: got no 'tail' among ids, logprobs"):
         SparseTargets.from_arrays(arrays, **options)
-
-
-def test_a_cache_has_the_fields_under_the_same_names_and_types(tmp_path: Path) -> None:
-    """The cache may not import the kernels: what it returns is held against their table here."""
-    n, k, draws = 6, 3, 2
-    logits = torch.randn(n, 20, generator=torch.Generator().manual_seed(0)) * 3
-    targets = SparseTargets.from_logits(logits, k, temperatures=GRID, draws=draws)
-    with create_cache(tmp_path, CacheSpec(20, k, draws, temperatures=GRID)) as writer:
-        writer.write_shard(0, {"tokens": np.arange(n)}, **targets.arrays())
-    cache = open_cache(tmp_path)
-    read = cache.read_shard(0)
-    of_a_row = {name for name, array in read.items() if array.ndim and len(array) == n} - {"tokens"}
-    assert of_a_row - {"sequence_lengths"} == {field.name for field in FIELDS}
-    for field in FIELDS:
-        assert torch.from_numpy(read[field.name]).dtype == field.dtype
-        assert read[field.name].shape == tuple(getattr(targets, field.name).shape)
-    stored = SparseTargets.from_arrays(read, vocab_size=20, temperatures=GRID)
-    assert torch.equal(stored.ids, targets.ids)
-    assert torch.equal(stored.draws, targets.draws)
-    assert torch.allclose(stored.tail, targets.tail, atol=0.05)
-    with pytest.warns(DeprecationWarning, match=r"SparseTargets\.from_arrays"):
-        assert same(targets_from_arrays(read, cache.spec), stored)
-    read["logprobs"][2], read["ids"][2], read["draws"][2] = -np.inf, 0, 0
-    with pytest.warns(DeprecationWarning, match="from_arrays"):
-        compact = targets_from_arrays(read, cache.spec, compact=True)
-    assert compact.index.tolist() == [0, 1, 3, 4, 5]
-    assert torch.equal(compact.ids, targets.ids[compact.index])
 
 
 @pytest.mark.gpu

@@ -6,15 +6,16 @@ import resource
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastkd.kernels import KDError, prepare_topk, topk_targets
 from fastkd.kernels.topk import api as topk_impl
 from fastkd.kernels.topk import fill as topk_fill
 
+pytest.importorskip("hypothesis")
 pytest.importorskip("numba")
 import numba
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numba.core import caching
 
 INF = math.inf
