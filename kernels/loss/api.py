@@ -18,7 +18,7 @@ from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
 from .config import SCHEDULED, LossConfig, LossSettings
-from .linear import default_chunk
+from .linear import default_chunk, weight_gradient_type
 
 
 class KDLoss(NamedTuple):
@@ -110,13 +110,15 @@ def linear_kd_loss(
     weight: the matrix, or an LMHead, which brings bias, softcap and logit_scale with it.
     logit_scale, softcap: the scale multiplies first (Cohere, Granite), then come the logits `softcap * tanh(z /
         softcap)` (Gemma; with impl="triton" exact to softcap * 1e-7).
-    chunk_tokens: positions whose logits are computed at once (default: 2048 on a GPU, some 48 MB of logits on a CPU).
+    chunk_tokens: positions whose logits are computed at once. Default on a CPU: some 48 MB of logits. On a GPU: at
+        least 2048, and as many as keep the peak beyond inputs and gradients at `2 * 2048 * V + 4 * V * D` bytes in
+        half precision.
     grad_weight: `[V, D]` float32, an accumulator across micro-batches, whose elements may not share memory. The
         backward adds the weight's gradient to it, and `weight` itself receives none.
     inplace: without effect; it is there for symmetry with `kd_loss`.
 
-    Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks. Under
-    autocast the matrix products run in its type.
+    Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks, and
+    rounded once. Under autocast the matrix products run in its type.
     """
     lm_head = as_lm_head(weight, bias, softcap, logit_scale)
     _check_student("hidden", hidden)
@@ -131,10 +133,6 @@ def linear_kd_loss(
     width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)
-    chunk = default_chunk(hidden.device, width, dtype.itemsize)
-    if chunk_tokens is not None:
-        chunk = whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
-
     grad_mode = torch.is_grad_enabled()
     inputs = (hidden, weight, bias)
     want = [grad_mode and x is not None and x.requires_grad for x in inputs]
@@ -144,11 +142,18 @@ def linear_kd_loss(
             raise KDError(
                 "grad_weight: got one beside a weight that does not require a gradient; leave it out, or unfreeze it."
             )
+    chunk = 0 if chunk_tokens is None else whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
+    weight_type = torch.float64 if dtype == torch.float64 else torch.float32
+    if want[1] and grad_weight is None:
+        weight_type = weight_gradient_type(weight, dtype, len(targets), chunk)
+    elif grad_weight is not None and chunk == 0:
+        chunk = default_chunk(hidden.device, width, dtype.itemsize)  # the gradient in float32 stays beside grad_weight
     flat = hidden.detach().flatten(0, -2)
     plain_bias = None if bias is None else bias.detach()
     loss, hard, soft, *gradients, factor = torch.ops.fastkd.linear_kd_loss(
-        flat, weight.detach(), plain_bias, lm_head.softcap, lm_head.logit_scale, chunk, dtype, want, *call.arguments()
-    )
+        flat, weight.detach(), plain_bias, lm_head.softcap, lm_head.logit_scale, chunk, dtype, weight_type, want,
+        *call.arguments(),
+    )  # fmt: skip
     if any(want):
         gradients[0] = gradients[0].view(hidden.shape) if want[0] else gradients[0]
         # the weight first: its gradient may go to the accumulator

@@ -15,20 +15,49 @@ from .torch_impl import TorchRows
 # of their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
 # gradients up to 4,094 still fit. Row weights are divided by the largest magnitude among them where that is above 1.
 FLOAT16_SCALE = 16.0
+# Positions whose logits bound the memory on a GPU: 2 C V + 4 V D bytes in half precision, beyond inputs and gradients.
 CUDA_CHUNK = 2048
+# Each chunk reads and writes the float32 sum of the weight's gradient, 8 V D bytes beside 6 C V D operations: of 8192
+# positions, 4% of the products' time at 735 TFLOP/s and 3 TB/s. Longer chunks only take memory.
+LONGEST_CHUNK = 8192
+CHUNK_STEP = 128  # rows of a product's tile
+ROW_STEP = 64  # elements
 CPU_CHUNK_BYTES = 48 << 20
 MM_ROWS = 8192  # of the weight's gradient at once, where a chunk's share of it needs memory of its own
 
 
-def default_chunk(device: torch.device, width: int, itemsize: int) -> int:
-    """Tokens whose logits are computed at once, by default."""
+def default_chunk(device: torch.device, width: int, itemsize: int, *, rows: int = 0, longer: int = 0) -> int:
+    """Tokens whose logits are computed at once, by default.
+
+    longer: on a GPU, how many more than CUDA_CHUNK fit into memory that is free then: with a gradient of the weight to
+    return, which is not there yet, it is the hidden size. rows: all of them, which are cut into chunks of equal length.
+    """
     if device.type == "cpu":
         return max(64, CPU_CHUNK_BYTES // (width * itemsize) // 64 * 64)
-    return CUDA_CHUNK
+    longest = max(CUDA_CHUNK, min(CUDA_CHUNK + longer, LONGEST_CHUNK) // CHUNK_STEP * CHUNK_STEP)
+    chunks = max(1, -(-rows // longest))
+    return max(CUDA_CHUNK, -(-rows // chunks // CHUNK_STEP) * CHUNK_STEP)
+
+
+def weight_gradient_type(weight_VD: Tensor, dtype: torch.dtype, rows: int, chunk: int) -> torch.dtype:
+    """The type in which the weight's gradient is computed: float32 (float64 of float64), or bfloat16.
+
+    bfloat16 if one product over all rows gives it: that adds up in float32, and rounds once, without a float32 matrix
+    to write and read. chunk: the tokens of a chunk; 0: the default, which is then all rows if their logits take no more
+    memory than a chunk and that matrix. (Not so in float16, whose range is too small for a sum over positions.)
+    """
+    width, hidden = weight_VD.shape
+    if dtype == weight_VD.dtype == torch.bfloat16:
+        if chunk == 0:
+            chunk = default_chunk(weight_VD.device, width, dtype.itemsize)
+            chunk += 0 if weight_VD.device.type == "cpu" else 2 * hidden
+        if rows <= chunk:
+            return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
-    """total += gradient^T hidden (total = ..., for the first chunk), in float32 whatever the operands' type."""
+    """total += gradient^T hidden (total = ..., for the first chunk), in total's type whatever the operands'."""
     gradient_VC, dtype, beta = gradient_CV.t(), total_VD.dtype, 0 if first else 1
     way = "same" if gradient_CV.dtype == dtype else wider_product(gradient_CV.device, gradient_CV.dtype)
     if way == "addmm":
@@ -86,13 +115,14 @@ def try_wider_product(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def linear_kd_loss_chunks(
-    hidden_ND: Tensor, lm_head: LMHead, call: Call, *, chunk: int, dtype: torch.dtype, want: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """Loss, hard, soft, and the gradients in hidden (its type), weight and bias (float32), None for those not wanted;
-    last what they are still to be multiplied by, or None.
+    hidden_ND: Tensor, lm_head: LMHead, call: Call, *, chunk: int, dtype: torch.dtype, weight_type: torch.dtype,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    """Loss, hard, soft, and the gradients in hidden (its type), weight (weight_type) and bias (float32), None for those
+    not wanted; last what they are still to be multiplied by, or None.
 
     Matrix products run in `dtype` (autocast's, or the tensors' own). Peak memory beyond what is returned: one buffer
-    `[chunk, V]`, and `[V, D]` in float32 for the weight's gradient.
+    `[chunk, V]`. chunk: 0 for the default; all rows if weight_type is bfloat16.
     """
     width, device = lm_head.weight.shape[0], hidden_ND.device
     rescale_later = dtype == torch.float16
@@ -118,12 +148,19 @@ def linear_kd_loss_chunks(
         d_hidden = (
             hidden_ND.new_empty(hidden_ND.shape) if index is None else hidden_ND.new_zeros(n + 1, hidden_ND.shape[1])
         )
-    d_weight = torch.empty(weight_VD.shape, dtype=accumulator, device=device) if want[1] else None
+    d_weight = torch.empty(weight_VD.shape, dtype=weight_type, device=device) if want[1] else None
     if d_weight is not None and rows.rows == 0:
         d_weight.zero_()
     counted = rows.counted() if d_weight is not None else None
     d_bias = torch.zeros(width, dtype=accumulator, device=device) if want[2] else None
-    buffer = torch.empty(min(chunk, rows.rows), width, dtype=dtype, device=device)
+    if d_weight is not None and weight_type == torch.bfloat16:
+        chunk = max(rows.rows, 1)
+    elif chunk == 0:
+        longer = 0 if d_weight is None else weight_VD.shape[1]
+        chunk = default_chunk(device, width, dtype.itemsize, rows=rows.rows, longer=longer)
+    # rows that begin at a multiple of 128 bytes: the kernels and products load whole vectors, whatever the width
+    stride = width if device.type == "cpu" and call.config.impl != "triton" else -(-width // ROW_STEP) * ROW_STEP
+    buffer = torch.empty(min(chunk, rows.rows), stride, dtype=dtype, device=device)[:, :width]
     for first in range(0, rows.rows, chunk):
         at = slice(first, min(first + chunk, rows.rows))
         hidden_CD = hidden_ND[at] if index is None else hidden_ND[index[at].clamp(max=n - 1)]

@@ -90,12 +90,12 @@ def _kd_loss_inplace(logits: Tensor, upstream: Tensor | None, *call: Any) -> tup
 
 
 def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    dtype, want = rest[4], rest[5]
+    dtype, weight_type, want = rest[4:7]
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     return (
         *_scalars(hidden),
         hidden.new_empty(hidden.shape if want[0] else (0,)),
-        weight.new_empty(weight.shape if want[1] else (0,), dtype=accumulator),
+        weight.new_empty(weight.shape if want[1] else (0,), dtype=weight_type),
         weight.new_empty(weight.shape[:1] if want[2] else (0,), dtype=accumulator),
         hidden.new_empty(() if dtype == torch.float16 else (0,), dtype=torch.float32),
     )
@@ -103,21 +103,24 @@ def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 @_operator(
     "linear_kd_loss(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float? logit_scale, int chunk, "
-    f"ScalarType dtype, bool[] want, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ScalarType dtype, ScalarType weight_type, bool[] want, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_linear_fake,
 )
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """Loss, hard, soft; gradients in hidden, weight and bias; and their factor. Empty tensors for what is not wanted:
     the gradients that `want` has not, and the factor unless the matrix products are float16."""
-    softcap, logit_scale, chunk, dtype, want, *args = rest
+    softcap, logit_scale, chunk, dtype, weight_type, want, *args = rest
     call, lm_head = Call.of(args), LMHead(weight, bias, softcap, logit_scale)
     if call.config.impl == "reference":
         *losses, gradients = linear_reference(hidden, lm_head, call, want)
         gradients.append(hidden.new_ones((), dtype=torch.float32) if dtype == torch.float16 else None)
     else:
-        *losses, gradients = linear_kd_loss_chunks(hidden, lm_head, call, chunk=chunk, dtype=dtype, want=want)
+        *losses, gradients = linear_kd_loss_chunks(
+            hidden, lm_head, call, chunk=chunk, dtype=dtype, weight_type=weight_type, want=want
+        )
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    types = (hidden.dtype, accumulator, accumulator, torch.float32)
+    types = (hidden.dtype, weight_type, accumulator, torch.float32)
     each = zip(gradients, types, strict=True)
     return *losses, *(hidden.new_empty(0, dtype=t) if g is None else g.to(t) for g, t in each)
 

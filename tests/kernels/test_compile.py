@@ -207,7 +207,7 @@ def test_operators_are_sound(op: str) -> None:
         leaves = [hidden.requires_grad_(), weight.requires_grad_()]
         args = (torch.tensor(1.0), leaves, [torch.randn(5, 8), torch.randn(48, 8)], torch.tensor(2.0), None, "torch")
     else:
-        args = (hidden, weight, None, None, None, 4, torch.float32, [True, True, False], *call)
+        args = (hidden, weight, None, None, None, 4, torch.float32, torch.float32, [True, True, False], *call)
     # not test_aot_dispatch_*: it returns the gradients that the backward scales where they lie, which no caller sees
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.fastkd, op).default, args, test_utils=utils)

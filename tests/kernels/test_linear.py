@@ -412,3 +412,80 @@ def test_the_weights_gradient_is_added_as_the_build_can(monkeypatch: pytest.Monk
         assert float((one - expected).norm()) <= (1e-2 if len(refuses) == 2 else 1e-3) * float(expected.norm())
     assert calls.count("addmm") == (1 + 3 + 2 if not refuses else 1)  # ten rows count
     assert [str(w.message).count("cannot add a torch.bfloat16") for w in caught] == [1] * bool(refuses)
+
+
+@DEVICE_ON
+def test_one_chunk_gives_the_weights_gradient_without_a_float32_sum(on) -> None:
+    """In bfloat16, where one product adds up all rows: as exact as the sum in float32, rounded once by the product."""
+    impl, device = on
+    c, hidden, weight, _ = head_case(n=64, d=32, v=500, k=16, draws=8, dtype=torch.bfloat16)
+    targets, labels = c.targets.to(device), c.labels.to(device)
+    h, w = hidden.to(device).requires_grad_(), weight.to(device).div(8).requires_grad_()
+    # by 3, a product in bfloat16 is rounded a second time (the interpreter truncates it)
+    upstream = 1.0 if (impl, device) == ("triton", "cpu") else 3.0
+    truth = grads(linear_kd_loss(h, w, targets, labels, impl="reference", temperature=2.0).loss * upstream, w)[0]
+    seen: list[torch.dtype] = []
+    original = linear.linear_kd_loss_chunks
+
+    def watched(*args, **more):
+        found = original(*args, **more)
+        seen.append(found[3][1].dtype)
+        return found
+
+    errors = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastkd.kernels.loss.ops.linear_kd_loss_chunks", watched)
+        for chunk in (64, 32):
+            loss = linear_kd_loss(h, w, targets, labels, impl=impl, temperature=2.0, chunk_tokens=chunk).loss
+            errors.append(float((grads(loss * upstream, w)[0] - truth).norm() / truth.norm()))
+        total = torch.zeros(w.shape, device=device)
+        linear_kd_loss(h, w, targets, labels, impl=impl, grad_weight=total).loss.backward()
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert errors[0] <= (1.2 if upstream == 3.0 else 1.02) * errors[1]
+    assert errors[1] < 0.01
+
+
+def test_chunks_by_the_memory_that_is_free_and_the_sums_traffic() -> None:
+    gpu, v = torch.device("cuda"), 128256
+
+    def chunk(rows: int, hidden: int) -> int:
+        return linear.default_chunk(gpu, v, 2, rows=rows, longer=hidden)
+
+    assert [chunk(8192, d) for d in (0, 576, 896, 2048, 4096)] == [2048, 2048, 2816, 4096, 4096]
+    assert chunk(100, 4096) == 2048  # a buffer has no more rows than there are
+    assert chunk(1 << 20, 16384) == linear.LONGEST_CHUNK
+    for rows in (1, 3000, 8192, 16384, 100_000):
+        for hidden in (64, 576, 2048, 4096, 12288):
+            length, weight = chunk(rows, hidden), torch.empty(v, hidden, device="meta", dtype=torch.bfloat16)
+            assert length % 128 == 0
+            once = linear.weight_gradient_type(weight, torch.bfloat16, rows, 0) == torch.bfloat16
+            # in the forward the sum in float32 is there, and the gradient that is returned is not yet
+            beyond = 2 * min(rows, length) * v + 4 * v * hidden - 2 * v * hidden
+            assert (2 * rows * v if once else beyond) <= 2 * 2048 * v + 4 * v * hidden
+    narrow = torch.empty(v, 4096, device="meta", dtype=torch.float16)
+    assert linear.weight_gradient_type(narrow, torch.float16, 100, 0) == torch.float32
+    assert linear.weight_gradient_type(narrow.float(), torch.bfloat16, 100, 0) == torch.float32  # autocast
+
+
+def test_rows_of_the_buffer_begin_at_128_bytes() -> None:
+    """Whatever the width: an odd leading dimension costs the products their vector loads, and the kernels too."""
+    pytest.importorskip("triton")
+    from fastkd.kernels.loss.triton_impl import INTERPRETED, TritonRows
+
+    if not INTERPRETED:
+        pytest.skip("triton compiles for the GPU in this process")
+    c, hidden, weight, bias = head_case(v=97)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    strides, original, found = [], TritonRows.loss_, []
+
+    def watched(self, x_CV: torch.Tensor, first: int) -> None:
+        strides.append(x_CV.stride())
+        original(self, x_CV, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonRows, "loss_", watched)
+        for impl in ("triton", "reference"):
+            out = linear_kd_loss(hidden, weight, c.targets, c.labels, bias=bias, impl=impl, chunk_tokens=4)
+            found.append(grads(out.loss, *leaves))
+    assert strides == [(128, 1)] * 3
+    close(*found)
