@@ -1,4 +1,7 @@
-"""Checks of single arguments: whole numbers, real numbers and 0-d tensors. Imports torch only for what may be one."""
+"""Checks of single arguments: whole numbers, real numbers, 0-d tensors, and no DTensors.
+
+Imports torch only for what may be a tensor.
+"""
 
 import operator
 from numbers import Real
@@ -12,6 +15,18 @@ def describe(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{tuple(value.shape)} {value.dtype}"
     return f"{repr(value)[:40]} ({type(value).__name__})"
+
+
+def refuse_dtensor(name: str, value: Any) -> None:
+    """Raise KDError for a DTensor: a kernel would take this rank's part for the whole tensor."""
+    # by name: the module takes a second to import
+    if type(value).__name__ == "DTensor":
+        raise KDError(
+            f"{name}: got a DTensor {tuple(value.shape)} {value.dtype}, placed {value.placements}; expected a plain "
+            "tensor. Call inside the forward of the module that is wrapped (FSDP gathers its "
+            f"weights there); or pass {name}.to_local() on each rank, for a vocabulary that is divided over ranks "
+            "with group=."
+        )
 
 
 def whole_number(name: str, value: Any, expected: str, least: int | None = None) -> Any:
@@ -43,6 +58,7 @@ def is_number(name: str, value: Any) -> bool:
 
     if not isinstance(value, torch.Tensor):
         raise KDError(f"{name}: got {describe(value)}; expected a number or a 0-d tensor.")
+    refuse_dtensor(name, value)
     if value.ndim:
         raise KDError(f"{name}: got a tensor of shape {tuple(value.shape)}; expected a number or a 0-d tensor.")
     if value.is_complex() or value.dtype == torch.bool:

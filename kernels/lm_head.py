@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import describe
+from .arguments import describe, refuse_dtensor
 from .errors import KDError
 from .targets import FLOATS
 
@@ -38,6 +38,7 @@ def as_lm_head(
 
 def check_floats(name: str, value: Any) -> None:
     """Raise KDError unless it is a dense tensor `[..., X]` of a floating-point type that the kernels support."""
+    refuse_dtensor(name, value)
     if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or not value.ndim:
         raise KDError(
             f"{name}: got {describe(value)}; expected a dense tensor of float16, bfloat16, float32 or float64."

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .arguments import refuse_dtensor
 from .errors import KDError
 from .tail import check_temperature, tail_weights
 from .treatment import resolve_treatment
@@ -127,6 +128,7 @@ class SparseTargets:
         value = getattr(self, field.name)
         if value is None:
             return
+        refuse_dtensor(f"targets.{field.name}", value)
         expected = _sizes(field, self.ids.shape[0], self.ids.shape[1], len(self.temperatures))
         one_for_all = field.name == "outcomes" and value.ndim == 0
         if tuple(value.shape) != expected and not one_for_all:

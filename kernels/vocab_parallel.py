@@ -20,6 +20,12 @@ class VocabPart(NamedTuple):
     start: int
     size: int
     total: int
+    parts: tuple[tuple[int, int], ...]  # start and size, of every rank
+
+    @property
+    def widest(self) -> int:
+        """The columns of the largest part: what ranks that work in equal blocks are to plan for."""
+        return max(size for _, size in self.parts)
 
 
 def group_name(group: Any) -> str:
@@ -43,11 +49,6 @@ def check_vocab_start(vocab_start: Any, group: Any) -> int:
     if group is None:
         raise KDError(f"vocab_start: got {vocab_start!r} without a group; pass the ranks' process group as group=.")
     return int(whole_number("vocab_start", vocab_start, "this rank's first column", 0))
-
-
-def ranks_of(name: str) -> int:
-    """The number of ranks of a group."""
-    return int(_group(name).size())
 
 
 def exchange_parts(name: str, size: int, start: int, device: torch.device) -> Tensor:
@@ -86,7 +87,15 @@ def read_part(name: str, parts_R2: Tensor, vocab_size: int, what: str) -> VocabP
             f"expected at least {vocab_size}, one for each of the teacher's tokens."
         )
     start, size = parts[_group(name).rank()]
-    return VocabPart(name, start, size, end)
+    return VocabPart(name, start, size, end, tuple((start, size) for start, size in parts))
+
+
+def gather_columns(x_NV: Tensor, part: VocabPart) -> Tensor:
+    """All columns `[N, V]` of a matrix of which each rank holds its part."""
+    equal = torch.nn.functional.pad(x_NV, (0, part.widest - part.size))
+    by_rank = zip(all_gather(equal, part.group), part.parts, strict=True)
+    ordered = sorted(((start, x[:, :size]) for x, (start, size) in by_rank), key=lambda each: each[0])
+    return torch.cat([x for _, x in ordered], 1)
 
 
 def all_gather(x: Tensor, name: str) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..arguments import describe, is_number, whole_number
+from ..arguments import describe, is_number, refuse_dtensor, whole_number
 from ..errors import KDError
 from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..tail import check_temperature
 from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
+from ..vocab_parallel import check_vocab_start, group_name
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
 from .config import SCHEDULED, LossConfig, LossSettings
@@ -39,6 +40,8 @@ def kd_loss(
     weights: Tensor | None = None,
     num_items: int | Tensor | None = None,
     inplace: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
     **settings: Unpack[LossSettings],
 ) -> KDLoss:
     """Hard and soft loss of a student against sparse teacher targets, a mean over the positions that count:
@@ -58,6 +61,14 @@ def kd_loss(
         count over ranks beforehand.
     inplace: write the gradient over the logits, whose buffer is given up. Without effect where no gradient is taken.
         The logits are unusable afterwards, and an operation that had saved them for its backward raises there.
+    group: the torch.distributed.ProcessGroup over whose ranks the vocabulary is divided (vocab-parallel); None: the
+        logits hold all of it. The logits are then this rank's columns `[N, V_r]`, of which ranks may hold unequal
+        numbers; ids and labels stay those of the whole vocabulary, and everything but the logits is the same on all
+        ranks. Every rank of the group calls, in the same order (and runs the backward of float16 logits); the ranks
+        exchange K + 4 numbers a position, once. Each gets the same losses, of the whole vocabulary, to be counted once;
+        and the gradient in its own logits, the same columns of which one rank would have it: to be reduced no further
+        over the group. With data parallelism over another group, num_items counts the positions of that group's ranks.
+    vocab_start: the first of this rank's columns. None, on all ranks: the parts follow on each other in rank order.
 
     Gradients are computed in the forward (of float16 logits in the backward, where their scale is known): do not wrap
     the call in activation checkpointing, which would run all of it twice and save nothing. Raises KDError if arguments
@@ -67,7 +78,8 @@ def kd_loss(
     """
     _check_student("logits", logits)
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
-    call = _call("logits", logits, logits.shape[-1], logits.dtype, targets, loss_config(config, settings), rows)
+    config, width, parallel = loss_config(config, settings), logits.shape[-1], _parallel(group, vocab_start)
+    call = _call("logits", logits, width, logits.dtype, targets, config, rows, parallel)
     args, plain = call.arguments(), logits.detach()
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return KDLoss(*torch.ops.fastkd.kd_loss(plain, None, False, False, *args)[:3])
@@ -100,6 +112,8 @@ def linear_kd_loss(
     weights: Tensor | None = None,
     num_items: int | Tensor | None = None,
     inplace: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
     **settings: Unpack[LossSettings],
 ) -> KDLoss:
     """`kd_loss` of the logits `softcap(logit_scale * (hidden @ weight.T + bias))`, which are never materialized whole.
@@ -116,6 +130,9 @@ def linear_kd_loss(
     grad_weight: `[V, D]` float32, an accumulator across micro-batches, whose elements may not share memory. The
         backward adds the weight's gradient to it, and `weight` itself receives none.
     inplace: without effect; it is there for symmetry with `kd_loss`.
+    group, vocab_start: as of `kd_loss`; weight `[V_r, D]` and bias `[V_r]` (and grad_weight) are this rank's rows,
+        whose gradients stay on their rank; hidden is the same on all ranks, and so is its gradient: it is summed over
+        the group here (one all-reduce), so that what computed hidden must not reduce it again.
 
     Only the gradients of what requires one are computed; the weight's is accumulated in float32 over the chunks, and
     rounded once. Under autocast the matrix products run in its type.
@@ -132,7 +149,9 @@ def linear_kd_loss(
             raise KDError(f"{name}: got {number!r}; expected a positive, finite number.")
     width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
-    call = _call("hidden", hidden, width, dtype, targets, loss_config(config, settings), rows)
+    call = _call(
+        "hidden", hidden, width, dtype, targets, loss_config(config, settings), rows, _parallel(group, vocab_start)
+    )
     grad_mode = torch.is_grad_enabled()
     inputs = (hidden, weight, bias)
     want = [grad_mode and x is not None and x.requires_grad for x in inputs]
@@ -143,6 +162,12 @@ def linear_kd_loss(
                 "grad_weight: got one beside a weight that does not require a gradient; leave it out, or unfreeze it."
             )
     chunk = 0 if chunk_tokens is None else whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
+    if call.group is not None and chunk == 0:
+        # by what is the same on all ranks, as their chunks have to be: not by this one's width
+        columns, longer = -(-targets.vocab_size // group.size()), want[1] and grad_weight is None
+        chunk = default_chunk(
+            hidden.device, columns, dtype.itemsize, rows=len(targets), longer=weight.shape[1] if longer else 0
+        )
     weight_type = torch.float64 if dtype == torch.float64 else torch.float32
     if want[1] and grad_weight is None:
         weight_type = weight_gradient_type(weight, dtype, len(targets), chunk)
@@ -261,7 +286,13 @@ def _autocast_type(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def _parallel(group: Any, vocab_start: int | None) -> tuple[str | None, int]:
+    """The name of the group, and this rank's first column (-1: in rank order), as a Call has them."""
+    return None if group is None else group_name(group), check_vocab_start(vocab_start, group)
+
+
 def _check_accumulator(grad_weight: Tensor, weight: Tensor) -> None:
+    refuse_dtensor("grad_weight", grad_weight)
     if not isinstance(grad_weight, Tensor) or grad_weight.shape != weight.shape or grad_weight.dtype != torch.float32:
         raise KDError(f"grad_weight: got {describe(grad_weight)}; expected {tuple(weight.shape)} torch.float32.")
     if grad_weight.device != weight.device:
@@ -287,16 +318,17 @@ def _check_separate(name: str, tensor: Tensor, advice: str) -> None:
 
 def _call(
     what: str, x: Tensor, width: int, dtype: torch.dtype, targets: SparseTargets, config: LossConfig,
-    rows: Mapping[str, Any],
+    rows: Mapping[str, Any], parallel: tuple[str | None, int],
 ) -> Call:  # fmt: skip
     """Check what can be checked without reading tensors, and flatten the rows: labels, mask, weights and num_items.
 
-    what, x: the name of the logits or hidden states `[..., X]`, and them.
+    what, x: the name of the logits or hidden states `[..., X]`, and them. parallel: group and vocab_start of a Call.
     """
     if not isinstance(targets, SparseTargets):
         raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
     leading, index = tuple(x.shape[:-1]), targets.index
-    _check_targets(what, x, width, targets)
+    # of a divided vocabulary the width is known where the ranks have exchanged theirs
+    _check_targets(what, x, width if parallel[0] is None else targets.vocab_size, targets)
     for name, kinds, expected in (
         ("labels", INTEGERS, INTEGER_TYPE),
         ("mask", (torch.bool,), "torch.bool"),
@@ -305,6 +337,7 @@ def _call(
         tensor = rows[name]
         if tensor is None:
             continue
+        refuse_dtensor(name, tensor)
         if not isinstance(tensor, Tensor):
             raise KDError(f"{name}: got {type(tensor).__name__}; expected a tensor.")
         if tuple(tensor.shape) != leading:
@@ -335,6 +368,8 @@ def _call(
         weights=None if weights is None else weights.detach().contiguous(),
         num_items=there(items) if isinstance(items, Tensor) else None,
         items=-1 if items is None or isinstance(items, Tensor) else items,
+        group=parallel[0],
+        vocab_start=parallel[1],
         targets=targets if index is None else replace(targets, index=index.long().contiguous()),
         config=replace(
             config,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..targets import SparseTargets
 from ..treatment import resolve_treatment
+from ..vocab_parallel import VocabPart, exchange_parts, read_part
 from .config import SCHEDULED, LossConfig
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ class Call(NamedTuple):
     weights: Tensor | None  # [N]
     num_items: Tensor | None  # []
     items: int  # of the optimizer step; -1: num_items, or else the counted rows
+    group: str | None  # the process group over which the vocabulary is divided; None: the logits are whole
+    vocab_start: int  # this rank's first column; -1: the parts lie in rank order
     targets: SparseTargets  # P rows
     config: LossConfig  # with impl "reference", "torch" or "triton"
 
@@ -54,6 +57,14 @@ class Call(NamedTuple):
     def rows(self) -> int:
         """P, the number of target rows."""
         return len(self.targets)
+
+    def vocab_part(self, width: int, device: torch.device, what: str) -> VocabPart | None:
+        """This rank's part of a divided vocabulary, of which it holds `width` columns. All ranks of the group call it.
+        Reads a tensor: not for the Triton path."""
+        if self.group is None:
+            return None
+        parts = exchange_parts(self.group, width, self.vocab_start, device)
+        return read_part(self.group, parts, self.targets.vocab_size, what)
 
     def numbers(self) -> tuple[float, float]:
         """alpha and T on the host. Reads tensors: not for the Triton path."""
@@ -148,7 +159,7 @@ _TARGETS = {
 }  # fmt: skip
 SCHEMA = ", ".join(
     [
-        "Tensor? labels, Tensor? mask, Tensor? weights, Tensor? num_items, int items",
+        "Tensor? labels, Tensor? mask, Tensor? weights, Tensor? num_items, int items, str? group, int vocab_start",
         *(f"{kind} {name}" for name, kind in _TARGETS.items()),
         *(
             f"float {name}, Tensor? {name}_tensor"

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import KDError
 from ..lm_head import LMHead
+from ..vocab_parallel import all_reduce_sum_
 from .call import Call, RowOptions
 from .torch_impl import TorchRows
 
@@ -182,6 +184,9 @@ def linear_kd_loss_chunks(
             add_outer_product_(d_weight, x_CV, hidden_CD, first=first == 0)
         if d_bias is not None:
             d_bias += x_CV.sum(0, dtype=accumulator)
+    if d_hidden is not None and call.group is not None:
+        # each rank has the share that comes through its own columns
+        all_reduce_sum_(d_hidden, call.group)
     rescale = None
     if rescale_later:
         rescale = (1.0 if largest is None else largest) / (rows.divisor * FLOAT16_SCALE)
@@ -193,6 +198,8 @@ def linear_kd_loss_chunks(
 def rows_of(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:
     """The rows of a call, by the implementation that its config names: torch or triton."""
     if call.config.impl == "triton":
+        if call.group is not None:
+            raise KDError("impl: got 'triton' with a group; expected 'torch', for now.")
         from .triton_impl import TritonRows
 
         return TritonRows(call, positions, width, dtype, options)

@@ -49,7 +49,7 @@ def _losses(logits: Tensor, call: Call, upstream: Tensor | None, out: Tensor | N
     """Run the implementation that the config names. out: where the gradient goes, which may be the logits."""
     x, gradient, width = logits, out, logits.shape[-1]
     if call.config.impl != "triton":  # whose kernels address rows of any stride
-        x = logits.reshape(-1, width)
+        x = logits.flatten(0, -2)
         if out is not None:
             gradient = out.view(x.shape) if out.is_contiguous() else torch.empty_like(x)
     if call.config.impl == "reference":

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..divergences import find_divergence
 from ..lm_head import LMHead
 from ..targets import TargetsAt
+from ..vocab_parallel import gather_columns
 from .call import Call, saveable
 from .checks import check_student
 from .torch_impl import counted_rows
@@ -46,11 +47,12 @@ def kd_loss_reference(
     logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard and soft of logits; the gradient times `upstream` goes to `out`."""
-    *losses, gradients = _differentiate(
-        lambda x_CV: x_CV, [logits_NV], [out_NV is not None], call, logits_NV.shape, "logits"
-    )
+    part = call.vocab_part(logits_NV.shape[1], logits_NV.device, "logits")
+    whole = logits_NV if part is None else gather_columns(logits_NV, part)
+    *losses, gradients = _differentiate(lambda x_CV: x_CV, [whole], [out_NV is not None], call, whole.shape, "logits")
     if out_NV is not None and gradients[0] is not None:
-        out_NV.copy_(gradients[0] if upstream is None else gradients[0] * upstream)
+        own = gradients[0] if part is None else gradients[0][:, part.start : part.start + part.size]
+        out_NV.copy_(own if upstream is None else own * upstream)
     return losses[0], losses[1], losses[2]
 
 
@@ -67,9 +69,17 @@ def linear_reference(
         cap = lm_head.softcap
         return z if cap is None else torch.where(z == -_INF, -_INF, cap * torch.tanh(z / cap))
 
-    inputs = [hidden_ND, lm_head.weight, lm_head.bias]
-    shape = (hidden_ND.shape[0], lm_head.weight.shape[0])
-    return _differentiate(logits, inputs, want, call, shape, "hidden @ weight.T")
+    weight, bias = lm_head.weight, lm_head.bias
+    part = call.vocab_part(weight.shape[0], weight.device, "weight")
+    if part is not None:
+        weight = gather_columns(weight.T, part).T
+        bias = None if bias is None else gather_columns(bias[None], part)[0]
+    shape = (hidden_ND.shape[0], weight.shape[0])
+    *losses, gradients = _differentiate(logits, [hidden_ND, weight, bias], want, call, shape, "hidden @ weight.T")
+    if part is not None:
+        own = slice(part.start, part.start + part.size)
+        gradients = [gradients[0], *(g if g is None else g[own] for g in gradients[1:])]
+    return losses[0], losses[1], losses[2], gradients
 
 
 def _differentiate(

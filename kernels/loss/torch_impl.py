@@ -6,8 +6,6 @@ off S it is the student's share of the tail, `p_j / p_tail`, times `slope_tail -
 determine everything, and one sweep over the vocabulary writes it.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ..divergences import Divergence, find_divergence
 from ..targets import TargetsAt
 from .call import Call, RowOptions
 from .checks import check_student, check_values
+from .ranks import RowStatistics, merge_ranks
 
 # One block of logits in the work type: small enough for the last-level cache, large enough to hide the cost of calls.
 BLOCK_BYTES = 16 << 20
@@ -54,28 +53,20 @@ def outcome_terms(
     return value.masked_fill(at.log_q_tail.isnan(), torch.nan), gradient[:, :-1] * in_support, gradient[:, -1]
 
 
-class _Sums(NamedTuple):
-    """A block's rows reduced over all tokens off the support: e^z and e^(z/T), relative to a reference of the row."""
-
-    tempered: Tensor  # [C, V]: e^((z - reference) / T), where the gradient needs it
-    off_1: Tensor  # [C]: Σ e^(z - reference)
-    off_t: Tensor  # [C]: Σ e^((z - reference) / T)
-    m: Tensor  # [C]: the largest logit of the row
-    shift: Tensor  # [C]: reference - m; −inf where the support is the whole vocabulary
-
-
 class TorchRows:
     """The rows of one call that count, block by block; `TritonRows` is the same on a GPU."""
 
     def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
-        self.call, self.index, self.divisor = counted_rows(call, positions, width)
+        self.part = call.vocab_part(width, call.targets.device, options.what)
+        total, widest = (width, width) if self.part is None else (self.part.total, self.part.widest)
+        self.call, self.index, self.divisor = counted_rows(call, positions, total)
         self.rows, self.options = self.call.rows, options
         # of all arithmetic: float64 for float64 logits, else float32
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         divisor = self.divisor.to(self.dtype)
         scale = 1.0 / divisor if options.fixed_scale is None else torch.full_like(divisor, options.fixed_scale)
         self.scale = scale if options.upstream is None else options.upstream.to(self.dtype) * scale
-        self.step = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
+        self.step = max(1, BLOCK_BYTES // (widest * self.dtype.itemsize))
         self.alpha, self.t = self.call.numbers()
         # once for all rows: their number of small operations would show in every block
         self.at = self.call.targets.at(self.t, self.call.treatment(self.t), dtype=self.dtype)
@@ -131,33 +122,40 @@ class TorchRows:
         used = at.log_q > -_INF
         # an unused entry may hold any id: it stands for column 0, to which it adds nothing
         ids = call.targets.ids.long().masked_fill(~used, 0)
-        entries_CK = x_CV.gather(1, ids).masked_fill(~used, -_INF)
-        label = None
+        columns, here = self._columns(ids, used)
+        entries_CK = x_CV.gather(1, columns).masked_fill(~here, -_INF)
+        label = z_label = None
         if call.labels is not None:
             label = call.labels.long()[:, None]
-            z_label = x_CV.gather(1, label)[:, 0]
+            label_column, label_here = self._columns(label, torch.ones_like(label, dtype=torch.bool))
+            z_label = x_CV.gather(1, label_column).masked_fill(~label_here, -_INF)[:, 0]
         # Without S, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
-        x_CV.scatter_add_(1, ids, torch.zeros_like(entries_CK).masked_fill_(used, -_INF))
-        sums = self._sums_(x_CV, entries_CK)
+        x_CV.scatter_add_(1, columns, torch.zeros_like(entries_CK).masked_fill_(here, -_INF))
+        tempered, *sums = self._sums_(x_CV)
+        row, factors = RowStatistics(*sums, z_label, entries_CK), None
+        if self.part is not None:
+            row, factors = merge_ranks(row, t, self.part.group)
 
-        above_CK = entries_CK - sums.m[:, None]
+        m = torch.cat([row.m_off[:, None], row.entries], 1).amax(1)
+        shift = torch.where(row.m_off == -_INF, -_INF, row.m_off - m)
+        above_CK = row.entries - m[:, None]
         e_CK = above_CK.exp()
-        s_1 = sums.off_1 * sums.shift.exp() + e_CK.sum(1)
-        s_t = sums.off_t * (sums.shift / t).exp() + (above_CK / t).exp().sum(1)
+        s_1 = row.off_1 * shift.exp() + e_CK.sum(1)
+        s_t = row.off_t * (shift / t).exp() + (above_CK / t).exp().sum(1)
         log_s_t = s_t.log()
-        log_p_tail = sums.off_t.log() + sums.shift / t - log_s_t
+        log_p_tail = row.off_t.log() + shift / t - log_s_t
         log_p = above_CK / t - log_s_t[:, None]
-        check_student(~(sums.m + s_1.log()).isfinite(), self.options.what, rows.start)
+        check_student(~(m + s_1.log()).isfinite(), self.options.what, rows.start)
 
         config = call.config
         divergence, on_support, off_support = outcome_terms(
             find_divergence(config.divergence), config.parameter, at, log_p, log_p_tail
         )
         self.soft[rows] = t * t * divergence * row_weight
-        if label is None:
+        if row.z_label is None:
             self.hard[rows] = torch.nan
         else:
-            self.hard[rows] = (s_1.log() - (z_label - sums.m)) * row_weight
+            self.hard[rows] = (s_1.log() - (row.z_label - m)) * row_weight
         if not self.options.want_grad:
             return
 
@@ -165,24 +163,32 @@ class TorchRows:
         hard_scale = (0.0 if label is None else self.alpha) * row_scale
         # a factor of exactly 0 means that the part is not wanted: 0 * inf must not make it NaN
         soft_scale = (1.0 - (0.0 if label is None else self.alpha)) * t * row_scale
-        self._off_support_(
-            x_CV,
-            sums.tempered,
-            hard_scale * sums.shift.exp() / s_1,
-            torch.where((soft_scale == 0) | (sums.off_t == 0), 0.0, soft_scale * off_support / sums.off_t),
-        )
+        a = hard_scale * shift.exp() / s_1
+        b = torch.where((soft_scale == 0) | (row.off_t == 0), 0.0, soft_scale * off_support / row.off_t)
+        if factors is not None:  # x is relative to the reference of these columns alone
+            a, b = a * factors[0], b * factors[1]
+        self._off_support_(x_CV, tempered, a, b)
         hard_CK = hard_scale[:, None] * (e_CK / s_1[:, None])
         if label is not None:
             on_label = (ids == label) & used
             hard_CK = hard_CK - hard_scale[:, None] * on_label
-            x_CV.scatter_add_(1, label, torch.where(on_label.any(1, keepdim=True), 0.0, -hard_scale[:, None]))
+            elsewhere = ~label_here | on_label.any(1, keepdim=True)
+            x_CV.scatter_add_(1, label_column, torch.where(elsewhere, 0.0, -hard_scale[:, None]))
         soft_CK = torch.where(soft_scale[:, None] == 0, 0.0, soft_scale[:, None] * on_support)
         # x is 0 on the support here
-        x_CV.scatter_add_(1, ids, torch.where(used, hard_CK + soft_CK, 0.0))
+        x_CV.scatter_add_(1, columns, torch.where(here, hard_CK + soft_CK, 0.0))
         if cap_slope is not None:
             x_CV.mul_(cap_slope)
         if self.options.logit_scale is not None:
             x_CV.mul_(self.options.logit_scale)
+
+    def _columns(self, ids: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids as columns of the logits here, and which of those used have one; 0 for the others."""
+        if self.part is None:
+            return ids, used
+        columns = ids - self.part.start
+        here = used & (columns >= 0) & (columns < self.part.size)
+        return columns.masked_fill(~here, 0), here
 
     def _cap_(self, x_CV: Tensor) -> Tensor | None:
         """Raw logits to logits, in place: the scale multiplies, then the cap. Returns the cap's derivative `[C, V]`."""
@@ -195,13 +201,12 @@ class TorchRows:
         torch.mul(capped, self.options.softcap, out=x_CV).masked_fill_(masked, -_INF)
         return capped.square_().neg_().add_(1.0)
 
-    def _sums_(self, x_CV: Tensor, entries_CK: Tensor) -> _Sums:
+    def _sums_(self, x_CV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reduce a block off its support, whose logits are −inf in x; x becomes e^(z - reference) if T is not 1 or 2,
-        and e^((z - reference) / T) if it is."""
+        and e^((z - reference) / T) if it is. Returns e^((z - reference) / T) `[C, V]`, where the gradient needs it, and
+        m_off, off_1 and off_t of `RowStatistics`."""
         t, m_off = self.t, x_CV.amax(1)
         reference = torch.where(m_off == -_INF, 0.0, m_off)
-        m = torch.cat([m_off[:, None], entries_CK], 1).amax(1)
-        shift = torch.where(m_off == -_INF, -_INF, m_off - m)
         if t == 2.0:  # (z - m) / 2 in one pass, exact, since the halves are
             torch.add(-0.5 * reference[:, None], x_CV, alpha=0.5, out=x_CV)
         else:
@@ -217,7 +222,7 @@ class TorchRows:
             tempered = torch.div(x_CV, t, out=self._like(x_CV)).exp_()
             off_t = tempered.sum(1)
             off_1 = x_CV.exp_().sum(1)
-        return _Sums(tempered, off_1, off_t, m, shift)
+        return tempered, m_off, off_1, off_t
 
     def _off_support_(self, x_CV: Tensor, tempered: Tensor, a: Tensor, b: Tensor) -> None:
         """x, as `_sums_` leaves it, becomes a e^z + b e^(z/T)."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import case
 from test_matrix import DEVICE_ON
 
@@ -260,3 +261,25 @@ def test_dynamic_shapes(on) -> None:
         batch = torch.randn(n, 6, device=device), c.targets.to(device), c.labels.to(device)
         assert torch.allclose(compiled(*batch), step(*batch))
     assert len(graphs) == 1
+
+
+@GRAPHS_ON
+def test_a_divided_vocabulary(on) -> None:
+    """The exchange between ranks is inside of the operators: a graph with a group in it is whole."""
+    impl, device = on
+    c = case("plain", 5, 48, 4, 3)
+    targets, labels = c.targets.to(device), c.labels.to(device)
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+
+        def step(logits: torch.Tensor, weight: torch.Tensor):
+            one = kd_loss(logits * 2.0, targets, labels, impl=impl, group=group)
+            two = linear_kd_loss(logits[:, :8], weight, targets, labels, impl=impl, group=group, vocab_start=0)
+            return one._replace(loss=one.loss + two.loss)
+
+        leaves = [c.logits.to(device).requires_grad_(), torch.randn(48, 8, device=device, requires_grad=True)]
+        same(both(step, *leaves))
+    finally:
+        dist.destroy_process_group()

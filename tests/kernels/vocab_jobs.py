@@ -1,0 +1,345 @@
+"""What the ranks of test_vocab_parallel.py run: the loss of a head divided over them, beside one rank's."""
+
+import itertools
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import CELLS, Case, case, sparse
+
+from fastkd import DistillationLoss, KDError, kd_loss, linear_kd_loss, linear_topk_targets, topk_targets
+
+V = 100
+# First column (None: in rank order) and columns of each rank. Of four ranks one holds a single column, and the parts
+# do not lie in rank order.
+SPLITS: dict[int, list[tuple[int | None, int]]] = {
+    2: [(None, 97), (None, 3)],
+    4: [(50, 37), (0, 1), (1, 49), (87, 13)],
+}
+IMPLS = ("torch", "reference")
+KINDS = ("plain", "certain", "elsewhere", "own", "masked")
+
+
+class Part:
+    """This rank's columns, and the arguments that say so."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.group = rank, ranks, dist.group.WORLD
+        start, size = SPLITS[ranks][rank]
+        self.arguments: dict[str, Any] = {"group": self.group, "vocab_start": start}
+        first = sum(size for _, size in SPLITS[ranks][:rank]) if start is None else start
+        self.columns = slice(first, first + size)
+
+    def bits_agree(self, *values: torch.Tensor) -> None:
+        """Every rank has the same bits."""
+        mine = torch.stack([x.detach().double() for x in values])
+        everyone = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(everyone, mine)
+        assert all(torch.equal(mine.view(torch.int64), x.view(torch.int64)) for x in everyone), everyone
+
+
+def divided_case(kind: str, seed: int) -> Case:
+    """`case` of V columns; and rows whose support is where a rank has nothing, or all that a rank has, or whose logits
+    are masked (−inf) in all of a rank's columns."""
+    if kind in ("plain", "certain"):
+        return case(kind, 4, V, 7, 6, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    teacher, student = torch.randn(4, V, generator=g) * 2.5, torch.randn(4, V, generator=g) * 2
+    labels = torch.tensor([3, 60, 98, -100])  # on several ranks, in S and off it
+    if kind == "elsewhere":
+        teacher[:, 1:9] += 30  # all of S, and nearly all of the teacher's mass
+    elif kind == "own":
+        teacher[:, 97:] += 20
+        teacher[:, 0] += 20
+    else:
+        for columns in (slice(0, 1), slice(97, 100)):
+            teacher[:, columns] -= 30
+            student[:, columns] = -torch.inf
+        labels[2] = 40
+    return Case(student, sparse(teacher, 7, 6, generator=g), labels)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    found, expected = found.detach(), expected.detach()
+    difference = float((found.double() - expected.double()).norm())
+    assert difference <= tolerance * max(1.0, float(expected.double().norm())), (found, expected)
+
+
+def same_losses(part: Part, found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    part.bits_agree(*found)
+    for a, b in zip(found, expected, strict=True):
+        assert bool(a.isnan()) == bool(b.isnan())
+        if not b.isnan():
+            close(a, b, tolerance)
+
+
+def on_logits(
+    part: Part, c: Case, *, upstream: float = 1.0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> None:
+    """`kd_loss` divided and whole: losses, the gradient's columns, and no gradient."""
+    # a rounding of the divergence grows with T^2, as that of one rank does: one unit of log Σ e^(z/T) is 4e-6 at T = 4
+    rounding = max(1.0, float(settings.get("temperature", 1.0)) ** 2 / 4)
+    tolerance = 1e-6 * rounding if dtype == torch.float32 else 2e-3
+    inplace = settings.pop("inplace", False)
+    results = []
+    for columns, where in ((slice(None), {}), (part.columns, part.arguments)):
+        leaf = c.logits[:, columns].to(dtype).clone().requires_grad_()
+        given = leaf.clone() if inplace else leaf
+        out = kd_loss(given, c.targets, c.labels, inplace=inplace, **settings, **where)
+        with torch.no_grad():
+            evaluated = kd_loss(c.logits[:, columns].to(dtype), c.targets, c.labels, **settings, **where)
+        out.loss.backward(torch.tensor(upstream))
+        results.append((out, evaluated, leaf.grad))
+    (one, one_evaluated, gradient), (out, evaluated, own) = results
+    same_losses(part, out, one, tolerance)
+    same_losses(part, evaluated, one_evaluated, tolerance)
+    close(own / upstream, gradient[:, part.columns] / upstream, tolerance)
+
+
+def cells(impl: str, divergence: str, treatment: str) -> Callable[[Part], None]:
+    """Every kind of student and T, as a number and a tensor, in place and not, with and without labels."""
+
+    def job(part: Part) -> None:
+        modes = [(1.0, False), (1.5, True), (2.0, False), (3.3, True), (4.0, False)]
+        for number, (kind, (t, inplace)) in enumerate(zip(KINDS, modes, strict=True)):
+            c = divided_case(kind, number)
+            if kind == "masked" and divergence == "forward_kl" and treatment == "sampled":
+                continue  # a draw may be masked, and its loss infinite
+            temperature: Any = torch.tensor(t) if number % 2 else t
+            on_logits(
+                part, c, inplace=inplace, upstream=8.0, temperature=temperature, impl=impl, alpha=0.3,
+                divergence=divergence, treatment=treatment,
+            )  # fmt: skip
+
+    return job
+
+
+def rows(impl: str) -> Callable[[Part], None]:
+    """Masks, weights, counts, no labels, hard labels alone, compact targets, float16 (whose backward computes)."""
+
+    def job(part: Part) -> None:
+        c = divided_case("plain", 5)
+        weights, mask = torch.tensor([0.5, 2.0, 1.0, -1.5]), torch.tensor([True, True, True, False])
+        on_logits(part, c, impl=impl, mask=mask, weights=weights, num_items=7)
+        on_logits(part, c, impl=impl, mask=torch.zeros(4, dtype=torch.bool))
+        on_logits(part, c, impl=impl, num_items=torch.tensor(3), alpha=1.0)
+        on_logits(part, Case(c.logits, c.targets, None), impl=impl)  # type: ignore[arg-type]
+        compact = replace(c.targets[1:3], index=torch.tensor([3, 0]))
+        on_logits(part, Case(c.logits, compact, torch.tensor([99, 0, 1, 2])), impl=impl, temperature=2.0)
+        if impl != "reference":
+            for inplace in (False, True):
+                on_logits(part, c, impl=impl, dtype=torch.float16, upstream=1024.0, inplace=inplace)
+            on_logits(part, c, impl=impl, dtype=torch.bfloat16)
+
+    return job
+
+
+def linear(impl: str) -> Callable[[Part], None]:
+    """The fused head in chunks that do not divide N: gradients in hidden, weight and bias, and into an accumulator."""
+
+    def job(part: Part) -> None:
+        c, g = divided_case("plain", 6), torch.Generator().manual_seed(6)
+        hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((4, 8), (V, 8), (V,)))
+        compact = replace(c.targets[1:3], index=torch.tensor([3, 0]))
+        heads: list[dict[str, Any]] = [{}, {"softcap": 3.0}, {"logit_scale": 0.6, "softcap": 4.0}]
+        for number, (head, targets) in enumerate(itertools.product(heads, (c.targets, compact))):
+            results = []
+            for own, where in ((slice(None), {}), (part.columns, part.arguments)):
+                h, w, b = (x.clone().requires_grad_() for x in (hidden, weight[own], bias[own]))
+                loss = DistillationLoss(temperature=2.0, alpha=0.4, impl=impl)
+                out = loss.linear(
+                    h, w, targets, c.labels, bias=b if number % 2 else None, chunk_tokens=3, **head, **where
+                )
+                (out.loss * 3).backward()
+                results.append((out, h.grad, w.grad, b.grad))
+            (one, *whole), (out, d_hidden, d_weight, d_bias) = results
+            same_losses(part, out, one)
+            close(d_hidden, whole[0], 2e-6)
+            part.bits_agree(d_hidden.norm())
+            close(d_weight, whole[1][part.columns], 2e-6)
+            if number % 2:
+                close(d_bias, whole[2][part.columns])
+
+        # accumulated over micro-batches, with a frozen hidden; and a frozen weight
+        accumulators = []
+        for own, where in ((slice(None), {}), (part.columns, part.arguments)):
+            total, w = torch.zeros_like(weight[own]), weight[own].clone().requires_grad_()
+            for some in (slice(0, 1), slice(1, 4)):
+                linear_kd_loss(
+                    hidden[some], w, c.targets[some], c.labels[some], grad_weight=total, num_items=3, impl=impl, **where
+                ).loss.backward()
+            accumulators.append(total)
+        close(accumulators[1], accumulators[0][part.columns])
+        h = [hidden.clone().requires_grad_() for _ in range(2)]
+        linear_kd_loss(h[0], weight, c.targets, c.labels, impl=impl).loss.backward()
+        linear_kd_loss(h[1], weight[part.columns], c.targets, c.labels, impl=impl, **part.arguments).loss.backward()
+        close(h[1].grad, h[0].grad)
+        if impl != "reference":
+            for dtype in (torch.float16, torch.bfloat16):
+                results = []
+                for own, where in ((slice(None), {}), (part.columns, part.arguments)):
+                    h1, w1 = hidden.to(dtype).requires_grad_(), weight[own].to(dtype).requires_grad_()
+                    out = linear_kd_loss(h1, w1, c.targets, c.labels, impl=impl, weights=c.labels + 0.5, **where)
+                    (out.loss * 64).backward()
+                    results.append((out, h1.grad, w1.grad))
+                (one, d_h, d_w), (out, own_h, own_w) = results
+                same_losses(part, out, one)
+                close(own_h, d_h, 1e-2)
+                close(own_w, d_w[part.columns], 1e-2)
+
+    return job
+
+
+def errors(impl: str) -> Callable[[Part], None]:
+    """What is wrong on one rank is raised on all, and leaves no rank waiting: the next call works."""
+
+    def job(part: Part) -> None:
+        c = divided_case("plain", 7)
+        own = c.logits[:, part.columns]
+
+        def refused(expected: str, logits: torch.Tensor = own, **changes: Any) -> None:
+            arguments = {"targets": c.targets, "labels": c.labels, "impl": impl, **part.arguments, **changes}
+            try:
+                kd_loss(logits, **arguments)
+            except KDError as error:
+                assert expected in str(error), error
+            else:
+                raise AssertionError(f"not refused: {expected}")
+            on_logits(part, c, impl=impl)
+
+        last = part.rank == part.ranks - 1
+        for value in (torch.nan, torch.inf):
+            spoiled = own.clone()
+            spoiled[1, 0] = value if last else spoiled[1, 0]
+            refused("row 1 of those that count has NaN or infinite logits" if impl != "reference" else "row 1", spoiled)
+        refused("row 0 of those that count has NaN", torch.full_like(own, -torch.inf))
+        refused("labels: row 1 has [100]; expected a number from 0 to 99", labels=torch.tensor([0, V, 1, 2]))
+        refused("fewer than the vocabulary; expected at least 101", targets=replace(c.targets, vocab_size=V + 1))
+        refused("expected parts of at least one column that follow on each other", vocab_start=part.columns.start // 2)
+        refused("expected parts of at least one column", own[:, : 0 if last else None], vocab_start=None)
+
+    return job
+
+
+class Student(torch.nn.Module):
+    """Embeddings, a hidden layer and a head of one output more than the teacher's: 51 and 50 of them on two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.embed, self.body = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+        self.lm_head = torch.nn.Linear(8, V + 1)
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.body(self.embed(tokens)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(self.hidden(tokens))
+        return logits
+
+
+def tensor_parallel(part: Part) -> None:
+    """The example of docs/losses.md: a head under ColwiseParallel, whose local logits, or weight, go into the loss."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    c, tokens = divided_case("plain", 8), torch.tensor([[3, 19], [0, 7]])
+    one = Student()
+    expected = kd_loss(one(tokens), c.targets, c.labels.view(2, 2), temperature=2.0)
+    expected.loss.backward()
+    mesh = init_device_mesh("cpu", (part.ranks,), mesh_dim_names=("tp",))
+    for fused in (False, True):
+        model = parallelize_module(Student(), mesh, {"lm_head": ColwiseParallel(use_local_output=True)})
+        where: dict[str, Any] = {"group": mesh["tp"].get_group(), "temperature": 2.0}
+        labels = c.labels.view(2, 2)
+        if fused:
+            weight, bias = model.lm_head.weight.to_local(), model.lm_head.bias.to_local()
+            out = linear_kd_loss(model.hidden(tokens), weight, c.targets, labels, bias=bias, **where)
+        else:
+            out = kd_loss(model(tokens), c.targets, labels, **where)
+        out.loss.backward()
+        same_losses(part, out, expected)
+        for (name, found), whole in zip(model.named_parameters(), one.parameters(), strict=True):
+            close(found.grad.full_tensor() if "lm_head" in name else found.grad, whole.grad)
+
+
+def dtensors(part: Part) -> None:
+    """Whatever is given as a DTensor is refused by name, by all losses and top-k."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (part.ranks,))
+    c, g = divided_case("plain", 8), torch.Generator().manual_seed(8)
+    hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((4, 8), (V, 8), (V,)))
+
+    def spread(x: torch.Tensor) -> DTensor:
+        return distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()])
+
+    def refused(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except KDError as error:
+            message = str(error)
+            assert message.startswith(f"{name}: got a DTensor ("), message
+            assert "expected a plain tensor. Call inside the forward" in message, message
+            assert f"{name}.to_local() on each rank" in message, message
+        else:
+            raise AssertionError(f"{name} was not refused")
+
+    targets, labels = c.targets, c.labels
+    refused("logits", lambda: kd_loss(spread(c.logits), targets, labels))
+    refused("logits", lambda: topk_targets(spread(c.logits), 3))
+    refused("labels", lambda: kd_loss(c.logits, targets, spread(labels)))
+    refused("mask", lambda: kd_loss(c.logits, targets, labels, mask=spread(labels > 0)))
+    refused("weights", lambda: kd_loss(c.logits, targets, labels, weights=spread(bias[:4])))
+    refused("num_items", lambda: kd_loss(c.logits, targets, labels, num_items=spread(torch.tensor(4))))
+    refused("alpha", lambda: kd_loss(c.logits, targets, labels, alpha=spread(torch.tensor(0.5))))
+    refused("hidden", lambda: linear_kd_loss(spread(hidden), weight, targets, labels))
+    refused("weight", lambda: linear_kd_loss(hidden, torch.nn.Parameter(spread(weight)), targets, labels))
+    refused("bias", lambda: linear_kd_loss(hidden, weight, targets, labels, bias=spread(bias)))
+    refused("weight", lambda: linear_topk_targets(hidden, spread(weight), 3))
+    grad_weight = spread(torch.zeros(V, 8))
+    refused("grad_weight", lambda: linear_kd_loss(hidden, weight, targets, labels, grad_weight=grad_weight))
+    for field in ("ids", "logprobs", "tail", "outcomes", "draws"):
+        changed = spread(getattr(targets, field))
+        refused(f"targets.{field}", lambda field=field, changed=changed: replace(targets, **{field: changed}))
+
+
+def jobs() -> Iterator[tuple[str, Callable[[Part], None]]]:
+    """All jobs by name."""
+    for impl in IMPLS:
+        for divergence, treatment in CELLS:
+            yield f"cells-{impl}-{divergence}-{treatment}", cells(impl, divergence, treatment)
+        yield f"rows-{impl}", rows(impl)
+        yield f"linear-{impl}", linear(impl)
+        yield f"errors-{impl}", errors(impl)
+    yield "tensor-parallel", tensor_parallel
+    yield "dtensors", dtensors
+
+
+def run(rank: int, ranks: int, folder: str) -> None:
+    """One rank: every job, and what it raised, as JSON."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    part, raised = Part(rank, ranks), {}
+    for name, job in jobs():
+        try:
+            job(part)
+            raised[name] = ""
+        except Exception:
+            raised[name] = traceback.format_exc()
+            if "gloo" in raised[name].lower():  # a rank waits for one that has gone on: what follows would too
+                break
+    Path(folder, f"{rank}.json").write_text(json.dumps(raised))
+    dist.barrier()  # a rank that leaves early aborts the others' last messages
+    dist.destroy_process_group()
