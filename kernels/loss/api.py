@@ -318,7 +318,7 @@ def _check_separate(name: str, tensor: Tensor, advice: str) -> None:
 
 def _call(
     what: str, x: Tensor, width: int, dtype: torch.dtype, targets: SparseTargets, config: LossConfig,
-    rows: Mapping[str, Any], parallel: tuple[str | None, int],
+    rows: Mapping[str, Any], parallel: tuple[str | None, int] = (None, -1),
 ) -> Call:  # fmt: skip
     """Check what can be checked without reading tensors, and flatten the rows: labels, mask, weights and num_items.
 
