@@ -17,6 +17,7 @@ from fastkd import linear_kd_loss
 from fastkd.bench import limits, peers
 from fastkd.bench.cases import known_targets
 from fastkd.bench.harness import peak_bytes, rotation
+from fastkd.bench.head_model import H100, Rates, predict
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.bench.timing import Run, interleaved
@@ -46,8 +47,8 @@ class HeadProblem:
 
     temperature = 2.0
 
-    def __init__(self, device: str, n: int, d: int, v: int, k: int) -> None:
-        self.device, self.n, self.d, self.v, self.k = device, n, d, v, k
+    def __init__(self, device: str, n: int, d: int, v: int, k: int, impl: str = "auto") -> None:
+        self.device, self.n, self.d, self.v, self.k, self.impl = device, n, d, v, k, impl
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.targets, self.sampled = (known_targets(n, v, k, draws, device) for draws in (0, 16))
         self.labels = torch.randint(v, (n,), device=device)
@@ -107,6 +108,7 @@ class HeadProblem:
                     treatment=treatment,
                     temperature=self.temperature,
                     chunk_tokens=chunk,
+                    impl=self.impl,
                 ).loss
             )
         )
@@ -134,9 +136,10 @@ def size(
     rounds: int = 7,
     bounds: dict[str, str] | None = None,
     chunks: tuple[int, ...] = (),
+    impl: str = "auto",
 ) -> None:
     """Time and memory at one size. bounds: limits, by the row that they limit."""
-    problem = HeadProblem(table.device, n, d, v, k)
+    problem = HeadProblem(table.device, n, d, v, k, impl)
     chunked = f", products in chunks of {problem.chunk}" if problem.chunk < n else ""
     table.title(problem.name + chunked)
     bounds = bounds or {}
@@ -149,11 +152,16 @@ def size(
     others = others if compiled else others[:1]
     if ask.peers:
         others += peers.of_head(problem)
+    elif compiled:
+        others += peers.of_torch(problem)
     runs: dict[str, Run] = {FLOOR: problem.products, **ours}
     runs |= {peer.name: peer.run for peer in others if peer.run is not None}
     times = interleaved(runs, device=table.device, rounds=rounds, warmup=2 if rounds > 3 else 1)
     work = 6 * n * d * v / 1e9
     table.value(FLOOR, times.time(FLOOR).inverse(work), "TFLOP/s", line="limit", at=problem.at)
+    if table.device == "cuda":
+        rates = Rates(table.limits.get("TFLOP/s", H100.product), table.limits.get("GB/s", 1e3 * H100.copy) / 1e3)
+        paper(table, n, d, v, rates, "this machine's rates")
     for name in list(runs)[1:]:
         table.ratio(
             name, times.ratio(name, FLOOR), FLOOR, bounds.get(name, ""), value=work / times[name], unit="TFLOP/s",
@@ -178,9 +186,30 @@ def size(
         table.ratio(f"{OURS}: peak memory", peaks[OURS] / allowed, "2CV + 4VD + 64 MB", "<= 1.0")
 
 
+def paper(table: Table, n: int, d: int, v: int, rates: Rates, of: str) -> None:
+    """The ratio that `head_model` predicts."""
+    found = predict(n, d, v, rates)
+    table.ratio(
+        f"{OURS}: predicted", 1 / found.share, FLOOR, better="", value=found.total, unit="ms",
+        note=f"a prediction from {of}: {found}",
+    )  # fmt: skip
+
+
+def on_paper(table: Table) -> None:
+    """Predictions for an H100, wherever this runs."""
+    table.title("predicted for an H100 (head_model.py), bfloat16: not measured")
+    for n, d, v, _ in CUDA_SIZES:
+        found = predict(n, d, v)
+        table.ratio(
+            f"{OURS}: predicted N={n} D={d} V={v}", 1 / found.share, FLOOR, better="", value=found.total, unit="ms",
+            note=f"share of the products {found.share:.3f}; {found}",
+        )  # fmt: skip
+
+
 def cases(ask: RunConfig, chunks: tuple[int, ...] = ()) -> Sequence[Case]:
     """The limits, then all sizes. chunks: chunk sizes of linear_kd_loss to try as well."""
-    found = [Case("limits", lambda table: limits.measure(table, "product"))]
+    found = [Case("on paper", on_paper)] if ask.device != "cuda" else []
+    found.append(Case("limits", lambda table: limits.measure(table, "product", "copy")))
 
     def add(sizes: tuple[int, int, int, int], **more: Any) -> None:
         n, d, v, k = sizes

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.bench import limits, peers
+from fastkd.bench.bench_topk import one_read
 from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import peak_bytes
 from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
@@ -33,6 +34,7 @@ CELLS = (
     ("skew_kl", "bucket"),
     ("tvd", "bucket"),
 )
+TEMPERATURES = (1.0, 2.0, 3.3, 4.0)
 _AGAINST = {"torch.compile": "<= 0.333", "Liger cross-entropy": "<= 0.6"}  # on a GPU
 
 
@@ -59,7 +61,7 @@ def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool
     for name in list(runs)[1:]:
         limit = ""
         if table.device == "cuda" and name == "kd_loss in place":
-            limit = "<= 1.10" if v == 49152 else "<= 1.20"
+            limit = in_place_bound(v, t)
         table.ratio(
             name, times.ratio(name, FLOOR), FLOOR, limit, value=moved / times[name], unit="GB/s", line=name,
             at=problem.at, note=f"{times[name]:.2f} ms", better="lower" if name in ours else "",
@@ -90,12 +92,11 @@ def cells(table: Table, ask: RunConfig, n: int, v: int) -> None:
     gpu = table.device == "cuda"
     runs: dict[str, Run] = {FLOOR: problem.copy}
     bounds = {}
-    at_2 = "<= 1.10" if v == 49152 else "<= 1.20"
     for divergence, treatment in CELLS:
         for t in (1.0, 2.0, 3.3) if divergence == "forward_kl" else (2.0,):
             name = f"in place {divergence} {treatment} T={t}"
             runs[name] = problem.ours(divergence=divergence, treatment=treatment, temperature=t)
-            bounds[name] = at_2 if t == 2.0 else "<= 1.40"
+            bounds[name] = in_place_bound(v, t)
     runs["in place, upstream 3"] = problem.ours(3.0, temperature=2.0, treatment="bucket")
     bounds["in place, upstream 3"] = "<= 2.20"
     times = timed(problem, runs, ask.times(5, 15))
@@ -119,19 +120,41 @@ def out_of_place(table: Table, ask: RunConfig, n: int, v: int) -> None:
         table.ratio(name, times.ratio(name, floor), floor, "<= 1.25" if table.device == "cuda" else "")
 
 
-def certain_student(table: Table, ask: RunConfig, n: int, v: int) -> None:
-    """A student that puts most of its mass on the top-k entries."""
-    problem = LogitsProblem(table.device, n, v, certain=True)
-    table.title(f"a certain student: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
-    runs: dict[str, Run] = {FLOOR: problem.copy}
-    for t in (1.0, 2.0):
-        for inplace in (True, False):
-            place = "in place" if inplace else "out of place"
-            runs[f"{place} bucket T={t}"] = problem.ours(inplace=inplace, treatment="bucket", temperature=t)
-    runs["in place sampled T=1.0"] = problem.ours(treatment="sampled")
+def student(table: Table, ask: RunConfig, n: int, v: int, *, certain: bool = False, impl: str = "auto") -> None:
+    """Training and evaluation at several temperatures, of a student that is certain of its answer or that is not."""
+    problem = LogitsProblem(table.device, n, v, certain=certain)
+    who = "a certain student" if certain else "a fresh student"
+    table.title(f"{who}: N={n} V={v} k=64 {str(problem.pristine.dtype)[6:]}")
+    gpu, read = table.device == "cuda", "one read"
+    runs: dict[str, Run] = {FLOOR: problem.copy, read: one_read(n, v, problem.ring)}
+    over: dict[str, tuple[str, str]] = {}  # by run: its limit, and what bounds the ratio to that
+
+    def add(name: str, run: Run, floor: str = FLOOR, bound: str = "") -> None:
+        runs[name], over[name] = run, (floor, bound if gpu else "")
+
+    for t in TEMPERATURES:
+        step = problem.ours(treatment="bucket", temperature=t, impl=impl)
+        add(f"in place bucket T={t}", step, bound="" if certain else in_place_bound(v, t))
+    for t in TEMPERATURES[:2]:
+        add(f"in place sampled T={t}", problem.ours(treatment="sampled", temperature=t, impl=impl))
+        add(f"out of place bucket T={t}", problem.ours(inplace=False, treatment="bucket", temperature=t, impl=impl))
+        add(f"evaluation bucket T={t}", problem.evaluation(treatment="bucket", temperature=t, impl=impl), read)
     times = timed(problem, runs, ask.times(5, 15))
-    for name in list(runs)[1:]:
-        table.ratio(name, times.ratio(name, FLOOR), FLOOR)
+    rate = times.time(FLOOR).inverse(2 * problem.bytes / 1e6)
+    table.value(FLOOR, rate, "GB/s", line="limit", at=problem.at)
+    for name, (floor, bound) in over.items():
+        moved = problem.bytes * (1 if floor == read else 2) / 1e6
+        table.ratio(
+            name, times.ratio(name, floor), floor, bound, value=moved / times[name], unit="GB/s",
+            note=f"{times[name]:.3f} ms",
+        )  # fmt: skip
+
+
+def in_place_bound(v: int, t: float) -> str:
+    """The limit of the loss in place on a GPU, over one read and one write."""
+    if t != 2.0 or v not in (49152, 128256, 151936):
+        return "<= 1.40"
+    return "<= 1.10" if v == 49152 else "<= 1.20"
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
@@ -147,7 +170,12 @@ def cases(ask: RunConfig) -> Sequence[Case]:
     for n_, v_, k in sizes:
         run = partial(size, ask=ask, n=n_, v=v_, k=k, compiled=ask.full or (n_, v_, k) == first)
         found.append(Case(f"N={n_} V={v_} k={k}", run))
-    others = ((cells, "divergences"), (out_of_place, "out of place"), (certain_student, "a certain student"))
+    others = (
+        (cells, "divergences"),
+        (out_of_place, "out of place"),
+        (student, "a fresh student"),
+        (partial(student, certain=True), "a certain student"),
+    )
     for vocab in (49152, 128256, 151936) if ask.device == "cuda" else (v,):
         for part, name in others if ask.device == "cuda" or ask.full else others[:1]:
             found.append(Case(f"{name}, V={vocab}", partial(part, ask=ask, n=n, v=vocab)))

@@ -73,25 +73,28 @@ def one_read(rows: int, vocab: int, buffers: Rotation[Tensor]) -> Run:
     return buffers.run(lambda x: read[(programs,)](x, out, rows * vocab, BLOCK=block, num_warps=8))
 
 
-def bench_logits(table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds: int, k: int = K) -> None:
+def bench_logits(
+    table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds: int, k: int = K, impl: str = "auto"
+) -> None:
     """Targets of given logits."""
+    targets = partial(topk_targets, temperatures=GRID, impl=impl)
     buffers = drawn_logits(rows, vocab, dtype, table.device)
     gpu, floor, theirs = table.device == "cuda", "one read of the logits", "torch.topk + logsumexp a temperature"
     runs: dict[str, Run] = {
         floor: one_read(rows, vocab, buffers),
-        "fastkd": buffers.run(lambda x: topk_targets(x, k, temperatures=GRID)),
+        "fastkd": buffers.run(lambda x: targets(x, k)),
         theirs: buffers.run(lambda x: peer(x if gpu else x.float(), k)),
     }
     if k == K:
         runs |= {
-            "fastkd, 48 entries": buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID)),
-            "fastkd, 48 entries and 16 draws": buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16)),
-            "fastkd, one temperature": buffers.run(lambda x: topk_targets(x, K, temperatures=(1.0,))),
-            "fastkd, cut at 0.95 of the mass": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, mass=0.95)),
-            "fastkd, softcap": buffers.run(lambda x: topk_targets(x, K, temperatures=GRID, softcap=30.0)),
+            "fastkd, 48 entries": buffers.run(lambda x: targets(x, 48)),
+            "fastkd, 48 entries and 16 draws": buffers.run(lambda x: targets(x, 48, draws=16)),
+            "fastkd, one temperature": buffers.run(lambda x: targets(x, K, temperatures=(1.0,))),
+            "fastkd, cut at 0.95 of the mass": buffers.run(lambda x: targets(x, K, mass=0.95)),
+            "fastkd, softcap": buffers.run(lambda x: targets(x, K, softcap=30.0)),
         }
         if not gpu:
-            runs["fastkd in PyTorch"] = buffers.run(lambda x: topk_targets(x, k, temperatures=GRID, impl="torch"))
+            runs["fastkd in PyTorch"] = buffers.run(lambda x: targets(x, k, impl="torch"))
     times = interleaved(runs, device=table.device, rounds=rounds)
     table.title(f"top-k: N={rows} V={vocab} k={k} {str(dtype)[6:]} T={GRID}")
     at = {"N": rows, "V": vocab, "k": k, "bits": dtype.itemsize * 8}
@@ -112,7 +115,7 @@ def bench_logits(table: Table, rows: int, vocab: int, dtype: torch.dtype, rounds
             for name in ("fastkd", drawn):
                 table.value(f"{name}: time a position", times.time(name).scaled(1e3 / rows), "us", limit)
     for name, run in (
-        ("fastkd", lambda: returned(topk_targets(buffers.take(), k, temperatures=GRID))),
+        ("fastkd", lambda: returned(targets(buffers.take(), k))),
         (theirs, lambda: peer(buffers.take(), k)),
     ):
         memory = peak_bytes(run, table.device)

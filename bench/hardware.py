@@ -19,6 +19,7 @@ PACKAGES = (
     "transformers",
     "liger-kernel",
     "cut-cross-entropy",
+    "quack-kernels",
 )
 _UNKNOWN_CACHE = 64 << 20  # assumed if the system does not report the size of the last-level cache
 

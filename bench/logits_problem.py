@@ -54,6 +54,11 @@ class LogitsProblem:
         targets = self.targets if settings.get("treatment") == "sampled" else self.bucket
         return self.step(lambda leaf: kd_loss(leaf, targets, self.labels, inplace=inplace, **settings).loss, upstream)
 
+    def evaluation(self, **settings: Any) -> Run:
+        """kd_loss without a gradient."""
+        targets = self.targets if settings.get("treatment") == "sampled" else self.bucket
+        return lambda: kd_loss(self.ring.take(), targets, self.labels, **settings)
+
     @property
     def name(self) -> str:
         """The case."""

@@ -1,9 +1,10 @@
-"""Other implementations: eager PyTorch and torch.compile; Liger-Kernel and Cut Cross-Entropy on a GPU.
+"""Other implementations: PyTorch, eager, compiled and its fused head; on a GPU Liger-Kernel, QuACK, Cut Cross-Entropy.
 
 Each is measured with its defaults and with the best settings for these sizes. Its name says what it computes:
 "cross-entropy" has no teacher, "dense" takes all of the teacher's outcomes or its hidden states.
 """
 
+import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
     from fastkd.bench.bench_head import HeadProblem
     from fastkd.bench.logits_problem import LogitsProblem
 
-LOGITS_NAMES = ("Liger cross-entropy", "Liger KL, dense", "Liger JSD, dense")
+LOGITS_NAMES = ("Liger cross-entropy", "Liger KL, dense", "Liger JSD, dense", "QuACK cross-entropy")
 HEAD_NAMES = (
+    "torch linear_cross_entropy",
+    "torch linear_cross_entropy, chunked",
     "Liger fused linear cross-entropy",
     "Liger fused linear cross-entropy, float32 sums",
     "Liger fused linear cross-entropy, chunks 16 times as large",
     "Liger fused linear JSD, dense",
     "Liger chunked distillation (JSD), dense",
     "Liger chunked distillation (JSD), dense, chunks of 4096",
+    "QuACK chunked linear cross-entropy",
+    "QuACK chunked linear cross-entropy, logits in memory",
     "Cut Cross-Entropy",
     "Cut Cross-Entropy, unfiltered",
 )
-PACKAGES = {"Liger": ("liger_kernel", "liger-kernel"), "Cut": ("cut_cross_entropy", "cut-cross-entropy")}
+# by the first word of a name: the module, and the package that has it
+PACKAGES = {
+    "Liger": ("liger_kernel", "liger-kernel"),
+    "QuACK": ("quack", "quack-kernels"),
+    "Cut": ("cut_cross_entropy", "cut-cross-entropy"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,26 @@ def own(device: str, loss: Callable[..., Tensor], step: Callable[[Callable[..., 
 
 
 def why_not(name: str, device: str) -> str:
-    """Why a package's kernels cannot run here; "" if they can."""
-    module, package = PACKAGES[name.split()[0]]
+    """Why a peer cannot run here; "" if it can."""
+    who = name.split()[0]
+    if who == "torch":
+        return "" if hasattr(F, "linear_cross_entropy") else f"needs torch 2.13, this is {torch.__version__}"
+    module, package = PACKAGES[who]
     if device != "cuda":
         return "needs a GPU"
-    return "" if find_spec(module) else f"needs {package}: pip install 'fastkd[peers]'"
+    if not find_spec(module):
+        return f"needs {package}: pip install 'fastkd[peers]'"
+    if who == "QuACK" and torch.cuda.get_device_capability() < (9, 0):
+        return "needs a GPU of compute capability 9.0 or higher"
+    if "16 times" in name and "chunk_mem_const" not in _parameters_of_liger():
+        return "this version of liger-kernel has no chunk_mem_const"
+    return ""
+
+
+def _parameters_of_liger() -> set[str]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return set(inspect.signature(liger_fused_linear_cross_entropy).parameters)
 
 
 def of_logits(problem: "LogitsProblem") -> list[Peer]:
@@ -73,6 +98,7 @@ def of_logits(problem: "LogitsProblem") -> list[Peer]:
         "Liger cross-entropy": _liger_cross_entropy,
         "Liger KL, dense": partial(_liger_dense, "liger_kl_div"),
         "Liger JSD, dense": partial(_liger_dense, "liger_jsd"),
+        "QuACK cross-entropy": _quack_cross_entropy,
     }
     return [_peer(name, problem.device, partial(makers[name], problem)) for name in LOGITS_NAMES]
 
@@ -80,6 +106,11 @@ def of_logits(problem: "LogitsProblem") -> list[Peer]:
 def of_head(problem: "HeadProblem") -> list[Peer]:
     """Losses that are fused with the LM head."""
     return [_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES]
+
+
+def of_torch(problem: "HeadProblem") -> list[Peer]:
+    """torch's own loss that is fused with the LM head."""
+    return [_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES[1:2]]
 
 
 def _peer(name: str, device: str, make: Callable[[], Run]) -> Peer:
@@ -91,6 +122,12 @@ def _liger_cross_entropy(problem: "LogitsProblem") -> Run:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return problem.step(lambda leaf: liger_cross_entropy(leaf, problem.labels))
+
+
+def _quack_cross_entropy(problem: "LogitsProblem") -> Run:
+    from quack.cross_entropy import cross_entropy
+
+    return problem.step(lambda leaf: cross_entropy(leaf, problem.labels, inplace_backward=True))
 
 
 def _liger_dense(name: str, problem: "LogitsProblem") -> Run:
@@ -112,6 +149,18 @@ def _liger_dense(name: str, problem: "LogitsProblem") -> Run:
 
 def _head_run(name: str, problem: "HeadProblem") -> Run:
     labels = problem.labels
+    if name.startswith("torch"):
+        # its chunks are chosen by what suits the device; the gradients are computed in the forward, as ours
+        options = torch.nn.LinearCrossEntropyOptions() if "chunked" in name else None
+        return problem.step(
+            lambda hidden, weight: F.linear_cross_entropy(hidden, weight, labels, options=options)  # type: ignore[attr-defined]
+        )
+    if name.startswith("QuACK"):
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        # by default exponentials are stored in place of logits where the card and the width allow it
+        quack = {"use_scaled_exp": False} if "logits in memory" in name else {}
+        return problem.step(lambda hidden, weight: chunked_linear_cross_entropy(hidden, weight, labels, **quack))
     if name.startswith("Cut"):
         from cut_cross_entropy import linear_cross_entropy
 

@@ -18,7 +18,7 @@ class BenchSettings:
     device: str | None = None
     """Device: cpu or cuda. Default: a GPU if there is one."""
     peers: bool = False
-    """Also measure Liger-Kernel and Cut Cross-Entropy (pip install 'fastkd[peers]')."""
+    """Also measure torch's fused head, Liger-Kernel, QuACK and Cut Cross-Entropy (pip install 'fastkd[peers]')."""
     full: bool = False
     """Use the published sizes: up to an hour instead of minutes."""
     rounds: int | None = None

@@ -9,34 +9,39 @@ from fastkd.bench.table import Table
 from fastkd.bench.timing import Run
 
 
-def tune(table: Table, v: int, certain: bool, rounds: int) -> None:
+def tune(table: Table, v: int, certain: bool, rounds: int, n: int = 8192, impl: str = "auto") -> None:
     """Time every candidate, in place and out of place, over one read and one write."""
     from fastkd.kernels.loss import triton_impl as loss_triton
 
     kernels: Any = loss_triton
 
     chosen = kernels.sweep_settings
-    problem = LogitsProblem("cuda", 8192, v, certain=certain)
-    table.title(f"tune: V={v} bf16 {'certain' if certain else 'fresh'} student")
-    for name, settings in candidates(v).items():
-        kernels.sweep_settings = lambda *_, found=settings: dict(found)
-        runs: dict[str, Run] = {FLOOR: problem.copy}
-        runs |= {
-            f"{'in ' if inplace else 'out'} T={t}": problem.ours(inplace=inplace, treatment="bucket", temperature=t)
-            for inplace, t in ((True, 1.0), (True, 2.0), (True, 3.3), (False, 2.0))
-            if not certain or t < 3
-        }
-        times = timed(problem, runs, rounds, warmup=1)
-        for run in list(runs)[1:]:
-            table.ratio(f"{name}: {run}", times.ratio(run, FLOOR), FLOOR)
-    kernels.sweep_settings = chosen
+    problem = LogitsProblem(table.device, n, v, certain=certain)
+    table.title(f"tune: V={v} {str(problem.pristine.dtype)[6:]} {'certain' if certain else 'fresh'} student")
+    runs: dict[str, Run] = {FLOOR: problem.copy}
+    for inplace, t in ((True, 1.0), (True, 2.0), (True, 3.3), (False, 2.0)):
+        if not certain or t < 3:
+            run = problem.ours(inplace=inplace, treatment="bucket", temperature=t, impl=impl)
+            runs[f"{'in ' if inplace else 'out'} T={t}"] = run
+    try:
+        for name, settings in candidates(v, problem.pristine.dtype.itemsize).items():
+            kernels.sweep_settings = lambda *_, found=settings, **__: dict(found)
+            try:
+                times = timed(problem, runs, rounds, warmup=1)
+            except Exception as error:  # settings that this GPU cannot launch
+                table.absent(name, f"{type(error).__name__}: {error}".splitlines()[0][:100])
+                continue
+            for run_name in list(runs)[1:]:
+                table.ratio(f"{name}: {run_name}", times.ratio(run_name, FLOOR), FLOOR, better="")
+    finally:
+        kernels.sweep_settings = chosen
 
 
-def candidates(v: int) -> dict[str, dict[str, Any]]:
+def candidates(v: int, itemsize: int) -> dict[str, dict[str, Any]]:
     """Settings to try: the defaults, and other block sizes and warps."""
     from fastkd.kernels.loss.row_passes import sweep_settings
 
-    default = sweep_settings(v, 2)
+    default = sweep_settings(v, itemsize)
     found: dict[str, dict[str, Any]] = {"default": default}
     for warps in (32, 16, 8):
         for tile in (32 * warps * 32, 32 * warps * 16):

@@ -21,6 +21,7 @@ from fastkd.bench import (
 )
 from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import Rotation, copies
+from fastkd.bench.head_model import Rates, predict
 from fastkd.bench.page import charts_of
 from fastkd.bench.records import SEQUENCES, opening, records, write_records
 from fastkd.bench.results import markdown
@@ -123,10 +124,26 @@ class TestProblems:
 
     def test_peers_that_need_a_gpu_say_so(self) -> None:
         problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
-        found = peers.of_head(problem)
+        found = [peer for peer in peers.of_head(problem) if not peer.name.startswith("torch")]
         assert [(peer.name, peer.run, peer.why) for peer in found] == [
-            (name, None, "needs a GPU") for name in peers.HEAD_NAMES
+            (name, None, "needs a GPU") for name in peers.HEAD_NAMES[2:]
         ]
+
+    def test_torch_s_fused_head_is_measured_where_torch_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
+        of_torch = peers.of_head(problem)[:2]
+        if hasattr(torch.nn.functional, "linear_cross_entropy"):
+            steps = [peer.run for peer in of_torch]
+            steps.append(problem.step(lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, problem.labels)))
+            found = []
+            for step in steps:
+                problem.ring = Rotation(problem.ring.inputs)
+                assert step is not None
+                found.append(step())
+            for one in found[:2]:
+                torch.testing.assert_close(one, found[2], atol=1e-6, rtol=1e-4)
+            monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+        assert all("needs torch 2.13" in peer.why for peer in peers.of_head(problem)[:2])
 
 
 class TestSuites:
@@ -397,3 +414,23 @@ def test_an_order_that_repeats_itself_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench_scale, "order", lambda *_, **__: Broken())
     with pytest.raises(AssertionError, match="repeats a sequence"):
         bench_scale.bench_order(Table("cpu"), 2 * 2**20, places=1)
+
+
+class TestHeadModel:
+    def test_large_heads_take_little_more_than_their_products(self) -> None:
+        """On paper: three bare products over the time, at the sizes that have a bound."""
+        shares = [predict(n, d, v).share for n, d, v, _ in bench_head.CUDA_SIZES]
+        assert shares[0] >= 0.95
+        assert shares == sorted(shares, reverse=True)
+
+    def test_parts_follow_from_the_rates(self) -> None:
+        """8 chunks of 2048 over 16384 tokens: written once, read and written 7 times, then read and rounded."""
+        found = predict(16384, 64, 1000, Rates(1.0, 1.0), loss=1.0, seen=1.0)
+        assert found.chunks == 8
+        assert found.products == pytest.approx(6e-9 * 16384 * 64 * 1000)
+        assert found.loss == pytest.approx(4e-9 * 16384 * 1000)
+        assert found.sums == pytest.approx(64e3 * (4 + 7 * 8 - 2) * 1e-9)
+        assert found.cast == pytest.approx(64e3 * 6e-9)
+        once = predict(100, 64, 1000, Rates(1.0, 1.0))
+        assert (once.chunks, once.sums, once.cast) == (1, 0, 0)
+        assert "1 chunk: products" in str(once)
