@@ -44,7 +44,7 @@ test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted 
 soak: $(STAMP)  ## the long tests
 	$(BIN)/python -m pytest -n auto --dist worksteal -m soak
 
-check: $(STAMP)  ## lint, format, types, and the direction of imports
+check: $(STAMP)  ## lint, format, types, the direction of imports, and instructions of the GPU kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
@@ -53,6 +53,8 @@ check: $(STAMP)  ## lint, format, types, and the direction of imports
 	MYPYPATH=build/typecheck $(BIN)/mypy -p fastkd
 	# import-linter finds cache/ and kernels/ only in an installed layout, and not from the checkout
 	cd build/typecheck && ../../$(BIN)/lint-imports --config ../../pyproject.toml
+	# compiles kernels for an H100, which need not be there: half a minute, then from triton's cache
+	$(BIN)/python -m fastkd.bench.bench_sass --check
 
 RESULTS := bench/results
 

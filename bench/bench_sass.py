@@ -1,218 +1,341 @@
-"""Instructions a logit of the loss's and the top-k's kernels, and the time they would take: a model, not a measurement.
+"""Instructions a logit of the loss's and top-k's kernels, and the time that a GPU would take: a prediction.
 
     fastkd bench sass [--full]
-    python -m fastkd.bench.bench_sass --arch 90 --vocab 128256 --kernel loss      # while writing a kernel
+    python -m fastkd.bench.bench_sass --arch 90 --vocab 128256 --kernel loss    # while writing a kernel
+    python -m fastkd.bench.bench_sass --check                                   # against bench/recorded/sass.json
+    python -m fastkd.bench.bench_sass --record                                  # write it anew
 
-Needs triton, no GPU.
+Needs triton, and no GPU. The kernels are compiled as they would be launched, and what they execute is read out of their
+SASS. A time is what issuing these instructions, computing these functions (exponentials, logarithms, reciprocals) or
+moving these bytes takes, if nothing else is waited for: a bound from below, to compare kernels with. The ratios are
+over the floor: one read and one write of the logits for the loss, one read for top-k.
 """
 
 import argparse
-import math
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastkd.bench.compiled import Launch, at_temperature, recorded
-from fastkd.bench.sass import Count, Program, disassemble, resources
-from fastkd.kernels import SparseTargets, TopKConfig, kd_loss, linear_kd_loss, topk_targets
+from fastkd.bench.cases import GRID
+from fastkd.bench.check import FOLDER, recording_files
+from fastkd.bench.compiled import loss_launch, topk_launches
+from fastkd.bench.hardware import cores
+from fastkd.bench.sass import WARP, Count, Counted, count_kernel, count_loss
+from fastkd.bench.suites import Case, RunConfig
+from fastkd.bench.table import Table, load
+from fastkd.errors import BenchError
+from fastkd.kernels import TopKConfig
 
-LANES = 32
 VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 262144)
-TEMPERATURES = (1.0, 2.0, 3.3, 4.0)
-GRID = (1.0, 1.5, 2.0, 4.0)
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 3.3, 4.0)
 SOFTCAP = 30.0
-ROWS = 8  # of the call whose launches are recorded
+RECORD = FOLDER / "sass.json"
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a time is computed from. clock: GHz under load. copy: TB/s of a large copy, read plus written.
-    special: MUFU results an SM a clock."""
+    """What a time is computed from. clock: GHz under load. copy: TB/s, read plus written, of a large copy. slots: of
+    threads' instructions an SM issues in a clock. special: results of exponentials and reciprocals of the same."""
 
     name: str
     arch: int
     sms: int
     clock: float
     copy: float
-    special: int = 16
     slots: int = 128
+    special: int = 16
 
-    def issue(self, instructions: float) -> float:
-        """Picoseconds to issue so many instructions of one thread each."""
-        return instructions / (self.sms * self.slots * self.clock * 1e-3)
+    def issue(self, logit: Count) -> float:
+        """Picoseconds to issue the instructions of a logit."""
+        return logit.issued / (self.sms * self.slots * self.clock * 1e-3)
 
-    def functions(self, results: float) -> float:
-        """Picoseconds for so many MUFU results."""
-        return results / (self.sms * self.special * self.clock * 1e-3)
+    def functions(self, logit: Count) -> float:
+        """Picoseconds for the exponentials, logarithms and reciprocals of a logit."""
+        return logit.special / (self.sms * self.special * self.clock * 1e-3)
 
     def memory(self, size: float) -> float:
         """Picoseconds to move so many bytes."""
         return size / self.copy
 
 
-# Clocks: what the cards hold under load. Copies: H100 as measured (DESIGN.md); the others' share of the peak rate is
-# taken to be the same, 0.9.
-GPUS = (
-    Gpu("H100", 90, 132, 1.755, 3.0),
-    Gpu("B200", 100, 148, 1.85, 7.2),
-    Gpu("A100", 80, 108, 1.41, 1.8),
-)
+# The H100's copy is measured (3.0 of 3.35 TB/s); the others are taken to reach the same share of their peaks, 8 and
+# 2.04 TB/s. Clocks lie below the highest: a card that moves memory at this rate is at its power limit.
+GPUS = (Gpu("H100", 90, 132, 1.70, 3.0), Gpu("B200", 100, 148, 1.85, 7.2), Gpu("A100", 80, 108, 1.41, 1.8))
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A part of a kernel. a_logit: what is executed for a logit."""
+class LossCase:
+    """A loss to count. treatment: of the tail; the divergence is forward KL."""
 
-    name: str
-    a_logit: Count
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A launch. registers: a thread's. stack: bytes of spills a thread. passes: add up to the whole kernel."""
-
-    kernel: str
-    warps: int
-    registers: int
-    stack: int
-    passes: tuple[Pass, ...]
+    vocab: int
+    dtype: torch.dtype = BF16
+    temperature: float = 2.0
+    treatment: str = "bucket"
+    softcap: float | None = None
 
     @property
-    def total(self) -> Count:
-        """Of all passes."""
-        return sum((part.a_logit for part in self.passes), Count())
+    def name(self) -> str:
+        """For a table or the record."""
+        cap = f" softcap={self.softcap:g}" if self.softcap else ""
+        return f"loss {self.treatment} {str(self.dtype)[6:]} V={self.vocab} T={self.temperature:g}{cap}"
+
+    def limit(self, gpu: Gpu) -> str:
+        """The goal for the time to issue its instructions, over the floor."""
+        if self.dtype != BF16 or self.temperature != 2.0:
+            return ""
+        if gpu.name == "B200":
+            return "<= 1.0" if self.vocab == 128256 and not self.softcap else ""
+        if gpu.name != "H100":
+            return ""
+        return "<= 0.80" if self.softcap else "<= 0.65" if self.vocab < 49152 else "<= 0.55"
+
+    def jobs(self, arch: int) -> list[Callable[[], Counted]]:
+        """What counts its kernel."""
+        launch = loss_launch(self.vocab, self.dtype, arch, treatment=self.treatment, softcap=self.softcap)
+        return [lambda: count_loss(launch, arch, self.temperature)]
 
 
-def _targets(rows: int, vocab: int, k: int, draws: int) -> SparseTargets:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+@dataclass(frozen=True)
+class TopKCase:
+    """Targets to count, at the four temperatures of the benchmarks."""
 
-    return SparseTargets(
-        ids=empty(rows, k + draws, dtype=torch.int32), logprobs=empty(rows, k + draws), tail=empty(rows, len(GRID)),
-        outcomes=empty(rows, dtype=torch.int32), vocab_size=vocab,
-        draws=empty(rows, k + draws, dtype=torch.int32) if draws else None, temperatures=GRID,
-    )  # fmt: skip
+    vocab: int
+    dtype: torch.dtype = BF16
+    k: int = 64
+    draws: int = 0
+    softcap: float | None = None
 
+    @property
+    def name(self) -> str:
+        """For a table or the record."""
+        cap = f" softcap={self.softcap:g}" if self.softcap else ""
+        return f"topk k={self.k} draws={self.draws} {str(self.dtype)[6:]} V={self.vocab}{cap}"
 
-def loss_launch(
-    vocab: int, dtype: torch.dtype, arch: int | str, *, divergence: str = "forward_kl", treatment: str = "bucket",
-    softcap: float | None = None, k: int = 64,
-) -> Launch:  # fmt: skip
-    """The launch of the loss's kernel. With a softcap: of the loss fused with the LM head, which alone has one."""
-    draws = 16 if treatment == "sampled" else 0
-    targets = _targets(ROWS, vocab, k - draws, draws)
-    labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
-    settings = {"divergence": divergence, "treatment": treatment, "temperature": 2.0, "impl": "triton"}
+    def limit(self, gpu: Gpu) -> str:
+        """The goal for its kernels' time, over the floor."""
+        goal = gpu.name == "H100" and self.vocab == 128256 and self.k == 64 and not (self.draws or self.softcap)
+        return "<= 2.0" if goal and self.dtype == BF16 else ""
 
-    def run() -> None:
-        if softcap is None:
-            logits = torch.empty(ROWS, vocab, dtype=dtype, device="meta", requires_grad=True)
-            kd_loss(logits, targets, labels, inplace=True, **settings)
-        else:
-            hidden, weight = (torch.empty(n, 64, dtype=dtype, device="meta", requires_grad=True) for n in (ROWS, vocab))
-            linear_kd_loss(hidden, weight, targets, labels, softcap=softcap, **settings)
-
-    return recorded(run, arch, last="loss_kernel")[-1]
+    def jobs(self, arch: int) -> list[Callable[[], Counted]]:
+        """What counts its kernels."""
+        config = TopKConfig(k=self.k, draws=self.draws, temperatures=GRID)
+        launches = topk_launches(self.vocab, self.dtype, arch, softcap=self.softcap, config=config)
+        return [partial(count_kernel, launch, arch) for launch in launches]
 
 
-def count_loss(launch: Launch, arch: int, temperature: float) -> Counted:
-    """Pass 1, the write pass, and what a row costs besides, for a student that is not certain of its answer."""
-    built = launch.compile(arch)
-    used = resources(built.asm["cubin"])
-    fixed = at_temperature(built, temperature, launch, arch)
-    program = Program(disassemble(fixed.asm["cubin"]))
-    x, vocab = launch.values["x_ptr"], launch.values["V"]
-    threads = built.metadata.num_warps * LANES
-    loops = [loop for loop in program.loops if loop.has_exponentials and loop.bytes("LDG")]
-    read = next(loop for loop in loops if not loop.bytes("STG"))
-    write = next(loop for loop in reversed(loops) if loop.bytes("STG"))
-    trips = [math.ceil(vocab * x.itemsize / (threads * loop.bytes("LDG"))) for loop in (read, write)]
-    rest, each = program.through([(read, trips[0]), (write, trips[1])])
-    share = threads / vocab
-    parts = [Pass(name, c * (n * share)) for name, c, n in zip(("pass 1", "write"), each, trips, strict=True)]
-    return Counted(
-        launch.name, built.metadata.num_warps, used["REG"], used["STACK"], (*parts, Pass("rest", rest * share))
+AnyCase = LossCase | TopKCase
+
+
+def add_rows(table: Table, case: AnyCase, gpu: Gpu, found: Sequence[Counted], measured: float | None) -> None:
+    """A row for the loss's time to issue its instructions, or for top-k's time, since its kernels run one after the
+    other: the sum of each one's longest. And a row for what a card took."""
+    is_loss = isinstance(case, LossCase)
+    floor = gpu.memory((2 if is_loss else 1) * case.dtype.itemsize)
+    over = "one read and one write" if is_loss else "one read"
+    logits = [counted.total * (WARP / case.vocab) for counted in found]
+    logit = sum(logits, Count())
+    times = [
+        (gpu.issue(one) / floor, gpu.functions(one) / floor, gpu.memory(counted.bytes / case.vocab) / floor)
+        for one, counted in zip(logits, found, strict=True)
+    ]
+    issue, functions, memory = (sum(column) for column in zip(*times, strict=True))
+    if is_loss:
+        parts = {name: (part * (WARP / case.vocab)).issued for name, part in found[0].parts.items()}
+    else:
+        parts = {counted.kernel: one.issued for counted, one in zip(found, logits, strict=True)}
+    stack = max(counted.stack for counted in found)
+    note = (
+        f"{logit.issued:.2f} instructions a logit ({', '.join(f'{name} {n:.2f}' for name, n in parts.items())}), "
+        f"{logit.exponentials:.2f} exponentials; issue {issue:.2f}x, functions {functions:.2f}x, memory {memory:.2f}x; "
+        f"{max(counted.registers for counted in found)} registers, "
+        + (f"{stack} BYTES OF SPILLS a thread" if stack else "no spills")
     )
+    table.ratio(
+        case.name, issue if is_loss else sum(map(max, times)), over, case.limit(gpu), better="", note=note,
+        line=f"{gpu.name}, predicted", at={"V": case.vocab},
+    )  # fmt: skip
+    if measured is not None:
+        table.ratio(f"{case.name}: measured on {gpu.name}", measured, over, better="")
 
 
-def topk_launches(
-    vocab: int, dtype: torch.dtype, arch: int | str, *, k: int = 64, draws: int = 0, mass: float | None = None,
-    softcap: float | None = None, temperatures: tuple[float, ...] = GRID,
-) -> list[Launch]:  # fmt: skip
-    """The launches of `topk_targets`."""
-    config = TopKConfig(k=k, draws=draws, mass=mass, temperatures=temperatures)
-
-    def run() -> None:
-        topk_targets(
-            torch.empty(ROWS, vocab, dtype=dtype, device="meta"), config=config, softcap=softcap, impl="triton"
-        )
-
-    return recorded(run, arch)
-
-
-def count_kernel(launch: Launch, arch: int) -> Counted:
-    """The shortest way through a kernel of top-k, loops once."""
-    built = launch.compile(arch)
-    used = resources(built.asm["cubin"])
-    program = Program(disassemble(built.asm["cubin"]))
-    loops = [(loop, 1.0) for loop in program.loops if loop.bytes("LDG")]
-    rest, each = program.through(loops)
-    warps = built.metadata.num_warps
-    share = warps * LANES * launch.programs / ROWS
-    whole = sum(each, rest) * share
-    return Counted(launch.name, warps, used["REG"], used["STACK"], (Pass("all", whole),))
+def measured_on(gpu: Gpu, case: AnyCase) -> float | None:
+    """The ratio that a card of this name took, from the recordings; None if there is none."""
+    if case.softcap is not None:
+        return None
+    if isinstance(case, LossCase):
+        suite, name = "loss", f"in place forward_kl {case.treatment} T={case.temperature}"
+    else:
+        suite, name = "topk", {0: "fastkd", 16: "fastkd, 48 entries and 16 draws"}.get(case.draws, "")
+    for file in recording_files():
+        for recording in load(file):
+            if recording.suite == suite and gpu.name in str(recording.hardware.get("name", "")):
+                for row in recording.rows:
+                    if row.name == name and f" V={case.vocab} " in row.case and str(case.dtype)[6:] in row.case:
+                        return row.ratio
+    return None
 
 
-def show_loss(arch: int, vocabs: Sequence[int], dtype: torch.dtype, treatment: str, softcap: float | None) -> None:
-    gpu = next(g for g in GPUS if g.arch == arch)
-    for vocab in vocabs:
-        launch = loss_launch(vocab, dtype, arch, treatment=treatment, softcap=softcap)
-        print(f"V={vocab} {str(dtype)[6:]} {treatment} softcap={softcap} {dict(launch.options)}")
-        for t in TEMPERATURES:
-            found = count_loss(launch, arch, t)
-            floor = gpu.memory(2 * dtype.itemsize)
-            parts = "  ".join(f"{p.name} {p.a_logit.issued:.2f}" for p in found.passes)
-            functions = gpu.functions(found.total.special) / floor
-            print(
-                f"  T={t:<4} regs {found.registers} spill bytes {found.stack}  instructions a logit: {parts}  "
-                f"exponentials {found.total.exponentials:.2f}  {gpu.name}: issue/floor "
-                f"{gpu.issue(found.total.issued) / floor:.3f} MUFU/floor {functions:.3f}",
-                flush=True,
-            )
+def count_all(cases: Iterable[AnyCase], arch: int) -> dict[str, list[Counted]]:
+    """The kernels of the cases by name, compiled on all cores."""
+    # launches are recorded before that, since what pretends to be a GPU is global
+    jobs = [(case.name, job) for case in cases for job in case.jobs(arch)]
+    found: dict[str, list[Counted]] = {}
+    with ThreadPoolExecutor(cores()) as pool:
+        counted = list(pool.map(lambda job: job[1](), jobs))
+    for (name, _), one in zip(jobs, counted, strict=True):
+        found.setdefault(name, []).append(one)
+    return found
 
 
-def show_topk(arch: int, vocabs: Sequence[int], dtype: torch.dtype, softcap: float | None) -> None:
-    gpu = next(g for g in GPUS if g.arch == arch)
-    for vocab in vocabs:
-        launches = topk_launches(vocab, dtype, arch, draws=16, softcap=softcap)
-        floor = gpu.memory(dtype.itemsize)
-        print(f"V={vocab} {str(dtype)[6:]} k=64 draws=16 softcap={softcap}")
-        for launch in launches:
-            found = count_kernel(launch, arch)
-            a_logit = found.total * (1 / vocab)
-            print(
-                f"  {launch.name:<10} warps {found.warps} regs {found.registers} spill bytes {found.stack}  "
-                f"instructions a logit {a_logit.issued:.2f} MUFU {a_logit.special:.2f}  {gpu.name}: issue/floor "
-                f"{gpu.issue(a_logit.issued) / floor:.3f} MUFU/floor {gpu.functions(a_logit.special) / floor:.3f}",
-                flush=True,
-            )
+def _bench(table: Table, title: str, gpu: Gpu, some: Sequence[AnyCase]) -> None:
+    table.title(f"predicted for {gpu.name}, sm_{gpu.arch}: {title}")
+    found = count_all(some, gpu.arch)
+    for case in some:
+        add_rows(table, case, gpu, found[case.name], measured_on(gpu, case))
+
+
+def cases(ask: RunConfig) -> Sequence[Case]:
+    """For every GPU: the loss at several sizes and temperatures, in other types and treatments, and top-k."""
+    if find_spec("triton") is None:
+        raise BenchError("sass: triton is not installed; it is built for Linux.")
+    found = []
+    for gpu in GPUS:
+        parts: dict[str, list[AnyCase]] = {
+            "loss, sizes": [LossCase(vocab) for vocab in VOCABULARIES],
+            "loss, temperatures": [LossCase(128256, temperature=t) for t in TEMPERATURES],
+            "loss, draws": [LossCase(vocab, treatment="sampled") for vocab in ask.size((49152,), VOCABULARIES)],
+            "loss, softcap": [LossCase(vocab, softcap=SOFTCAP) for vocab in ask.size((128256,), VOCABULARIES)],
+            "loss, float32": [LossCase(vocab, FP32) for vocab in ask.size((128256,), VOCABULARIES)],
+            "top-k and four tails": [TopKCase(vocab) for vocab in VOCABULARIES],
+            "top-k, four tails and draws": [
+                TopKCase(vocab, k=48, draws=16) for vocab in ask.size((128256,), VOCABULARIES)
+            ],
+            "top-k, softcap": [TopKCase(vocab, softcap=SOFTCAP) for vocab in ask.size((128256,), VOCABULARIES)],
+            "top-k, float32": [TopKCase(vocab, FP32) for vocab in ask.size((128256,), VOCABULARIES)],
+        }
+        if ask.full:
+            parts["loss, sizes at other temperatures"] = [
+                LossCase(v, dtype, t, cap)
+                for dtype in (BF16, FP32)
+                for cap in ("bucket", "sampled")
+                for v in VOCABULARIES
+                for t in (1.0, 3.3, 4.0)
+            ]
+        for title, some in parts.items():
+            found.append(Case(f"{gpu.name}, {title}", partial(_bench, title=title, gpu=gpu, some=some)))
+    return found
+
+
+# The default configurations, which `make check` compiles: one of every group of sizes that gets the same kernel.
+CHECKED: tuple[AnyCase, ...] = (
+    *(LossCase(32000 if t == 2.0 else 128256, temperature=t) for t in (1.0, 2.0, 3.3)),
+    *(LossCase(vocab) for vocab in (49152, 50257, 128256, 151936)),
+    LossCase(128256, treatment="sampled"),
+    LossCase(128256, softcap=SOFTCAP),
+    LossCase(128256, FP32),
+    TopKCase(128256, k=48, draws=16),
+)
+CHECKED_ARCH = 90
+
+
+def counts(some: Sequence[AnyCase] = CHECKED) -> dict[str, dict[str, int]]:
+    """By case and kernel: instructions that a row's warps execute, registers and bytes of spills a thread."""
+    return {
+        f"{name}: {kernel.kernel}": {
+            "instructions": round(kernel.total.issued),
+            "registers": kernel.registers,
+            "spills": kernel.stack,
+        }
+        for name, kernels in count_all(some, CHECKED_ARCH).items()
+        for kernel in kernels
+    }
+
+
+def compare(record: dict[str, Any], found: dict[str, dict[str, int]]) -> tuple[list[str], list[str]]:
+    """What is worse than recorded, and what is better."""
+    worse, better = [], []
+    for name, now in found.items():
+        before = record["kernels"].get(name)
+        if before is None:
+            worse.append(f"{name}: not recorded")
+            continue
+        for what in ("instructions", "spills"):
+            if now[what] != before[what]:
+                line = f"{name}: {what}: got {now[what]}; the record has {before[what]}"
+                (worse if now[what] > before[what] else better).append(line)
+    worse += [f"{name}: no longer counted" for name in record["kernels"] if name not in found]
+    return worse, better
+
+
+def check(path: Path = RECORD) -> int:
+    """Print the comparison with the record; 1 if a kernel executes more instructions or spills more than recorded."""
+    update = "python -m fastkd.bench.bench_sass --record"
+    if find_spec("triton") is None:
+        print("sass: triton is not installed, so that nothing can be compiled.")
+        return 0
+    record = json.loads(path.read_text())
+    if record["triton"] != version("triton"):
+        print(f"sass: the record is of triton {record['triton']}; {version('triton')} cannot be compared with it.")
+        return 0
+    found = counts()
+    worse, better = compare(record, found)
+    for line in worse:
+        print(f"sass: {line}")
+    if worse:
+        print(f"sass: kernels are worse than recorded. If that is meant: {update}")
+        return 1
+    print(f"sass: {len(found)} kernels execute no more instructions, and spill no more, than recorded.")
+    if better:
+        print(f"sass: {len(better)} numbers are lower. To record them: {update}")
+    return 0
+
+
+def write_record(path: Path = RECORD) -> None:
+    """Count anew, and write the record."""
+    found = counts()
+    rows = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(now)}" for name, now in found.items())
+    head = f'"triton": {json.dumps(version("triton"))}, "arch": {CHECKED_ARCH}'
+    path.write_text(f'{{{head}, "kernels": {{\n  {rows}\n}}}}\n')
+    print(f"sass: {len(found)} kernels, in {path}")
+    for name, now in found.items():
+        if now["spills"]:
+            print(f"sass: {name} spills {now['spills']} bytes a thread")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, default=90, choices=[g.arch for g in GPUS])
+    parser.add_argument("--check", action="store_true", help="compare the default configurations with the record")
+    parser.add_argument("--record", action="store_true", help="write the record")
+    parser.add_argument("--arch", type=int, default=90, choices=[gpu.arch for gpu in GPUS])
     parser.add_argument("--vocab", type=int, nargs="+", default=[128256])
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--kernel", choices=("loss", "topk"), default="loss")
-    parser.add_argument("--treatment", default="bucket")
+    parser.add_argument("--temperature", type=float, nargs="+", default=TEMPERATURES)
+    parser.add_argument("--treatment", choices=("bucket", "sampled", "renormalize"), default="bucket")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=0)
     parser.add_argument("--softcap", type=float)
     args = parser.parse_args()
+    if args.check or args.record:
+        sys.exit(check() if args.check else write_record())
     dtype = getattr(torch, args.dtype)
-    if args.kernel == "loss":
-        show_loss(args.arch, args.vocab, dtype, args.treatment, args.softcap)
-    else:
-        show_topk(args.arch, args.vocab, dtype, args.softcap)
+    some: list[AnyCase] = []
+    for vocab in args.vocab:
+        if args.kernel == "loss":
+            some += [LossCase(vocab, dtype, t, args.treatment, args.softcap) for t in args.temperature]
+        else:
+            some.append(TopKCase(vocab, dtype, args.k, args.draws, args.softcap))
+    _bench(Table("cpu", "sass"), args.kernel, next(gpu for gpu in GPUS if gpu.arch == args.arch), some)
 
 
 if __name__ == "__main__":

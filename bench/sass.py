@@ -1,46 +1,49 @@
 """Instructions that a compiled kernel executes, read out of its SASS: blocks, loops, and the shortest way through them.
 
 Nothing is run. Of the ways through a kernel, the one with the fewest instructions that passes the given loops is
-counted; rows that need more work (ties, a certain student) take another one.
+counted: rows that need more work (ties, a certain student) take another one. Other loops on the way count as often as
+their SASS says, or once where it does not say.
 """
 
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
 
-import triton
+from fastkd.bench.compiled import Launch, at_temperature
 
+WARP = 32
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def disassemble(cubin: bytes) -> str:
     """SASS of a cubin, by the cuobjdump that comes with triton."""
-    return _tool(cubin, "-sass")
+    return _cuobjdump(cubin, "-sass")
 
 
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK (bytes of spills a thread) and more, by the same tool."""
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _tool(cubin, "-res-usage"))}
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _cuobjdump(cubin, "-res-usage"))}
 
 
-def _tool(cubin: bytes, option: str) -> str:
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run(
-            [_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction. op: with its modifiers, as LDG.E.128. guard: the predicate it depends on, or ""."""
+    """An instruction. guard: the predicate it depends on, or "". op: with its modifiers, as LDG.E.128."""
 
     address: int
     guard: str
@@ -48,113 +51,152 @@ class Instruction:
     operands: str
 
     @property
+    def kind(self) -> str:
+        """The op without modifiers."""
+        return self.op.partition(".")[0]
+
+    @property
     def target(self) -> int | None:
         """Where a branch goes."""
-        if self.op.split(".")[0] != "BRA":
-            return None
-        found = re.search(r"0x([0-9a-f]+)$", self.operands)
+        found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.kind == "BRA" else None
         return int(found[1], 16) if found else None
 
     @property
+    def leaves(self) -> bool:
+        """Whether it ends the kernel."""
+        return self.kind in ("EXIT", "RET", "BRX", "KILL")
+
+    @property
+    def predicates(self) -> list[str]:
+        """Those that decide whether a branch or an exit is taken."""
+        return [self.guard.lstrip("!")] * bool(self.guard) + re.findall(r"\bU?P\d", self.operands)
+
+    @property
     def conditional(self) -> bool:
-        """Whether the next instruction may follow a branch or an exit."""
-        return bool(self.guard) or bool(re.search(r"\bU?P\d|\.DIV|\.CONV", f"{self.op} {self.operands}"))
+        """Whether what follows a branch or an exit may be executed."""
+        return bool(self.predicates) or ".DIV" in self.op or ".CONV" in self.op
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a load or a store moves a thread."""
+        found = re.search(r"\.[US]?(8|16|32|64|128|256)\b", self.op)
+        return int(found[1]) // 8 if found else 4
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a thread executes. issued: instructions. exponentials: MUFU.EX2. special: of all kinds of MUFU. local: loads
-    from and stores to local memory, which are spills."""
+    """What is executed. issued: instructions. exponentials: MUFU.EX2. special: all kinds of MUFU. loaded: bytes that
+    global loads ask for."""
 
     issued: float = 0
     exponentials: float = 0
     special: float = 0
-    local: float = 0
+    loaded: float = 0
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(*(a + b for a, b in zip(self.each, other.each, strict=True)))
+        return Count(
+            self.issued + other.issued,
+            self.exponentials + other.exponentials,
+            self.special + other.special,
+            self.loaded + other.loaded,
+        )
 
     def __mul__(self, factor: float) -> "Count":
-        return Count(*(a * factor for a in self.each))
-
-    @property
-    def each(self) -> tuple[float, float, float, float]:
-        """The numbers."""
-        return self.issued, self.exponentials, self.special, self.local
+        return Count(self.issued * factor, self.exponentials * factor, self.special * factor, self.loaded * factor)
 
 
 def count(instructions: Sequence[Instruction]) -> Count:
     """Each of them once."""
-    ops = [instruction.op for instruction in instructions]
     return Count(
-        len(ops),
-        sum(op.startswith("MUFU.EX2") for op in ops),
-        sum(op.startswith("MUFU") for op in ops),
-        sum(op.startswith(("LDL", "STL")) for op in ops),
+        len(instructions),
+        sum(i.op.startswith("MUFU.EX2") for i in instructions),
+        sum(i.kind == "MUFU" for i in instructions),
+        sum(i.bytes for i in instructions if i.kind == "LDG"),
     )
-
-
-def width(op: str) -> int:
-    """Bytes that a load or store moves a thread."""
-    found = re.search(r"\.[US]?(8|16|32|64|128|256)\b", op)
-    return int(found[1]) // 8 if found else 4
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of blocks first..last, which branches back from its last block."""
+    """A loop of the blocks first to last, which branches back from the last one."""
 
     first: int
     last: int
     inside: tuple[Instruction, ...]
 
-    def bytes(self, op: str) -> int:
-        """Bytes that a thread moves an iteration by instructions of this kind: LDG or STG."""
-        return sum(width(i.op) for i in self.inside if i.op.startswith(op))
+    def bytes(self, kind: str) -> int:
+        """Bytes that a thread moves in an iteration by instructions of this kind: LDG or STG."""
+        return sum(i.bytes for i in self.inside if i.kind == kind)
 
     @property
     def has_exponentials(self) -> bool:
         """Whether it computes any."""
         return any(i.op.startswith("MUFU.EX2") for i in self.inside)
 
+    @cached_property
+    def constant_trips(self) -> int:
+        """The number of iterations of a loop over a constant range from 0; 1 where its branch does not say so."""
+        branch = self.inside[-1]
+        if len(set(branch.predicates)) != 1:
+            return 1
+        setter = rf"{branch.predicates[0]}, U?PT, (U?R\d+)(?:\.reuse)?, (0x[0-9a-f]+|\d+), U?PT$"
+        tests = [
+            (number, m)
+            for number, i in enumerate(self.inside)
+            if "ISETP" in i.kind and not i.op.endswith(".EX") and (m := re.match(setter, i.operands))
+        ]
+        if not tests:
+            return 1
+        at, match = tests[-1]
+        step_of = rf"(U?R\d+),.*?\b{match[1]}(?:\.reuse)?, (0x[0-9a-f]+|\d+)\b"
+        steps = [
+            (number, m)
+            for number, i in enumerate(self.inside)
+            if i.kind in ("IADD3", "UIADD3", "VIADD") and (m := re.match(step_of, i.operands))
+        ]
+        if not steps:
+            return 1
+        where, step = steps[-1]
+        # compared after the step, it is the number of the next iteration; before it, that of this one
+        after = where < at and step[1] == match[1]
+        return math.ceil(int(match[2], 0) / int(step[2], 0)) + (0 if after else 1)
+
 
 class Program:
     """A kernel's instructions as basic blocks."""
 
     def __init__(self, text: str) -> None:
-        self.instructions = [
-            Instruction(int(address, 16), guard, op, operands) for address, guard, op, operands in _LINE.findall(text)
-        ]
-        if not self.instructions:
+        found = [Instruction(int(address, 16), *rest) for address, *rest in _LINE.findall(text)]
+        if not found:
             raise ValueError("no SASS in this text")
-        starts = {self.instructions[0].address}
-        for here, behind in zip(self.instructions, [*self.instructions[1:], None], strict=True):
-            if here.target is not None or _leaves(here):
-                starts |= ({here.target} if here.target is not None else set()) | (
-                    {behind.address} if behind else set()
-                )
+        starts = {found[0].address}
+        for here, behind in zip(found, [*found[1:], None], strict=True):
+            if here.target is not None or here.leaves:
+                starts |= {a for a in (here.target, behind and behind.address) if a is not None}
         self.blocks: list[list[Instruction]] = []
-        for instruction in self.instructions:
+        for instruction in found:
             if instruction.address in starts:
                 self.blocks.append([])
             self.blocks[-1].append(instruction)
         self._at = {block[0].address: number for number, block in enumerate(self.blocks)}
+
+    def spills(self) -> int:
+        """Loads from and stores to local memory."""
+        return sum(i.kind in ("LDL", "STL") for block in self.blocks for i in block)
 
     def successors(self, number: int) -> list[int | None]:
         """Blocks that may follow; None where the kernel may end."""
         end = self.blocks[number][-1]
         behind = number + 1 if number + 1 < len(self.blocks) else None
         if end.target is not None:
-            found: list[int | None] = [self._at.get(end.target)]
-            return [*found, behind] if end.conditional else found
-        if _leaves(end):
+            return [self._at.get(end.target), *([behind] if end.conditional else [])]
+        if end.leaves:
             return [None, behind] if end.conditional and behind is not None else [None]
         return [behind]
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """All loops, by address; those that do nothing, behind the end, are left out."""
-        found = {}
+        """The loops in the order of their addresses, without the empty one behind the end."""
+        found: dict[int, Loop] = {}
         for number in range(len(self.blocks)):
             for to in self.successors(number):
                 if to is not None and to <= number:
@@ -163,56 +205,100 @@ class Program:
                         found[to] = Loop(to, number, inside)
         return [found[first] for first in sorted(found)]
 
-    def shortest(
-        self, start: int, ends: set[int | None], within: tuple[int, int] | None = None
-    ) -> tuple[Count, list[int]]:
-        """The way with the fewest instructions from the beginning of a block to that of another, and its blocks."""
-        low, high = within or (0, len(self.blocks) - 1)
-        best: dict[int | None, tuple[int, list[int]]] = {}
+    def executed(self, passes: Sequence[tuple[Loop, float]]) -> tuple[Count, list[Count]]:
+        """What a thread executes from the first instruction to the last: outside the given loops, and within each.
+        passes: loops in the order in which they are taken, and the numbers of their iterations."""
+        outside, within, at = Count(), list[Count](), 0
+        for loop, trips in passes:
+            outside += self._cost(self._way(at, loop.first))
+            within.append(self.iteration(loop) * trips)
+            at = self._behind(loop)
+        return outside + self._cost(self._way(at, None)), within
+
+    def iteration(self, loop: Loop) -> Count:
+        """What a thread executes in an iteration."""
+        return sum((count(self.blocks[b]) for b in self._inside(loop)), Count())
+
+    def _inside(self, loop: Loop) -> list[int]:
+        return [*self._way(loop.first, loop.last, loop), loop.last]
+
+    def _cost(self, way: Sequence[int]) -> Count:
+        """Of blocks in turn, and of what the loops among them repeat."""
+        total = sum((count(self.blocks[b]) for b in way), Count())
+        for loop in self.loops:
+            if loop.first in way:
+                total += self.iteration(loop) * (loop.constant_trips - (loop.last in way))
+        return total
+
+    def _way(self, start: int, end: int | None, within: Loop | None = None) -> list[int]:
+        """The blocks with the fewest instructions from one block until before another one (None: the kernel's end)."""
         queue: list[tuple[int, int, int | None, list[int]]] = [(0, 0, start, [])]
+        done: set[int | None] = set()
         turn = 0
         while queue:
             cost, _, at, path = heappop(queue)
-            if at in ends and (path or within is None):
-                return sum((count(self.blocks[b]) for b in path), Count()), path
-            if at in best or at is None:
+            if at == end:
+                return path
+            if at in done or at is None:
                 continue
-            best[at] = (cost, path)
+            done.add(at)
             for to in self.successors(at):
-                if to is None or low <= to <= high or to in ends:
+                if within is None or (to is not None and within.first <= to <= within.last):
                     turn += 1
                     heappush(queue, (cost + len(self.blocks[at]), turn, to, [*path, at]))
         raise ValueError("no way from one block to the other")
 
-    def through(self, passes: Sequence[tuple[Loop, float]]) -> tuple[Count, list[Count]]:
-        """What a thread executes from the first instruction to the last outside the given loops, and an iteration of
-        each of these, in this order. passes: loops and the number of their iterations."""
-        outside, each, at = Count(), [], 0
-        for loop, _ in passes:
-            if at != loop.first:
-                outside += self.shortest(at, {loop.first})[0]
-            each.append(self.iteration(loop))
-            at = self._behind(loop)
-        outside += self.shortest(at, {None})[0]
-        return outside, each
-
-    def iteration(self, loop: Loop) -> Count:
-        """What a thread executes in an iteration."""
-        if loop.first == loop.last:
-            return count(self.blocks[loop.first])
-        return self.shortest(loop.first, {loop.last}, (loop.first, loop.last))[0] + count(self.blocks[loop.last])
-
     def _behind(self, loop: Loop) -> int:
-        out = [
-            to
-            for number in range(loop.last, loop.first - 1, -1)
-            for to in self.successors(number)
-            if to is not None and not loop.first <= to <= loop.last
-        ]
-        if not out:
-            raise ValueError("a loop without a way out")
-        return out[0]
+        """Where a loop is left to."""
+        for number in range(loop.last, loop.first - 1, -1):
+            for to in self.successors(number):
+                if to is not None and not loop.first <= to <= loop.last:
+                    return to
+        raise ValueError("a loop without a way out")
 
 
-def _leaves(instruction: Instruction) -> bool:
-    return instruction.op.split(".")[0] in ("EXIT", "RET", "BRX", "KILL")
+@dataclass(frozen=True)
+class Counted:
+    """A kernel, a row of logits. registers: a thread's. stack: bytes of spills a thread. parts: what its warps execute,
+    by the part of the kernel. bytes: of memory, at most."""
+
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    parts: Mapping[str, Count]
+    bytes: float
+
+    @property
+    def total(self) -> Count:
+        """Of all parts."""
+        return sum(self.parts.values(), Count())
+
+
+def count_loss(launch: Launch, arch: int, temperature: float) -> Counted:
+    """Pass 1, the write pass, and the rest of the loss's kernel, for a student that is not certain of its answer."""
+    built = launch.compile(arch)
+    used = resources(built.asm["cubin"])
+    program = Program(disassemble(at_temperature(launch, arch, built, temperature).asm["cubin"]))
+    warps, vocab, size = built.metadata.num_warps, launch.values["V"], launch.values["x_ptr"].itemsize
+    loops = [loop for loop in program.loops if loop.has_exponentials and loop.bytes("LDG")]
+    read = next(loop for loop in loops if not loop.bytes("STG"))
+    write = next(loop for loop in reversed(loops) if loop.bytes("STG"))
+    trips = [math.ceil(vocab * size / (warps * WARP * loop.bytes("LDG"))) for loop in (read, write)]
+    rest, (first, second) = program.executed(list(zip((read, write), trips, strict=True)))
+    parts = {"pass 1": first * warps, "write": second * warps, "rest": rest * warps}
+    return Counted(launch.name, warps, used["REG"], used["STACK"], parts, sum(launch.bytes_a_row))
+
+
+def count_kernel(launch: Launch, arch: int) -> Counted:
+    """The shortest way through a kernel of top-k, with all loops that read logits."""
+    built = launch.compile(arch)
+    used = resources(built.asm["cubin"])
+    program = Program(disassemble(built.asm["cubin"]))
+    warps = built.metadata.num_warps
+    loops = [(loop, loop.constant_trips) for loop in program.loops if loop.bytes("LDG")]
+    rest, within = program.executed(loops)
+    total = sum(within, rest) * (warps * launch.programs_a_row)
+    *others, logits = launch.bytes_a_row
+    moved = sum(others) + min(logits, total.loaded * WARP)  # of the logits it may read a part
+    return Counted(launch.name, warps, used["REG"], used["STACK"], {"all": total}, moved)

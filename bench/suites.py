@@ -16,12 +16,14 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Suite:
     """A group of measurements. name: on the command line. module: in fastkd.bench. says: a description of one line.
-    devices: those that it supports; if another one is requested, it runs on the first of these."""
+    devices: those that it supports; if another one is requested, it runs on the first of these.
+    named_only: runs only if its name is given."""
 
     name: str
     module: str
     says: str
     devices: tuple[str, ...] = ("cpu", "cuda")
+    named_only: bool = False
 
     @property
     def title(self) -> str:
@@ -65,6 +67,13 @@ _ALL = (
     Suite("loss", "bench_loss", "the loss on given logits, against one read and one write of them"),
     Suite("head", "bench_head", "the loss fused with the LM head, against its three matrix products"),
     Suite("topk", "bench_topk", "top-k, tails and draws of a teacher's logits, against one read of them"),
+    Suite(
+        "sass",
+        "bench_sass",
+        "the loss and top-k on GPUs, predicted from their compiled kernels",
+        ("cpu",),
+        named_only=True,
+    ),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
     Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
@@ -88,11 +97,12 @@ SUITES = {suite.name: suite for suite in _ALL}
 
 
 def named(names: Sequence[str]) -> list[Suite]:
-    """The suites with these names, in the order of the list; all suites if there are no names. Raises NoSuite."""
+    """The suites with these names, in the order of the list; without names, all that do not need to be named. Raises
+    NoSuite."""
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         raise NoSuite(f"{', '.join(unknown)}: no such suite. There are: {', '.join(SUITES)}.")
-    return [suite for suite in SUITES.values() if not names or suite.name in names]
+    return [suite for suite in SUITES.values() if (suite.name in names if names else not suite.named_only)]
 
 
 def listing() -> str:
