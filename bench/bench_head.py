@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import linear_kd_loss
+from fastkd import kd_loss, linear_kd_loss
 from fastkd.bench import limits, peers
 from fastkd.bench.cases import known_targets
 from fastkd.bench.harness import peak_bytes, rotation
@@ -147,9 +147,9 @@ def size(
     ours |= {f"{OURS}, chunks of {c}": problem.ours(chunk=c) for c in chunks}
     rest = peers.eager_on(problem.targets, problem.labels, problem.temperature)
     others = peers.own(
-        table.device, peers.eager_head, lambda loss: problem.step(lambda hidden, weight: loss(hidden, weight, *rest))
-    )
-    others = others if compiled else others[:1]
+        table.device, peers.eager_head, lambda loss: problem.step(lambda hidden, weight: loss(hidden, weight, *rest)),
+        compiled=compiled,
+    )  # fmt: skip
     if ask.peers:
         others += peers.of_head(problem)
     elif compiled:
@@ -184,6 +184,41 @@ def size(
     if table.device == "cuda":
         allowed = 2 * 2048 * v + 4 * v * d + 64e6
         table.ratio(f"{OURS}: peak memory", peaks[OURS] / allowed, "2CV + 4VD + 64 MB", "<= 1.0")
+
+
+def two_streams(table: Table, n: int, d: int, v: int) -> None:
+    """The loss of one chunk beside the next chunk's product, on a second stream, over one after the other (GPU)."""
+    problem = HeadProblem(table.device, n, d, v, 64)
+    (hidden, weight), logits = problem.ring.take(), problem._logits
+    with torch.no_grad():
+        given = torch.mm(hidden, weight.t())
+    side = torch.cuda.Stream()
+
+    def product() -> None:
+        with torch.no_grad():
+            torch.mm(hidden, weight.t(), out=logits)
+
+    def loss() -> None:
+        leaf = given.detach().requires_grad_()
+        kd_loss(leaf, problem.targets, problem.labels, temperature=2.0, treatment="bucket", inplace=True)
+
+    def together() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss()
+        product()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def in_turn() -> None:
+        product()
+        loss()
+
+    table.title(f"a chunk's loss beside the next product: C={n} D={d} V={v}")
+    one = "one after the other"
+    runs: dict[str, Run] = {one: in_turn, "on two streams": together, "the product alone": product}
+    times = interleaved(runs, device=table.device, rounds=15)
+    for name in list(runs)[1:]:
+        table.ratio(name, times.ratio(name, one), one, better="", note=f"{times[name]:.2f} ms")
 
 
 def paper(table: Table, n: int, d: int, v: int, rates: Rates, of: str) -> None:

@@ -48,8 +48,9 @@ def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool
         "kd_loss": problem.ours(inplace=False, treatment="bucket", temperature=t),
     }
     rest = peers.eager_on(problem.bucket, problem.labels, t)
-    others = peers.own(table.device, eager_kd_loss, lambda loss: problem.step(lambda leaf: loss(leaf, *rest)))
-    others = others if compiled else others[:1]
+    others = peers.own(
+        table.device, eager_kd_loss, lambda loss: problem.step(lambda leaf: loss(leaf, *rest)), compiled=compiled
+    )
     if ask.peers:
         others += peers.of_logits(problem)
     runs: dict[str, Run] = {FLOOR: problem.copy, **ours}
@@ -139,7 +140,8 @@ def student(table: Table, ask: RunConfig, n: int, v: int, *, certain: bool = Fal
         add(f"in place sampled T={t}", problem.ours(treatment="sampled", temperature=t, impl=impl))
         add(f"out of place bucket T={t}", problem.ours(inplace=False, treatment="bucket", temperature=t, impl=impl))
         add(f"evaluation bucket T={t}", problem.evaluation(treatment="bucket", temperature=t, impl=impl), read)
-    times = timed(problem, runs, ask.times(5, 15))
+    rounds = ask.times(5, 15)
+    times = timed(problem, runs, rounds, warmup=min(2, rounds))
     rate = times.time(FLOOR).inverse(2 * problem.bytes / 1e6)
     table.value(FLOOR, rate, "GB/s", line="limit", at=problem.at)
     for name, (floor, bound) in over.items():

@@ -8,6 +8,7 @@ from fastkd.bench.harness import rotation
 from fastkd.bench.table import Table
 from fastkd.bench.timing import Figure, interleaved
 
+TITLE = "the limits of this machine"
 _SIDE = {"cpu": 1536, "cuda": 8192}  # side of the square product
 _COPY = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes copied
 
@@ -40,7 +41,7 @@ def measure(table: Table, *which: str) -> None:
             lambda: product_rate(table.device, dtype),
         ),
     }
-    table.title("the limits of this machine")
+    table.title(TITLE)
     for name in which:
         unit, text, run = found[name]
         rate = run()

@@ -55,9 +55,13 @@ class Peer:
     why: str = ""
 
 
-def own(device: str, loss: Callable[..., Tensor], step: Callable[[Callable[..., Tensor]], Run]) -> list[Peer]:
-    """The same loss in PyTorch: eager, compiled with defaults, and compiled with autotuning."""
+def own(
+    device: str, loss: Callable[..., Tensor], step: Callable[[Callable[..., Tensor]], Run], *, compiled: bool = True
+) -> list[Peer]:
+    """The same loss in PyTorch: eager and, if `compiled`, compiled with defaults, and compiled with autotuning."""
     found = [Peer("eager", step(loss))]
+    if not compiled:
+        return found
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return [*found, Peer("torch.compile", None, "needs a C++ compiler")]
     torch._dynamo.reset()

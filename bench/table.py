@@ -23,7 +23,7 @@ class Row:
     """
 
     name: str
-    case: str
+    case: str = ""
     ratio: float | None = None
     over: str = ""
     value: float | None = None

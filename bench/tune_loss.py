@@ -9,8 +9,10 @@ from fastkd.bench.table import Table
 from fastkd.bench.timing import Run
 
 
-def tune(table: Table, v: int, certain: bool, rounds: int, n: int = 8192, impl: str = "auto") -> None:
-    """Time every candidate, in place and out of place, over one read and one write."""
+def tune(
+    table: Table, v: int, certain: bool, rounds: int, n: int = 8192, impl: str = "auto", most: int | None = None
+) -> None:
+    """Time every candidate (the first `most`), in place and out of place, over one read and one write."""
     from fastkd.kernels.loss import triton_impl as loss_triton
 
     kernels: Any = loss_triton
@@ -24,7 +26,7 @@ def tune(table: Table, v: int, certain: bool, rounds: int, n: int = 8192, impl: 
             run = problem.ours(inplace=inplace, treatment="bucket", temperature=t, impl=impl)
             runs[f"{'in ' if inplace else 'out'} T={t}"] = run
     try:
-        for name, settings in candidates(v, problem.pristine.dtype.itemsize).items():
+        for name, settings in list(candidates(v, problem.pristine.dtype.itemsize).items())[:most]:
             kernels.sweep_settings = lambda *_, found=settings, **__: dict(found)
             try:
                 times = timed(problem, runs, rounds, warmup=1)
