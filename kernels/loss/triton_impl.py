@@ -77,7 +77,6 @@ class TritonRows:
             M=m,
             BLOCK_K=max(16, triton.next_power_of_2(targets.width)),
             BLOCK_M=self.block_m,
-            BLOCK_SLOW=512,
             **sweep_settings(width, dtype.itemsize),
         )
         contiguous = (x if x is None else x.contiguous() for x in (targets.ids, targets.logprobs, targets.draws))
@@ -133,7 +132,7 @@ class TritonRows:
             self.width, targets.vocab_size, targets.width, self.positions,
             targets.outcomes.stride(0) if targets.outcomes.ndim else 0, call.config.ignore_index,
             1.0 / targets.draw_temperature, call.config.parameter, options.softcap, options.logit_scale,
-            BY_POSITION=by_position, IN_PLACE=g is not None and g.data_ptr() == x.data_ptr(), **self.constants,
+            BY_POSITION=by_position, **self.constants,
         )  # fmt: skip
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:

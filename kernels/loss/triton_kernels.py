@@ -2,21 +2,28 @@
 # mypy: disable-error-code="assignment,attr-defined"
 """The loss in Triton: one program per row, one online pass over its logits, one write of its gradient.
 
-The first pass collects the row's maximum and the sums of e^(z-m) and e^((z-m)/T). The K+1 outcomes (see torch_impl.py)
-determine the divergence and two factors a and b; the second pass, whose reads come from the L2 cache, writes
-`a e^(z-m) + b e^((z-m)/T)` everywhere. Then the entries of S and the label are overwritten with their own values.
+The first pass collects the row's statistics: a reference and the sums of e^z and e^(z/T) relative to it. The K+1
+outcomes (see torch_impl.py) determine the divergence and two factors a and b; the second pass, whose reads come from
+the L2 cache, writes `a e^z + b e^(z/T)` everywhere. Then the entries of S and the label are overwritten with their own
+values.
 """
+
+import math
 
 import triton
 import triton.language as tl
 from triton.language import constexpr
 
 from .. import triton_math as tm
-from .row_passes import LOG2_E, logits_of, reduce_online, reduce_row, reduce_without, through_cap, write_row, zero_row
+from .row_passes import exponents_at, logits_of, reduce_off_topk, reduce_row, through_cap, write_row, zero_row
 
 BUCKET, SAMPLED, RENORMALIZE = constexpr(0), constexpr(1), constexpr(2)
-# Below this share of the student's mass, 1 - Σ_S p has too few digits left for the bucket: sum what is off S itself.
-TINY_TAIL = constexpr(0.125)
+LN_2 = constexpr(math.log(2.0))
+# By how much 1 - Σ_S p may miss p_tail: rounded sums of float32, of entries that were computed twice.
+ROUNDING = constexpr(2.0**-20)
+# By how much that may move the gradient off S: see `_is_rounded`.
+MAY_MOVE = constexpr(2.0**-16)
+HUGE = constexpr(2.0**64)
 # Where `prepare_kernel` stores the numbers of a call.
 ALPHA, TEMPERATURE, SCALE, USE_DRAWS, DIVISOR, WEIGHTS = (constexpr(i) for i in range(6))
 
@@ -110,14 +117,31 @@ def outcome_terms(weight, log_q, log_p, parameter):
 
 
 @triton.jit
+def is_rounded(p_tail, slope_below, slope_above):
+    """Whether p_tail, which 1 - Σ_S p gives to ROUNDING, is known too roughly for the gradient off S.
+
+    slope_below, slope_above: the tail's p df/dp at max(p_tail, 2 ROUNDING) ∓ ROUNDING. The gradient in u_j = z_j / T
+    off S is `p_j (slope / p_tail - Σ slope)`. An error of p_tail moves the sum of its absolute values by p_tail times
+    the change of slope / p_tail; the divergence moves no more. Forward KL's slope is -q_tail and that is
+    2 ROUNDING q_tail / p_tail: MAY_MOVE means p_tail < q_tail / 8. For reverse KL, JSD and skew KL it is a few times
+    ROUNDING, unless q_tail is 0.
+    """
+    p = tl.maximum(p_tail, 2.0 * ROUNDING)
+    # a slope may be infinite
+    below = tl.minimum(tl.maximum(slope_below, -HUGE), HUGE) / (p - ROUNDING)
+    above = tl.minimum(tl.maximum(slope_above, -HUGE), HUGE) / (p + ROUNDING)
+    return (p_tail < p) | (p * tl.abs(above - below) > MAY_MOVE)
+
+
+@triton.jit
 def loss_kernel(
     x_ptr, g_ptr, hard_ptr, soft_ptr, params_ptr,  # logits, and what is written; numbers of the call
     labels_ptr, mask_ptr, weights_ptr, index_ptr,  # of the positions; None for those not given
     ids_ptr, logprobs_ptr, draws_ptr, tail_ptr, outcomes_ptr,  # of the target rows
     x_outer, x_inner, x_stride, g_outer, g_inner, g_stride, inner, first_row,
     V, teacher_V, K, N, outcomes_stride, ignore_index, inverse_draw_temperature, parameter, softcap, logit_scale,
-    TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, IN_PLACE: constexpr, M: constexpr,
-    BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, BLOCK_SLOW: constexpr,
+    TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, M: constexpr,
+    BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr,
 ):  # fmt: skip
     """The losses of one target row (times its weight), and its gradient if WANT_GRAD."""
     pid = tl.program_id(0)
@@ -174,7 +198,7 @@ def loss_kernel(
     nan = float("nan")
 
     # --- the student's row ------------------------------------------------------------------------------------------
-    m, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC)
+    r, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC)
 
     # --- the teacher at T -----------------------------------------------------------------------------------------
     ids = ids.to(tl.int64)
@@ -239,33 +263,26 @@ def loss_kernel(
     z_label = 0.0
     if labels_ptr is not None:
         z_label = logits_of(tl.load(x_ptr + label * x_stride), softcap, logit_scale)
-    e_1 = tl.exp(z - m)
+    rate, p_1, p_t = exponents_at(T)
+    u = tl.fma(z, rate, -r)
     log_s = tl.log(s_t)
-    log_p = tl.where(support, (z - m) / T - log_s, float("-inf"))
-    # e^((z-m)/T) as the pass over the row computes it, so that these entries cancel in its sum to the last digit
-    p_tail = 1.0 - tl.sum(tl.where(support, tl.exp2((z - m) * (LOG2_E / T)), 0.0), 0) / s_t
-    m_off = m
+    log_p = tl.where(support, p_t * u * LN_2 - log_s, float("-inf"))
+    p_tail = 1.0 - tl.sum(tl.where(support, tl.exp2(p_t * u), 0.0), 0) / s_t
+    w_tail = tl.exp(log_q_tail)
+    r_off = r
     s_off = s_t * tl.maximum(p_tail, 0.0)
-    log_p_tail = tl.log(tl.maximum(p_tail, 0.0))
-    if bucket & (p_tail < TINY_TAIL):
-        if WANT_GRAD:
-            if not IN_PLACE:
-                cols = tl.arange(0, BLOCK)
-                for start in range(0, V, BLOCK):
-                    there = start + cols < V
-                    tl.store(
-                        g_ptr + (start + cols) * g_stride, tl.load(x_ptr + (start + cols) * x_stride, mask=there), there
-                    )
-            tl.debug_barrier()
-            tl.store(g_ptr + ids * g_stride, float("-inf"), mask=support)
-            tl.debug_barrier()
-            m_off, _, s_off = reduce_online(
-                g_ptr, g_stride, V, LOG2_E / T, softcap, logit_scale, 0, BLOCK, THREADS, VEC
-            )
-        else:
-            taken = tl.where(support, ids, -1)
-            m_off, s_off = reduce_without(x_ptr, x_stride, V, T, taken, softcap, logit_scale, BLOCK_SLOW)
-        log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + (m_off - m) / T - log_s, float("-inf"))
+    log_p_tail = tm.log(tl.maximum(p_tail, 0.0))
+    if bucket:
+        p_known = tl.maximum(p_tail, 2.0 * ROUNDING)
+        _, slope_below = outcome_terms(w_tail, log_q_tail, tl.log(p_known - ROUNDING), parameter)
+        _, slope_above = outcome_terms(w_tail, log_q_tail, tl.log(p_known + ROUNDING), parameter)
+        if is_rounded(p_tail, slope_below, slope_above):
+            stored = row * K
+            r_off, s_off = reduce_off_topk(
+                x_ptr, x_stride, V, T, ids_ptr + stored, logprobs_ptr + stored,
+                draws_ptr if draws_ptr is None else draws_ptr + stored, K, softcap, logit_scale, BLOCK, THREADS, VEC,
+            )  # fmt: skip
+            log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + p_t * (r_off - r) * LN_2 - log_s, float("-inf"))
 
     # --- the divergence and its gradient ----------------------------------------------------------------------------
     term, slope = outcome_terms(w, log_q, log_p, parameter)
@@ -278,7 +295,6 @@ def loss_kernel(
         p_tail = tl.maximum(p_tail, 0.0)
         off = -p_tail * mean_slope
     else:
-        w_tail = tl.exp(log_q_tail)
         term_tail, slope_tail = outcome_terms(w_tail, log_q_tail, log_p_tail, parameter)
         p_tail = tl.exp(log_p_tail)
         divergence = tl.sum(term, 0) + tl.where(bucket, term_tail, 0.0)
@@ -290,7 +306,7 @@ def loss_kernel(
 
     hard = nan
     if labels_ptr is not None:
-        hard = (tl.log(s_1) - (z_label - m)) * row_weight
+        hard = (tl.log(s_1) - p_1 * tl.fma(z_label, rate, -r) * LN_2) * row_weight
         hard = tl.where(bad, nan, hard)
     tl.store(hard_ptr + row, hard)
     tl.store(soft_ptr + row, tl.where(bad, nan, T * T * divergence * row_weight))
@@ -301,15 +317,16 @@ def loss_kernel(
         hard_scale = alpha * scale
         soft_scale = (1.0 - alpha) * T * scale
         # a factor of exactly 0 means that the part is not wanted: 0 * inf must not make it NaN
-        base = tl.where(m_off == float("-inf"), m, m_off)
-        a = tl.where(hard_scale == 0.0, 0.0, hard_scale * tl.exp(base - m) / s_1)
+        base = tl.where(r_off == float("-inf"), r, r_off)
+        a = tl.where(hard_scale == 0.0, 0.0, hard_scale * tl.exp2(p_1 * (base - r)) / s_1)
         b = tl.where((soft_scale == 0.0) | (s_off == 0.0), 0.0, soft_scale * off / s_off)
-        g_entries = hard_scale * (e_1 / s_1) + tl.where(soft_scale == 0.0, 0.0, soft_scale * on)
+        g_entries = hard_scale * (tl.exp2(p_1 * u) / s_1) + tl.where(soft_scale == 0.0, 0.0, soft_scale * on)
         g_label = 0.0
         if labels_ptr is not None:
             g_entries = g_entries - tl.where(ids == label, hard_scale, 0.0)
             # the label off S: its share of both parts, minus the hard loss's own term
-            g_label = a * tl.exp(z_label - base) + b * tl.exp((z_label - base) / T) - hard_scale
+            u_label = tl.fma(z_label, rate, -base)
+            g_label = a * tl.exp2(p_1 * u_label) + b * tl.exp2(p_t * u_label) - hard_scale
             g_label = through_cap(g_label, z_label, softcap, logit_scale)
         g_entries = through_cap(g_entries, z, softcap, logit_scale)
         # all warps have read their entries of S before another warp's part of the pass overwrites them

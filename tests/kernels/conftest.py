@@ -111,6 +111,16 @@ def _make_types_once(interpreter: Any) -> None:
     kind.cast = lambda self, x, to, *rest, **options: x if x.type.scalar is to else cast(self, x, to, *rest, **options)
 
 
+def _round_fma_once(interpreter: Any) -> None:
+    """x y + z rounded once, as the hardware does it; the interpreter rounds the product too."""
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     try:
         from triton.runtime import interpreter
@@ -121,6 +131,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         if all(hasattr(interpreter, name) for name in needed):  # not in older versions
             _make_types_once(interpreter)
             _patch_once(interpreter)
+        _round_fma_once(interpreter)
 
 
 @pytest.fixture

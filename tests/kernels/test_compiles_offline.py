@@ -47,8 +47,8 @@ def loss(arch, dtype, divergence, treatment, **change):
     settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
     options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
     c = dict(
-        TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, IN_PLACE=True, softcap=None,
-        logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, BLOCK_SLOW=512, **settings,
+        TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, softcap=None,
+        logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, **settings,
     )
     if treatment != 1:
         c["draws_ptr"] = None
@@ -64,7 +64,7 @@ for arch in (80, 90):
         dtype = ("bf16", "fp16", "fp32")[number % 3]
         name = f"sm_{arch} {divergence} {treatment} {dtype}"
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
-sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, IN_PLACE=False, **HEAD)
+sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, **HEAD)
 sizes["evaluation, compact, no labels"] = loss(90, "bf16", "forward_kl", 0, WANT_GRAD=False, labels_ptr=None)
 sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8))
 sizes["prepare, floats"] = compiled(
