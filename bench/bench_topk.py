@@ -167,32 +167,31 @@ def cases(ask: RunConfig) -> Sequence[Case]:
 
 def tune(table: Table, rows: int = 4096, vocab: int = 128_256) -> None:
     """Time a few sizes, with the time of each kernel in microseconds."""
-    from fastkd.kernels.topk import draws_triton
-    from fastkd.kernels.topk import triton_impl as topk_triton
+    from fastkd.kernels.topk.sizes import DrawTuning, Tuning
 
     buffers = drawn_logits(rows, vocab, torch.bfloat16, "cuda")
     read = interleaved({"read": one_read(rows, vocab, buffers)}, device="cuda", rounds=15, warmup=3)["read"]
     table.title(f"tuning: N={rows} V={vocab} bfloat16 k={K}; one read {read:.3f} ms")
     settings: list[dict[str, int]] = [{}]
     settings += [
-        {"group": g, "scan_block": b, "scan_warps": w}
+        {"group": g, "scan_block": b, "scan_warps": w, "runs": r}
         for g in (64, 128, 256)
-        for b, w in ((2048, 2), (2048, 4), (4096, 2), (4096, 4), (4096, 8), (8192, 4), (8192, 8), (16384, 8))
+        for b, w, r in ((4096, 4, 4), (4096, 2, 8), (8192, 4, 8), (8192, 8, 4), (16384, 8, 8))
     ]
-    settings += [{"select_tokens": n, "select_tile": t} for n in (512, 1024, 2048) for t in (1024, 2048, 4096)]
-    settings += [{"group": 64, "select_tokens": n, "select_tile": t} for n in (512, 1024) for t in (1024, 2048, 4096)]
-    settings += [{"pick_warps": w} for w in (1, 2, 8)]
+    settings += [{"select_tile": t, "select_warps": w} for t in (2048, 4096, 8192) for w in (2, 4, 8)]
+    settings += [{"sift_tile": t} for t in (512, 2048)] + [{"pick_groups": g} for g in (4, 16)]
     run = buffers.run(lambda x: topk_targets(x, K, temperatures=GRID))
     with_draws = buffers.run(lambda x: topk_targets(x, 48, temperatures=GRID, draws=16))
     draw_settings: list[dict[str, int]] = [{}]
     draw_settings += [
-        {"group": g, "block": b, "warps": w}
-        for g in (256, 512, 1024, 2048)
-        for b, w in ((2048, 4), (4096, 4), (8192, 8))
+        {"group": g, "block": b, "warps": w, "draw_warps": d}
+        for g in (256, 512, 1024)
+        for b, w in ((4096, 4), (8192, 4), (8192, 8))
+        for d in (1, 2, 4)
     ]
     for tuning, choices, call, name in (
-        (topk_triton.Tuning, settings, run, "head 64"),
-        (draws_triton.Tuning, draw_settings, with_draws, "head 48, draws 16"),
+        (Tuning, settings, run, "head 64"),
+        (DrawTuning, draw_settings, with_draws, "head 48, draws 16"),
     ):
         default = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
         for choice in choices:
@@ -213,7 +212,7 @@ def kernel_times(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    ours = ("_scan", "_pick", "_select", "_finish", "_weigh", "_draw")
+    ours = ("_scan", "_pick", "_select", "_sift", "_sift_ties", "_finish", "_weigh", "_draw")
     events = {e.key: e.self_device_time_total for e in trace.key_averages()}
     rest = sum(v for k, v in events.items() if k not in ours)
     return [f"{k[1:]}={events[k]:.0f}" for k in ours if k in events] + [f"other={rest:.0f}"]

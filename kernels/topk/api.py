@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
 MAX_TRITON_K = 1024
 
 CHUNK_TOKENS = 2048  # of the LM head's product on a GPU, where the product is then as fast as an unchunked one
+ROW_ALIGNMENT = 64  # logits
 CHUNK_BYTES = 64 << 20  # of the same on a CPU: the weights are read again for every chunk
 
 
@@ -108,7 +109,9 @@ def linear_topk_targets(
     if chunk_tokens is None:
         chunk_tokens = default_chunk(hidden, vocab)
     out = unfilled(call, rows, hidden.device)
-    buffer = torch.empty((min(chunk_tokens, rows), vocab), dtype=hidden.dtype, device=hidden.device)
+    # On a GPU, rows that all begin at an aligned address: kernels load vectors whatever the vocabulary.
+    width = vocab if hidden.device.type == "cpu" else -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    buffer = torch.empty((min(chunk_tokens, rows), width), dtype=hidden.dtype, device=hidden.device)[:, :vocab]
     start = 0
     # autocast would turn the operands of a matrix product into another dtype than the buffer's
     with torch.autocast(hidden.device.type, enabled=False):

@@ -14,7 +14,8 @@ from triton.language import constexpr
 from ..triton_math import INF, finite_or_zero
 from . import draws as dr
 from .config import TopKCall
-from .triton_math import column, exp2_exact, transform
+from .sizes import draw_sizes, power_of_2
+from .triton_math import column, exp2_exact, ordered, transform, unordered
 
 STREAM = constexpr(dr.STREAM)
 MIX1 = constexpr(dr.MIX1)
@@ -26,14 +27,6 @@ UNIT_SHIFT = constexpr(dr.UNIT_SHIFT)
 UNIT_LEAST = constexpr(dr.UNIT_LEAST)
 
 
-class Tuning:
-    """Sizes that affect speed only: tokens per group, tokens and warps a program."""
-
-    group = 1024
-    block = 4096
-    warps = 4
-
-
 @triton.jit
 def _mix(x):
     """`draws._mix`."""
@@ -43,12 +36,10 @@ def _mix(x):
 
 
 @triton.jit
-def _units(d, token, vocab, in_topk, draw_scale):
-    """`draws.units_` of z - top, as int32; 1 for top-k entries, 0 beyond the vocabulary."""
-    y = d * draw_scale
-    y = tl.where(in_topk | (y < UNIT_LEAST) | (y != y), UNIT_LEAST, y) + UNIT_BIAS
-    units = tl.ceil((y.to(tl.int32, bitcast=True) << UNIT_SHIFT).to(tl.float32, bitcast=True)).to(tl.int32)
-    return tl.where(token < vocab, units, 0)
+def _units(d, draw_scale):
+    """`draws.units_` of z - top, as int32; 1 where it is −inf."""
+    y = tl.maximum(d * draw_scale, UNIT_LEAST) + UNIT_BIAS
+    return tl.ceil((y.to(tl.int32, bitcast=True) << UNIT_SHIFT).to(tl.float32, bitcast=True)).to(tl.int32)
 
 
 @triton.jit
@@ -58,8 +49,15 @@ def _in_topk(x, token, edge_x, edge_id):
 
 
 @triton.jit
+def _before(x):
+    """The next float32 below a finite number."""
+    key = ordered(x)
+    return unordered(tl.where(key == 0, -2, key - 1))  # -1 is -0.0, which equals 0.0
+
+
+@triton.jit
 def _weigh(
-    x_ptr, stride_n, stride_v, vocab, groups, parts,
+    x_ptr, stride_n, stride_v, vocab, parts,
     state_ptr, edge_ptr,  # [5, N] and [2, N], as `triton_kernels._finish` left them
     units_ptr,  # out [N, groups] int32
     rows, draw_scale, scale, cap, inverse_cap,
@@ -67,16 +65,31 @@ def _weigh(
 ):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
-    token = group[:, None] * G + tl.arange(0, G)[None, :]
-    x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
-    x = x.to(tl.float32)
-    in_topk = _in_topk(x, token, tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row))
+    start = part * BLOCK
+    token = start + tl.arange(0, BLOCK)
+    at = x_ptr + row * stride_n + column(token, stride_v, UNIT)
+    edge_x, edge_id = tl.load(state_ptr + 2 * rows + row), tl.load(edge_ptr + row)
     top = tl.load(state_ptr + 3 * rows + row)
     top = finite_or_zero(transform(top, scale, cap, inverse_cap, True))
-    d = transform(x, scale, cap, inverse_cap, True) - top
-    units = _units(d, token, vocab, in_topk, draw_scale)
-    tl.store(units_ptr + row * groups + group, tl.sum(units, axis=1), mask=group < groups)
+    if start + BLOCK <= vocab:
+        raw = tl.load(at)
+    else:
+        raw = tl.load(at, mask=token < vocab, other=-INF)
+    x = raw.to(tl.float32)
+    # What ties with the last top-k entry goes by the id, which only one block of a row has to compare.
+    least = edge_x
+    if edge_id >= start + BLOCK:
+        least = _before(edge_x)
+    elif edge_id >= start:
+        x = tl.where((x == edge_x) & (token <= edge_id), INF, x)
+    x = tl.where(x > least, -INF, x)
+    units = _units(transform(x, scale, cap, inverse_cap, True) - top, draw_scale)
+    sums = tl.sum(tl.reshape(units, [BLOCK // G, G]), axis=1)
+    # tokens behind the vocabulary's end have a unit each
+    groups = parts * (BLOCK // G)
+    group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
+    sums -= tl.minimum(tl.maximum((group + 1) * G - vocab, 0), G)
+    tl.store(units_ptr + row * groups + group, sums)
 
 
 @triton.jit
@@ -118,7 +131,7 @@ def _draw(
         x = x.to(tl.float32)
         in_topk = _in_topk(x, token, edge_x, edge_id)
         d = transform(x, scale, cap, inverse_cap, True) - top
-        units = tl.cumsum(_units(d, token, vocab, in_topk, draw_scale), axis=0)
+        units = tl.cumsum(tl.where(token < vocab, _units(tl.where(in_topk, -INF, d), draw_scale), 0), axis=0)
         behind = units <= inside
         found = tl.sum(behind.to(tl.int32), axis=0)
         rest = (inside - tl.max(tl.where(behind, units, 0), axis=0)).to(tl.int64) << LOW_BITS
@@ -142,24 +155,20 @@ def draw(
     """Drawn ids int64 `[N, draws]`; anything in rows without a tail. state, edge: as `_finish` leaves them."""
     rows, vocab = x.shape
     stride_n, stride_v = x.stride()
-    unit, bits = stride_v == 1, dr.weight_bits(vocab)
-    group = min(Tuning.group, triton.next_power_of_2(vocab))
-    groups = triton.cdiv(vocab, group)
-    block = max(group, min(Tuning.block, triton.next_power_of_2(groups * group)))
-    parts = triton.cdiv(groups * group, block)
-    units = torch.empty((rows, groups), dtype=torch.int32, device=x.device)
+    unit, bits, size = stride_v == 1, dr.weight_bits(vocab), draw_sizes(vocab)
+    units = torch.empty((rows, size.groups), dtype=torch.int32, device=x.device)
     drawn = torch.empty((rows, call.draws), dtype=torch.int64, device=x.device)
     keys = dr.row_keys(call.seed, positions_N)
     draw_scale = dr.exponent_scale(call.draw_temperature)
     # fused multiply-adds round once where the twin rounds twice, and another token could be drawn
-    exact = {"enable_fp_fusion": False, "num_warps": Tuning.warps}
-    _weigh[(rows * parts,)](
-        x, stride_n, stride_v, vocab, groups, parts, state, edge, units, rows, draw_scale, *transform_numbers,
-        G=group, BLOCK=block, UNIT=unit, **exact,
+    exact = {"enable_fp_fusion": False}
+    _weigh[(rows * size.parts,)](
+        x, stride_n, stride_v, vocab, size.parts, state, edge, units, rows, draw_scale, *transform_numbers,
+        G=size.group, BLOCK=size.block, UNIT=unit, num_warps=size.warps, **exact,
     )  # fmt: skip
     _draw[(rows * call.draws,)](
-        x, stride_n, stride_v, vocab, groups, call.draws, state, edge, units, keys, drawn, rows, draw_scale,
-        *transform_numbers, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=group, GROUPS=triton.next_power_of_2(groups),
-        UNIT=unit, **exact,
+        x, stride_n, stride_v, vocab, size.groups, call.draws, state, edge, units, keys, drawn, rows, draw_scale,
+        *transform_numbers, BITS=bits, LOW_BITS=bits - dr.UNIT_BITS, G=size.group, GROUPS=power_of_2(size.groups),
+        UNIT=unit, num_warps=size.draw_warps, **exact,
     )  # fmt: skip
     return drawn

@@ -7,7 +7,6 @@ waits for the device.
 import contextlib
 
 import torch
-import triton
 from torch import Tensor
 
 from ..targets import SparseTargets
@@ -17,25 +16,11 @@ from .config import TopKCall
 from .draws import merge_drawn
 from .draws_triton import draw
 from .fill import over_temperatures, refuse
-from .triton_kernels import _finish, _pick, _scan, _select
+from .sizes import UNUSED_BITS, power_of_2, topk_sizes
+from .triton_kernels import _finish, _pick, _scan, _select, _sift, _sift_ties
 
 # Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
 ROWS_AT_ONCE = 8192
-# float32 bits that a logit of the type never uses: the bisection need not look at them
-UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-
-
-class Tuning:
-    """Sizes that affect speed only: tokens per group, tokens and warps a program."""
-
-    group = 128  # halved for more than 128 top-k entries
-    scan_block = 4096
-    scan_warps = 4
-    pick_warps = 4
-    select_tokens = 1024  # a warp
-    select_tile = 2048  # tokens at a time
-
-
 # The Triton interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
 INTERPRETED = is_interpreted(_scan)
 
@@ -59,54 +44,56 @@ def _launch(x: Tensor, out: SparseTargets, call: TopKCall, positions_N: Tensor, 
     unit = stride_v == 1
     scales = over_temperatures(dr.LOG2E, call.temperatures, device, torch.float32)
     chain = sum((m | power << 8) << (16 * i) for i, (m, power) in enumerate(call.chains()))
-    unused = UNUSED_BITS[x.dtype]
+    unused = UNUSED_BITS[str(x.dtype).removeprefix("torch.")]
     transform = (call.logit_scale, call.softcap, None if call.softcap is None else dr.reciprocal(call.softcap))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    group = Tuning.group if entries <= 128 else Tuning.group // 2
-    groups = triton.cdiv(vocab, group)
-    block = max(group, min(Tuning.scan_block, triton.next_power_of_2(groups * group)))
-    parts = triton.cdiv(groups * group, block)
-    take = min(entries, groups)
-    padded_k = max(16, triton.next_power_of_2(entries))
-    group_tops, group_sums = scratch(rows, groups), scratch(rows, many, groups)
-    finite = scratch(rows, parts, dtype=torch.int32)
-    candidates = 4 * padded_k
-    picked, best = scratch(rows, padded_k, dtype=torch.int32), scratch(rows, candidates, dtype=torch.int64)
-    count, floor = scratch(rows, dtype=torch.int32), scratch(rows, dtype=torch.int32)
-    # the rest: in groups not picked [0], and in those picked [1]
-    rest_tops, rest_sums = scratch(2, rows), scratch(2, rows, many)
+    size = topk_sizes(vocab, entries)
+    group_tops, group_sums = scratch(rows, size.groups), scratch(rows, many, size.groups)
+    finite = scratch(rows, size.parts, dtype=torch.int32)
+    picked, runs = (scratch(rows, n, dtype=torch.int32) for n in (size.picked, size.candidates))
+    best = scratch(rows, size.candidates, dtype=torch.int64)
+    picked_count, runs_count, count = scratch(3, rows, dtype=torch.int32)
+    counters, floor = scratch(2, rows, dtype=torch.int32), scratch(rows)
+    # the rest: in groups not picked [0], in runs not listed [1], and in those listed [2]
+    rest_tops, rest_sums = scratch(3, rows), scratch(3, rows, many)
     state, edge = scratch(5, rows), scratch(2, rows, dtype=torch.int32)
+    groups = {"G": size.group, "RUN": size.run, "BLOCK": size.block}
 
-    _scan[(rows * parts,)](
-        x, stride_n, stride_v, vocab, groups, parts, scales, group_tops, group_sums, finite, *transform,
-        CHAIN=chain, M=many, G=group, BLOCK=block, UNIT=unit, num_warps=Tuning.scan_warps,
+    _scan[(rows * size.parts,)](
+        x, stride_n, stride_v, vocab, size.parts, scales, group_tops, group_sums, finite, *transform,
+        CHAIN=chain, M=many, UNIT=unit, **groups, num_warps=size.scan_warps,
     )  # fmt: skip
     _pick[(rows,)](
-        group_tops, group_sums, scales, picked, rest_tops[0], rest_sums[0], floor, entries, take, groups, *transform,
-        UNUSED=unused, M=many, KP=padded_k, NGP=triton.next_power_of_2(groups), num_warps=Tuning.pick_warps,
+        group_tops, group_sums, scales, picked, size.picked, picked_count, floor, counters, rest_tops[0], rest_sums[0],
+        entries, size.take, rows, size.groups, *transform,
+        UNUSED=unused, M=many, GROUPS=size.groups_a_block, NGP=power_of_2(size.groups), num_warps=size.pick_warps,
     )  # fmt: skip
     if entries:
-        tokens = padded_k * group
+        logits, sums = (x, stride_n, stride_v, vocab), {"CHAIN": chain, "M": many, "MP": power_of_2(many)}
+        chosen = {**sums, "CANDIDATES": size.candidates, "UNIT": unit, "num_warps": size.select_warps}
+        left = (counters[1], best, count, rest_tops[2], rest_sums[2])
         _select[(rows,)](
-            x, stride_n, stride_v, vocab, picked, floor, scales, best, count, rest_tops[1], rest_sums[1], entries, take,
-            *transform,
-            UNUSED=unused, CHAIN=chain, M=many, G=group, KP=padded_k,
-            CANDIDATES=candidates, TILE=min(padded_k, max(1, Tuning.select_tile // group)), UNIT=unit,
-            num_warps=min(32, max(4, tokens // Tuning.select_tokens)),
+            *logits, picked, size.picked, picked_count, floor, scales, counters[0], runs, runs_count, rest_tops[1],
+            rest_sums[1], *transform, **groups, TILE=size.tile, **chosen,
+        )  # fmt: skip
+        _sift[(rows,)](*logits, floor, scales, runs, runs_count, *left, *transform, TILE=size.sift_tile, **chosen)
+        _sift_ties[(rows,)](
+            *logits, picked, size.picked, picked_count, scales, *left, rest_tops[1], rest_sums[1], entries, *transform,
+            UNUSED=unused, ID_BITS=max(1, (vocab - 1).bit_length()), **groups, TILE=size.tile, **chosen,
         )  # fmt: skip
     else:
         count.zero_()
-        rest_tops[1].fill_(-torch.inf)
-        rest_sums[1].zero_()
+        rest_tops[1:].fill_(-torch.inf)
+        rest_sums[1:].zero_()
     _finish[(rows,)](
         best, count, rest_tops, rest_sums, finite, scales, out.ids, out.logprobs, out.ids.stride(0), out.tail,
-        out.outcomes, state, edge, rows, entries, parts, 1.0 - call.mass if call.mass is not None else 0.0, *transform,
-        ONE=call.temperatures.index(1.0), HAS_MASS=call.mass is not None, M=many, CANDIDATES=candidates,
-        STAGES=candidates.bit_length() - 1,
-        PARTS=triton.next_power_of_2(parts), num_warps=1 if padded_k <= 64 else 4,
+        out.outcomes, state, edge, rows, entries, size.parts, 1.0 - call.mass if call.mass is not None else 0.0,
+        *transform, ONE=call.temperatures.index(1.0), HAS_MASS=call.mass is not None, M=many,
+        CANDIDATES=size.candidates, STAGES=size.candidates.bit_length() - 1, PARTS=power_of_2(size.parts),
+        num_warps=size.finish_warps,
     )  # fmt: skip
     valid = state[4] > 0
     if x.device.type == "cpu":

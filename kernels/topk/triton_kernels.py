@@ -1,16 +1,20 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The kernels of the top-k entries and the tails: one read of the logits, then work on what that read singled out.
 
-1. `_scan` reads the logits once. Every group of G neighbouring tokens leaves its maximum and `Σ e^((z - max)/T)` for
-   every temperature; every program the number of its finite logits.
+1. `_scan` reads the logits once. Every group of G tokens leaves its maximum and `Σ e^((z - max)/T)` for every
+   temperature; every program the number of its finite logits. A group lies scattered over a block of tokens, so that a
+   thread that loads neighbouring ones has most of a group to itself.
 2. `_pick`, a program a row, finds the row's k best groups by bisection on the bits of their maxima, and adds up the
    sums of all the others.
-3. `_select`, a program a row, reads the k groups again, keeps the tokens that reach the worst of the k maxima (the k
-   best and seldom many more; where too many do, exactly the k best), and adds up the rest.
-4. `_finish` sorts these tokens, drops entries by `mass` and writes log-probabilities and tails.
+3. `_select`, a program a row, reads these groups again, lists the runs of 8 tokens that reach the worst of the k maxima
+   (some k), and adds up the others.
+4. `_sift` reads these runs, writes their tokens that reach it as candidates (the k best and seldom many more), and adds
+   up the others. `_sift_ties` does 3 and 4 again for the rows where too many reach it: exactly the k best.
+5. `_finish` sorts the candidates, drops entries by `mass` and writes log-probabilities and tails.
 
 No sum is the difference of two others, and a top-k entry is never in the tail's sums, so nothing cancels. Sums
-run in a fixed order without atomics: results are the same bits on every run. `triton_impl.py` launches them.
+run in a fixed order. Only the places of candidates come from atomic counters, and they are sorted: results are the
+same bits on every run. `triton_impl.py` launches them.
 """
 
 import triton
@@ -18,62 +22,69 @@ import triton.language as tl
 from triton.language import constexpr
 
 from ..triton_math import INF, finite_or_zero, log
-from .triton_math import LOW31, chain_step, column, ordered, sort_descending, transform, unordered
+from .triton_math import LOW31, chain_step, column, ordered, sort_descending, transform, unordered, with_unused_bits
 
 LEAST = constexpr(-(2**31))  # below every ordered logit
 LEAST64 = constexpr(-(2**63))
-# Two counts in one int32: of tokens above a threshold (up to four times the largest k), and over them of tokens equal.
-COUNT_BITS = constexpr(13)
-COUNT_MASK = constexpr(2**13 - 1)
+SIFTED = constexpr(8)  # tokens of a run in `_select` and `_sift`; a group is a multiple
+LOWEST_KEY = constexpr(-(2**31) + 2**23)  # of the lowest finite float32
 
 
 @triton.jit
 def _scan(
     x_ptr, stride_n, stride_v, vocab,  # [N, V] of any strides
-    groups,  # NG = ceil(V / G)
     parts,  # programs a row
     log2e_over_t_ptr,  # [M] float32
-    top_ptr,  # out [N, NG] float32: raw maxima
+    top_ptr,  # out [N, NG] float32: raw maxima, of NG = parts * (BLOCK // G) groups
     sums_ptr,  # out [N, M, NG] float32
     finite_ptr,  # out [N, parts] int32
     scale, cap, inverse_cap,
     CHAIN: constexpr,  # 16 bits a step: see `chain_step`
-    M: constexpr, G: constexpr, BLOCK: constexpr, UNIT: constexpr,
+    M: constexpr, G: constexpr, RUN: constexpr, BLOCK: constexpr, UNIT: constexpr,
 ):  # fmt: skip
+    GROUPS: constexpr = BLOCK // G  # a program
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    group = part * (BLOCK // G) + tl.arange(0, BLOCK // G)
-    token = group[:, None] * G + tl.arange(0, G)[None, :]
-    x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=token < vocab, other=-INF)
-    x = x.to(tl.float32)
-    top = tl.max(x, axis=1)
-    there = group < groups
-    tl.store(top_ptr + row * groups + group, top, mask=there)
+    token = part * BLOCK + tl.arange(0, BLOCK)
+    at = x_ptr + row * stride_n + column(token, stride_v, UNIT)
+    # A load without a mask is a vector load wherever the rows are aligned, whatever the vocabulary.
+    if (part + 1) * BLOCK <= vocab:
+        raw = tl.load(at)
+    else:
+        raw = tl.load(at, mask=token < vocab, other=-INF)
+    # [run, group, token in the run]: most of a group lies in one thread, which needs no other one for its sums
+    x = tl.reshape(raw, [G // RUN, GROUPS, RUN]).to(tl.float32)
+    top = tl.max(tl.max(x, axis=0), axis=1)
+    group = part * GROUPS + tl.arange(0, GROUPS)
+    groups = parts * GROUPS
+    tl.store(top_ptr + row * groups + group, top)
     finite = tl.minimum(vocab - part * BLOCK, BLOCK)
     # Counting costs three instructions a token, the minimum one.
-    if tl.min(tl.min(x, axis=1), axis=0) == -INF:
-        finite = tl.sum(tl.sum((x > -INF).to(tl.int32), axis=1), axis=0)
+    if tl.min(x) == -INF:
+        finite = tl.sum((x > -INF).to(tl.int32))
     tl.store(finite_ptr + row * parts + part, finite)
     reference = finite_or_zero(transform(top, scale, cap, inverse_cap, False))
-    d = transform(x, scale, cap, inverse_cap, False) - reference[:, None]
+    d = transform(x, scale, cap, inverse_cap, False) - reference[None, :, None]
     e = d
     for m in tl.static_range(M):
         e = chain_step(e, d, log2e_over_t_ptr, (CHAIN >> (16 * m)) & 0xFFFF)
-        at = row * (M * groups) + ((CHAIN >> (16 * m)) & 0xFF) * groups + group
-        tl.store(sums_ptr + at, tl.sum(e, axis=1), mask=there)
+        at_sums = row * (M * groups) + ((CHAIN >> (16 * m)) & 0xFF) * groups + group
+        tl.store(sums_ptr + at_sums, tl.sum(tl.sum(e, axis=0), axis=1))
 
 
 @triton.jit
 def _pick(
     top_ptr, sums_ptr, log2e_over_t_ptr,  # as `_scan` has them
-    picked_ptr,  # out [N, KP] int32: numbers of the best groups, ascending
+    picked_ptr, stride_picked,  # out int32: numbers of the best groups, ascending
+    picked_count_ptr,  # out [N] int32: how many
+    floor_ptr,  # out [N] float32: a finite logit that is not above the k-th best token's
+    counter_ptr,  # out [2, N] int32: 0
     rest_top_ptr,  # out [N] float32: raw maximum over all other groups
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
-    floor_ptr,  # out [N] int32: an ordered logit that is not above the k-th best token's
     entries,  # top-k entries: min(k, V)
     take,  # min(entries, NG)
-    groups, scale, cap, inverse_cap,
-    UNUSED: constexpr, M: constexpr, KP: constexpr, NGP: constexpr,
+    rows, groups, scale, cap, inverse_cap,
+    UNUSED: constexpr, M: constexpr, GROUPS: constexpr, NGP: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NGP)
@@ -86,15 +97,21 @@ def _pick(
         candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
         threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), axis=0) >= take, candidate, threshold)
     # the k-th best token is at least as good as the worst of k groups' best ones
-    tl.store(floor_ptr + row, tl.where(take == entries, threshold, LEAST))
+    floor = tl.where(take == entries, tl.maximum(with_unused_bits(threshold, UNUSED), LOWEST_KEY), LOWEST_KEY)
+    tl.store(floor_ptr + row, unordered(floor))
+    tl.store(counter_ptr + row, 0)
+    tl.store(counter_ptr + rows + row, 0)
     above = (key >> UNUSED) > (threshold >> UNUSED)
     equal = ((key >> UNUSED) == (threshold >> UNUSED)) & there
     need = take - tl.sum(above.to(tl.int32), axis=0)
-    both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << COUNT_BITS), axis=0)
-    equals = both >> COUNT_BITS
-    chosen = above | (equal & (equals <= need))
-    place = (both & COUNT_MASK) + tl.minimum(equals, need) - 1
-    tl.store(picked_ptr + row * KP + place, group, mask=chosen & (place < take))
+    # Of groups that tie, those whose tokens have the lower ids: blocks ascend. The groups of one block do not, so that
+    # all of the last block that tie are picked.
+    equals = tl.cumsum(equal.to(tl.int32), axis=0)
+    last_block = tl.min(tl.where(equal & (equals >= need), group // GROUPS, NGP), axis=0)
+    chosen = above | (equal & (group // GROUPS <= last_block) & (need > 0))
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(picked_ptr + row * stride_picked + place, group, mask=chosen)
+    tl.store(picked_count_ptr + row, tl.sum(chosen.to(tl.int32), axis=0))
     rest = there & (chosen == 0)
     rest_top = tl.max(tl.where(rest, top, -INF), axis=0)
     tl.store(rest_top_ptr + row, rest_top)
@@ -107,92 +124,217 @@ def _pick(
 
 
 @triton.jit
+def _tokens(group, i, G: constexpr, RUN: constexpr, BLOCK: constexpr):
+    """The ids [groups, tokens] of the tokens i of some groups."""
+    GROUPS: constexpr = BLOCK // G
+    within = (i // RUN) * (GROUPS * RUN) + i % RUN
+    return ((group // GROUPS) * BLOCK + (group % GROUPS) * RUN)[:, None] + within[None, :]
+
+
+@triton.jit
+def _tile(
+    row_ptr, stride_v, vocab, picked_ptr, start, picked,
+    G: constexpr, RUN: constexpr, BLOCK: constexpr, TILE: constexpr, UNIT: constexpr,
+):  # fmt: skip
+    """Logits and ids [TILE, G] of the picked groups from number `start` on; −inf where there is none."""
+    place = start + tl.arange(0, TILE)
+    group = tl.load(picked_ptr + place, mask=place < picked, other=0)
+    token = _tokens(group, tl.arange(0, G), G, RUN, BLOCK)
+    at = row_ptr + column(token, stride_v, UNIT)
+    there = (place < picked)[:, None]
+    if tl.max(group, axis=0) < (vocab // BLOCK) * (BLOCK // G):  # the vocabulary ends behind them: vector loads
+        raw = tl.load(at, mask=there, other=-INF)
+    else:
+        raw = tl.load(at, mask=there & (token < vocab), other=-INF)
+    return raw.to(tl.float32), token
+
+
+@triton.jit
+def _add_sums(
+    sums, old_top, top, x, left_out,  # left_out: of x's shape, or of 1 in its last dimensions
+    number, log2e_over_t, log2e_over_t_ptr, scale, cap, inverse_cap, CHAIN: constexpr, M: constexpr,
+):  # fmt: skip
+    """`sums` [MP] relative to `old_top`, and the sums over x [A, B, C], without those left out, relative to `top`."""
+    old = transform(old_top, scale, cap, inverse_cap, False)
+    reference = finite_or_zero(transform(top, scale, cap, inverse_cap, False))
+    sums *= tl.exp2((old - reference) * log2e_over_t)
+    # a difference to +inf is −inf, whose exponential is 0
+    d = transform(x, scale, cap, inverse_cap, False) - tl.where(left_out, INF, reference)
+    e = d
+    for m in tl.static_range(M):
+        e = chain_step(e, d, log2e_over_t_ptr, (CHAIN >> (16 * m)) & 0xFFFF)
+        sums += tl.where(number == ((CHAIN >> (16 * m)) & 0xFF), tl.sum(e), 0.0)
+    return sums
+
+
+@triton.jit
+def _count(x):
+    """How many are true."""
+    return tl.sum(x.to(tl.int32))
+
+
+@triton.jit
 def _select(
     x_ptr, stride_n, stride_v, vocab,
-    picked_ptr, floor_ptr, log2e_over_t_ptr,  # as `_pick` has them
-    best_ptr,  # out [N, CANDIDATES] int64: (ordered logit, complement of the id), unordered: the top-k, and maybe more
-    count_ptr,  # out [N] int32: how many
-    rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other tokens
+    picked_ptr, stride_picked, picked_count_ptr, floor_ptr, log2e_over_t_ptr,  # as `_pick` has them
+    counter_ptr,  # [N] int32, 0
+    runs_ptr,  # out [N, CANDIDATES] int32: the runs that have a token which reaches the floor, in any order
+    runs_count_ptr,  # out [N] int32: how many; above CANDIDATES, some are missing
+    rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other runs
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
-    entries, take, scale, cap, inverse_cap,
-    UNUSED: constexpr, CHAIN: constexpr, M: constexpr, G: constexpr, KP: constexpr, CANDIDATES: constexpr,
+    scale, cap, inverse_cap,
+    CHAIN: constexpr, M: constexpr, MP: constexpr,
+    G: constexpr, RUN: constexpr, BLOCK: constexpr, CANDIDATES: constexpr,
     TILE: constexpr,  # groups at a time
     UNIT: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, KP)
-    group = tl.load(picked_ptr + row * KP + place, mask=place < take, other=0)
-    token = group[:, None] * G + tl.arange(0, G)[None, :]
-    there = (place < take)[:, None] & (token < vocab)
-    x = tl.load(x_ptr + row * stride_n + column(token, stride_v, UNIT), mask=there, other=-INF).to(tl.float32)
-    key = tl.where(there, ordered(x), LEAST)
-    # Usually few tokens reach the floor, and all are kept. Only if many tie is the k-th best searched for, bit by bit.
+    row_ptr, groups_ptr = x_ptr + row * stride_n, picked_ptr + row * stride_picked
+    picked = tl.load(picked_count_ptr + row)
     low = tl.load(floor_ptr + row)
-    want = tl.sum(tl.sum(((key >= low) & there).to(tl.int32), axis=1), axis=0)
-    threshold = low
-    if want > CANDIDATES:
-        want = entries
-        high = tl.max(tl.max(key, axis=1), axis=0)
-        threshold = tl.full([], LEAST, tl.int32)
-        for i in range(32 - UNUSED):
-            bit = 31 - i
-            if ((low ^ high) >> bit) == 0:  # it lies between two numbers that agree so far: no need to count
-                threshold = (high >> bit) << bit
-            else:
-                candidate = threshold ^ (tl.full([], 1, tl.int32) << bit)
-                count = tl.sum(tl.sum((key >= candidate).to(tl.int32), axis=1), axis=0)
-                threshold = tl.where(count >= entries, candidate, threshold)
-    tl.store(count_ptr + row, want)
-    level = threshold >> UNUSED
-    is_below = (key >> UNUSED) < level
-    is_level = ((key >> UNUSED) == level) & there
-    above_all = tl.sum(tl.sum(((key >> UNUSED) > level).to(tl.int32), axis=1), axis=0)
-    spare = above_all + tl.sum(tl.sum(is_level.to(tl.int32), axis=1), axis=0) - want  # equal, but not wanted
-    need = want - above_all
-    # The rest: what is below the level, and the spare ones, which all have its value.
-    level_x = tl.max(tl.max(tl.where(is_level, x, -INF), axis=1), axis=0)
-    rest = tl.where(is_below, x, -INF)
-    rest_top = tl.where(spare > 0, level_x, tl.max(tl.max(rest, axis=1), axis=0))
-    tl.store(rest_top_ptr + row, rest_top)
-    reference = finite_or_zero(transform(rest_top, scale, cap, inverse_cap, False))
-    d = transform(rest, scale, cap, inverse_cap, False) - reference
-    spares = tl.where((spare > 0) & (level_x > -INF), spare, 0).to(tl.float32)
-    e = d
-    for m in tl.static_range(M):
-        e = chain_step(e, d, log2e_over_t_ptr, (CHAIN >> (16 * m)) & 0xFFFF)
-        # spare ones, if any, are the rest's top: each adds e^0
-        at = row * M + ((CHAIN >> (16 * m)) & 0xFF)
-        tl.store(rest_sums_ptr + at, tl.sum(tl.sum(e, axis=1), axis=0) + spares)
-
-    # Write the selected ones, a few groups at a time: all at once would need too many registers.
+    number = tl.arange(0, MP)
+    log2e_over_t = tl.load(log2e_over_t_ptr + number, mask=number < M, other=1.0)
     seen = tl.full([], 0, tl.int32)
-    for start in range(0, KP, TILE):
-        places = start + tl.arange(0, TILE)
-        members = tl.load(picked_ptr + row * KP + places, mask=places < take, other=0)
-        tokens = members[:, None] * G + tl.arange(0, G)[None, :]
-        inside = (places < take)[:, None] & (tokens < vocab)
-        values = tl.load(x_ptr + row * stride_n + column(tokens, stride_v, UNIT), mask=inside, other=-INF)
-        keys = tl.where(inside, ordered(values.to(tl.float32)), LEAST)
-        above = (keys >> UNUSED) > level
-        equal = ((keys >> UNUSED) == level) & inside
-        # Groups ascend and so do the tokens in them: the first `need` of the equal ones have the lowest ids.
-        both = above.to(tl.int32) + (equal.to(tl.int32) << COUNT_BITS)
-        in_group = tl.sum(both, axis=1)
-        both = seen + (tl.cumsum(in_group, axis=0) - in_group)[:, None] + tl.cumsum(both, axis=1)
-        seen += tl.sum(in_group, axis=0)
-        equals = both >> COUNT_BITS
-        chosen = above | (equal & (equals <= need))
-        slot = (both & COUNT_MASK) + tl.minimum(equals, need) - 1
-        entry = (keys.to(tl.int64) << 32) | (tokens ^ LOW31).to(tl.int64)  # 2^31 - 1 - id
-        tl.store(best_ptr + row * CANDIDATES + slot, entry, mask=chosen & (slot < want))
+    rest_top = tl.full([], -INF, tl.float32)
+    sums = tl.zeros([MP], tl.float32)
+    for start in range(0, picked, TILE):
+        x, _ = _tile(row_ptr, stride_v, vocab, groups_ptr, start, picked, G, RUN, BLOCK, TILE, UNIT)
+        x = tl.reshape(x, [TILE, G // SIFTED, SIFTED])
+        top = tl.max(x, axis=2)
+        reach = top >= low
+        seen += _count(reach)
+        slot = tl.atomic_add(counter_ptr + row + tl.zeros([TILE, G // SIFTED], tl.int32), 1, mask=reach, sem="relaxed")
+        place = start + tl.arange(0, TILE)
+        group = tl.load(groups_ptr + place, mask=place < picked, other=0)
+        run = _tokens(group, tl.arange(0, G // SIFTED) * SIFTED, G, RUN, BLOCK) // SIFTED
+        tl.store(runs_ptr + row * CANDIDATES + slot, run, mask=reach & (slot < CANDIDATES))
+        old_top = rest_top
+        rest_top = tl.maximum(rest_top, tl.max(tl.where(reach, -INF, top)))
+        sums = _add_sums(
+            sums, old_top, rest_top, x, reach[:, :, None], number, log2e_over_t, log2e_over_t_ptr,
+            scale, cap, inverse_cap, CHAIN, M,
+        )  # fmt: skip
+    tl.store(runs_count_ptr + row, seen)
+    tl.store(rest_top_ptr + row, rest_top)
+    tl.store(rest_sums_ptr + row * M + number, sums, mask=number < M)
+
+
+@triton.jit
+def _take(
+    row_ptr, stride_v, vocab, picked_ptr, picked,
+    low, limit,  # candidates: tokens above `low`, and those that equal it, with TIES those up to id `limit`
+    counter_ptr, before,  # counts up from `before`
+    best_ptr, rest_top_ptr, rest_sums_ptr,  # of this row
+    log2e_over_t_ptr, scale, cap, inverse_cap,
+    TIES: constexpr, CHAIN: constexpr, M: constexpr, MP: constexpr,
+    G: constexpr, RUN: constexpr, BLOCK: constexpr, CANDIDATES: constexpr, TILE: constexpr, UNIT: constexpr,
+):  # fmt: skip
+    """Write the candidates of picked groups or runs, and the sums over the rest. Returns the number of candidates."""
+    number = tl.arange(0, MP)
+    log2e_over_t = tl.load(log2e_over_t_ptr + number, mask=number < M, other=1.0)
+    seen = tl.full([], 0, tl.int32)
+    rest_top = tl.full([], -INF, tl.float32)
+    sums = tl.zeros([MP], tl.float32)
+    for start in range(0, picked, TILE):
+        x, token = _tile(row_ptr, stride_v, vocab, picked_ptr, start, picked, G, RUN, BLOCK, TILE, UNIT)
+        reach = x >= low
+        if TIES:
+            reach = (x > low) | (reach & (token <= limit))
+        seen += _count(reach)
+        slot = tl.atomic_add(counter_ptr + tl.zeros([TILE, G], tl.int32), 1, mask=reach, sem="relaxed") - before
+        entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
+        tl.store(best_ptr + slot, entry, mask=reach & (slot < CANDIDATES))
+        old_top = rest_top
+        rest_top = tl.maximum(rest_top, tl.max(tl.where(reach, -INF, x)))
+        sums = _add_sums(
+            sums, old_top, rest_top, x[:, :, None], reach[:, :, None], number, log2e_over_t, log2e_over_t_ptr,
+            scale, cap, inverse_cap, CHAIN, M,
+        )  # fmt: skip
+    tl.store(rest_top_ptr, rest_top)
+    tl.store(rest_sums_ptr + number, sums, mask=number < M)
+    return seen
+
+
+@triton.jit
+def _sift(
+    x_ptr, stride_n, stride_v, vocab, floor_ptr, log2e_over_t_ptr,  # as `_pick` has them
+    runs_ptr, runs_count_ptr,  # as `_select` has them
+    counter_ptr,  # [N] int32, 0; out: the number of tokens written
+    best_ptr,  # out [N, CANDIDATES] int64: (bits of the logit, id) in any order: the top-k entries, and maybe more
+    count_ptr,  # out [N] int32: how many; above CANDIDATES, some are missing
+    rest_top_ptr,  # out [N] float32: raw maximum of the runs' other tokens
+    rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
+    scale, cap, inverse_cap,
+    CHAIN: constexpr, M: constexpr, MP: constexpr, CANDIDATES: constexpr,
+    TILE: constexpr,  # runs at a time
+    UNIT: constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    runs = tl.load(runs_count_ptr + row)
+    if runs > CANDIDATES:
+        tl.store(count_ptr + row, runs)
+        return
+    seen = _take(
+        x_ptr + row * stride_n, stride_v, vocab, runs_ptr + row * CANDIDATES, runs, tl.load(floor_ptr + row), 0,
+        counter_ptr + row, 0, best_ptr + row * CANDIDATES, rest_top_ptr + row, rest_sums_ptr + row * M,
+        log2e_over_t_ptr, scale, cap, inverse_cap,
+        False, CHAIN, M, MP, SIFTED, SIFTED, SIFTED, CANDIDATES, TILE, UNIT,
+    )  # fmt: skip
+    tl.store(count_ptr + row, seen)
+
+
+@triton.jit
+def _sift_ties(
+    x_ptr, stride_n, stride_v, vocab, picked_ptr, stride_picked, picked_count_ptr, log2e_over_t_ptr,
+    counter_ptr, best_ptr, count_ptr, rest_top_ptr, rest_sums_ptr,  # as `_sift` left them
+    runs_top_ptr, runs_sums_ptr,  # [N], [N, M], as `_select` left them; out: of nothing
+    entries, scale, cap, inverse_cap,
+    UNUSED: constexpr, CHAIN: constexpr, M: constexpr, MP: constexpr,
+    G: constexpr, RUN: constexpr, BLOCK: constexpr, CANDIDATES: constexpr, TILE: constexpr,
+    ID_BITS: constexpr,  # of the vocabulary's last id
+    UNIT: constexpr,
+):  # fmt: skip
+    """`_select` and `_sift` again for the rows with too many candidates: of what ties, the lower ids are taken."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(count_ptr + row) <= CANDIDATES:
+        return
+    before = tl.load(counter_ptr + row)
+    row_ptr, groups_ptr = x_ptr + row * stride_n, picked_ptr + row * stride_picked
+    picked = tl.load(picked_count_ptr + row)
+    threshold = tl.full([], LEAST, tl.int32)
+    for i in range(32 - UNUSED):
+        candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
+        count = tl.full([], 0, tl.int32)
+        for start in range(0, picked, TILE):
+            x, token = _tile(row_ptr, stride_v, vocab, groups_ptr, start, picked, G, RUN, BLOCK, TILE, UNIT)
+            count += _count(ordered(x) >= candidate)
+        threshold = tl.where(count >= entries, candidate, threshold)
+    low = unordered(with_unused_bits(threshold, UNUSED))
+    # Of the tokens that equal it, those of the lowest ids: up to the largest `limit` before which too few lie.
+    limit = tl.full([], 0, tl.int32)
+    for i in range(ID_BITS):
+        candidate = limit | (tl.full([], 1, tl.int32) << (ID_BITS - 1 - i))
+        count = tl.full([], 0, tl.int32)
+        for start in range(0, picked, TILE):
+            x, token = _tile(row_ptr, stride_v, vocab, groups_ptr, start, picked, G, RUN, BLOCK, TILE, UNIT)
+            count += _count((x > low) | ((x == low) & (token < candidate)))
+        limit = tl.where(count < entries, candidate, limit)
+    seen = _take(
+        row_ptr, stride_v, vocab, groups_ptr, picked, low, limit, counter_ptr + row, before,
+        best_ptr + row * CANDIDATES, rest_top_ptr + row, rest_sums_ptr + row * M, log2e_over_t_ptr,
+        scale, cap, inverse_cap, True, CHAIN, M, MP, G, RUN, BLOCK, CANDIDATES, TILE, UNIT,
+    )  # fmt: skip
+    tl.store(count_ptr + row, seen)
+    tl.store(runs_top_ptr + row, -INF)
+    number = tl.arange(0, MP)
+    tl.store(runs_sums_ptr + row * M + number, tl.zeros([MP], tl.float32), mask=number < M)
 
 
 @triton.jit
 def _finish(
-    best_ptr,  # [N, CANDIDATES] int64
-    count_ptr,  # [N]
-    tops_ptr,  # [2, N] float32: raw maxima of what `_pick` and `_select` left
-    sums_ptr,  # [2, N, M] float32
+    best_ptr, count_ptr,  # as `_sift` has them
+    tops_ptr,  # [3, N] float32: raw maxima of what `_pick`, `_select` and `_sift` left
+    sums_ptr,  # [3, N, M] float32
     finite_ptr,  # [N, parts] int32
     log2e_over_t_ptr,
     ids_ptr, logprobs_ptr, stride_out,  # out [N, K]
@@ -211,24 +353,27 @@ def _finish(
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, CANDIDATES)
     count = tl.load(count_ptr + row)
-    entry = tl.load(best_ptr + row * CANDIDATES + place, mask=place < count, other=LEAST64)
-    entry = sort_descending(entry, CANDIDATES, STAGES)
+    entry = tl.load(best_ptr + row * CANDIDATES + place, mask=place < count, other=0)
+    key = ordered((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    entry = (key.to(tl.int64) << 32) | (entry.to(tl.int32) ^ LOW31).to(tl.int64)  # of equal ones the lower id first
+    entry = sort_descending(tl.where(place < count, entry, LEAST64), count, CANDIDATES, STAGES)
     token = entry.to(tl.int32) ^ LOW31  # the lower half
     x = tl.where(place < count, unordered((entry >> 32).to(tl.int32)), -INF)
     used = (x > -INF) & (place < entries)
     z = transform(x, scale, cap, inverse_cap, False)
 
-    left_x, right_x = tl.load(tops_ptr + row), tl.load(tops_ptr + rows + row)
-    left = transform(left_x, scale, cap, inverse_cap, False)
-    right = transform(right_x, scale, cap, inverse_cap, False)
-    # the tail's third part: candidates that are no top-k entries
-    tail_x = tl.maximum(tl.maximum(left_x, right_x), tl.max(tl.where(used, -INF, x), axis=0))
-    tail_top = tl.maximum(tl.maximum(left, right), tl.max(tl.where(used, -INF, z), axis=0))
+    # the tail: three parts that are summed, and candidates that are no top-k entries
+    part = tl.arange(0, 4)
+    part_x = tl.load(tops_ptr + part * rows + row, mask=part < 3, other=-INF)
+    part_z = transform(part_x, scale, cap, inverse_cap, False)
+    part_sums = sums_ptr + (part * rows + row) * M
+    tail_x = tl.maximum(tl.max(part_x, axis=0), tl.max(tl.where(used, -INF, x), axis=0))
+    tail_top = tl.maximum(tl.max(part_z, axis=0), tl.max(tl.where(used, -INF, z), axis=0))
     top = tl.maximum(tl.max(z, axis=0), tail_top)
     log2e = tl.load(log2e_over_t_ptr + ONE)
     reference = finite_or_zero(tail_top)
-    mass = tl.load(sums_ptr + row * M + ONE) * tl.exp2((left - reference) * log2e)
-    mass += tl.load(sums_ptr + (rows + row) * M + ONE) * tl.exp2((right - reference) * log2e)
+    part_mass = tl.load(part_sums + ONE, mask=part < 3, other=0.0)
+    mass = tl.sum(part_mass * tl.exp2((part_z - reference) * log2e), axis=0)
     mass += tl.sum(tl.exp2((tl.where(used, -INF, z) - reference) * log2e), axis=0)
     mass *= tl.exp2((tail_top - top) * log2e)
     d = tl.where(used, z - top, -INF)
@@ -255,16 +400,15 @@ def _finish(
     size = tl.sum(kept.to(tl.int32), axis=0)
     for m in tl.static_range(M):
         c = tl.load(log2e_over_t_ptr + m)
-        s = tl.load(sums_ptr + row * M + m) * tl.exp2((left - reference) * c)
-        s += tl.load(sums_ptr + (rows + row) * M + m) * tl.exp2((right - reference) * c)
+        s = tl.sum(tl.load(part_sums + m, mask=part < 3, other=0.0) * tl.exp2((part_z - reference) * c), axis=0)
         s += tl.sum(tl.exp2(left_out * c), axis=0)
         # c / log2e is 1/T
         tl.store(tail_ptr + row * M + m, log(s) + ((tail_top - top) - log_total) * (c / log2e))
     unused = log_total - INF  # −inf, or NaN in a row that is not fine
     tl.store(ids_ptr + row * stride_out + place, tl.where(kept, token, 0), mask=place < entries)
     tl.store(logprobs_ptr + row * stride_out + place, tl.where(kept, logprob, unused), mask=place < entries)
-    part = tl.arange(0, PARTS)
-    finite = tl.sum(tl.load(finite_ptr + row * parts + part, mask=part < parts, other=0), axis=0)
+    program = tl.arange(0, PARTS)
+    finite = tl.sum(tl.load(finite_ptr + row * parts + program, mask=program < parts, other=0), axis=0)
     tl.store(outcomes_ptr + row, finite - size)
     last = kept & (place == size - 1)
     tl.store(state_ptr + row, top)

@@ -78,16 +78,29 @@ def chain_step(e, d, log2e_over_t_ptr, STEP: constexpr):
 
 
 @triton.jit
-def sort_descending(x, SIZE: constexpr, STAGES: constexpr):
-    """A bitonic sort of SIZE = 2^STAGES integers. (tl.sort does the same, but takes seconds a row when interpreted.)"""
+def with_unused_bits(key, UNUSED: constexpr):
+    """An `ordered` int32 of which UNUSED low bits were left 0: with those of the float that has none there."""
+    return key | ((key >> 31) & ((1 << UNUSED) - 1))
+
+
+@triton.jit
+def sort_descending(x, count, SIZE: constexpr, STAGES: constexpr):
+    """A bitonic sort of SIZE = 2^STAGES distinct integers, of which all but the first `count` are the least of all.
+
+    (tl.sort does the same, but takes seconds a row when interpreted.) The loop over the stages is one at run time: its
+    body, one exchange for each distance, is compiled once.
+    """
     place = tl.arange(0, SIZE)
-    for stage in tl.static_range(1, STAGES + 1):
-        for step in tl.static_range(stage):
-            pairs = tl.reshape(x, [SIZE >> (stage - step), 2, 1 << (stage - 1 - step)])
-            other = tl.reshape(tl.sum(pairs, axis=1)[:, None, :] - pairs, [SIZE])
-            is_left = ((place >> (stage - 1 - step)) & 1) == 0
-            descends = ((place >> stage) & 1) == 0
-            x = tl.where(is_left == descends, tl.maximum(x, other), tl.minimum(x, other))
+    stage = tl.full([], 1, tl.int32)
+    while (tl.full([], 1, tl.int32) << (stage - 1)) < count:
+        descends = ((place >> stage) & 1) == 0
+        for i in tl.static_range(STAGES):
+            if STAGES - 1 - i < stage:
+                pairs = tl.reshape(x, [1 << i, 2, 1 << (STAGES - 1 - i)])
+                other = tl.reshape(tl.sum(pairs, axis=1)[:, None, :] - pairs, [SIZE])
+                is_left = ((place >> (STAGES - 1 - i)) & 1) == 0
+                x = tl.where((x > other) == (is_left == descends), x, other)
+        stage += 1
     return x
 
 

@@ -8,6 +8,7 @@ import torch
 from fastkd.kernels import LMHead, TopKConfig
 from fastkd.kernels.errors import KDError
 from fastkd.kernels.topk.api import linear_topk_targets, topk_targets
+from fastkd.kernels.topk.sizes import topk_sizes
 
 GRID = (1.0, 1.5, 2.0, 4.0)
 INF = math.inf
@@ -92,7 +93,8 @@ def drawn(rows, vocab, dtype, scale=4.0, seed=0):
         (128, 5),  # one whole group
         (1000, 16),  # a part of a group; more groups than k
         (1000, 64),  # more entries than groups
-        (4097, 8),  # a program for one last token
+        (4097, 8),
+        (8193, 8),  # a program for one last token
     ],
 )
 def test_against_the_oracle(place, vocab, k, dtype):
@@ -150,6 +152,20 @@ def test_ties_go_to_the_lower_id(place, case, k):
         "late": lambda: torch.where(torch.arange(700) > 650, 5.0, 1.0).repeat(2, 1),
     }[case]().bfloat16()
     check(on(place, logits, k), logits, k)
+
+
+@pytest.mark.parametrize("k", [1, 9, 40])
+def test_ties_in_groups_whose_tokens_are_scattered(place, k):
+    """A block's groups interleave: of two that tie, the one with the lower number may have the higher ids."""
+    vocab = 17_001  # two blocks of 8192, and the beginning of a third
+    logits = torch.zeros(5, vocab)
+    logits[1] = drawn(1, vocab, torch.bfloat16, scale=1.0)[0].mul(4).round()  # some hundred at every value
+    logits[2, 8192 + 1024 + 3 :: 1040] = 2.0  # one in each of some groups: the later, the lower the number
+    logits[3, 5::16] = 1.0  # in every run
+    logits[3, 8000:8100] = 1.0
+    logits[4, [1024, 17, 2048, 18, 16_999]] = 3.0
+    logits = logits.bfloat16()
+    check(on(place, logits, k, draws=2), logits, k)
 
 
 def test_masked_tokens_are_no_outcomes(place):
@@ -597,6 +613,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from fastkd.bench.sass import resources
 from fastkd.kernels.topk import draws_triton, triton_impl
 from fastkd.kernels.topk.config import TopKCall
 from fastkd.kernels.topk.fill import unfilled
@@ -612,44 +629,65 @@ class Compiler:
         return self.compile
 
     def compile(self, *args, num_warps, enable_fp_fusion=True, **constants):
-        signature, values = {}, {}
+        signature, values, sixteens = {}, {}, {}
         names = self.kernel.arg_names
         for name, value in [*zip(names, args), *constants.items()]:
+            place = (names.index(name),)
             if isinstance(value, torch.Tensor):
                 kind = POINTERS[value.dtype]
             else:
                 kind = "fp32" if isinstance(value, float) else "i32"
             if name in constants or value is None or (kind == "i32" and value == 1):
-                kind, values[names.index(name),] = "constexpr", value
+                kind, values[place] = "constexpr", value
+            elif kind != "fp32" and (kind != "i32" or value % 16 == 0):
+                sixteens[place] = [["tt.divisibility", 16]]
             signature[name] = kind
-        source = ASTSource(fn=self.kernel, signature={n: signature[n] for n in names}, constexprs=values)
+        source = ASTSource(self.kernel, {n: signature[n] for n in names}, values, sixteens)
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-        if not enable_fp_fusion:
-            assert "fma" not in ptx, "the draws' arithmetic must round every operation"
+        built = triton.compile(source, target=target, options=options)
+        assert num_warps * target.warp_size <= 1024
+        if target.backend == "cuda":
+            assert resources(built.asm["cubin"])["STACK"] == 0, "a kernel spills registers"
+            if not enable_fp_fusion:
+                assert "fma" not in built.asm["ptx"], "the draws' arithmetic must round every operation"
         print(self.kernel.__name__)
 
-for module, names in ((triton_impl, ("_scan", "_pick", "_select", "_finish")), (draws_triton, ("_weigh", "_draw"))):
+of_topk = ("_scan", "_pick", "_select", "_sift", "_sift_ties", "_finish")
+for module, names in ((triton_impl, of_topk), (draws_triton, ("_weigh", "_draw"))):
     for name in names:
         setattr(module, name, Compiler(getattr(module, name)))
 triton_impl.refuse = triton_impl.merge_drawn = lambda *args: None
-settings = [(8, None, 0, None, None), (8, 0.9, 4, 30.0, 0.5)]
-for capability in (80, 90):
-    for k, mass, draws, softcap, scale in settings[capability == 80 :]:  # every kernel on both, the simple ones on one
-        call = TopKCall(k=k, mass=mass, draws=draws, vocab_size=5000, softcap=softcap, logit_scale=scale)
-        logits = torch.zeros(2, 5000, dtype=torch.bfloat16)
-        triton_impl._launch(logits, unfilled(call, 2, logits.device), call, torch.arange(2), 0)
+calls = [(90, "cuda", 1024, None, 0, None, None, torch.float32)]
+calls += [(*on, 64, 0.9, 4, 30.0, 0.5, torch.bfloat16) for on in ((80, "cuda"), (100, "cuda"), ("gfx942", "hip"))]
+for arch, backend, k, mass, draws, softcap, scale, dtype in calls:
+    target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    call = TopKCall(k=k, mass=mass, draws=draws, vocab_size=128256, softcap=softcap, logit_scale=scale)
+    logits = torch.zeros(2, 128256, dtype=dtype)
+    triton_impl._launch(logits, unfilled(call, 2, logits.device), call, torch.arange(2), 0)
 """
 
 
-def test_kernels_compile_for_a_gpu_and_never_fuse_what_must_be_exact(compiled_kernels):
+def test_kernels_compile_for_gpus_without_spills_and_never_fuse_what_must_be_exact(compiled_kernels):
     """What the interpreter lets pass, a compiler may not. Needs no GPU; runs where triton is not interpreting."""
     triton = pytest.importorskip("triton")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
         pytest.skip("the compiler's interface was another one before triton 3.5")
     names = compiled_kernels(COMPILE).split()
-    of_topk, of_draws = ["_scan", "_pick", "_select", "_finish"], ["_weigh", "_draw"]
-    assert names == of_topk + of_draws + of_topk * 2 + of_draws
+    of_topk = ["_scan", "_pick", "_select", "_sift", "_sift_ties", "_finish"]
+    assert names == of_topk + [*of_topk, "_weigh", "_draw"] * 3
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 8192, 50_257, 128_256, 2**20])
+@pytest.mark.parametrize("k", [0, 1, 64, 100, 1024])
+def test_sizes_of_kernels(vocab, k):
+    entries = min(k, vocab)
+    size = topk_sizes(vocab, entries)
+    assert size.parts * size.block >= vocab > (size.parts - 1) * size.block
+    assert size.groups == size.parts * size.block // size.group
+    assert size.block % size.group == size.group % size.run == size.run % 8 == 0
+    assert size.candidates >= 2 * entries
+    assert size.picked >= size.take + size.block // size.group - 1
+    assert max(size.scan_warps, size.pick_warps, size.select_warps, size.finish_warps) <= 16  # of 64 threads each
 
 
 def test_nothing_of_the_input_is_changed(place):
