@@ -125,8 +125,8 @@ def linear_kd_loss(
     logit_scale, softcap: the scale multiplies first (Cohere, Granite), then come the logits `softcap * tanh(z /
         softcap)` (Gemma; with impl="triton" exact to softcap * 1e-7).
     chunk_tokens: positions whose logits are computed at once. Default on a CPU: some 48 MB of logits. On a GPU: at
-        least 2048, and as many as keep the peak beyond inputs and gradients at `2 * 2048 * V + 4 * V * D` bytes in
-        half precision.
+        least 2048, and as many as keep the peak beyond inputs and gradients at `2 * 2048 * V + 4 * V * D` bytes and 32
+        MB in half precision.
     grad_weight: `[V, D]` float32, an accumulator across micro-batches, whose elements may not share memory. The
         backward adds the weight's gradient to it, and `weight` itself receives none.
     inplace: without effect; it is there for symmetry with `kd_loss`.

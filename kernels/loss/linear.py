@@ -17,8 +17,10 @@ from .torch_impl import TorchRows
 # of their mass at N = 8192. Times 16, even a flat distribution over 150,000 outcomes is made of normal numbers, and
 # gradients up to 4,094 still fit. Row weights are divided by the largest magnitude among them where that is above 1.
 FLOAT16_SCALE = 16.0
-# Positions whose logits bound the memory on a GPU: 2 C V + 4 V D bytes in half precision, beyond inputs and gradients.
+# Positions whose logits bound the memory on a GPU: 2 C V + 4 V D bytes in half precision and 32 MB, beyond inputs and
+# gradients.
 CUDA_CHUNK = 2048
+SPARE_BYTES = 32 << 20
 # Each chunk reads and writes the float32 sum of the weight's gradient, 8 V D bytes beside 6 C V D operations: of 8192
 # positions, 4% of the products' time at 735 TFLOP/s and 3 TB/s. Longer chunks only take memory.
 LONGEST_CHUNK = 8192
@@ -36,6 +38,8 @@ def default_chunk(device: torch.device, width: int, itemsize: int, *, rows: int 
     """
     if device.type == "cpu":
         return max(64, CPU_CHUNK_BYTES // (width * itemsize) // 64 * 64)
+    if longer:
+        longer += SPARE_BYTES // (width * itemsize)
     longest = max(CUDA_CHUNK, min(CUDA_CHUNK + longer, LONGEST_CHUNK) // CHUNK_STEP * CHUNK_STEP)
     chunks = max(1, -(-rows // longest))
     return max(CUDA_CHUNK, -(-rows // chunks // CHUNK_STEP) * CHUNK_STEP)

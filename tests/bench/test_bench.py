@@ -425,12 +425,12 @@ class TestHeadModel:
 
     def test_parts_follow_from_the_rates(self) -> None:
         """8 chunks of 2048 over 16384 tokens: written once, read and written 7 times, then read and rounded."""
-        found = predict(16384, 64, 1000, Rates(1.0, 1.0), loss=1.0, seen=1.0)
+        found = predict(16384, 64, 200_000, Rates(1.0, 1.0), loss=1.0, seen=1.0)
         assert found.chunks == 8
-        assert found.products == pytest.approx(6e-9 * 16384 * 64 * 1000)
-        assert found.loss == pytest.approx(4e-9 * 16384 * 1000)
-        assert found.sums == pytest.approx(64e3 * (4 + 7 * 8 - 2) * 1e-9)
-        assert found.cast == pytest.approx(64e3 * 6e-9)
+        assert found.products == pytest.approx(6e-9 * 16384 * 64 * 200_000)
+        assert found.loss == pytest.approx(4e-9 * 16384 * 200_000)
+        assert found.sums == pytest.approx(12.8e6 * (4 + 7 * 8 - 2) * 1e-9)
+        assert found.cast == pytest.approx(12.8e6 * 6e-9)
         once = predict(100, 64, 1000, Rates(1.0, 1.0))
         assert (once.chunks, once.sums, once.cast) == (1, 0, 0)
         assert "1 chunk: products" in str(once)
