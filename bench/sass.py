@@ -291,14 +291,45 @@ def count_loss(launch: Launch, arch: int, temperature: float) -> Counted:
 
 
 def count_kernel(launch: Launch, arch: int) -> Counted:
-    """The shortest way through a kernel of top-k, with all loops that read logits."""
+    """The shortest way through a kernel of top-k that does a row's usual work."""
     built = launch.compile(arch)
     used = resources(built.asm["cubin"])
     program = Program(disassemble(built.asm["cubin"]))
     warps = built.metadata.num_warps
-    loops = [(loop, loop.constant_trips) for loop in program.loops if loop.bytes("LDG")]
-    rest, within = program.executed(loops)
+    rest, within = program.executed(_topk_passes(launch, program))
     total = sum(within, rest) * (warps * launch.programs_a_row)
     *others, logits = launch.bytes_a_row
     moved = sum(others) + min(logits, total.loaded * WARP)  # of the logits it may read a part
     return Counted(launch.name, warps, used["REG"], used["STACK"], {"all": total}, moved)
+
+
+TIED = 4  # groups of a row that tie with its k-th best one, and candidates that are no top-k entries
+
+
+def _topk_passes(launch: Launch, program: Program) -> list[tuple[Loop, float]]:
+    """The loops of a kernel of top-k, and the numbers of their iterations for a row of a language model."""
+    values = launch.values
+    if launch.name == "_sift_ties":  # at its end at once, but for rows in which a hundred tokens tie
+        return []
+    if launch.name in ("_select", "_sift"):
+        picked = values["CANDIDATES"] // 2 if launch.name == "_sift" else _groups_picked(launch)
+        trips = math.ceil((picked + TIED) / values["TILE"])
+        loops = [loop for loop in program.loops if loop.has_exponentials]
+        if not loops:  # it can only be one iteration, as the compiler knows too
+            block = max(range(len(program.blocks)), key=lambda b: count(program.blocks[b]).exponentials)
+            return [(Loop(block, block, tuple(program.blocks[block])), 1)]
+        return [(loops[0], trips)]
+    if launch.name == "_finish":
+        # A sort: s rounds, the n-th of which makes n of the exchanges in the loop. (The way through an iteration that
+        # makes none is counted once besides.)
+        loop = max(program.loops, key=lambda found: len(found.inside))
+        rounds = math.ceil(math.log2(values["CANDIDATES"] // 2 + TIED))
+        once = Loop(loop.last, loop.last, loop.inside)
+        share = rounds * (rounds + 1) / 2 / values["STAGES"]
+        return [(once, share * len(loop.inside) / len(program.blocks[loop.last]))]
+    return [(loop, loop.constant_trips) for loop in program.loops if loop.bytes("LDG")]
+
+
+def _groups_picked(launch: Launch) -> int:
+    """Groups that `_select` reads, without those that tie."""
+    return int(launch.values["stride_picked"] - launch.values["BLOCK"] // launch.values["G"])
