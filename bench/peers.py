@@ -156,9 +156,7 @@ def _head_run(name: str, problem: "HeadProblem") -> Run:
     if name.startswith("torch"):
         # its chunks are chosen by what suits the device; the gradients are computed in the forward, as ours
         options = torch.nn.LinearCrossEntropyOptions() if "chunked" in name else None
-        return problem.step(
-            lambda hidden, weight: F.linear_cross_entropy(hidden, weight, labels, options=options)  # type: ignore[attr-defined]
-        )
+        return problem.step(lambda hidden, weight: F.linear_cross_entropy(hidden, weight, labels, options=options))
     if name.startswith("QuACK"):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 

@@ -1,6 +1,7 @@
 """The LM head fused with the loss: chunks of tokens through one reused buffer of logits, gradients in the forward."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -71,7 +72,7 @@ def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor,
     elif way == "mm" and first:
         torch.mm(gradient_VC, hidden_CD, out_dtype=dtype, out=total_VD)
     elif way == "mm":
-        for block_VC, block_VD in zip(gradient_VC.split(MM_ROWS), total_VD.split(MM_ROWS), strict=True):
+        for block_VC, block_VD in zip(torch.split(gradient_VC, MM_ROWS), torch.split(total_VD, MM_ROWS), strict=True):
             block_VD.add_(torch.mm(block_VC, hidden_CD, out_dtype=dtype))
     elif way == "rounded":
         product = torch.mm(gradient_VC, hidden_CD)
@@ -94,10 +95,11 @@ def try_wider_product(device: torch.device, dtype: torch.dtype) -> str:
     add that is not of the operands' type, and some back ends have none of it."""
     total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     found, why = "rounded", ""
-    for name, product in (
-        ("addmm", lambda: torch.addmm(total, half, half, out_dtype=total.dtype, out=total)),
-        ("mm", lambda: torch.mm(half, half, out_dtype=total.dtype, out=total)),
-    ):
+    products: dict[str, Callable[[], Tensor]] = {
+        "addmm": lambda: torch.addmm(total, half, half, out_dtype=total.dtype, out=total),
+        "mm": lambda: torch.mm(half, half, out_dtype=total.dtype, out=total),
+    }
+    for name, product in products.items():
         try:
             product()
         except torch.OutOfMemoryError:
