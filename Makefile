@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DIGITS_STAMP := $(VENV)/.installed-digits
 
-.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-cache bench-capture bench-train clean
+.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-gpu bench-cache bench-capture bench-train clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -70,6 +70,9 @@ bench-micro: $(STAMP)  ## microbenchmarks on a CPU, compared with the last run; 
 
 bench-loss: $(STAMP)  ## the loss against its limits, on a GPU if there is one
 	$(BIN)/python bench/bench_loss.py
+
+bench-gpu:  ## a first day on a GPU: checks, measures and tunes; needs torch, triton, numpy and pytest alone
+	$(PYTHON) bench/gpu_day.py --json $(RESULTS)/gpu_day.json
 
 bench-cache: $(STAMP)  ## the cache against its limits; needs targets: see bench/make_targets.py
 	$(BIN)/python bench/bench_cache.py

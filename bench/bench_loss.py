@@ -135,11 +135,18 @@ def student(table: Table, ask: RunConfig, n: int, v: int, *, certain: bool = Fal
 
     for t in TEMPERATURES:
         step = problem.ours(treatment="bucket", temperature=t, impl=impl)
-        add(f"in place bucket T={t}", step, bound="" if certain else in_place_bound(v, t))
+        add(f"in place forward_kl bucket T={t}", step, bound="" if certain else in_place_bound(v, t))
     for t in TEMPERATURES[:2]:
-        add(f"in place sampled T={t}", problem.ours(treatment="sampled", temperature=t, impl=impl))
-        add(f"out of place bucket T={t}", problem.ours(inplace=False, treatment="bucket", temperature=t, impl=impl))
-        add(f"evaluation bucket T={t}", problem.evaluation(treatment="bucket", temperature=t, impl=impl), read)
+        add(f"in place forward_kl sampled T={t}", problem.ours(treatment="sampled", temperature=t, impl=impl))
+        add(
+            f"out of place forward_kl bucket T={t}",
+            problem.ours(inplace=False, treatment="bucket", temperature=t, impl=impl),
+        )
+        add(
+            f"evaluation forward_kl bucket T={t}",
+            problem.evaluation(treatment="bucket", temperature=t, impl=impl),
+            read,
+        )
     rounds = ask.times(5, 15)
     times = timed(problem, runs, rounds, warmup=min(2, rounds))
     rate = times.time(FLOOR).inverse(2 * problem.bytes / 1e6)

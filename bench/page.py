@@ -71,7 +71,7 @@ def _cards(recordings: Sequence[Recording]) -> Cards:
 def _section(recording: Recording) -> Section:
     suite = SUITES.get(recording.suite)
     says = f"{suite.title}. " if suite else ""
-    size = "Full sizes" if recording.size == "full" else "Small sizes"
+    size = {"full": "Full sizes", "small": "Small sizes"}.get(recording.size, f"Sizes of gpu_day.py ({recording.size})")
     about = f"{says}{size}, {recording.seconds:.0f} s on {named(dict(recording.hardware))}."
     blocks: list[Block] = [Paragraph(about)]
     charts = charts_of(recording)

@@ -12,7 +12,7 @@ from fastkd.bench.table import Row
 
 # rows of bench_loss.student and bench_topk.bench_logits, and the record's name for what they launch
 _ROWS = (  # and how often a logit is moved at the least
-    (r"in place (?P<treatment>bucket|sampled) T=(?P<t>[\d.]+)", "loss {treatment} {dtype} V={v} T={t:g}", 2),
+    (r"in place forward_kl (?P<treatment>bucket|sampled) T=(?P<t>[\d.]+)", "loss {treatment} {dtype} V={v} T={t:g}", 2),
     (r"fastkd, (?P<k>\d+) entries and (?P<draws>\d+) draws", "topk k={k} draws={draws} {dtype} V={v}", 1),
     (r"fastkd", "topk k=64 draws=0 {dtype} V={v}", 1),
 )

@@ -188,12 +188,12 @@ def test_a_prediction_stands_beside_its_measurement(monkeypatch: pytest.MonkeyPa
     counts = {"loss bucket bfloat16 V=128 T=2: loss_kernel": 400, "topk k=48 draws=16 bfloat16 V=128: _scan": 1000}
     monkeypatch.setattr(predicted, "record", lambda: counts)
     assert predicted.gpu_named("NVIDIA H100 80GB HBM3") == h100
-    row = Row("in place bucket T=2.0", "made up", ratio=1.2, note="0.5 ms")
+    row = Row("in place forward_kl bucket T=2.0", "made up", ratio=1.2, note="0.5 ms")
     # 400 warps' instructions: 100 a logit of a thread; 132 SMs issue 128 in a clock
     issue = 100 / (132 * 128 * h100.clock * 1e-3) / (4 / h100.copy)
     note = predicted.beside(row, h100, 128, "bfloat16").note
     assert note == f"0.5 ms; predicted {issue:.2f}x for H100 (issue {issue:.2f}x)"
-    other = replace(row, name="in place bucket T=3.3")
+    other = replace(row, name="in place forward_kl bucket T=3.3")
     assert predicted.beside(other, h100, 128, "bfloat16") == other
     assert predicted.beside(row, None, 128, "bfloat16") == row
     drawn = predicted.beside(Row("fastkd, 48 entries and 16 draws", ""), h100, 128, "bfloat16")
@@ -209,8 +209,8 @@ def test_the_whole_day_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recordings = {recording.suite: recording for recording in load(path)}
     assert {"loss", "head", "topk", LOG} <= set(recordings)
     names = [row.name for row in recordings["loss"].rows]
-    assert {f"in place bucket T={t}" for t in (1.0, 2.0, 3.3, 4.0)} <= set(names)
-    assert {"evaluation bucket T=1.0", "in place sampled T=2.0"} <= set(names)
+    assert {f"in place forward_kl bucket T={t}" for t in (1.0, 2.0, 3.3, 4.0)} <= set(names)
+    assert {"evaluation forward_kl bucket T=1.0", "in place forward_kl sampled T=2.0"} <= set(names)
     assert {row.note for row in recordings[LOG].rows} == {"done"}
     assert all("kernels" in recording.versions for recording in recordings.values())
     before = path.read_bytes()
