@@ -221,10 +221,11 @@ def _wrong_losses(
 
 def _wrong_head(sizes: Sizes, n: int, v: int, dtype: torch.dtype) -> Iterator[str]:
     targets, labels = _targets(n, v, sizes, 0), torch.randint(v, (n,), device=sizes.device)
-    hidden, weight = (torch.randn(rows, 64, device=sizes.device) for rows in (n, v))
+    width = 16 if sizes.is_toy else 384  # large enough for a weight's gradient in bfloat16
+    hidden, weight = (torch.randn(rows, width, device=sizes.device) for rows in (n, v))
 
     def losses(impl: str, work: torch.dtype, chunk: int) -> list[Tensor]:
-        h, w = (x.to(dtype).to(work).requires_grad_() for x in (hidden, weight / 8))
+        h, w = (x.to(dtype).to(work).requires_grad_() for x in (hidden, weight / width**0.5))
         out = linear_kd_loss(h, w, targets, labels, impl=impl, temperature=2.0, chunk_tokens=chunk)
         return [out.loss.detach(), *torch.autograd.grad(out.loss, (h, w))]
 

@@ -26,6 +26,7 @@ SPARE_BYTES = 32 << 20
 # positions, 4% of the products' time at 735 TFLOP/s and 3 TB/s. Longer chunks only take memory.
 LONGEST_CHUNK = 8192
 CHUNK_STEP = 128  # rows of a product's tile
+LEAST_UNSPLIT = 1 << 24  # elements of a product whose tiles alone fill a GPU
 ROW_STEP = 64  # elements
 CPU_CHUNK_BYTES = 48 << 20
 MM_ROWS = 8192  # of the weight's gradient at once, where a chunk's share of it needs memory of its own
@@ -51,10 +52,11 @@ def weight_gradient_type(weight_VD: Tensor, dtype: torch.dtype, rows: int, chunk
 
     bfloat16 if one product over all rows gives it: that adds up in float32, and rounds once, without a float32 matrix
     to write and read. chunk: the tokens of a chunk; 0: the default, which is then all rows if their logits take no more
-    memory than a chunk and that matrix. (Not so in float16, whose range is too small for a sum over positions.)
+    memory than a chunk and that matrix. (Not so in float16, whose range is too small for a sum over positions; nor for
+    a small weight, whose product may be split along the positions, and the parts be rounded.)
     """
     width, hidden = weight_VD.shape
-    if dtype == weight_VD.dtype == torch.bfloat16:
+    if dtype == weight_VD.dtype == torch.bfloat16 and width * hidden >= LEAST_UNSPLIT:
         if chunk == 0:
             chunk = default_chunk(weight_VD.device, width, dtype.itemsize)
             chunk += 0 if weight_VD.device.type == "cpu" else 2 * hidden

@@ -431,6 +431,6 @@ class TestHeadModel:
         assert found.loss == pytest.approx(4e-9 * 16384 * 200_000)
         assert found.sums == pytest.approx(12.8e6 * (4 + 7 * 8 - 2) * 1e-9)
         assert found.cast == pytest.approx(12.8e6 * 6e-9)
-        once = predict(100, 64, 1000, Rates(1.0, 1.0))
+        once = predict(100, 128, 200_000, Rates(1.0, 1.0))
         assert (once.chunks, once.sums, once.cast) == (1, 0, 0)
         assert "1 chunk: products" in str(once)

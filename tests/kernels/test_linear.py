@@ -435,6 +435,7 @@ def test_one_chunk_gives_the_weights_gradient_without_a_float32_sum(on) -> None:
     errors = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastkd.kernels.loss.ops.linear_kd_loss_chunks", watched)
+        patch.setattr(linear, "LEAST_UNSPLIT", 0)
         for chunk in (64, 32):
             loss = linear_kd_loss(h, w, targets, labels, impl=impl, temperature=2.0, chunk_tokens=chunk).loss
             errors.append(float((grads(loss * upstream, w)[0] - truth).norm() / truth.norm()))
@@ -463,6 +464,8 @@ def test_chunks_by_the_memory_that_is_free_and_the_sums_traffic() -> None:
             # in the forward the sum in float32 is there, and the gradient that is returned is not yet
             beyond = 2 * min(rows, length) * v + 4 * v * hidden - 2 * v * hidden
             assert (2 * rows * v if once else beyond) <= 2 * 2048 * v + 4 * v * hidden + 2**25
+    small = torch.empty(1000, 64, device="meta", dtype=torch.bfloat16)
+    assert linear.weight_gradient_type(small, torch.bfloat16, 100, 0) == torch.float32
     narrow = torch.empty(v, 4096, device="meta", dtype=torch.float16)
     assert linear.weight_gradient_type(narrow, torch.float16, 100, 0) == torch.float32
     assert linear.weight_gradient_type(narrow.float(), torch.bfloat16, 100, 0) == torch.float32  # autocast
