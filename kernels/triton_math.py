@@ -1,10 +1,13 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
 """Functions on numbers and small vectors that Triton kernels, and the Triton forms of divergences, share."""
 
+import contextlib
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INF = tl.constexpr(float("inf"))
 
@@ -12,6 +15,20 @@ INF = tl.constexpr(float("inf"))
 def is_interpreted(kernel: Any) -> bool:
     """True for a kernel that was imported under TRITON_INTERPRET=1, which is how kernels run on CPU tensors."""
     return not isinstance(kernel, triton.JITFunction)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The device of a tensor as the current one: kernels are launched on that, wherever their arguments are."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def back_end() -> tuple[str, int]:
+    """Triton's back end, "cuda" or "hip", and the threads of its warps. ("cuda", 32) where no GPU is there."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # kernels are interpreted
+        return "cuda", 32
+    return target.backend, target.warp_size
 
 
 @triton.jit

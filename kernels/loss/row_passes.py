@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from .. import triton_math as tm
+from ..triton_math import on_device
 
 LOG2_E = constexpr(math.log2(math.e))
 # Cache hints: the second read of a row must come from L2, and columns that are done are evicted first.
@@ -23,7 +24,11 @@ KEEP, DONE = constexpr("evict_last"), constexpr("evict_first")
 @triton.jit
 def logits_of(raw, softcap, logit_scale):
     """Logits in float32 from raw ones, the LM head's matrix product: the scale, then the cap; −inf stays −inf."""
-    x = raw.to(tl.float32)
+    if raw.dtype == tl.bfloat16:
+        # the compiler's own conversion takes three instructions for two
+        x = (raw.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = raw.to(tl.float32)
     if logit_scale is not None:
         x = x * logit_scale
     if softcap is not None:
@@ -54,6 +59,14 @@ def exponents_at(T):
 
 
 @triton.jit
+def mode_at(T):
+    """Which powers of one exponential e^z and e^(z/T) are, as a number for `_exp_pair`."""
+    mode = tl.where(T == 1.0, 1, tl.where(T == 2.0, 2, 0))
+    mode = tl.where(T == 3.0, 3, tl.where(T == 4.0, 4, mode))
+    return tl.where(T == 1.5, 5, mode)
+
+
+@triton.jit
 def _exp_pair(u, p_1, MODE: constexpr):
     """e^z and e^(z/T), of u = rate z. MODE: which powers of 2^u they are; 0: T is none of those, and there are two
     exponentials."""
@@ -75,38 +88,71 @@ def _exp_pair(u, p_1, MODE: constexpr):
 
 
 @triton.jit
-def reduce_online(
-    row_ptr,
-    stride,
-    V,
-    rate,
-    p_1,
-    softcap,
-    logit_scale,
-    MODE: constexpr,
-    BLOCK: constexpr,
-    THREADS: constexpr,
-    VEC: constexpr,
-):
-    """The reference r = rate max z of a row, and Σ e^z and Σ e^(z/T) relative to it, in one online pass.
+def vectors_of(row_ptr, stride, V, VEC: constexpr, EDGES: constexpr):
+    """The first column and the number of columns of the part of a row that is read and written VEC columns at a time.
+
+    EDGES: whether there may be others, at most VEC - 1 in front of it and behind it. Where the columns lie side by side
+    the part starts at a 16-byte boundary.
+    """
+    head = 0
+    if EDGES:
+        size: constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        behind = ((row_ptr.to(tl.int64) & 15) // size).to(tl.int32)
+        head = tl.minimum(tl.where(stride == 1, (VEC - behind) % VEC, 0), V)
+    return head, tl.multiple_of((V - head) // VEC * VEC, VEC)
+
+
+@triton.jit
+def _edges(V, head, length, THREADS: constexpr):
+    """The columns in front of a row's vectors and behind them, one for a thread, and which threads have one."""
+    number = tl.arange(0, THREADS)
+    return tl.where(number < head, number, number + length), number < V - length
+
+
+@triton.jit
+def _start_of(row_ptr, head, stride, ALIGNED: constexpr):
+    """The address of a row's vectors. ALIGNED: they lie at 16-byte boundaries."""
+    start_ptr = row_ptr + head * stride
+    if ALIGNED:
+        start_ptr = tl.multiple_of(start_ptr, 16)
+    return start_ptr
+
+
+@triton.jit
+def _load_tile(start_ptr, stride, start, length, BLOCK: constexpr, VEC: constexpr, POLICY: constexpr):
+    """Raw logits of a tile of a row's vectors, `[BLOCK / VEC, VEC]`, and which of these are there, `[BLOCK / VEC]`.
+
+    The first vector stands for those behind the end: a load without a mask needs no registers to be set before.
+    """
+    first = start + tl.arange(0, BLOCK // VEC) * VEC
+    there = first < length
+    first = tl.multiple_of(tl.where(there, first, 0), VEC)
+    columns = first[:, None] + tl.arange(0, VEC)[None, :]
+    return tl.load(start_ptr + columns * stride, eviction_policy=POLICY), there
+
+
+@triton.jit
+def _reduce(
+    row_ptr, stride, V, rate, p_1, r, s_1, s_t, softcap, logit_scale,
+    MODE: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, EDGES: constexpr, ALIGNED: constexpr,
+):  # fmt: skip
+    """The statistics of a row in one online pass over its vectors. r, s_1, s_t: those of its edges, `[THREADS]`.
 
     A tile is [repeat, thread, vector]: each thread keeps its own reference and sums, which are merged once, at the end;
     no barrier holds a warp back while another waits for its loads.
     """
     REPEATS: constexpr = BLOCK // (THREADS * VEC)
-    cols = tl.arange(0, BLOCK)
-    r = tl.full((THREADS,), float("-inf"), tl.float32)
-    s_1 = tl.zeros((THREADS,), tl.float32)
-    s_t = tl.zeros((THREADS,), tl.float32)
-    for start in range(0, V, BLOCK):
-        there = start + cols < V
-        raw = tl.load(row_ptr + (start + cols) * stride, mask=there, other=float("-inf"), eviction_policy=KEEP)
+    head, length = vectors_of(row_ptr, stride, V, VEC, EDGES)
+    start_ptr = _start_of(row_ptr, head, stride, ALIGNED)
+    for start in range(0, length, BLOCK):
+        raw, there = _load_tile(start_ptr, stride, start, length, BLOCK, VEC, KEEP)
         z = logits_of(tl.reshape(raw, (REPEATS, THREADS, VEC)), softcap, logit_scale)
         # tl.max drops a NaN; the sums below keep it
         new = tl.maximum(r, tl.max(tl.max(z, 2), 0) * rate)
         ref = tm.finite_or_zero(new)
+        refs = tl.where(tl.reshape(there, (REPEATS, THREADS)), ref[None, :], float("inf"))
         f_1, f_t = _exp_pair(r - ref, p_1, MODE)
-        e_1, e_t = _exp_pair(tl.fma(z, rate, -ref[None, :, None]), p_1, MODE)
+        e_1, e_t = _exp_pair(tl.fma(z, rate, -refs[:, :, None]), p_1, MODE)
         s_t = s_t * f_t + tl.sum(tl.sum(e_t, 2), 0)
         if MODE != 1:
             s_1 = s_1 * f_1 + tl.sum(tl.sum(e_1, 2), 0)
@@ -121,74 +167,92 @@ def reduce_online(
 
 
 @triton.jit
-def reduce_row(row_ptr, stride, V, T, softcap, logit_scale, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr):
+def reduce_row(
+    row_ptr, stride, V, T, softcap, logit_scale,
+    BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, EDGES: constexpr, ALIGNED: constexpr,
+):  # fmt: skip
     """The statistics of a row: its reference r = rate max z, Σ 2^(p_1 u) and Σ 2^(p_t u), with u = rate z - r and the
     three numbers of `exponents_at`.
 
     The rounded r, and not the maximum, is what everything is relative to: u is one fused multiply-add, whose error is
     u's own however large the logits are.
     """
-    rate, p_1, _ = exponents_at(T)
-    if T == 1.0:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 1, BLOCK, THREADS, VEC)
-    elif T == 2.0:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 2, BLOCK, THREADS, VEC)
-    elif T == 3.0:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 3, BLOCK, THREADS, VEC)
-    elif T == 4.0:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 4, BLOCK, THREADS, VEC)
-    elif T == 1.5:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 5, BLOCK, THREADS, VEC)
-    else:
-        r, s_1, s_t = reduce_online(row_ptr, stride, V, rate, p_1, softcap, logit_scale, 0, BLOCK, THREADS, VEC)
-    return r, s_1, s_t
+    rate, p_1, p_t = exponents_at(T)
+    r = tl.full((THREADS,), float("-inf"), tl.float32)
+    s_1 = tl.zeros((THREADS,), tl.float32)
+    s_t = tl.zeros((THREADS,), tl.float32)
+    if EDGES:
+        head, length = vectors_of(row_ptr, stride, V, VEC, EDGES)
+        columns, there = _edges(V, head, length, THREADS)
+        z = logits_of(tl.load(row_ptr + columns * stride, mask=there, other=float("-inf")), softcap, logit_scale)
+        r = z * rate
+        u = tl.fma(z, rate, -tm.finite_or_zero(r))
+        s_1, s_t = tl.exp2(p_1 * u), tl.exp2(p_t * u)
+    reference, total_1, total_t = 0.0, 0.0, 0.0
+    mode = mode_at(T)
+    for MODE in tl.static_range(6):
+        if mode == MODE:
+            reference, total_1, total_t = _reduce(
+                row_ptr,
+                stride,
+                V,
+                rate,
+                p_1,
+                r,
+                s_1,
+                s_t,
+                softcap,
+                logit_scale,
+                MODE,
+                BLOCK,
+                THREADS,
+                VEC,
+                EDGES,
+                ALIGNED,
+            )
+    return reference, total_1, total_t
 
 
 @triton.jit
 def reduce_off_topk(
-    row_ptr,
-    stride,
-    V,
-    T,
-    ids_ptr,
-    logprobs_ptr,
-    draws_ptr,
-    K,
-    softcap,
-    logit_scale,
-    BLOCK: constexpr,
-    THREADS: constexpr,
-    VEC: constexpr,
-):
+    row_ptr, stride, V, T, ids_ptr, logprobs_ptr, draws_ptr, K, softcap, logit_scale,
+    BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, EDGES: constexpr, ALIGNED: constexpr,
+):  # fmt: skip
     """The reference and Σ e^(z/T), as `reduce_row` returns them, of a row without its top-k entries.
 
     ids_ptr, logprobs_ptr, draws_ptr: the row's K stored entries; those of logprob −inf and the drawn ones stay in.
     The pass costs a comparison for each stored entry in each tile beyond `reduce_row`'s work, and writes nothing.
     """
-    REPEATS: constexpr = BLOCK // (THREADS * VEC)
-    tl.static_assert(REPEATS * VEC <= 32)
+    REPEATS: constexpr = min(32, BLOCK // THREADS) // VEC
+    TILE: constexpr = REPEATS * THREADS * VEC
     rate, _, p_t = exponents_at(T)
-    cols = tl.arange(0, BLOCK)
+    head, length = vectors_of(row_ptr, stride, V, VEC, EDGES)
+    start_ptr = _start_of(row_ptr, head, stride, ALIGNED)
     thread = tl.arange(0, THREADS)
     # of a thread's logits in a tile, the number that each has as a bit
     bits = (tl.arange(0, REPEATS) * VEC)[:, None, None] + tl.arange(0, VEC)[None, None, :]
     r = tl.full((THREADS,), float("-inf"), tl.float32)
     s_t = tl.zeros((THREADS,), tl.float32)
-    for start in range(0, V, BLOCK):
+    if EDGES:
+        columns, wanted = _edges(V, head, length, THREADS)
+        for j in range(K):
+            column = tl.where(_in_topk(logprobs_ptr, draws_ptr, j), tl.load(ids_ptr + j).to(tl.int32), -1)
+            wanted = wanted & (columns != column)
+        edges = logits_of(tl.load(row_ptr + columns * stride, mask=wanted, other=float("-inf")), softcap, logit_scale)
+        r = edges * rate
+        s_t = tl.exp2(p_t * tl.fma(edges, rate, -tm.finite_or_zero(r)))
+    for start in range(0, length, TILE):
         taken = tl.zeros((THREADS,), tl.int32)
         for j in range(K):
-            at = tl.load(ids_ptr + j).to(tl.int32) - start
-            if (at >= 0) & (at < BLOCK):
-                topk = tl.load(logprobs_ptr + j).to(tl.float32) > float("-inf")
-                if draws_ptr is not None:
-                    topk = topk & (tl.load(draws_ptr + j) <= 0)
+            at = tl.load(ids_ptr + j).to(tl.int32) - head - start
+            if (at >= 0) & (at < TILE):
                 group = at // VEC
-                bit = tl.where(topk, 1 << ((group // THREADS) * VEC + at % VEC), 0)
+                bit = tl.where(_in_topk(logprobs_ptr, draws_ptr, j), 1 << ((group // THREADS) * VEC + at % VEC), 0)
                 taken |= tl.where(group % THREADS == thread, bit, 0)
-        there = start + cols < V
-        raw = tl.load(row_ptr + (start + cols) * stride, mask=there, other=float("-inf"), eviction_policy=KEEP)
+        raw, there = _load_tile(start_ptr, stride, start, length, TILE, VEC, KEEP)
         z = logits_of(tl.reshape(raw, (REPEATS, THREADS, VEC)), softcap, logit_scale)
         z = tl.where(((taken[None, :, None] >> bits) & 1) != 0, float("-inf"), z)
+        z = tl.where(tl.reshape(there, (REPEATS, THREADS))[:, :, None], z, float("-inf"))
         new = tl.maximum(r, tl.max(tl.max(z, 2), 0) * rate)
         ref = tm.finite_or_zero(new)
         e_t = tl.exp2(p_t * tl.fma(z, rate, -ref[None, :, None]))
@@ -199,16 +263,21 @@ def reduce_off_topk(
 
 
 @triton.jit
-def _write(
-    x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, MODE: constexpr, BLOCK: constexpr
-):
-    """a e^z + b e^(z/T), both relative to r, as a gradient in raw logits, to every column of the row."""
-    cols = tl.arange(0, BLOCK)
-    for start in range(0, V, BLOCK):
-        there = start + cols < V
-        raw = tl.load(x_ptr + (start + cols) * x_stride, mask=there, eviction_policy=DONE)
-        z = logits_of(raw, softcap, logit_scale)
-        u = tl.fma(z, rate, -r)
+def _in_topk(logprobs_ptr, draws_ptr, j):
+    """Whether the j-th stored entry of a row is one of its top-k."""
+    topk = tl.load(logprobs_ptr + j).to(tl.float32) > float("-inf")
+    if draws_ptr is not None:
+        topk = topk & (tl.load(draws_ptr + j) <= 0)
+    return topk
+
+
+@triton.jit
+def _gradient(z, rate, r, p_1, p_t, a, b, softcap, logit_scale, MODE: constexpr):
+    """a e^z + b e^(z/T), both relative to r, as a gradient in raw logits. MODE: as in `_exp_pair`; −1: any T."""
+    u = tl.fma(z, rate, -r)
+    if MODE == -1:
+        g = a * tl.exp2(p_1 * u) + b * tl.exp2(p_t * u)
+    else:
         h = tl.exp2(u)
         if MODE == 0:
             g = a * tl.exp2(p_1 * u) + b * h
@@ -222,26 +291,47 @@ def _write(
             g = ((a * h) * (h * h) + b) * h
         else:
             g = (a * h + b) * (h * h)
-        g = through_cap(g, z, softcap, logit_scale)
-        tl.store(g_ptr + (start + cols) * g_stride, g.to(g_ptr.dtype.element_ty), mask=there, eviction_policy=DONE)
+    return through_cap(g, z, softcap, logit_scale)
 
 
 @triton.jit
-def write_row(x_ptr, x_stride, g_ptr, g_stride, V, T, r, a, b, softcap, logit_scale, BLOCK: constexpr):
+def _write(
+    x_ptr, x_stride, g_ptr, g_stride, head, length, rate, p_1, p_t, r, a, b, softcap, logit_scale,
+    MODE: constexpr, BLOCK: constexpr, VEC: constexpr, X_ALIGNED: constexpr, G_ALIGNED: constexpr,
+):  # fmt: skip
+    """The gradient of a row's vectors, from the last tile to the first: what was read last is still in the cache."""
+    x_start_ptr = _start_of(x_ptr, head, x_stride, X_ALIGNED)
+    g_start_ptr = _start_of(g_ptr, head, g_stride, G_ALIGNED)
+    tiles = tl.cdiv(length, BLOCK)
+    for i in range(tiles):
+        start = (tiles - 1 - i) * BLOCK
+        raw, there = _load_tile(x_start_ptr, x_stride, start, length, BLOCK, VEC, DONE)
+        g = _gradient(logits_of(raw, softcap, logit_scale), rate, r, p_1, p_t, a, b, softcap, logit_scale, MODE)
+        columns = (start + tl.arange(0, BLOCK // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        element = g_ptr.dtype.element_ty
+        tl.store(g_start_ptr + columns * g_stride, g.to(element), mask=there[:, None], eviction_policy=DONE)
+
+
+@triton.jit
+def write_row(
+    x_ptr, x_stride, g_ptr, g_stride, V, T, r, a, b, softcap, logit_scale,
+    BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, EDGES: constexpr, X_ALIGNED: constexpr, G_ALIGNED: constexpr,
+):  # fmt: skip
     """a 2^(p_1 u) + b 2^(p_t u), with u = rate z - r and `exponents_at`, to every column of the row."""
-    rate, p_1, _ = exponents_at(T)
-    if T == 1.0:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 1, BLOCK)
-    elif T == 2.0:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 2, BLOCK)
-    elif T == 3.0:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 3, BLOCK)
-    elif T == 4.0:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 4, BLOCK)
-    elif T == 1.5:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 5, BLOCK)
-    else:
-        _write(x_ptr, x_stride, g_ptr, g_stride, V, rate, p_1, r, a, b, softcap, logit_scale, 0, BLOCK)
+    rate, p_1, p_t = exponents_at(T)
+    head, length = vectors_of(x_ptr, x_stride, V, VEC, EDGES)
+    if EDGES:
+        columns, there = _edges(V, head, length, THREADS)
+        z = logits_of(tl.load(x_ptr + columns * x_stride, mask=there, other=0.0), softcap, logit_scale)
+        g = _gradient(z, rate, r, p_1, p_t, a, b, softcap, logit_scale, -1)
+        tl.store(g_ptr + columns * g_stride, g.to(g_ptr.dtype.element_ty), mask=there)
+    mode = mode_at(T)
+    for MODE in tl.static_range(6):
+        if mode == MODE:
+            _write(
+                x_ptr, x_stride, g_ptr, g_stride, head, length, rate, p_1, p_t, r, a, b, softcap, logit_scale,
+                MODE, BLOCK, VEC, X_ALIGNED, G_ALIGNED,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -281,24 +371,28 @@ def scale_triton_(x: Tensor, factor: Tensor) -> None:
         # of the loss's time
         blocks = triton.cdiv(x.numel(), block)
         programs = min(blocks, 1056)
-        scale_kernel[(programs,)](x, factor, x.numel(), triton.cdiv(blocks, programs), BLOCK=block, num_warps=8)
+        with on_device(x):
+            scale_kernel[(programs,)](x, factor, x.numel(), triton.cdiv(blocks, programs), BLOCK=block, num_warps=8)
 
 
-def sweep_settings(width: int, itemsize: int) -> dict[str, Any]:
-    """Tile, warps and registers of the passes over a row.
+def sweep_settings(width: int, itemsize: int, backend: str = "cuda", lanes: int = 32) -> dict[str, Any]:
+    """Tile, warps and registers of the passes over a row. lanes: threads of a warp.
 
-    The second read of a row must come from L2: few rows in flight, each wide. A multiprocessor holds 32 warps of 64
-    registers: one long row, or two short ones that hide each other's waits.
+    The second read of a row must come from L2: few rows in flight, each wide. A multiprocessor holds 16 warps of 128
+    registers: one long row, or two short ones that hide each other's waits. What a row costs beside its logits, every
+    warp pays: half the warps with twice the registers halve it.
     """
-    # triton specialises on whether 16 divides the length: if not, it loads single elements
-    vec = 16 // itemsize if width % 16 == 0 else 1
+    vec = 16 // itemsize
     tile = triton.next_power_of_2(width)
-    warps = max(4, min(32 if width * itemsize > 131072 else 16, tile // 512))
-    repeats = max(1, min(32 // vec if itemsize == 2 else 16 // vec, tile // (32 * warps * vec)))
-    return {
-        "BLOCK": repeats * 32 * warps * vec,
-        "THREADS": 32 * warps,
+    threads = max(128, min(512 if width * itemsize > 131072 else 256, tile // 16))
+    # 32 logits a thread at a time
+    repeats = max(1, min((32 if itemsize == 2 else 16) // vec, tile // (threads * vec)))
+    settings = {
+        "BLOCK": repeats * threads * vec,
+        "THREADS": threads,
         "VEC": vec,
-        "num_warps": warps,
-        "maxnreg": 64,
+        "EDGES": width % vec != 0,
+        "num_warps": threads // lanes,
     }
+    # an option that the other back ends do not have
+    return settings | {"maxnreg": 128} if backend == "cuda" else settings

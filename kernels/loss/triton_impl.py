@@ -14,7 +14,7 @@ from ..divergences import Divergence, find_divergence
 from ..errors import KDError
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from ..treatment import sampled_reach
-from ..triton_math import is_interpreted
+from ..triton_math import back_end, is_interpreted, on_device
 from .call import Call, RowOptions, split
 from .checks import check_student, check_values, values_are_checked
 from .config import HIGHEST_TEMPERATURE, SCHEDULED
@@ -63,13 +63,15 @@ class TritonRows:
         if treatment == "auto":
             treatment, reach = "sampled", sampled_reach(targets.draw_temperature)
         (alpha, alpha_tensor), (t, t_tensor) = (split(getattr(call.config, name)) for name in SCHEDULED)
-        prepare_kernel[(1,)](
-            self.params, device_table(grid, device), call.labels, call.mask, self.index, call.num_items,
-            options.upstream, alpha_tensor, t_tensor, alpha, t, call.items, self.rows, positions,
-            call.config.ignore_index, reach, options.fixed_scale or 0.0,
-            M=m, OFF_GRID=m >= OFF_GRID_NEEDS, SNAP=ON_GRID, HIGHEST=HIGHEST_TEMPERATURE, BLOCK=4096,
-            BLOCK_M=self.block_m, num_warps=8,
-        )  # fmt: skip
+        with on_device(self.params):
+            prepare_kernel[(1,)](
+                self.params, device_table(grid, device), call.labels, call.mask, self.index, call.num_items,
+                options.upstream, alpha_tensor, t_tensor, alpha, t, call.items, self.rows, positions,
+                call.config.ignore_index, reach, options.fixed_scale or 0.0,
+                M=m, OFF_GRID=m >= OFF_GRID_NEEDS, SNAP=ON_GRID, HIGHEST=HIGHEST_TEMPERATURE, BLOCK=4096,
+                BLOCK_M=self.block_m, num_warps=8,
+            )  # fmt: skip
+            settings = sweep_settings(width, dtype.itemsize, *back_end())
         self.kernel = loss_kernel_of(find_divergence(call.config.divergence))
         self.constants: dict[str, Any] = dict(
             TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
@@ -77,7 +79,7 @@ class TritonRows:
             M=m,
             BLOCK_K=max(16, triton.next_power_of_2(targets.width)),
             BLOCK_M=self.block_m,
-            **sweep_settings(width, dtype.itemsize),
+            **settings,
         )
         contiguous = (x if x is None else x.contiguous() for x in (targets.ids, targets.logprobs, targets.draws))
         self.pointers = (call.labels, call.mask, call.weights, self.index, *contiguous, targets.tail.contiguous())
@@ -103,9 +105,10 @@ class TritonRows:
         if index is not None and self.positions:
             covered = torch.zeros(self.positions + 1, dtype=torch.int8, device=out.device)
             covered[index] = 1
-            zero_uncovered_kernel[(self.positions,)](
-                out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
-            )
+            with on_device(out_BLV):
+                zero_uncovered_kernel[(self.positions,)](
+                    out_BLV, covered, *out_BLV.stride(), out_BLV.shape[1], self.width, BLOCK=4096, num_warps=8
+                )
         if out_BLV.data_ptr() != out.data_ptr():
             out.copy_(out_BLV.view(out.shape))
 
@@ -126,14 +129,19 @@ class TritonRows:
         if programs == 0:
             return
         call, targets, options = self.call, self.call.targets, self.options
-        self.kernel[(programs,)](
-            x, g, self.hard, self.soft, self.params, *self.pointers, targets.outcomes,
-            *x.stride(), *(x if g is None else g).stride(), x.shape[1], first,
-            self.width, targets.vocab_size, targets.width, self.positions,
-            targets.outcomes.stride(0) if targets.outcomes.ndim else 0, call.config.ignore_index,
-            1.0 / targets.draw_temperature, call.config.parameter, options.softcap, options.logit_scale,
-            BY_POSITION=by_position, **self.constants,
-        )  # fmt: skip
+        if self.constants["EDGES"]:  # the kernel finds where a row's vectors start
+            x_aligned, g_aligned = True, g is None or lie_alike(x, g)
+        else:
+            x_aligned, g_aligned = lies_in_vectors(x), g is None or lies_in_vectors(g)
+        with on_device(x):
+            self.kernel[(programs,)](
+                x, g, self.hard, self.soft, self.params, *self.pointers, targets.outcomes,
+                *x.stride(), *(x if g is None else g).stride(), x.shape[1], first,
+                self.width, targets.vocab_size, targets.width, self.positions,
+                targets.outcomes.stride(0) if targets.outcomes.ndim else 0, call.config.ignore_index,
+                1.0 / targets.draw_temperature, call.config.parameter, options.softcap, options.logit_scale,
+                BY_POSITION=by_position, X_ALIGNED=x_aligned, G_ALIGNED=g_aligned, **self.constants,
+            )  # fmt: skip
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, hard and soft."""
@@ -141,10 +149,11 @@ class TritonRows:
             bad = self.soft[: self.rows].isnan()
             check_student(bad if self.call.labels is None else bad | self.hard[: self.rows].isnan(), self.options.what)
         loss, hard, soft = (torch.empty((), dtype=torch.float32, device=self.params.device) for _ in range(3))
-        total_kernel[(1,)](
-            self.hard, self.soft, self.params, hard, soft, loss, self.rows,
-            HARD=self.call.labels is not None, BLOCK=4096, num_warps=8,
-        )  # fmt: skip
+        with on_device(self.params):
+            total_kernel[(1,)](
+                self.hard, self.soft, self.params, hard, soft, loss, self.rows,
+                HARD=self.call.labels is not None, BLOCK=4096, num_warps=8,
+            )  # fmt: skip
         return loss, hard, soft
 
 
@@ -154,3 +163,15 @@ def _as_three(x: Tensor) -> Tensor:
     A copy only where more leading dimensions do not collapse into two.
     """
     return x[None] if x.ndim == 2 else x.flatten(0, -3)
+
+
+def lies_in_vectors(x: Tensor) -> bool:
+    """Whether every row of x `[B, L, V]` starts at a 16-byte boundary."""
+    return all(step * x.element_size() % 16 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+
+
+def lie_alike(x: Tensor, g: Tensor) -> bool:
+    """Whether each row of x and of g `[B, L, V]` lies at the same distance from a 16-byte boundary."""
+    steps = zip(x.stride()[:-1], g.stride()[:-1], strict=True)
+    alike = all((a - b) * x.element_size() % 16 == 0 for a, b in steps)
+    return alike and (x.data_ptr() - g.data_ptr()) % 16 == 0

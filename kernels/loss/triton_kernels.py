@@ -142,6 +142,7 @@ def loss_kernel(
     V, teacher_V, K, N, outcomes_stride, ignore_index, inverse_draw_temperature, parameter, softcap, logit_scale,
     TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, M: constexpr,
     BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr,
+    EDGES: constexpr, X_ALIGNED: constexpr, G_ALIGNED: constexpr,
 ):  # fmt: skip
     """The losses of one target row (times its weight), and its gradient if WANT_GRAD."""
     pid = tl.program_id(0)
@@ -198,7 +199,7 @@ def loss_kernel(
     nan = float("nan")
 
     # --- the student's row ------------------------------------------------------------------------------------------
-    r, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC)
+    r, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC, EDGES, X_ALIGNED)
 
     # --- the teacher at T -----------------------------------------------------------------------------------------
     ids = ids.to(tl.int64)
@@ -281,6 +282,7 @@ def loss_kernel(
             r_off, s_off = reduce_off_topk(
                 x_ptr, x_stride, V, T, ids_ptr + stored, logprobs_ptr + stored,
                 draws_ptr if draws_ptr is None else draws_ptr + stored, K, softcap, logit_scale, BLOCK, THREADS, VEC,
+                EDGES, X_ALIGNED,
             )  # fmt: skip
             log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + p_t * (r_off - r) * LN_2 - log_s, float("-inf"))
 
@@ -331,7 +333,10 @@ def loss_kernel(
         g_entries = through_cap(g_entries, z, softcap, logit_scale)
         # all warps have read their entries of S before another warp's part of the pass overwrites them
         tl.debug_barrier()
-        write_row(x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, BLOCK)
+        write_row(
+            x_ptr, x_stride, g_ptr, g_stride, V, T, base, a, b, softcap, logit_scale, BLOCK, THREADS, VEC,
+            EDGES, X_ALIGNED, G_ALIGNED,
+        )  # fmt: skip
         # all threads have written their part of the pass before the entries overwrite it
         tl.debug_barrier()
         element = g_ptr.dtype.element_ty

@@ -46,6 +46,7 @@ def compiled(kernel, constants, dtype="bf16", arch=90, **options):
 def loss(arch, dtype, divergence, treatment, **change):
     settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
     options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
+    settings |= {"X_ALIGNED": True, "G_ALIGNED": True}
     c = dict(
         TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, softcap=None,
         logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, **settings,
