@@ -85,3 +85,64 @@ def test_every_kernel_compiles_without_a_gpu(compiled_kernels) -> None:
     sizes = json.loads(compiled_kernels(COMPILE))
     assert len(sizes) == 17
     assert all(size > 1000 for size in sizes.values())
+
+
+LAUNCHES = """
+import json, torch
+from fastkd.bench.cases import GRID
+from fastkd.bench.compiled import loss_launch, meta, recorded, target, topk_launches
+from fastkd.kernels import TopKConfig
+from fastkd.kernels.loss.row_passes import scale_triton_
+
+def launches(arch):
+    yield loss_launch(128256, torch.bfloat16, arch)
+    if arch == "gfx942":  # NVIDIA's other cells are compiled above
+        yield loss_launch(50257, torch.float32, arch, treatment="sampled")
+        yield loss_launch(128256, torch.bfloat16, arch, train=False)
+    config = TopKConfig(k=48, draws=16, mass=0.95, temperatures=GRID)
+    yield from topk_launches(128256, torch.bfloat16, arch, config=config)
+    yield from recorded(lambda: scale_triton_(meta(8, 128256), meta()), arch)
+
+for arch in (100, "gfx942"):
+    for launch in launches(arch):
+        built = launch.compile(arch)
+        size = len(built.asm["cubin" if arch == 100 else "hsaco"])
+        print(json.dumps([launch.name, size, built.metadata.num_warps * target(arch).warp_size]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
+def test_what_is_launched_compiles_for_blackwell_and_amd(compiled_kernels) -> None:
+    """With the options that the launches themselves choose, which differ between the back ends."""
+    found = [json.loads(line) for line in compiled_kernels(LAUNCHES).splitlines()]
+    topk = ["_scan", "_pick", "_select", "_finish", "_weigh", "_draw", "scale_kernel"]
+    assert [name for name, _, _ in found] == ["loss_kernel", *topk, *["loss_kernel"] * 3, *topk]
+    assert all(size > 1000 and threads <= 1024 for _, size, threads in found)
+
+
+COUNTS = """
+import json, torch
+from fastkd.bench.compiled import loss_launch
+from fastkd.bench.sass import count_loss
+
+launch = loss_launch(49152, torch.bfloat16, 90)
+for temperature in (2.0, 3.3):
+    found = count_loss(launch, 90, temperature)
+    parts = {name: [part.issued * 32 / 49152, part.exponentials * 32 / 49152] for name, part in found.parts.items()}
+    print(json.dumps([found.registers, found.stack, found.bytes / (2 * 2 * 49152), parts]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
+def test_instructions_of_the_loss_are_counted(compiled_kernels) -> None:
+    """A logit's exponentials are known: one a pass at T = 2, two at another T. Its instructions cannot be fewer than
+    its conversion, maximum, exponent and sums."""
+    two, other = (json.loads(line) for line in compiled_kernels(COUNTS).splitlines())
+    assert two[:2] == other[:2]  # of one kernel
+    assert two[0] <= 128
+    assert two[2] == pytest.approx(1.0, abs=0.01)
+    for name in ("pass 1", "write"):
+        assert two[3][name][1] == pytest.approx(1.0, abs=0.1)
+        assert other[3][name][1] == pytest.approx(2.0, abs=0.2)
+        assert 4 < two[3][name][0] < other[3][name][0] < 20
+    assert 0 < two[3]["rest"][0] < 20
