@@ -10,12 +10,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
 
 from fastkd.bench.compiled import Launch, at_temperature
+from fastkd.errors import BenchError
 
 WARP = 32
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -168,6 +169,7 @@ class Program:
         found = [Instruction(int(address, 16), *rest) for address, *rest in _LINE.findall(text)]
         if not found:
             raise ValueError("no SASS in this text")
+        found = [_as_branch(i, found) for i in found]
         starts = {found[0].address}
         for here, behind in zip(found, [*found[1:], None], strict=True):
             if here.target is not None or here.leaves:
@@ -257,6 +259,14 @@ class Program:
         raise ValueError("a loop without a way out")
 
 
+def _as_branch(call: Instruction, all_of_them: Sequence[Instruction]) -> Instruction:
+    """A call of code that never returns, as ptxas leaves a loop by on sm_80, as the branch that it is."""
+    if call.kind != "CALL" or not (goes := re.search(r"0x([0-9a-f]+)$", call.operands)):
+        return call
+    ends = (i.kind for i in all_of_them if i.address >= int(goes[1], 16) and i.kind in ("EXIT", "RET"))
+    return replace(call, op="BRA") if next(ends, "EXIT") == "EXIT" else call
+
+
 @dataclass(frozen=True)
 class Counted:
     """A kernel, a row of logits. registers: a thread's. stack: bytes of spills a thread. parts: what its warps execute,
@@ -282,8 +292,12 @@ def count_loss(launch: Launch, arch: int, temperature: float) -> Counted:
     program = Program(disassemble(at_temperature(launch, arch, built, temperature).asm["cubin"]))
     warps, vocab, size = built.metadata.num_warps, launch.values["V"], launch.values["x_ptr"].itemsize
     loops = [loop for loop in program.loops if loop.has_exponentials and loop.bytes("LDG")]
-    read = next(loop for loop in loops if not loop.bytes("STG"))
-    write = next(loop for loop in reversed(loops) if loop.bytes("STG"))
+    read = next((loop for loop in loops if not loop.bytes("STG")), None)
+    write = next((loop for loop in reversed(loops) if loop.bytes("STG")), None)
+    if read is None or write is None:
+        raise BenchError(
+            f"{launch.name}, sm_{arch}: no loop that reads and one that writes, with exponentials in both."
+        )
     trips = [math.ceil(vocab * size / (warps * WARP * loop.bytes("LDG"))) for loop in (read, write)]
     rest, (first, second) = program.executed(list(zip((read, write), trips, strict=True)))
     parts = {"pass 1": first * warps, "write": second * warps, "rest": rest * warps}

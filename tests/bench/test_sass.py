@@ -82,6 +82,14 @@ class TestProgram:
         assert loop.constant_trips == 4
         assert program.executed([]) == (Count(issued=2 + 4 * 4, loaded=4 * 8), [])
 
+    def test_a_call_that_does_not_return_leaves_a_loop(self) -> None:
+        """As ptxas writes it for sm_80; the other one is of a subroutine."""
+        text = block("CALL.REL.NOINC 0x60", "MUFU.EX2 R2, R2", "@P0 CALL.REL.NOINC 0x40", "BRA 0x10", "MOV R1, R2",
+                     "EXIT", "MOV R3, R4", "RET.REL.NODEC R2 0x0")  # fmt: skip
+        program = Program(text)
+        (loop,) = program.loops
+        assert program.executed([(loop, 6)]) == (Count(issued=3), [Count(18, 6, 6)])
+
     def test_a_loop_that_is_left_in_its_middle(self) -> None:
         text = block("MOV R1, RZ", "@P0 BRA 0x50", "MUFU.EX2 R2, R2", "LDG.E.U16 R3, [R4]", "BRA 0x10", "EXIT")
         program = Program(text)
