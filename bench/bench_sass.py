@@ -173,14 +173,15 @@ def measured_on(gpu: Gpu, case: AnyCase) -> float | None:
     if case.softcap is not None:
         return None
     if isinstance(case, LossCase):
-        suite, name = "loss", f"in place forward_kl {case.treatment} T={case.temperature}"
+        suite, name = "loss", f"in place {case.treatment} T={case.temperature}"
     else:
-        suite, name = "topk", {0: "fastkd", 16: "fastkd, 48 entries and 16 draws"}.get(case.draws, "")
+        suite, name = "topk", f"fastkd, {case.k} entries and {case.draws} draws" if case.draws else "fastkd"
     for file in recording_files():
         for recording in load(file):
             if recording.suite == suite and gpu.name in str(recording.hardware.get("name", "")):
                 for row in recording.rows:
-                    if row.name == name and f" V={case.vocab} " in row.case and str(case.dtype)[6:] in row.case:
+                    at = all(part in row.case for part in (f" V={case.vocab} ", " k=64 ", str(case.dtype)[6:]))
+                    if row.name == name and at and not row.case.startswith("a certain student"):
                         return row.ratio
     return None
 
@@ -243,6 +244,7 @@ CHECKED: tuple[AnyCase, ...] = (
     LossCase(128256, treatment="sampled"),
     LossCase(128256, softcap=SOFTCAP),
     LossCase(128256, FP32),
+    TopKCase(128256),
     TopKCase(128256, k=48, draws=16),
 )
 CHECKED_ARCH = 90

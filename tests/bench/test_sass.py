@@ -152,8 +152,9 @@ class TestModel:
 
     def test_a_recording_of_a_card_stands_beside_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         table = Table("cpu", "loss")
-        table.title("divergences and treatments: N=8192 V=49152 k=64 bfloat16")
-        table.ratio("in place forward_kl bucket T=2.0", 1.08, "copy")
+        for who, ratio in (("a certain student", 1.5), ("a fresh student", 1.08)):
+            table.title(f"{who}: N=8192 V=49152 k=64 bfloat16")
+            table.ratio("in place bucket T=2.0", ratio, "copy")
         table.hardware = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_GB": 85}
         table.save(tmp_path / "h100.json")
         monkeypatch.setattr(bench_sass, "recording_files", lambda: [tmp_path / "h100.json"])
