@@ -130,7 +130,10 @@ def at_temperature(launch: Launch, arch: int, built: Any, temperature: float) ->
 
     decided = re.sub(r"(%\w+) = arith\.cmpf (\w+), %T(?:_\d+)?, (%\w+) : f32", decide, text)
     if decided == text:
-        raise BenchError(f"{launch.name}: its TTIR has no comparison of a scalar named T with a number.")
+        raise BenchError(
+            f"{launch.name}: its TTIR has no comparison of a scalar named T with a number. (With "
+            "TRITON_DISABLE_LINE_INFO=1 it has no names.)"
+        )
     with tempfile.TemporaryDirectory() as folder, _compiling[f"{decided} {arch} {launch.options}"]:
         path = Path(folder) / f"{launch.name}.ttir"
         path.write_text(decided)

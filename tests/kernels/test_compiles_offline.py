@@ -95,10 +95,8 @@ from fastkd.kernels import TopKConfig
 from fastkd.kernels.loss.row_passes import scale_triton_
 
 def launches(arch):
-    yield loss_launch(128256, torch.bfloat16, arch)
-    if arch == "gfx942":  # NVIDIA's other cells are compiled above
-        yield loss_launch(50257, torch.float32, arch, treatment="sampled")
-        yield loss_launch(128256, torch.bfloat16, arch, train=False)
+    if arch == 100:
+        yield loss_launch(128256, torch.bfloat16, arch)
     config = TopKConfig(k=48, draws=16, mass=0.95, temperatures=GRID)
     yield from topk_launches(128256, torch.bfloat16, arch, config=config)
     yield from recorded(lambda: scale_triton_(meta(8, 128256), meta()), arch)
@@ -116,11 +114,13 @@ def test_what_is_launched_compiles_for_blackwell_and_amd(compiled_kernels) -> No
     """With the options that the launches themselves choose, which differ between the back ends."""
     found = [json.loads(line) for line in compiled_kernels(LAUNCHES).splitlines()]
     topk = ["_scan", "_pick", "_select", "_finish", "_weigh", "_draw", "scale_kernel"]
-    assert [name for name, _, _ in found] == ["loss_kernel", *topk, *["loss_kernel"] * 3, *topk]
+    assert [name for name, _, _ in found] == ["loss_kernel", *topk, *topk]
     assert all(size > 1000 and threads <= 1024 for _, size, threads in found)
 
 
 COUNTS = """
+import os
+os.environ["TRITON_DISABLE_LINE_INFO"] = "0"  # with which the kernel's number T loses its name
 import json, torch
 from fastkd.bench.compiled import loss_launch
 from fastkd.bench.sass import count_loss
