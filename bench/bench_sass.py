@@ -13,6 +13,7 @@ over the floor: one read and one write of the logits for the loss, one read for 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import torch
 
 from fastkd.bench.cases import GRID
 from fastkd.bench.check import FOLDER, recording_files
-from fastkd.bench.compiled import loss_launch, topk_launches
+from fastkd.bench.compiled import Launch, loss_launch, topk_launches
 from fastkd.bench.hardware import cores
 from fastkd.bench.sass import WARP, Count, Counted, count_kernel, count_loss
 from fastkd.bench.suites import Case, RunConfig
@@ -39,6 +40,7 @@ VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 262144)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 3.3, 4.0)
 SOFTCAP = 30.0
 RECORD = FOLDER / "sass.json"
+TIED = 4  # tokens of a row, and groups, that tie with its k-th best one
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -130,7 +132,19 @@ class TopKCase:
         """What counts its kernels."""
         config = TopKConfig(k=self.k, draws=self.draws, temperatures=GRID)
         launches = topk_launches(self.vocab, self.dtype, arch, softcap=self.softcap, config=config)
-        return [partial(count_kernel, launch, arch) for launch in launches]
+        return [partial(count_kernel, launch, arch, self.trips(launch)) for launch in launches]
+
+    def trips(self, launch: Launch) -> float:
+        """Iterations of a kernel's loops that depend on the data, in a row of a language model."""
+        candidates = self.k + TIED
+        if launch.name == "_select":  # over the groups that it reads again
+            return math.ceil(candidates / launch.values["TILE"])
+        if launch.name == "_sift_ties":  # which has nothing to do
+            return 0.0
+        if launch.name == "_finish":  # exchanges of a sort
+            stages = math.ceil(math.log2(candidates))
+            return stages * (stages + 1) / 2
+        return 1.0
 
 
 AnyCase = LossCase | TopKCase

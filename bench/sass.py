@@ -210,19 +210,37 @@ class Program:
     def executed(self, passes: Sequence[tuple[Loop, float]]) -> tuple[Count, list[Count]]:
         """What a thread executes from the first instruction to the last: outside the given loops, and within each.
         passes: loops in the order in which they are taken, and the numbers of their iterations."""
-        outside, within, at = Count(), list[Count](), 0
+        outside, within, starts = Count(), list[Count](), [0]
         for loop, trips in passes:
-            outside += self._cost(self._way(at, loop.first))
+            outside += self._cost(self._way(starts, loop.first))
             within.append(self.iteration(loop) * trips)
-            at = self._behind(loop)
-        return outside + self._cost(self._way(at, None)), within
+            starts = self._behind(loop)
+        if None in starts:
+            return outside, within
+        return outside + self._cost(self._way(starts, None)), within
+
+    @property
+    def open_loops(self) -> list[Loop]:
+        """The outermost loops whose number of iterations is not in the SASS."""
+        outermost = [
+            loop
+            for loop in self.loops
+            if not any(other.first < loop.first and loop.last <= other.last for other in self.loops)
+        ]
+        return [loop for loop in outermost if loop.constant_trips == 1]
+
+    @property
+    def main_block(self) -> Loop:
+        """The block with the most exponentials, as a loop of one iteration."""
+        number = max(range(len(self.blocks)), key=lambda number: count(self.blocks[number]).exponentials)
+        return Loop(number, number, tuple(self.blocks[number]))
 
     def iteration(self, loop: Loop) -> Count:
         """What a thread executes in an iteration."""
         return sum((count(self.blocks[b]) for b in self._inside(loop)), Count())
 
     def _inside(self, loop: Loop) -> list[int]:
-        return [*self._way(loop.first, loop.last, loop), loop.last]
+        return [*self._way([loop.first], loop.last, loop), loop.last]
 
     def _cost(self, way: Sequence[int]) -> Count:
         """Of blocks in turn, and of what the loops among them repeat."""
@@ -232,11 +250,11 @@ class Program:
                 total += self.iteration(loop) * (loop.constant_trips - (loop.last in way))
         return total
 
-    def _way(self, start: int, end: int | None, within: Loop | None = None) -> list[int]:
+    def _way(self, starts: Sequence[int | None], end: int | None, within: Loop | None = None) -> list[int]:
         """The blocks with the fewest instructions from one block until before another one (None: the kernel's end)."""
-        queue: list[tuple[int, int, int | None, list[int]]] = [(0, 0, start, [])]
+        queue: list[tuple[int, int, int | None, list[int]]] = [(0, turn, at, []) for turn, at in enumerate(starts)]
         done: set[int | None] = set()
-        turn = 0
+        turn = len(queue)
         while queue:
             cost, _, at, path = heappop(queue)
             if at == end:
@@ -250,12 +268,11 @@ class Program:
                     heappush(queue, (cost + len(self.blocks[at]), turn, to, [*path, at]))
         raise ValueError("no way from one block to the other")
 
-    def _behind(self, loop: Loop) -> int:
-        """Where a loop is left to."""
+    def _behind(self, loop: Loop) -> list[int | None]:
+        """Where a loop is left to from its last block that it is left from."""
         for number in range(loop.last, loop.first - 1, -1):
-            for to in self.successors(number):
-                if to is not None and not loop.first <= to <= loop.last:
-                    return to
+            if out := [to for to in self.successors(number) if to is None or not loop.first <= to <= loop.last]:
+                return out
         raise ValueError("a loop without a way out")
 
 
@@ -304,46 +321,16 @@ def count_loss(launch: Launch, arch: int, temperature: float) -> Counted:
     return Counted(launch.name, warps, used["REG"], used["STACK"], parts, sum(launch.bytes_a_row))
 
 
-def count_kernel(launch: Launch, arch: int) -> Counted:
-    """The shortest way through a kernel of top-k that does a row's usual work."""
+def count_kernel(launch: Launch, arch: int, trips: float = 1.0) -> Counted:
+    """The shortest way through a kernel of top-k. trips: of its loops whose iterations depend on the data; 0: it does
+    not come to its work."""
     built = launch.compile(arch)
     used = resources(built.asm["cubin"])
     program = Program(disassemble(built.asm["cubin"]))
     warps = built.metadata.num_warps
-    rest, within = program.executed(_topk_passes(launch, program))
+    passes = [(loop, trips) for loop in program.open_loops] or [(program.main_block, 1.0)]
+    rest, within = program.executed(passes if trips else [])
     total = sum(within, rest) * (warps * launch.programs_a_row)
     *others, logits = launch.bytes_a_row
     moved = sum(others) + min(logits, total.loaded * WARP)  # of the logits it may read a part
-    return Counted(launch.name, warps, used["REG"], used["STACK"], {"all": total}, moved)
-
-
-TIED = 4  # groups of a row that tie with its k-th best one, and candidates that are no top-k entries
-
-
-def _topk_passes(launch: Launch, program: Program) -> list[tuple[Loop, float]]:
-    """The loops of a kernel of top-k, and the numbers of their iterations for a row of a language model."""
-    values = launch.values
-    if launch.name == "_sift_ties":  # at its end at once, but for rows in which a hundred tokens tie
-        return []
-    if launch.name in ("_select", "_sift"):
-        picked = values["CANDIDATES"] // 2 if launch.name == "_sift" else _groups_picked(launch)
-        trips = math.ceil((picked + TIED) / values["TILE"])
-        loops = [loop for loop in program.loops if loop.has_exponentials]
-        if not loops:  # it can only be one iteration, as the compiler knows too
-            block = max(range(len(program.blocks)), key=lambda b: count(program.blocks[b]).exponentials)
-            return [(Loop(block, block, tuple(program.blocks[block])), 1)]
-        return [(loops[0], trips)]
-    if launch.name == "_finish":
-        # A sort: s rounds, the n-th of which makes n of the exchanges in the loop. (The way through an iteration that
-        # makes none is counted once besides.)
-        loop = max(program.loops, key=lambda found: len(found.inside))
-        rounds = math.ceil(math.log2(values["CANDIDATES"] // 2 + TIED))
-        once = Loop(loop.last, loop.last, loop.inside)
-        share = rounds * (rounds + 1) / 2 / values["STAGES"]
-        return [(once, share * len(loop.inside) / len(program.blocks[loop.last]))]
-    return [(loop, loop.constant_trips) for loop in program.loops if loop.bytes("LDG")]
-
-
-def _groups_picked(launch: Launch) -> int:
-    """Groups that `_select` reads, without those that tie."""
-    return int(launch.values["stride_picked"] - launch.values["BLOCK"] // launch.values["G"])
+    return Counted(launch.name, warps, used["REG"], used["STACK"], {"all": total}, moved if trips else 0.0)

@@ -90,6 +90,16 @@ class TestProgram:
         (loop,) = program.loops
         assert program.executed([(loop, 6)]) == (Count(issued=3), [Count(18, 6, 6)])
 
+    def test_what_a_row_may_do_without_is_asked_for(self) -> None:
+        """A loop that runs as often as the data say, behind an early exit; and a kernel without loops."""
+        text = block("@P0 EXIT", "@P1 BRA 0x40", "LDG.E.128 R4, [R2]", "@P2 BRA 0x20", "MUFU.EX2 R5, R4", "EXIT")
+        program = Program(text)
+        assert program.executed([]) == (Count(issued=1), [])
+        assert program.executed([(loop, 3) for loop in program.open_loops]) == (Count(4, 1, 1), [Count(6, loaded=48)])
+        straight = Program(block("@P0 EXIT", "@P1 BRA 0x30", "MUFU.EX2 R5, R4", "EXIT"))
+        assert straight.open_loops == []
+        assert straight.executed([(straight.main_block, 1)]) == (Count(issued=3), [Count(1, 1, 1)])
+
     def test_a_loop_that_is_left_in_its_middle(self) -> None:
         text = block("MOV R1, RZ", "@P0 BRA 0x50", "MUFU.EX2 R2, R2", "LDG.E.U16 R3, [R4]", "BRA 0x10", "EXIT")
         program = Program(text)
