@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -246,7 +247,7 @@ class Student(torch.nn.Module):
 
 
 def tensor_parallel(part: Part) -> None:
-    """The example of docs/losses.md: a head under ColwiseParallel, whose local logits, or weight, go into the loss."""
+    """A head under ColwiseParallel, whose local logits, or local weight, go into the loss."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -268,6 +269,25 @@ def tensor_parallel(part: Part) -> None:
         same_losses(part, out, expected)
         for (name, found), whole in zip(model.named_parameters(), one.parameters(), strict=True):
             close(found.grad.full_tensor() if "lm_head" in name else found.grad, whole.grad)
+
+
+def documented(part: Part) -> None:
+    """The example of docs/losses.md, and its two losses by one rank."""
+    text = (Path(__file__).parents[2] / "docs/losses.md").read_text()
+    (snippet,) = re.findall(r"```python torchrun\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    student, x = names["student"], names["x"]
+    body, head = student["body"], student["lm_head"].weight
+    found = [head.grad.full_tensor() / 2, body.weight.grad / 2]  # the two losses are equal
+    weights = [w.detach().requires_grad_() for w in (head.full_tensor(), body.weight)]
+    hidden = torch.nn.functional.linear(x, weights[1], body.bias.detach())
+    one = linear_kd_loss(hidden, weights[0], names["targets"], names["labels"])
+    one.loss.backward()
+    for out in (names["out"], names["fused"]):
+        same_losses(part, out, one)
+    for gradient, weight in zip(found, weights, strict=True):
+        close(gradient, weight.grad)
 
 
 def dtensors(part: Part) -> None:
@@ -321,6 +341,7 @@ def jobs() -> Iterator[tuple[str, Callable[[Part], None]]]:
         yield f"linear-{impl}", linear(impl)
         yield f"errors-{impl}", errors(impl)
     yield "tensor-parallel", tensor_parallel
+    yield "documented", documented
     yield "dtensors", dtensors
 
 
