@@ -90,6 +90,14 @@ def read_part(name: str, parts_R2: Tensor, vocab_size: int, what: str) -> VocabP
     return VocabPart(name, start, size, end, tuple((start, size) for start, size in parts))
 
 
+def locate_part(name: str, parts_R2: Tensor) -> Tensor:
+    """This rank's first column and the number of all columns, int64 `[2]`, of `exchange_parts`, without waiting for the
+    device. The number is -1 where the parts are not a division of one vocabulary."""
+    starts, sizes = parts_R2[parts_R2[:, 0].argsort()].unbind(1)
+    divided = (starts == sizes.cumsum(0) - sizes).all() & (sizes > 0).all()
+    return torch.stack([parts_R2[_group(name).rank(), 0], torch.where(divided, sizes.sum(), -1)])
+
+
 def gather_columns(x_NV: Tensor, part: VocabPart) -> Tensor:
     """All columns `[N, V]` of a matrix of which each rank holds its part."""
     equal = torch.nn.functional.pad(x_NV, (0, part.widest - part.size))

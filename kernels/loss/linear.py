@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KDError
 from ..lm_head import LMHead
 from ..vocab_parallel import all_reduce_sum_
 from .call import Call, RowOptions
@@ -206,8 +205,6 @@ def linear_kd_loss_chunks(
 def rows_of(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:
     """The rows of a call, by the implementation that its config names: torch or triton."""
     if call.config.impl == "triton":
-        if call.group is not None:
-            raise KDError("impl: got 'triton' with a group; expected 'torch', for now.")
         from .triton_impl import TritonRows
 
         return TritonRows(call, positions, width, dtype, options)

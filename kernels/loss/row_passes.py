@@ -215,12 +215,13 @@ def reduce_row(
 
 @triton.jit
 def reduce_off_topk(
-    row_ptr, stride, V, T, ids_ptr, logprobs_ptr, draws_ptr, K, softcap, logit_scale,
+    row_ptr, stride, V, T, ids_ptr, logprobs_ptr, draws_ptr, K, first_column, softcap, logit_scale,
     BLOCK: constexpr, THREADS: constexpr, VEC: constexpr, EDGES: constexpr, ALIGNED: constexpr,
 ):  # fmt: skip
     """The reference and Σ e^(z/T), as `reduce_row` returns them, of a row without its top-k entries.
 
     ids_ptr, logprobs_ptr, draws_ptr: the row's K stored entries; those of logprob −inf and the drawn ones stay in.
+    first_column: the id of the row's first logit.
     The pass costs a comparison for each stored entry in each tile beyond `reduce_row`'s work, and writes nothing.
     """
     REPEATS: constexpr = min(32, BLOCK // THREADS) // VEC
@@ -237,14 +238,14 @@ def reduce_off_topk(
         columns, wanted = _edges(V, head, length, THREADS)
         for j in range(K):
             column = tl.where(_in_topk(logprobs_ptr, draws_ptr, j), tl.load(ids_ptr + j).to(tl.int32), -1)
-            wanted = wanted & (columns != column)
+            wanted = wanted & (columns + first_column != column)
         edges = logits_of(tl.load(row_ptr + columns * stride, mask=wanted, other=float("-inf")), softcap, logit_scale)
         r = edges * rate
         s_t = tl.exp2(p_t * tl.fma(edges, rate, -tm.finite_or_zero(r)))
     for start in range(0, length, TILE):
         taken = tl.zeros((THREADS,), tl.int32)
         for j in range(K):
-            at = tl.load(ids_ptr + j).to(tl.int32) - head - start
+            at = tl.load(ids_ptr + j).to(tl.int32) - first_column - head - start
             if (at >= 0) & (at < TILE):
                 group = at // VEC
                 bit = tl.where(_in_topk(logprobs_ptr, draws_ptr, j), 1 << ((group // THREADS) * VEC + at % VEC), 0)

@@ -15,11 +15,25 @@ from ..errors import KDError
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from ..treatment import sampled_reach
 from ..triton_math import back_end, is_interpreted, on_device
+from ..vocab_parallel import all_gather, exchange_parts, locate_part, read_part
 from .call import Call, RowOptions, split
 from .checks import check_student, check_values, values_are_checked
 from .config import HIGHEST_TEMPERATURE, SCHEDULED
 from .row_passes import sweep_settings, zero_uncovered_kernel
-from .triton_kernels import BUCKET, DIVISOR, RENORMALIZE, SAMPLED, WEIGHTS, loss_kernel, prepare_kernel, total_kernel
+from .triton_kernels import (
+    BUCKET,
+    DIVISOR,
+    MERGED,
+    OWN,
+    RENORMALIZE,
+    SAMPLED,
+    SUMS,
+    WEIGHTS,
+    WHOLE,
+    loss_kernel,
+    prepare_kernel,
+    total_kernel,
+)  # fmt: skip
 
 INTERPRETED = is_interpreted(loss_kernel)
 
@@ -47,8 +61,15 @@ class TritonRows:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise KDError(f"{options.what}: got {dtype}; expected float32, bfloat16 or float16 with impl='triton'.")
         targets, device = call.targets, call.targets.device
+        self.part = None  # of a divided vocabulary: first column here, and columns on all ranks, int64 [2]
+        total = width
+        if call.group is not None:
+            parts = exchange_parts(call.group, width, call.vocab_start, device)
+            self.part = locate_part(call.group, parts)
+            if values_are_checked(device):
+                total = read_part(call.group, parts, targets.vocab_size, options.what).total
         if values_are_checked(device):
-            check_values(call, positions, width)
+            check_values(call, positions, total)
         self.call, self.index, self.rows, self.options = call, targets.index, call.rows, options
         self.width, self.positions = width, positions
         grid = targets.temperatures
@@ -75,7 +96,6 @@ class TritonRows:
         self.kernel = loss_kernel_of(find_divergence(call.config.divergence))
         self.constants: dict[str, Any] = dict(
             TREATMENT={"bucket": BUCKET, "sampled": SAMPLED, "renormalize": RENORMALIZE}[treatment],
-            WANT_GRAD=options.want_grad,
             M=m,
             BLOCK_K=max(16, triton.next_power_of_2(targets.width)),
             BLOCK_M=self.block_m,
@@ -128,6 +148,17 @@ class TritonRows:
     def _launch(self, x: Tensor, g: Tensor | None, programs: int, first: int, *, by_position: bool) -> None:
         if programs == 0:
             return
+        if self.call.group is None:
+            return self._run(WHOLE, x, g, programs, first, by_position, None, 1)
+        own = torch.empty(programs, SUMS.value + self.call.targets.width, dtype=torch.float32, device=x.device)
+        self._run(OWN, x, None, programs, first, by_position, own, 1)
+        by_rank = all_gather(own, self.call.group)
+        self._run(MERGED, x, g, programs, first, by_position, by_rank, len(by_rank))
+
+    def _run(
+        self, stage: Any, x: Tensor, g: Tensor | None, programs: int, first: int, by_position: bool,
+        statistics: Tensor | None, ranks: int,
+    ) -> None:  # fmt: skip
         call, targets, options = self.call, self.call.targets, self.options
         if self.constants["EDGES"]:  # the kernel finds where a row's vectors start
             x_aligned, g_aligned = True, g is None or lie_alike(x, g)
@@ -135,12 +166,13 @@ class TritonRows:
             x_aligned, g_aligned = lies_in_vectors(x), g is None or lies_in_vectors(g)
         with on_device(x):
             self.kernel[(programs,)](
-                x, g, self.hard, self.soft, self.params, *self.pointers, targets.outcomes,
+                x, g, self.hard, self.soft, self.params, self.part, statistics, ranks, *self.pointers, targets.outcomes,
                 *x.stride(), *(x if g is None else g).stride(), x.shape[1], first,
                 self.width, targets.vocab_size, targets.width, self.positions,
                 targets.outcomes.stride(0) if targets.outcomes.ndim else 0, call.config.ignore_index,
                 1.0 / targets.draw_temperature, call.config.parameter, options.softcap, options.logit_scale,
-                BY_POSITION=by_position, X_ALIGNED=x_aligned, G_ALIGNED=g_aligned, **self.constants,
+                BY_POSITION=by_position, X_ALIGNED=x_aligned, G_ALIGNED=g_aligned,
+                STAGE=stage, WANT_GRAD=g is not None, BLOCK_R=triton.next_power_of_2(ranks), **self.constants,
             )  # fmt: skip
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,9 @@ from .. import triton_math as tm
 from .row_passes import exponents_at, logits_of, reduce_off_topk, reduce_row, through_cap, write_row, zero_row
 
 BUCKET, SAMPLED, RENORMALIZE = constexpr(0), constexpr(1), constexpr(2)
+# Stages of a row, see loss_kernel; and the numbers that one passes to the next before the logits of S.
+WHOLE, OWN, MERGED = constexpr(0), constexpr(1), constexpr(2)
+SUMS = constexpr(6)
 LN_2 = constexpr(math.log(2.0))
 # By how much 1 - Σ_S p may miss p_tail: rounded sums of float32, of entries that were computed twice.
 ROUNDING = constexpr(2.0**-20)
@@ -134,17 +137,49 @@ def is_rounded(p_tail, slope_below, slope_above):
 
 
 @triton.jit
+def merge_ranks(own_ptr, rows, ranks, p_1, p_t, K, BLOCK_K: constexpr, BLOCK_R: constexpr):
+    """The statistics of a whole row, of those that each rank stored of its columns: reference, Σ e^z and Σ e^(z/T);
+    reference and Σ e^(z/T) off the top-k entries; the label's logit; and those of the support `[K]`.
+
+    own_ptr: the row's of the first rank; the next rank's come after `rows` rows. Every rank adds in the same order.
+    """
+    rank = tl.arange(0, BLOCK_R)
+    there = rank < ranks
+    at = own_ptr + rank.to(tl.int64) * rows * (SUMS + K)
+    none = float("-inf")
+    r_R = tl.load(at, mask=there, other=none)
+    off_R = tl.load(at + 3, mask=there, other=none)
+    r = tl.max(r_R, 0)
+    r_off = tl.max(off_R, 0)
+    u_R = r_R - tm.finite_or_zero(r)
+    s_1 = tl.sum(tl.load(at + 1, mask=there, other=0.0) * tl.exp2(p_1 * u_R), 0)
+    s_t = tl.sum(tl.load(at + 2, mask=there, other=0.0) * tl.exp2(p_t * u_R), 0)
+    off_R = off_R - tm.finite_or_zero(r_off)
+    s_off = tl.sum(tl.load(at + 4, mask=there, other=0.0) * tl.exp2(p_t * off_R), 0)
+    z_label = tl.max(tl.load(at + 5, mask=there, other=none), 0)
+    k = tl.arange(0, BLOCK_K)
+    z_RK = tl.load(at[:, None] + SUMS + k[None, :], mask=there[:, None] & (k < K)[None, :], other=none)
+    return r, s_1, s_t, r_off, s_off, z_label, tl.max(z_RK, 0)
+
+
+@triton.jit
 def loss_kernel(
     x_ptr, g_ptr, hard_ptr, soft_ptr, params_ptr,  # logits, and what is written; numbers of the call
+    part_ptr, statistics_ptr, ranks,  # of a divided vocabulary; None, None, 1 of a whole one
     labels_ptr, mask_ptr, weights_ptr, index_ptr,  # of the positions; None for those not given
     ids_ptr, logprobs_ptr, draws_ptr, tail_ptr, outcomes_ptr,  # of the target rows
     x_outer, x_inner, x_stride, g_outer, g_inner, g_stride, inner, first_row,
     V, teacher_V, K, N, outcomes_stride, ignore_index, inverse_draw_temperature, parameter, softcap, logit_scale,
-    TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, M: constexpr,
-    BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr,
+    STAGE: constexpr, TREATMENT: constexpr, BY_POSITION: constexpr, WANT_GRAD: constexpr, M: constexpr,
+    BLOCK_K: constexpr, BLOCK_M: constexpr, BLOCK_R: constexpr, BLOCK: constexpr, THREADS: constexpr, VEC: constexpr,
     EDGES: constexpr, X_ALIGNED: constexpr, G_ALIGNED: constexpr,
 ):  # fmt: skip
-    """The losses of one target row (times its weight), and its gradient if WANT_GRAD."""
+    """The losses of one target row (times its weight), and its gradient if WANT_GRAD.
+
+    STAGE: WHOLE, or of a vocabulary divided over ranks first OWN, which stores the statistics of this rank's V columns,
+    and then, with those of all ranks `[ranks, programs, SUMS + K]`, MERGED. part_ptr: the first of these columns, and
+    the number of all ranks'.
+    """
     pid = tl.program_id(0)
     row = (first_row + pid).to(tl.int64)
     position = row
@@ -199,20 +234,35 @@ def loss_kernel(
     nan = float("nan")
 
     # --- the student's row ------------------------------------------------------------------------------------------
-    r, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC, EDGES, X_ALIGNED)
+    if STAGE != MERGED:
+        r, s_1, s_t = reduce_row(x_ptr, x_stride, V, T, softcap, logit_scale, BLOCK, THREADS, VEC, EDGES, X_ALIGNED)
+    all_V = V
+    if STAGE != WHOLE:
+        first_column = tl.load(part_ptr)
+        all_V = tl.load(part_ptr + 1)
 
     # --- the teacher at T -----------------------------------------------------------------------------------------
     ids = ids.to(tl.int64)
     logprob = logprob.to(tl.float32)
     used = logprob > float("-inf")
     wrong = (used & ((ids < 0) | (ids >= teacher_V))) | (logprob != logprob)
-    ids = tl.where((ids < 0) | (ids >= V), 0, ids)
+    ids = tl.where((ids < 0) | (ids >= all_V), 0, ids)
     # with alpha = 1 a soft loss of NaN adds nothing: the hard loss must be NaN too
     bad = T != T
     if labels_ptr is not None:
-        outside = (label < 0) | (label >= V)
+        outside = (label < 0) | (label >= all_V)
         bad = bad | outside
         label = tl.where(outside, 0, label)
+    columns = ids
+    label_column = label
+    if STAGE != WHOLE:
+        bad = bad | (teacher_V > all_V)
+        columns = ids - first_column
+        here = (columns >= 0) & (columns < V)
+        columns = tl.where(here, columns, 0)
+        label_column = label - first_column
+        label_here = (label_column >= 0) & (label_column < V)
+        label_column = tl.where(label_here, label_column, 0)
 
     tails = tails.to(tl.float32)
     outcomes = outcomes.to(tl.float32)
@@ -260,28 +310,66 @@ def loss_kernel(
     log_q_tail = tl.where(bucket, log_q_tail, float("-inf"))
 
     # --- the student ----------------------------------------------------------------------------------------------
-    z = logits_of(tl.load(x_ptr + ids * x_stride, mask=support, other=float("-inf")), softcap, logit_scale)
-    z_label = 0.0
-    if labels_ptr is not None:
-        z_label = logits_of(tl.load(x_ptr + label * x_stride), softcap, logit_scale)
+    own = support
+    if STAGE != WHOLE:
+        own = support & here
     rate, p_1, p_t = exponents_at(T)
+    z_label = 0.0
+    if STAGE == MERGED:
+        r, s_1, s_t, r_off, s_off, z_label, z = merge_ranks(
+            statistics_ptr + pid.to(tl.int64) * (SUMS + K), tl.num_programs(0), ranks, p_1, p_t, K, BLOCK_K, BLOCK_R
+        )
+        z = tl.where(support, z, float("-inf"))
+    else:
+        z = logits_of(tl.load(x_ptr + columns * x_stride, mask=own, other=float("-inf")), softcap, logit_scale)
+        if labels_ptr is not None:
+            z_label = logits_of(tl.load(x_ptr + label_column * x_stride), softcap, logit_scale)
+    stored = row * K
+    if STAGE == OWN:
+        # nothing may be NaN where this rank holds no logit above −inf
+        s_topk = tl.sum(tl.where(z > float("-inf"), tl.exp2(p_t * tl.fma(z, rate, -r)), 0.0), 0)
+        p_tail = tl.where(s_topk > 0.0, 1.0 - s_topk / s_t, 1.0)
+        r_off = r
+        s_off = s_t * tl.maximum(p_tail, 0.0)
+        if bucket & (p_tail < tl.maximum(tl.exp(log_q_tail) / 8.0, 2.0 * ROUNDING)):
+            r_off, s_off = reduce_off_topk(
+                x_ptr, x_stride, V, T, ids_ptr + stored, logprobs_ptr + stored,
+                draws_ptr if draws_ptr is None else draws_ptr + stored, K, first_column.to(tl.int32), softcap,
+                logit_scale, BLOCK, THREADS, VEC, EDGES, X_ALIGNED,
+            )  # fmt: skip
+        out_ptr = statistics_ptr + pid.to(tl.int64) * (SUMS + K)
+        tl.store(out_ptr, r)
+        tl.store(out_ptr + 1, s_1)
+        tl.store(out_ptr + 2, s_t)
+        tl.store(out_ptr + 3, r_off)
+        tl.store(out_ptr + 4, s_off)
+        tl.store(out_ptr + 5, tl.where(label_here, z_label, float("-inf")))
+        tl.store(out_ptr + SUMS + k, z, mask=k < K)
+        return
     u = tl.fma(z, rate, -r)
     log_s = tl.log(s_t)
     log_p = tl.where(support, p_t * u * LN_2 - log_s, float("-inf"))
     p_tail = 1.0 - tl.sum(tl.where(support, tl.exp2(p_t * u), 0.0), 0) / s_t
     w_tail = tl.exp(log_q_tail)
-    r_off = r
-    s_off = s_t * tl.maximum(p_tail, 0.0)
-    log_p_tail = tm.log(tl.maximum(p_tail, 0.0))
-    if bucket:
+    if STAGE == MERGED:
+        if bucket:
+            log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + p_t * (r_off - r) * LN_2 - log_s, float("-inf"))
+        else:
+            r_off = r
+            s_off = s_t * tl.maximum(p_tail, 0.0)
+            log_p_tail = tm.log(tl.maximum(p_tail, 0.0))
+    else:
+        r_off = r
+        s_off = s_t * tl.maximum(p_tail, 0.0)
+        log_p_tail = tm.log(tl.maximum(p_tail, 0.0))
+    if bucket and STAGE == WHOLE:
         p_known = tl.maximum(p_tail, 2.0 * ROUNDING)
         _, slope_below = outcome_terms(w_tail, log_q_tail, tl.log(p_known - ROUNDING), parameter)
         _, slope_above = outcome_terms(w_tail, log_q_tail, tl.log(p_known + ROUNDING), parameter)
         if is_rounded(p_tail, slope_below, slope_above):
-            stored = row * K
             r_off, s_off = reduce_off_topk(
                 x_ptr, x_stride, V, T, ids_ptr + stored, logprobs_ptr + stored,
-                draws_ptr if draws_ptr is None else draws_ptr + stored, K, softcap, logit_scale, BLOCK, THREADS, VEC,
+                draws_ptr if draws_ptr is None else draws_ptr + stored, K, 0, softcap, logit_scale, BLOCK, THREADS, VEC,
                 EDGES, X_ALIGNED,
             )  # fmt: skip
             log_p_tail = tl.where(s_off > 0.0, tl.log(s_off) + p_t * (r_off - r) * LN_2 - log_s, float("-inf"))
@@ -341,10 +429,13 @@ def loss_kernel(
         tl.debug_barrier()
         element = g_ptr.dtype.element_ty
         if labels_ptr is not None:
-            tl.store(g_ptr + label * g_stride, g_label.to(element))
+            if STAGE == WHOLE:
+                tl.store(g_ptr + label * g_stride, g_label.to(element))
+            else:
+                tl.store(g_ptr + label_column * g_stride, g_label.to(element), mask=label_here)
             # a label in S is an entry of S, whose store comes last
             tl.debug_barrier()
-        tl.store(g_ptr + ids * g_stride, g_entries.to(element), mask=support)
+        tl.store(g_ptr + columns * g_stride, g_entries.to(element), mask=own)
 
 
 @triton.jit

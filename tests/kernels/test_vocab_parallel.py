@@ -1,4 +1,4 @@
-"""The loss of a head divided over 2 and 4 ranks equals one rank's; each launch runs all of vocab_jobs.py."""
+"""The loss of a head divided over 2 and 4 ranks equals one rank's: the jobs of vocab_jobs.py, each rank a process."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,28 @@ import pytest
 import vocab_jobs
 from forked import Forked
 
+RANKS = pytest.mark.parametrize("ranks", vocab_jobs.SPLITS)
 
-@pytest.fixture(scope="module", params=sorted(vocab_jobs.SPLITS))
-def raised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each rank's jobs raised, by their names."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    running = [Forked(vocab_jobs.run, rank, ranks, str(folder)) for rank in range(ranks)]
-    outputs = [(rank.communicate(timeout=300), rank.returncode) for rank in running]
+
+def run(ranks: int, folder: Path, *, everything: bool) -> None:
+    """All jobs in one launch; each that raised on some rank is named."""
+    running = [Forked(vocab_jobs.run, rank, ranks, str(folder), everything) for rank in range(ranks)]
+    outputs = [(rank.communicate(timeout=500), rank.returncode) for rank in running]
     assert [status for _, status in outputs] == [0] * ranks, outputs
-    return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+    names = [name for name, _ in vocab_jobs.jobs(ranks)]
+    for rank in range(ranks):
+        raised = json.loads(Path(folder, f"{rank}.json").read_text())
+        assert {name: text for name, text in raised.items() if text} == {}, f"rank {rank}"
+        assert list(raised) == names
 
 
-@pytest.mark.parametrize("name", [name for name, _ in vocab_jobs.jobs()])
-def test_divided(name: str, raised: list[dict[str, str]]) -> None:
-    for rank, by_name in enumerate(raised):
-        assert by_name.get(name, "did not run: ranks waited for each other before") == "", f"rank {rank}"
+@RANKS
+def test_divided(ranks: int, tmp_path: Path) -> None:
+    run(ranks, tmp_path, everything=False)
+
+
+@pytest.mark.soak
+@RANKS
+def test_everything_divided(ranks: int, tmp_path: Path) -> None:
+    """All kinds of cases with interpreted kernels too."""
+    run(ranks, tmp_path, everything=True)
