@@ -19,7 +19,7 @@ from fastkd.kernels.loss.triton_impl import loss_kernel_of
 TYPES = {
     "x_ptr": "*{t}", "g_ptr": "*{t}", "labels_ptr": "*i64", "mask_ptr": "*i1", "index_ptr": "*i64", "ids_ptr": "*i32",
     "draws_ptr": "*i32", "outcomes_ptr": "*i32", "x_outer": "i64", "g_outer": "i64", "outer": "i64",
-    "covered_ptr": "*i8", "num_items_ptr": "*i64",
+    "covered_ptr": "*i8", "part_ptr": "*i64", "num_items_ptr": "*i64",
 }
 FLOATS = ("alpha", "T", "reach", "fixed_scale", "inverse_draw_temperature", "parameter", "softcap", "logit_scale")
 
@@ -49,7 +49,8 @@ def loss(arch, dtype, divergence, treatment, **change):
     settings |= {"X_ALIGNED": True, "G_ALIGNED": True}
     c = dict(
         TREATMENT=treatment, BY_POSITION=True, WANT_GRAD=True, softcap=None,
-        logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, **settings,
+        logit_scale=None, M=4, BLOCK_K=64, BLOCK_M=8, STAGE=0, part_ptr=None, statistics_ptr=None, ranks=1, BLOCK_R=1,
+        **settings,
     )
     if treatment != 1:
         c["draws_ptr"] = None
@@ -66,6 +67,9 @@ for arch in (80, 90):
         name = f"sm_{arch} {divergence} {treatment} {dtype}"
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
 sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, **HEAD)
+divided = dict(part_ptr=RUN_TIME, statistics_ptr=RUN_TIME, x_stride=1, g_stride=1)
+sizes["divided, own"] = loss(90, "bf16", "forward_kl", 1, STAGE=1, WANT_GRAD=False, g_ptr=None, **divided)
+sizes["divided, merged"] = loss(90, "bf16", "forward_kl", 1, STAGE=2, ranks=RUN_TIME, BLOCK_R=8, **divided)
 sizes["evaluation, compact, no labels"] = loss(90, "bf16", "forward_kl", 0, WANT_GRAD=False, labels_ptr=None)
 sizes["prepare"] = compiled(lt.prepare_kernel, dict(M=4, OFF_GRID=True, SNAP=1e-6, HIGHEST=1e3, BLOCK=4096, BLOCK_M=8))
 sizes["prepare, floats"] = compiled(
@@ -83,7 +87,7 @@ print(json.dumps(sizes))
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux")
 def test_every_kernel_compiles_without_a_gpu(compiled_kernels) -> None:
     sizes = json.loads(compiled_kernels(COMPILE))
-    assert len(sizes) == 17
+    assert len(sizes) == 19
     assert all(size > 1000 for size in sizes.values())
 
 
