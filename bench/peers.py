@@ -65,10 +65,10 @@ def own(
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return [*found, Peer("torch.compile", None, "needs a C++ compiler")]
     torch._dynamo.reset()
-    found.append(Peer("torch.compile", step(torch.compile(loss, dynamic=False))))
+    found.append(_tried("torch.compile", lambda: step(torch.compile(loss, dynamic=False))))
     if device == "cuda":
         tuned = torch.compile(loss, dynamic=False, mode="max-autotune-no-cudagraphs")
-        found.append(Peer("torch.compile, max-autotune", step(tuned)))
+        found.append(_tried("torch.compile, max-autotune", lambda: step(tuned)))
     return found
 
 
@@ -119,7 +119,18 @@ def of_torch(problem: "HeadProblem") -> list[Peer]:
 
 def _peer(name: str, device: str, make: Callable[[], Run]) -> Peer:
     why = why_not(name, device)
-    return Peer(name, None, why) if why else Peer(name, make())
+    return Peer(name, None, why) if why else _tried(name, make)
+
+
+def _tried(name: str, make: Callable[[], Run]) -> Peer:
+    """A peer that has run once: what fails is a row with the reason, and not the end of all other rows."""
+    try:
+        run = make()
+        run()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return Peer(name, None, f"fails here: {type(error).__name__}: {reason}"[:160])
+    return Peer(name, run)
 
 
 def _liger_cross_entropy(problem: "LogitsProblem") -> Run:

@@ -142,6 +142,10 @@ class TestProblems:
                 found.append(step())
             for one in found[:2]:
                 torch.testing.assert_close(one, found[2], atol=1e-6, rtol=1e-4)
+            monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *_, **__: 1 / 0)
+            assert {peer.why for peer in peers.of_head(problem)[:2]} == {
+                "fails here: ZeroDivisionError: division by zero"
+            }
             monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
         assert all("needs torch 2.13" in peer.why for peer in peers.of_head(problem)[:2])
 
