@@ -126,12 +126,12 @@ class TestProblems:
         problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
         found = [peer for peer in peers.of_head(problem) if not peer.name.startswith("torch")]
         assert [(peer.name, peer.run, peer.why) for peer in found] == [
-            (name, None, "needs a GPU") for name in peers.HEAD_NAMES[2:]
+            (name, None, "needs a GPU") for name in peers.HEAD_NAMES[3:]
         ]
 
     def test_torch_s_fused_head_is_measured_where_torch_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
-        of_torch = peers.of_head(problem)[:2]
+        of_torch = peers.of_head(problem)[:3]
         if hasattr(torch.nn.functional, "linear_cross_entropy"):
             steps = [peer.run for peer in of_torch]
             steps.append(problem.step(lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, problem.labels)))
@@ -140,14 +140,14 @@ class TestProblems:
                 problem.ring = Rotation(problem.ring.inputs)
                 assert step is not None
                 found.append(step())
-            for one in found[:2]:
-                torch.testing.assert_close(one, found[2], atol=1e-6, rtol=1e-4)
+            for one in found[:3]:
+                torch.testing.assert_close(one, found[3], atol=1e-6, rtol=1e-4)
             monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *_, **__: 1 / 0)
-            assert {peer.why for peer in peers.of_head(problem)[:2]} == {
+            assert {peer.why for peer in peers.of_head(problem)[:3]} == {
                 "fails here: ZeroDivisionError: division by zero"
             }
             monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
-        assert all("needs torch 2.13" in peer.why for peer in peers.of_head(problem)[:2])
+        assert all("needs torch 2.13" in peer.why for peer in peers.of_head(problem)[:3])
 
 
 class TestSuites:
