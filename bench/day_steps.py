@@ -138,7 +138,7 @@ def _tuning(sizes: Sizes) -> Iterator[Step]:
     for v in sizes.tuned:
         run = partial(
             tune_loss.tune, v=v, certain=False, rounds=min(sizes.rounds, 5), impl=sizes.impl,
-            most=1 if sizes.is_toy else None,
+            most=2 if sizes.is_toy else None,
         )  # fmt: skip
         warm = partial(run, n=16)
         yield Step(f"tune loss V={v}", partial(run, n=sizes.rows), "loss", 30, warm)

@@ -1,5 +1,6 @@
 """Blocks and warps of the loss's row passes on a GPU: `python bench/bench_loss.py --device cuda --tune`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,29 @@ from fastkd.bench.logits_problem import FLOOR, LogitsProblem, timed
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
 from fastkd.bench.timing import Run
+
+
+def _settings(threads: int, logits: int, registers: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The default settings with so many threads a row, logits a thread at a time, and registers a thread."""
+
+    def changed(default: dict[str, Any]) -> dict[str, Any]:
+        lanes = default["THREADS"] // default["num_warps"]
+        found = {**default, "BLOCK": threads * logits, "THREADS": threads, "num_warps": threads // lanes}
+        return found | ({"maxnreg": registers} if "maxnreg" in default else {})
+
+    return changed
+
+
+CANDIDATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "default": lambda default: default,
+    **{
+        f"{threads} threads, {logits} logits, {registers} registers": _settings(threads, logits, registers)
+        for threads, logits, registers in (
+            (1024, 32, 64), (1024, 16, 64), (512, 64, 128), (512, 32, 128), (512, 16, 128), (512, 32, 64),
+            (256, 64, 128), (256, 32, 128), (256, 64, 255), (128, 64, 255),
+        )
+    },
+}  # fmt: skip
 
 
 def tune(
@@ -26,8 +50,8 @@ def tune(
             run = problem.ours(inplace=inplace, treatment="bucket", temperature=t, impl=impl)
             runs[f"{'in ' if inplace else 'out'} T={t}"] = run
     try:
-        for name, settings in list(candidates(v, problem.pristine.dtype.itemsize).items())[:most]:
-            kernels.sweep_settings = lambda *_, found=settings, **__: dict(found)
+        for name, changed in list(CANDIDATES.items())[:most]:
+            kernels.sweep_settings = lambda *found, changed=changed, **more: changed(chosen(*found, **more))
             try:
                 times = timed(problem, runs, rounds, warmup=1)
             except Exception as error:  # settings that this GPU cannot launch
@@ -37,26 +61,6 @@ def tune(
                 table.ratio(f"{name}: {run_name}", times.ratio(run_name, FLOOR), FLOOR, better="")
     finally:
         kernels.sweep_settings = chosen
-
-
-def candidates(v: int, itemsize: int) -> dict[str, dict[str, Any]]:
-    """Settings to try: the defaults, and other block sizes and warps."""
-    from fastkd.kernels.loss.row_passes import sweep_settings
-
-    default = sweep_settings(v, itemsize)
-    found: dict[str, dict[str, Any]] = {"default": default}
-    for warps in (32, 16, 8):
-        for tile in (32 * warps * 32, 32 * warps * 16):
-            settings = {**default, "BLOCK": tile, "THREADS": 32 * warps, "num_warps": warps}
-            found[f"tile {tile} warps {warps}"] = settings
-    found["tile 32768 warps 16 regs 128"] = {
-        **default,
-        "BLOCK": 32768,
-        "THREADS": 512,
-        "num_warps": 16,
-        "maxnreg": 128,
-    }
-    return found
 
 
 def cases(ask: RunConfig) -> list[Case]:
