@@ -173,7 +173,7 @@ class Program:
         starts = {found[0].address}
         for here, behind in zip(found, [*found[1:], None], strict=True):
             if here.target is not None or here.leaves:
-                starts |= {a for a in (here.target, behind and behind.address) if a is not None}
+                starts |= {a for a in (here.target, behind.address if behind else None) if a is not None}
         self.blocks: list[list[Instruction]] = []
         for instruction in found:
             if instruction.address in starts:
@@ -210,7 +210,8 @@ class Program:
     def executed(self, passes: Sequence[tuple[Loop, float]]) -> tuple[Count, list[Count]]:
         """What a thread executes from the first instruction to the last: outside the given loops, and within each.
         passes: loops in the order in which they are taken, and the numbers of their iterations."""
-        outside, within, starts = Count(), list[Count](), [0]
+        outside, within = Count(), list[Count]()
+        starts: list[int | None] = [0]
         for loop, trips in passes:
             outside += self._cost(self._way(starts, loop.first))
             within.append(self.iteration(loop) * trips)
