@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from cases import CELLS, Case, case, sparse
 
 from fastkd import DistillationLoss, KDError, kd_loss, linear_kd_loss, linear_topk_targets, topk_targets
+from fastkd.kernels.loss import linear as linear_module
+from fastkd.kernels.loss import torch_impl
 
 V = 100
 # First column (None: in rank order) and columns of each rank. Of four ranks one holds a single column, and the parts
@@ -211,6 +214,22 @@ def linear(impl: str) -> Callable[[Part], None]:
     return job
 
 
+def blocks(part: Part) -> None:
+    """Chunks and blocks of default sizes, where by its own width each rank would take another number of them."""
+    c, g = case("plain", 130, V, 7, 6, seed=9), torch.Generator().manual_seed(9)
+    hidden, weight = torch.randn(130, 4, generator=g), torch.randn(V, 4, generator=g)
+    with patch.object(linear_module, "CPU_CHUNK_BYTES", 1 << 15), patch.object(torch_impl, "BLOCK_BYTES", 1 << 12):
+        own = weight[part.columns].requires_grad_()
+        out = linear_kd_loss(hidden, own, c.targets, c.labels, **part.arguments)
+        out.loss.backward()
+        on_logits(part, c)
+    whole = weight.double().requires_grad_()
+    one = linear_kd_loss(hidden.double(), whole, c.targets, c.labels)
+    one.loss.backward()
+    same_losses(part, out, one)
+    close(own.grad, whole.grad[part.columns])
+
+
 def errors(impl: str) -> Callable[[Part], None]:
     """What is wrong on one rank is raised on all, and leaves no rank waiting: the next call works."""
 
@@ -352,6 +371,7 @@ def jobs(ranks: int) -> Iterator[tuple[str, Callable[[Part], None]]]:
         yield f"rows-{impl}", rows(impl)
         yield f"linear-{impl}", linear(impl)
         yield f"errors-{impl}", errors(impl)
+    yield "blocks", blocks
     if ranks == 2:
         yield "tensor-parallel", tensor_parallel
         yield "documented", documented
