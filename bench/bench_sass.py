@@ -91,6 +91,12 @@ class LossCase:
         cap = f" softcap={self.softcap:g}" if self.softcap else ""
         return f"loss {self.treatment} {str(self.dtype)[6:]} V={self.vocab} T={self.temperature:g}{cap}"
 
+    @property
+    def measured(self) -> tuple[str, str]:
+        """The suite and the name of the row that measures it."""
+        cap = f", softcap {self.softcap:g}" if self.softcap else ""
+        return "loss", f"in place forward_kl {self.treatment} T={self.temperature}{cap}"
+
     def limit(self, gpu: Gpu) -> str:
         """The goal for the time to issue its instructions, over the floor."""
         if self.dtype != BF16 or self.temperature != 2.0:
@@ -122,6 +128,12 @@ class TopKCase:
         """For a table or the record."""
         cap = f" softcap={self.softcap:g}" if self.softcap else ""
         return f"topk k={self.k} draws={self.draws} {str(self.dtype)[6:]} V={self.vocab}{cap}"
+
+    @property
+    def measured(self) -> tuple[str, str]:
+        """The suite and the name of the row that measures it."""
+        what = f", {self.k} entries and {self.draws} draws" if self.draws else ", softcap" if self.softcap else ""
+        return "topk", f"fastkd{what}"
 
     def limit(self, gpu: Gpu) -> str:
         """The goal for its kernels' time, over the floor."""
@@ -184,12 +196,7 @@ def add_rows(table: Table, case: AnyCase, gpu: Gpu, found: Sequence[Counted], me
 
 def measured_on(gpu: Gpu, case: AnyCase) -> float | None:
     """The ratio that a card of this name took, from the recordings; None if there is none."""
-    if case.softcap is not None:
-        return None
-    if isinstance(case, LossCase):
-        suite, name = "loss", f"in place {case.treatment} T={case.temperature}"
-    else:
-        suite, name = "topk", f"fastkd, {case.k} entries and {case.draws} draws" if case.draws else "fastkd"
+    suite, name = case.measured
     for file in recording_files():
         for recording in load(file):
             if recording.suite == suite and gpu.name in str(recording.hardware.get("name", "")):

@@ -1,13 +1,14 @@
 """The static model: reading recorded SASS, ways through it, times over the floor, and the check of the record."""
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastkd.bench import bench_sass
+from fastkd.bench import bench_sass, predicted
 from fastkd.bench.bench_sass import GPUS, AnyCase, LossCase, TopKCase, add_rows, measured_on
 from fastkd.bench.check import FOLDER, recording_files
 from fastkd.bench.sass import Count, Counted, Program, count
@@ -164,7 +165,7 @@ class TestModel:
         table = Table("cpu", "loss")
         for who, ratio in (("a certain student", 1.5), ("a fresh student", 1.08)):
             table.title(f"{who}: N=8192 V=49152 k=64 bfloat16")
-            table.ratio("in place bucket T=2.0", ratio, "copy")
+            table.ratio("in place forward_kl bucket T=2.0", ratio, "copy")
         table.hardware = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_GB": 85}
         table.save(tmp_path / "h100.json")
         monkeypatch.setattr(bench_sass, "recording_files", lambda: [tmp_path / "h100.json"])
@@ -173,6 +174,12 @@ class TestModel:
         others: list[AnyCase] = [LossCase(49152, temperature=1.0), LossCase(128256), TopKCase(49152)]
         assert [measured_on(h100, case) for case in others] == [None, None, None]
         assert measured_on(b200, LossCase(49152)) is None
+
+    @pytest.mark.parametrize("case", [LossCase(128256), LossCase(128256, treatment="sampled"), TopKCase(128256)])
+    def test_the_prediction_stands_beside_a_measured_row(self, case: AnyCase) -> None:
+        """Both directions know the row by the same name, and take the same counts."""
+        row = predicted.beside(Row(case.measured[1], "", ratio=1.1), GPUS[0], case.vocab, "bfloat16")
+        assert re.search(r"predicted [\d.]+x for H100", row.note)
 
     def test_it_runs_only_by_name(self) -> None:
         assert SUITES["sass"] not in named([])
