@@ -78,11 +78,16 @@ def steps_of(sizes: Sizes, *, peers: bool = False) -> list[Step]:
     found = [Step("smoke", partial(smoke, sizes=sizes), seconds=30, always=True, stop=True)]
     measured, tuning = [*_loss(sizes), *_head(sizes), *_topk(sizes)], list(_tuning(sizes))
     if not sizes.is_toy:
-        found.append(Step("compile", partial(compile_all, steps=measured), seconds=60))
-        tuning.insert(0, Step("compile for tuning", partial(compile_all, steps=tuning[:]), seconds=90))
+        found.append(_compilation("compile", measured, 60))
+        tuning.insert(0, _compilation("compile for tuning", tuning[:], 90))
     found.append(Step("tests", partial(gpu_tests, sizes=sizes), seconds=60, in_parts=True))
     found.append(Step("limits", lambda table: limits.measure(table, "copy", "product"), "loss", 15))
     return found + measured + tuning
+
+
+def _compilation(name: str, steps: list[Step], seconds: float) -> Step:
+    some = [step for step in steps if step.warm is not None]
+    return Step(name, partial(compile_all, steps=some), seconds=seconds, before=tuple(step.name for step in some))
 
 
 def add_predictions(table: Table, first: int, v: int, sizes: Sizes) -> None:
@@ -289,14 +294,16 @@ def processes(
 
 
 def compile_all(table: Table, steps: list[Step]) -> None:
-    """Compile what the steps launch, on all cores, into Triton's cache: one after another would take minutes."""
+    """Compile what the steps launch that are not done, on all cores, into Triton's cache: one after another would take
+    minutes."""
+    done = {row.name for row in table.rows if row.case == "steps"}
     failed: list[str] = []
 
     def ended(name: str, status: int, output: str) -> None:
         if status:
             failed.append(f"{name}: {output.strip().splitlines()[-1:]}")
 
-    processes({s.name: [sys.executable, str(SCRIPT), "--warm", s.name] for s in steps if s.warm is not None}, ended)
+    processes({s.name: [sys.executable, str(SCRIPT), "--warm", s.name] for s in steps if s.name not in done}, ended)
     if failed:
         raise WrongResult("; ".join(failed))
 

@@ -41,7 +41,8 @@ class OutOfTime(BaseException):
 class Step:
     """A part of the day. suite: of the recording that its rows belong to. seconds: it is not begun with less time left.
     warm: compiles its kernels, in a process of its own. always: also where it is done. stop: ends the day if it fails.
-    in_parts: an unfinished step's rows are kept, and it goes on behind them.
+    in_parts: an unfinished step's rows are kept, and it goes on behind them. before: the steps that it prepares: it is
+    run where one of these is not done.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Step:
     always: bool = False
     stop: bool = False
     in_parts: bool = False
+    before: tuple[str, ...] = ()
 
 
 class Day:
@@ -85,9 +87,16 @@ class Day:
         """The steps that ended, by name."""
         return {row.name: row for row in self.table(LOG).rows if row.case == "steps"}
 
-    def is_done(self, step: Step) -> bool:
-        """Whether it ended in an earlier call, well or not; what could not run is tried again."""
-        return step.name in self.steps and not self.steps[step.name].note.startswith(BROKEN)
+    def is_due(self, step: Step) -> bool:
+        """Whether it is to be run. What ended in an earlier call, well or not, is not; what could not run is."""
+        if step.before:
+            return not self.done.issuperset(step.before)
+        return step.always or step.name not in self.done
+
+    @property
+    def done(self) -> set[str]:
+        """The names of the steps that ended, well or not."""
+        return {name for name, row in self.steps.items() if not row.note.startswith(BROKEN)}
 
     def ended(self, step: Step, seconds: float, note: str) -> None:
         """Keep how a step ended, and save everything."""
@@ -132,7 +141,7 @@ def run(day: Day, steps: Sequence[Step], deadline: float, *, begun: float | None
     begun = time.monotonic() if begun is None else begun
     left_out: list[str] = []
     for number, step in enumerate(steps):
-        if day.is_done(step) and not step.always:
+        if not day.is_due(step):
             continue
         elapsed = time.monotonic() - begun
         if deadline - elapsed < step.seconds:

@@ -98,6 +98,18 @@ class TestSteps:
         assert run(day(path), steps, 100.0) == OK
         assert calls == ["smoke", "smoke", "a", "smoke"]  # on a machine that was given back, it comes first again
 
+    def test_what_prepares_others_is_run_while_they_are_to_be_done(self, tmp_path: Path) -> None:
+        """On a machine that was given back, compiled kernels are gone."""
+        path, calls, broken = tmp_path / "day.json", [], [True]
+
+        def work(table: Table) -> None:
+            if broken:
+                raise RuntimeError(broken.pop())
+
+        steps = [self.step("compile", calls, before=("x",)), Step("x", work, seconds=0)]
+        assert [run(day(path), steps, 100.0) for _ in range(3)] == [WRONG, OK, OK]
+        assert calls == ["compile", "compile"]
+
     def test_the_deadline_cuts_a_step_and_the_next_call_goes_on(self, tmp_path: Path) -> None:
         path, calls, slow = tmp_path / "day.json", [], [True]
 
