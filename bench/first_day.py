@@ -1,6 +1,5 @@
 """What `gpu_day.py` does: steps in order, each kept in a file of recordings as soon as it is done, until a deadline."""
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -11,14 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastkd.bench import limits
 from fastkd.bench.hardware import hardware, versions
 from fastkd.bench.run import progress, to_stderr
 from fastkd.bench.table import Recording, Row, Table, load, save
-from fastkd.errors import ReportError
 
 LOG = "gpu_day"  # the recording whose rows are the steps
 DONE, FAILED, BROKEN = "done", "failed", "could not run"
@@ -206,42 +203,3 @@ def release(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_day.py", description=__doc__)
-    parser.add_argument("--deadline", type=float, default=540, help="seconds after which nothing more is begun")
-    parser.add_argument("--json", type=Path, help="file of recordings, rewritten after each step; its steps are done")
-    parser.add_argument("--peers", action="store_true", help="measure other packages, and nothing else")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes on a CPU, interpreted")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="steps that begin with one of these words")
-    parser.add_argument("--list", action="store_true", help="list the steps")
-    parser.add_argument("--warm", metavar="STEP", help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    begun = time.monotonic()
-    if args.toy:
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    elif not args.list and not torch.cuda.is_available():
-        parser.error("torch finds no GPU here; --toy shows whether the command runs, on a CPU")
-    # here, since they import triton
-    from fastkd.bench.day_steps import Sizes, steps_of
-
-    steps = steps_of(Sizes.toy() if args.toy else Sizes(), peers=args.peers)
-    if args.toy:
-        np.seterr(all="ignore")  # the interpreter computes with infinities and NaN, as the kernels mean to
-    if args.only:
-        steps = [step for step in steps if step.name.startswith(tuple(args.only))]
-    if args.list:
-        print("\n".join(f"  {step.name:<40} {step.seconds:.0f} s" for step in steps))
-        return OK
-    device = "cpu" if args.toy else "cuda"
-    if args.warm:
-        step = next(step for step in steps if step.name == args.warm)
-        assert step.warm is not None
-        step.warm(Table(device))
-        return OK
-    try:
-        day = Day(args.json, device, "toy" if args.toy else "day")
-    except ReportError as error:
-        parser.error(str(error))
-    return run(day, steps, args.deadline, begun=begun)

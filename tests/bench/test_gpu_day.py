@@ -12,7 +12,8 @@ from bare_machine import run_bare
 from fastkd.bench import day_steps, first_day, predicted
 from fastkd.bench.bench_sass import GPUS
 from fastkd.bench.day_steps import Sizes, processes, steps_of
-from fastkd.bench.first_day import LOG, OK, UNFINISHED, WRONG, Day, Step, Unfinished, WrongResult, main, run
+from fastkd.bench.first_day import LOG, OK, UNFINISHED, WRONG, Day, Step, Unfinished, WrongResult, run
+from fastkd.bench.gpu_day import main
 from fastkd.bench.results import markdown
 from fastkd.bench.table import Row, Table, load
 
