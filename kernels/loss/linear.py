@@ -67,6 +67,10 @@ def weight_gradient_type(weight_VD: Tensor, dtype: torch.dtype, rows: int, chunk
 def add_outer_product_(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
     """total += gradient^T hidden (total = ..., for the first chunk), in total's type whatever the operands'."""
     gradient_VC, dtype, beta = gradient_CV.t(), total_VD.dtype, 0 if first else 1
+    if dtype == torch.bfloat16 and total_VD.device.type == "cpu":
+        # most have no instructions for it: six times as slow as the converted operands
+        total_VD.copy_(torch.mm(gradient_VC.float(), hidden_CD.float()))
+        return
     way = "same" if gradient_CV.dtype == dtype else wider_product(gradient_CV.device, gradient_CV.dtype)
     if way == "addmm":
         torch.addmm(total_VD, gradient_VC, hidden_CD, out_dtype=dtype, beta=beta, out=total_VD)

@@ -446,6 +446,16 @@ def test_one_chunk_gives_the_weights_gradient_without_a_float32_sum(on) -> None:
     assert errors[1] < 0.01
 
 
+def test_a_cpu_multiplies_no_bfloat16_for_the_weights_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    types, original = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args: (types.extend(x.dtype for x in args), original(*args))[1])
+    gradient, hidden = (torch.randn(6, width).bfloat16() for width in (20, 4))
+    total = torch.full((20, 4), torch.nan, dtype=torch.bfloat16)
+    linear.add_outer_product_(total, gradient, hidden, first=True)
+    assert types == [torch.float32] * 2
+    assert torch.equal(total, original(gradient.float().t(), hidden.float()).bfloat16())
+
+
 def test_chunks_by_the_memory_that_is_free_and_the_sums_traffic() -> None:
     gpu, v = torch.device("cuda"), 128256
 
