@@ -71,7 +71,9 @@ class Gpu:
 
 
 # The H100's copy is measured (3.0 of 3.35 TB/s); the others are taken to reach the same share of their peaks, 8 and
-# 2.04 TB/s. Clocks lie below the highest: a card that moves memory at this rate is at its power limit.
+# 2.04 TB/s. Clocks lie below the highest: a card that moves memory at this rate is at its power limit. Left out: units
+# that take fewer than 128 threads a clock (integers and comparisons, 64; float32 on the A100, 64), which would bind if
+# more than half of the instructions were theirs.
 GPUS = (Gpu("H100", 90, 132, 1.70, 3.0), Gpu("B200", 100, 148, 1.85, 7.2), Gpu("A100", 80, 108, 1.41, 1.8))
 
 

@@ -197,14 +197,16 @@ class Program:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """The loops in the order of their addresses, without the empty one behind the end."""
+        """The loops in the order of their addresses, without the empty one behind the end, and without branches back
+        from what lies out of the way."""
         found: dict[int, Loop] = {}
         for number in range(len(self.blocks)):
             for to in self.successors(number):
                 if to is not None and to <= number:
                     inside = tuple(i for block in self.blocks[to : number + 1] for i in block)
-                    if len(inside) > 1:
-                        found[to] = Loop(to, number, inside)
+                    loop = Loop(to, number, inside)
+                    if len(inside) > 1 and self._find_way([to], number, loop) is not None:
+                        found[to] = loop
         return [found[first] for first in sorted(found)]
 
     def executed(self, passes: Sequence[tuple[Loop, float]]) -> tuple[Count, list[Count]]:
@@ -252,6 +254,12 @@ class Program:
         return total
 
     def _way(self, starts: Sequence[int | None], end: int | None, within: Loop | None = None) -> list[int]:
+        way = self._find_way(starts, end, within)
+        if way is None:
+            raise ValueError("no way from one block to the other")
+        return way
+
+    def _find_way(self, starts: Sequence[int | None], end: int | None, within: Loop | None = None) -> list[int] | None:
         """The blocks with the fewest instructions from one block until before another one (None: the kernel's end)."""
         queue: list[tuple[int, int, int | None, list[int]]] = [(0, turn, at, []) for turn, at in enumerate(starts)]
         done: set[int | None] = set()
@@ -267,7 +275,7 @@ class Program:
                 if within is None or (to is not None and within.first <= to <= within.last):
                     turn += 1
                     heappush(queue, (cost + len(self.blocks[at]), turn, to, [*path, at]))
-        raise ValueError("no way from one block to the other")
+        return None
 
     def _behind(self, loop: Loop) -> list[int | None]:
         """Where a loop is left to from its last block that it is left from."""

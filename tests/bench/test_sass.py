@@ -101,6 +101,14 @@ class TestProgram:
         assert straight.open_loops == []
         assert straight.executed([(straight.main_block, 1)]) == (Count(issued=3), [Count(1, 1, 1)])
 
+    def test_a_branch_back_from_behind_the_end_is_no_loop(self) -> None:
+        """What lanes do that have left their warp lies there."""
+        text = block("MOV R1, RZ", "BRA.DIV ~URZ, 0x50", "SHFL.BFLY PT, R2, R3, 0x1, 0x1f", "MUFU.EX2 R4, R2", "EXIT",
+                     "WARPSYNC 0xffffffff", "BRA 0x30")  # fmt: skip
+        program = Program(text)
+        assert program.loops == []
+        assert program.executed([]) == (Count(5, 1, 1), [])
+
     def test_a_loop_that_is_left_in_its_middle(self) -> None:
         text = block("MOV R1, RZ", "@P0 BRA 0x50", "MUFU.EX2 R2, R2", "LDG.E.U16 R3, [R4]", "BRA 0x10", "EXIT")
         program = Program(text)
