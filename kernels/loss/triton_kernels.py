@@ -15,7 +15,16 @@ import triton.language as tl
 from triton.language import constexpr
 
 from .. import triton_math as tm
-from .row_passes import exponents_at, logits_of, reduce_off_topk, reduce_row, through_cap, write_row, zero_row
+from .row_passes import (
+    exponents_at,
+    logits_of,
+    reduce_off_topk,
+    reduce_row,
+    slope_of_head,
+    through_cap,
+    write_row,
+    zero_row,
+)
 
 BUCKET, SAMPLED, RENORMALIZE = constexpr(0), constexpr(1), constexpr(2)
 # Stages of a row, see loss_kernel; and the numbers that one passes to the next before the logits of S.
@@ -313,7 +322,7 @@ def loss_kernel(
     own = support
     if STAGE != WHOLE:
         own = support & here
-    rate, p_1, p_t = exponents_at(T)
+    rate, p_1, p_t = exponents_at(T, softcap)
     z_label = 0.0
     if STAGE == MERGED:
         r, s_1, s_t, r_off, s_off, z_label, z = merge_ranks(
@@ -402,7 +411,7 @@ def loss_kernel(
     tl.store(soft_ptr + row, tl.where(bad, nan, T * T * divergence * row_weight))
 
     if WANT_GRAD:
-        scale = tl.load(params_ptr + SCALE) * row_weight
+        scale = tl.load(params_ptr + SCALE) * row_weight * slope_of_head(softcap, logit_scale)
         scale = tl.where(bad, nan, scale)
         hard_scale = alpha * scale
         soft_scale = (1.0 - alpha) * T * scale
@@ -417,8 +426,9 @@ def loss_kernel(
             # the label off S: its share of both parts, minus the hard loss's own term
             u_label = tl.fma(z_label, rate, -base)
             g_label = a * tl.exp2(p_1 * u_label) + b * tl.exp2(p_t * u_label) - hard_scale
-            g_label = through_cap(g_label, z_label, softcap, logit_scale)
-        g_entries = through_cap(g_entries, z, softcap, logit_scale)
+            # that of the lowest capped logit, -1, for one of −inf
+            g_label = through_cap(g_label, tl.maximum(z_label, -1.0), softcap)
+        g_entries = through_cap(g_entries, tl.maximum(z, -1.0), softcap)
         # all warps have read their entries of S before another warp's part of the pass overwrites them
         tl.debug_barrier()
         write_row(

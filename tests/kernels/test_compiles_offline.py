@@ -43,8 +43,8 @@ def compiled(kernel, constants, dtype="bf16", arch=90, **options):
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options or {"num_warps": 8})
     return len(built.asm["cubin"])
 
-def loss(arch, dtype, divergence, treatment, **change):
-    settings = sweeps.sweep_settings(128256, 4 if dtype == "fp32" else 2)
+def loss(arch, dtype, divergence, treatment, width=128256, **change):
+    settings = sweeps.sweep_settings(width, 4 if dtype == "fp32" else 2)
     options = {name: settings.pop(name) for name in ("num_warps", "maxnreg")}
     settings |= {"X_ALIGNED": True, "G_ALIGNED": True}
     c = dict(
@@ -66,7 +66,8 @@ for arch in (80, 90):
         dtype = ("bf16", "fp16", "fp32")[number % 3]
         name = f"sm_{arch} {divergence} {treatment} {dtype}"
         sizes[name] = loss(arch, dtype, divergence, treatment, x_stride=1, g_stride=1)
-sizes["strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, **HEAD)
+odd = dict(width=50257, G_ALIGNED=False)
+sizes["odd, strided, capped, out of place"] = loss(90, "fp32", "forward_kl", 0, **odd, **HEAD)
 divided = dict(part_ptr=RUN_TIME, statistics_ptr=RUN_TIME, x_stride=1, g_stride=1)
 sizes["divided, own"] = loss(90, "bf16", "forward_kl", 1, STAGE=1, WANT_GRAD=False, g_ptr=None, **divided)
 sizes["divided, merged"] = loss(90, "bf16", "forward_kl", 1, STAGE=2, ranks=RUN_TIME, BLOCK_R=8, **divided)
