@@ -58,7 +58,9 @@ def exchange_parts(name: str, size: int, start: int, device: torch.device) -> Te
     remember them for a size would leave ranks waiting for each other where another vocabulary, divided over the same
     group, gives some ranks as many columns as before and some not.
     """
-    parts = all_gather(torch.tensor([start, size], device=device), name)
+    own = torch.full((2,), size, dtype=torch.int64, device=device)
+    own[0] = start  # filled there: a copy to a GPU would wait for it
+    parts = all_gather(own, name)
     sizes = parts[:, 1]
     in_order = sizes.cumsum(0) - sizes
     return torch.stack([torch.where((parts[:, 0] < 0).all(), in_order, parts[:, 0]), sizes], 1)
@@ -133,9 +135,9 @@ def all_reduce_sum_(x: Tensor, name: str) -> None:
 
 def _group(name: str) -> Any:
     """The group of this name. Raises KDError if it was destroyed."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
     try:
-        return _resolve_process_group(name)
+        return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise KDError(f"group: got {name!r}, which exists no more; expected a group that was not destroyed.") from error

@@ -64,10 +64,11 @@ def kd_loss(
     group: the torch.distributed.ProcessGroup over whose ranks the vocabulary is divided (vocab-parallel); None: the
         logits hold all of it. The logits are then this rank's columns `[N, V_r]`, of which ranks may hold unequal
         numbers; ids and labels stay those of the whole vocabulary, and everything but the logits is the same on all
-        ranks. Every rank of the group calls, in the same order (and runs the backward of float16 logits); the ranks
-        exchange K + 4 numbers a position, once. Each gets the same losses, of the whole vocabulary, to be counted once;
-        and the gradient in its own logits, the same columns of which one rank would have it: to be reduced no further
-        over the group. With data parallelism over another group, num_items counts the positions of that group's ranks.
+        ranks. Every rank of the group calls, in the same order, and all or none with gradients (and runs the backward
+        of float16 logits): the ranks exchange K + 6 numbers a position, once. Each gets the same losses, of the whole
+        vocabulary, to be counted once; and the gradient in its own logits, which are the same columns of one rank's: to
+        be reduced no further over the group. With data parallelism over another group, num_items counts the positions
+        of that group's ranks. What is not valid on one rank raises on all of them (on a GPU: NaN on all).
     vocab_start: the first of this rank's columns. None, on all ranks: the parts follow on each other in rank order.
 
     Gradients are computed in the forward (of float16 logits in the backward, where their scale is known): do not wrap

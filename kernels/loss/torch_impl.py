@@ -131,8 +131,8 @@ class TorchRows:
             z_label = x_CV.gather(1, label_column).masked_fill(~label_here, -_INF)[:, 0]
         # Without S, the reduction gives the mass off S itself: 1 - Σ_S p has no digits where the student is certain.
         x_CV.scatter_add_(1, columns, torch.zeros_like(entries_CK).masked_fill_(here, -_INF))
-        tempered, *sums = self._sums_(x_CV)
-        row, factors = RowStatistics(*sums, z_label, entries_CK), None
+        tempered, m_off, off_1, off_t = self._sums_(x_CV)
+        row, factors = RowStatistics(m_off, off_1, off_t, z_label, entries_CK), None
         if self.part is not None:
             row, factors = merge_ranks(row, t, self.part.group)
 

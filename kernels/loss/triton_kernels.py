@@ -335,7 +335,10 @@ def loss_kernel(
             z_label = logits_of(tl.load(x_ptr + label_column * x_stride), softcap, logit_scale)
     stored = row * K
     if STAGE == OWN:
-        # nothing may be NaN where this rank holds no logit above −inf
+        # As in `is_rounded`, but decided before the row is known: this rank's p_tail, of its own mass, misses by
+        # ROUNDING. If it is q_tail / 8 or more on every rank, the row's misses by ROUNDING * 8 p_tail / q_tail at most,
+        # which moves forward KL's gradient by MAY_MOVE, and that of a divergence that changes slower with p / q by
+        # less. Below 2 ROUNDING it may be exactly 0. Nothing may be NaN where this rank holds no logit above −inf.
         s_topk = tl.sum(tl.where(z > float("-inf"), tl.exp2(p_t * tl.fma(z, rate, -r)), 0.0), 0)
         p_tail = tl.where(s_topk > 0.0, 1.0 - s_topk / s_t, 1.0)
         r_off = r

@@ -15,7 +15,7 @@ def run(ranks: int, folder: Path, *, everything: bool) -> None:
     running = [Forked(vocab_jobs.run, rank, ranks, str(folder), everything) for rank in range(ranks)]
     outputs = [(rank.communicate(timeout=500), rank.returncode) for rank in running]
     assert [status for _, status in outputs] == [0] * ranks, outputs
-    names = [name for name, _ in vocab_jobs.jobs(ranks)]
+    names = [name for name, _ in vocab_jobs.jobs(ranks, everything)]
     for rank in range(ranks):
         raised = json.loads(Path(folder, f"{rank}.json").read_text())
         assert {name: text for name, text in raised.items() if text} == {}, f"rank {rank}"

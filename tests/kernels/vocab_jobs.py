@@ -21,6 +21,7 @@ from cases import CELLS, Case, case, sparse
 from fastkd import DistillationLoss, KDError, kd_loss, linear_kd_loss, linear_topk_targets, topk_targets
 from fastkd.kernels.loss import linear as linear_module
 from fastkd.kernels.loss import torch_impl
+from fastkd.kernels.loss.reference import divergence_rows
 
 V = 100
 # First column (None: in rank order) and columns of each rank. Of four ranks one holds a single column, and the parts
@@ -214,6 +215,31 @@ def linear(impl: str) -> Callable[[Part], None]:
     return job
 
 
+def tails(impl: str) -> Callable[[Part], None]:
+    """A mass off S from all of it to none, to the bounds of test_tail_mass.py: a rank may hold nearly all of S."""
+
+    def job(part: Part) -> None:
+        from test_tail_mass import targets_and_logits
+
+        for divergence, t in (("forward_kl", 1.0), ("reverse_kl", 1.0), ("skew_kl", 2.0)):
+            targets, logits = targets_and_logits(t, V)
+            if impl == "triton" and not EVERYTHING:
+                targets, logits = targets[torch.arange(0, 52, 4)], logits[::4]
+            exact, own = logits.double().requires_grad_(), logits[:, part.columns].clone().requires_grad_()
+            at = targets.at(t, "bucket", dtype=torch.float64)
+            rows = t * t * divergence_rows(exact / t, targets.ids, at, divergence, 0.1)
+            rows[rows.isfinite()].sum().backward()
+            settings = {"temperature": t, "divergence": divergence, "num_items": 1, "mask": rows.isfinite()}
+            out = kd_loss(own, targets, None, impl=impl, **settings, **part.arguments)
+            out.loss.backward()
+            close(out.soft, rows[rows.isfinite()].sum(), 1e-5)
+            allowed = t * 1e-5 * ((logits.double() / t).softmax(1).norm(dim=1) + at.log_q.exp().norm(dim=1))
+            error = (own.grad.double() - exact.grad[:, part.columns]).norm(dim=1)
+            assert bool((error <= allowed)[rows.isfinite()].all()), (divergence, error / allowed)
+
+    return job
+
+
 def blocks(part: Part) -> None:
     """Chunks and blocks of default sizes, where by its own width each rank would take another number of them."""
     c, g = case("plain", 130, V, 7, 6, seed=9), torch.Generator().manual_seed(9)
@@ -363,14 +389,17 @@ def dtensors(part: Part) -> None:
         refused(f"targets.{field}", lambda field=field, changed=changed: replace(targets, **{field: changed}))
 
 
-def jobs(ranks: int) -> Iterator[tuple[str, Callable[[Part], None]]]:
+def jobs(ranks: int, everything: bool) -> Iterator[tuple[str, Callable[[Part], None]]]:
     """The jobs of so many ranks, by name."""
     for impl in IMPLS:
         for number, cell in enumerate(CELLS):
-            yield f"cells-{impl}-{'-'.join(cell)}", cells(impl, number)
+            if ranks == 2 or impl != "reference":
+                yield f"cells-{impl}-{'-'.join(cell)}", cells(impl, number)
         yield f"rows-{impl}", rows(impl)
         yield f"linear-{impl}", linear(impl)
         yield f"errors-{impl}", errors(impl)
+        if impl != "reference" and (ranks == 2 or everything):
+            yield f"tails-{impl}", tails(impl)
     yield "blocks", blocks
     if ranks == 2:
         yield "tensor-parallel", tensor_parallel
@@ -393,7 +422,7 @@ def run(rank: int, ranks: int, folder: str, everything: bool = False) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
     )
     part, raised = Part(rank, ranks), {}
-    for name, job in jobs(ranks):
+    for name, job in jobs(ranks, everything):
         try:
             job(part)
             raised[name] = ""
