@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from ..arguments import describe, whole_number
 from ..errors import KDError
 from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..targets import SparseTargets
+from ..vocab_parallel import VocabPart, check_vocab_start, exchange_parts, group_name, read_part
 from .config import TopKCall, TopKConfig, TopKSettings, topk_config
 from .fill import fill_rows, unfilled
 from .torch_impl import TORCH
 
+Fill = Callable[[Tensor, SparseTargets, TopKCall, Tensor, int], None]  # fills in targets of rows: see `fill_rows`
 IMPLEMENTATIONS = ("auto", "torch", "numba", "triton")
 MAX_TRITON_K = 1024
 
@@ -84,6 +86,8 @@ def linear_topk_targets(
     logit_scale: float | None = None,
     chunk_tokens: int | None = None,
     positions: Tensor | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
     impl: str = "auto",
     **settings: Unpack[TopKSettings],
 ) -> SparseTargets:
@@ -93,6 +97,12 @@ def linear_topk_targets(
     which brings bias, softcap and logit_scale with it.
     chunk_tokens: tokens whose logits are computed at a time, into one reused buffer of that dtype (default: 2048 on a
         GPU, about 64 MB of logits on a CPU).
+    group: a torch.distributed.ProcessGroup over whose ranks the vocabulary is divided: `weight` and `bias` hold this
+        rank's part, of any size from 1. All other arguments are the same on all ranks, and so is the result: that of
+        the whole vocabulary, with global ids. Top-k entries and draws are to the bit what one rank makes of the same
+        logits, sums within 1e-6. For each chunk, ranks exchange their best entries and sums, some (16·k + 60) bytes a
+        row; then draws, which take one exchange of some bytes a draw more. Draws wait for the device.
+    vocab_start: this rank's first column. Default: the parts lie in the order of the ranks.
 
     The other arguments, the result and the errors are those of `topk_targets`.
     """
@@ -101,13 +111,18 @@ def linear_topk_targets(
     check_lm_head(hidden, lm_head)
     if chunk_tokens is not None:
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, "a number of positions", 1)
-    vocab = len(lm_head.weight)
-    call = _call("weight", vocab, topk_config(k, config, settings), lm_head.softcap, lm_head.logit_scale)
     positions_N = _positions(positions, hidden, "hidden")
-    fill = _filler(impl, hidden, call)
+    vocab, vocab_start, part = len(lm_head.weight), check_vocab_start(vocab_start, group), None
+    if group is not None:
+        name = group_name(group)
+        part = read_part(name, exchange_parts(name, vocab, vocab_start, hidden.device), 1, "weight")
+        hidden = hidden.reshape(-1, hidden.shape[-1])  # chunks are the same on all ranks, whatever the strides
+    total, widest = (vocab, vocab) if part is None else (part.total, part.widest)
+    call = _call("weight", total, topk_config(k, config, settings), lm_head.softcap, lm_head.logit_scale)
+    fill = _filler(impl, hidden, call) if part is None else _divided_filler(impl, hidden, call, part)
     rows = positions_N.numel()
     if chunk_tokens is None:
-        chunk_tokens = default_chunk(hidden, vocab)
+        chunk_tokens = default_chunk(hidden, widest)
     out = unfilled(call, rows, hidden.device)
     # On a GPU, rows that all begin at an aligned address: kernels load vectors whatever the vocabulary.
     width = vocab if hidden.device.type == "cpu" else -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -168,17 +183,47 @@ def _positions(positions: Tensor | None, rows: Tensor, what: str) -> Tensor:
     return positions.reshape(-1)
 
 
-def _filler(impl: str, rows: Tensor, call: TopKCall) -> Callable[[Tensor, SparseTargets, TopKCall, Tensor, int], None]:
+def _filler(impl: str, rows: Tensor, call: TopKCall) -> Fill:
     """The function that fills in targets of rows of this type on this device. KDError for an `impl` that cannot."""
+    impl = _implementation(impl, rows, call)
+    if impl == "triton":
+        from .triton_impl import fill_triton
+
+        return fill_triton
+    if impl == "numba":
+        from .numba_impl import NUMBA
+
+        return partial(fill_rows, NUMBA)
+    return partial(fill_rows, TORCH)
+
+
+def _divided_filler(impl: str, rows: Tensor, call: TopKCall, part: VocabPart) -> Fill:
+    """`_filler` of rows of which this rank has the columns `part`."""
+    from .divided import DividedFill
+
+    impl = _implementation(impl, rows, call)
+    if impl == "triton":
+        from .triton_impl import TritonSweeps
+
+        return DividedFill(TritonSweeps(), part)
+    if impl == "numba":
+        from .numba_impl import NUMBA
+
+        return DividedFill(NUMBA, part)
+    return DividedFill(TORCH, part)
+
+
+def _implementation(impl: str, rows: Tensor, call: TopKCall) -> str:
+    """ "triton", "numba" or "torch" for rows of this type on this device."""
     if impl not in IMPLEMENTATIONS:
         raise KDError(f"impl: got {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     half_or_single, on_gpu = rows.dtype != torch.float64, rows.device.type == "cuda"
     numba = rows.device.type == "cpu" and half_or_single and _numba_installed()
     if impl == "auto":
         triton = on_gpu and half_or_single and call.entries <= MAX_TRITON_K
-        impl = "triton" if triton else "numba" if numba else "torch"
+        return "triton" if triton else "numba" if numba else "torch"
     if impl == "triton":
-        from .triton_impl import INTERPRETED, fill_triton
+        from .triton_impl import INTERPRETED
 
         if not half_or_single or call.entries > MAX_TRITON_K:
             raise KDError(
@@ -190,17 +235,12 @@ def _filler(impl: str, rows: Tensor, call: TopKCall) -> Callable[[Tensor, Sparse
                 f"impl: got 'triton' for tensors on {rows.device}; expected CUDA tensors, or the Triton interpreter "
                 "(TRITON_INTERPRET=1 before triton is imported). Use impl='auto'."
             )
-        return fill_triton
-    if impl == "numba":
-        if not numba:
-            raise KDError(
-                f"impl: got 'numba' for {rows.dtype} on {rows.device}; expected a CPU tensor, at most float32, and the "
-                "package numba (pip install 'fastkd[cpu]'). Use impl='auto'."
-            )
-        from .numba_impl import NUMBA
-
-        return partial(fill_rows, NUMBA)
-    return partial(fill_rows, TORCH)
+    if impl == "numba" and not numba:
+        raise KDError(
+            f"impl: got 'numba' for {rows.dtype} on {rows.device}; expected a CPU tensor, at most float32, and the "
+            "package numba (pip install 'fastkd[cpu]'). Use impl='auto'."
+        )
+    return impl
 
 
 def prepare_topk(device: torch.device) -> str:

@@ -179,6 +179,15 @@ class State:
         return exact_transform(self.tail_top_x.float(), call.logit_scale, call.softcap)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Where one part of a divided vocabulary lies in the units of its rows, int64 `[n]`: the units of the parts before
+    it, and those of all parts."""
+
+    before: Tensor
+    total: Tensor
+
+
 def draw(state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Tensor:
     """Drawn ids int64 `[n, draws]`; anything in rows that are not to be drawn from. keys_N: `row_keys`."""
     n, device = len(keys_N), keys_N.device
@@ -201,7 +210,7 @@ def draw(state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Ten
             row_R, number_R1 = some // draws, (some % draws)[:, None]
         attempt_A = torch.arange(first, first + count, device=device)
         u = uniforms(keys_N[row_R][:, None, None], number_R1[..., None], attempt_A)
-        named, good = _attempt(state, logits_NV, call, top_N, before, row_R, u.view(len(row_R), -1))
+        named, good = attempt(state, logits_NV, call, top_N, before, row_R, u.view(len(row_R), -1))
         named, good = named.view(-1, count), good.view(-1, count)
         which = torch.where(good, attempt_A - first, count - 1).amin(1, keepdim=True)  # the first that succeeds
         wanted = wanted_P[some]
@@ -211,22 +220,35 @@ def draw(state: State, logits_NV: Tensor, keys_N: Tensor, call: TopKCall) -> Ten
     return token_P.view(n, draws)
 
 
-def _attempt(
-    state: State, logits_NV: Tensor, call: TopKCall, top_N: Tensor, before: Tensor, row_R: Tensor, u_RC: Tensor
+def attempt(
+    state: State,
+    logits_NV: Tensor,
+    call: TopKCall,
+    top_N: Tensor,
+    before: Tensor,
+    row_R: Tensor,
+    u_RC: Tensor,
+    share: Share | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The token that each uniform number names in its row, and whether it is drawn.
 
-    top_N: `State.tail_top`. before: the units before each group of all rows, one after another.
+    top_N: `State.tail_top`. before: the units before each group of all rows, one after another. share: where the logits
+    are one part of a divided vocabulary, and `state` has its units and ids; tokens of other parts are not drawn.
     """
-    (n, vocab), groups, bits = logits_NV.shape, state.sums.shape[1], weight_bits(logits_NV.shape[1])
+    (n, vocab), groups, bits = logits_NV.shape, state.sums.shape[1], weight_bits(call.vocab_size)
     scale = exponent_scale(call.draw_temperature)
     low_bits = bits - UNIT_BITS
     row_R1 = row_R[:, None]
     first_R1 = row_R1 * groups
     start_R1 = before[first_R1]
-    total_R1 = (before[first_R1 + groups] - start_R1) << low_bits
+    own_R1 = before[first_R1 + groups] - start_R1
+    total_R1 = (own_R1 if share is None else share.total[row_R1]) << low_bits
     at_RC = torch.minimum((u_RC * total_R1.double()).long(), total_R1 - 1)
-    unit_RC = (at_RC >> low_bits).add_(start_R1)
+    unit_RC = at_RC >> low_bits
+    if share is not None:
+        unit_RC.sub_(share.before[row_R1])
+        ours_RC = (unit_RC >= 0).logical_and_(unit_RC < own_R1)
+    unit_RC.add_(start_R1)
     # (the limits here and below are for rows of NaN, whose draws are not used)
     group_RC = torch.searchsorted(before, unit_RC, right=True).sub_(1).clamp_(0, n * groups - 1)
     inside_RC1 = (unit_RC - before[group_RC]).to(torch.float32)[:, :, None]  # below 2^24: exact
@@ -246,7 +268,8 @@ def _attempt(
     rest_RC = (inside_RC1[:, :, 0] - running_RCW.mul_(behind_RCW).amax(2)).long()  # units of the token itself
     rest_RC = (rest_RC << low_bits).add_(at_RC & (2**low_bits - 1))
     weight_RC = integer_weights(d_RCW.gather(2, place_RC1)[:, :, 0], scale, bits)
-    return token_RCW.gather(2, place_RC1)[:, :, 0], rest_RC < weight_RC
+    good_RC = rest_RC < weight_RC
+    return token_RCW.gather(2, place_RC1)[:, :, 0], good_RC if share is None else good_RC.logical_and_(ours_RC)
 
 
 def merge_drawn(logits_NV: Tensor, ids_ND: Tensor, state: State, out: SparseTargets, call: TopKCall) -> None:
@@ -254,9 +277,15 @@ def merge_drawn(logits_NV: Tensor, ids_ND: Tensor, state: State, out: SparseTarg
 
     Rows that are not wanted stay as they are. `out` holds the top-k entries, and unused entries behind them.
     """
+    ids_ND = ids_ND.clamp(0, call.vocab_size - 1)
+    merge_values(logits_NV.gather(1, ids_ND), ids_ND, state, out, call)
+
+
+def merge_values(values_ND: Tensor, ids_ND: Tensor, state: State, out: SparseTargets, call: TopKCall) -> None:
+    """`merge_drawn` with the logits of the drawn ids."""
     assert out.draws is not None
-    ids_ND = ids_ND.clamp(0, call.vocab_size - 1).sort(1).values
-    values_ND = logits_NV.gather(1, ids_ND)
+    ids_ND, by_id = ids_ND.sort(1)
+    values_ND = values_ND.gather(1, by_id)
     z_ND = transform(values_ND.to(state.top.dtype), call)
     logprobs_ND = (z_ND - state.top[:, None] - state.log_total[:, None]).to(out.logprobs.dtype)
     ordered = values_ND.sort(dim=1, descending=True, stable=True)  # stable: equal values stay in the order of their ids

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .draws import State, exact_transform, merge_drawn, row_keys, transform, wor
 
 # Draws are made for many blocks' rows at once: they are some hundred operations on little data.
 ROWS_DRAWN = 512
+Result = TypeVar("Result")
 _kept = threading.local()
 
 
@@ -62,31 +63,19 @@ def fill_rows(
 ) -> None:
     """Fill `out` from logits `[N, V]` of any stride. `first_row`: the number of the first row in an error message."""
     rows, vocab = logits_NV.shape
-    threads = torch.get_num_threads() if logits_NV.device.type == "cpu" else 1
-    block = sweeps.rows(vocab, work_type(logits_NV).itemsize, logits_NV.device)
+    device = logits_NV.device
+    threads = _threads(device)
+    block = sweeps.rows(vocab, work_type(logits_NV).itemsize, device)
     block = max(1, min(block, -(-rows // threads)))
-    inference = torch.is_inference_mode_enabled()
-
-    def each(work: Callable[[slice], Any], span: slice, step: int) -> list[Any]:
-        """The results of `work` on every `step` rows of a span."""
-        parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
-
-        def with_modes(part: slice) -> Any:
-            with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
-                return work(part)
-
-        if threads == 1:
-            return [work(part) for part in parts]
-        return list(_pool(threads, os.getpid()).map(with_modes, parts))  # of several bad rows the first is named
 
     def fill(part: slice) -> State | None:
         swept = sweeps.sweep(logits_NV[part], call)
-        state = _finish(swept, out[part], call, first_row + part.start)
+        state = finish(swept, out[part], call, first_row + part.start)
         return replace(state, sums=sweeps.units(swept, logits_NV[part], state, call)) if call.draws else None
 
     for start in range(0, rows, max(block, ROWS_DRAWN)):
         span = slice(start, min(start + max(block, ROWS_DRAWN), rows))
-        states = each(fill, span, block)
+        states = in_blocks(fill, span, block, device)
         if call.draws:
             state = State(*map(torch.cat, zip(*(vars(part).values() for part in states), strict=True)))
 
@@ -95,7 +84,26 @@ def fill_rows(
                 ids = sweeps.draw(here, logits_NV[part], row_keys(call.seed, positions_N[part]), call)
                 merge_drawn(logits_NV[part], ids, here, out[part], call)
 
-            each(draw_some, span, -(-(span.stop - start) // threads))
+            in_blocks(draw_some, span, -(-(span.stop - start) // threads), device)
+
+
+def in_blocks(work: Callable[[slice], Result], span: slice, step: int, device: torch.device) -> list[Result]:
+    """The results of `work` on every `step` rows of a span; on a CPU, by PyTorch's number of threads at a time."""
+    threads, inference = _threads(device), torch.is_inference_mode_enabled()
+    step = max(1, step)
+    parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
+
+    def with_modes(part: slice) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():  # each thread has its own
+            return work(part)
+
+    if threads == 1:
+        return [work(part) for part in parts]
+    return list(_pool(threads, os.getpid()).map(with_modes, parts))  # of several bad rows the first is named
+
+
+def _threads(device: torch.device) -> int:
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def unfilled(call: TopKCall, rows: int, device: torch.device) -> SparseTargets:
@@ -127,7 +135,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int) -> State:
+def finish(swept: Swept, out: SparseTargets, call: TopKCall, first_row: int) -> State:
     """From the result of a block's sweeps to its targets. Returns what its draws start from, without the sums."""
     best_x, best_id, tail_top_x, sums_nM = swept.best_x, swept.best_id, swept.tail_top_x, swept.tail_sums
     row_top, entries = swept.row_top, call.entries

@@ -131,7 +131,7 @@ def rows_of(logits, count=1, wanted=None):
 def attempt(rows, which, u):
     state, logits, call = rows
     before = torch.cat([torch.zeros(1, dtype=torch.int64), state.sums.flatten().long().cumsum(0)])
-    return draws._attempt(state, logits, call, state.tail_top(call), before, which, u)
+    return draws.attempt(state, logits, call, state.tail_top(call), before, which, u)
 
 
 def drawn(logits, keys, wanted):
