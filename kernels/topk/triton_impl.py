@@ -102,7 +102,7 @@ def _reduce(x: Tensor, call: TopKCall) -> _Reduced:
     picked, runs = (scratch(rows, n, dtype=torch.int32) for n in (size.picked, size.candidates))
     best = scratch(rows, size.candidates, dtype=torch.int64)
     picked_count, runs_count, count = scratch(3, rows, dtype=torch.int32)
-    counters, floor = scratch(2, rows, dtype=torch.int32), scratch(rows)
+    counter, floor = scratch(rows, dtype=torch.int32), scratch(rows)
     # the rest: in groups not picked [0], in runs not listed [1], and in those listed [2]
     rest_tops, rest_sums = scratch(3, rows), scratch(3, rows, many)
     groups = {"G": size.group, "RUN": size.run, "BLOCK": size.block}
@@ -112,16 +112,16 @@ def _reduce(x: Tensor, call: TopKCall) -> _Reduced:
         CHAIN=chain, M=many, UNIT=unit, **groups, num_warps=size.scan_warps,
     )  # fmt: skip
     _pick[(rows,)](
-        group_tops, group_sums, scales, picked, size.picked, picked_count, floor, counters, rest_tops[0], rest_sums[0],
-        entries, size.take, rows, size.groups, *transform,
+        group_tops, group_sums, scales, picked, size.picked, picked_count, floor, counter, rest_tops[0], rest_sums[0],
+        entries, size.take, size.groups, *transform,
         UNUSED=unused, M=many, GROUPS=size.groups_a_block, NGP=power_of_2(size.groups), num_warps=size.pick_warps,
     )  # fmt: skip
     if entries:
         logits, sums = (x, stride_n, stride_v, vocab), {"CHAIN": chain, "M": many, "MP": power_of_2(many)}
         chosen = {**sums, "CANDIDATES": size.candidates, "UNIT": unit, "num_warps": size.select_warps}
-        left = (counters[1], best, count, rest_tops[2], rest_sums[2])
+        left = (counter, best, count, rest_tops[2], rest_sums[2])
         _select[(rows,)](
-            *logits, picked, size.picked, picked_count, floor, scales, counters[0], runs, runs_count, rest_tops[1],
+            *logits, picked, size.picked, picked_count, floor, scales, runs, runs_count, rest_tops[1],
             rest_sums[1], *transform, **groups, TILE=size.tile, **chosen,
         )  # fmt: skip
         _sift[(rows,)](*logits, floor, scales, runs, runs_count, *left, *transform, TILE=size.sift_tile, **chosen)

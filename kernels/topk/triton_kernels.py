@@ -13,7 +13,7 @@
 5. `_finish` sorts the candidates, drops entries by `mass` and writes log-probabilities and tails.
 
 No sum is the difference of two others, and a top-k entry is never in the tail's sums, so nothing cancels. Sums
-run in a fixed order. Only the places of candidates come from atomic counters, and they are sorted: results are the
+run in a fixed order. Only the places of candidates come from an atomic counter, and they are sorted: results are the
 same bits on every run. `triton_impl.py` launches them.
 """
 
@@ -78,12 +78,12 @@ def _pick(
     picked_ptr, stride_picked,  # out int32: numbers of the best groups, ascending
     picked_count_ptr,  # out [N] int32: how many
     floor_ptr,  # out [N] float32: a finite logit that is not above the k-th best token's
-    counter_ptr,  # out [2, N] int32: 0
+    counter_ptr,  # out [N] int32: 0
     rest_top_ptr,  # out [N] float32: raw maximum over all other groups
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
     entries,  # top-k entries: min(k, V)
     take,  # min(entries, NG)
-    rows, groups, scale, cap, inverse_cap,
+    groups, scale, cap, inverse_cap,
     UNUSED: constexpr, M: constexpr, GROUPS: constexpr, NGP: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -100,7 +100,6 @@ def _pick(
     floor = tl.where(take == entries, tl.maximum(with_unused_bits(threshold, UNUSED), LOWEST_KEY), LOWEST_KEY)
     tl.store(floor_ptr + row, unordered(floor))
     tl.store(counter_ptr + row, 0)
-    tl.store(counter_ptr + rows + row, 0)
     above = (key >> UNUSED) > (threshold >> UNUSED)
     equal = ((key >> UNUSED) == (threshold >> UNUSED)) & there
     need = take - tl.sum(above.to(tl.int32), axis=0)
@@ -177,8 +176,7 @@ def _count(x):
 def _select(
     x_ptr, stride_n, stride_v, vocab,
     picked_ptr, stride_picked, picked_count_ptr, floor_ptr, log2e_over_t_ptr,  # as `_pick` has them
-    counter_ptr,  # [N] int32, 0
-    runs_ptr,  # out [N, CANDIDATES] int32: the runs that have a token which reaches the floor, in any order
+    runs_ptr,  # out [N, CANDIDATES] int32: the runs that have a token which reaches the floor
     runs_count_ptr,  # out [N] int32: how many; above CANDIDATES, some are missing
     rest_top_ptr,  # out [N] float32: raw maximum of the picked groups' other runs
     rest_sums_ptr,  # out [N, M] float32: their sums, relative to it
@@ -202,8 +200,10 @@ def _select(
         x = tl.reshape(x, [TILE, G // SIFTED, SIFTED])
         top = tl.max(x, axis=2)
         reach = top >= low
+        # in the order of the groups: `_sift` adds up in the order of this list
+        places = tl.cumsum(tl.reshape(reach.to(tl.int32), [TILE * (G // SIFTED)]), axis=0)
+        slot = seen + tl.reshape(places, [TILE, G // SIFTED]) - 1
         seen += _count(reach)
-        slot = tl.atomic_add(counter_ptr + row + tl.zeros([TILE, G // SIFTED], tl.int32), 1, mask=reach, sem="relaxed")
         place = start + tl.arange(0, TILE)
         group = tl.load(groups_ptr + place, mask=place < picked, other=0)
         run = _tokens(group, tl.arange(0, G // SIFTED) * SIFTED, G, RUN, BLOCK) // SIFTED
