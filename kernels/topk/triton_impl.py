@@ -18,8 +18,9 @@ from .draws import merge_drawn
 from .draws_triton import draw
 from .fill import Swept, over_temperatures, refuse
 from .merge import merge
+from .select_kernels import _select, _sift, _sift_ties
 from .sizes import UNUSED_BITS, TopKSizes, power_of_2, topk_sizes
-from .triton_kernels import _finish, _pick, _scan, _select, _sift, _sift_ties
+from .triton_kernels import _finish, _pick, _scan
 
 # Rows a call of the kernels: bounds their scratch memory to some 16 numbers per 128 logits of these rows.
 ROWS_AT_ONCE = 8192

@@ -13,6 +13,7 @@ C1, C2, C3 = constexpr(dr.C1), constexpr(dr.C2), constexpr(dr.C3)
 C4, C5, C6 = constexpr(dr.C4), constexpr(dr.C5), constexpr(dr.C6)
 LOWEST = constexpr(dr.LOWEST)
 LOW31 = constexpr(2**31 - 1)
+LEAST = constexpr(-(2**31))  # below every ordered logit
 
 
 @triton.jit
