@@ -218,7 +218,7 @@ class DistillationLoss(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, logits: Tensor, targets: SparseTargets, labels: Tensor | None, **kwargs: Any) -> KDLoss:
-        """`kd_loss` with the module's config; kwargs: its other arguments (mask, weights, num_items, inplace, group, ...)."""
+        """`kd_loss` with the module's config; kwargs: its other arguments (mask, inplace, group, ...)."""
         return kd_loss(logits, targets, labels, config=self.config, **kwargs)
 
     def linear(
