@@ -240,23 +240,9 @@ def reduce_row(
     for MODE in tl.static_range(6):
         if mode == MODE:
             reference, total_1, total_t = _reduce(
-                row_ptr,
-                stride,
-                V,
-                rate,
-                p_1,
-                r,
-                s_1,
-                s_t,
-                softcap,
-                logit_scale,
-                MODE,
-                BLOCK,
-                THREADS,
-                VEC,
-                EDGES,
-                ALIGNED,
-            )
+                row_ptr, stride, V, rate, p_1, r, s_1, s_t, softcap, logit_scale,
+                MODE, BLOCK, THREADS, VEC, EDGES, ALIGNED,
+            )  # fmt: skip
     return reference, total_1, total_t
 
 
