@@ -80,7 +80,8 @@ def topk_sizes(vocab_size: int, entries: int) -> TopKSizes:
         groups=groups,
         take=min(entries, groups),
         candidates=candidates,
-        tile=max(1, min(Tuning.select_tile // group, power_of_2(entries))),
+        # at least 16: of few entries, many groups may tie
+        tile=max(1, min(Tuning.select_tile // group, max(16, power_of_2(entries)))),
         sift_tile=min(Tuning.sift_tile // 8, candidates),
         scan_warps=Tuning.scan_warps,
         pick_warps=min(16, max(4, power_of_2(groups) // (32 * Tuning.pick_groups))),

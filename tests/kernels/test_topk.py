@@ -154,7 +154,7 @@ def test_ties_go_to_the_lower_id(place, case, k):
     check(on(place, logits, k), logits, k)
 
 
-@pytest.mark.parametrize("k", [1, 9, 40])
+@pytest.mark.parametrize("k", [1, 40])
 def test_ties_in_groups_whose_tokens_are_scattered(place, k):
     """A block's groups interleave: of two that tie, the one with the lower number may have the higher ids."""
     vocab = 17_001  # two blocks of 8192, and the beginning of a third
