@@ -21,11 +21,12 @@ def refuse_dtensor(name: str, value: Any) -> None:
     """Raise KDError for a DTensor: a kernel would take this rank's part for the whole tensor."""
     # by name: the module takes a second to import
     if type(value).__name__ == "DTensor":
+        whole = ".redistribute(placements=[Replicate()])" if name == "hidden" else ""  # the same on all ranks
         raise KDError(
             f"{name}: got a DTensor {tuple(value.shape)} {value.dtype}, placed {value.placements}; expected a plain "
             "tensor. Call inside the forward of the module that is wrapped (FSDP gathers its "
-            f"weights there); or pass {name}.to_local() on each rank, for a vocabulary that is divided over ranks "
-            "with group=."
+            f"weights there); or pass {name}{whole}.to_local() on each rank, for a vocabulary that is divided over "
+            "ranks with group=."
         )
 
 

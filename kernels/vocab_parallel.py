@@ -5,6 +5,7 @@ torch.distributed is imported by the first call that has a group.
 """
 
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -51,28 +52,40 @@ def check_vocab_start(vocab_start: Any, group: Any) -> int:
     return int(whole_number("vocab_start", vocab_start, "this rank's first column", 0))
 
 
-def exchange_parts(name: str, size: int, start: int, device: torch.device) -> Tensor:
-    """First column and number of columns of every rank's part, int64 `[R, 2]` on the device, which is not waited for.
+def exchange_parts(name: str, size: int, start: int, device: torch.device, settings: str) -> Tensor:
+    """First column and number of columns of every rank's part, and a checksum of its settings, int64 `[R, 3]` on the
+    device, which is not waited for.
 
-    size, start: of this rank; start -1 as by `check_vocab_start`. One all-gather of two numbers, in every call: to
-    remember them for a size would leave ranks waiting for each other where another vocabulary, divided over the same
-    group, gives some ranks as many columns as before and some not.
+    size, start: of this rank; start -1 as by `check_vocab_start`. settings: as text, all that has to be the same on all
+    ranks and that the host knows. One all-gather of three numbers, in every call: to remember them for a size would
+    leave ranks waiting for each other where another vocabulary, divided over the same group, gives some ranks as many
+    columns as before and some not.
     """
-    own = torch.full((2,), size, dtype=torch.int64, device=device)
+    own = torch.full((3,), size, dtype=torch.int64, device=device)
     own[0] = start  # filled there: a copy to a GPU would wait for it
+    own[2] = crc32(settings.encode())
     parts = all_gather(own, name)
     sizes = parts[:, 1]
     in_order = sizes.cumsum(0) - sizes
-    return torch.stack([torch.where((parts[:, 0] < 0).all(), in_order, parts[:, 0]), sizes], 1)
+    return torch.stack([torch.where((parts[:, 0] < 0).all(), in_order, parts[:, 0]), sizes, parts[:, 2]], 1)
 
 
-def read_part(name: str, parts_R2: Tensor, vocab_size: int, what: str) -> VocabPart:
+def read_part(name: str, parts_R3: Tensor, vocab_size: int | None, what: str) -> VocabPart:
     """This rank's part, of `exchange_parts`. Reads the tensor: it waits for a GPU.
 
-    vocab_size: the fewest columns that the parts may have together. what: the tensor that is divided, for messages.
-    Raises KDError, on all ranks alike, unless the parts are a division of one vocabulary of at least this size.
+    vocab_size: the fewest columns that the parts may have together, and one of several parts may not; None: any. what:
+    the tensor that is divided, for messages. Raises KDError, on all ranks alike, unless the parts are a division of one
+    vocabulary of at least this size, and the settings are the same.
     """
-    parts = parts_R2.tolist()
+    rows = parts_R3.tolist()
+    parts, checksums = [(start, size) for start, size, _ in rows], [checksum for *_, checksum in rows]
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if others:
+        raise KDError(
+            f"group: got other settings on rank {others[0]} of the group than on rank 0; expected the same on all "
+            "ranks: alpha, temperature and all else of the config, chunk_tokens, softcap, logit_scale, num_items, k "
+            "and so on, and arguments of the same shapes."
+        )
     listed = ", ".join(f"{start} to {start + size - 1}" if start >= 0 else f"? ({size})" for start, size in parts)
     end = 0
     for start, size in sorted(parts):
@@ -83,21 +96,32 @@ def read_part(name: str, parts_R2: Tensor, vocab_size: int, what: str) -> VocabP
                 "if the parts lie in rank order."
             )
         end += size
+    if vocab_size is None:
+        vocab_size = 1
+    elif len(parts) > 1 and all(size >= vocab_size for _, size in parts):
+        raise KDError(
+            f"{what}: got {parts[0][1]} columns on each of {len(parts)} ranks, as many as the whole vocabulary has "
+            f"({vocab_size}); expected each rank's own columns. Leave group= out where every rank holds all of them "
+            "(as with ColwiseParallel(output_layouts=Replicate()))."
+        )
     if end < vocab_size:
         raise KDError(
-            f"{what}: got {end} columns on all {len(parts)} ranks together ({listed}), fewer than the vocabulary; "
-            f"expected at least {vocab_size}, one for each of the teacher's tokens."
+            f"{what}: got {end} columns on all ranks of the group together ({listed}), fewer than the vocabulary; "
+            f"expected at least {vocab_size}, one for each of the teacher's tokens. Is this the group of all ranks "
+            "that hold a part?"
         )
     start, size = parts[_group(name).rank()]
-    return VocabPart(name, start, size, end, tuple((start, size) for start, size in parts))
+    return VocabPart(name, start, size, end, tuple(parts))
 
 
-def locate_part(name: str, parts_R2: Tensor) -> Tensor:
+def locate_part(name: str, parts_R3: Tensor, vocab_size: int) -> Tensor:
     """This rank's first column and the number of all columns, int64 `[2]`, of `exchange_parts`, without waiting for the
-    device. The number is -1 where the parts are not a division of one vocabulary."""
-    starts, sizes = parts_R2[parts_R2[:, 0].argsort()].unbind(1)
-    divided = (starts == sizes.cumsum(0) - sizes).all() & (sizes > 0).all()
-    return torch.stack([parts_R2[_group(name).rank(), 0], torch.where(divided, sizes.sum(), -1)])
+    device. The number is -1 where `read_part` would raise."""
+    starts, sizes, checksums = parts_R3[parts_R3[:, 0].argsort()].unbind(1)
+    divided = (starts == sizes.cumsum(0) - sizes).all() & (sizes > 0).all() & (checksums == checksums[0]).all()
+    if len(sizes) > 1:
+        divided &= (sizes < vocab_size).any()
+    return torch.stack([parts_R3[_group(name).rank(), 0], torch.where(divided, sizes.sum(), -1)])
 
 
 def gather_columns(x_NV: Tensor, part: VocabPart) -> Tensor:

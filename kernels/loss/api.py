@@ -68,7 +68,8 @@ def kd_loss(
         of float16 logits): the ranks exchange K + 6 numbers a position, once. Each gets the same losses, of the whole
         vocabulary, to be counted once; and the gradient in its own logits, which are the same columns of one rank's: to
         be reduced no further over the group. With data parallelism over another group, num_items counts the positions
-        of that group's ranks. What is not valid on one rank raises on all of them (on a GPU: NaN on all).
+        of that group's ranks. Settings that differ, invalid logits and, where values are checked, invalid or unequal
+        labels and targets raise on all of them (on a GPU: NaN on all, but for unequal ones).
     vocab_start: the first of this rank's columns. None, on all ranks: the parts follow on each other in rank order.
 
     Gradients are computed in the forward (of float16 logits in the backward, where their scale is known): do not wrap

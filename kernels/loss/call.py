@@ -58,13 +58,23 @@ class Call(NamedTuple):
         """P, the number of target rows."""
         return len(self.targets)
 
-    def vocab_part(self, width: int, device: torch.device, what: str) -> VocabPart | None:
+    def vocab_part(self, width: int, options: "RowOptions") -> VocabPart | None:
         """This rank's part of a divided vocabulary, of which it holds `width` columns. All ranks of the group call it.
         Reads a tensor: not for the Triton path."""
         if self.group is None:
             return None
-        parts = exchange_parts(self.group, width, self.vocab_start, device)
-        return read_part(self.group, parts, self.targets.vocab_size, what)
+        return read_part(self.group, self.exchange_parts(width, options), self.targets.vocab_size, options.what)
+
+    def exchange_parts(self, width: int, options: "RowOptions") -> Tensor:
+        """`vocab_parallel.exchange_parts` of this call's group: its settings, and which tensors it has."""
+        assert self.group is not None
+        known = [x if x is None or isinstance(x, (int, float, str, tuple)) else "tensor" for x in self.arguments()]
+        for name in ("group", "vocab_start"):  # each rank's own
+            known[Call._fields.index(name)] = None
+        shapes = tuple(self.targets.ids.shape), self.targets.temperatures
+        numbers = [x if x is None or isinstance(x, (int, float)) else "tensor" for x in options[:-1]]
+        settings = repr((known, shapes, numbers))
+        return exchange_parts(self.group, width, self.vocab_start, self.targets.device, settings)
 
     def numbers(self) -> tuple[float, float]:
         """alpha and T on the host. Reads tensors: not for the Triton path."""
@@ -123,7 +133,8 @@ class RowOptions(NamedTuple):
     """What is done with the rows of a call, for `TorchRows` and `TritonRows`.
 
     upstream: the gradient of the loss `[]`; None: 1. fixed_scale: a factor of the gradient in place of 1/divisor.
-    softcap, logit_scale: of an LMHead. want_grad: whether logits become their gradient. what: the logits, in messages.
+    softcap, logit_scale: of an LMHead. want_grad: whether logits become their gradient. chunk: how many rows come at
+    once, 0 for all. what: the logits, in messages.
     """
 
     upstream: Tensor | None = None
@@ -131,6 +142,7 @@ class RowOptions(NamedTuple):
     softcap: float | None = None
     logit_scale: float | None = None
     want_grad: bool = True
+    chunk: int = 0
     what: str = "logits"
 
 

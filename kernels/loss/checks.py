@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import KDError
 from ..tail import check_temperature
 from ..targets import SparseTargets
+from ..vocab_parallel import all_gather
 from .call import Call
 from .config import check_numbers
 
@@ -38,7 +39,35 @@ def values_are_checked(device: torch.device) -> bool:
 
 
 def check_values(call: Call, positions: int, width: int) -> None:
-    """Raise KDError naming the row and the argument of the first bad value in the tensors of a call."""
+    """Raise KDError naming the row and the argument of the first bad value in the tensors of a call.
+
+    Of a divided vocabulary all ranks call it, and all raise if one does, or if their ids, labels or mask differ.
+    """
+    if call.group is None:
+        return _check_values(call, positions, width)
+    error = None
+    try:
+        _check_values(call, positions, width)
+    except KDError as found:
+        error = found
+    same = {"targets": call.targets.ids, "targets.index": call.targets.index, "labels": call.labels, "mask": call.mask}
+    own = [torch.tensor(error is not None), *(torch.tensor(0) if x is None else x.sum() for x in same.values())]
+    device = call.targets.device
+    by_rank = all_gather(torch.stack([x.to(device, torch.int64) for x in own]), call.group).tolist()
+    if error is not None:
+        raise error
+    for number, name in enumerate(["group", *same]):
+        for rank, found_by in enumerate(by_rank):
+            if number == 0 and found_by[0]:
+                raise KDError(f"group: rank {rank} of the group refuses its arguments, and says why.")
+            if number and found_by[number] != by_rank[0][number]:
+                raise KDError(
+                    f"{name}: got other values on rank {rank} of the group than on rank 0; expected the same on all "
+                    "ranks, with ids and labels of the whole vocabulary."
+                )
+
+
+def _check_values(call: Call, positions: int, width: int) -> None:
     alpha, t = call.numbers()
     check_numbers(alpha, t)
     check_temperature(t, call.targets.temperatures)

@@ -146,6 +146,7 @@ def linear_kd_loss_chunks(
         softcap=lm_head.softcap,
         logit_scale=lm_head.logit_scale,
         want_grad=any(want),
+        chunk=0 if want[1] and weight_type == torch.bfloat16 else chunk,
         what="hidden @ weight.T",
     )
     rows = rows_of(call, hidden_ND.shape[0], width, dtype, options)

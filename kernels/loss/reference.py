@@ -10,7 +10,7 @@ from ..divergences import find_divergence
 from ..lm_head import LMHead
 from ..targets import TargetsAt
 from ..vocab_parallel import gather_columns
-from .call import Call, saveable
+from .call import Call, RowOptions, saveable
 from .checks import check_student
 from .torch_impl import counted_rows
 
@@ -47,7 +47,7 @@ def kd_loss_reference(
     logits_NV: Tensor, call: Call, upstream: Tensor | None, out_NV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, hard and soft of logits; the gradient times `upstream` goes to `out`."""
-    part = call.vocab_part(logits_NV.shape[1], logits_NV.device, "logits")
+    part = call.vocab_part(logits_NV.shape[1], RowOptions(want_grad=out_NV is not None))
     whole = logits_NV if part is None else gather_columns(logits_NV, part)
     *losses, gradients = _differentiate(lambda x_CV: x_CV, [whole], [out_NV is not None], call, whole.shape, "logits")
     if out_NV is not None and gradients[0] is not None:
@@ -70,7 +70,10 @@ def linear_reference(
         return z if cap is None else torch.where(z == -_INF, -_INF, cap * torch.tanh(z / cap))
 
     weight, bias = lm_head.weight, lm_head.bias
-    part = call.vocab_part(weight.shape[0], weight.device, "weight")
+    options = RowOptions(
+        softcap=lm_head.softcap, logit_scale=lm_head.logit_scale, want_grad=any(want), what="hidden @ weight.T"
+    )
+    part = call.vocab_part(weight.shape[0], options)
     if part is not None:
         weight = gather_columns(weight.T, part).T
         bias = None if bias is None else gather_columns(bias[None], part)[0]

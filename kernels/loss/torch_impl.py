@@ -57,7 +57,7 @@ class TorchRows:
     """The rows of one call that count, block by block; `TritonRows` is the same on a GPU."""
 
     def __init__(self, call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> None:
-        self.part = call.vocab_part(width, call.targets.device, options.what)
+        self.part = call.vocab_part(width, options)
         total, widest = (width, width) if self.part is None else (self.part.total, self.part.widest)
         self.call, self.index, self.divisor = counted_rows(call, positions, total)
         self.rows, self.options = self.call.rows, options

@@ -15,7 +15,7 @@ from ..errors import KDError
 from ..tail import OFF_GRID_NEEDS, ON_GRID, device_table
 from ..treatment import sampled_reach
 from ..triton_math import back_end, is_interpreted, on_device
-from ..vocab_parallel import all_gather, exchange_parts, locate_part, read_part
+from ..vocab_parallel import all_gather, locate_part, read_part
 from .call import Call, RowOptions, split
 from .checks import check_student, check_values, values_are_checked
 from .config import HIGHEST_TEMPERATURE, SCHEDULED
@@ -64,8 +64,8 @@ class TritonRows:
         self.part = None  # of a divided vocabulary: first column here, and columns on all ranks, int64 [2]
         total = width
         if call.group is not None:
-            parts = exchange_parts(call.group, width, call.vocab_start, device)
-            self.part = locate_part(call.group, parts)
+            parts = call.exchange_parts(width, options)
+            self.part = locate_part(call.group, parts, targets.vocab_size)
             if values_are_checked(device):
                 total = read_part(call.group, parts, targets.vocab_size, options.what).total
         if values_are_checked(device):

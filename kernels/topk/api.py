@@ -115,7 +115,14 @@ def linear_topk_targets(
     vocab, vocab_start, part = len(lm_head.weight), check_vocab_start(vocab_start, group), None
     if group is not None:
         name = group_name(group)
-        part = read_part(name, exchange_parts(name, vocab, vocab_start, hidden.device), 1, "weight")
+        known = (
+            topk_config(k, config, settings),
+            lm_head.softcap,
+            lm_head.logit_scale,
+            chunk_tokens,
+            positions_N.numel(),
+        )
+        part = read_part(name, exchange_parts(name, vocab, vocab_start, hidden.device, repr(known)), None, "weight")
         hidden = hidden.reshape(-1, hidden.shape[-1])  # chunks are the same on all ranks, whatever the strides
     total, widest = (vocab, vocab) if part is None else (part.total, part.widest)
     call = _call("weight", total, topk_config(k, config, settings), lm_head.softcap, lm_head.logit_scale)

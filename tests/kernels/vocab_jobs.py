@@ -281,6 +281,13 @@ def errors(impl: str) -> Callable[[Part], None]:
         refused("fewer than the vocabulary; expected at least 101", targets=replace(c.targets, vocab_size=V + 1))
         refused("expected parts of at least one column that follow on each other", vocab_start=part.columns.start // 2)
         refused("expected parts of at least one column", own[:, : 0 if last else None], vocab_start=None)
+        whole = "columns on each of" if part.ranks > 1 else ""
+        refused(whole, c.logits, vocab_start=None)
+        # on one rank alone: labels shifted by its first column, other labels, other settings
+        shifted = c.labels - 3 * V if last else c.labels
+        refused("labels: row" if last else f"rank {part.ranks - 1} of the group refuses", labels=shifted)
+        refused("labels: got other values on rank 1", labels=c.labels.clamp(min=0) * (part.rank != 1))
+        refused("other settings on rank 1", alpha=0.1 if part.rank == 1 else 0.5)
         on_logits(part, c, impl=impl)
 
     return job
