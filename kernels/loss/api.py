@@ -55,7 +55,7 @@ def kd_loss(
         divergence="jsd", beta=0.2, ...), which win over the config's.
     mask: bool; positions where it is False do not count. Nor do those whose label is the config's `ignore_index`, and
         those that the targets have no row for.
-    weights: factors of the positions' losses.
+    weights: factors of the positions' losses. (0 times an infinite loss is NaN: a mask leaves a position out.)
     num_items: what the sum is divided by: the count of the whole optimizer step, an int or a 0-d tensor. Default: the
         positions that count in this call (not the sum of the weights); 0 counts as 1. Nothing communicates: sum the
         count over ranks beforehand.

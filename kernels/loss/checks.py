@@ -71,7 +71,7 @@ def _check_values(call: Call, positions: int, width: int) -> None:
     alpha, t = call.numbers()
     check_numbers(alpha, t)
     check_temperature(t, call.targets.temperatures)
-    if call.num_items is not None and not call.num_items >= 0:
+    if call.num_items is not None and not 0 <= call.num_items < _INF:
         raise KDError(f"num_items: got {call.num_items.item()}; expected a count.")
     index = call.targets.index
     if index is not None:

@@ -203,7 +203,9 @@ def lies_in_vectors(x: Tensor) -> bool:
 
 
 def lie_alike(x: Tensor, g: Tensor) -> bool:
-    """Whether each row of x and of g `[B, L, V]` lies at the same distance from a 16-byte boundary."""
+    """Whether each row of x and of g `[B, L, V]` is dense and lies at the same distance from a 16-byte boundary."""
+    if not x.stride(-1) == g.stride(-1) == 1:
+        return False
     steps = zip(x.stride()[:-1], g.stride()[:-1], strict=True)
     alike = all((a - b) * x.element_size() % 16 == 0 for a, b in steps)
     return alike and (x.data_ptr() - g.data_ptr()) % 16 == 0

@@ -66,8 +66,8 @@ def prepare_kernel(
                 rows = start + tl.arange(0, BLOCK)
                 counted += _counted(rows, rows < P, labels_ptr, mask_ptr, index_ptr, N, ignore_index).to(tl.int32)
             divisor = tl.sum(counted).to(tl.float32)
-    # a negative or NaN count makes the loss NaN: `maximum` would make it 1
-    divisor = tl.where(divisor >= 0.0, tl.maximum(divisor, 1.0), nan)
+    # a negative, NaN or infinite count makes the loss NaN: `maximum` would make it 1
+    divisor = tl.where((divisor >= 0.0) & (divisor < float("inf")), tl.maximum(divisor, 1.0), nan)
     scale = 1.0 / divisor
     if fixed_scale != 0.0:
         scale = fixed_scale
@@ -130,19 +130,23 @@ def outcome_terms(weight, log_q, log_p, parameter):
 
 @triton.jit
 def is_rounded(p_tail, slope_below, slope_above):
-    """Whether p_tail, which 1 - Σ_S p gives to ROUNDING, is known too roughly for the gradient off S.
+    """Whether p_tail, which 1 - Σ_S p gives to ROUNDING, is known too roughly for the gradient off S, or the loss.
 
     slope_below, slope_above: the tail's p df/dp at max(p_tail, 2 ROUNDING) ∓ ROUNDING. The gradient in u_j = z_j / T
     off S is `p_j (slope / p_tail - Σ slope)`. An error of p_tail moves the sum of its absolute values by p_tail times
     the change of slope / p_tail; the divergence moves no more. Forward KL's slope is -q_tail and that is
     2 ROUNDING q_tail / p_tail: MAY_MOVE means p_tail < q_tail / 8. For reverse KL, JSD and skew KL it is a few times
-    ROUNDING, unless q_tail is 0.
+    ROUNDING, unless q_tail is 0. The divergence moves by ROUNDING slope / p_tail: for reverse KL, whose slope / p_tail
+    is the logarithm of p_tail / q_tail, that is more than MAY_MOVE of it under a teacher of q_tail < e^-16.
     """
     p = tl.maximum(p_tail, 2.0 * ROUNDING)
     # a slope may be infinite
-    below = tl.minimum(tl.maximum(slope_below, -HUGE), HUGE) / (p - ROUNDING)
-    above = tl.minimum(tl.maximum(slope_above, -HUGE), HUGE) / (p + ROUNDING)
-    return (p_tail < p) | (p * tl.abs(above - below) > MAY_MOVE)
+    below = tl.minimum(tl.maximum(slope_below, -HUGE), HUGE)
+    above = tl.minimum(tl.maximum(slope_above, -HUGE), HUGE)
+    size = tl.maximum(tl.abs(below), tl.abs(above))
+    below, above = below / (p - ROUNDING), above / (p + ROUNDING)
+    moves = tl.maximum(tl.abs(below), tl.abs(above)) * ROUNDING > tl.maximum(size, 1.0) * MAY_MOVE
+    return (p_tail < p) | moves | (p * tl.abs(above - below) > MAY_MOVE)
 
 
 @triton.jit
@@ -335,15 +339,18 @@ def loss_kernel(
             z_label = logits_of(tl.load(x_ptr + label_column * x_stride), softcap, logit_scale)
     stored = row * K
     if STAGE == OWN:
-        # As in `is_rounded`, but decided before the row is known: this rank's p_tail, of its own mass, misses by
-        # ROUNDING. If it is q_tail / 8 or more on every rank, the row's misses by ROUNDING * 8 p_tail / q_tail at most,
-        # which moves forward KL's gradient by MAY_MOVE, and that of a divergence that changes slower with p / q by
-        # less. Below 2 ROUNDING it may be exactly 0. Nothing may be NaN where this rank holds no logit above −inf.
+        # Decided before the row is known, by this rank's p_tail of its own mass: where `is_rounded` is content with it
+        # on every rank, the row's is known as well as the worst of them, relatively. Nothing may be NaN where this rank
+        # holds no logit above −inf.
         s_topk = tl.sum(tl.where(z > float("-inf"), tl.exp2(p_t * tl.fma(z, rate, -r)), 0.0), 0)
         p_tail = tl.where(s_topk > 0.0, 1.0 - s_topk / s_t, 1.0)
         r_off = r
         s_off = s_t * tl.maximum(p_tail, 0.0)
-        if bucket & (p_tail < tl.maximum(tl.exp(log_q_tail) / 8.0, 2.0 * ROUNDING)):
+        p_known = tl.maximum(p_tail, 2.0 * ROUNDING)
+        w_tail = tl.exp(log_q_tail)
+        _, slope_below = outcome_terms(w_tail, log_q_tail, tl.log(p_known - ROUNDING), parameter)
+        _, slope_above = outcome_terms(w_tail, log_q_tail, tl.log(p_known + ROUNDING), parameter)
+        if bucket & is_rounded(p_tail, slope_below, slope_above):
             r_off, s_off = reduce_off_topk(
                 x_ptr, x_stride, V, T, ids_ptr + stored, logprobs_ptr + stored,
                 draws_ptr if draws_ptr is None else draws_ptr + stored, K, first_column.to(tl.int32), softcap,
@@ -358,6 +365,8 @@ def loss_kernel(
         tl.store(out_ptr + 5, tl.where(label_here, z_label, float("-inf")))
         tl.store(out_ptr + SUMS + k, z, mask=k < K)
         return
+    # of NaN, +inf, or nothing but −inf: without an outcome or a label, nothing else would show it
+    bad = bad | ((s_t > 0.0) == 0)
     u = tl.fma(z, rate, -r)
     log_s = tl.log(s_t)
     log_p = tl.where(support, p_t * u * LN_2 - log_s, float("-inf"))

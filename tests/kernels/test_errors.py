@@ -402,3 +402,24 @@ def test_debug_names_row_and_argument_on_the_gpu() -> None:
             kd_loss(C.logits.cuda(), with_value("ids", 3, 1, 50).to("cuda"), C.labels.cuda())
     finally:
         set_debug(False)
+
+
+@INTERPRETED
+def test_bad_logits_show_where_nothing_else_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where values are not checked: a row without entries and without a label, whose gradient is NaN."""
+    pytest.importorskip("triton")
+    from fastkd.kernels.loss import triton_impl
+
+    monkeypatch.setattr(triton_impl, "values_are_checked", lambda device: False)
+    empty = SparseTargets(
+        ids=torch.zeros(1, 2, dtype=torch.int32), logprobs=torch.full((1, 2), -torch.inf), tail=torch.zeros(1, 1),
+        outcomes=9, vocab_size=9, temperatures=(1.0,),
+    )  # fmt: skip
+    for value in (torch.nan, torch.inf):
+        logits = torch.zeros(1, 9)
+        logits[0, 4] = value
+        assert kd_loss(logits, empty, None, impl="triton").loss.isnan()
+    assert kd_loss(torch.full((1, 9), -torch.inf), empty, None, impl="triton").loss.isnan()
+    assert kd_loss(torch.zeros(1, 9), empty, None, impl="triton").loss == 0
+    infinite = torch.tensor(torch.inf)
+    assert kd_loss(torch.zeros(1, 9), empty, None, impl="triton", num_items=infinite).loss.isnan()

@@ -47,3 +47,15 @@ def test_an_odd_vocabulary_without_some_top_k_entries_at_the_edges() -> None:
     out = kd_loss(leaf, c.targets, c.labels, impl="triton", **settings)
     out.loss.backward()
     agree(c, (out.loss.detach(), leaf.grad), oracle(c, **settings), 1.0, 1.0)
+
+
+def test_vectors_need_dense_rows() -> None:
+    """Of transposed logits, whose rows step by V in the gradient, no row lies as the gradient's does."""
+    pytest.importorskip("triton")
+    from fastkd.kernels.loss.triton_impl import lie_alike
+
+    dense = torch.empty(1, 4, 32001, dtype=torch.bfloat16)
+    assert lie_alike(dense, torch.empty_like(dense))
+    transposed = torch.empty(1, 32001, 4, dtype=torch.bfloat16).transpose(1, 2)
+    assert not lie_alike(transposed, dense)
+    assert not lie_alike(transposed, transposed)

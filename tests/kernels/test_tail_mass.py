@@ -94,3 +94,24 @@ def test_only_a_mass_too_small_to_know_is_summed_again(grad: bool, monkeypatch: 
                 kd_loss(logits[row : row + 1].requires_grad_(grad), targets[row : row + 1], None, impl="triton")
             again = ratio < 0.125 or student < -14
             assert (passes + again) * v <= elements[0] <= (passes + again) * v + 200
+
+
+@DEVICE_ON
+@pytest.mark.parametrize("log_q_tail", [-100.0, -1000.0])
+def test_a_sharp_teacher_under_reverse_kl(log_q_tail: float, on) -> None:
+    """The loss has log(p_tail / q_tail) times p_tail, of which rounding must not be multiplied."""
+    impl, device = on
+    v, rows = 1000, 4
+    logits = torch.randn(rows, v, generator=torch.Generator().manual_seed(5))
+    logits[:, 0] += torch.tensor([11.5, 13.0, 16.0, 18.0])
+    probability = logits.double().softmax(1)
+    tail = probability[:, 1:].sum(1)
+    expected = probability[:, 0] * probability[:, 0].log() + tail * (tail.log() - log_q_tail)
+    targets = SparseTargets(
+        ids=torch.zeros(rows, 1, dtype=torch.int32), logprobs=torch.zeros(rows, 1),
+        tail=torch.full((rows, 1), log_q_tail), outcomes=v - 1, vocab_size=v, temperatures=(1.0,),
+    ).to(device)  # fmt: skip
+    for row in range(rows):
+        given = logits[row : row + 1].to(device)
+        found = kd_loss(given, targets[row : row + 1], None, divergence="reverse_kl", treatment="bucket", impl=impl)
+        assert abs(float(found.loss) - float(expected[row])) <= 1e-5 * max(1.0, float(expected[row]))

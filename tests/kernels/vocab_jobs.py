@@ -373,7 +373,8 @@ def dtensors(part: Part) -> None:
             message = str(error)
             assert message.startswith(f"{name}: got a DTensor ("), message
             assert "expected a plain tensor. Call inside the forward" in message, message
-            assert f"{name}.to_local() on each rank" in message, message
+            whole = ".redistribute(placements=[Replicate()])" if name == "hidden" else ""
+            assert f"{name}{whole}.to_local() on each rank" in message, message
         else:
             raise AssertionError(f"{name} was not refused")
 
