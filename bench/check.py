@@ -61,11 +61,13 @@ def worse(moves: Sequence[Move]) -> bool:
     return any(move.worse for move in moves)
 
 
-def recorded(found: Sequence[Recording], path: Path | None = None) -> list[Recording]:
-    """The recordings to compare with: of a file, or those in `recorded/` of the same hardware. Raises NoSuite."""
-    if path is not None:
-        return load(path)
-    there = [recording for file in recording_files() for recording in load(file)]
+def bundled() -> list[Recording]:
+    """The recordings in `recorded/`, of any hardware."""
+    return [recording for file in recording_files() for recording in load(file)]
+
+
+def of_same_hardware(found: Sequence[Recording], there: Sequence[Recording]) -> list[Recording]:
+    """Those of `there` on the hardware of `found`. Raises NoSuite."""
     machines = [recording.hardware for recording in found]
     same = [recording for recording in there if recording.hardware in machines]
     if not same:

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 def bench(command: "BenchSettings") -> tuple[str, int]:
     """What to print at the end, and the exit status. Raises BenchError and ReportError."""
-    suites = named(command.suites)
+    suites = named(command.suites or (list(SUITES) if command.use else ()))
     if command.list:
         return listing(), 0
     if command.runs < 1 or (command.rounds is not None and command.rounds < 1):
         raise BenchError("--runs, --rounds: got a number below 1; expected at least 1.")
     if command.against is not None and not command.check:
         raise BenchError("--against: it names the recording that --check compares with; add --check.")
+    from fastkd.bench.check import bundled
     from fastkd.bench.run import device_for, run_suites, to_stderr
-    from fastkd.bench.table import save
+    from fastkd.bench.table import load, save
 
+    before: list[Recording] = []
+    if command.check:  # read first, since it may be the file that --json writes
+        before = bundled() if command.against is None else load(command.against)
     failed: list[str] = []
     ask = RunConfig(device_for(command.device), command.full, command.peers, command.rounds)
     if command.use:
@@ -40,7 +44,7 @@ def bench(command: "BenchSettings") -> tuple[str, int]:
         raise BenchError(f"{', '.join(failed)}: nothing was measured; the reason is printed above.")
     lines, worse = [], False
     if command.check:
-        found, text, worse = _checked(command, ask, found)
+        found, text, worse = _checked(command, ask, found, before)
         lines.append(text)
     if command.json is not None:
         save(found, command.json)
@@ -79,12 +83,15 @@ def _taken(paths: Sequence[Path], suites: Sequence[Suite]) -> "list[Recording]":
     return found
 
 
-def _checked(command: "BenchSettings", ask: RunConfig, found: "list[Recording]") -> "tuple[list[Recording], str, bool]":
-    """The recordings, with a second run of suites that seem worse; the comparison as text; whether any row is worse."""
-    from fastkd.bench.check import compare, recorded, text, worse
+def _checked(
+    command: "BenchSettings", ask: RunConfig, found: "list[Recording]", before: "list[Recording]"
+) -> "tuple[list[Recording], str, bool]":
+    """The recordings, with a second run of suites that seem worse; the comparison as text; whether any row is worse.
+    before: the recordings of --against, or the bundled ones of any hardware."""
+    from fastkd.bench.check import compare, of_same_hardware, text, worse
     from fastkd.bench.run import run_suites, to_stderr
 
-    before = recorded(found, command.against)
+    before = before if command.against is not None else of_same_hardware(found, before)
     moves = compare(before, found)
     suspects = sorted({move.suite for move in moves if move.worse})
     if suspects and not command.use:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import signal
 import time
 import traceback
@@ -73,9 +72,9 @@ class Day:
                 self.others.append(recording)
 
     def table(self, suite: str) -> Table:
-        """Where the rows of a suite go."""
+        """Where the rows of a suite go. The first one prints the machine."""
         if suite not in self.tables:
-            self.tables[suite] = Table(self.device, suite, size=self.size)
+            self.tables[suite] = Table(self.device, suite, size=self.size, quiet=bool(self.tables))
             self.tables[suite].limits = self.limits
         return self.tables[suite]
 
@@ -104,7 +103,7 @@ class Day:
         self.save()
 
     def save(self) -> None:
-        """Write the file anew, whole: it is the old one or the new one at any moment."""
+        """Write the file anew."""
         if self.path is None:
             return
         mine = []
@@ -112,9 +111,7 @@ class Day:
             found = table.recording()
             seconds = found.seconds + self._before.get(suite, 0.0)
             mine.append(replace(found, versions=self.versions, seconds=round(seconds, 1)))
-        part = self.path.with_name(self.path.name + ".part")
-        save([*self.others, *(one for one in mine if one.rows)], part)
-        os.replace(part, self.path)
+        save([*self.others, *(one for one in mine if one.rows)], self.path)
 
     @property
     def wrong(self) -> list[str]:

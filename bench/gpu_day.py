@@ -27,9 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fastkd.bench.table import Table
     from fastkd.errors import ReportError
 
-    parser = argparse.ArgumentParser(prog="gpu_day.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="gpu_day.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which nothing more is begun")
-    parser.add_argument("--json", type=Path, help="file of recordings, rewritten after each step; its steps are done")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="file of recordings, rewritten after each step; steps that ended are not run again, except smoke, which "
+        "always runs, and a compile step, which runs while a step that it compiles for is left",
+    )
     parser.add_argument("--peers", action="store_true", help="measure other packages, and nothing else")
     parser.add_argument("--toy", action="store_true", help="tiny sizes on a CPU, interpreted")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="steps that begin with one of these words")
@@ -47,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.toy:
         np.seterr(all="ignore")  # the interpreter computes with infinities and NaN, as the kernels mean to
     if args.only:
+        for word in args.only:
+            if not any(step.name.startswith(word) for step in steps):
+                listed = " ".join(["--toy"] * args.toy + ["--peers"] * args.peers + ["--list"])
+                parser.error(f"--only: no step begins with '{word}'; {listed} shows them")
         steps = [step for step in steps if step.name.startswith(tuple(args.only))]
     if args.list:
         print("\n".join(f"  {step.name:<40} {step.seconds:.0f} s" for step in steps))
@@ -61,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         day = first_day.Day(args.json, device, "toy" if args.toy else "day")
     except ReportError as error:
         parser.error(str(error))
+    if args.toy:
+        print("toy: numbers mean nothing; the steps only show that they run")
     return first_day.run(day, steps, args.deadline, begun=begun)
 
 

@@ -14,6 +14,7 @@ from fastkd.errors import BenchError
 from fastkd.utils.numbers import duration
 
 Say = Callable[[str], None]
+Keep = Callable[[Sequence[Recording]], None]
 
 
 def run_suites(
@@ -22,13 +23,14 @@ def run_suites(
     *,
     runs: int = 1,
     say: Say,
-    keep: Callable[[Sequence[Recording]], None] = lambda found: None,
+    keep: Keep = lambda found: None,
 ) -> tuple[list[Recording], list[str]]:
     """Recordings, and the names of suites that failed. runs: number of times that each suite is measured, alternating.
-    keep: called with all recordings after each suite, so that little is lost if the process is stopped."""
+    keep: called with all recordings after each case of a single suite, otherwise after each suite, so that little is
+    lost if the process is stopped."""
     turns = [suite for _ in range(runs) for suite in suites]
     if len(turns) == 1:
-        return [run_suite(turns[0], ask, say)], []
+        return [run_suite(turns[0], ask, say, keep)], []
     found: list[Recording] = []
     failed: list[str] = []
     begun = time.monotonic()
@@ -41,22 +43,23 @@ def run_suites(
     return found, failed
 
 
-def run_suite(suite: Suite, ask: RunConfig, say: Say) -> Recording:
-    """One suite, in this process."""
+def run_suite(suite: Suite, ask: RunConfig, say: Say, keep: Keep = lambda found: None) -> Recording:
+    """One suite, in this process. keep: as in `run_suites`."""
     device = ask.device if ask.device in suite.devices else suite.devices[0]
     ask = RunConfig(device, ask.full, ask.peers, ask.rounds)
     cases = suite.cases(ask)
     table = Table(device, suite.name, size=ask.size("small", "full"))
-    run_cases(cases, table, say)
+    run_cases(cases, table, say, keep)
     return table.recording()
 
 
-def run_cases(cases: Sequence[Case], table: Table, say: Say) -> None:
-    """Run each case in turn, reporting the progress before each."""
+def run_cases(cases: Sequence[Case], table: Table, say: Say, keep: Keep = lambda found: None) -> None:
+    """Run each case in turn, reporting the progress before each. keep: called with the rows so far after each."""
     begun = time.monotonic()
     for number, case in enumerate(cases):
         say(progress(number, len(cases), f"{table.suite} case", case.name, time.monotonic() - begun))
         case.run(table)
+        keep([table.recording()])
         if table.device == "cuda":  # memory that this case keeps must not count for the next one's peak
             import torch
 

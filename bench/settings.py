@@ -12,7 +12,7 @@ class BenchSettings:
     """What to measure, and what to do with it."""
 
     suites: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SUITE ...]")] = ()
-    """Suites to run; --list shows them."""
+    """Suites to run; --list shows them. Default: all except sass."""
     list: bool = False
     """List the suites and what they measure, without running them."""
     device: str | None = None
@@ -26,7 +26,7 @@ class BenchSettings:
     runs: int = 1
     """Repetitions of each suite; --check estimates the noise from two or more."""
     json: Path | None = None
-    """Output file for the rows, as JSON."""
+    """Output file for the rows, as JSON; rewritten after each case, or after each suite if there are several."""
     use: tuple[Path, ...] = ()
     """Files that --json wrote, to use instead of measuring."""
     check: bool = False

@@ -70,7 +70,8 @@ _ALL = (
     Suite(
         "sass",
         "bench_sass",
-        "the loss and top-k on GPUs, predicted from their compiled kernels",
+        "the loss and top-k on GPUs, predicted from their compiled kernels"
+        " (one size: python -m fastkd.bench.bench_sass --vocab V)",
         ("cpu",),
         named_only=True,
     ),
@@ -107,4 +108,7 @@ def named(names: Sequence[str]) -> list[Suite]:
 
 def listing() -> str:
     """A line for each suite."""
-    return "\n".join(f"  {suite.name:<12} {suite.says}" for suite in SUITES.values())
+    return "\n".join(
+        f"  {suite.name:<12} {suite.says}" + "; runs only if it is named" * suite.named_only
+        for suite in SUITES.values()
+    )

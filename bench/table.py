@@ -10,6 +10,7 @@ from typing import Any
 from fastkd.bench.hardware import hardware, named, versions
 from fastkd.bench.timing import Figure
 from fastkd.errors import ReportError
+from fastkd.utils.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,20 @@ class Recording:
 
 
 class Table:
-    """Collects and prints the rows of a suite."""
+    """Collects and prints the rows of a suite. quiet: does not print the machine and the versions."""
 
-    def __init__(self, device: str, suite: str = "", *, size: str = "full") -> None:
+    def __init__(self, device: str, suite: str = "", *, size: str = "full", quiet: bool = False) -> None:
         self.device, self.suite, self.size = device, suite, size
         self.hardware, self.rows, self.case = hardware(device), list[Row](), ""
         self.limits: dict[str, float] = {}  # measured in this process, by unit
         self._begun = time.monotonic()
-        print(f"{named(self.hardware)}; " + ", ".join(f"{k} {v}" for k, v in versions().items()), flush=True)
+        if not quiet:
+            print(f"{named(self.hardware)}; " + ", ".join(f"{k} {v}" for k, v in versions().items()), flush=True)
 
-    def title(self, text: str) -> None:
-        """The case of the rows that follow."""
+    def title(self, text: str, *says: str) -> None:
+        """The case of the rows that follow. says: lines that are printed below it."""
         self.case = text
-        print(f"\n{text}", flush=True)
+        print("\n  ".join((f"\n{text}", *says)), flush=True)
 
     def ratio(
         self,
@@ -153,14 +155,19 @@ def line(row: Row, bound: float | None = None) -> str:
 
 
 def save(recordings: Sequence[Recording], path: Path) -> None:
-    """Write recordings as a JSON list, a row per line, so that files can be compared by eye."""
+    """Write recordings as a JSON list, a row per line, so that files can be compared by eye. An existing file is
+    replaced at once: if the process is killed meanwhile, it is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for recording in recordings:
         found = recording.to_json()
         rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
         parts.append(f'{json.dumps(found)[:-1]}, "rows": [\n  {rows}\n]}}')
-    path.write_text("[" + ",\n".join(parts) + "]\n")
+    text = "[" + ",\n".join(parts) + "]\n"
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text)
+    else:
+        write_text(path.resolve(), text, sync=False)
 
 
 def load(path: Path) -> list[Recording]:

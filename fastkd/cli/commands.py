@@ -180,7 +180,8 @@ class Report:
 class Bench(BenchSettings):
     """Run benchmarks against limits and peers.
 
-    Without a suite, all of them run. Exit status 1: a suite failed, or with --check a figure got worse.
+    Without a suite, all run except sass, which runs only if it is named.
+    Exit status 1: a suite failed, or with --check a figure got worse.
     """
 
 

@@ -178,7 +178,10 @@ class TestSuites:
                 return [Case("one", lambda table: table.value("a", 1.0, "s")), Case("two", lambda table: None)]
 
         said: list[str] = []
-        found = run.run_suite(Fake("fake", "none", "", ("cpu",)), RunConfig("cuda"), said.append)
+        kept: list[Recording] = []
+        suites = [Fake("fake", "none", "", ("cpu",))]
+        (found,), _ = run.run_suites(suites, RunConfig("cuda"), say=said.append, keep=kept.extend)
+        assert [[row.name for row in one.rows] for one in kept] == [["a"], ["a"]]  # after each case
         assert (found.suite, found.size, [row.name for row in found.rows]) == ("fake", "small", ["a"])
         assert said[0] == "fake case 1 of 2 (0%, 0 s so far): one"
         assert said[1].startswith("fake case 2 of 2 (50%, 0 s so far, about 0 s left): two")
@@ -314,13 +317,39 @@ class TestCheck:
 
     def test_what_comes_with_fastkd_is_of_some_hardware(self) -> None:
         with pytest.raises(NoSuite, match=r"no recording of made up, 2 cores; there are: .*--against FILE"):
-            check.recorded([recording(row(1.0))])
+            check.of_same_hardware([recording(row(1.0))], check.bundled())
 
 
 class TestCommand:
     def test_listing(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["bench", "--list"]) == 0
-        assert capsys.readouterr().out.strip() == listing().strip()
+        said = capsys.readouterr().out
+        assert said.strip() == listing().strip()
+        assert [line.split()[0] for line in said.splitlines() if "only if it is named" in line] == ["sass"]
+
+    def test_a_suite_is_kept_after_each_case(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And compared with what was in the file before."""
+        path = tmp_path / "rows.json"
+
+        def stop(table: Table) -> None:
+            raise KeyboardInterrupt
+
+        cases = [Case("one", lambda table: table.ratio("ours", 2.0, "a copy"))]
+        monkeypatch.setattr(bench_scale, "cases", lambda ask: cases)
+        assert cli.main(["bench", "scale", "--json", str(path)]) == 0
+        assert [row.name for row in load(path)[0].rows] == ["ours"]
+        cases[:] = [Case("one", lambda table: table.ratio("ours", 9.0, "a copy"))]
+        assert cli.main(["bench", "scale", "--json", str(path), "--check", "--against", str(path)]) == 1
+        cases.append(Case("two", stop))
+        path.unlink()
+        cli.main(["bench", "scale", "--json", str(path)])
+        assert [row.ratio for row in load(path)[0].rows] == [9.0]
+
+    def test_recordings_of_a_suite_that_runs_only_if_named_are_used(self, tmp_path: Path) -> None:
+        path, tables = tmp_path / "rows.json", tmp_path / "tables.md"
+        save([recording(row(1.0), suite="sass")], path)
+        assert cli.main(["bench", "--use", str(path), "--markdown", str(tables)]) == 0
+        assert "## sass" in tables.read_text()
 
     @pytest.mark.parametrize(
         ("arguments", "status", "says"),

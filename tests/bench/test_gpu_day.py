@@ -182,6 +182,44 @@ def test_failing_gpu_tests_are_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -
     assert (row.name, row.verdict, row.note) == ("test_gpu.py", "MISSED", "1 failed, 3 passed")
 
 
+def test_where_every_test_is_skipped_nothing_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(commands, ended, most):
+        ended("test_gpu.py", 0, "29 skipped in 0.40s")
+        ended("test_tail.py", 0, "3 passed, 2 skipped in 0.40s")
+        return []
+
+    monkeypatch.setattr(day_steps, "processes", fake)
+    table = Table("cpu", LOG)
+    day_steps.gpu_tests(table, Sizes.toy())
+    found = [(row.name, row.verdict, row.note) for row in table.rows]
+    assert found == [
+        ("test_gpu.py", "", "29 skipped in 0.40s"), ("test_tail.py", "ok", "3 passed, 2 skipped in 0.40s"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "shows"), [([], "--toy --list"), (["--peers"], "--toy --peers --list"), (["--list"], "--toy --list")]
+)
+def test_a_step_that_is_not_there_is_refused(
+    more: list[str], shows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "day.json"
+    with pytest.raises(SystemExit) as stopped:
+        main(["--toy", "--json", str(path), "--only", "peers" if "--peers" in more else "loss", "nosuch", *more])
+    assert stopped.value.code == 2
+    assert f"--only: no step begins with 'nosuch'; {shows} shows them" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_help_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert sum(line.strip().startswith("python bench/gpu_day.py") for line in said.splitlines()) == 3
+    assert "smoke, which always runs" in " ".join(said.split())
+
+
 def test_every_gpu_step_has_bounds_and_a_place() -> None:
     """The steps of a GPU, as far as they can be looked at without one."""
     steps = steps_of(Sizes())
@@ -213,7 +251,9 @@ def test_a_prediction_stands_beside_its_measurement(monkeypatch: pytest.MonkeyPa
     assert drawn.note.startswith("predicted ")
 
 
-def test_the_whole_day_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_day_at_toy_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On the interpreter: every step, the file that `fastkd bench --use` takes, and a smoke test that can fail."""
     pytest.importorskip("triton")
     path = tmp_path / "day.json"
@@ -227,9 +267,13 @@ def test_the_whole_day_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {row.note for row in recordings[LOG].rows} == {"done"}
     assert all("kernels" in recording.versions for recording in recordings.values())
     before = path.read_bytes()
+    capsys.readouterr()
     monkeypatch.setattr(day_steps, "TOLERANCE", dict.fromkeys(day_steps.TOLERANCE, -1.0))
     assert main(["--toy", "--json", str(path)]) == WRONG
     assert path.read_bytes() != before
+    said = capsys.readouterr().out
+    assert said.count("toy: numbers mean nothing") == 1
+    assert sum("torch " in line for line in said.splitlines()) == 1  # the machine and the versions
     found = json.loads(path.read_text())
     note = next(row["note"] for r in found if r["suite"] == LOG for row in r["rows"] if row["name"] == "smoke")
     assert note.startswith("failed: ")

@@ -148,6 +148,8 @@ class TestModel:
         assert predicted.ratio == pytest.approx(22 / (132 * 128 * 1.7e9) / (4 / 3.0e12))
         assert (predicted.over, predicted.limit, predicted.verdict) == ("one read and one write", "<= 0.55", "MISSED")
         assert "22.00 instructions a logit (all 22.00), 2.00 exponentials; issue 0.57x" in predicted.note
+        # the ratio is not the kernel's time: the note says what is
+        assert predicted.note.startswith("issue alone; the kernel takes at least 1.00x; ")
         assert "functions 0.42x, memory 1.00x; 64 registers, no spills" in predicted.note
         assert (measured.name, measured.ratio) == (f"{predicted.name}: measured on H100", 1.07)
 
@@ -160,6 +162,28 @@ class TestModel:
         assert row.ratio == pytest.approx(2 + 80 / (132 * 128 * 1.7e9) / (2 / 3.0e12))
         assert "8 BYTES OF SPILLS" in row.note
         assert "_scan 1.00, _select 80.00" in row.note
+
+    @pytest.mark.parametrize(
+        ("case", "says"),
+        [
+            (LossCase(49152), "loss: time to issue its instructions alone, over one read and one write"),
+            (
+                TopKCase(49152),
+                "top-k: sum over its kernels of the largest of issue, functions and memory, over",
+            ),
+        ],
+    )
+    def test_the_table_says_what_the_ratio_is(
+        self, case: AnyCase, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(bench_sass, "count_all", lambda some, arch: {case.name: [counted(22.0)]})
+        table = Table("cpu", "sass")
+        bench_sass._bench(table, "sizes", GPUS[1], [case])
+        _, _, title, explained, functions, row = capsys.readouterr().out.splitlines()
+        assert title == table.rows[0].case == "predicted for B200, sm_100: sizes"
+        assert explained.strip().startswith(says)
+        assert "functions: exponentials, logarithms and reciprocals" in functions
+        assert row.strip().startswith(case.name)
 
     def test_limits(self) -> None:
         h100, b200, a100 = GPUS
