@@ -205,8 +205,8 @@ class TrainSettings:
     timeout_minutes: float = 10.0
     """Minutes to wait for another process that does not answer, before the training ends with work remaining."""
     evaluate_every: int | None = None
-    """Steps between evaluations on the held-out split, with one more at the end. 0: never. Default: ten evaluations per
-    run, or none if nothing was held out."""
+    """Steps between evaluations on the held-out split, with one more at the end. 0: never. Default: a tenth of the run,
+    or never if nothing was held out."""
     evaluate_positions: int | None = None
     """Maximum positions per evaluation. Default: all held-out positions."""
     log: Literal["none", "tensorboard", "wandb"] = "none"

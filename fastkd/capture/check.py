@@ -369,7 +369,7 @@ def check_text(report: TeacherCheck) -> str:
         *labelled("  checked on", report.checked_on),
         "",
     ]
-    rows = [["Nats", "compared", "largest", "bound there", "over bound", "by up to"]]
+    rows = [["Nats", "compared", "largest", "its bound", "over bound", "by up to"]]
     for kind, d in report.differences.items():
         row = [f"  {_LABELS[kind]}", f"{d.compared:,}"]
         if d.compared:

@@ -273,7 +273,7 @@ def _costs(report: Estimate) -> list[str]:
     ]
     if report.cost is not None:
         lines += labelled("  cost", f"{report.cost:,.2f}, at {report.price_per_hour:g} an hour")
-    for name, label in (("capture", "  requests"), ("epoch", "  an epoch's")):
+    for name, label in (("capture", "  requests"), ("epoch", "  of an epoch")):
         lines += labelled(label, ", ".join(f"{report.requests[name][method]:,} {method}" for method in _METHODS))
     return lines
 

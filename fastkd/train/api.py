@@ -23,6 +23,7 @@ from ..stream.split import check_data, has_held_out, open_sources, open_split
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
+from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .objective import Objective
 from .result import CONTROL, RUN, TrainReport, describe_cache
@@ -89,6 +90,9 @@ def train(
         report = _run(student, out, settings, objective, *shared)
         if control and report.complete:
             hard_labels = replace(settings, alpha=1.0, alpha_end=None)
+            if processes.first:
+                text = f"now the control, on hard labels alone: {out / CONTROL}"
+                Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
             report = replace(report, control=_run(student, out / CONTROL, hard_labels, None, *shared))
             if processes.first:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}

@@ -125,7 +125,7 @@ def linear_kd_loss(
 
     weight: the matrix, or an LMHead, which brings bias, softcap and logit_scale with it.
     logit_scale, softcap: the scale multiplies first (Cohere, Granite), then come the logits `softcap * tanh(z /
-        softcap)` (Gemma; with impl="triton" exact to softcap * 4e-7, and to twice that below 0).
+        softcap)` (Gemma; with impl="triton" exact to softcap * 4e-7, to twice that below 0, and below -1e30 masked).
     chunk_tokens: positions whose logits are computed at once. Default on a CPU: some 48 MB of logits. On a GPU: at
         least 2048, and as many as keep the peak beyond inputs and gradients at `2 * 2048 * V + 4 * V * D` bytes and 32
         MB in half precision.
