@@ -67,7 +67,7 @@ class Gpu:
         return logit.special / (self.sms * self.special * self.clock * 1e-3)
 
     def memory(self, size: float) -> float:
-        """Picoseconds to move so many bytes."""
+        """Picoseconds to move `size` bytes."""
         return size / self.copy
 
 

@@ -266,7 +266,7 @@ def _wrong_topk(sizes: Sizes, n: int, v: int, dtype: torch.dtype) -> Iterator[st
 def processes(
     commands: dict[str, list[str]], ended: Callable[[str, int, str], None], most: float = float("inf")
 ) -> list[str]:
-    """Run commands, as many at once as there are cores less one, for at most so many seconds.
+    """Run commands, as many at once as there are cores less one, for at most `most` seconds.
 
     ended: is told the name, the status and the output of each. Returns the names of those that did not end; whatever
     still runs is stopped, also if this is left early.

@@ -26,18 +26,18 @@ class WrongResult(Exception):
 
 
 class Unfinished(Exception):
-    """A step has done a part, and will go on in another call."""
+    """A step has done a part, and resumes in another call."""
 
 
 class OutOfTime(BaseException):
-    """The deadline has come. Not an Exception: what goes on after a failed candidate must not go on after this."""
+    """The deadline has come. Not an Exception: code that continues after a failed candidate must not catch it."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A part of the day. suite: of the recording that its rows belong to. seconds: it is not begun with less time left.
     warm: compiles its kernels, in a process of its own. always: also where it is done. stop: ends the day if it fails.
-    in_parts: an unfinished step's rows are kept, and it goes on behind them. before: the steps that it prepares: it is
+    in_parts: an unfinished step's rows are kept, and it resumes after them. before: the steps that it prepares: it is
     run where one of these is not done.
     """
 
@@ -166,13 +166,13 @@ def run(day: Day, steps: Sequence[Step], deadline: float, *, begun: float | None
     for text in day.wrong:
         to_stderr(f"WRONG {text}")
     if left_out:
-        to_stderr(f"out of time; the same command goes on with: {', '.join(left_out)}")
+        to_stderr(f"out of time; the same command resumes with: {', '.join(left_out)}")
     return WRONG if day.wrong else UNFINISHED if left_out else OK
 
 
 @contextlib.contextmanager
 def time_left(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in it after so many seconds."""
+    """Raise OutOfTime within the block after `seconds`."""
 
     def ring(*_: object) -> None:
         raise OutOfTime

@@ -1,6 +1,6 @@
 """Everything to measure on a GPU in one command, on a machine with torch, triton, numpy and pytest alone.
 
-    python bench/gpu_day.py --deadline 540 --json OUT           # once more to go on with what is left
+    python bench/gpu_day.py --deadline 540 --json OUT           # run it again to resume
     python bench/gpu_day.py --deadline 540 --json OUT --peers   # other packages, in a second call
     python bench/gpu_day.py --toy --json OUT                    # tiny sizes on a CPU, interpreted: does it run?
 

@@ -11,7 +11,7 @@ from fastkd.bench.timing import Run
 
 
 def _settings(threads: int, logits: int, registers: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The default settings with so many threads a row, logits a thread at a time, and registers a thread."""
+    """The default settings with another number of threads per row, logits per thread and tile, and registers."""
 
     def changed(default: dict[str, Any]) -> dict[str, Any]:
         lanes = default["THREADS"] // default["num_warps"]

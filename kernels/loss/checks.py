@@ -56,11 +56,12 @@ def check_values(call: Call, positions: int, width: int) -> None:
     by_rank = all_gather(torch.stack([x.to(device, torch.int64) for x in own]), call.group).tolist()
     if error is not None:
         raise error
-    for number, name in enumerate(["group", *same]):
-        for rank, found_by in enumerate(by_rank):
-            if number == 0 and found_by[0]:
-                raise KDError(f"group: rank {rank} of the group refuses its arguments, and says why.")
-            if number and found_by[number] != by_rank[0][number]:
+    refuses = [rank for rank, (refused, *_) in enumerate(by_rank) if refused]
+    if refuses:
+        raise KDError(f"group: rank {refuses[0]} of the group refuses its arguments, and says why.")
+    for rank, (_, *sums) in enumerate(by_rank):
+        for name, found_sum, expected in zip(same, sums, by_rank[0][1:], strict=True):
+            if found_sum != expected:
                 raise KDError(
                     f"{name}: got other values on rank {rank} of the group than on rank 0; expected the same on all "
                     "ranks, with ids and labels of the whole vocabulary."

@@ -33,7 +33,7 @@ SUMS = constexpr(6)
 LN_2 = constexpr(math.log(2.0))
 # By how much 1 - Σ_S p may miss p_tail: rounded sums of float32, of entries that were computed twice.
 ROUNDING = constexpr(2.0**-20)
-# By how much that may move the gradient off S: see `_is_rounded`.
+# By how much that may move the gradient off S: see `is_rounded`.
 MAY_MOVE = constexpr(2.0**-16)
 HUGE = constexpr(2.0**64)
 # Where `prepare_kernel` stores the numbers of a call.

@@ -1,16 +1,12 @@
 """What the ranks of test_topk_parallel.py run: top-k of a head divided over them, beside one rank's."""
 
-import json
-import os
-import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_jobs import run_jobs
 
 from fastkd import KDError, LMHead, SparseTargets, linear_topk_targets
 
@@ -199,22 +195,6 @@ def jobs() -> Iterator[tuple[str, Callable[[Ranks], None]]]:
 
 def run(rank: int, ranks: int, folder: str) -> None:
     """One rank: every job, and what it raised, as JSON."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
-    own, raised = Ranks(rank, ranks), {}
-    for name, job in jobs():
-        if name.endswith("numba") and find_spec("numba") is None:
-            continue
-        try:
-            job(own)
-            raised[name] = ""
-        except Exception:
-            raised[name] = traceback.format_exc()
-            if "gloo" in raised[name].lower():  # a rank waits for one that has gone on: what follows would too
-                break
-    Path(folder, f"{rank}.json").write_text(json.dumps(raised))
-    dist.barrier()  # a rank that leaves early aborts the others' last messages
-    dist.destroy_process_group()
+    has_numba = find_spec("numba") is not None
+    there = ((name, job) for name, job in jobs() if has_numba or not name.endswith("numba"))
+    run_jobs(rank, ranks, folder, Ranks, there, seconds=60)

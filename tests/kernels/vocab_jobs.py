@@ -2,13 +2,9 @@
 
 import importlib.util
 import itertools
-import json
-import os
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cases import CELLS, Case, case, sparse
+from rank_jobs import run_jobs
 
 from fastkd import DistillationLoss, KDError, kd_loss, linear_kd_loss, linear_topk_targets, topk_targets
 from fastkd.kernels.loss import linear as linear_module
@@ -419,25 +416,9 @@ def run(rank: int, ranks: int, folder: str, everything: bool = False) -> None:
     """One rank: every job, and what it raised, as JSON."""
     global EVERYTHING
     EVERYTHING = everything
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     np.seterr(all="ignore")  # the interpreter's, where kernels mean infinities and NaN
     spec = importlib.util.spec_from_file_location("faster_interpreter", Path(__file__).with_name("conftest.py"))
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
-    )
-    part, raised = Part(rank, ranks), {}
-    for name, job in jobs(ranks, everything):
-        try:
-            job(part)
-            raised[name] = ""
-        except Exception:
-            raised[name] = traceback.format_exc()
-            if "gloo" in raised[name].lower():  # a rank waits for one that has gone on: what follows would too
-                break
-    Path(folder, f"{rank}.json").write_text(json.dumps(raised))
-    dist.barrier()  # a rank that leaves early aborts the others' last messages
-    dist.destroy_process_group()
+    run_jobs(rank, ranks, folder, Part, jobs(ranks, everything), seconds=120)
