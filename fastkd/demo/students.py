@@ -13,6 +13,7 @@ from torch import nn
 from ..cache import Cache
 from ..evaluate.api import evaluate
 from ..models.hub import load_transformers
+from ..models.pruned import note_original_layers
 from ..models.tokenizers import load_tokenizer
 from ..settings import TrainSettings
 from ..train.api import EVALUATION, train
@@ -73,7 +74,8 @@ def kept_layers(count: int, every: int) -> list[int]:
 
 
 def keep_layers(model: Any, numbers: list[int]) -> None:
-    """Remove all other layers from a decoder of transformers."""
+    """Remove all other layers from a decoder of transformers. Its config keeps the numbers that they had."""
+    note_original_layers(model, numbers, len(model.base_model.layers))
     kept = nn.ModuleList(model.base_model.layers[i] for i in numbers)
     model.base_model.layers = kept
     for index, layer in enumerate(kept):

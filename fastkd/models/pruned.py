@@ -1,0 +1,42 @@
+"""Which layers of its original a model consists of, if it is a copy of one with layers removed.
+
+The numbers are kept in the model's config, as `fastkd_original_layers` and `fastkd_original_count`, and so in its
+config.json, also in that of a trained student. Equal weights would not do: after training there are none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+_LAYERS, _COUNT = "fastkd_original_layers", "fastkd_original_count"
+
+
+@dataclass(frozen=True)
+class OriginalLayers:
+    """layers: the number of each layer of the model in its original, ascending. count: layers of the original."""
+
+    layers: tuple[int, ...]
+    count: int
+
+
+def original_layers(model: Any) -> OriginalLayers | None:
+    """The original layers of a model of transformers, by its config. None if it says nothing, or what cannot be so: it
+    is a note of the person who pruned it, and anybody can write a config."""
+    config = getattr(model, "config", None)
+    layers, count = getattr(config, _LAYERS, None), getattr(config, _COUNT, None)
+    if not isinstance(layers, (list, tuple)) or not layers or not all(type(n) is int for n in (*layers, count)):
+        return None
+    ascending = all(a < b for a, b in pairwise(layers))
+    if not ascending or layers[0] < 0 or layers[-1] >= count:
+        return None
+    return OriginalLayers(tuple(layers), count) if len(layers) == getattr(config, "num_hidden_layers", -1) else None
+
+
+def note_original_layers(model: Any, kept: Sequence[int], count: int) -> None:
+    """Note in a model's config that it consists of these layers, of `count` before. Layers that were removed earlier
+    are accounted for. Call it before `num_hidden_layers` is changed."""
+    before = original_layers(model)
+    numbers = list(kept) if before is None else [before.layers[n] for n in kept]
+    setattr(model.config, _LAYERS, numbers)
+    setattr(model.config, _COUNT, count if before is None else before.count)
