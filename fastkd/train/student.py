@@ -26,6 +26,7 @@ from ..models.module import (
     separates_documents,
 )
 from ..models.protocol import Hidden, Logits, Output
+from ..models.taps import layers_of
 from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
@@ -94,9 +95,8 @@ class Student(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers: the modules of the longest nn.ModuleList of a single class; none if there is no such list."""
-        lists = (list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList))
-        return max((some for some in lists if len({type(layer) for layer in some}) == 1), key=len, default=[])
+        """The layers, or none; see `layers_of`."""
+        return layers_of(self.model)
 
     def _output(self, batch: AnyBatch) -> Output:
         if isinstance(batch, MicroBatch):
