@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .arguments import describe, refuse_dtensor
 from .errors import KDError
-from .targets import FLOATS
+from .fields import FLOATS
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,49 +1,32 @@
 """SparseTargets: a teacher's soft targets, a few numbers a position; its distribution at any temperature."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .arguments import refuse_dtensor
 from .errors import KDError
+from .fields import Field, TensorFields, on_device
 from .tail import check_temperature, tail_weights
 from .treatment import resolve_treatment
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-INTEGER_TYPE = "an integer type (int8 to int64, or uint8: torch does not compute with wider unsigned ones)"
 _INF = float("inf")
-
-
-class Field(NamedTuple):
-    """A tensor of `SparseTargets`.
-
-    dtype: as top-k makes it and as a cache returns it; a loss takes any type of the same kind.
-    fill: the value of an unused entry, or of a row without a target.
-    shape: its dimensions, a letter each: N rows, K entries a row, M temperatures.
-    """
-
-    name: str
-    dtype: torch.dtype
-    fill: float
-    shape: str
-    optional: bool = False
 
 
 FIELDS = (
     Field("ids", torch.int32, 0, "NK"),
     Field("logprobs", torch.float32, -_INF, "NK"),
     Field("tail", torch.float32, -_INF, "NM"),
-    Field("outcomes", torch.int32, 0, "N"),
+    Field("outcomes", torch.int32, 0, "N", scalar=True),
     Field("draws", torch.int32, 0, "NK", optional=True),
 )
-"""The tensors of `SparseTargets` that a cache stores, under the same names."""
+"""The tensors of `SparseTargets` that a cache stores, under the same names. Dimensions: N rows, K entries a row, M
+temperatures."""
 INDEX = Field("index", torch.int64, 0, "N", optional=True)
 
 
@@ -67,7 +50,7 @@ class TargetsAt(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SparseTargets:
+class SparseTargets(TensorFields):
     """Sparse soft targets of N positions: K entries each, and the log-partition of everything else.
 
     ids `[N, K]` int: token ids; first the top-k entries (exact, best first), then the drawn ones (best first). Unused
@@ -96,21 +79,19 @@ class SparseTargets:
     draw_temperature: float = 1.0
     index: Tensor | None = None
 
+    FIELDS: ClassVar[tuple[Field, ...]] = (*FIELDS, INDEX)
+    NAME: ClassVar[str] = "targets"
+
     def __post_init__(self) -> None:
         if isinstance(self.outcomes, Integral) and isinstance(self.ids, Tensor):  # one number for all rows
             object.__setattr__(self, "outcomes", torch.as_tensor(int(self.outcomes), device=self.ids.device))
-        for field in (*FIELDS, INDEX):
-            value = getattr(self, field.name)
-            if not isinstance(value, Tensor) and not (field.optional and value is None):
-                or_else = " or None" if field.optional else " or an int" if field.name == "outcomes" else ""
-                raise KDError(f"targets.{field.name}: got {value!r:.40}; expected a tensor{or_else}.")
+        self._check_tensors()
         if self.ids.ndim != 2:
             raise KDError(f"targets.ids: got shape {tuple(self.ids.shape)}; expected (positions, entries).")
         if not isinstance(self.temperatures, Iterable) or not all(isinstance(t, Real) for t in self.temperatures):
             raise KDError(f"temperatures: got {self.temperatures!r}; expected numbers.")
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        for field in (*FIELDS, INDEX):
-            self._check_field(field)
+        self._check_fields({"N": self.ids.shape[0], "K": self.ids.shape[1], "M": len(self.temperatures)})
         grid = self.temperatures
         # compared one by one: torch.compile may hold them as symbols, of which it knows neither `in` nor sets
         distinct = all(s != t for i, t in enumerate(grid) for s in grid[:i])
@@ -124,23 +105,6 @@ class SparseTargets:
         object.__setattr__(self, "draw_temperature", float(self.draw_temperature))
         object.__setattr__(self, "vocab_size", int(self.vocab_size))
 
-    def _check_field(self, field: Field) -> None:
-        value = getattr(self, field.name)
-        if value is None:
-            return
-        refuse_dtensor(f"targets.{field.name}", value)
-        expected = _sizes(field, self.ids.shape[0], self.ids.shape[1], len(self.temperatures))
-        one_for_all = field.name == "outcomes" and value.ndim == 0
-        if tuple(value.shape) != expected and not one_for_all:
-            raise KDError(f"targets.{field.name}: got shape {tuple(value.shape)}; expected {expected}, to fit ids.")
-        if value.device != self.ids.device:
-            raise KDError(
-                f"targets.{field.name}: got a tensor on {value.device}; expected it beside ids on {self.ids.device}."
-            )
-        types, name = (FLOATS, "a floating-point type") if field.dtype.is_floating_point else (INTEGERS, INTEGER_TYPE)
-        if value.dtype not in types:
-            raise KDError(f"targets.{field.name}: got {value.dtype}; expected {name}.")
-
     def __len__(self) -> int:
         return self.ids.shape[0]
 
@@ -149,21 +113,6 @@ class SparseTargets:
         """K, the entries a row."""
         return self.ids.shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        """The device of all tensors."""
-        return self.ids.device
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, `index` included."""
-        return [x for field in (*FIELDS, INDEX) if (x := getattr(self, field.name)) is not None]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
-        """The targets with each of their tensors put through a function."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
-
     def take(self, rows: slice | Tensor) -> "SparseTargets":
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers. `targets[rows]` is the same."""
         if not isinstance(rows, (slice, Tensor)):
@@ -171,14 +120,6 @@ class SparseTargets:
         return self.map(lambda x: x if x.ndim == 0 else x[rows])
 
     __getitem__ = take
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTargets":
-        """The targets on another device."""
-        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "SparseTargets":
-        """The targets in page-locked memory, from which a copy to a device does not block."""
-        return self.map(lambda x: x.pin_memory())
 
     @classmethod
     def empty(
@@ -255,7 +196,7 @@ class SparseTargets:
         columns: dict[str, Any] = {}
         for field in FIELDS:
             if field.name in arrays:
-                columns[field.name] = _on_device(arrays[field.name], device)
+                columns[field.name] = on_device(arrays[field.name], device)
             elif not field.optional:
                 raise KDError(f"arrays: got no {field.name!r} among {', '.join(arrays)}; expected a shard's arrays.")
         return cls(
@@ -263,7 +204,7 @@ class SparseTargets:
             vocab_size=vocab_size,
             temperatures=tuple(temperatures),
             draw_temperature=draw_temperature,
-            index=None if index is None else _on_device(index, device),
+            index=None if index is None else on_device(index, device),
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -339,14 +280,6 @@ class SparseTargets:
         # a row without draws falls back to the bucket
         log_q_tail = torch.where(has_draws | ~exact.any(1), -_INF, log_q_tail)
         return TargetsAt(log_q, log_w.masked_fill(~in_support, -_INF).exp(), log_q_tail)
-
-
-def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A tensor on the device; on the CPU it shares the array's memory."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _tail_at(t: float, tail_NM: Tensor, outcomes: Tensor, temperatures: tuple[float, ...]) -> Tensor:

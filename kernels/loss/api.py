@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 
 from ..arguments import describe, is_number, refuse_dtensor, whole_number
 from ..errors import KDError
+from ..fields import FLOATS, INTEGER_TYPE, INTEGERS
 from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..tail import check_temperature
-from ..targets import FLOATS, INTEGER_TYPE, INTEGERS, SparseTargets
+from ..targets import SparseTargets
 from ..vocab_parallel import check_vocab_start, group_name
 from . import ops  # noqa: F401  registers the operators
 from .call import Call
