@@ -61,6 +61,7 @@ def write_run(
     figures: tuple[float, ...] = STUDENT,
     *,
     control: tuple[float, ...] | None = CONTROL,
+    without: tuple[float, ...] | None = None,
     steps: int = 240,
     seed: int = 0,
     place: str = "",
@@ -69,7 +70,7 @@ def write_run(
     notes: str = "",
     **settings: Any,
 ) -> Path:
-    """A run's folder, its control's within it."""
+    """A run's folder, its control's within it, and if asked the one without features."""
     folder.mkdir(parents=True)
     found = evaluation(figures, seed=seed)
     alpha = settings.get("alpha", 0.5)
@@ -121,10 +122,9 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluated:
         (folder / "evaluation.json").write_text(json.dumps(found.to_json()))
+    same: dict[str, Any] = {"control": None, "steps": steps, "place": place, "spec": spec, "evaluated": evaluated}
     if control is not None:
-        write_run(
-            folder / "control", control, control=None, steps=steps, seed=seed + 1, place=place, spec=spec,
-            evaluated=evaluated,
-            **(settings | {"alpha": 1.0}),
-        )  # fmt: skip
+        write_run(folder / "control", control, seed=seed + 1, **same, **(settings | {"alpha": 1.0}))
+    if without is not None:
+        write_run(folder / "without_features", without, seed=seed + 2, **same, **(settings | {"match": []}))
     return folder

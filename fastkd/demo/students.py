@@ -17,8 +17,9 @@ from ..models.pruned import note_original_layers
 from ..models.tokenizers import load_tokenizer
 from ..settings import TrainSettings
 from ..train.api import EVALUATION, train
+from ..train.arms import CONTROL
 from ..train.checkpoint import FOLDER as CHECKPOINTS
-from ..train.result import CONTROL, RUN, STUDENT, describe_cache, run_document
+from ..train.result import RUN, STUDENT, describe_cache, run_document
 from ..train.student import make_student
 from ..train.trainer import autocast_of
 from ..utils.atomic import write_folder, write_text

@@ -56,7 +56,8 @@ def page_of(
     """The page of some runs; see `make_report`."""
     lead = f"Distilled from cached outputs of the teacher: {', '.join(run.name for run in runs)}."
     if any(run.control is not None for run in runs):
-        lead += " Dashed lines: the controls, the same students trained on hard labels alone."
+        lead += " Dashed lines: the controls, the same students trained on hard labels alone"
+        lead += ", or without features." if any(run.without_features is not None for run in runs) else "."
     return Page(
         title=title or (f"{len(runs)} runs compared" if len(runs) > 1 else f"Distillation: {runs[0].name}"),
         lead=lead,

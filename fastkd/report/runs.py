@@ -8,6 +8,7 @@
                       data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
     evaluation.json   the last evaluation, by window (`Evaluation.to_json`), for paired differences
     control/          the run folder of the same student on hard labels alone
+    without_features/ that of the same student without the features that it matches
 
 Only run.json is required; the report omits what is missing. Damaged files raise ReportError, except that the last line
 of metrics.jsonl may be incomplete: it is being written.
@@ -44,7 +45,8 @@ class Point(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations.
-    evaluation: the last one, by window. control: the control's run, if any."""
+    evaluation: the last one, by window. control: the control's run, if any. without_features: the run of the same
+    student without features, if any."""
 
     name: str
     document: Json
@@ -52,6 +54,7 @@ class Run:
     points: Sequence[Point] = ()
     evaluation: Evaluation | None = None
     control: "Run | None" = None
+    without_features: "Run | None" = None
 
     def part(self, *path: str) -> Any:
         """The value in run.json under these nested keys; None if it is missing."""
@@ -90,8 +93,8 @@ class Run:
 
     @property
     def students(self) -> "list[Run]":
-        """The run, and its control if there is one."""
-        return [self] if self.control is None else [self, self.control]
+        """The run, and what was trained beside it: without features, and the control."""
+        return [run for run in (self, self.without_features, self.control) if run is not None]
 
     def logged(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a logged quantity, where it is a number."""
@@ -118,9 +121,9 @@ class Comparison:
 
     @property
     def students(self) -> list[tuple[Run, Series]]:
-        """Each run, followed by its control, with the line that stands for it."""
-        found = [(student, student is run.control) for run in self.runs for student in run.students]
-        return [(student, Series(student.name, i, control)) for i, (student, control) in enumerate(found)]
+        """Each run, followed by what was trained beside it, with the line that stands for it."""
+        found = [(student, student is not run) for run in self.runs for student in run.students]
+        return [(student, Series(student.name, i, beside)) for i, (student, beside) in enumerate(found)]
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -156,8 +159,12 @@ def read_run(folder: Path, name: str) -> Run:
             "the fastkd that wrote it."
         )
     steps, points = _metrics(folder / "metrics.jsonl")
-    control = read_run(folder / "control", f"{name}, control") if (folder / "control").is_dir() else None
-    return Run(name, document, steps, points, _evaluation(folder / "evaluation.json"), control)
+    beside = {
+        part: read_run(folder / part, f"{name}, {part.replace('_', ' ')}")
+        for part in ("control", "without_features")
+        if (folder / part).is_dir()
+    }
+    return Run(name, document, steps, points, _evaluation(folder / "evaluation.json"), **beside)
 
 
 def measured(summary: Any) -> dict[str, Interval]:

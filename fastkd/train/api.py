@@ -1,6 +1,6 @@
 """`fastkd.train`: train a student from a cache. Called again with the same arguments, it resumes.
 
-RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/ (the same again)
+RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/  without_features/ (the same again)
 """
 
 import json
@@ -25,8 +25,9 @@ from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
+from .arms import WITHOUT_FEATURES, control_arms, feature_help
 from .objective import Objective
-from .result import CONTROL, RUN, TrainReport, describe_cache
+from .result import RUN, TrainReport, describe_cache
 from .settings_check import check_settings
 from .student import Student, make_student
 from .trainer import Evaluate, Trainer
@@ -62,7 +63,8 @@ def train(
     out: the run's folder, which all processes share.
     settings, changes: a `TrainSettings`, and other values of its fields: `train(..., rate=1e-3, alpha=0)`.
     objective: an `Objective` instead of the distillation loss of the settings (`TokenKD`).
-    control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control.
+    control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control; and
+        if it matches features, before that the same student without them, into out/without_features.
     evaluate: measures a student, every `evaluate_every` steps and at the end. Default: `fastkd.evaluate` on the
         held-out split of the caches.
     stop: stops the training when called, for example by a signal handler; a checkpoint is written.
@@ -87,13 +89,19 @@ def train(
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         shared = (inputs, processes, evaluate or held_out(settings, inputs, processes), stop or Stop(), progress)
-        report = _run(student, out, settings, objective, *shared)
-        if control and report.complete:
-            hard_labels = replace(settings, alpha=1.0, alpha_end=None)
+        arms = control_arms(settings, objective) if control else []  # before an objective's parameters are trained
+        report, ours = _run(student, out, settings, objective, *shared)
+        for arm in arms:
+            if not report.complete:
+                break
             if processes.first:
-                text = f"now the control, on hard labels alone: {out / CONTROL}"
+                text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
-            report = replace(report, control=_run(student, out / CONTROL, hard_labels, None, *shared))
+            found, theirs = _run(student, out / arm.folder, arm.settings, arm.objective, *shared)
+            changes: dict[str, Any] = {arm.folder: found}
+            if arm.folder == WITHOUT_FEATURES:
+                changes["feature_help"] = feature_help(ours, theirs, inputs.weights, settings.best)
+            report = replace(report, **changes)
             if processes.first:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)
@@ -110,8 +118,8 @@ def _run(
     evaluate: Evaluate | None,
     stop: Stop,
     progress: str,
-) -> TrainReport:
-    """Train, or resume, in a folder."""
+) -> "tuple[TrainReport, list[Evaluation]]":
+    """Train, or resume, in a folder. Returns the report, and the last evaluations by window, one for each cache."""
     held = evaluate if isinstance(evaluate, HeldOut) else None
     if held is not None:
         held.evaluations.clear()  # those of another run
@@ -136,7 +144,7 @@ def _run(
             caches = {"caches": [describe_cache(cache) for cache in inputs.caches]}
             trainer.write_run(report, caches if inputs.source is None else None)  # last: the run is then complete
         processes.wait()
-        return report
+        return report, [] if held is None else list(held.evaluations)
     finally:
         stop.gentle = False
         trainer.close()

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
+from .arms import CONTROL, WITHOUT_FEATURES, FeatureHelp
 from .student import Student
 
 STUDENT = "student"
 RUN = "run.json"
-CONTROL = "control"
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "zarr", "triton")
 
 
@@ -40,6 +40,8 @@ class TrainReport:
     student), empty without evaluations; best: step and value of the best ones. In this call: positions (that went
     through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
     exported student, None while work remains. control: the report of the control, trained on hard labels alone.
+    without_features: that of the same student without the features that it matches, and feature_help: the comparison
+    with it, if both were evaluated by window.
     """
 
     out: str
@@ -55,29 +57,41 @@ class TrainReport:
     student: str | None = None
     notes: list[str] = field(default_factory=list)
     control: "TrainReport | None" = None
+    without_features: "TrainReport | None" = None
+    feature_help: FeatureHelp | None = None
+
+    @property
+    def arms(self) -> "dict[str, TrainReport]":
+        """The reports of what was trained beside the student, by folder."""
+        arms = {WITHOUT_FEATURES: self.without_features, CONTROL: self.control}
+        return {name: arm for name, arm in arms.items() if arm is not None}
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are made, including the control's."""
-        return self.step >= self.steps and (self.control is None or self.control.complete)
+        """Whether all steps are made, including those of the control, and of the arm without features."""
+        return self.step >= self.steps and all(arm.complete for arm in self.arms.values())
 
     @property
     def status(self) -> int:
         return DONE if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON; with a control, `difference` has each measure of the student minus the control's."""
-        found = asdict(self) | {"complete": self.complete}
+        """As JSON; with a control, `difference` has each measure of the student minus the control's. The arm without
+        features, and what features did, are there if they were measured."""
+        found = asdict(replace(self, control=None, without_features=None, feature_help=None))
+        del found["without_features"], found["feature_help"]
+        found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
-            found["control"] = self.control.to_json()
             found["difference"] = {n: v - theirs[n] for n, v in self.evaluation.items() if n in theirs}
+        if self.feature_help is not None:
+            found["feature_help"] = self.feature_help.to_json()
         return found
 
 
 def report_of(report: TrainReport) -> str:
     if not report.complete:
-        part = report.control or report
+        part = next((arm for arm in report.arms.values() if not arm.complete), report)
         return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
     speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
@@ -86,8 +100,12 @@ def report_of(report: TrainReport) -> str:
         columns = {"student": report.evaluation}
         if report.control:
             columns |= {"control": report.control.evaluation, "difference": report.to_json()["difference"]}
+        if report.without_features:
+            columns["without features"] = report.without_features.evaluation
         rows = [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
         lines += format_table([["held out", *columns], *rows])
+    if report.feature_help:
+        lines.append(report.feature_help.text)
     return "\n".join([*lines, f"student: {report.student}"])
 
 

@@ -129,6 +129,8 @@ def page(*folders: Path) -> Reader:
     return Reader(text)
 
 
+WORSE = (3.2, *CONTROL[1:])
+
 # What is on it
 
 
@@ -174,6 +176,33 @@ def test_a_missing_control(tmp_path: Path) -> None:
     found = page(write_run(tmp_path / "alone", control=None)).text
     assert "control" not in found
     assert "All 16 settings" in found
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says", "mark"),
+    [
+        (STUDENT, WORSE, "The features helped", "better"),
+        (WORSE, STUDENT, "The features did harm", "worse"),
+        (STUDENT, (3.0162, *STUDENT[1:]), "Whether the features helped is within noise", "within noise"),
+    ],
+)  # fmt: skip
+def test_whether_features_helped(
+    ours: tuple[float, ...], theirs: tuple[float, ...], says: str, mark: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "matched", ours, control=None, without=theirs, match=["20:16:mse:0.1"])
+    found = page(run).text
+    mean, half = compare(evaluation(ours), evaluation(theirs, seed=2))["cross_entropy"]
+    figure = f"cross_entropy {mean:+.4f} ± {half:.4f}, paired over 12 held-out windows; one seed"
+    assert f"matched: {says} ({figure})" in found
+    assert f"{mark}: ±" in found
+    assert "Matched: 20:16:mse:0.1." in found
+    assert "against the same without features" in found
+    assert "matched, without features" in found
+    (run / "without_features" / "evaluation.json").unlink()
+    assert "matched: not known" in page(run).text
+    shutil.rmtree(run / "without_features")
+    assert "features help" not in page(run).text
 
 
 @pytest.mark.usefixtures("undrawn")

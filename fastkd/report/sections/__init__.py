@@ -19,7 +19,7 @@ _registered: list[tuple[float, Build]] = []
 
 
 def register_section(build: Build, position: float) -> Build:
-    """Add a section to every report from now on. Positions of the built-in ones are 0, 10, 20, ..., 60."""
+    """Add a section to every report from now on. Positions of the built-in ones are 0, 10, 12, 20, ..., 60."""
     _registered.append((position, build))
     return build
 

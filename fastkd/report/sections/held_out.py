@@ -65,10 +65,11 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
 
 
 def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | None:
-    """Each run against its control, and against the first run."""
+    """Each run against what was trained beside it, and against the first run."""
     first, rows = comparison.runs[0], []
     for run, series in comparison.students:
-        others = [(run.control, "its control")] if run.control is not None else []
+        beside = (run.control, "its control"), (run.without_features, "the same without features")
+        others = [(other, name) for other, name in beside if other is not None]
         others += [(first, first.name)] if run in comparison.runs[1:] else []
         for other, name in others:
             if found := paired_differences(run, other):

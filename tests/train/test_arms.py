@@ -1,0 +1,163 @@
+"""What is trained beside a student that matches features, and what is said of their help."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from report_cases import CONTROL, STUDENT, evaluation
+from torch import Tensor, nn
+from train_cases import SMALL, Tiny, bits, make_cache
+
+import fastkd
+from fastkd.cache import Cache
+from fastkd.evaluate.api import compare
+from fastkd.settings import TrainSettings
+from fastkd.train import arms
+from fastkd.train.arms import EVEN, HELPED, HURT, control_arms, feature_help, verdict, without_features
+from fastkd.train.objective import TokenKD, WeightedSum
+from fastkd.train.result import report_of
+from fastkd.utils.intervals import Interval
+from fastkd.utils.signals import Stop
+
+
+class Pull(nn.Module):
+    """Stands for a loss on features, with a parameter of its own."""
+
+    signals = ("features/5", "targets")
+    outputs = ("states",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted = nn.Parameter(torch.zeros(12))
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {}
+
+    def losses(self, batch: Any, outputs: Any, *, num_items: Any) -> dict[str, Tensor]:
+        return {"loss": (outputs["states"] - self.wanted).square().mean(1).sum() / num_items}
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class Penalty(Pull):
+    """A term with a parameter that reads no features."""
+
+    signals = ("targets",)
+
+
+def both() -> WeightedSum:
+    return WeightedSum({"kd": TokenKD(), "pull": Pull()}, {"pull": 3.0})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cache") / "c")
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of these tests have no features."""
+    monkeypatch.setattr(Pull, "signals", ("targets",))
+    monkeypatch.setattr(arms, "reads_features", lambda objective: type(objective) is Pull)
+
+
+def test_which_arms() -> None:
+    plain = TrainSettings(alpha=0.2)
+    assert [arm.folder for arm in control_arms(plain, None)] == ["control"]
+    assert [arm.folder for arm in control_arms(plain, TokenKD())] == ["control"]
+    assert [arm.folder for arm in control_arms(plain, Pull())] == ["control"]  # nothing would be left to train on
+    without, control = control_arms(plain, both())
+    assert (without.folder, control.folder) == ("without_features", "control")
+    assert without.settings == plain
+    assert control.settings.alpha == 1.0
+    assert control.objective is None
+
+
+def test_terms_without_features_are_copied() -> None:
+    inner = WeightedSum({"penalty": Penalty()})
+    whole = WeightedSum({"kd": TokenKD(), "inner": inner, "pull": Pull()}, {"inner": 2.0})
+    found = without_features(whole)
+    assert isinstance(found, WeightedSum)
+    assert list(found.terms) == ["kd", "inner"]
+    assert found.weights == {"kd": 1.0, "inner": 2.0}
+    assert [name for name, _ in found.named_parameters()] == ["term_modules.inner.term_modules.penalty.wanted"]
+    assert next(found.parameters()) is not next(inner.parameters())
+    assert without_features(WeightedSum({"kd": TokenKD()})) is None
+
+
+def test_the_arm_without_features_is_the_training_without(cache: Cache, tmp_path: Path) -> None:
+    report = fastkd.train(
+        Tiny(seed=1), cache, tmp_path / "run", **(SMALL | {"evaluate_every": 5}), objective=both(), control=True
+    )
+    assert report.complete
+    assert list(report.arms) == ["without_features", "control"]
+    fastkd.train(Tiny(seed=1), cache, tmp_path / "alone", **SMALL, objective=WeightedSum({"kd": TokenKD()}))
+    assert bits(tmp_path / "run" / "without_features", 10) == bits(tmp_path / "alone", 10)
+    evaluations = [
+        fastkd.evaluate.api.Evaluation.from_json(json.loads((tmp_path / "run" / name / "evaluation.json").read_text()))
+        for name in ("", "without_features")
+    ]
+    expected = compare(*evaluations)
+    help_ = report.feature_help
+    assert help_ is not None
+    assert dict(help_.difference) == expected
+    document = json.loads((tmp_path / "run" / "run.json").read_text())["report"]
+    assert document["feature_help"] == json.loads(json.dumps(help_.to_json()))
+    mean, half = expected["cross_entropy"]
+    assert document["feature_help"]["difference"]["cross_entropy"]["mean"] == pytest.approx(mean)
+    assert document["feature_help"]["verdict"] == verdict("cross_entropy", expected["cross_entropy"])
+    assert document["without_features"]["evaluation"] == report.arms["without_features"].evaluation
+    assert document["difference"].keys() == report.evaluation.keys()
+    text = report_of(report)
+    assert f"(cross_entropy {mean:+.4f} ± {half:.4f}, paired over" in text
+    assert "without features" in text
+    assert "one seed" in text
+
+
+def test_stopped_in_an_arm_it_goes_on_there(cache: Cache, tmp_path: Path) -> None:
+    given: dict[str, Any] = SMALL | {"evaluate_every": 5, "control": True}
+    stop, calls = Stop(), 0
+
+    def stopping(student: Any) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # in the middle of the second training
+            stop()
+        return {"cross_entropy": 1.0}
+
+    report = fastkd.train(Tiny(seed=1), cache, tmp_path, **given, objective=both(), evaluate=stopping, stop=stop)
+    assert report.status == 75
+    assert list(report.arms) == ["without_features"]
+    assert report_of(report).startswith(f"{tmp_path / 'without_features'}: stopped after step 6 of 10")
+    report = fastkd.train(Tiny(seed=1), cache, tmp_path, **given, objective=both(), evaluate=stopping)
+    assert report.complete
+    assert report.arms["without_features"].resumed == 6
+    assert report.feature_help is None  # this evaluation says nothing of windows
+    assert "feature_help" not in report.to_json()
+
+
+def test_verdicts() -> None:
+    assert verdict("cross_entropy", Interval(-0.2, 0.1)) == HELPED
+    assert verdict("cross_entropy", Interval(0.2, 0.1)) == HURT
+    assert verdict("agreement", Interval(0.2, 0.1)) == HELPED
+    assert verdict("agreement", Interval(0.1, 0.1)) == EVEN
+    assert verdict("agreement", Interval(0.1, float("inf"))) == EVEN
+    assert verdict("agreement", Interval(float("nan"), 0.1)) == EVEN
+
+
+def test_of_several_caches() -> None:
+    """Means by their weights; the windows of different caches are independent."""
+    ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
+    one, two = compare(ours, theirs)["kl_bucket"], compare(theirs, ours)["kl_bucket"]
+    found = feature_help([ours, theirs], [theirs, ours], [3.0, 1.0], "kl_bucket")
+    assert found is not None
+    mean, half = found.difference["kl_bucket"]
+    assert mean == pytest.approx(0.75 * one.mean + 0.25 * two.mean)
+    assert half == pytest.approx(((0.75 * one.half) ** 2 + (0.25 * two.half) ** 2) ** 0.5)
+    assert found.verdict == HELPED
+    assert found.windows == 24
+    assert feature_help([], [], [], "kl_bucket") is None
+    assert feature_help([ours], [theirs], [1.0], "mine") is None
