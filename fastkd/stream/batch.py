@@ -1,26 +1,34 @@
 """Micro-batches of tokens or of examples, with labels and targets; optimizer steps made of them; `BatchSource`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..kernels import SparseTargets
+from ..kernels import HiddenTargets, SparseTargets
 
 LAYOUTS = ("padded", "packed")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnyBatch(ABC):
-    """Base class of `MicroBatch` and `ExampleBatch`."""
+    """Base class of `MicroBatch` and `ExampleBatch`.
+
+    signals: what the source was asked for beside labels and targets, by names KIND/NAME such as "features/20".
+    counts: how many there are in the whole step, in all micro-batches of all ranks: of "targets", and of each signal by
+        its name. Sums over a signal are divided by its count, as those over targets are by `num_items`. Empty in a
+        batch that is not of a step.
+    """
 
     labels: Tensor
     sequences: Tensor
     targets: SparseTargets
     positions: int
+    signals: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -28,31 +36,47 @@ class AnyBatch(ABC):
         return len(self.targets)
 
     @property
+    def features(self) -> dict[str, HiddenTargets]:
+        """The teacher's inner states by their names ("20", "layers.3"). The index of each holds the flattened positions
+        of its vectors: of `[B, L]` for text, of `[B, P]` for the P vectors (pixels) of an example."""
+        return {name.partition("/")[2]: one for name, one in self.signals.items() if name.startswith("features/")}
+
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """Those of these names of fields and signals that the micro-batch does not have."""
+        return [name for name in names if name not in self.signals and not hasattr(self, name)]
+
+    def own_counts(self) -> dict[str, int]:
+        """How many targets and vectors of each signal are in this micro-batch."""
+        return {"targets": self.count, **{name: len(one) for name, one in self.signals.items()}}
+
+    @property
     def device(self) -> torch.device:
         return self.labels.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        return self._map(
-            lambda x: x.to(device, non_blocking=non_blocking), lambda t: t.to(device, non_blocking=non_blocking)
-        )
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """The micro-batch in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
-        return self._map(lambda x: x.pin_memory(), lambda t: t.pin_memory())
+        return self._map(lambda x: x.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         own = [getattr(self, f.name) for f in fields(self)]
-        return [x for x in own if isinstance(x, Tensor)] + self.targets.tensors()
+        more = [x for signal in self.signals.values() for x in signal.tensors()]
+        return [x for x in own if isinstance(x, Tensor)] + self.targets.tensors() + more
 
     @abstractmethod
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
 
-    def _map(self, function: Callable[[Tensor], Tensor], targets: Callable[[SparseTargets], SparseTargets]) -> Self:
+    def _map(self, function: Callable[[Any], Any]) -> Self:
+        """The micro-batch with its tensors, targets and signals put through a function."""
         changed: dict[str, Any] = {
-            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+            f.name: function(x)
+            for f in fields(self)
+            if isinstance(x := getattr(self, f.name), (Tensor, SparseTargets))
         }
-        return replace(self, targets=targets(self.targets), **changed)
+        return replace(self, signals={name: function(one) for name, one in self.signals.items()}, **changed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -134,7 +158,8 @@ class Step:
     micro_batches: `MicroBatch`es, or `ExampleBatch`es from a cache of examples. Every rank has equally many, so that
         all ranks run forward and backward equally often: a rank with fewer of its own has empty ones at the end, of one
         position that does not count.
-    count: positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`).
+    count: positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`). The
+        micro-batches have it too, with those of signals (`counts`).
     positions, sequences: of the whole step, on all ranks, without padding.
     epoch, number: the epoch, and the number of the step in it, both from 0.
     """

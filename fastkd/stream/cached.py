@@ -3,6 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .batch import LAYOUTS, AnyBatch, Step
 from .gather import BatchFormat, OpenShard, gather, gather_examples, open_shard
 from .mixture import SequenceStream
 from .prefetch import Prefetcher
+from .signals import open_signals
 from .split import ShardTable, check_alike, check_data, open_sources, open_split, shares_of
 from .step_plan import LoaderProgress, RankShare, ShardKey, StepPlan
 
@@ -29,7 +31,7 @@ class _RankStep(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-# waits for the sums over ranks: positions that count, positions, and the micro-batches of each rank
+# waits for the sums over ranks: positions, targets and vectors of each signal, and the micro-batches of each rank
 Total = Callable[[], list[int]]
 
 
@@ -64,7 +66,9 @@ class LoaderPass:
             # the sums of the next step are computed while this one is trained on
             self._fetched.append(self._fetch())
         (share, batches, copied), total = item
-        count, positions, *numbers = total()
+        names = self._source.counted
+        found = total()
+        positions, counts, numbers = found[0], found[1 : 1 + len(names)], found[1 + len(names) :]
         if copied is not None:
             current = torch.cuda.current_stream(self._source._form.device)
             current.wait_event(copied)
@@ -72,8 +76,10 @@ class LoaderPass:
                 tensor.record_stream(current)
         if missing := max(numbers) - len(batches):
             batches = [*batches, *[self._source._form.empty()] * missing]
+        by_name = dict(zip(names, counts, strict=True))
+        batches = [replace(batch, counts=by_name) for batch in batches]
         after = share.after
-        return Step(list(batches), count, positions, share.sequences, after.epoch, after.number - 1), after
+        return Step(batches, counts[0], positions, share.sequences, after.epoch, after.number - 1), after
 
     def close(self) -> None:
         """End the threads, and drop the steps that are ready."""
@@ -90,18 +96,21 @@ class LoaderPass:
             return None
         numbers = [0] * self._source._world_size
         numbers[self._source._rank] = len(step.batches)
-        mine = [sum(b.count for b in step.batches), sum(b.positions for b in step.batches), *numbers]
+        own = [batch.own_counts() for batch in step.batches]
+        counts = [sum(one[name] for one in own) for name in self._source.counted]
+        mine = [sum(b.positions for b in step.batches), *counts, *numbers]
         return step, ((lambda: mine) if self._source._reduce is None else self._source._reduce(mine))
 
     def _read(self, key: ShardKey) -> OpenShard:
         source, row = key
         table = self._source._tables[source]
+        signals = self._source._form.signals
         try:
-            workspace = self._free.pop()
+            workspaces = self._free.pop()
         except IndexError:
-            workspace = Workspace()
-            self._source._workspaces.append(workspace)
-        return open_shard(table.cache, int(table.shard[row]), workspace)
+            workspaces = [Workspace() for _ in range(1 + len(signals))]
+            self._source._workspaces.append(workspaces)
+        return open_shard(table.cache, int(table.shard[row]), workspaces, signals, source)
 
     def _assemble(self, share: RankShare, shards: Mapping[Any, OpenShard]) -> _RankStep:
         if not share.shards:
@@ -115,7 +124,7 @@ class LoaderPass:
             return _RankStep(share, batches, None if self._stream is None else self._stream.record_event())
 
     def _release(self, shard: OpenShard) -> None:
-        self._free.append(shard.workspace)
+        self._free.append(shard.workspaces)
 
 
 class CachedSource:
@@ -139,6 +148,8 @@ class CachedSource:
     data: for a cache of examples, the labelled `Examples` that it (every cache of a mixture) was captured from.
         Micro-batches are then `ExampleBatch`es, with inputs augmented by the stored seeds: the student sees what the
         teacher saw. A sequence is an example, its copies are its positions, and layout has no effect.
+    features: names of the teacher's inner states in the cache (in every cache of a mixture, of the same settings), which
+        the micro-batches then have as `features`.
     decode: deprecated; targets are always decoded on the host. ahead: deprecated name of prefetch.
 
     The state (`state_dict`) is the position of all ranks together. Another number of ranks or threads, or other
@@ -172,6 +183,7 @@ class CachedSource:
         prefetch: int = 2,
         allow_partial: bool = False,
         data: Examples | None = None,
+        features: Sequence[str] = (),
         ahead: int | None = None,
     ) -> None:
         if ahead is not None:
@@ -208,6 +220,8 @@ class CachedSource:
             open_split(cache, split, skip=skip, max_positions=max_positions, allow_partial=allow_partial)
             for cache in caches
         ]
+        device = torch.device("cpu" if device is None else device)
+        signals = open_signals([f"features/{name}" for name in features], tables, device)
         self._shares = shares_of(tables, weights)
         sizes = [t.sequences for t in tables]
         stream = SequenceStream(sizes, self._shares, seed, shards_open=shards_open, shuffle=shuffle)
@@ -224,15 +238,17 @@ class CachedSource:
             spec=caches[0].spec,
             width=max(c.spec.width for c in caches),
             draws=any(c.spec.draws > 0 for c in caches),
-            device=torch.device("cpu" if device is None else device),
+            device=device,
             data=data,
+            signals=signals,
         )
+        self.counted = ("targets", *(signal.name for signal in signals))
         self._tables = tables
         self._plan = StepPlan(stream, tables, batch_size=batch_size, batch_tokens=batch_tokens, keep=2 * max_shards)
         self._rank, self._world_size, self._reduce = rank, world_size, reduce
         self._threads, self._prefetch, self._max_shards = threads, prefetch, max_shards
         # the memory that shards are decoded into, kept: memory that was touched before is much faster
-        self._workspaces: list[Workspace] = []
+        self._workspaces: list[list[Workspace]] = []
         self._progress = LoaderProgress()
         self._pass: LoaderPass | None = None
         # all that decides which sequences a step has, under the names of the arguments
@@ -250,6 +266,8 @@ class CachedSource:
         }
         if data is not None:  # the specs identify the examples, not their labels
             self.fingerprint["labels"] = data.labels_fingerprint()
+        if signals:
+            self.fingerprint["signals"] = {signal.name: signal.describe() for signal in signals}
 
     def __iter__(self) -> Iterator[Step]:
         """The steps from the current position to the end of the epoch; then the position is the start of the next."""
@@ -340,6 +358,7 @@ class CachedSource:
             spec = table.cache.spec
             entries = (8 + (4 if spec.draws else 0)) * spec.width
             row = entries + 4 * len(spec.temperatures) + 4 + 8 + 16  # and the input columns
+            row += sum(signal.row_bytes() for signal in self._form.signals)
             return row * int(table.cache.manifest.column("positions").to_numpy().max())
 
         return max(map(largest, self._tables)) * self._max_shards

@@ -18,6 +18,7 @@ from ..data.packing import batches
 from ..kernels import SparseTargets
 from ..kernels.targets import FIELDS
 from .batch import AnyBatch, ExampleBatch, MicroBatch
+from .signals import Signal
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -60,12 +61,14 @@ class OpenShard:
     """A decoded shard.
 
     inputs: `TextInputs` or `ExampleInputs`. targets: the arrays of its n rows, by the names of `SparseTargets`.
-    workspace: the memory that they lie in, to be used again.
+    signals: what `Signal.open` returned, for each signal of the loader. workspaces: the memory that all this lies in, to
+    be used again: of the targets, and of each signal.
     """
 
     inputs: Any
     targets: dict[str, Array]
-    workspace: Workspace
+    signals: tuple[Any, ...]
+    workspaces: list[Workspace]
 
 
 def ranges(begins: Ints, lengths: Ints) -> Ints:
@@ -74,12 +77,18 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
     return np.repeat(begins - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def open_shard(cache: Cache, index: int, workspace: Workspace) -> OpenShard:
-    arrays = cache.read_shard(index, into=workspace)
+def open_shard(
+    cache: Cache, index: int, workspaces: list[Workspace], signals: Sequence[Signal] = (), source: int = 0
+) -> OpenShard:
+    """A shard of a cache, decoded, with its signals. workspaces: one for the targets, and one for each signal. source:
+    the number of the cache in a mixture."""
+    arrays = cache.read_shard(index, into=workspaces[0])
     # a row that does not count has no entries, not even a first one
     counts = arrays["logprobs"][:, 0] > -np.inf
     inputs = _text_inputs(arrays, counts) if "tokens" in cache.spec.inputs else _example_inputs(arrays, counts)
-    return OpenShard(inputs, {f.name: arrays[f.name] for f in FIELDS if f.name in arrays}, workspace)
+    opened = [signal.open(source, index, own) for signal, own in zip(signals, workspaces[1:], strict=True)]
+    targets = {f.name: arrays[f.name] for f in FIELDS if f.name in arrays}
+    return OpenShard(inputs, targets, tuple(opened), workspaces)
 
 
 def _example_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> ExampleInputs:
@@ -122,7 +131,8 @@ class BatchFormat:
     layout: see `MicroBatch`. tokens: maximum positions, pads included (a longer row is alone). rows: maximum rows, or
     windows of "packed". None: no limit.
     spec: of any of the caches. width: entries per row of the targets, and draws: whether there are any, of all caches.
-    device: of the student; host memory is page-locked if it is a GPU. data: of a cache of examples.
+    device: of the student; host memory is page-locked if it is a GPU. data: of a cache of examples. signals: of the
+    loader.
     """
 
     layout: str
@@ -133,6 +143,7 @@ class BatchFormat:
     draws: bool
     device: torch.device
     data: Examples | None
+    signals: tuple[Signal, ...] = ()
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """An array as a tensor on the host; unless page-locked, it shares the memory."""
@@ -169,10 +180,18 @@ class BatchFormat:
             done += len(numbers)
         return replace(found, index=self.tensor(index))
 
+    def gather_signals(self, parts: Sequence[tuple[OpenShard, Ints, Ints]]) -> dict[str, Any]:
+        """The signals of a micro-batch, on the host. parts: shards, rows of each, and their flattened positions."""
+        return {
+            signal.name: signal.gather([(shard.signals[i], here, there) for shard, here, there in parts])
+            for i, signal in enumerate(self.signals)
+        }
+
     def empty(self) -> AnyBatch:
         """A micro-batch of one position that does not count, on the device."""
         targets = self.targets([], np.zeros(0, np.int64))
         common: dict[str, Any] = {"sequences": torch.zeros(1, dtype=torch.int32), "targets": targets, "positions": 0}
+        common["signals"] = self.gather_signals([])
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if self.data is not None:
             inputs = torch.zeros_like(self.data.first())
@@ -234,7 +253,7 @@ def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat)
     else:
         at, position_ids = np.arange(n), ranges(np.zeros(count, np.int64), segments.length)[None]
     tokens, labels = np.zeros(position_ids.shape, np.int64), np.full(position_ids.shape, IGNORED)
-    index, kept = [], []
+    index, kept, parts = [], [], []
     # stretches of rows of one shard
     stops = [*(np.flatnonzero(np.diff(segments.shard)) + 1).tolist(), count]
     bounds = [0, *ends[np.array(stops) - 1].tolist()]
@@ -246,6 +265,7 @@ def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat)
         counted = label != IGNORED
         index.append(there[counted])
         kept.append((shard, here[counted]))
+        parts.append((shard, here, there))
     return MicroBatch(
         input_ids=form.tensor(tokens),
         labels=form.tensor(labels),
@@ -253,6 +273,7 @@ def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat)
         cu_seqlens=form.tensor(np.append(0, ends).astype(np.int32)),
         sequences=form.tensor(segments.sequence.astype(np.int32)),
         targets=form.targets(kept, np.concatenate(index)),
+        signals=form.gather_signals(parts),
         max_seqlen=longest,
         positions=n,
         layout=form.layout,
@@ -277,12 +298,15 @@ def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatc
         columns = [(s.inputs.example[here], s.inputs.seed[here], s.inputs.counts[here]) for s, here in rows]
         example, seed, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
         inputs = data.read(example, seed)
+        ends = np.cumsum([len(here) for _, here in rows])
+        there = np.split(np.arange(len(example)), ends[:-1])
         found.append(
             ExampleBatch(
                 inputs=inputs.pin_memory() if form.device.type == "cuda" else inputs,
                 labels=form.tensor(np.where(counts, data.labels(example), IGNORED)),
                 sequences=form.tensor(np.repeat(some, lengths[some]).astype(np.int32)),
                 targets=form.targets([(s, here[s.inputs.counts[here]]) for s, here in rows], np.flatnonzero(counts)),
+                signals=form.gather_signals([(s, here, at) for (s, here), at in zip(rows, there, strict=True)]),
                 positions=len(example),
             )
         )
