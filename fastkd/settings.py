@@ -182,6 +182,14 @@ class TrainSettings:
     """Mixing weight of the teacher in the divergence jsd."""
     skew: float = 0.1
     """Mixing weight of the teacher in the divergence skew_kl."""
+    match: tuple[str, ...] = ()
+    """Inner states of the teacher to match, from the cache's features: TEACHER:STUDENT:LOSS:WEIGHT, such as
+    20:16:mse:0.1 (the states that enter the teacher's layer 20 and the student's layer 16); or auto. A weight of auto
+    is found in the first steps."""
+    match_projector: Literal["linear", "identity"] = "linear"
+    """From the student's states to the teacher's: a trained projector, or none (identity), for equal hidden sizes."""
+    match_rate: float | None = None
+    """Peak learning rate of the projectors. Default: as rate."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. Not applied to embeddings, biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.95)

@@ -35,8 +35,7 @@ _ABOUT = (
 
 def parse(args: Sequence[str]) -> Any:
     """Parse arguments into one of `COMMANDS`. Raises SystemExit after printing help or a usage error."""
-    if not args:
-        args = ["--help"]
+    args = _repeated(args) if args else ["--help"]
     try:
         return _parse(args, aloud=False)
     except SystemExit as stop:
@@ -75,6 +74,30 @@ def flags(command: Any) -> dict[str, str]:
         for field in fields(command)
         if tyro.conf.Positional not in getattr(hints[field.name], "__metadata__", ())
     }
+
+
+def _repeated(args: Sequence[str]) -> list[str]:
+    """Arguments in which flags that take several values, and are repeated, stand once with all of them: the last would
+    replace the others. A value that begins with a dash follows an equals sign (`--match=-1:8:mse:1`)."""
+    hints = get_type_hints(COMMANDS[args[0]], include_extras=True) if args[0] in COMMANDS else {}
+    several = {"--" + name.replace("_", "-") for name, kind in hints.items() if get_args(kind)[1:] == (...,)}
+    values: dict[str, list[str]] = {}
+    kept: list[str] = []
+    latest: list[str] | None = None  # the values of the flag that is being read
+    for argument in args:
+        flag, equals, value = argument.partition("=")
+        if flag in several:
+            if flag not in values:
+                kept.append(flag)
+            latest = values.setdefault(flag, [])
+            latest += [value] if equals else []
+            latest = None if equals else latest
+        elif latest is None or re.match(r"--|-[^0-9]", argument):
+            kept.append(argument)
+            latest = None
+        else:
+            latest.append(argument)
+    return [one for argument in kept for one in (argument, *values.get(argument, ()))]
 
 
 def _parse(args: Sequence[str], *, aloud: bool) -> Any:

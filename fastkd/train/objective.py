@@ -22,6 +22,7 @@ from ..models.lm_head import logits_of
 from ..models.protocol import Logits, Output
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch
+from .inner import is_inner
 from .optimizer import RAMPS, ramp_at
 
 
@@ -30,11 +31,13 @@ class Objective(Protocol):
 
     @property
     def signals(self) -> Sequence[str]:
-        """Fields of a micro-batch that the objective reads, such as `labels` and `targets`. An attribute will do."""
+        """Fields and signals of a micro-batch that the objective reads, such as `labels`, `targets` and "features/20".
+        An attribute will do."""
 
     @property
     def outputs(self) -> Sequence[str]:
-        """Outputs of the student that it reads, some of `OUTPUTS`. An attribute will do."""
+        """Outputs of the student that it reads: some of `OUTPUTS`, and inner states such as "state:16" and
+        "module:NAME" (see `inner.py`). An attribute will do."""
 
     def schedule(self, step: int, steps: int) -> Mapping[str, float]:
         """Numbers that change during the training, at a step (from 0 on) of `steps`. They are logged."""
@@ -95,8 +98,8 @@ def check_objective(objective: Any) -> None:
             value = getattr(objective, member)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 problem = f"{name}.{member} = {value!r}; expected a tuple of names"
-        if not problem and (unknown := [output for output in objective.outputs if output not in OUTPUTS]):
-            problem = f"the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}"
+        if not problem and (unknown := [output for output in objective.outputs if not (output in OUTPUTS or is_inner(output))]):
+            problem = f"the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}, state:LAYER, module:NAME"
     if not problem and not isinstance(scheduled := objective.schedule(0, 1), Mapping):
         problem = f"{scheduled!r} from {name}.schedule; expected a mapping of numbers by name"
     elif not problem and (taken := [key for key in scheduled if key in (*RESERVED, "num_items", "loss")]):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
 from ..utils.factories import is_factory, made_by
+from .inner import InnerOutputs, inner_of
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
 
 
@@ -64,6 +66,15 @@ class Student(nn.Module):
         self.autocast: torch.dtype | None = None
         self.objective: Objective = TokenKD()
         self._run, self._packs = run, packs
+        self._inner: InnerOutputs | None = None
+
+    def read(self, objective: Objective) -> None:
+        """Compute this objective from now on. Raises TrainError if the model lacks an inner state that it reads."""
+        self.objective = objective
+        names = inner_of(objective.outputs)
+        if self._inner is not None:
+            self._inner.close()
+        self._inner = InnerOutputs(self.model, names) if names else None
 
     def forward(self, batch: AnyBatch, *, num_items: int | Tensor | None = None, **scheduled: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch; see `Objective.losses`.
@@ -72,19 +83,21 @@ class Student(nn.Module):
         logits are not finite (on a GPU the loss is NaN instead).
         """
         objective = self.objective
-        if missing := [name for name in objective.signals if not hasattr(batch, name)]:
+        if missing := batch.lacks(objective.signals):
             raise TrainError(
                 f"objective: {type(objective).__name__} needs the signal {missing[0]!r}, which the source's "
                 f"{type(batch).__name__} lacks."
             )
         with self._autocast(batch.device):
             output = self._output(batch)
-            outputs = {name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs}
+            outputs = {name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS}
+            if self._inner is not None:
+                outputs |= self._inner.take()
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         """Logits `[m, V]` at some of the flattened positions; None: at those that count."""
-        with self._autocast(batch.device):
+        with self._autocast(batch.device), nullcontext() if self._inner is None else self._inner.paused():
             logits: Tensor = OUTPUTS["logits"](self._output(batch), batch.targets.index if rows is None else rows)
             return logits
 

@@ -87,7 +87,7 @@ class Trainer:
         self.step = self.resumed = 0
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
-        self.student.objective = self._objective
+        self.student.read(self._objective)
         device = processes.device
         self.student.to(device).train()
         self.student.autocast = autocast_of(settings.precision, device)

@@ -1,0 +1,67 @@
+"""Inner states of a student as outputs that objectives read by name.
+
+"state:16": what enters layer 16, counted from 0 (the number of layers: what enters the final norm), `[B, L, D]`.
+"module:NAME": the output of a module, such as a map `[B, C, H, W]`.
+All carry gradients. They are recorded by forward hooks (`models/taps.py`), so nothing is asked of the model, and no other
+state is kept.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import TrainError
+from ..models.taps import Taps
+
+KINDS = ("state", "module")
+
+
+def is_inner(name: str) -> bool:
+    """Whether an output's name is that of an inner state."""
+    kind, _, rest = name.partition(":")
+    return kind in KINDS and bool(rest)
+
+
+class InnerOutputs:
+    """Records inner states in every forward of a model, from now on. Raises TrainError for a layer or a module that it
+    does not have.
+
+    With compiled layers, make it before the first forward.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._taps = Taps(model, self.names, TrainError).attach()
+
+    def take(self) -> dict[str, Tensor]:
+        """The states of the last forward by name, which are then forgotten. Raises TrainError if the model did not call
+        one of the modules."""
+        try:
+            return self._taps.take()
+        except RuntimeError as error:
+            raise TrainError(f"objective: {error} It cannot be matched.") from error
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For a forward whose inner states nobody reads."""
+        self._taps.recording = False
+        try:
+            yield
+        finally:
+            self._taps.recording = True
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._taps.detach()
+
+
+def inner_of(outputs: Iterable[str]) -> tuple[str, ...]:
+    """Those of an objective's outputs that are inner states."""
+    return tuple(name for name in outputs if is_inner(name))
+
+
+def widths(values: dict[str, Any]) -> dict[str, int]:
+    """The components of each state: the last dimension of `[B, L, D]` and `[B, D]`, the channels of `[B, C, H, W]`."""
+    return {name: int(x.shape[1] if x.ndim == 4 else x.shape[-1]) for name, x in values.items()}
