@@ -72,9 +72,7 @@ class AnyBatch(ABC):
     def _map(self, function: Callable[[Any], Any]) -> Self:
         """The micro-batch with its tensors, targets and signals put through a function."""
         changed: dict[str, Any] = {
-            f.name: function(x)
-            for f in fields(self)
-            if isinstance(x := getattr(self, f.name), (Tensor, SparseTargets))
+            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), (Tensor, SparseTargets))
         }
         return replace(self, signals={name: function(one) for name, one in self.signals.items()}, **changed)
 

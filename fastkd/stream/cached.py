@@ -148,8 +148,8 @@ class CachedSource:
     data: for a cache of examples, the labelled `Examples` that it (every cache of a mixture) was captured from.
         Micro-batches are then `ExampleBatch`es, with inputs augmented by the stored seeds: the student sees what the
         teacher saw. A sequence is an example, its copies are its positions, and layout has no effect.
-    features: names of the teacher's inner states in the cache (in every cache of a mixture, of the same settings), which
-        the micro-batches then have as `features`.
+    features: names of inner states of the teacher that the cache has (every cache of a mixture, of equal settings); the
+        micro-batches then have them as `features`.
     decode: deprecated; targets are always decoded on the host. ahead: deprecated name of prefetch.
 
     The state (`state_dict`) is the position of all ranks together. Another number of ranks or threads, or other

@@ -40,7 +40,9 @@ class FeatureSignal:
     features: of each cache, of equal specs. device: of the micro-batches; the basis is kept there.
     """
 
-    def __init__(self, name: str, features: Sequence[Any], rows: Sequence[dict[int, int]], device: torch.device) -> None:
+    def __init__(
+        self, name: str, features: Sequence[Any], rows: Sequence[dict[int, int]], device: torch.device
+    ) -> None:
         self.name = f"features/{name}"
         self.spec = features[0].spec
         self._features, self._rows = features, rows
@@ -61,9 +63,7 @@ class FeatureSignal:
         vectors, n = self.spec.vectors, self._rows[source][shard]
         rows = codes["rows"]
         first = np.searchsorted(rows, np.arange(n + 1) * vectors)
-        return FeatureShard(
-            codes["codes"], codes["scale"], codes["exact_rows"], codes["exact"], rows % vectors, first
-        )
+        return FeatureShard(codes["codes"], codes["scale"], codes["exact_rows"], codes["exact"], rows % vectors, first)
 
     def gather(self, parts: Sequence[tuple[FeatureShard, Ints, Ints]]) -> HiddenTargets:
         vectors, width = self.spec.vectors, self.spec.width

@@ -90,7 +90,9 @@ class Student(nn.Module):
             )
         with self._autocast(batch.device):
             output = self._output(batch)
-            outputs = {name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS}
+            outputs = {
+                name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS
+            }
             if self._inner is not None:
                 outputs |= self._inner.take()
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
