@@ -128,8 +128,8 @@ def open_feature(name: str, tables: Sequence[ShardTable], device: torch.device) 
             if field.name not in _OWN and getattr(ours, field.name) != getattr(first, field.name):
                 raise StreamError(
                     f"features: got {name!r} with {field.name} {getattr(first, field.name)!r} in {tables[0].cache!r} "
-                    f"and {getattr(ours, field.name)!r} in {table.cache!r}; expected the same settings and basis in all "
-                    "caches of a mixture. Leave the feature out, or train from one of them."
+                    f"and {getattr(ours, field.name)!r} in {table.cache!r}; expected the same settings and basis in "
+                    "all caches of a mixture. Leave the feature out, or train from one of them."
                 )
     return FeatureSignal(name, features, rows, device)
 
@@ -148,8 +148,8 @@ def _find(name: str, table: ShardTable) -> Any:
         raise StreamError(f"features: {name!r} of {cache!r} cannot be read ({error})") from error
     if feature.spec.base != cache.spec.hash:
         raise StreamError(
-            f"features: {name!r} in {cache!r} belongs to a cache of spec {feature.spec.base[:12]}…; expected this one's, "
-            f"{cache.spec.hash[:12]}…. Drop the feature, and capture it again."
+            f"features: {name!r} in {cache!r} belongs to a cache of spec {feature.spec.base[:12]}…; expected "
+            f"{cache.spec.hash[:12]}…, this one's. Drop the feature, and capture it again."
         )
     return feature
 
@@ -158,6 +158,7 @@ def _check_shards(name: str, feature: Any, table: ShardTable) -> None:
     missing = np.setdiff1d(table.shard, np.array(feature.shards, np.int64))
     if len(missing):
         raise StreamError(
-            f"features: {len(missing)} of the {len(table.shard)} shards of {name!r} in {table.cache!r} are missing (the "
-            f"first is {missing[0]}). Run its capture again with --features {name}, which writes only what is missing."
+            f"features: {len(missing)} of the {len(table.shard)} shards of {name!r} in {table.cache!r} are missing "
+            f"(the first is {missing[0]}). Run its capture again with --features {name}, which writes only "
+            "what is missing."
         )

@@ -61,8 +61,8 @@ class OpenShard:
     """A decoded shard.
 
     inputs: `TextInputs` or `ExampleInputs`. targets: the arrays of its n rows, by the names of `SparseTargets`.
-    signals: what `Signal.open` returned, for each signal of the loader. workspaces: the memory that all this lies in, to
-    be used again: of the targets, and of each signal.
+    signals: what `Signal.open` returned, for each signal of the loader. workspaces: the memory that all this lies in,
+    to be used again: of the targets, and of each signal.
     """
 
     inputs: Any

@@ -1,7 +1,7 @@
 """Signals: what the micro-batches of a cache have beside inputs, labels and soft targets.
 
-A signal is named KIND/NAME, as in "features/20". Its kind is one file of this room and one line of `KINDS`: it says how a
-signal is opened for a shard, on a thread of the loader, and gathered for a micro-batch.
+A signal is named KIND/NAME, as in "features/20". Its kind is one file of this room and one line of `KINDS`: it says how
+a signal is opened for a shard, on a thread of the loader, and gathered for a micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,8 @@ StreamError if a cache lacks the signal, or some of it."""
 
 
 def open_signals(names: Sequence[str], tables: Sequence[ShardTable], device: torch.device) -> tuple[Signal, ...]:
-    """The signals of these names. Raises StreamError for an unknown kind, a name given twice, and what a kind refuses."""
+    """The signals of these names. Raises StreamError for an unknown kind, a name given twice, and what a kind
+    refuses."""
     found = []
     for name in names:
         kind, _, rest = name.partition("/")

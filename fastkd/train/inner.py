@@ -2,8 +2,8 @@
 
 "state:16": what enters layer 16, counted from 0 (the number of layers: what enters the final norm), `[B, L, D]`.
 "module:NAME": the output of a module, such as a map `[B, C, H, W]`.
-All carry gradients. They are recorded by forward hooks (`models/taps.py`), so nothing is asked of the model, and no other
-state is kept.
+All carry gradients. They are recorded by forward hooks (`models/taps.py`), so nothing is asked of the model, and no
+other state is kept.
 """
 
 from collections.abc import Iterable, Iterator

@@ -98,9 +98,8 @@ def check_objective(objective: Any) -> None:
             value = getattr(objective, member)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 problem = f"{name}.{member} = {value!r}; expected a tuple of names"
-        if not problem and (
-            unknown := [output for output in objective.outputs if not (output in OUTPUTS or is_inner(output))]
-        ):
+        unknown = [] if problem else [name for name in objective.outputs if not (name in OUTPUTS or is_inner(name))]
+        if unknown:
             problem = f"the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}, state:LAYER, module:NAME"
     if not problem and not isinstance(scheduled := objective.schedule(0, 1), Mapping):
         problem = f"{scheduled!r} from {name}.schedule; expected a mapping of numbers by name"
