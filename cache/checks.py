@@ -82,6 +82,15 @@ def check_sorted(targets: Targets) -> None:
         _check("logprobs", logprobs[:, 1:], falling, "falling log-probabilities", start, 1)
 
 
+def check_decoded(spec: CacheSpec, decoded: Mapping[str, Array]) -> None:
+    """CacheError if targets that were decoded from a shard are not those that FORMAT.md allows."""
+    given = {name: decoded[name] for name in ("ids", "logprobs", "tail", "draws", "outcomes") if name in decoded}
+    targets = check_targets(spec, **given, stored=True)
+    check_sorted(targets)
+    if not (np.array_equal(targets.tail, decoded["tail"]) and np.array_equal(targets.outcomes, decoded["outcomes"])):
+        raise CacheError("a row that does not count has a tail, or not all outcomes")
+
+
 def check_inputs(spec: CacheSpec, inputs: Any, positions: int) -> dict[str, Array]:
     """The input columns by name, `[positions]` each."""
     found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else inputs

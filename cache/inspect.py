@@ -8,9 +8,10 @@ import numpy as np
 from .capture_plan import planned_shards
 from .credentials import without_credentials
 from .errors import CacheError, NotFound, StoreError
-from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs, scan, shard_index
+from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs, shard_index
 from .provenance import TEXTS
 from .shard.container import Damage
+from .shard.layout import TargetShards
 from .spec import CODECS, FORMAT
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
             raise
         sizes = None
     there = {i: size for key, size in sorted((sizes or {}).items()) if (i := shard_index(key)) is not None}
-    table = cache.manifest if cache.sealed else scan(cache.store, cache.spec, there, progress=progress)
+    table = cache.manifest if cache.sealed else cache.scan(there, progress=progress)
     total = {name: int(table.column(name).to_numpy().sum()) for name in _COUNTS}
     spec = cache.spec
     settings = {k: v for k, v in asdict(spec).items() if k not in TEXTS}
@@ -100,7 +101,9 @@ def _arrays(cache: "Cache", table: "pa.Table", shards: list[int]) -> tuple[Repor
             gone.add(index)
             continue
         if not isinstance(taken, dict) or not all(type(n) is int and 0 <= n <= size for n in taken.values()):
-            raise corrupt(cache.store, index, Damage("it does not have the sizes of its arrays"))
+            raise corrupt(
+                cache.store, TargetShards(cache.spec), index, Damage("it does not have the sizes of its arrays")
+            )
         for name, stored in taken.items():
             by_array[name] = by_array.get(name, 0) + stored
         positions += rows[index]["positions"]

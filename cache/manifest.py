@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,42 +13,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError, expect
-from .shard.container import TAIL_LENGTH, Damage, check_bytes, stored_digest
-from .shard.layout import COUNTS, shard_attributes
+from .shard.container import TAIL_LENGTH, Damage, check_bytes
+from .shard.kind import MANIFEST, SHARDS, ShardKind, shard_index
+from .shard.kind import shard_key as shard_key
+from .shard.layout import STATISTICS as STATISTICS
+from .shard.layout import TargetShards
 from .spec import MOST_JSON, MOST_SHARDS, CacheSpec
 from .stores import Store
 
 SPEC_KEY = "spec.json"
-KEY = "manifest.parquet"
-PREFIX = "shards/"
-STATISTICS = ("mean", "p05", "p50", "p95")
-SCHEMA = pa.schema(
-    [pa.field(name, pa.int64(), nullable=False) for name in ("shard", *COUNTS, "bytes")]
-    + [pa.field(f"{what}_{which}", pa.float64()) for what in ("mass", "entropy") for which in STATISTICS]
-    + [pa.field(f"{what}_sha256", pa.binary(32), nullable=False) for what in ("content", "object")]
-    + [pa.field("written", pa.int64(), nullable=False), pa.field("attempt", pa.string(), nullable=False)]
-)
+KEY = MANIFEST
+PREFIX = SHARDS
+SCHEMA = TargetShards.schema()
 T = TypeVar("T")
 MOST_MANIFEST = 2**28  # bytes
 _ROW = 64  # bytes that a row takes at least, compressed: two hashes
-_NAME = re.compile(r"shards/(0|[1-9][0-9]{0,17})\.zarr\.zip")
 _REQUESTS = 16  # at a time: the end of a shard is small, and most of the time is latency
 
 
-def shard_key(index: int) -> str:
-    """The name of a shard's object."""
-    return f"{PREFIX}{index}.zarr.zip"
-
-
-def shard_index(key: str) -> int | None:
-    """The number in the name of a shard's object; None for any other name."""
-    match = _NAME.fullmatch(key)
-    return int(match[1]) if match else None
-
-
-def listed(store: Store) -> dict[int, int]:
-    """The shards in a store: their numbers, ascending, and the size of each in bytes."""
-    found = ((shard_index(entry.key), entry.size) for entry in store.list(PREFIX))
+def listed(store: Store, folder: str = "") -> dict[int, int]:
+    """The shards in a store: their numbers, ascending, and the size of each in bytes. folder: as in `ShardKind`."""
+    found = ((shard_index(entry.key, folder), entry.size) for entry in store.list(f"{folder}{PREFIX}"))
     return dict(sorted((index, size) for index, size in found if index is not None))
 
 
@@ -78,32 +62,20 @@ def read_spec(store: Store) -> CacheSpec:
         raise CacheError(f"{store.describe()}: there is no cache here (no {SPEC_KEY}).") from error
 
 
-def read_manifest(store: Store, spec: CacheSpec) -> pa.Table | None:
-    """The manifest of a sealed cache; None for one that is not sealed. CacheError if it is damaged."""
+def read_manifest(store: Store, kind: ShardKind) -> pa.Table | None:
+    """The manifest of a sealed set of shards; None for one that is not sealed. CacheError if it is damaged."""
     try:
-        return read_twice(store, lambda: from_parquet(store.get_tail(KEY, MOST_MANIFEST + 1), spec.hash))
+        return read_twice(store, lambda: from_parquet(store.get_tail(kind.manifest_key, MOST_MANIFEST + 1), kind))
     except NotFound:
         return None
 
 
-def read_object(store: Store, index: int) -> bytes:
+def read_object(store: Store, kind: ShardKind, index: int) -> bytes:
     """A shard's object, whole. Damage if it differs from its own hash."""
-    return read_twice(store, lambda: check_bytes(store.get(shard_key(index))))
+    return read_twice(store, lambda: check_bytes(store.get(kind.key(index))))
 
 
-def shard_row(spec: CacheSpec, index: int, end: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The manifest's row of a shard of `size` bytes, and its attributes, from its object or the end of it. Damage if it
-    is not this shard of this cache."""
-    attributes = shard_attributes(end, spec, index)
-    row: dict[str, Any] = {"shard": index, "bytes": size} | {name: attributes[name] for name in (*COUNTS, "written")}
-    for what in ("mass", "entropy"):
-        row |= {f"{what}_{which}": attributes["statistics"][what][i] for i, which in enumerate(STATISTICS)}
-    hashes = {"content_sha256": attributes["content"], "object_sha256": stored_digest(end)}
-    row |= {name: bytes.fromhex(digits) for name, digits in hashes.items()}
-    return row | {"attempt": attributes["attempt"]}, attributes
-
-
-def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
+def scan(store: Store, kind: ShardKind, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
     """The manifest of these shards, from their ends: one small request each.
 
     sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard if an end is damaged.
@@ -111,28 +83,29 @@ def scan(store: Store, spec: CacheSpec, sizes: dict[int, int], *, progress: bool
 
     def row(index: int, size: int) -> dict[str, Any]:
         try:
-            key = shard_key(index)
-            return read_twice(store, lambda: shard_row(spec, index, store.get_tail(key, TAIL_LENGTH), size)[0])
+            key = kind.key(index)
+            return read_twice(store, lambda: kind.row(index, store.get_tail(key, TAIL_LENGTH), size)[0])
         except Damage as damage:
-            raise corrupt(store, index, damage) from damage
+            raise corrupt(store, kind, index, damage) from damage
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         rows = pool.map(row, sizes, sizes.values())
-        return table_of(tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False))
+        bar = tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False)
+        return table_of(bar, kind)
 
 
-def corrupt(store: Store, index: int, damage: Damage) -> CorruptShard:
+def corrupt(store: Store, kind: ShardKind, index: int, damage: Damage) -> CorruptShard:
     """The error to raise for a damaged shard: which one, which array, and the next step."""
     where = f', array "{damage.array}"' if damage.array else ""
     return CorruptShard(
-        f"shard {index} of {store.describe()}{where}: {damage}. Delete {shard_key(index)} and, if it exists, "
-        f"{KEY}, and capture again with the same settings: only what is missing is written."
+        f"shard {index} of {kind.label}{store.describe()}{where}: {damage}. Delete {kind.key(index)} and, if it "
+        f"exists, {kind.manifest_key}, and capture again with the same settings: only what is missing is written."
     )
 
 
-def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+def table_of(rows: Iterable[Mapping[str, Any]], kind: ShardKind) -> pa.Table:
     """The manifest of these rows, sorted by shard."""
-    return pa.Table.from_pylist(sorted(rows, key=lambda r: r["shard"]), schema=SCHEMA)
+    return pa.Table.from_pylist(sorted(rows, key=lambda r: r["shard"]), schema=kind.schema())
 
 
 def to_parquet(table: pa.Table, spec_hash: str) -> bytes:
@@ -143,10 +116,11 @@ def to_parquet(table: pa.Table, spec_hash: str) -> bytes:
     return sink.getvalue()
 
 
-def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
+def from_parquet(data: bytes, kind: ShardKind) -> pa.Table:
     """The table in manifest.parquet. CacheError if it is damaged or belongs to another cache."""
+    schema, spec_hash, key = kind.schema(), kind.spec_hash, kind.manifest_key
     step = "Delete it and seal the cache again: it is made from the shards, which stay as they are."
-    expect(len(data) <= MOST_MANIFEST, KEY, f"{len(data)} bytes or more", f"at most {MOST_MANIFEST}")
+    expect(len(data) <= MOST_MANIFEST, key, f"{len(data)} bytes or more", f"at most {MOST_MANIFEST}")
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data),
@@ -158,24 +132,24 @@ def from_parquet(data: bytes, spec_hash: str) -> pa.Table:
             raise ValueError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
         table = file.read(use_threads=False)  # no threads that a short process must end
         metadata = table.schema.metadata or {}
-        table = _with_plain_attempts(table).replace_schema_metadata(None)
-        if table.schema != SCHEMA:
+        table = _with_plain_attempts(table, schema).replace_schema_metadata(None)
+        if table.schema != schema:
             raise ValueError(f"its columns are {', '.join(table.schema.names)}")
-        for name in ("shard", *COUNTS, "bytes", "written"):
+        for name in ("shard", *kind.counts, "bytes", "written"):
             values = table.column(name).to_numpy()
             if (values < 0).any() or (values >= 10**18).any() or (name == "shard" and (np.diff(values) <= 0).any()):
                 raise ValueError(f"{name}: numbers out of their range, or shards that do not ascend")
         found = _digest(table, spec_hash)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise CacheError(f"{KEY}: not readable as a manifest ({error}). {step}") from error
+        raise CacheError(f"{key}: not readable as a manifest ({error}). {step}") from error
     if metadata.get(b"fastkd.spec") != spec_hash.encode():
-        raise CacheError(f"{KEY}: it belongs to a cache of other settings. {step}")
+        raise CacheError(f"{key}: it belongs to a cache of other settings. {step}")
     if metadata.get(b"fastkd.sha256") != found.encode():
-        raise CacheError(f"{KEY}: its contents differ from its own hash. {step}")
+        raise CacheError(f"{key}: its contents differ from its own hash. {step}")
     return table
 
 
-def _with_plain_attempts(table: pa.Table) -> pa.Table:
+def _with_plain_attempts(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The attempts as text, after a check that they are short."""
     column = table.column("attempt")
     if pa.types.is_dictionary(column.type):
@@ -183,7 +157,7 @@ def _with_plain_attempts(table: pa.Table) -> pa.Table:
             if chunk.dictionary.nbytes > 64 * (len(chunk.dictionary) + 1):
                 raise ValueError("its attempts are longer than 32 characters")
         column = column.cast(pa.string())
-    return table.set_column(table.schema.get_field_index("attempt"), SCHEMA.field("attempt"), column)
+    return table.set_column(table.schema.get_field_index("attempt"), schema.field("attempt"), column)
 
 
 def _digest(table: pa.Table, spec_hash: str) -> str:

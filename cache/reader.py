@@ -2,35 +2,24 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .errors import CacheError, NotFound
-from .manifest import (
-    corrupt,
-    listed,
-    read_manifest,
-    read_object,
-    read_spec,
-    read_twice,
-    refuse_overlaps,
-    scan,
-    shard_key,
-)
-from .shard.container import TAIL_LENGTH, Damage, length_of_end, members, stored_digest, unpack
-from .shard.layout import COUNTS, check_lengths, decode_shard, expected_arrays, shard_attributes
+from .errors import CacheError
+from .manifest import read_manifest, read_spec, read_twice, refuse_overlaps, shard_key
+from .shard.container import TAIL_LENGTH, Damage, length_of_end, unpack
+from .shard.layout import TargetShards, check_lengths, decode_shard, expected_arrays
+from .shard_reader import ShardReader
 from .spec import CacheSpec
 from .stores import Store, open_store
 from .workspace import Workspace
 
 if TYPE_CHECKING:
-    import zarr
-
+    from .features.reader import Features
     from .verify import Report
 
 Array = NDArray[Any]
@@ -48,25 +37,23 @@ def open_cache(path_or_store: Any) -> "Cache":
     """
     store = open_store(path_or_store)
     spec = read_spec(store)
-    return Cache(store, spec, read_manifest(store, spec))
+    return Cache(store, spec, read_manifest(store, TargetShards(spec)))
 
 
-class Cache:
+class Cache(ShardReader):
     """A cache, open for reading. Safe to use from several threads and processes (forked or spawned).
 
     store, spec: its store and its settings. sealed: whether it has a manifest, and takes no more shards.
     """
 
     def __init__(self, store: Store, spec: CacheSpec, manifest: pa.Table | None) -> None:
-        self.store = store
+        super().__init__(store, TargetShards(spec), manifest)
         self.spec = spec
-        self.sealed = manifest is not None
-        self._manifest = manifest
         self._order: tuple[Ints, Ints, Ints] | None = None
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "spec": self.spec, "sealed": self.sealed, "_manifest": self._manifest}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_local")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _order=None)
@@ -76,19 +63,11 @@ class Cache:
         return f"Cache({self.store.describe()})"
 
     @property
-    def manifest(self) -> pa.Table:
-        """One row per shard: its sequences, counts, statistics and hashes. Unsealed: as of the first access."""
-        if self._manifest is None:
-            self._manifest = scan(self.store, self.spec, listed(self.store))
-        return self._manifest
+    def features(self) -> "Features":
+        """The hidden states and feature maps of the teacher, by name: `cache.features["20"].read_shard(0)`."""
+        from .features.reader import Features
 
-    @property
-    def shards(self) -> list[int]:
-        """The numbers of the shards, ascending."""
-        if self._manifest is None:
-            return list(listed(self.store))
-        numbers: list[int] = self._manifest.column("shard").to_pylist()
-        return numbers
+        return Features(self)
 
     def read_shard(self, index: int, *, into: Workspace | None = None) -> Arrays:
         """All of a shard of n positions, decoded.
@@ -103,16 +82,24 @@ class Cache:
         Raises CorruptShard, naming shard and array, if its bytes are not those that were committed.
         """
         data, attributes = self._object(index)
-        streams: Workspace = self._local.__dict__.setdefault("streams", Workspace())
         with self._errors(index):
-            arrays = unpack(data, expected_arrays(self.spec, attributes), streams)
+            arrays = unpack(data, expected_arrays(self.spec, attributes), self.streams())
             del data  # its memory is needed for the decoded arrays
             return decode_shard(self.spec, attributes, arrays, into)
 
-    def attributes(self, index: int) -> dict[str, Any]:
-        """The attributes of a shard (FORMAT.md, "Attributes"), from its last bytes."""
-        with self._errors(index):
-            return read_twice(self.store, lambda: self._end(index)[0])
+    def content(self, index: int) -> tuple[str, int]:
+        """The hash of a shard's contents, and its positions; from the manifest of a sealed cache."""
+        if self.sealed:
+            row = self._row(index)
+            digits: str = self.manifest.column("content_sha256")[row].as_py().hex()
+            return digits, self.manifest.column("positions")[row].as_py()
+        attributes = self.attributes(index)
+        return attributes["content"], attributes["positions"]
+
+    def streams(self) -> Workspace:
+        """Memory of this thread for the streams of one shard at a time."""
+        workspace: Workspace = self._local.__dict__.setdefault("streams", Workspace())
+        return workspace
 
     def sequence_lengths(self, index: int) -> NDArray[np.int64]:
         """Rows of each sequence of a shard, `[s]`, from the end of its object: some 3% of it, and no decoding.
@@ -169,55 +156,6 @@ class Cache:
         from .verify import verify
 
         return verify(self.store, self.spec, self._manifest if self.sealed else None, deep=deep, progress=progress)
-
-    def zarr_group(self, index: int) -> "zarr.Group":
-        """A shard as a Zarr group in memory: the streams as any Zarr reader sees them. Checked as by `read_shard`."""
-        import zarr
-        from zarr.core.buffer import default_buffer_prototype
-
-        data, _ = self._object(index)
-        make = default_buffer_prototype().buffer.from_bytes
-        with self._errors(index):
-            contents = {name: make(content) for name, content in members(data).items()}
-        return zarr.open_group(zarr.storage.MemoryStore(contents, read_only=True), mode="r")
-
-    def _object(self, index: int) -> tuple[bytes, dict[str, Any]]:
-        """A shard's object and its attributes: the bytes that were committed, of this shard of this cache."""
-
-        with self._errors(index):
-            data = read_object(self.store, index)
-            return data, self._attributes(data, index)
-
-    def _end(self, index: int) -> tuple[dict[str, Any], bytes]:
-        """The attributes of a shard, and the end of its object."""
-        end = self.store.get_tail(shard_key(index), TAIL_LENGTH)
-        return self._attributes(end, index), end
-
-    @contextmanager
-    def _errors(self, index: int) -> Iterator[None]:
-        """Errors with a shard, as CacheError and CorruptShard that name it."""
-        try:
-            yield
-        except NotFound as error:
-            raise CacheError(f"shard {index}: {self.store.describe()} has none of this number.") from error
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
-        except MemoryError as error:
-            raise CacheError(f"shard {index} of {self.store.describe()}: there is not enough memory for it.") from error
-
-    def _attributes(self, end: bytes, index: int) -> dict[str, Any]:
-        """The attributes of an object, or of its end. Damage if it is not this shard of this cache."""
-        if self.sealed:
-            numbers = self.manifest.column("shard").to_numpy()
-            row = int(np.searchsorted(numbers, index))
-            if row == len(numbers) or numbers[row] != index:
-                raise CacheError(f"shard {index}: the cache was sealed without it.")
-            if self.manifest.column("object_sha256")[row].as_py().hex() != stored_digest(end):
-                raise Damage("it is another object than the one that was sealed")
-        attributes = shard_attributes(end, self.spec, index)
-        if self.sealed and any(self.manifest.column(n)[row].as_py() != attributes[n] for n in COUNTS):
-            raise Damage("its attributes differ from the manifest")
-        return attributes
 
     def _by_sequence(self) -> tuple[Ints, Ints, Ints]:
         """Numbers of the shards by their first sequences, and where each begins and ends."""

@@ -180,26 +180,11 @@ class CacheSpec:
     @classmethod
     def from_json(cls, data: bytes) -> "CacheSpec":
         """The spec in spec.json. CacheError if it is damaged, of another format, or needs a newer version."""
-        document = parse_json(data, "spec.json")
-        if document.get("format") != "fastkd-cache" or "spec" not in document:
-            what = (
-                "the member `spec` is missing" if "spec" not in document else "this is not the spec of a fastkd cache"
-            )
-            raise CacheError(f"spec.json: {what}.")
-        version: Any = document.get("version")
-        required: Any = document.get("required")
-        if type(version) is not int or version != FORMAT:
-            step = "Use the fastkd that wrote the cache, or a newer one."
-            raise CacheError(f"spec.json: got format version {version!r}; expected {FORMAT}. {step}")
-        is_list = isinstance(required, list) and all(isinstance(r, str) for r in required)
-        expect(is_list, "spec.json: required", required, "a list of features")
-        if unknown := sorted(set(required) - FEATURES):
-            raise CacheError(
-                f"spec.json: got required features {', '.join(unknown)}, unknown to this fastkd. Use a newer one."
-            )
-        values = _members(cls, document["spec"])
+        document = open_document(data, "spec.json", "fastkd-cache", FEATURES)
+        required = document["required"]
+        values = members_of(cls, document["spec"], "spec.json")
         try:
-            spec = cls(**values | {"codec": Codec(**_members(Codec, values["codec"]))})
+            spec = cls(**values | {"codec": Codec(**members_of(Codec, values["codec"], "spec.json"))})
         except CacheError as error:
             raise CacheError(f"spec.json: {str(error).removeprefix('spec.json: ')}") from error
         named = set(spec.required) <= set(required)
@@ -227,6 +212,24 @@ def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
     ]
 
 
+def open_document(data: bytes, key: str, kind: str, known: frozenset[str]) -> dict[str, Any]:
+    """The JSON of a spec. kind: its format. known: the features that can be read. CacheError if it cannot be."""
+    document = parse_json(data, key)
+    if document.get("format") != kind or "spec" not in document:
+        what = f"this is not the spec of a {kind.replace('-', ' ')}"
+        raise CacheError(f"{key}: {what if 'spec' in document else 'the member `spec` is missing'}.")
+    version: Any = document.get("version")
+    required: Any = document.get("required")
+    if type(version) is not int or version != FORMAT:
+        step = "Use the fastkd that wrote the cache, or a newer one."
+        raise CacheError(f"{key}: got format version {version!r}; expected {FORMAT}. {step}")
+    is_list = isinstance(required, list) and all(isinstance(r, str) for r in required)
+    expect(is_list, f"{key}: required", required, "a list of features")
+    if unknown := sorted(set(required) - known):
+        raise CacheError(f"{key}: got required features {', '.join(unknown)}, unknown to this fastkd. Use a newer one.")
+    return document
+
+
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object from a file of any content. CacheError, naming the file, if it is none."""
     expect(len(data) <= MOST_JSON, name, f"{len(data)} bytes", "at most 4 MiB")
@@ -251,11 +254,11 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def _members(cls: type, values: Any) -> dict[str, Any]:
-    """A JSON object with exactly the fields of a dataclass."""
+def members_of(cls: type, values: Any, key: str) -> dict[str, Any]:
+    """A JSON object with exactly the fields of a dataclass. key: of the object that it is in, for messages."""
     names = sorted(f.name for f in fields(cls))
     found = sorted(values) if isinstance(values, dict) else values
-    expect(found == names, f"spec.json: members of {cls.__name__}", found, str(names))
+    expect(found == names, f"{key}: members of {cls.__name__}", found, str(names))
     return dict(values)
 
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from .capture_plan import read_capture_plan
-from .checks import check_sorted, check_targets
 from .errors import CacheError, NotFound, Refused, StoreError
-from .manifest import PREFIX, gaps, overlaps, read_manifest, read_object, read_spec, shard_index, shard_row, table_of
+from .manifest import PREFIX, gaps, overlaps, read_manifest, read_object, read_spec, shard_index, table_of
 from .shard.container import Damage, content_hash, unpack
-from .shard.layout import decode_shard, expected_arrays
+from .shard.kind import ShardKind
+from .shard.layout import TargetShards
 from .spec import CacheSpec
 from .stores import Store, open_store
 
@@ -78,7 +78,7 @@ def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = Fals
             what = f"spec.json is missing, and {shards} objects in {PREFIX} exist; restore it"
         return Report(deep=deep, problems=[Problem(None, None, what)])
     try:
-        return verify(store, spec, read_manifest(store, spec), deep=deep, progress=progress)
+        return verify(store, spec, read_manifest(store, TargetShards(spec)), deep=deep, progress=progress)
     except StoreError:
         raise
     except CacheError as error:  # shards can be checked without their manifest
@@ -98,7 +98,7 @@ def verify(
     decoded as a reader would, and compared with the hash of their contents. Shards that are missing between others,
     that overlap, or that are not in the manifest are problems too. Raises StoreError if the store fails.
     """
-    sealed = manifest is not None
+    sealed, kind = manifest is not None, TargetShards(spec)
     report = Report(deep=deep, sealed=sealed)
     numbers: dict[str, int | None] = {}
     try:
@@ -112,9 +112,9 @@ def verify(
     rows: list[dict[str, Any]] = []
     for index in tqdm(indices, unit="shard", disable=not progress, desc="verify"):
         try:
-            data = read_object(store, index)
+            data = read_object(store, kind, index)
             report.bytes += len(data)
-            row = _checked_row(spec, index, data, known.get(index), deep)
+            row = _checked_row(kind, index, data, known.get(index), deep)
         except NotFound:
             report.problems.append(Problem(index, None, "it is in the manifest, and its object is missing"))
             continue
@@ -141,35 +141,23 @@ def verify(
         if 0 < first < max(indices, default=0):  # those before the first may be another writer's, which has not begun
             what = "it is missing" if first == last else f"it and all up to {last} are missing"
             report.problems.append(Problem(first, None, f"{what}, between others that exist"))
-    for one, other in overlaps(table_of(rows)):
+    for one, other in overlaps(table_of(rows, kind)):
         report.problems.append(Problem(other, None, f"it holds some of the sequences of shard {one}"))
     for key in sorted(key for key, index in numbers.items() if index is None):
         report.problems.append(Problem(None, None, f"{key!r} is no shard's name"))
     return report
 
 
-def _checked_row(spec: CacheSpec, index: int, data: bytes, known: dict[str, Any] | None, deep: bool) -> dict[str, Any]:
+def _checked_row(kind: ShardKind, index: int, data: bytes, known: dict[str, Any] | None, deep: bool) -> dict[str, Any]:
     """The manifest's row of a shard, from its object. Damage if it is wrong. known: the row as it was sealed."""
-    row, attributes = shard_row(spec, index, data, len(data))
+    row, attributes = kind.row(index, data, len(data))
     if known is not None and known["object_sha256"] != row["object_sha256"]:
         raise Damage("it is another object than the one that was sealed")
     if known is not None and known != row:
         raise Damage("its attributes differ from the manifest")
     if deep:
-        arrays = unpack(data, expected_arrays(spec, attributes))
+        arrays = unpack(data, kind.expected(attributes))
         if content_hash(arrays) != attributes["content"]:
             raise Damage("its decoded arrays differ from the hash of its contents")
-        _check_values(spec, decode_shard(spec, attributes, arrays))
+        kind.check_values(attributes, arrays)
     return row
-
-
-def _check_values(spec: CacheSpec, decoded: dict[str, Any]) -> None:
-    """Damage if targets are not those that FORMAT.md allows."""
-    try:
-        given = {n: decoded[n] for n in ("ids", "logprobs", "tail", "draws", "outcomes") if n in decoded}
-        targets = check_targets(spec, **given, stored=True)
-        check_sorted(targets)
-    except CacheError as error:
-        raise Damage(f"its targets cannot be a teacher's: {error}") from error
-    if not (np.array_equal(targets.tail, decoded["tail"]) and np.array_equal(targets.outcomes, decoded["outcomes"])):
-        raise Damage("a row that does not count has a tail, or not all outcomes")

@@ -1,15 +1,7 @@
 """Writing a cache: several shards at a time, each committed whole or not at all."""
 
-import os
-import time
-import traceback
-import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from enum import StrEnum
-from threading import BoundedSemaphore
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,33 +11,15 @@ from numpy.typing import NDArray
 from .checks import check_inputs, check_lengths, check_record, check_sorted, check_targets
 from .encoding.ragged import BLOCK
 from .encoding.targets import Targets, encode_targets
-from .errors import CacheError, NotFound, ReadOnly, StoreError
-from .manifest import (
-    KEY,
-    SPEC_KEY,
-    corrupt,
-    listed,
-    read_manifest,
-    read_spec,
-    read_twice,
-    refuse_overlaps,
-    scan,
-    shard_key,
-    to_parquet,
-)
-from .shard.container import TAIL_LENGTH, Damage, content_hash, pack
-from .shard.layout import check_attributes, shard_attributes
-from .spec import FORMAT, CacheSpec, differences, integer
+from .errors import CacheError, ReadOnly
+from .manifest import SPEC_KEY, read_spec, refuse_overlaps
+from .shard.layout import TargetShards
+from .shard_writer import Commit as Commit
+from .shard_writer import ShardWriter
+from .spec import CacheSpec, differences, integer
 from .stores import Store, open_store
 
 Array = NDArray[Any]
-
-
-class Commit(StrEnum):
-    """The result of writing a shard."""
-
-    COMMITTED = "committed"
-    ALREADY_THERE = "already there"
 
 
 @dataclass(frozen=True)
@@ -100,22 +74,9 @@ def open_writer(path_or_store: Any, *, threads: int = 1, queue: int = 2) -> "Cac
     return create_cache(store, spec, threads=threads, queue=queue)
 
 
-class Submission(Future[Commit]):
-    """The future of a shard. seen: whether its result, or its error, was read."""
-
-    seen = False
-
-    def result(self, timeout: float | None = None) -> Commit:
-        self.seen = True
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.seen = True
-        return super().exception(timeout)
-
-
-class CacheWriter:
-    """Writes shards. Use as a context manager, or call `close`. Its methods may be called from several threads.
+class CacheWriter(ShardWriter):
+    """Writes the shards of a cache. Use as a context manager, or call `close`. Its methods may be called from several
+    threads.
 
     A forked process must create another writer.
 
@@ -123,15 +84,8 @@ class CacheWriter:
     """
 
     def __init__(self, store: Store, spec: CacheSpec, *, threads: int, queue: int) -> None:
-        self.store = store
+        super().__init__(store, TargetShards(spec), threads=threads, queue=queue)
         self.spec = spec
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastkd-cache")
-        self._room = BoundedSemaphore(threads + queue)
-        self._pending: set[Future[Commit]] = set()
-        self.sizes: dict[int, int] = {}
-        self._failed: dict[int, Submission] = {}  # by shard, until the shard is written
-        self._closed = False
-        self._process = os.getpid()
 
     def write_shard(
         self,
@@ -173,186 +127,23 @@ class CacheWriter:
         if given.document_lengths is not None:
             arrays["document_lengths"] = check_lengths("document_lengths", given.document_lengths, n)
         mine: dict[str, Any] = {"first_sequence": first, "sequences": len(lengths), "positions": n}
-        recorded = {} if given.record is None else {"record": check_record(given.record)}
+        record = None if given.record is None else check_record(given.record)
         commit = Commit.ALREADY_THERE
         if self._attempt_of(index, mine) is None:
-            commit = self._commit(index, mine, targets, arrays, recorded)
+            self._check_unsealed(index)
+            arrays |= encode_targets(self.spec, targets, arrays.get("inputs/tokens"))
+            others = {
+                "counted": int(((targets.head_counts + targets.draw_counts) > 0).sum()),
+                "head_entries": int(targets.head_counts.sum()),
+                "draw_entries": int(targets.draw_counts.sum()),
+                "statistics": _statistics(targets, self.spec),
+            }
+            commit = self._commit(index, mine, others, arrays, self.spec.settings, record)
         self._failed.pop(index, None)
         return commit
 
-    def _commit(
-        self,
-        index: int,
-        mine: Mapping[str, Any],
-        targets: Targets,
-        arrays: dict[str, Array],
-        recorded: Mapping[str, Any],
-    ) -> Commit:
-        """Encode, pack and create a shard that does not exist. arrays: the inputs and the lengths."""
-        self._check_unsealed(index)
-        arrays |= encode_targets(self.spec, targets, arrays.get("inputs/tokens"))
-        attributes: dict[str, Any] = {
-            "format": FORMAT,
-            "spec": self.spec.hash,
-            "index": index,
-            **mine,
-            "counted": int(((targets.head_counts + targets.draw_counts) > 0).sum()),
-            "head_entries": int(targets.head_counts.sum()),
-            "draw_entries": int(targets.draw_counts.sum()),
-            "statistics": _statistics(targets, self.spec),
-            "content": content_hash(arrays),
-            "attempt": uuid.uuid4().hex,
-            "written": int(time.time()),
-            **recorded,
-        }
-        data = pack(arrays, attributes, self.spec.settings, mine["positions"])
-        check_attributes(attributes, self.spec, index)  # never commit what readers would refuse
-        created, failure = False, None
-        try:
-            created = self.store.create(shard_key(index), data)
-        except StoreError as error:  # the response may be lost, not the object
-            failure = error
-        if not created:
-            # Which attempt created what exists now? The store's client may have repeated a request of this one.
-            existing = self._attempt_of(index, mine)
-            if failure and existing != attributes["attempt"]:
-                raise failure
-            if existing is None:
-                raise StoreError(
-                    f"{self.store.describe()}: {shard_key(index)} was there and is gone. Nothing was written; "
-                    "write the shard again."
-                )
-            if existing != attributes["attempt"]:
-                return Commit.ALREADY_THERE
-        self.sizes[index] = len(data)
-        return Commit.COMMITTED
-
-    def submit_shard(self, index: int, *args: Any, **kwargs: Any) -> "Future[Commit]":
-        """`write_shard` on a thread of the writer; waits while its queue is full.
-
-        The arrays must not be changed before the future is done. An error that is not read from the future is raised
-        by `close`.
-        """
-        self._check_open()
-        self._room.acquire()
-        future = Submission()
-        self._pending.add(future)
-        future.add_done_callback(self._done)
-        try:
-            self._pool.submit(self._run, future, index, [args, kwargs])
-        except BaseException:
-            future.cancel()
-            raise
-        return future
-
-    def seal(self, *, progress: bool = False) -> pa.Table:
-        """Write the manifest of a finished cache, and return it. A sealed cache opens with two requests.
-
-        progress: a bar on stderr while the shards are scanned.
-        Raises CacheError if there is no shard, if one failed and was not written since, if two hold the same sequences,
-        or if a manifest of other shards exists.
-        """
-        self._check_open()
-        wait(self._pending.copy())
-        if self._failed:
-            index, future = next(iter(self._failed.items()))
-            raise CacheError(
-                f"{self.store.describe()}: {len(self._failed)} shards failed and were not written since; shard "
-                f"{index}: {future.exception()} Write them before sealing."
-            ) from future.exception()
-        table = scan(self.store, self.spec, listed(self.store), progress=progress)
-        if not len(table):
-            raise CacheError(f"{self.store.describe()}: there is no shard to seal.")
+    def _check_table(self, table: pa.Table) -> None:
         refuse_overlaps(self.store, table)
-        if not self.store.create(KEY, to_parquet(table, self.spec.hash)):
-            sealed, columns = read_manifest(self.store, self.spec), ["shard", "object_sha256"]
-            if sealed is None or not sealed.select(columns).equals(table.select(columns)):
-                raise CacheError(
-                    f"{self.store.describe()}: it was sealed with other shards than the {len(table)} it has now: "
-                    f"`fastkd verify` names them. To seal it as it is, delete {KEY}; no target is lost by that."
-                )
-        return table
-
-    def close(self) -> None:
-        """Wait for everything submitted; raise the first error that was not read, with the others as notes."""
-        if self._closed or self._process != os.getpid():
-            return
-        try:
-            wait(self._pending.copy())
-        finally:  # after an interrupt, shards that have not begun are dropped
-            self._closed = True
-            self._pool.shutdown(cancel_futures=True)
-        errors = [error for f in self._failed.values() if not f.seen and (error := f.exception()) is not None]
-        for other in errors[1:]:
-            errors[0].add_note(f"and: {other}")
-        if errors:
-            raise errors[0]
-
-    def __enter__(self) -> "CacheWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._closed = True
-            self._pool.shutdown(cancel_futures=True)
-
-    def _run(self, future: Submission, index: int, call: list[Any]) -> None:
-        """On a thread of the pool: `write_shard`, into its future."""
-        try:
-            if not future.set_running_or_notify_cancel():
-                return
-            args, kwargs = call
-            call.clear()
-            future.set_result(self.write_shard(index, *args, **kwargs))
-        except BaseException as error:
-            # An error keeps its frames, and the frames that called them: none of them must keep the shard's arrays.
-            traceback.clear_frames(error.__traceback__)
-            args = kwargs = None
-            self._failed[index] = future
-            future.set_exception(error)
-
-    def _done(self, future: "Future[Commit]") -> None:
-        self._pending.discard(future)
-        self._room.release()
-
-    def _check_open(self) -> None:
-        if self._process != os.getpid():
-            raise CacheError(f"{self.store.describe()}: this writer belongs to another process; open one here.")
-        if self._closed:
-            raise CacheError(f"{self.store.describe()}: this writer is closed; open another.")
-
-    def _check_unsealed(self, index: int) -> None:
-        # checked for every shard: another process may seal the cache at any time
-        try:
-            self.store.get_tail(KEY, 8)
-        except NotFound:
-            return
-        raise CacheError(
-            f"{self.store.describe()}: the cache is sealed, and shard {index} is not there. To write it, delete {KEY} "
-            "(no target is lost by that), and seal the cache again afterwards."
-        )
-
-    def _attempt_of(self, index: int, mine: Mapping[str, Any]) -> str | None:
-        """The attempt that committed a shard; None if it does not exist. CacheError if it differs from `mine`."""
-        try:
-            key = shard_key(index)
-            attributes = read_twice(
-                self.store, lambda: shard_attributes(self.store.get_tail(key, TAIL_LENGTH), self.spec, index)
-            )
-        except NotFound:
-            return None
-        except Damage as damage:
-            raise corrupt(self.store, index, damage) from damage
-        if others := [f"{name} {attributes[name]} and {v}" for name, v in mine.items() if attributes[name] != v]:
-            raise CacheError(
-                f"shard {index} of {self.store.describe()}: the existing one is of another plan ({', '.join(others)}). "
-                f"Write to another cache, or, if it is wrong: delete {shard_key(index)} and write it again."
-            )
-        return str(attributes["attempt"])
 
 
 def _statistics(targets: Targets, spec: CacheSpec) -> dict[str, list[float | None]]:

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numcodecs.pcodec import PCodec
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pcodec import standalone
 
 from ..errors import CacheError
-from ..spec import Codec, parse_json
+from ..spec import parse_json
 from ..workspace import Workspace
 
 Array = NDArray[Any]
@@ -47,6 +47,15 @@ class Expected(NamedTuple):
     shape: tuple[range, ...]
 
 
+class Compression(Protocol):
+    """What the arrays are compressed with, as in `Codec`."""
+
+    @property
+    def compressor(self) -> str: ...
+    @property
+    def level(self) -> int: ...
+
+
 class Damage(Exception):
     """An object is damaged. array: in which of its arrays; None where that is not known."""
 
@@ -55,8 +64,18 @@ class Damage(Exception):
         self.array = array
 
 
-def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Codec, positions: int) -> bytes:
-    """The object. arrays: by their path in the group, sorted into it by name; attributes: JSON."""
+def pack(
+    arrays: Mapping[str, Array],
+    attributes: Mapping[str, Any],
+    codec: Compression,
+    positions: int,
+    pages: Mapping[str, int] | None = None,
+) -> bytes:
+    """The object. arrays: by their path in the group, sorted into it by name; attributes: JSON.
+
+    positions: of the shard; about as many numbers of an array share their statistics.
+    pages: other numbers of them, by the array's name; such an array's neighbours have nothing in common.
+    """
     if (size := sum(array.nbytes for array in arrays.values())) > LARGEST:
         raise CacheError(f"got {size} bytes of streams; expected at most {LARGEST}. Make the shards smaller.")
     buffer = io.BytesIO()
@@ -66,7 +85,7 @@ def pack(arrays: Mapping[str, Array], attributes: Mapping[str, Any], codec: Code
             _add(archive, f"{folder}/zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
         for name in sorted(arrays):
             array = np.ascontiguousarray(arrays[name])
-            codecs, data = _compressed(array, codec, positions, either=name.startswith("inputs/"))
+            codecs, data = _compressed(name, array, codec, positions, (pages or {}).get(name))
             shape = [max(size, 1) for size in array.shape]
             meta = {
                 "zarr_format": 3,
@@ -218,20 +237,23 @@ def _zstd_size(frame: memoryview) -> int:
     return int.from_bytes(frame[at : at + length], "little") + (256 if length == 2 else 0)
 
 
-def _compressed(array: Array, codec: Codec, positions: int, *, either: bool) -> tuple[list[dict[str, Any]], bytes]:
-    """Codecs of an array, and its compressed bytes. either: try both zstd and pcodec (text has repetitions)."""
+def _compressed(
+    name: str, array: Array, codec: Compression, positions: int, page: int | None
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Codecs of an array, and its compressed bytes."""
     if array.dtype.name not in TYPES:
         raise CacheError(f"got an array of {array.dtype}; expected one of {', '.join(TYPES)}.")
     flat = array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1)
     choices: list[tuple[list[dict[str, Any]], bytes]] = []
     if codec.compressor == "pcodec" and array.dtype.name not in _NOT_BY_PCODEC:
         # The streams are differences already: order 0 in every version of pcodec.
-        delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if array.dtype.kind == "u" else {}
-        page = min(max(positions, _PAGE[0]), _PAGE[1])
+        plain = array.dtype.kind == "u" or page is not None
+        delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 0} if plain else {}
+        page = page or min(max(positions, _PAGE[0]), _PAGE[1])
         options = {"level": codec.level, "mode_spec": "classic", **delta, "equal_pages_up_to": page}
         data = bytes(PCodec(**options).encode(flat)) if array.size else b""
         choices.append(([{"name": "numcodecs.pcodec", "configuration": options}], data))
-    if either or not choices:
+    if not choices or name.startswith("inputs/"):  # both for inputs: text has repetitions
         options = {"level": codec.level if codec.compressor == "zstd" else 9, "checksum": True}
         data = bytes(Zstd(**options).encode(flat.view(np.uint8))) if array.size else b""
         endian = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -3,71 +3,75 @@
 This is the table of FORMAT.md in code. An object is compared with it before memory of its sizes is allocated.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_decoded
 from ..encoding.grid import LOWEST, codes_of
 from ..encoding.parts import CONTEXT_STREAMS, STREAMS
 from ..encoding.targets import decode_targets
-from ..spec import FORMAT, CacheSpec
+from ..errors import CacheError
+from ..spec import CacheSpec
 from ..workspace import Workspace
-from .container import INTEGERS, LARGEST, TYPES, Damage, Expected, read_attributes
+from .container import INTEGERS, LARGEST, TYPES, Damage, Expected
+from .kind import ShardKind, exactly, need
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+STATISTICS = ("mean", "p05", "p50", "p95")
 COUNTS = ("first_sequence", "sequences", "positions", "counted", "head_entries", "draw_entries")
 OPTIONAL = ("outcomes", "document_lengths")
 _CODES = ("uint16", "uint32")
 
 
-def shard_attributes(end: bytes, spec: CacheSpec, index: int) -> dict[str, Any]:
-    """The attributes of a shard, from its object or the last TAIL_LENGTH bytes of it. Raises as `check_attributes`."""
-    attributes = read_attributes(end)
-    check_attributes(attributes, spec, index)
-    return attributes
+class TargetShards(ShardKind):
+    """The shards of a cache's targets."""
 
+    noun, whole = "target", "cache"
+    counts = COUNTS
+    hashes = ("content",)
+    floats = tuple(f"{what}_{which}" for what in ("mass", "entropy") for which in STATISTICS)
 
-def check_attributes(attributes: Mapping[str, Any], spec: CacheSpec, index: int) -> None:
-    """Damage if the attributes are malformed, or those of another shard, or of another cache."""
+    def __init__(self, spec: CacheSpec) -> None:
+        super().__init__(spec.hash)
+        self.spec = spec
 
-    def need(good: bool, name: str, expected: Any) -> None:
-        if not good:
-            got = repr(attributes.get(name))
-            raise Damage(f"its {name}: got {got if len(got) < 80 else got[:80] + ' …'}; expected {expected}")
+    def check_counts(self, attributes: Mapping[str, Any]) -> None:
+        spec, statistics = self.spec, attributes.get("statistics")
+        for what in ("mass", "entropy"):
+            values = statistics.get(what) if isinstance(statistics, dict) else None
+            good = isinstance(values, list) and len(values) == 4 and all(v is None or _is_number(v) for v in values)
+            need(good, attributes, "statistics", "four numbers each")
+        n, counts = attributes["positions"], {name: attributes[name] for name in COUNTS}
+        fits = 1 <= n <= spec.shard_positions and n * spec.width * 4 <= LARGEST
+        need(fits, attributes, "positions", f"1 to {spec.shard_positions}, and a shard of at most {LARGEST} bytes")
+        need(1 <= counts["sequences"] <= n, attributes, "sequences", f"1 to {n}")
+        need(counts["counted"] <= n, attributes, "counted", f"at most {n}")
+        for name, most in (("head_entries", min(spec.k, spec.vocab_size)), ("draw_entries", spec.draws)):
+            need(counts[name] <= n * most, attributes, name, f"at most {n * most}")
 
-    for name, number in (("format", FORMAT), ("index", index)):
-        need(type(attributes.get(name)) is int and attributes[name] == number, name, number)
-    if attributes.get("spec") != spec.hash:
-        raise Damage("it belongs to a cache of other settings")
-    for name in (*COUNTS, "written"):
-        value = attributes.get(name)
-        need(type(value) is int and 0 <= value < 10**18, name, "an integer from 0 on")
-    for name, digits in (("content", 64), ("attempt", 32)):
-        value = attributes.get(name)
-        need(isinstance(value, str) and bool(re.fullmatch(f"[0-9a-f]{{{digits}}}", value)), name, f"{digits} digits")
-    statistics = attributes.get("statistics")
-    for what in ("mass", "entropy"):
-        values = statistics.get(what) if isinstance(statistics, dict) else None
-        good = isinstance(values, list) and len(values) == 4 and all(v is None or _is_number(v) for v in values)
-        need(good, "statistics", "four numbers each")
-    n, counts = attributes["positions"], {name: attributes[name] for name in COUNTS}
-    fits = 1 <= n <= spec.shard_positions and n * spec.width * 4 <= LARGEST
-    need(fits, "positions", f"1 to {spec.shard_positions}, and a shard of at most {LARGEST} bytes")
-    need(1 <= counts["sequences"] <= n, "sequences", f"1 to {n}")
-    need(counts["counted"] <= n, "counted", f"at most {n}")
-    for name, most in (("head_entries", min(spec.k, spec.vocab_size)), ("draw_entries", spec.draws)):
-        need(counts[name] <= n * most, name, f"at most {n * most}")
+    def floats_of(self, attributes: Mapping[str, Any]) -> dict[str, float | None]:
+        found = attributes["statistics"]
+        return {f"{what}_{which}": found[what][i] for what in ("mass", "entropy") for i, which in enumerate(STATISTICS)}
+
+    def expected(self, attributes: Mapping[str, Any]) -> dict[str, Expected]:
+        return expected_arrays(self.spec, attributes)
+
+    def check_values(self, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        try:
+            check_decoded(self.spec, decode_shard(self.spec, attributes, arrays))
+        except CacheError as error:
+            raise Damage(f"its targets cannot be a teacher's: {error}") from error
 
 
 def expected_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str, Expected]:
     """The arrays of a shard whose attributes were checked: types and shapes (FORMAT.md, "The arrays of a shard")."""
-    n, sequences = _exactly(attributes["positions"]), _exactly(attributes["sequences"])
+    n, sequences = exactly(attributes["positions"]), exactly(attributes["sequences"])
     arrays = {f"inputs/{name}": Expected(INTEGERS if name == "tokens" else TYPES, (n,)) for name in spec.inputs}
-    arrays["tail"] = Expected(("int32",), (_exactly(len(spec.temperatures)), n))
+    arrays["tail"] = Expected(("int32",), (exactly(len(spec.temperatures)), n))
     arrays["outcomes"] = Expected(("int32",), (n,))
     arrays["sequence_lengths"] = Expected(("uint32",), (sequences,))
     arrays["document_lengths"] = Expected(("uint32",), (range(1, n.stop),))
@@ -78,11 +82,11 @@ def expected_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str,
         entries = attributes["head_entries" if part == "head" else "draw_entries"]
         most_codes = int(codes_of(np.array([LOWEST], np.float32), *codec.grids[part])[0]) + 2
         arrays[f"{part}/counts"] = Expected(("uint16",), (n,))
-        arrays[f"{part}/classes"] = Expected(("uint16",), (_exactly(spec.vocab_size),))
+        arrays[f"{part}/classes"] = Expected(("uint16",), (exactly(spec.vocab_size),))
         arrays[f"{part}/grid"] = Expected(("float32",), (range(1, most_codes + 1),))
         for name in (*STREAMS[: 3 if part == "head" else 4], *(CONTEXT_STREAMS if codec.contexts else ())):
             types = {"context_tokens": ("uint32",), "context_counts": ("uint16",)}.get(name, _CODES)
-            size = _exactly(entries) if name in ("values", "repeats") else range(entries + 1)
+            size = exactly(entries) if name in ("values", "repeats") else range(entries + 1)
             arrays[f"{part}/{name}"] = Expected(types, (size,))
     return arrays
 
@@ -127,10 +131,6 @@ def check_lengths(attributes: Mapping[str, Any], arrays: Mapping[str, Array]) ->
         lengths = arrays.get(name, np.array([n], np.uint32))
         if int(lengths.min()) < 1 or int(lengths.sum(dtype=np.int64)) != n:
             raise Damage(f"expected lengths from 1 on that add up to the {n} positions", name)
-
-
-def _exactly(size: int) -> range:
-    return range(size, size + 1)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,7 @@ FINAL = {
     errno.EROFS,
 }  # not a matter of time
 MOST_BYTES = 2**33  # of an object; nothing in a cache is larger
+REMOVABLE = "features"  # the folder of what may be deleted: nothing else in a cache is
 PROBE = f"{ATTEMPTS}/exclusive-create"
 PROBE_TEXT = b"fastkd asks with this object whether the store creates exclusively.\n"
 
@@ -75,8 +76,8 @@ class Store:
     Keys are relative paths with "/" between their parts. Every method raises StoreError when a request fails. An object
     of another class with the public members is taken for a store, too.
 
-    A kind of store fills in `describe` and some of `_read`, `_entries`, `_put` and `_size`, which may raise `ERRORS`,
-    with FileNotFoundError for an object that is absent. Here keys are checked and errors are named.
+    A kind of store fills in `describe` and some of `_read`, `_entries`, `_put`, `_remove` and `_size`, which may raise
+    `ERRORS`, with FileNotFoundError for an object that is absent. Here keys are checked and errors are named.
     """
 
     ERRORS: tuple[type[Exception], ...] = (Exception,)
@@ -140,6 +141,20 @@ class Store:
             self._exclusive = True
         return self._created(key, view)
 
+    def delete(self, key: str) -> bool:
+        """Delete an object of a feature, below "features/". False if it is absent.
+
+        Raises StoreError for any other key, and ReadOnly if the store cannot be written or cannot delete.
+        """
+        if check_key(self, key)[0] != REMOVABLE or "/" not in key:
+            raise Refused(f"{self.describe()}: {key!r} is never deleted; only the objects of features are.")
+        unable = type(self)._remove is Store._remove
+        if self.readonly_reason or unable:
+            reason = self.readonly_reason or "this kind of store does not delete"
+            raise ReadOnly(f"{self.describe()}: {key!r} cannot be deleted: {reason}.")
+        with self._errors("deletion", key):
+            return self._remove(key)
+
     def sweep(self) -> Names:
         """Remove what dead attempts left behind, and nothing of living ones; the names of what was removed."""
         return []  # most attempts leave nothing behind
@@ -154,6 +169,10 @@ class Store:
 
     def _put(self, key: str, data: memoryview) -> bool:
         """Create an object. False where it exists."""
+        raise NotImplementedError
+
+    def _remove(self, key: str) -> bool:
+        """Delete an object. False where it does not exist."""
         raise NotImplementedError
 
     def _size(self, key: str) -> int:

@@ -56,6 +56,21 @@ class LocalStore(Store):
             with self._folder([ATTEMPTS], make=True) as attempts:
                 return self._commit(key, name, target, attempts, data)
 
+    def _remove(self, key: str) -> bool:
+        *folders, name = key.split("/")
+        try:
+            with self._folder(folders) as folder:
+                os.unlink(name, dir_fd=folder)
+                os.fsync(folder)
+        except FileNotFoundError:
+            return False
+        with suppress(OSError):  # it is not empty; or another process was faster
+            for depth in range(len(folders), 0, -1):
+                with self._folder(folders[: depth - 1]) as parent:
+                    os.rmdir(folders[depth - 1], dir_fd=parent)
+                self._durable.discard(tuple(folders[:depth]))
+        return True
+
     def sweep(self) -> Names:
         """Remove the files of attempts whose writer is gone; their names. Raises StoreError.
 

@@ -37,6 +37,10 @@ class MemoryStore(Store):
             self._objects[key] = copy
             return True
 
+    def _remove(self, key: str) -> bool:
+        with self._lock:
+            return self._objects.pop(key, None) is not None
+
 
 _named: dict[str, MemoryStore] = {}  # this process's stores by URL, each created on first use
 register_store("memory://")(lambda url, create: _named.setdefault(url, MemoryStore(url.partition("://")[2])))

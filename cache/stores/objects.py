@@ -116,6 +116,15 @@ class ObstoreStore(Store):
         step = "Yet nothing is there: other requests for it conflict. Try again later."
         refuse(self, "creation", key, conflict, step)
 
+    def _remove(self, key: str) -> bool:
+        self._check_process()
+        try:
+            self._repeated(lambda: self._size(key))  # S3 does not say whether a deleted object was there
+        except FileNotFoundError:
+            return False
+        self._repeated(lambda: obstore.delete(self._store, key))
+        return True
+
     def _repeated(self, request: Callable[[], T]) -> T:
         """Repeat a request whose connection broke: obstore does not where it creates, or in the middle of an answer."""
         for pause in PAUSES[1:]:

@@ -1,0 +1,195 @@
+"""What a shard of a feature must look like, and its streams: the table of FORMAT.md in code. No files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..encoding.hidden import MOST_CODE, is_sink, scales_of
+from ..errors import CacheError
+from ..shard.container import Damage, Expected
+from ..shard.kind import ShardKind, exactly, need
+from ..workspace import Workspace
+from .spec import DTYPES, FeatureSpec
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+COUNTS = ("positions", "vectors", "exact")
+LARGEST_PAGE, SMALLEST_PAGE = 2**18, 2**11  # numbers
+_TILE = 1024, 8  # rows and components of a block that is transposed at once: they stay in the cache of a core
+
+
+class FeatureShards(ShardKind):
+    """The shards of a feature. median: the scale of its basis, which the deep check needs."""
+
+    noun, whole = "state", "feature"
+    counts = COUNTS
+    hashes = ("content", "base")
+
+    def __init__(self, spec: FeatureSpec, median: float) -> None:
+        super().__init__(spec.hash, spec.folder, f"feature {spec.name} of ")
+        self.spec = spec
+        self.median = median
+
+    def check_counts(self, attributes: Mapping[str, Any]) -> None:
+        spec = self.spec
+        n, m, exact = (attributes[name] for name in COUNTS)
+        need(1 <= n <= spec.most_positions, attributes, "positions", f"1 to {spec.most_positions}")
+        full = n * spec.vectors
+        need(m == full if spec.positions == "all" else m <= full, attributes, "vectors", f"{full}, of {n} positions")
+        need(exact <= m, attributes, "exact", f"at most {m}")
+
+    def expected(self, attributes: Mapping[str, Any]) -> dict[str, Expected]:
+        m, e, w = (exactly(size) for size in (attributes["vectors"], attributes["exact"], self.spec.width))
+        arrays = {
+            "codes": Expected(("int16",), (w, m)),
+            "exact": Expected((DTYPES[self.spec.dtype],), (e, w)),
+            "exact_rows": Expected(("uint32",), (e,)),
+            "scale": Expected(("float16",), (m,)),
+        }
+        if self.spec.positions != "all":
+            arrays["rows"] = Expected(("uint32",), (m,))
+        return arrays
+
+    def check_values(self, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        decoded = decode_shard(self.spec, attributes, arrays)
+        exact = np.zeros(attributes["vectors"], bool)
+        exact[decoded["exact_rows"]] = True
+        if decoded["codes"].size and int(decoded["codes"].min()) < -MOST_CODE:
+            raise Damage(f"got numbers below -{MOST_CODE}", "codes")
+        if decoded["codes"][exact].any():
+            raise Damage("got numbers other than 0 in exact rows", "codes")
+        if arrays["scale"][exact].any() or np.signbit(arrays["scale"]).any():
+            raise Damage("got numbers other than 0 in exact rows, or negative ones", "scale")
+        if is_sink(arrays["scale"][~exact], self.median).any():
+            raise Damage("got numbers that only exact rows have", "scale")
+        if not np.isfinite(decoded["exact"]).all():
+            raise Damage("got NaN or an infinity", "exact")
+
+
+def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mapping[str, Any], rows: Any) -> Arrays:
+    """The streams of a shard of `positions` positions, from the arrays of `encode_hidden` and `rows` `[m]`.
+
+    median: the scale of the basis. CacheError, naming the argument, if they are not such arrays.
+    """
+    codes = _array("codes", arrays.get("codes"), "int16", (None, spec.width))
+    m = len(codes)
+    scale = _array("scale", arrays.get("scale"), "float32", (m,))
+    exact_rows = _numbers("exact_rows", arrays.get("exact_rows"), None, m)
+    exact = _array("exact", arrays.get("exact"), "float32", (len(exact_rows), spec.width))
+    full = positions * spec.vectors
+    if rows is None or spec.positions == "all":
+        every = rows is None or np.array_equal(np.asarray(rows), np.arange(full))
+        if m != full or not every:
+            raise CacheError(f"rows: got {m} vectors; expected all {full} of the {positions} positions of the shard.")
+    if int(codes.min(initial=0)) < -MOST_CODE:
+        raise CacheError(f"codes: got {codes.min()}; expected -{MOST_CODE} to {MOST_CODE}.")
+    codes[exact_rows] = 0
+    half = scale.astype(np.float16)
+    half[exact_rows] = 0
+    rest = np.ones(m, bool)
+    rest[exact_rows] = False
+    if (half[rest] != scale[rest]).any() or is_sink(half[rest], median).any():
+        raise CacheError("scale: got numbers that no row but an exact one has; expected what encode_hidden returns.")
+    if not np.isfinite(exact).all():
+        raise CacheError("exact: got NaN or an infinity; expected finite numbers.")
+    streams = {
+        "codes": np.ascontiguousarray(codes.T),
+        "exact": _narrowed(exact, spec.dtype),
+        "exact_rows": _gaps(exact_rows),
+        "scale": half,
+    }
+    if spec.positions != "all":
+        every = np.arange(full) if rows is None else rows
+        streams["rows"] = _gaps(_numbers("rows", every, m, full))
+    return streams
+
+
+def page_of(codes_WM: Array) -> int:
+    """Numbers of codes that share their statistics: a component's, or a part of them, or some components' if few."""
+    m = max(codes_WM.shape[1], 1)
+    return -(-m // -(-m // LARGEST_PAGE)) if m >= SMALLEST_PAGE else m * -(-SMALLEST_PAGE // m)
+
+
+def decode_shard(
+    spec: FeatureSpec, attributes: Mapping[str, Any], arrays: Mapping[str, Array], into: Workspace | None = None
+) -> Arrays:
+    """The arrays of `Feature.read_codes`, from those that `unpack` found to be as expected.
+
+    Damage if one is missing, or a number is out of its range.
+    """
+    m, n = attributes["vectors"], attributes["positions"] * spec.vectors
+    wanted = ("codes", "exact", "exact_rows", "scale", *(("rows",) if spec.positions != "all" else ()))
+    if missing := [name for name in wanted if name not in arrays]:
+        raise Damage("it is missing", missing[0])
+    exact = _widened(arrays["exact"], spec.dtype)
+    exact_rows = _from_gaps("exact_rows", arrays["exact_rows"], m)
+    rows = _from_gaps("rows", arrays["rows"], n) if spec.positions != "all" else np.arange(m)
+    scale = arrays["scale"].astype(np.float32)
+    if not np.isfinite(scale).all():
+        raise Damage("got NaN or an infinity", "scale")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale[exact_rows] = scales_of(exact)
+    codes = (into or Workspace()).array("codes", (m, spec.width), np.dtype(np.int16))
+    _transpose(arrays["codes"], codes)
+    return {"codes": codes, "scale": scale, "exact_rows": exact_rows, "exact": exact, "rows": rows}
+
+
+def _transpose(codes_WM: Array, out_MW: Array) -> None:
+    """out[i, j] = codes[j, i], in blocks: four times as fast as at once."""
+    rows, columns = _TILE
+    for i in range(0, codes_WM.shape[1], rows):
+        for j in range(0, codes_WM.shape[0], columns):
+            out_MW[i : i + rows, j : j + columns] = codes_WM[j : j + columns, i : i + rows].T
+
+
+def _gaps(rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Ascending numbers as how many are left out before each."""
+    return (np.diff(rows, prepend=-1) - 1).astype(np.uint32)
+
+
+def _from_gaps(name: str, gaps: Array, below: int) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    if len(rows) and int(rows[-1]) >= below:
+        raise Damage(f"got rows up to {rows[-1]}; expected numbers below {below}", name)
+    return rows
+
+
+def _narrowed(exact: Array, dtype: str) -> Array:
+    """Exact rows in the teacher's dtype. CacheError if it does not hold them."""
+    with np.errstate(over="ignore"):
+        narrow = (exact.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else exact.astype(dtype)
+    if not np.array_equal(_widened(narrow, dtype), exact):
+        raise CacheError(
+            f"exact: got numbers that {dtype}, the dtype of the spec, does not have; expected the teacher's."
+        )
+    return narrow
+
+
+def _widened(exact: Array, dtype: str) -> NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (exact.astype(np.uint32) << 16).view(np.float32)
+    return exact.astype(np.float32)
+
+
+def _array(name: str, value: Any, dtype: str, shape: tuple[int | None, ...]) -> Array:
+    """A copy, of this type and shape."""
+    if not isinstance(value, np.ndarray) or value.dtype.name != dtype or value.ndim != len(shape):
+        got = f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise CacheError(f"{name}: got {got}; expected an array of {dtype} of {len(shape)} dimensions.")
+    if any(size not in (None, have) for size, have in zip(shape, value.shape, strict=True)):
+        raise CacheError(f"{name}: got shape {value.shape}; expected {shape}.")
+    return np.array(value, order="C")
+
+
+def _numbers(name: str, value: Any, count: int | None, below: int) -> NDArray[np.int64]:
+    """Strictly ascending numbers from 0 to below `below`."""
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size) or (count is not None and len(array) != count):
+        wanted = "row numbers" if count is None else f"{count} row numbers, one a vector"
+        raise CacheError(f"{name}: got {array.dtype} of shape {array.shape}; expected {wanted}.")
+    array = array.astype(np.int64)
+    if len(array) and (array[0] < 0 or array[-1] >= below or (np.diff(array) <= 0).any()):
+        raise CacheError(f"{name}: expected ascending numbers from 0 to {below - 1}.")
+    return array

@@ -1,0 +1,205 @@
+"""Reading features: `Cache.features`, by name, and the states of a shard."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..encoding.hidden import decode_states
+from ..errors import CacheError, NotFound
+from ..manifest import read_manifest, read_twice
+from ..shard.container import Damage, unpack
+from ..shard_reader import ShardReader
+from ..spec import MOST_JSON
+from ..stores import Store
+from ..workspace import Workspace
+from .basis import Basis
+from .layout import FeatureShards, decode_shard
+from .spec import FOLDER, FeatureSpec, folder_of, name_of
+
+if TYPE_CHECKING:
+    from ..reader import Cache
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+SPEC, BASIS, BLOCK = "spec.json", "basis.zarr.zip", "block.safetensors"  # in the folder of a feature
+_NUMBER = re.compile(r"-?[0-9]{1,6}")
+
+
+def read_feature_spec(store: Store, name: str) -> FeatureSpec | None:
+    """The spec of a feature; None if there is none. CacheError if it cannot be read."""
+    key = f"{folder_of(name)}{SPEC}"
+
+    def read() -> FeatureSpec:
+        spec = FeatureSpec.from_json(store.get_tail(key, MOST_JSON + 1), key)
+        if spec.name != name:
+            raise CacheError(f"{key}: name: got {spec.name!r}; expected {name!r}, as its folder is called.")
+        return spec
+
+    try:
+        return read_twice(store, read)
+    except NotFound:
+        return None
+
+
+def read_basis(store: Store, name: str) -> Basis | None:
+    """The basis of a feature, whether it has a spec yet or not; None if there is none. CacheError if it is damaged."""
+    key = f"{folder_of(name)}{BASIS}"
+    try:
+        return read_twice(store, lambda: Basis.from_bytes(store.get(key)))
+    except NotFound:
+        return None
+    except Damage as damage:
+        where = f', array "{damage.array}"' if damage.array else ""
+        raise CacheError(f"{store.describe()}: {key}{where}: {damage}. Restore it, or drop the feature.") from damage
+
+
+def listed_features(store: Store) -> list[str]:
+    """The names of the features in a store, layers first, by their numbers."""
+    keys = (entry.key for entry in store.list(FOLDER))
+    names = {name for key in keys if (name := name_of(key)) and key == f"{folder_of(name)}{SPEC}"}
+    last = float("inf")
+    return sorted(names, key=lambda n: (not _NUMBER.fullmatch(n), int(n) % last if _NUMBER.fullmatch(n) else 0, n))
+
+
+class Features(Mapping[str, "Feature"]):
+    """The features of a cache by name. A feature is opened by its name alone; only iteration lists the store.
+
+    The state that enters the final norm is found as "-1" and by the number of the layers; other negative numbers count
+    from there.
+    """
+
+    def __init__(self, cache: "Cache") -> None:
+        self._cache = cache
+
+    def __getitem__(self, name: str) -> "Feature":
+        cache = self._cache
+        spec = read_feature_spec(cache.store, name)
+        if spec is None and (other := self._alias(name)) is not None:
+            spec = read_feature_spec(cache.store, other)
+        if spec is None:
+            raise KeyError(name)
+        return open_feature(cache, spec)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(listed_features(self._cache.store))
+
+    def __len__(self) -> int:
+        return len(listed_features(self._cache.store))
+
+    def __repr__(self) -> str:
+        return f"Features({self._cache.store.describe()})"
+
+    def _alias(self, name: str) -> str | None:
+        """The other name of a state, if it has one."""
+        if not _NUMBER.fullmatch(name):
+            return None
+        number = int(name)
+        final = read_feature_spec(self._cache.store, "-1")
+        layers = final.layers if final else None
+        if layers is None and number < 0:  # any state knows how many layers there are
+            specs = (read_feature_spec(self._cache.store, other) for other in self if _NUMBER.fullmatch(other))
+            layers = next((spec.layers for spec in specs if spec and spec.layers), None)
+        if layers is None:
+            return None
+        if number < 0:
+            number += layers + 1
+        return "-1" if number == layers else str(number)
+
+
+def open_feature(cache: "Cache", spec: FeatureSpec) -> "Feature":
+    """The feature of this spec, with its basis. CacheError if it belongs to another cache, or a part is damaged."""
+    store = cache.store
+    if spec.base != cache.spec.hash:
+        raise CacheError(f"feature {spec.name} of {store.describe()}: it belongs to a cache of other settings.")
+    basis = read_basis(store, spec.name)
+    if basis is None or basis.sha256 != spec.basis or basis.width != spec.width:
+        what = "is missing" if basis is None else "is another than the one that the spec names"
+        raise CacheError(
+            f"feature {spec.name} of {store.describe()}: {spec.folder}{BASIS} {what}. Restore it, or drop the feature."
+        )
+    return Feature(cache, spec, basis, read_manifest(store, FeatureShards(spec, basis.scale)))
+
+
+class Feature(ShardReader):
+    """A feature of a cache, open for reading.
+
+    store, spec, basis: its store, its settings, its basis. name: as in the spec. sealed: whether it has a manifest.
+    shards: the numbers of its shards, those of the cache's shards that they belong to.
+    """
+
+    def __init__(self, cache: "Cache", spec: FeatureSpec, basis: Basis, manifest: pa.Table | None) -> None:
+        super().__init__(cache.store, FeatureShards(spec, basis.scale), manifest)
+        self.spec = spec
+        self.basis = basis
+        self._cache = cache
+
+    def __repr__(self) -> str:
+        return f"Feature({self.name!r} of {self.store.describe()})"
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def block(self) -> bytes | None:
+        """What lies beside the basis (the layer's own weights); None if nothing does. CacheError if it is damaged."""
+        if self.spec.block is None:
+            return None
+        key = f"{self.spec.folder}{BLOCK}"
+
+        def read() -> bytes:
+            data = self.store.get(key)
+            if hashlib.sha256(data).hexdigest() != self.spec.block:
+                raise CacheError(f"{key}: its bytes differ from the hash in the spec. Restore it, or drop the feature.")
+            return data
+
+        return read_twice(self.store, read)
+
+    def read_codes(self, index: int, into: Workspace | None = None) -> Arrays:
+        """The coded vectors of a shard, m of them.
+
+        codes int16 `[m, W]`, scale float32 `[m]`, exact_rows int64 `[e]` and exact float32 `[e, W]` as of
+        `encode_hidden`; rows int64 `[m]`, ascending: position · P + vector, of the shard.
+
+        into: memory for the codes, which the next shard read into it overwrites.
+        Raises CorruptShard, naming shard and array, if its bytes are not those that were committed, or if they belong
+        to another shard of the cache than the one that is there.
+        """
+        return self._read(index, into)[0]
+
+    def read_shard(self, index: int) -> NDArray[np.float32]:
+        """The values of a shard's n positions, float32 `[n, *shape]`; NaN in those that are not stored.
+
+        Raises CorruptShard as `read_codes`.
+        """
+        arrays, n = self._read(index, None)
+        spec = self.spec
+        values = np.full((n * spec.vectors, spec.width), np.nan, np.float32)
+        values[arrays["rows"]] = decode_states(arrays, self.basis, spec.step)
+        if spec.kind == "map":
+            channels, height, width = spec.shape
+            return np.ascontiguousarray(np.moveaxis(values.reshape(n, height, width, channels), 3, 1))
+        return values.reshape(n, *spec.shape)
+
+    def _read(self, index: int, into: Workspace | None) -> tuple[Arrays, int]:
+        """The arrays of `read_codes`, and the positions of the shard."""
+        data, attributes = self._object(index)
+        content, positions = self._cache.content(index)
+        with self._errors(index):
+            check_base(attributes, content, positions)
+            arrays = unpack(data, self._kind.expected(attributes), self._cache.streams())
+            del data  # its memory is needed for the decoded arrays
+            return decode_shard(self.spec, attributes, arrays, into), positions
+
+
+def check_base(attributes: Mapping[str, Any], content: str, positions: int) -> None:
+    """Damage unless a feature's shard belongs to the cache's shard of these contents and positions."""
+    if attributes["base"] != content:
+        raise Damage("it belongs to another shard of the cache than the one of this number that is there")
+    if attributes["positions"] != positions:
+        raise Damage(f"got {attributes['positions']} positions; expected {positions}, as in the cache's shard")
