@@ -26,6 +26,7 @@ from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .arms import WITHOUT_FEATURES, control_arms, feature_help
+from .matched import matched_objective, signals_of
 from .objective import Objective
 from .result import RUN, TrainReport, describe_cache
 from .settings_check import check_settings
@@ -124,9 +125,11 @@ def _run(
     if held is not None:
         held.evaluations.clear()  # those of another run
     made = make_student(student, inputs.spec, settings, inputs.data)
+    if settings.match:
+        objective = matched_objective(settings, inputs.caches, made.student, objective=objective, data=inputs.data)
     trainer = Trainer(
-        made, inputs.open(settings, processes), processes, settings, out, objective=objective, evaluate=evaluate,
-        progress=progress,
+        made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
+        evaluate=evaluate, progress=progress,
     )  # fmt: skip
     try:
         trainer.resume()
@@ -181,19 +184,27 @@ class Inputs:
         """The spec of the first cache."""
         return self.caches[0].spec if self.caches else None
 
-    def open(self, settings: TrainSettings, processes: Processes) -> BatchSource:
-        """The source of a training, before the first step of the first epoch."""
+    def open(self, settings: TrainSettings, processes: Processes, objective: Objective | None = None) -> BatchSource:
+        """The source of a training, before the first step of the first epoch, with the signals that its objective
+        reads."""
         if self.source is not None:
             self.source.seek(0, 0)
             return self.source
         mixture = list(zip(self.caches, self.weights, strict=True))
-        return make_source(self.caches[0] if len(mixture) == 1 else mixture, settings, processes, self.data)
+        signals = {} if objective is None else signals_of(objective)
+        cache = self.caches[0] if len(mixture) == 1 else mixture
+        return make_source(cache, settings, processes, self.data, features=signals.get("features", ()))
 
 
 def make_source(
-    cache: Any, settings: TrainSettings, processes: Processes = ALONE, data: Examples | None = None
+    cache: Any,
+    settings: TrainSettings,
+    processes: Processes = ALONE,
+    data: Examples | None = None,
+    *,
+    features: Sequence[str] = (),
 ) -> CachedSource:
-    """The source that a training with these settings reads. Raises StreamError and CacheError."""
+    """The source that a training with these settings reads. features: names. Raises StreamError and CacheError."""
     names = (
         "batch_size", "micro_tokens", "layout", "seed", "shards_open", "skip", "max_positions", "threads",
         "allow_partial",
@@ -207,6 +218,7 @@ def make_source(
         reduce=processes.reduce,
         device=processes.device,
         data=data,
+        features=features,
     )
 
 

@@ -8,7 +8,6 @@ other state is kept.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,8 +59,3 @@ class InnerOutputs:
 def inner_of(outputs: Iterable[str]) -> tuple[str, ...]:
     """Those of an objective's outputs that are inner states."""
     return tuple(name for name in outputs if is_inner(name))
-
-
-def widths(values: dict[str, Any]) -> dict[str, int]:
-    """The components of each state: the last dimension of `[B, L, D]` and `[B, D]`, the channels of `[B, C, H, W]`."""
-    return {name: int(x.shape[1] if x.ndim == 4 else x.shape[-1]) for name, x in values.items()}

@@ -8,7 +8,7 @@ part of the student: its parameters are trained, and saved in checkpoints.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -219,13 +219,19 @@ class TokenKD:
         return asdict(self)
 
 
+AUTO = "auto"
+
+
 class WeightedSum(nn.Module):
-    """A sum of objectives, by name. weights: their factors, 1 by default.
+    """A sum of objectives, by name. weights: their factors, 1 by default; "auto", for any but the first term, is found
+    in the first steps of the training (see `auto_weight.py`), and 0 until then.
 
     The log has each term's own loss (without its factor) under its name, and the parts of all terms.
     """
 
-    def __init__(self, terms: Mapping[str, Objective], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, terms: Mapping[str, Objective], weights: Mapping[str, float | Literal["auto"]] | None = None
+    ) -> None:
         super().__init__()
         if not terms or "loss" in terms:
             got = "a term named 'loss', as the sum is" if terms else "no terms"
@@ -234,8 +240,15 @@ class WeightedSum(nn.Module):
             raise TrainError(f"WeightedSum: got a weight for {unknown[0]!r}; expected some of {', '.join(terms)}.")
         for term in terms.values():
             check_objective(term)
-        self.terms, self.weights = dict(terms), {name: float((weights or {}).get(name, 1.0)) for name in terms}
-        self.term_modules = nn.ModuleDict({n: term for n, term in self.terms.items() if isinstance(term, nn.Module)})
+        given = {name: (weights or {}).get(name, 1.0) for name in terms}
+        self.auto = tuple(name for name, weight in given.items() if weight == AUTO)
+        if self.auto[:1] == (next(iter(terms)),):
+            raise TrainError(f"WeightedSum: got the weight {AUTO!r} for the first term; expected a number.")
+        self.terms = dict(terms)
+        self.weights = {name: 0.0 if name in self.auto else float(weight) for name, weight in given.items()}
+        # a module's name has no dots
+        modules = {name.replace(".", "%2E"): one for name, one in terms.items() if isinstance(one, nn.Module)}
+        self.term_modules = nn.ModuleDict(modules)
         self.signals = tuple(dict.fromkeys(name for term in self.terms.values() for name in term.signals))
         self.outputs = tuple(dict.fromkeys(name for term in self.terms.values() for name in term.outputs))
 
@@ -255,7 +268,8 @@ class WeightedSum(nn.Module):
         return {"loss": total, **parts}
 
     def describe(self) -> dict[str, Any]:
-        return {name: {"weight": self.weights[name], **term.describe()} for name, term in self.terms.items()}
+        weights = {**self.weights, **dict.fromkeys(self.auto, AUTO)}
+        return {name: {"weight": weights[name], **term.describe()} for name, term in self.terms.items()}
 
 
 def _merged(by_term: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

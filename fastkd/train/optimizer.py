@@ -1,7 +1,7 @@
 """The optimizer: AdamW with weight decay for matrices only, gradient clipping, and schedules of numbers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,22 @@ from torch import Tensor, nn
 from ..errors import TrainError
 from ..settings import TrainSettings
 from ..utils.distributed import is_dtensor
+from .objectives.projector import projector_parameters
 
+FACTOR = "rate_factor"
+"""Of a group of parameters: its rate, as a multiple of the others'."""
 RATES = ("cosine", "wsd", "linear", "constant")
 RAMPS = ("linear", "cosine")
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def decay_groups(
+    model: nn.Module, weight_decay: float, without: Sequence[nn.Parameter] = ()
+) -> list[dict[str, object]]:
     """Trained parameters in two groups: those with weight decay, then those without it: embeddings (and an LM head tied
-    to one), biases, norms and all else with fewer than two dimensions."""
+    to one), biases, norms and all else with fewer than two dimensions. without: parameters to leave out."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    others = {id(p) for p in without}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     chosen = {id(p) for p in decays}
     rest = [p for p in trained if id(p) not in chosen]
@@ -27,13 +33,36 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with these settings; the rate is set at every step. Raises TrainError if no parameter is trained."""
-    groups = decay_groups(model, settings.weight_decay)
+    """AdamW with these settings; the rate is set at every step (`set_rate`). Projectors have a group of their own,
+    without weight decay. Raises TrainError if no parameter is trained."""
+    projectors = projector_parameters(model)
+    groups = decay_groups(model, settings.weight_decay, projectors)
     if not groups:
         raise TrainError("student: none of its parameters requires a gradient; there is nothing to train.")
+    if projectors:
+        own = settings.match_rate is not None and settings.rate > 0
+        factor = settings.match_rate / settings.rate if own else 1.0
+        groups.append({"params": projectors, "weight_decay": 0.0, FACTOR: factor})
     return torch.optim.AdamW(
         groups, lr=settings.rate, betas=settings.adam_betas, eps=settings.adam_eps, fused=device.type == "cuda"
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of a step; of projectors, by their own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[FACTOR] if FACTOR in group else rate
+
+
+def clip_all_(model: nn.Module, most: float | None) -> Tensor:
+    """Clip the gradients of projectors, and those of all other parameters, each to the norm `most`, and return the norm
+    of the others before that. Together, a projector's gradients would make the student's steps shorter."""
+    projectors = projector_parameters(model)
+    if not projectors:
+        return clip_(model.parameters(), most)
+    clip_(projectors, most)
+    own = {id(p) for p in projectors}
+    return clip_([p for p in model.parameters() if id(p) not in own], most)
 
 
 def clip_(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..settings import TrainSettings
+from .matching import parse
 from .metrics import check_tracker
 from .objective import Objective, TokenKD, check_objective
 
@@ -20,7 +21,9 @@ RESUME_MAY_CHANGE = {
 }  # fmt: skip
 _RANGES = {
     **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end"), (0.0, 1.0)),
-    **dict.fromkeys(("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes"), (0.0, math.inf)),
+    **dict.fromkeys(
+        ("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes", "match_rate"), (0.0, math.inf)
+    ),
 }
 
 
@@ -45,6 +48,10 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
             raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
     if settings.clip is not None and not settings.clip > 0:
         raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
+    if isinstance(settings.match, str):
+        raise TrainError(f"match: got {settings.match!r}; expected a tuple of entries.")
+    for entry in settings.match:
+        parse(entry)
     objective = TokenKD.from_settings(settings) if objective is None else objective
     check_objective(objective)
     if spec is not None and isinstance(objective, TokenKD):
@@ -61,6 +68,8 @@ def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> di
 def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with an effect on the trained student, as they were given. settings: as in run.json."""
     known = {field.name for field in fields(TrainSettings)} - RESUME_MAY_CHANGE
+    # runs from before there was matching have none of its settings
+    known -= {"match", "match_projector", "match_rate"} if not settings.get("match") else set()
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items() if name in known}
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found
 

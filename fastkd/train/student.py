@@ -2,9 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,25 @@ class Student(nn.Module):
         if self._inner is not None:
             self._inner.close()
         self._inner = InnerOutputs(self.model, names) if names else None
+
+    def inner_shapes(self, names: Iterable[str], data: Examples | None = None) -> dict[str, tuple[int, ...]]:
+        """The shapes of inner states, by name, for a probe of a few positions. data: of a student of examples. Raises
+        TrainError for a state that the model does not have."""
+        if not (names := tuple(names)):
+            return {}
+        inner, training = InnerOutputs(self.model, names), self.model.training
+        device = next(self.model.parameters()).device
+        probe = SimpleNamespace(layout="padded", input_ids=torch.zeros((1, 4), dtype=torch.int64, device=device))
+        if data is not None:
+            probe.inputs = data.first().to(device)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self._run(self.model, probe)
+            return {name: tuple(value.shape) for name, value in inner.take().items()}
+        finally:
+            self.model.train(training)
+            inner.close()
 
     def forward(self, batch: AnyBatch, *, num_items: int | Tensor | None = None, **scheduled: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch; see `Objective.losses`.

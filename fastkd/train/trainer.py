@@ -27,6 +27,7 @@ from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
 from ..utils.progress import Progress
 from ..utils.signals import Stop
+from .auto_weight import AutoWeights
 from .checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -42,8 +43,8 @@ from .checkpoint import (
     write,
 )
 from .metrics import MetricsLog, StepMetrics, tracker_of
-from .objective import Objective, TokenKD, check_objective
-from .optimizer import clip_, make_optimizer, rate_at
+from .objective import Objective, TokenKD, WeightedSum, check_objective
+from .optimizer import clip_all_, make_optimizer, rate_at, set_rate
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
 from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
 from .settings_check import check_same, resume_fingerprint
@@ -88,6 +89,8 @@ class Trainer:
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
         self.student.read(self._objective)
+        of_sum = isinstance(self._objective, WeightedSum) and self._objective.auto
+        self._auto = AutoWeights(self._objective) if of_sum else None
         device = processes.device
         self.student.to(device).train()
         self.student.autocast = autocast_of(settings.precision, device)
@@ -212,6 +215,8 @@ class Trainer:
         """Write run.json. inputs: a description of the data; default: the source's fingerprint."""
         described = {"caches": [], "source": dict(self._source.fingerprint)} if inputs is None else inputs
         document = run_document(self.student, self.size, described, self._processes.device, self._processes.world_size)
+        if isinstance(self._objective, WeightedSum):
+            document["weights"] = self._objective.weights
         document |= {"settings": asdict(self._settings), "command": command_line(), "report": report.to_json()}
         write_json(self._out / RUN, document)
 
@@ -245,15 +250,35 @@ class Trainer:
 
     def _make(self, step: Step) -> StepMetrics:
         settings, device, at = self._settings, self._processes.device, (self.step, self.steps)
-        # the seed of dropout: so no generator's state has to be saved, and evaluations do not change it
-        seed = hashlib.sha256(f"{settings.seed},{self.step},{self._processes.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(seed[:7]))
         rate = rate_at(
             *at, peak=settings.rate, schedule=settings.rate_schedule, warmup=settings.warmup, floor=settings.rate_floor,
             decay=settings.decay,
         )  # fmt: skip
         scheduled = self._objective.schedule(*at)
         scalars = {name: torch.full((), value, device=device) for name, value in scheduled.items()}
+        if self._auto is not None and self._auto.pending:
+            self._auto.measure(lambda: self._gradient_norm(step, scalars))
+        sums = self._losses(step, scalars)
+        values = self._processes.sum_(torch.stack([value.float() for value in sums.values()]))
+        norm = clip_all_(self.student, settings.clip)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        values = torch.cat([values, norm.float().reshape(1)])
+        known = {"epoch": step.epoch, "rate": rate, **scheduled}
+        if self._auto is not None:
+            known |= {f"weight/{name}": self._auto.weights[name] for name in self._auto.weights}
+        return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
+
+    def _seed_dropout(self) -> None:
+        """By seed, step and rank: so no generator's state has to be saved, and evaluations do not change it."""
+        seed = hashlib.sha256(f"{self._settings.seed},{self.step},{self._processes.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:7]))
+
+    def _losses(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Forward and backward of all micro-batches: this process's sums of their losses, by name."""
+        self._seed_dropout()
         sums: dict[str, torch.Tensor] = {}
         try:
             for number, batch in enumerate(step.micro_batches, 1):
@@ -269,16 +294,17 @@ class Trainer:
             self._flush_metrics()
             # on the CPU the loss itself raises for logits that are not finite
             raise self._diverged(str(error), self.step + 1, _describe(step)) from error
-        values = self._processes.sum_(torch.stack([value.float() for value in sums.values()]))
-        norm = clip_(self.student.parameters(), settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        return sums
+
+    def _gradient_norm(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> float:
+        """The norm of the objective's gradient in the student's parameters for a step, which is not made."""
+        self._losses(step, scalars)
+        norm = float(clip_all_(self.student, None))
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        values = torch.cat([values, norm.float().reshape(1)])
-        known = {"epoch": step.epoch, "rate": rate, **scheduled}
-        return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of a gradient is {norm}", self.step + 1, _describe(step))
+        # a sum over processes may end in other digits on each: the first one decides
+        return float(self._processes.gather(norm)[0])
 
     def _flush_metrics(self, *, keep: int = 0) -> None:
         """Log the metrics of all steps except the last `keep`. Raises Diverged if one is not finite."""
@@ -353,6 +379,8 @@ class Trainer:
             "processes": self._processes.world_size,
             "log": self._log and self._log.mark(),
         }
+        if self._auto is not None:
+            state["weights"] = self._auto.state_dict()
         with writing(self._out, f"the checkpoint of step {self.step}"):
             with self._processes.all_or_none():
                 if self._lock is not None and not os.path.samestat(os.fstat(self._lock), os.stat(self._out)):
@@ -368,6 +396,8 @@ class Trainer:
         load_model(checkpoint, self.student, self._processes)
         load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
         self._source.load_state_dict(state["loader"])
+        if self._auto is not None:
+            self._auto.load_state_dict(state["weights"])
         self.step = checkpoint.step
         self._best, self._metrics, self._evaluation = (state[name] for name in ("best", "metrics", "evaluation"))
 

@@ -1,0 +1,120 @@
+"""The objective of a training that matches features: TokenKD, and a term for each entry of `match`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.examples import Examples
+from ..errors import StreamError, TrainError
+from ..kernels import KDError, find_feature_loss
+from ..kernels.features.losses import FeatureLoss, feature_loss_names
+from ..models.pruned import original_layers
+from ..settings import TrainSettings
+from .matching import OF_ATTENTION, Match, StudentLayers, resolve
+from .objective import AUTO, Objective, TokenKD, WeightedSum
+from .objectives.hidden import HiddenKD
+from .objectives.projector import LinearProjector, MapProjector
+from .student import Student
+
+TOKEN = "token"
+"""The name of the term that learns from the teacher's answers."""
+
+
+def matched_objective(
+    settings: TrainSettings,
+    caches: Any,
+    student: Student,
+    *,
+    objective: Objective | None = None,
+    data: Examples | None = None,
+) -> WeightedSum:
+    """The sum of a training with `settings.match`. Notes on what auto chose are added to the student's.
+
+    caches: of the source; the features of a mixture are alike in all of them (`CachedSource`). objective: instead of
+    the TokenKD of the settings. data: for caches of examples. Raises TrainError for what cannot be matched.
+    """
+    if not caches:
+        raise TrainError(
+            f"match: got {', '.join(settings.match)}, and a batch source; expected a cache. Pass the terms as an "
+            "objective instead (WeightedSum, HiddenKD)."
+        )
+    features = caches[0].features
+    try:
+        specs = {name: features[name].spec for name in features}
+    except KeyError as error:
+        raise StreamError(f"{caches[0]!r}: its feature {error} went away while it was read.") from error
+    layers = StudentLayers(
+        student.name,
+        len(student.layers),
+        [name for name, _ in student.model.named_modules() if name],
+        original_layers(student.model),
+    )
+    found = resolve(settings.match, specs, layers, feature_loss_names())
+    student.notes += found.notes
+    shapes = student.inner_shapes(
+        dict.fromkeys(one.output for one in found.matches if one.loss not in OF_ATTENTION), data
+    )
+    # as precise as the student's weights, and never half
+    dtype = torch.promote_types(next(student.model.parameters()).dtype, torch.float32)
+    terms: dict[str, Objective] = {TOKEN: TokenKD.from_settings(settings) if objective is None else objective}
+    weights: dict[str, Any] = {}
+    for one in found.matches:
+        name = term_name(one)
+        weights[name] = AUTO if one.weight is None else one.weight
+        terms[name] = _hidden(one, name, specs[one.teacher], shapes[one.output], settings, dtype)
+    return WeightedSum(terms, weights)
+
+
+def term_name(match: Match) -> str:
+    """The name of its term, for the log: "hidden/20:16:mse"."""
+    kind = match.loss if match.loss in OF_ATTENTION else "hidden"
+    return f"{kind}/{match.teacher}:{match.student}:{match.loss}"
+
+
+def _hidden(
+    match: Match, name: str, spec: Any, shape: tuple[int, ...], settings: TrainSettings, dtype: torch.dtype
+) -> HiddenKD:
+    loss = _loss(match)
+    problem = ""
+    maps = spec.kind != "state"
+    if loss.inputs == "maps" and not maps:
+        problem = f"feature {spec.name} is of states; expected one of maps, or a loss of states"
+    elif loss.inputs == "states" and maps:
+        problem = f"feature {spec.name} is of maps; expected one of states, or a loss of maps"
+    elif loss.inputs == "maps" and len(shape) != 4:
+        problem = f"the student's {match.output} is {list(shape)}; expected maps [B, C, H, W]"
+    elif loss.inputs == "states" and len(shape) != 3:
+        problem = f"the student's {match.output} has {len(shape)} dimensions; expected states [B, L, D]"
+    projector: nn.Module | None = None
+    if not problem and loss.projector:
+        ours, theirs = (shape[1], spec.shape[0]) if maps else (shape[2], spec.width)
+        if settings.match_projector == "linear":
+            make = MapProjector if maps else LinearProjector
+            projector = make(ours, theirs, seed=settings.seed, name=name, dtype=dtype)
+        elif ours != theirs:
+            problem = (
+                f"the student's {match.output} has {ours} components and the teacher's {theirs}; expected equal ones "
+                "without a projector. Use match_projector='linear'"
+            )
+    if problem:
+        raise TrainError(f"match: got {str(match)!r}; {problem}.")
+    return HiddenKD(match.teacher, match.output, match.loss, projector=projector, shape=tuple(spec.shape))
+
+
+def _loss(match: Match) -> FeatureLoss:
+    try:
+        return find_feature_loss(match.loss)
+    except KDError as error:
+        raise TrainError(f"match: got {str(match)!r}; {error}") from error
+
+
+def signals_of(objective: Objective) -> Mapping[str, list[str]]:
+    """The signals that an objective reads, by their kinds: {"features": ["20"]}."""
+    found: dict[str, list[str]] = {}
+    for signal in objective.signals:
+        kind, slash, name = signal.partition("/")
+        if slash:
+            found.setdefault(kind, []).append(name)
+    return found
