@@ -129,6 +129,47 @@ class Train(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Match:
+    """Compare the layers of a student with cached features.
+
+    Runs the student on a slice of the cache's inputs, and prints linear CKA between its layers and the cached features,
+    and the option --match of `fastkd train` for the highest ones. With --teacher and --init, also writes a copy of the
+    student whose layers are those of the teacher that they are matched with, as far as they fit.
+    """
+
+    student: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
+    """Student model, as in `fastkd train`: a folder or Hub name of a causal model, a folder with a config.json and no
+    weights (randomly initialized), or module:factory."""
+    cache: Place
+    """Cache with features: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    features: tuple[str, ...] = ()
+    """Features to compare with. Default: all that the cache has."""
+    positions: int = 4096
+    """Number of positions to compare, of each feature."""
+    data: str | None = None
+    """module:factory that returns the labelled examples, for a cache of examples."""
+    teacher: str | None = None
+    """With --init: the cache's teacher, a folder or Hub name of a causal model, or module:factory."""
+    init: Path | None = None
+    """Output folder of the initialized student. Layers are copied, embeddings and LM head copied or fitted."""
+    match: tuple[str, ...] = ("auto",)
+    """With --init: entries as of `fastkd train --match`, between which layers are spread evenly. auto: the original
+    layers of a pruned copy, otherwise uniformly."""
+    seed: int = 0
+    """Seed of new weights, and of the slice."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, ... Default: a GPU if there is one."""
+    allow_partial: bool = False
+    """Allow a cache with missing shards."""
+    allow_other_tokenizer: bool = False
+    """Allow a student whose tokenizer differs from the cache's."""
+    trust_remote_code: bool = False
+    """Allow running Python code that comes with a model."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep(_Training):
     """Train a student with several settings, and rank them.
 
@@ -219,6 +260,7 @@ COMMANDS: dict[str, type] = {
     "inspect": Inspect,
     "verify": Verify,
     "seal": Seal,
+    "match": Match,
     "train": Train,
     "sweep": Sweep,
     "report": Report,

@@ -31,7 +31,7 @@ from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.text import printable, ranges, report_text
-from .commands import Bench, Capture, Completion, Demo, Inspect, Plan, Report, Seal, Sweep, Train, Verify
+from .commands import Bench, Capture, Completion, Demo, Inspect, Match, Plan, Report, Seal, Sweep, Train, Verify
 from .parse import completion_script, discard, flags, in_flags, parse
 
 if TYPE_CHECKING:
@@ -253,6 +253,19 @@ def seal(command: Seal) -> Outcome:
     return Outcome(report, printable(text), 0, warning if missing else "")
 
 
+def match(command: Match) -> Outcome:
+    from ..cache import open_cache
+    from ..train.match import match as run
+
+    settings = TrainSettings(**{name: getattr(command, name) for name in _OF_MATCH})
+    found = run(
+        command.student, open_cache(_store(command.cache)), features=command.features, positions=command.positions,
+        data=_examples(command.data), teacher=command.teacher, init=command.init, match=command.match,
+        settings=settings,
+    )  # fmt: skip
+    return Outcome(found.to_json(), found.text, 0, "; ".join(found.notes))
+
+
 def train(command: Train, stop: Stop) -> Outcome:
     """Train the student. Status 75: work remains."""
     from ..train.api import train as run
@@ -284,14 +297,19 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
 
 
 def _shared(command: Train | Sweep) -> dict[str, Any]:
-    """Arguments of both. data: the object that `--data` names; its reader checks whether it fits the cache."""
-    from ..utils.factories import is_factory, made_by
+    """Arguments of both."""
     from ..utils.progress import mode_for
 
-    if command.data is not None and not is_factory(command.data):
-        raise DataError(f"--data: got {command.data!r}; expected the module:factory that returns the cache's examples.")
-    data = None if command.data is None else made_by(command.data, DataError)
-    return {"data": data, "progress": mode_for(events=command.json)}
+    return {"data": _examples(command.data), "progress": mode_for(events=command.json)}
+
+
+def _examples(name: str | None) -> Any:
+    """The object that `--data` names; its reader checks whether it fits the cache."""
+    from ..utils.factories import is_factory, made_by
+
+    if name is not None and not is_factory(name):
+        raise DataError(f"--data: got {name!r}; expected the module:factory that returns the cache's examples.")
+    return None if name is None else made_by(name, DataError)
 
 
 def report(command: Report) -> Outcome:
@@ -324,12 +342,15 @@ def _stopped(text: str) -> Outcome:
     return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
 
 
+# settings of a training that the command match has too
+_OF_MATCH = ("seed", "device", "allow_partial", "allow_other_tokenizer", "trust_remote_code")
 _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {Capture: capture, Train: train, Sweep: sweep, Demo: demo}
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
     Seal: seal,
+    Match: match,
     Report: report,
     Bench: bench,
     Completion: completion,
