@@ -1,7 +1,10 @@
 from .divergences import register_divergence as register_divergence
 from .errors import KDError as KDError
+from .features.attention import QueriesKeysValues as QueriesKeysValues
+from .features.cka import CKA as CKA
 from .features.losses import find_feature_loss as find_feature_loss
 from .features.losses import register_feature_loss as register_feature_loss
+from .features.segments import Segments as Segments
 from .features.targets import HiddenTargets as HiddenTargets
 from .lm_head import LMHead as LMHead
 from .loss.api import DistillationLoss as DistillationLoss
