@@ -8,9 +8,9 @@ from .errors import ReadOnly as ReadOnly
 from .errors import StoreError as StoreError
 from .features.basis import Basis as Basis
 from .features.drop import drop_feature as drop_feature
+from .features.objects import read_basis as read_basis
+from .features.objects import read_feature_spec as read_feature_spec
 from .features.reader import Feature as Feature
-from .features.reader import read_basis as read_basis
-from .features.reader import read_feature_spec as read_feature_spec
 from .features.spec import FeatureSpec as FeatureSpec
 from .features.writer import FeatureWriter as FeatureWriter
 from .features.writer import create_feature as create_feature
@@ -18,13 +18,13 @@ from .features.writer import share_basis as share_basis
 from .provenance import Provenance as Provenance
 from .reader import Cache as Cache
 from .reader import open_cache as open_cache
+from .shard_checks import Problem as Problem
 from .spec import CODECS as CODECS
 from .spec import CacheSpec as CacheSpec
 from .spec import Codec as Codec
 from .stores import FsspecStore as FsspecStore
 from .stores import open_store as open_store
 from .stores import register_store as register_store
-from .verify import Problem as Problem
 from .verify import Report as Report
 from .verify import verify_cache as verify_cache
 from .workspace import Workspace as Workspace

@@ -8,6 +8,7 @@ import numpy as np
 from .capture_plan import planned_shards
 from .credentials import without_credentials
 from .errors import CacheError, NotFound, StoreError
+from .features.inspect import inspect_features
 from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs, shard_index
 from .provenance import TEXTS
 from .shard.container import Damage
@@ -29,7 +30,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
     """The settings and fingerprints of a cache, its counts, its sizes in bytes, and what is missing.
 
     The end of each shard is read; of a sealed cache, the ends of up to 32 shards. If the store cannot be listed,
-    `missing.listed` is False, and the report is from the manifest alone. Numbers of shards and sequences are given as
+    `missing.listed` is False, and the report is from the manifest alone, without features. Numbers of shards and sequences are given as
     [from, to], both included. progress: a bar on stderr.
 
     Raises CorruptShard if a shard's end is damaged, StoreError if the store fails.
@@ -70,6 +71,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "overlaps": [list(pair) for pair in overlaps(table)],
         "not_in_manifest": runs(there.keys() - known),
         "foreign": sorted(key for key in sizes or {} if shard_index(key) is None),
+        "features": {} if sizes is None else inspect_features(cache, progress=progress),
     }
 
 

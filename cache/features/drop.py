@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import CacheError, NotFound, ReadOnly
 from ..stores import open_store
-from .reader import SPEC
+from .objects import SPEC
 from .spec import folder_of
 
 

@@ -136,6 +136,17 @@ def decode_shard(
     return {"codes": codes, "scale": scale, "exact_rows": exact_rows, "exact": exact, "rows": rows}
 
 
+def check_base(base: str | bytes, positions: int, content: str | bytes, expected: int) -> None:
+    """Damage unless a shard belongs to the cache's shard of these contents and this number of positions.
+
+    base, positions: of the feature's shard, from its attributes or the manifest.
+    """
+    if base != content:
+        raise Damage("it belongs to another shard of the cache than the one of this number that is there")
+    if positions != expected:
+        raise Damage(f"got {positions} positions; expected {expected}, as in the cache's shard")
+
+
 def _transpose(codes_WM: Array, out_MW: Array) -> None:
     """out[i, j] = codes[j, i], in blocks: four times as fast as at once."""
     rows, columns = _TILE

@@ -1,6 +1,5 @@
 """Reading features: `Cache.features`, by name, and the states of a shard."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,60 +9,24 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..encoding.hidden import decode_states
-from ..errors import CacheError, NotFound
-from ..manifest import read_manifest, read_twice
-from ..shard.container import Damage, unpack
+from ..errors import CacheError
+from ..manifest import read_manifest
+from ..shard.container import unpack
+from ..shard_checks import CheckedShards, Problem
 from ..shard_reader import ShardReader
-from ..spec import MOST_JSON
-from ..stores import Store
 from ..workspace import Workspace
 from .basis import Basis
-from .layout import FeatureShards, decode_shard
-from .spec import FOLDER, FeatureSpec, folder_of, name_of
+from .layout import FeatureShards, check_base, decode_shard
+from .objects import BASIS, listed_features, read_basis, read_block, read_feature_spec
+from .spec import FeatureSpec
+from .verify import FeatureReport, check_feature
 
 if TYPE_CHECKING:
     from ..reader import Cache
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-SPEC, BASIS, BLOCK = "spec.json", "basis.zarr.zip", "block.safetensors"  # in the folder of a feature
 _NUMBER = re.compile(r"-?[0-9]{1,6}")
-
-
-def read_feature_spec(store: Store, name: str) -> FeatureSpec | None:
-    """The spec of a feature; None if there is none. CacheError if it cannot be read."""
-    key = f"{folder_of(name)}{SPEC}"
-
-    def read() -> FeatureSpec:
-        spec = FeatureSpec.from_json(store.get_tail(key, MOST_JSON + 1), key)
-        if spec.name != name:
-            raise CacheError(f"{key}: name: got {spec.name!r}; expected {name!r}, as its folder is called.")
-        return spec
-
-    try:
-        return read_twice(store, read)
-    except NotFound:
-        return None
-
-
-def read_basis(store: Store, name: str) -> Basis | None:
-    """The basis of a feature, whether it has a spec yet or not; None if there is none. CacheError if it is damaged."""
-    key = f"{folder_of(name)}{BASIS}"
-    try:
-        return read_twice(store, lambda: Basis.from_bytes(store.get(key)))
-    except NotFound:
-        return None
-    except Damage as damage:
-        where = f', array "{damage.array}"' if damage.array else ""
-        raise CacheError(f"{store.describe()}: {key}{where}: {damage}. Restore it, or drop the feature.") from damage
-
-
-def listed_features(store: Store) -> list[str]:
-    """The names of the features in a store, layers first, by their numbers."""
-    keys = (entry.key for entry in store.list(FOLDER))
-    names = {name for key in keys if (name := name_of(key)) and key == f"{folder_of(name)}{SPEC}"}
-    last = float("inf")
-    return sorted(names, key=lambda n: (not _NUMBER.fullmatch(n), int(n) % last if _NUMBER.fullmatch(n) else 0, n))
 
 
 class Features(Mapping[str, "Feature"]):
@@ -148,17 +111,7 @@ class Feature(ShardReader):
     @property
     def block(self) -> bytes | None:
         """What lies beside the basis (the layer's own weights); None if nothing does. CacheError if it is damaged."""
-        if self.spec.block is None:
-            return None
-        key = f"{self.spec.folder}{BLOCK}"
-
-        def read() -> bytes:
-            data = self.store.get(key)
-            if hashlib.sha256(data).hexdigest() != self.spec.block:
-                raise CacheError(f"{key}: its bytes differ from the hash in the spec. Restore it, or drop the feature.")
-            return data
-
-        return read_twice(self.store, read)
+        return read_block(self.store, self.spec)
 
     def read_codes(self, index: int, into: Workspace | None = None) -> Arrays:
         """The coded vectors of a shard, m of them.
@@ -186,20 +139,18 @@ class Feature(ShardReader):
             return np.ascontiguousarray(np.moveaxis(values.reshape(n, height, width, channels), 3, 1))
         return values.reshape(n, *spec.shape)
 
+    def verify(self, deep: bool = True, progress: bool = False) -> list[Problem]:
+        """The problems of this feature alone; none if it is whole. See `verify.verify`."""
+        base = CheckedShards(rows=self._cache.manifest.to_pylist(), indices=self._cache.shards)
+        report = FeatureReport()
+        return check_feature(self.store, self._cache.spec, base, self.name, report, deep=deep, progress=progress)
+
     def _read(self, index: int, into: Workspace | None) -> tuple[Arrays, int]:
         """The arrays of `read_codes`, and the positions of the shard."""
         data, attributes = self._object(index)
         content, positions = self._cache.content(index)
         with self._errors(index):
-            check_base(attributes, content, positions)
+            check_base(attributes["base"], attributes["positions"], content, positions)
             arrays = unpack(data, self._kind.expected(attributes), self._cache.streams())
             del data  # its memory is needed for the decoded arrays
             return decode_shard(self.spec, attributes, arrays, into), positions
-
-
-def check_base(attributes: Mapping[str, Any], content: str, positions: int) -> None:
-    """Damage unless a feature's shard belongs to the cache's shard of these contents and positions."""
-    if attributes["base"] != content:
-        raise Damage("it belongs to another shard of the cache than the one of this number that is there")
-    if attributes["positions"] != positions:
-        raise Damage(f"got {attributes['positions']} positions; expected {positions}, as in the cache's shard")

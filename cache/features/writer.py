@@ -16,7 +16,7 @@ from ..spec import integer
 from ..stores import Store, open_store
 from .basis import Basis
 from .layout import FeatureShards, encode_shard, page_of
-from .reader import BASIS, BLOCK, SPEC, read_basis, read_feature_spec
+from .objects import BASIS, BLOCK, SPEC, read_basis, read_feature_spec
 from .spec import FeatureSpec, feature_differences, folder_of
 
 Array = NDArray[Any]

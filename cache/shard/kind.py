@@ -55,6 +55,10 @@ class ShardKind(ABC):
         """The name of a shard's object."""
         return shard_key(index, self.folder)
 
+    def index(self, key: str) -> int | None:
+        """The number in the name of a shard's object; None for any other name."""
+        return shard_index(key, self.folder)
+
     @property
     def manifest_key(self) -> str:
         """The name of the manifest."""

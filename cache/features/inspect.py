@@ -1,0 +1,51 @@
+"""What the features of a cache are, and what they take, in JSON values."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..manifest import runs
+from .spec import FOLDER, folder_of, name_of
+
+if TYPE_CHECKING:
+    from ..reader import Cache
+
+Report = dict[str, Any]
+_SETTINGS = ("kind", "layer", "layers", "shape", "step", "positions", "seed", "dtype", "notes")
+
+
+def inspect_features(cache: "Cache", *, progress: bool = False) -> dict[str, Report]:
+    """The features of a cache by name: settings, counts, sizes in bytes, and which shards are missing.
+
+    bytes: of all objects of a feature. bytes_per_position: of its shards, over the positions that they have values of;
+    bytes_beside: of basis, block and everything else. kl: the divergence that the capture recorded in the first shard
+    (nats a position), or None. missing: shards of the cache that the feature does not have, as [from, to].
+    Raises CorruptShard if a shard's end is damaged, StoreError if the store fails or cannot be listed.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for entry in cache.store.list(FOLDER):
+        if name := name_of(entry.key):
+            sizes.setdefault(name, {})[entry.key.removeprefix(folder_of(name))] = entry.size
+    shards = cache.shards
+    return {name: _inspect(cache, name, sizes[name], shards, progress) for name in cache.features if name in sizes}
+
+
+def _inspect(cache: "Cache", name: str, sizes: dict[str, int], shards: list[int], progress: bool) -> Report:
+    feature = cache.features[name]
+    table = feature.manifest if feature.sealed else feature.scan(progress=progress)
+    there: list[int] = table.column("shard").to_pylist()
+    total = {n: int(table.column(n).to_numpy().sum()) for n in ("positions", "vectors", "exact", "bytes")}
+    stored = total["vectors"] / feature.spec.vectors
+    kl = feature.attributes(there[0]).get("record", {}) if there else {}
+    kl = kl.get("kl") if isinstance(kl, dict) else None
+    return {
+        **{n: getattr(feature.spec, n) for n in _SETTINGS},
+        "sha256": feature.spec.hash,
+        "sealed": feature.sealed,
+        "shards": len(there),
+        **{n: total[n] for n in ("positions", "vectors", "exact")},
+        "stored_positions": int(stored),
+        "bytes": sum(sizes.values()),
+        "bytes_beside": sum(size for key, size in sizes.items() if not key.startswith("shards/")),
+        "bytes_per_position": total["bytes"] / stored if stored else None,
+        "kl": kl if type(kl) in (int, float) else None,
+        "missing": runs(set(shards) - set(there)),
+    }
