@@ -30,8 +30,8 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
     """The settings and fingerprints of a cache, its counts, its sizes in bytes, and what is missing.
 
     The end of each shard is read; of a sealed cache, the ends of up to 32 shards. If the store cannot be listed,
-    `missing.listed` is False, and the report is from the manifest alone, without features. Numbers of shards and sequences are given as
-    [from, to], both included. progress: a bar on stderr.
+    `missing.listed` is False, and the report is from the manifest alone, without features. Numbers of shards and
+    sequences are given as [from, to], both included. progress: a bar on stderr.
 
     Raises CorruptShard if a shard's end is damaged, StoreError if the store fails.
     """

@@ -1,6 +1,5 @@
 """Small made-up hidden states and feature maps for the tests of features."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,14 +45,14 @@ def make_feature_spec(cache: CacheSpec, basis: Basis, **changes: Any) -> Feature
 
 
 def write_feature(
-    place: str | Path | Any, base: CacheSpec, shards: int = 3, seal: bool = False, **changes: Any
+    place: Any, base: CacheSpec, shards: int = 3, seal: bool = False, kl: float | None = None, **changes: Any
 ) -> FeatureSpec:
     """A feature of the cache of `make_base`, from `make_states(index)`."""
-    basis = make_basis()
+    basis, record = make_basis(), None if kl is None else {"kl": kl}
     spec = make_feature_spec(base, basis, **changes)
     with create_feature(place, spec, basis) as writer:
         for i in range(shards):
-            writer.write_shard(i, encode_hidden(make_states(i, dtype=spec.dtype), basis, spec.step))
+            writer.write_shard(i, encode_hidden(make_states(i, dtype=spec.dtype), basis, spec.step), record=record)
         if seal:
             writer.seal()
     return spec

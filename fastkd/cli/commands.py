@@ -50,13 +50,29 @@ class Verify(ModelSettings):
 
 @dataclass(frozen=True)
 class Seal:
-    """Write the manifest of a finished cache.
+    """Write the manifest of a finished cache, and of its features.
 
     A capture does this itself when it completes. A sealed cache opens with two requests and accepts no more shards.
+    Features can still be added; those that lack shards stay unsealed.
     """
 
     cache: Place
     """Cache: a folder or a URL (s3://, gs://, az://)."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """List the hidden states and feature maps in a cache, or delete some.
+
+    Prints layer, shape, step, positions, shards, bytes per position, and the KL divergence measured at capture.
+    """
+
+    cache: Place
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://)."""
+    drop: tuple[str, ...] = ()
+    """Names of features to delete. The targets, and other features, are not touched."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -260,6 +276,7 @@ COMMANDS: dict[str, type] = {
     "inspect": Inspect,
     "verify": Verify,
     "seal": Seal,
+    "features": Features,
     "match": Match,
     "train": Train,
     "sweep": Sweep,

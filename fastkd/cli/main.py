@@ -8,8 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import fields
+from typing import Any
 
 from .. import __version__
 from ..cache.errors import CacheError, NotFound, Refused, StoreError
@@ -24,28 +24,30 @@ from ..errors import (
     TrainError,
     WorkRemains,
 )
-from ..settings import CaptureSettings, DataSettings, TrainSettings
+from ..settings import CaptureSettings, TrainSettings
 from ..utils.atomic import disk_is_full
-from ..utils.numbers import size_text
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
-from ..utils.text import printable, ranges, report_text
-from .commands import Bench, Capture, Completion, Demo, Inspect, Match, Plan, Report, Seal, Sweep, Train, Verify
+from ..utils.text import printable
+from .cache_commands import features, inspect, seal, verify
+from .commands import (
+    Bench,
+    Capture,
+    Completion,
+    Demo,
+    Features,
+    Inspect,
+    Match,
+    Plan,
+    Report,
+    Seal,
+    Sweep,
+    Train,
+    Verify,
+)
+from .outcome import NoStore, Outcome, at_terminal, store_of
 from .parse import completion_script, discard, flags, in_flags, parse
-
-if TYPE_CHECKING:
-    from ..cache.stores import Store
-    from ..cache.verify import Report as VerifyReport
-
-
-class Outcome(NamedTuple):
-    """Result of a command: a JSON report, text for stdout, the exit status, and a warning for stderr."""
-
-    report: dict[str, Any]
-    text: str
-    status: int = 0
-    warning: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +107,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         rank=command.rank,
         world_size=command.world_size,
         parallel=command.teacher_parallel,
-        progress=_at_terminal(),
+        progress=at_terminal(),
     )
     report = run(
         loaded.teacher,
@@ -134,7 +136,7 @@ def plan(command: Plan) -> Outcome:
     from ..kernels import prepare_topk
     from ..teachers.load import load
 
-    loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=_at_terminal())
+    loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=at_terminal())
     assert loaded.data is not None
     prepared = prepare_topk(loaded.teacher.device)
     _note(
@@ -148,7 +150,7 @@ def plan(command: Plan) -> Outcome:
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
         workers=command.workers,
-        progress=_at_terminal(),
+        progress=at_terminal(),
     )
     notes = [*getattr(loaded.teacher, "notes", []), *report.data[1:]]
     notes += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
@@ -159,107 +161,13 @@ def _capture_settings(command: Capture | Plan) -> CaptureSettings:
     return CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
 
 
-def inspect(command: Inspect) -> Outcome:
-    from ..cache import open_cache
-    from ..cache.inspect import inspect_cache
-
-    report = inspect_cache(open_cache(_store(command.cache)), progress=_at_terminal())
-    return Outcome(report, report_text(report))
-
-
-def verify(command: Verify) -> Outcome:
-    """Check the cache. Status 1: a problem was found."""
-    from ..cache import verify_cache
-
-    store = _store(command.cache)
-    found = verify_cache(store, deep=command.deep, progress=_at_terminal())
-    if found.ok:
-        _check_plan(store, found)
-    read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
-    count = len(found.problems)
-    verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
-    lines = [str(problem) for problem in found.problems]
-    if found.missing:
-        why, also = "sealed without them", " after deleting manifest.parquet"
-        if not found.sealed:
-            why, also = "not written yet?", ""
-        lines.append(
-            f"missing ({why}): shards {ranges(found.missing)}. Run the same capture again{also} to write them."
-        )
-    lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
-    if any(problem.shard is not None for problem in found.problems):
-        sealed = " and manifest.parquet" if found.sealed else ""
-        lines.append(f"To repair the cache, delete the damaged shards{sealed} and run the same capture again.")
-    text = "\n".join(printable(line) for line in lines)
-    warning = f"only the shards in the manifest were checked. {found.unlisted}" if found.unlisted else ""
-    report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
-    if command.teacher is None or not found.ok:
-        return Outcome(report, text, 0 if found.ok else 1, warning)
-    from ..cache import open_cache
-    from ..capture.check import check_teacher, check_text
-    from ..data.examples import Examples
-    from ..teachers.load import load
-
-    data = None if command.examples is None else DataSettings(data=(command.examples,))
-    loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=_at_terminal())
-    check = check_teacher(
-        open_cache(store),
-        loaded.teacher,
-        positions=command.positions,
-        seed=command.sample,
-        data=loaded.data if isinstance(loaded.data, Examples) else None,
-        progress=_at_terminal(),
-    )
-    report |= {"ok": check.ok, "teacher": check.to_json()}
-    return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
-
-
-def _check_plan(store: "Store", found: "VerifyReport") -> None:
-    """Add the problem of a plan that has no hash of itself and is not what the lengths of the documents give."""
-    from ..cache import open_cache
-    from ..cache.verify import Problem
-    from ..stream.split import plan_of
-
-    try:
-        plan_of(open_cache(store))
-    except StoreError:
-        raise
-    except CacheError as error:
-        found.problems.append(Problem(None, None, str(error)))
-
-
-def seal(command: Seal) -> Outcome:
-    """Seal the cache. A sealed cache is reported as such; a cache without shards is refused."""
-    from ..cache import open_cache, open_writer
-    from ..cache.capture_plan import read_capture_plan
-    from ..cache.manifest import gaps
-
-    cache = open_cache(_store(command.cache))
-    plan = read_capture_plan(cache.store, cache.spec)
-    name = cache.store.describe()
-    if not cache.store.readonly and not cache.shards:
-        raise CacheError(f"{name}: got a cache without shards; a sealed cache accepts no more. Nothing was written.")
-    with open_writer(cache.store) as writer:
-        table = writer.seal(progress=_at_terminal())
-    missing = gaps(table.column("shard").to_numpy(), end=0 if plan is None else plan.shards)
-    warning = (
-        f"{name}: shards {ranges(missing)} are missing, and a sealed cache accepts no more. To write them, delete "
-        "manifest.parquet and run the capture again."
-    )
-    report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
-    report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
-    state = "already sealed" if cache.sealed else "sealed"
-    text = f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"
-    return Outcome(report, printable(text), 0, warning if missing else "")
-
-
 def match(command: Match) -> Outcome:
     from ..cache import open_cache
     from ..train.match import match as run
 
     settings = TrainSettings(**{name: getattr(command, name) for name in _OF_MATCH})
     found = run(
-        command.student, open_cache(_store(command.cache)), features=command.features, positions=command.positions,
+        command.student, open_cache(store_of(command.cache)), features=command.features, positions=command.positions,
         data=_examples(command.data), teacher=command.teacher, init=command.init, match=command.match,
         settings=settings,
     )  # fmt: skip
@@ -273,7 +181,7 @@ def train(command: Train, stop: Stop) -> Outcome:
 
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
-        command.student, _store(command.cache), command.out, settings, control=command.control, stop=stop,
+        command.student, store_of(command.cache), command.out, settings, control=command.control, stop=stop,
         **_shared(command),
     )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
@@ -290,7 +198,7 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
     arms = {name: getattr(command, name) for name in FIELDS}
     settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
     report = run(
-        command.student, _store(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
+        command.student, store_of(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
         at_once=command.at_once, stop=stop, **_shared(command),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
@@ -350,6 +258,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Inspect: inspect,
     Verify: verify,
     Seal: seal,
+    Features: features,
     Match: match,
     Report: report,
     Bench: bench,
@@ -357,23 +266,8 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 }
 
 
-class _NoStore(CacheError):
-    """The argument does not name a cache store."""
-
-
-def _store(place: str) -> "Store":
-    from ..cache import open_store
-
-    try:
-        return open_store(place)
-    except StoreError:
-        raise
-    except CacheError as error:
-        raise _NoStore(str(error)) from error
-
-
 def _failure(error: Exception, command: Any) -> Outcome:
-    absent = isinstance(error, (NotFound, NoRun, NoSuite, _NoStore)) or isinstance(error.__cause__, NotFound)
+    absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
     text = masked(in_flags(str(error), flags(command)))
     transient = isinstance(error, (StoreError, WorkRemains)) and not isinstance(error, (Refused, NotFound))
     if transient and type(command) in _LONG:
@@ -390,10 +284,6 @@ def _note(text: str, *, events: bool) -> None:
         _say(json.dumps({"event": "note", "text": masked(text)}))
     else:
         _say(printable(f"fastkd: {text}"), sys.stderr)
-
-
-def _at_terminal() -> bool:
-    return sys.stderr.isatty()
 
 
 def _say(text: str, stream: Any = None) -> None:

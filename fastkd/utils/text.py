@@ -11,7 +11,16 @@ from ..cache.credentials import without_credentials
 from ..cache.provenance import TEXTS
 from .numbers import size_text
 
-__all__ = ["TEXTS", "labelled", "printable", "ranges", "report_text", "size_text", "without_credentials"]
+__all__ = [
+    "TEXTS",
+    "features_lines",
+    "labelled",
+    "printable",
+    "ranges",
+    "report_text",
+    "size_text",
+    "without_credentials",
+]
 
 _WIDTH = 80
 _LABEL = 20  # columns of a line's label
@@ -70,7 +79,35 @@ def report_text(report: dict[str, Any]) -> str:
             rows.append([f"  {label}", *("-" if x is None else f"{x:.4f}" for x in report[what].values())])
         lines += ["", *format_table(rows, gap=4)]
         lines.append("  entropy: with everything outside the top-k entries as one outcome")
+    if report["features"]:
+        lines += ["", *features_lines(report["features"])]
     return "\n".join(printable(line) for line in [*lines, "", *_missing(report)])
+
+
+def features_lines(features: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of the features of a cache, and what each of them lacks."""
+    rows = [["Features", "shape", "step", "positions", "shards", "bytes each", "KL"]]
+    notes: list[str] = []
+    for name, found in features.items():
+        each, kl, shape = found["bytes_per_position"], found["kl"], "x".join(map(str, found["shape"]))
+        count = f"{found['stored_positions']:,}"
+        size = "-" if each is None else f"{each:.1f}"
+        rows.append(
+            [
+                f"  {name}",
+                shape,
+                f"{found['step']:g}",
+                count,
+                f"{found['shards']:,}",
+                size,
+                "-" if kl is None else f"{kl:.1e}",
+            ]
+        )
+        if found["missing"]:
+            notes += labelled(f"  {name}", f"shards {ranges(found['missing'])} are missing")
+        elif not found["sealed"]:
+            notes += labelled(f"  {name}", "not sealed")
+    return [*format_table(rows), *notes] if features else []
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, str]:
@@ -114,7 +151,7 @@ def _missing(report: dict[str, Any]) -> list[str]:
     if len(lines) == 1:
         lines.append("  nothing up to the last shard")
     if not missing["listed"]:
-        lines.append("  The store cannot be listed: this is from the manifest.")
+        lines.append("  The store cannot be listed: this is from the manifest, without features.")
     overlaps = [f"shards {one:,} and {other:,} hold some of the same sequences" for one, other in report["overlaps"]]
     if late := report["not_in_manifest"]:
         lines += labelled("Not sealed in", f"shards {ranges(late)}: written after the cache was sealed")

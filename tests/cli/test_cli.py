@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_cases import unpacked
+from feature_cases import make_base, write_feature
 
 from fastkd import __version__
 from fastkd.cache import CacheSpec, CacheWriter, create_cache, open_cache, open_writer
@@ -406,7 +407,7 @@ def test_a_zip_and_http(cache: Path, tmp_path: Path, server: str, run: Any, run_
     status, report = run_json("verify", f"{server}/cache")
     assert status == 1
     assert report["problems"] == [
-        {"shard": 1, "array": None, "what": "it is in the manifest, and its object is missing"}
+        {"shard": 1, "array": None, "what": "it is in the manifest, and its object is missing", "feature": None}
     ]
 
 
@@ -538,7 +539,7 @@ def test_seal(cache: Path, run: Any, run_json: Any) -> None:
     assert run("seal", cache)[1] == f"{cache}: already sealed, 3 shards, 96 positions\n"
     status, report = run_json("seal", cache)
     assert status == 0
-    assert report == {"cache": str(cache), "already": True, "shards": 3, "positions": 96, "missing": []}
+    assert report == {"cache": str(cache), "already": True, "shards": 3, "positions": 96, "missing": [], "features": {}}
 
 
 def test_what_a_plan_has_beyond_the_last_shard_is_missing_from_a_sealed_cache(cache: Path, run: Any) -> None:
@@ -672,3 +673,51 @@ def test_words() -> None:
     assert without_credentials("see https://u:p@h/x?sig=1 and s3://b/c, pad_token=0") == (
         "see https://…@h/x?… and s3://b/c, pad_token=0"
     )
+
+
+# features
+
+
+def test_features_are_listed_sealed_verified_and_dropped(tmp_path: Path, run: Any, run_json: Any) -> None:
+    base = make_base(tmp_path / "cache", seal=True)
+    write_feature(tmp_path / "cache", base, kl=2e-3)
+    write_feature(tmp_path / "cache", base, 2, name="-1", layer=30)
+    status, out, _ = run("features", tmp_path / "cache")
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines[:3]] == ["Features", "20", "-1"]
+    assert lines[1][1:5] == ["12", "0.06", "180", "3"]
+    assert lines[1][6] == "2.0e-03"
+    assert lines[2][6] == "-"
+    found = run_json("features", tmp_path / "cache")[1]["features"]
+    assert found["-1"]["missing"] == [[2, 2]]
+    assert found["20"]["vectors"] == found["20"]["stored_positions"] == 180
+    folder = tmp_path / "cache/features/20"
+    assert found["20"]["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    inspected = run("inspect", tmp_path / "cache")[1]
+    assert all(line in inspected for line in out.splitlines())
+    assert run_json("inspect", tmp_path / "cache")[1]["features"] == found
+    status, out, err = run("seal", tmp_path / "cache")
+    assert status == 0
+    assert "feature 20: sealed, 3 shards" in out
+    assert "feature -1 is not sealed: shards 2 are missing" in err
+    assert (folder / "manifest.parquet").exists()
+    status, out, _ = run("verify", tmp_path / "cache", "--deep")
+    assert status == 0
+    assert "feature -1: no problem found (2 shards, 120 vectors" in out
+    data = bytearray((folder / "shards/1.zarr.zip").read_bytes())
+    data[99] ^= 1
+    (folder / "shards/1.zarr.zip").write_bytes(data)
+    status, out, _ = run("verify", tmp_path / "cache")
+    assert status == 1
+    assert out.startswith("feature 20, shard 1")
+    assert "To repair feature 20" in out
+    assert "To repair the cache" not in out
+    assert run_json("verify", tmp_path / "cache")[1]["problems"][0]["feature"] == "20"
+    status, out, _ = run("features", tmp_path / "cache", "--drop", "20")
+    assert (status, "dropped feature 20, 6 objects" in out) == (0, True)
+    assert run("verify", tmp_path / "cache")[0] == 0
+    status, _, err = run("features", tmp_path / "cache", "--drop", "20")
+    assert (status, "there is no feature 20" in err) == (1, True)
+    assert run_json("features", tmp_path / "cache", "--drop=-1")[1]["dropped"] == {"-1": 4}
+    assert "no features" in run("features", tmp_path / "cache")[1]

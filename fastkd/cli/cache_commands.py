@@ -1,0 +1,153 @@
+"""The commands that look after a cache: inspect, verify, seal, features."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..cache.errors import CacheError, StoreError
+from ..settings import DataSettings
+from ..utils.numbers import size_text
+from ..utils.text import features_lines, printable, ranges, report_text
+from .commands import Features, Inspect, Seal, Verify
+from .outcome import Outcome, at_terminal, store_of
+
+if TYPE_CHECKING:
+    from ..cache.stores import Store
+    from ..cache.verify import Report as VerifyReport
+
+
+def inspect(command: Inspect) -> Outcome:
+    from ..cache import open_cache
+    from ..cache.inspect import inspect_cache
+
+    report = inspect_cache(open_cache(store_of(command.cache)), progress=at_terminal())
+    return Outcome(report, report_text(report))
+
+
+def verify(command: Verify) -> Outcome:
+    """Check the cache. Status 1: a problem was found."""
+    from ..cache import verify_cache
+
+    store = store_of(command.cache)
+    found = verify_cache(store, deep=command.deep, progress=at_terminal())
+    if found.ok:
+        _check_plan(store, found)
+    read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
+    count = len(found.problems)
+    verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
+    lines = [str(problem) for problem in found.problems]
+    if found.missing:
+        why, also = "sealed without them", " after deleting manifest.parquet"
+        if not found.sealed:
+            why, also = "not written yet?", ""
+        lines.append(
+            f"missing ({why}): shards {ranges(found.missing)}. Run the same capture again{also} to write them."
+        )
+    lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
+    lines += [f"feature {name}: {counts}" for name, counts in _features_checked(found).items()]
+    if any(problem.shard is not None and problem.feature is None for problem in found.problems):
+        sealed = " and manifest.parquet" if found.sealed else ""
+        lines.append(f"To repair the cache, delete the damaged shards{sealed} and run the same capture again.")
+    for name in sorted({problem.feature for problem in found.problems if problem.feature is not None}):
+        lines.append(
+            f"To repair feature {name}, delete its damaged shards and its manifest.parquet, or drop it "
+            f"(`fastkd features CACHE --drop {name}`), and run the same capture again."
+        )
+    text = "\n".join(printable(line) for line in lines)
+    what = "only the shards in the manifest were checked, and no features"
+    warning = f"{what}. {found.unlisted}" if found.unlisted else ""
+    report = {"cache": store.describe(), "ok": found.ok, **asdict(found)}
+    if command.teacher is None or not found.ok:
+        return Outcome(report, text, 0 if found.ok else 1, warning)
+    from ..cache import open_cache
+    from ..capture.check import check_teacher, check_text
+    from ..data.examples import Examples
+    from ..teachers.load import load
+
+    data = None if command.examples is None else DataSettings(data=(command.examples,))
+    loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=at_terminal())
+    check = check_teacher(
+        open_cache(store),
+        loaded.teacher,
+        positions=command.positions,
+        seed=command.sample,
+        data=loaded.data if isinstance(loaded.data, Examples) else None,
+        progress=at_terminal(),
+    )
+    report |= {"ok": check.ok, "teacher": check.to_json()}
+    return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
+
+
+def _check_plan(store: "Store", found: "VerifyReport") -> None:
+    """Add the problem of a plan that has no hash of itself and is not what the lengths of the documents give."""
+    from ..cache import open_cache
+    from ..cache.verify import Problem
+    from ..stream.split import plan_of
+
+    try:
+        plan_of(open_cache(store))
+    except StoreError:
+        raise
+    except CacheError as error:
+        found.problems.append(Problem(None, None, str(error)))
+
+
+def _features_checked(found: "VerifyReport") -> dict[str, str]:
+    """What was checked of each feature, by name."""
+    texts = {}
+    for name, feature in found.features.items():
+        count = sum(problem.feature == name for problem in found.problems)
+        verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
+        texts[name] = f"{verdict} ({feature.shards:,} shards, {feature.vectors:,} vectors, {size_text(feature.bytes)})"
+        if feature.missing:
+            texts[name] += f"; missing: shards {ranges(feature.missing)}. Run the same capture again to write them."
+    return texts
+
+
+def seal(command: Seal) -> Outcome:
+    """Seal the cache and its features. A sealed cache is reported as such; a cache without shards is refused."""
+    from ..cache import open_cache, open_writer
+    from ..cache.capture_plan import read_capture_plan
+    from ..cache.features.seal import seal_features
+    from ..cache.manifest import gaps
+
+    cache = open_cache(store_of(command.cache))
+    plan = read_capture_plan(cache.store, cache.spec)
+    name = cache.store.describe()
+    if not cache.store.readonly and not cache.shards:
+        raise CacheError(f"{name}: got a cache without shards; a sealed cache accepts no more. Nothing was written.")
+    with open_writer(cache.store) as writer:
+        table = writer.seal(progress=at_terminal())
+    missing = gaps(table.column("shard").to_numpy(), end=0 if plan is None else plan.shards)
+    warnings = []
+    if missing:
+        warnings.append(
+            f"{name}: shards {ranges(missing)} are missing, and a sealed cache accepts no more. To write them, delete "
+            "manifest.parquet and run the capture again."
+        )
+    report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
+    report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
+    state = "already sealed" if cache.sealed else "sealed"
+    lines = [f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"]
+    report["features"] = seal_features(cache, progress=at_terminal())
+    for feature, found in report["features"].items():
+        if found["missing"]:
+            warnings.append(f"feature {feature} is not sealed: shards {ranges(found['missing'])} are missing.")
+        else:
+            lines.append(f"feature {feature}: {'already ' * found['already']}sealed, {found['shards']:,} shards")
+    return Outcome(report, "\n".join(map(printable, lines)), 0, " ".join(warnings))
+
+
+def features(command: Features) -> Outcome:
+    """List the features of the cache, or drop some."""
+    from ..cache import drop_feature, open_cache
+    from ..cache.features.inspect import inspect_features
+
+    store = store_of(command.cache)
+    name = store.describe()
+    if command.drop:
+        dropped = {feature: drop_feature(store, feature) for feature in command.drop}
+        lines = [f"{name}: dropped feature {feature}, {count:,} objects" for feature, count in dropped.items()]
+        return Outcome({"cache": name, "dropped": dropped}, "\n".join(map(printable, lines)))
+    found = inspect_features(open_cache(store), progress=at_terminal())
+    text = "\n".join(map(printable, features_lines(found))) or printable(f"{name}: no features")
+    return Outcome({"cache": name, "features": found}, text)
