@@ -21,6 +21,10 @@ class TeacherError(_MaskedError):
     """A problem with a teacher or its tokenizer."""
 
 
+class ExportError(_MaskedError):
+    """A problem with an export of a cache: its selection, its folder, or what its format does not take."""
+
+
 class StreamError(ValueError):
     """A problem with a batch source: its arguments, or the cache that it reads."""
 

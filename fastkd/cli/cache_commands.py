@@ -1,4 +1,4 @@
-"""The commands that look after a cache: inspect, verify, seal, features."""
+"""The commands that look after a cache: inspect, verify, seal, features; and its export."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from ..cache.errors import CacheError, StoreError
 from ..settings import DataSettings
 from ..utils.numbers import size_text
+from ..utils.signals import Stop
 from ..utils.text import features_lines, printable, ranges, report_text
-from .commands import Features, Inspect, Seal, Verify
+from .commands import ExportCache, Features, Inspect, Seal, Verify
 from .outcome import Outcome, at_terminal, store_of
 
 if TYPE_CHECKING:
@@ -151,3 +152,17 @@ def features(command: Features) -> Outcome:
     found = inspect_features(open_cache(store), progress=at_terminal())
     text = "\n".join(map(printable, features_lines(found))) or printable(f"{name}: no features")
     return Outcome({"cache": name, "features": found}, text)
+
+
+def export_cache(command: ExportCache, stop: Stop) -> Outcome:
+    """Write the cache in another program's format. Status 75: work remains."""
+    from ..cache import open_cache
+    from ..export.api import export_cache as run
+    from ..utils.progress import mode_for
+
+    report = run(
+        open_cache(store_of(command.cache)), command.out, to=command.to, features=command.features,
+        dtype=command.state_dtype, teacher=command.teacher, settings=command, stop=stop,
+        progress=mode_for(events=command.json),
+    )  # fmt: skip
+    return Outcome({"event": "done", **report.to_json()}, printable(str(report)), report.status)

@@ -212,6 +212,33 @@ class Sweep(_Training):
     """Deprecated, without effect: arms are trained one after another."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportCache(ModelSettings):
+    """Write a cache in another program's format.
+
+    Tokens and hidden states, to train draft heads there.
+    safetensors-features: for speculators (vLLM); needs at least one layer and -1. specforge: for SpecForge's EAGLE-3;
+    needs three layers, -1, and the teacher, whose final norm it applies.
+    Running the same command again resumes. Exit status 75: work remains (after SIGTERM, or with a full disk).
+    """
+
+    cache: Place
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    to: str
+    """Format: safetensors-features or specforge."""
+    out: Path
+    """Output folder."""
+    features: tuple[str, ...] = ()
+    """Layers whose entering states are written, in order; -1, what enters the final norm, is always the last. Default:
+    all states of the cache."""
+    state_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Data type of the states on disk."""
+    teacher: str | None = None
+    """Teacher of the cache, as in `fastkd capture`, for formats that need its final norm."""
+    json: bool = False
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Compare runs on one HTML page.
@@ -280,6 +307,7 @@ COMMANDS: dict[str, type] = {
     "match": Match,
     "train": Train,
     "sweep": Sweep,
+    "export-cache": ExportCache,
     "report": Report,
     "bench": Bench,
     "demo": Demo,

@@ -16,6 +16,7 @@ from ..cache.errors import CacheError, NotFound, Refused, StoreError
 from ..errors import (
     BenchError,
     DataError,
+    ExportError,
     NoRun,
     NoSuite,
     ReportError,
@@ -30,12 +31,13 @@ from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.text import printable
-from .cache_commands import features, inspect, seal, verify
+from .cache_commands import export_cache, features, inspect, seal, verify
 from .commands import (
     Bench,
     Capture,
     Completion,
     Demo,
+    ExportCache,
     Features,
     Inspect,
     Match,
@@ -48,6 +50,10 @@ from .commands import (
 )
 from .outcome import NoStore, Outcome, at_terminal, store_of
 from .parse import completion_script, discard, flags, in_flags, parse
+
+_ERRORS = (
+    BenchError, CacheError, DataError, ExportError, OSError, ReportError, StreamError, TeacherError, TrainError,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = json.dumps(stopped.report) + "\n" if command.json else ""
             with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
                 outcome = long(command, stop)
-    except (BenchError, CacheError, DataError, OSError, ReportError, StreamError, TeacherError, TrainError) as error:
+    except _ERRORS as error:
         outcome = _failure(error, command)
     except Stopped:
         outcome = stopped
@@ -252,7 +258,13 @@ def _stopped(text: str) -> Outcome:
 
 # settings of a training that the command match has too
 _OF_MATCH = ("seed", "device", "allow_partial", "allow_other_tokenizer", "trust_remote_code")
-_LONG: dict[type, Callable[[Any, Stop], Outcome]] = {Capture: capture, Train: train, Sweep: sweep, Demo: demo}
+_LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
+    Capture: capture,
+    Train: train,
+    Sweep: sweep,
+    ExportCache: export_cache,
+    Demo: demo,
+}
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Plan: plan,
     Inspect: inspect,
