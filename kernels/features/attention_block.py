@@ -106,10 +106,8 @@ class AttentionBlock(TensorFields):
         q, k, v = (getattr(self, name).shape[0] for name in PROJECTIONS)
         fits = not (self.heads % self.key_heads or q % self.heads or v % self.key_heads)
         if not fits or k * self.heads != q * self.key_heads:
-            raise KDError(
-                f"heads: got {self.heads} query and {self.key_heads} key heads for projections of {q}, {k} and {v} rows; "
-                "expected heads of one width, and key heads that divide the query heads."
-            )
+            got = f"{self.heads} query and {self.key_heads} key heads for projections of {q}, {k} and {v} rows"
+            raise KDError(f"heads: got {got}; expected heads of one width, and key heads that divide the query heads.")
         if self.norm not in NORMS:
             raise KDError(f"norm: got {self.norm!r}; expected one of {', '.join(NORMS)}.")
         if self.norm == "none" and (self.norm_weight is not None or self.norm_bias is not None):
