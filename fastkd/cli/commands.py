@@ -50,7 +50,7 @@ class Verify(ModelSettings):
 
 @dataclass(frozen=True)
 class Seal:
-    """Write the manifest of a finished cache, and of its features.
+    """Write the manifests of a finished cache and its features.
 
     A capture does this itself when it completes. A sealed cache opens with two requests and accepts no more shards.
     Features can still be added; those that lack shards stay unsealed.
@@ -64,7 +64,7 @@ class Seal:
 
 @dataclass(frozen=True)
 class Features:
-    """List the hidden states and feature maps in a cache, or delete some.
+    """List the hidden states and maps in a cache, or drop some.
 
     Prints layer, shape, step, positions, shards, bytes per position, and the KL divergence measured at capture.
     """
