@@ -86,6 +86,23 @@ class CaptureSettings:
     """Maximum positions per teacher batch, padding included."""
     seed: int = 0
     """Seed of the draws and of the held-out split."""
+    features: tuple[str, ...] = ()
+    """Hidden states to store as well: numbers of layers, from 0, whose input is stored (-1: the input of the final
+    norm), or names of modules, whose output is stored (NAME:at: its attention-transfer map). Separate with commas. They
+    can be added to a finished cache by the same command, and do not change the rest of it."""
+    feature_step: float | None = None
+    """Rounding step of hidden states, in units of their root mean square. Default: 0.2."""
+    feature_kl: float | None = None
+    """Choose the step of each hidden state so that the teacher, run on from it, has this KL divergence (nats)."""
+    feature_positions: str = "all"
+    """Positions whose hidden states are stored: all, counted (those with a target), or a fraction of these."""
+    feature_block: bool = False
+    """Also store the query, key and value weights of each layer whose input is stored, so that attention maps can be
+    recomputed."""
+
+    def __post_init__(self) -> None:
+        names = [part.strip() for text in self.features for part in text.split(",")]
+        object.__setattr__(self, "features", tuple(name for name in names if name))
 
 
 @dataclass(frozen=True, kw_only=True)

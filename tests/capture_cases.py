@@ -45,6 +45,44 @@ class Causal(nn.Module):
         return Hidden(stacked, LMHead(self.head)) if self.hidden else stacked @ self.head.T
 
 
+class Mixed(nn.Module):
+    """A layer: each position sees itself and the one before it. Elementwise, so that batches change no bit."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH, generator=generator))
+
+    def forward(self, states: Tensor) -> Tensor:
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+        return states + torch.sin(self.scale * states + before.roll(1, 2))
+
+
+class Layered(nn.Module):
+    """A teacher with a list of layers. Logits, or (hidden=True) hidden states and an LM head.
+
+    The first position of a document has states a hundred times as large as the others (a sink).
+    """
+
+    def __init__(self, *, hidden: bool = False, layers: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Parameter(torch.randn(VOCAB, WIDTH, generator=generator))
+        self.layers = nn.ModuleList(Mixed(generator) for _ in range(layers))
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.head = nn.Parameter(2 * torch.randn(VOCAB, WIDTH, generator=generator))
+        self.hidden = hidden
+        self.calls: list[tuple[int, ...]] = []
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.calls.append(tuple(tokens.shape))
+        states = self.embedding[tokens]
+        states = torch.cat([100 * states[:, :1], states[:, 1:]], 1)
+        for layer in self.layers:
+            states = layer(states)
+        states = self.norm(states)
+        return Hidden(states, LMHead(self.head)) if self.hidden else states @ self.head.T
+
+
 def documents(count: int = 30, longest: int = 40, seed: int = 0) -> list[list[int]]:
     """Documents of ids, of many lengths, one of them empty."""
     random = np.random.default_rng(seed)
@@ -77,6 +115,12 @@ def reference(data: list[list[int]], context: int, overlap: int = 0, **ask: Any)
 def contents(folder: Any) -> dict[int, str]:
     """The hash of the contents of each shard."""
     return {row["shard"]: row["content_sha256"].hex() for row in open_cache(folder).manifest.to_pylist()}
+
+
+def feature_contents(folder: Any) -> dict[str, dict[int, str]]:
+    """The hash of the contents of each feature's shards."""
+    features = open_cache(folder).features
+    return {name: {i: features[name].attributes(i)["content"] for i in features[name].shards} for name in features}
 
 
 # --- captures that are interrupted -----------------------------------------------------------------------------------

@@ -1,20 +1,24 @@
 """`fastkd.capture`: run a teacher over a dataset and store its targets in a cache."""
 
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
 
-from ..cache import create_cache
+from ..cache import CacheWriter, FeatureWriter, create_cache, create_feature
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
-from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
+from ..teachers.tensor_parallel import ParallelGroup, led, rank_and_world_size
 from ..utils.output_guard import check_store
 from ..utils.progress import MODES, Progress
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
 from .claims import Claims
+from .features.places import find_places
+from .features.prepare import check_existing, check_sizes, prepare_features, read_block
+from .features.settings import check_feature_settings
 from .prepare import prepare, write_window_plan
 from .runner import CaptureReport, CaptureRunner
 from .teacher_pass import TeacherPass
@@ -86,34 +90,48 @@ def capture(
     for line in large_k_text(settings.k, settings.draws, model.vocab_size):
         tell(line)
     check_limits(model, settings)
+    check_feature_settings(settings)
+    places = find_places(model, data, settings.features)
     plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+    check_sizes(places, plan)
+    check_existing(store, spec, places, settings)
     if isinstance(data, Documents):
         for line in describe_documents(data, plan.lengths):
             tell(line)
     reporter.event("plan", text=plan_text(plan.totals, plan.settings.context, plan.settings.on_long), **plan.totals)
     if line := prepare_topk(model.device):
         tell(line)
-    runner = CaptureRunner(
-        TeacherPass(model, settings),
-        data,
-        plan,
-        store,
-        claims,
-        rank=rank,
-        world_size=world_size,
-        group=group,
-        stop=stop,
-        progress_mode=progress,
-    )
-    if group is not None and not group.leader:
-        return runner.run(None)
-    try:
-        # before the spec: if two workers start with different settings, the plan names the differences
-        write_window_plan(store, plan)
-        writer = create_cache(store, spec, threads=threads, queue=1)
-    except BaseException:
-        if group is not None:
-            group.share(None)  # the other processes wait for the leader
-        raise
-    with writer:
-        return runner.run(writer)
+    group = group or ParallelGroup()
+    teacher_pass = TeacherPass(model, settings)
+
+    writers: dict[str, FeatureWriter] = {}
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            # before the spec: if two workers start with different settings, the plan names the differences
+            write_window_plan(store, plan)
+            opened.append(stack.enter_context(create_cache(store, spec, threads=threads, queue=1)))
+
+        def open_features() -> None:
+            for feature in features:
+                made = create_feature(store, feature.spec, feature.basis, read_block(store, feature.spec), queue=1)
+                writers[feature.name] = stack.enter_context(made)
+
+        opened: list[CacheWriter] = []
+        led(group, begin)
+        features = prepare_features(teacher_pass, data, plan, spec, places, store, claims, group, tell)
+        runner = CaptureRunner(
+            teacher_pass,
+            data,
+            plan,
+            store,
+            claims,
+            features=features,
+            rank=rank,
+            world_size=world_size,
+            group=group,
+            stop=stop,
+            progress_mode=progress,
+        )
+        led(group, open_features)
+        return runner.run(opened[0] if opened else None, writers)

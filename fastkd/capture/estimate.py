@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from ..teachers.protocol import Teacher
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable, without_credentials
 from .claims import FIRST_SECONDS, LONGEST_SECONDS
+from .features.estimate import FeatureCost, estimate_features
+from .features.places import find_places
+from .features.prepare import check_sizes
 from .prepare import prepare
 from .rows import ShardRows
 from .sample import Sample, measure_sizes, run_sample
@@ -53,7 +56,7 @@ class Estimate:
     bytes: of all shards; bytes_per_position; by_array: bytes a position. requests: PUT, GET and LIST of "capture"
         (sealing included) and an "epoch" of training.
     hours: until all workers are done. worker_hours: of all workers together; cost: of these.
-    by_k: size and kept probability for other k.
+    by_k: size and kept probability for other k. features: of each, beyond `bytes`.
     """
 
     teacher: str
@@ -74,10 +77,14 @@ class Estimate:
     price_per_hour: float | None
     cost: float | None
     by_k: list[KCost]
+    features: dict[str, FeatureCost] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as a JSON object."""
-        return asdict(self)
+        result = asdict(self)
+        if not self.features:
+            del result["features"]
+        return result
 
 
 def estimate(
@@ -107,7 +114,9 @@ def estimate(
     ):
         if not least <= value < math.inf:
             raise DataError(f"{name}: got {value}; expected a number from {least} on.")
+    places = find_places(teacher, data, settings.features)
     plan, spec = prepare(teacher, data, settings, progress=progress)
+    check_sizes(places, plan)
     begun = time.perf_counter()
     sample = run_sample(
         teacher,
@@ -117,8 +126,11 @@ def estimate(
         ks=sorted({settings.k, *(k for k in KS if k <= spec.vocab_size)}),
         seconds=seconds,
         min_batches=min_batches,
+        places=places,
         progress=progress,
     )
+    eligible = sample.stored / sample.positions
+    features, encode = estimate_features(teacher, data, plan, spec, settings, places, sample.states, eligible)
     spent = time.perf_counter() - begun
     shard_rows = np.diff(plan.shard_rows)
     context = plan.settings.context if plan.settings.packing == "pack" else None
@@ -126,13 +138,14 @@ def estimate(
     by_array = sizes.of(shard_rows)
     size, positions = sum(by_array.values()), plan.totals["positions"]
     run = sample.seconds / sample.positions
-    each = position_seconds(run, sizes.seconds, teacher.device)
+    encode += sizes.seconds
+    each = position_seconds(run, encode, teacher.device)
     hours = capture_hours(plan, workers, each)
     return Estimate(
         teacher=without_credentials(teacher.fingerprint),
         device=device_name(teacher.device),
         settings={
-            **asdict(settings),
+            **{name: value for name, value in asdict(settings).items() if places or not name.startswith("feature")},
             "context": plan.settings.context,
             "shard_positions": plan.settings.shard_positions,
         },
@@ -148,17 +161,18 @@ def estimate(
             "seconds_spent": spent,
         },
         positions_per_second=1 / each,
-        seconds_per_position={"run": run, "encode": sizes.seconds},
+        seconds_per_position={"run": run, "encode": encode},
         bytes=size,
         bytes_per_position=size / positions,
         by_array={name: n / positions for name, n in sorted(by_array.items(), key=lambda item: -item[1])},
-        requests=requests(plan.shards, workers, hours),
+        requests=requests(plan.shards, workers, hours, len(places)),
         workers=workers,
         hours=hours,
         worker_hours=hours * workers,
         price_per_hour=price_per_hour,
         cost=None if price_per_hour is None else price * workers * hours,
         by_k=_k_table(spec, settings.k, sample, by_array, plan),
+        features=features,
     )
 
 
@@ -175,11 +189,11 @@ def capture_hours(plan: WindowPlan, workers: int, seconds: float) -> float:
     return seconds * plan.totals["positions"] * rounds / plan.shards / 3600
 
 
-def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dict[str, int]]:
+def requests(shards: int, workers: int = 1, hours: float = 0.0, features: int = 0) -> dict[str, dict[str, int]]:
     """Requests of a whole capture, sealing included, and of an epoch of training from the cache.
 
     hours: of the capture; claims on shards are renewed from time to time. Several workers may need a few more, if two
-    of them want the same shard.
+    of them want the same shard. features: their number; of their GETs, more than there will be.
     """
     pages = max(1, math.ceil(shards / _PAGE))
     # a claim is renewed each time half-way to its end, and for a longer time
@@ -196,7 +210,12 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0) -> dict[str, dic
         # each worker first looks for foreign objects
         "LIST": 1 + workers + (2 * workers + 1) * pages + shards,
     }
-    return {"capture": capture, "epoch": {"PUT": 0, "GET": shards + 2, "LIST": 0}}
+    # a feature has three objects beside its shards, which are read several times, and each of its shards is looked for
+    # twice and bound to the cache's
+    capture["PUT"] += features * (shards + 3)
+    capture["GET"] += features * (6 * shards + 12 * workers)
+    capture["LIST"] += features * (2 * workers + 1) * pages
+    return {"capture": capture, "epoch": {"PUT": 0, "GET": (1 + features) * (shards + 2), "LIST": 0}}
 
 
 def _k_table(spec: CacheSpec, k: int, sample: Sample, by_array: dict[str, float], plan: WindowPlan) -> list[KCost]:
@@ -261,9 +280,14 @@ def _costs(report: Estimate) -> list[str]:
     whole = duration(report.hours * 3600)
     if report.workers > 1:
         whole += f" with {report.workers:,} workers, {duration(report.worker_hours * 3600)} of work"
-    lines = [
-        "Capture",
-        *labelled("  size", f"{size_text(report.bytes)}, {each}"),
+    lines = ["Capture", *labelled("  size", f"{size_text(report.bytes)}, {each}")]
+    for name, feature in report.features.items():
+        lines += labelled(f"  feature {name}", feature.text)
+    if report.features:
+        total = report.bytes + sum(feature.bytes for feature in report.features.values())
+        positions = report.plan["positions"]
+        lines += labelled("  with features", f"{size_text(total)}, {total / positions:.1f} bytes a position")
+    lines += [
         *labelled(
             "  speed",
             f"{speed} positions/s a worker; a position takes {_micro(seconds['run'])} for teacher and top-k, "

@@ -49,16 +49,15 @@ class ShardRows:
         offsets = _offsets(lengths[segments])
         return np.repeat(starts[segments], lengths[segments]) + offsets, offsets
 
-    def counted(self, segments: Ints) -> tuple[Ints, Ints]:
-        """The rows of some segments that get a target, `[m]`, and the index of each in the teacher's flattened output
-        for these segments, `[segments · L]` (see `teacher_inputs`) or `[examples]`."""
+    def placed(self, segments: Ints) -> tuple[Ints, Ints]:
+        """The rows of some segments, `[m]`, and the index of each in the teacher's flattened output for these segments,
+        `[segments · L]` (see `teacher_inputs`) or `[examples]`."""
         rows, offsets = self.rows_of(segments)
         flat = np.arange(len(rows))
         if "tokens" in self.inputs:
             lengths = self.document_lengths[segments].astype(np.int64)
             flat = np.repeat(np.arange(len(segments)) * int(lengths.max()), lengths) + offsets
-        counts = self.counts[rows]
-        return rows[counts], flat[counts]
+        return rows, flat
 
     def select(self, segments: Ints) -> "ShardRows":
         """The rows of some segments alone, each segment a window."""

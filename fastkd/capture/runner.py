@@ -1,20 +1,23 @@
 """Capturing the shards of a window plan, one after the other, by any number of workers that may be killed at any time.
 
+A shard is one object with its targets, and one for each feature, which is written after it. A shard is captured while
+any of them is missing; what is there stays as it is.
+
 Each worker starts with its own share (shard i belongs to worker i mod world_size), then takes shards that others have
 not done. Claims prevent duplicate work; if two workers still capture the same shard, the first commit wins.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import __version__
-from ..cache import CacheError, CacheWriter, Commit, NotFound, open_cache
+from ..cache import CacheError, CacheWriter, Commit, FeatureWriter, NotFound, open_cache
 from ..cache.manifest import KEY as MANIFEST_KEY
 from ..cache.manifest import listed, runs, shard_key
 from ..cache.stores import Store
@@ -26,6 +29,8 @@ from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
 from ..utils.text import printable, ranges
 from .claims import Claims
+from .features.collect import Codes, stored_rows
+from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
 from .teacher_pass import TeacherPass, device_name
 from .window_plan import WindowPlan
@@ -34,13 +39,25 @@ _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each 
 
 
 @dataclass(frozen=True)
+class FeatureReport:
+    """What a capture wrote of a feature: shards_written, positions_written (with a stored value) and bytes_written.
+    step: of its codes."""
+
+    step: float
+    shards_written: int = 0
+    positions_written: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True)
 class CaptureReport:
     """What a capture did.
 
     complete: whether the cache has every shard, and is sealed. missing: the other shards, as ranges [first, last].
     plan: `WindowPlan.totals`. The rest is about this worker in this run: shards_written, positions_written and
-    bytes_written; positions_captured, including shards that another worker committed first; seconds; teacher_busy, the
-    fraction of them in which the teacher ran; batches_halved, because they did not fit into memory.
+    bytes_written of the targets, and features by name; positions_captured, including shards that another worker
+    committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
+    did not fit into memory.
     """
 
     cache: str
@@ -54,6 +71,7 @@ class CaptureReport:
     seconds: float = 0.0
     teacher_busy: float = 0.0
     batches_halved: int = 0
+    features: dict[str, FeatureReport] = field(default_factory=dict)
 
     @property
     def status(self) -> int:
@@ -65,8 +83,16 @@ class CaptureReport:
         return {**asdict(self), "status": self.status}
 
 
+class _Shard(NamedTuple):
+    """A shard to capture: whether its targets are missing, and the names of the features that are."""
+
+    index: int
+    targets: bool
+    features: tuple[str, ...]
+
+
 class CaptureRunner:
-    """Captures one worker's part of a cache whose spec and plan are written. For one `run`.
+    """Captures one worker's part of a cache whose spec and plan, and those of its features, are written. For one `run`.
 
     progress_mode: see `Progress`. sleep: waits for a number of seconds.
     """
@@ -79,6 +105,7 @@ class CaptureRunner:
         store: Store,
         claims: Claims,
         *,
+        features: Sequence[Feature] = (),
         rank: int = 0,
         world_size: int = 1,
         group: ParallelGroup | None = None,
@@ -87,6 +114,7 @@ class CaptureRunner:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._data, self._plan, self._store, self._claims = data, plan, store, claims
+        self._features = {feature.name: feature for feature in features}
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
         self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
         self._group, self._stop, self._sleep = group or ParallelGroup(), stop or Stop(), sleep
@@ -96,30 +124,34 @@ class CaptureRunner:
         self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
         self._next: int | None = None  # probably the next one of them
-        self._submitted: dict[int, Future[Commit]] = {}
-        self._sizes: Mapping[int, int] = {}  # bytes of the shards that this worker committed
+        # by shard and by feature, "" for the targets
+        self._submitted: dict[int, dict[str, Future[Commit]]] = {}
+        self._writers: Mapping[str, CacheWriter | FeatureWriter] = {}
+        self._there: dict[str, set[int]] = {}  # shards that were seen
+        self._stored: dict[int, dict[str, int]] = {}  # positions of the submitted features
         self._prefetched: tuple[int, Future[ShardRows]] | None = None
         self._busy = 0.0
-        self._report = CaptureReport(store.describe(), False, [], plan.totals)
+        reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
+        self._report = CaptureReport(store.describe(), False, [], plan.totals, features=reports)
 
-    def run(self, writer: CacheWriter | None) -> CaptureReport:
-        """Capture until the cache has every shard, or a stop is requested. writer: None unless this is the leader.
+    def run(self, writer: CacheWriter | None, features: Mapping[str, FeatureWriter] | None = None) -> CaptureReport:
+        """Capture until the cache has every shard, or a stop is requested.
 
-        Raises DataError, TeacherError, CacheError, or StoreError.
+        writer: None unless this is the leader. features: the writer of each feature. Raises DataError, TeacherError,
+        CacheError, or StoreError.
         """
         self._stop.gentle = True
         report: CaptureReport | None = None
         try:
             if writer is None:
                 return self._follow()
+            self._writers = {"": writer, **(features or {})}
             started = time.perf_counter()
-            self._capture_shards(writer)
+            self._capture_shards()
             seconds = time.perf_counter() - started
-            missing = set(range(self._plan.shards)) - set(listed(self._store))
+            missing = set(range(self._plan.shards)) - set.intersection(*(set(self._listed(n)) for n in self._writers))
             if not missing:
-                cache = open_cache(self._store)
-                if not cache.sealed or len(cache.manifest) != self._plan.shards:
-                    writer.seal()
+                self._seal()
             busy = self._busy / seconds if seconds else 0.0
             report = replace(self._report, seconds=seconds, teacher_busy=busy)
             report = replace(report, complete=not missing, missing=runs(missing))
@@ -130,25 +162,46 @@ class CaptureRunner:
             if writer is not None and not self._group_busy:  # if the teacher failed, it failed in the whole group
                 self._group.share(report)
 
-    def _committed_shards(self) -> set[int]:
-        """The shards that the cache has. CacheError if no shards can be added to it."""
-        sealed = self._exists(MANIFEST_KEY)  # before the shards: another worker may be about to seal
-        committed = set(listed(self._store))
+    def _folder(self, name: str) -> str:
+        """Where the objects of a feature are; of the targets, "" for both."""
+        return self._features[name].spec.folder if name else ""
+
+    def _listed(self, name: str) -> list[int]:
+        """The shards there are of a feature, or of the targets."""
+        return list(listed(self._store, self._folder(name)))
+
+    def _committed_shards(self, name: str) -> set[int]:
+        """The shards that the cache has, of a feature or of the targets. CacheError if none can be added."""
+        folder = self._folder(name)
+        sealed = self._exists(f"{folder}{MANIFEST_KEY}")  # before the shards: another worker may be about to seal
+        committed = set(self._listed(name))
+        where = f"{self._store.describe()}{f', feature {name}' if name else ''}"
         if unknown := sorted(committed - set(range(self._plan.shards))):
             raise CacheError(
-                f"{self._store.describe()}: got shard {unknown[0]}; expected only the {self._plan.shards} shards of "
+                f"{where}: got shard {unknown[0]}; expected only the {self._plan.shards} shards of "
                 "the plan. It belongs to something else: write to another folder."
             )
         if sealed and len(committed) < self._plan.shards:
             raise CacheError(
-                f"{self._store.describe()}: the cache is sealed, with {len(committed)} of {self._plan.shards} shards. "
-                f"To write the others, delete {MANIFEST_KEY}: no target is lost, and it is written again at the end."
+                f"{where}: the {'feature' if name else 'cache'} is sealed, with {len(committed)} of "
+                f"{self._plan.shards} shards. To write the others, delete {folder}{MANIFEST_KEY}: no "
+                f"{'state' if name else 'target'} is lost, and it is written again at the end."
             )
         return committed
 
-    def _capture_shards(self, writer: CacheWriter) -> None:
-        committed = self._committed_shards()
-        self._sizes = writer.sizes
+    def _seal(self) -> None:
+        """Write the manifests that are not there, or are of fewer shards."""
+        cache = open_cache(self._store)
+        if not cache.sealed or len(cache.manifest) != self._plan.shards:
+            self._writers[""].seal()
+        for name in self._features:
+            feature = cache.features[name]
+            if not feature.sealed or len(feature.shards) != self._plan.shards:
+                self._writers[name].seal()
+
+    def _capture_shards(self) -> None:
+        self._there = {name: self._committed_shards(name) for name in self._writers}
+        committed = set.intersection(*self._there.values())
         self._progress = Progress(
             self._plan.totals["positions"],
             unit="position",
@@ -163,14 +216,14 @@ class CaptureRunner:
         self._todo = [i for i in order if i not in committed]
         pool = ThreadPoolExecutor(1, "fastkd-rows")
         try:
-            for index in self._claimed_shards():
-                rows = self._read_rows(index, pool)
+            for shard in self._claimed_shards():
+                rows = self._read_rows(shard.index, pool)
                 self._collect(wait=False)
                 self._group_busy = True
-                self._group.share(index)
-                answers = self._pass.run(rows, self._plan.batches(index), self._data, index)
+                self._group.share(shard)
+                made = self._run(shard, rows)
                 self._group_busy = False
-                self._submit(index, rows, writer, *answers)
+                self._submit(shard, rows, *made)
             self._collect(wait=True)
         except Stopped:
             self._group_busy = False
@@ -180,17 +233,33 @@ class CaptureRunner:
             for name in self._claims.held:
                 self._claims.drop(name)
 
+    def _run(self, shard: _Shard, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, Codes]]:
+        """Run the teacher on a shard: its targets, the parts of halved batches, and the codes of its features."""
+        codes = {}
+        for name in shard.features:
+            feature = self._features[name]
+            mask = stored_rows(rows, feature.spec.positions, feature.spec.seed)
+            codes[name] = Codes(feature.place, mask, feature.on_device, feature.spec.step)
+        arrays, halved = self._pass.run(
+            rows,
+            self._plan.batches(shard.index),
+            self._data,
+            shard.index,
+            targets=shard.targets,
+            collectors=list(codes.values()),
+        )
+        return arrays, halved, codes
+
     def _follow(self) -> CaptureReport:
         """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
-        while isinstance(shared := self._group.share(None), int):
+        while isinstance(shared := self._group.share(None), _Shard):
             with suppress(Stopped):
-                rows = read_shard_rows(self._plan, self._data, shared)
-                self._pass.run(rows, self._plan.batches(shared), self._data, shared)
+                self._run(shared, read_shard_rows(self._plan, self._data, shared.index))
         if not isinstance(shared, CaptureReport):
             raise CacheError("the leading process of this worker failed; see its error message.")
         return shared
 
-    def _claimed_shards(self) -> Iterator[int]:
+    def _claimed_shards(self) -> Iterator[_Shard]:
         """The shards that this worker claims, one at a time; waits for shards that others have claimed."""
         pause = _FIRST_PAUSE
         while self._todo:
@@ -199,7 +268,7 @@ class CaptureRunner:
             left, i = float("inf"), 0
             while i < len(self._todo):
                 index = self._todo[i]
-                if self._exists(shard_key(index)):
+                if not (lacking := self._lacking(index)):
                     del self._todo[i]
                     self._progress.found(self._positions(index))
                 elif seconds := self._claims.take(str(index)):
@@ -208,7 +277,7 @@ class CaptureRunner:
                     del self._todo[i]
                     self._next = self._todo[i] if i < len(self._todo) else None
                     pause = _FIRST_PAUSE
-                    yield index
+                    yield _Shard(index, "" in lacking, tuple(name for name in lacking if name))
                     break  # from the start again: claims of others may have expired
             else:
                 self._collect(wait=False)
@@ -232,10 +301,26 @@ class CaptureRunner:
             self._prefetched = self._next, pool.submit(read_shard_rows, self._plan, self._data, self._next)
         return rows
 
+    def _lacking(self, index: int) -> list[str]:
+        """The features whose part of a shard is not there; "" among them for the targets."""
+        lacking = []
+        for name, there in self._there.items():
+            if index not in there:
+                if self._exists(shard_key(index, self._folder(name))):
+                    there.add(index)
+                else:
+                    lacking.append(name)
+        return lacking
+
     def _submit(
-        self, index: int, rows: ShardRows, writer: CacheWriter, arrays: dict[str, Any], halved: dict[str, list[int]]
+        self,
+        shard: _Shard,
+        rows: ShardRows,
+        arrays: dict[str, Any],
+        halved: dict[str, list[int]],
+        codes: dict[str, Codes],
     ) -> None:
-        """Give a shard to the writer."""
+        """Give what was made of a shard to the writers."""
         record = {
             "fastkd": __version__,
             "torch": torch.__version__,
@@ -248,37 +333,69 @@ class CaptureRunner:
             positions_captured=self._report.positions_captured + len(rows),
             batches_halved=self._report.batches_halved + len(halved),
         )
-        self._submitted[index] = writer.submit_shard(
-            index,
-            rows.inputs,
-            **arrays,
-            sequence_lengths=rows.sequence_lengths,
-            document_lengths=rows.document_lengths,
-            first_sequence=rows.first_sequence,
-            record=record,
-        )
+        futures: dict[str, Future[Commit]] = {}
+        self._submitted[shard.index] = futures
+        self._stored[shard.index] = {name: int(code.mask.sum()) for name, code in codes.items()}
+        if shard.targets:
+            futures[""] = self._writers[""].submit_shard(
+                shard.index,
+                rows.inputs,
+                **arrays,
+                sequence_lengths=rows.sequence_lengths,
+                document_lengths=rows.document_lengths,
+                first_sequence=rows.first_sequence,
+                record=record,
+            )
+        for name, code in codes.items():
+            futures[name] = self._writers[name].submit_shard(
+                shard.index, code.arrays(), code.vectors, record, after=futures.get("")
+            )
 
     def _collect(self, *, wait: bool) -> None:
-        """Account for the shards that the writer has finished, or wait for all; raises what the writer raised."""
-        for index, future in list(self._submitted.items()):
-            if not (wait or future.done()):
+        """Account for the shards that the writers have finished, or wait for all; raises what a writer raised."""
+        for index, futures in list(self._submitted.items()):
+            if not (wait or all(future.done() for future in futures.values())):
                 continue
-            commit = future.result()
+            commits = {name: future.result() for name, future in futures.items()}
             del self._submitted[index]
+            stored = self._stored.pop(index)
             self._claims.done(str(index))
-            if commit is Commit.ALREADY_THERE:
+            sizes = {name: self._writers[name].sizes[index] for name, c in commits.items() if c is Commit.COMMITTED}
+            self._account_features(sizes, stored)
+            if "" in sizes:
+                self._account(index, sizes)
+            elif "" in commits:
                 self._progress.say(f"shard {index}: another worker committed it first")
-                continue
-            size = self._sizes[index]
-            self._report = replace(
-                self._report,
-                shards_written=self._report.shards_written + 1,
-                positions_written=self._report.positions_written + self._positions(index),
-                bytes_written=self._report.bytes_written + size,
-            )
-            each = size / self._positions(index)
-            self._progress.figure("bytes_per_position", each, f"{each:.1f} B each")
-            self._progress.event("shard", shard=index, positions=self._positions(index), bytes=size)
+            elif sizes:
+                self._progress.event("shard", shard=index, positions=self._positions(index), features=sizes)
+
+    def _account(self, index: int, sizes: dict[str, int]) -> None:
+        """Account for a shard whose targets this worker has committed. sizes: in bytes, by feature."""
+        size = sizes.pop("")
+        self._report = replace(
+            self._report,
+            shards_written=self._report.shards_written + 1,
+            positions_written=self._report.positions_written + self._positions(index),
+            bytes_written=self._report.bytes_written + size,
+        )
+        each = size / self._positions(index)
+        self._progress.figure("bytes_per_position", each, f"{each:.1f} B each")
+        features = {"features": sizes} if sizes else {}
+        self._progress.event("shard", shard=index, positions=self._positions(index), bytes=size, **features)
+
+    def _account_features(self, sizes: Mapping[str, int], stored: Mapping[str, int]) -> None:
+        """Account for the features of a shard that this worker has committed. stored: positions, by feature."""
+        reports = dict(self._report.features)
+        for name, size in sizes.items():
+            if name:
+                before = reports[name]
+                reports[name] = replace(
+                    before,
+                    shards_written=before.shards_written + 1,
+                    positions_written=before.positions_written + stored[name],
+                    bytes_written=before.bytes_written + size,
+                )
+        self._report = replace(self._report, features=reports)
 
     def _on_batch(self, positions: int, seconds: float) -> None:
         self._busy += seconds
@@ -304,16 +421,24 @@ def capture_text(report: CaptureReport) -> str:
     lines[0] += (
         ", complete and sealed" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"
     )
-    if report.shards_written:
-        speed = report.positions_captured / report.seconds
-        each = report.bytes_written / report.positions_written
-        lines.append(
-            f"this run: {report.shards_written:,} shards, {report.positions_written:,} positions in "
-            f"{duration(report.seconds)}, {speed:,.0f} positions/s, teacher busy {report.teacher_busy:.0%}, "
-            f"{size_text(report.bytes_written)}, {each:.1f} B each"
-        )
+    features = {name: feature for name, feature in report.features.items() if feature.shards_written}
+    if report.shards_written or features:
+        run = f"{duration(report.seconds)}, {report.positions_captured / report.seconds:,.0f} positions/s, "
+        run += f"teacher busy {report.teacher_busy:.0%}"
+        if report.shards_written:
+            each = report.bytes_written / report.positions_written
+            run += f", {size_text(report.bytes_written)}, {each:.1f} B each"
+            lines.append(f"this run: {report.shards_written:,} shards, {report.positions_written:,} positions in {run}")
+        else:
+            lines.append(f"this run: features of {report.positions_captured:,} positions in {run}")
     elif report.complete:
         lines.append("this run: nothing to do, the teacher did not run")
+    for name, feature in features.items():
+        each = feature.bytes_written / max(feature.positions_written, 1)
+        lines.append(
+            f"feature {name}: {feature.shards_written:,} shards, {feature.positions_written:,} positions, "
+            f"{size_text(feature.bytes_written)}, {each:.1f} B each, step {feature.step:g}"
+        )
     if report.batches_halved:
         lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; this is recorded")
     if not report.complete:

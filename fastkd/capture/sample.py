@@ -9,7 +9,7 @@ size, the result is an upper bound.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from typing import Any, cast
@@ -27,12 +27,16 @@ from ..data.examples import Examples
 from ..data.packing import pack
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
+from .features.collect import States
+from .features.places import Place
+from .features.sample import eligible
 from .rows import Ints, ShardRows, read_shard_rows
 from .teacher_pass import TeacherPass
 from .window_plan import WindowPlan
 
 _SHARDS = 3  # that batches are taken from
 _KEPT_POSITIONS = 2**17  # whose targets are kept; more would not improve the estimate of their size
+_STATES = 2**14  # positions whose states are kept
 _PARTS = 4  # shards that are encoded at most, of a sample larger than a shard
 OTHER = "other"  # names, shapes and headers, as in `inspect`
 _ONCE = ("head/classes", "draws/classes", "head/grid", "draws/grid", OTHER)  # do not grow with a shard's positions
@@ -46,6 +50,8 @@ class Sample:
     batches: their number; halved: those that did not fit into memory and were halved. shards: the shards they are from.
     positions, seconds: of all of them; counted: positions with a target. captured: rows of up to 2^17 positions, with
     their targets among the inputs. by_k: a few rows with the targets of each k; empty if none of them counts.
+    states: at each place, of up to 2^14 positions that may be stored, `[m · P, W]`. stored: positions among all of them
+    that may be stored.
     """
 
     batches: int = 0
@@ -56,6 +62,8 @@ class Sample:
     seconds: float = 0.0
     captured: list[ShardRows] = field(default_factory=list)
     by_k: dict[int, ShardRows] = field(default_factory=dict)
+    states: list[list[NDArray[np.float32]]] = field(default_factory=list)
+    stored: int = 0
 
 
 def run_sample(
@@ -67,13 +75,15 @@ def run_sample(
     ks: list[int],
     seconds: float,
     min_batches: int = 1,
+    places: Sequence[Place] = (),
     progress: bool = False,
 ) -> Sample:
     """Run batches of a plan for about that many seconds, and at least `min_batches`.
 
     The batches come from up to three random shards, the middle one of each shard first and then those between, so that
     short and long segments are represented whenever the time is up. Before them a part of the first batch is run, for
-    every k of `ks`, which also warms up the device. progress: a bar on stderr. Raises as `TeacherPass.run`.
+    every k of `ks`, which also warms up the device. places: of features, whose states are recorded. progress: a bar on
+    stderr. Raises as `TeacherPass.run`.
     """
     began = time.perf_counter()
     random = np.random.default_rng(plan.settings.seed)
@@ -83,7 +93,7 @@ def run_sample(
     turns = zip_longest(*([(shard, n) for n in middle_first(len(batches[shard]))] for shard in chosen))
     order = (item for turn in turns for item in turn if item is not None)
     rows: dict[int, ShardRows] = {}
-    sample = Sample()
+    sample = Sample(states=[[] for _ in places])
 
     def part_of(shard: int, parts: list[Ints]) -> tuple[ShardRows, list[Ints]]:
         """The rows of some batches of a shard, and the indices of each batch's segments among them."""
@@ -108,13 +118,19 @@ def run_sample(
         while count >= 1 and (due := list(islice(order, min(int(count), 64)))):
             for shard in dict.fromkeys(shard for shard, _ in due):
                 some, parts = part_of(shard, [batches[shard][n] for s, n in due if s == shard])
+                mask = eligible(some, settings.feature_positions)
+                kept = sum(map(len, sample.states[0])) // places[0].vectors if places else 0
+                states = [States(place, some, mask if kept < _STATES else mask & False) for place in places]
                 begun = time.perf_counter()
-                arrays, halved = run(some, parts, data, shard)
+                arrays, halved = run(some, parts, data, shard, collectors=states)
                 sample.seconds += time.perf_counter() - begun
                 sample.batches += len(parts)
                 sample.positions += len(some)
                 sample.counted += int(some.counts.sum())
                 sample.halved += len(halved)
+                sample.stored += int(mask.sum())
+                for found, one in zip(sample.states, states, strict=True):
+                    found.append(one.vectors())
                 if sum(map(len, sample.captured)) < _KEPT_POSITIONS:
                     sample.captured.append(replace(some, inputs=some.inputs | arrays))
                 bar.update(len(parts))

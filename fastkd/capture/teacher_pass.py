@@ -1,11 +1,13 @@
-"""A teacher's pass over the batches of a shard: the targets of every row that counts, as the arrays a cache stores.
+"""A teacher's pass over the batches of a shard: the targets of every row that counts, as the arrays a cache stores,
+and what collectors make of its inner states.
 
 While the device runs one batch, the host writes the targets of the batch before it into the arrays.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,13 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
 from ..kernels import KDError, SparseTargets
+from ..models.taps import Taps
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
 from ..utils.signals import Stopped
 from .answers import targets_of, topk_config
+from .features.collect import Collector
+from .features.places import network_of
 from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]
@@ -29,11 +34,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """A shard's rows, and where they come from. data: None for tokens whose documents are not available."""
+    """A shard's rows, where they come from, and what is made of them. data: None for tokens whose documents are not
+    available."""
 
     rows: ShardRows
     data: Documents | Examples | None
     index: int
+    targets: bool
+    collectors: Sequence[Collector]
 
     def where(self, document: int) -> str:
         """A document's description, for messages."""
@@ -53,13 +61,14 @@ class _Shard:
 class _Pending:
     """A batch that was submitted to the device. rows: those of the shard that count. positions: without padding.
 
-    targets: on the host, once `copied`; None for no rows. started, copied: None on devices without events, where
-    seconds is the duration.
+    targets: on the host, once `copied`; None for no rows. inner: for each collector, the rows and what it submitted,
+    likewise. started, copied: None on devices without events, where seconds is the duration.
     """
 
     rows: Ints
     positions: int
     targets: SparseTargets | None = None
+    inner: list[tuple[Collector, Ints, Any]] = field(default_factory=list)
     started: torch.cuda.Event | None = None
     copied: torch.cuda.Event | None = None
     seconds: float = 0.0
@@ -82,38 +91,55 @@ class TeacherPass:
     _too_large: int | None = None
 
     def run(
-        self, rows: ShardRows, batches: list[Ints], data: Documents | Examples | None, shard: int
+        self,
+        rows: ShardRows,
+        batches: list[Ints],
+        data: Documents | Examples | None,
+        shard: int,
+        *,
+        targets: bool = True,
+        collectors: Sequence[Collector] = (),
     ) -> tuple[dict[str, Array], dict[str, list[int]]]:
         """The targets of a shard, as the arrays of `CacheWriter.write_shard`; and for each batch that did not fit into
         memory, by its number, how many segments each of its parts had.
 
-        batches: the segments of each batch. Raises TeacherError for NaN or infinity, naming document and position.
+        batches: the segments of each batch. targets: whether to make targets; without them, there are no arrays.
+        collectors: take the teacher's inner states. Raises TeacherError for NaN or infinity, naming document and
+        position, and the layer for a state.
         """
-        source = _Shard(rows, data, shard)
-        arrays = SparseTargets.empty(
-            len(rows),
+        source = _Shard(rows, data, shard, targets, collectors)
+        arrays = self._empty(len(rows)) if targets else {}
+        halved: dict[str, list[int]] = {}
+        pending: _Pending | None = None
+        taps = None
+        if collectors:
+            taps = Taps(network_of(self.teacher), [collector.place.tap for collector in collectors])
+        with nullcontext() if taps is None else taps:
+            for number, segments in enumerate(batches):
+                sizes = []
+                for size, submitted in self._submit_parts(source, segments, taps):
+                    sizes.append(size)
+                    if pending is not None:
+                        self._collect(pending, arrays, source)
+                    pending = submitted
+                if len(sizes) > 1:
+                    halved[str(number)] = sizes
+            if pending is not None:
+                self._collect(pending, arrays, source)
+        return arrays, halved
+
+    def _empty(self, rows: int) -> dict[str, Array]:
+        """Arrays of targets without entries."""
+        return SparseTargets.empty(
+            rows,
             topk_config(self.settings).width(self.teacher.vocab_size),
             vocab_size=self.teacher.vocab_size,
             temperatures=self.settings.temperatures,
             draws=self.settings.draws > 0,
             device="cpu",
         ).arrays()
-        halved: dict[str, list[int]] = {}
-        pending: _Pending | None = None
-        for number, segments in enumerate(batches):
-            sizes = []
-            for size, submitted in self._submit_parts(source, segments):
-                sizes.append(size)
-                if pending is not None:
-                    self._collect(pending, arrays, source)
-                pending = submitted
-            if len(sizes) > 1:
-                halved[str(number)] = sizes
-        if pending is not None:
-            self._collect(pending, arrays, source)
-        return arrays, halved
 
-    def _submit_parts(self, source: _Shard, segments: Ints) -> Iterator[tuple[int, _Pending]]:
+    def _submit_parts(self, source: _Shard, segments: Ints, taps: Taps | None) -> Iterator[tuple[int, _Pending]]:
         """Submit a batch, or if it does not fit into memory its halves, their halves and so on: for each the number of
         segments, and the submitted batch."""
         if self.should_stop():
@@ -121,7 +147,7 @@ class TeacherPass:
         padded = len(segments) * int(source.rows.document_lengths[segments].max())
         if len(segments) == 1 or self._too_large is None or padded < self._too_large:
             try:
-                pending = self._submit(source, segments)
+                pending = self._submit(source, segments, taps)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -136,43 +162,78 @@ class TeacherPass:
                 yield len(segments), pending
                 return
             # outside the handler, as the error's frames hold the memory to free
+            if taps is not None:
+                taps.values.clear()
             if self.teacher.device.type == "cuda":
                 torch.cuda.empty_cache()
         middle = (len(segments) + 1) // 2
-        yield from self._submit_parts(source, segments[:middle])
-        yield from self._submit_parts(source, segments[middle:])
+        yield from self._submit_parts(source, segments[:middle], taps)
+        yield from self._submit_parts(source, segments[middle:], taps)
 
     @torch.inference_mode()
-    def _submit(self, source: _Shard, segments: Ints) -> _Pending:
-        """Submit a batch to the device, and the copy of its targets to the host."""
-        rows, flat = source.rows.counted(segments)
-        pending = _Pending(rows, int(source.rows.document_lengths[segments].sum(dtype=np.int64)))
-        if not len(rows):
+    def _submit(self, source: _Shard, segments: Ints, taps: Taps | None) -> _Pending:
+        """Submit a batch to the device, and the copy of its targets and inner states to the host."""
+        rows, flat = source.rows.placed(segments)
+        counts = source.rows.counts[rows] if source.targets else np.zeros(len(rows), np.bool_)
+        wanted = [collector.mask[rows] for collector in source.collectors]
+        pending = _Pending(rows[counts], int(source.rows.document_lengths[segments].sum(dtype=np.int64)))
+        if not any(mask.any() for mask in (counts, *wanted)):
             return pending
         device = self.teacher.device
-        inputs, flat_M, numbers_M = (
+        inputs, flat_N = (
             _to(tensor, device)
-            for tensor in (
-                teacher_inputs(source.rows, source.data, segments),
-                torch.from_numpy(flat),
-                torch.from_numpy(source.rows.row_numbers(rows)),
-            )
+            for tensor in (teacher_inputs(source.rows, source.data, segments), torch.from_numpy(flat))
         )
         clock = time.perf_counter()
         pending.started = _event(device)
         answer = self.teacher(inputs)
         self.on_answer(answer)
-        try:
-            shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
-            targets = targets_of(answer, flat_M, numbers_M, self.settings, shape, self.teacher.vocab_size)
-        except KDError as error:
-            if error.row is None:
-                raise TeacherError(f"teacher: no targets can be made of its answer ({error}).") from error
-            raise source.bad_row(int(rows[error.row]), str(error)) from error
-        pending.targets = targets.to("cpu", non_blocking=device.type == "cuda")  # into page-locked memory
+        shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
+        if taps is not None:
+            self._submit_inner(source, taps, rows, flat_N, wanted, shape, pending)
+        if counts.any():
+            numbers_M = _to(torch.from_numpy(source.rows.row_numbers(pending.rows)), device)
+            flat_M = flat_N if counts.all() else flat_N[_to(torch.from_numpy(counts), device)]
+            try:
+                targets = targets_of(answer, flat_M, numbers_M, self.settings, shape, self.teacher.vocab_size)
+            except KDError as error:
+                if error.row is None:
+                    raise TeacherError(f"teacher: no targets can be made of its answer ({error}).") from error
+                raise source.bad_row(int(pending.rows[error.row]), str(error)) from error
+            pending.targets = targets.to("cpu", non_blocking=device.type == "cuda")  # into page-locked memory
         pending.copied = _event(device)
         pending.seconds = time.perf_counter() - clock
         return pending
+
+    def _submit_inner(
+        self,
+        source: _Shard,
+        taps: Taps,
+        rows: Ints,
+        flat_N: Tensor,
+        wanted: list[NDArray[np.bool_]],
+        shape: torch.Size,
+        pending: _Pending,
+    ) -> None:
+        """Hand the batch's inner states to the collectors, and submit the copies of what they return to the host.
+
+        rows, flat_N: of the batch, in the shard and in the teacher's flattened output. wanted: of these, by collector.
+        """
+        values = taps.take()
+        for collector, mask in zip(source.collectors, wanted, strict=True):
+            place, value = collector.place, values[collector.place.tap.name]
+            place.check(value, shape)
+            if not mask.any():
+                continue
+            flat_M = flat_N if mask.all() else flat_N[_to(torch.from_numpy(mask), flat_N.device)]
+            try:
+                made = collector.submit(place.vectors_of(value, flat_M))
+            except KDError as error:
+                if error.row is None:
+                    raise TeacherError(f"feature {place.name}: cannot be coded ({error}).") from error
+                row = int(rows[mask][error.row // place.vectors])
+                raise source.bad_row(row, f"{place.what} has NaN or infinity") from error
+            pending.inner.append((collector, rows[mask], made.to("cpu", non_blocking=flat_N.is_cuda)))
 
     def _collect(self, pending: _Pending, arrays: dict[str, Array], source: _Shard) -> None:
         """Write a batch's targets into the arrays."""
@@ -187,6 +248,8 @@ class TeacherPass:
                 raise source.bad_row(row, "its logits have NaN, +inf, or no finite number")
             for name, values in columns.items():
                 arrays[name][pending.rows] = values
+        for collector, rows, made in pending.inner:
+            collector.collect(rows, made)
         self.on_batch(pending.positions, pending.seconds)
 
 

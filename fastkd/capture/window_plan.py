@@ -26,6 +26,7 @@ from ..cache.spec import CacheSpec
 from ..data.packing import DIVIDED_BY, batches, divide, pack
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
+from .features.settings import check_feature_settings
 
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
 Ints = NDArray[np.int64]
@@ -335,6 +336,7 @@ def cache_spec(settings: CaptureSettings, *, vocab_size: int, **rest: Any) -> Ca
 def check_settings(settings: CaptureSettings) -> None:
     """CacheError or DataError for settings that are invalid for every teacher and dataset."""
     cache_spec(settings, vocab_size=2**26)
+    check_feature_settings(settings)
     # without a context, the teacher's limit decides it: it may be as small as a shard
     longest = settings.shard_positions if settings.context is None else None
     window_plan_settings(settings, documents=2, tokens=2**26, longest=longest)

@@ -8,7 +8,7 @@ Nothing is asked of the model but its modules: its `output_hidden_states` would 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -129,8 +129,11 @@ class Taps:
 
 
 @contextmanager
-def replaced(tap: Tap, value: Tensor) -> Iterator[None]:
-    """While it lasts, a forward of the model goes on from another tensor at a tap of kind `STATE`."""
+def replaced(tap: Tap, value: Tensor, skipped: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """While it lasts, a forward of the model goes on from another tensor at a tap.
+
+    skipped: modules before it, each of which returns its first argument instead of being run.
+    """
 
     def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if arguments:
@@ -140,14 +143,21 @@ def replaced(tap: Tap, value: Tensor) -> Iterator[None]:
     def after(module: nn.Module, arguments: Any, result: Any) -> Any:
         return (value, *result[1:]) if isinstance(result, tuple) else value
 
+    def unchanged(*arguments: Any, **keywords: Any) -> Any:
+        return (arguments or tuple(keywords.values()))[0]
+
     if tap.before:
         handle: Any = tap.module.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = tap.module.register_forward_hook(after)
     try:
+        for module in skipped:
+            module.forward = unchanged
         yield
     finally:
         handle.remove()
+        for module in skipped:
+            module.__dict__.pop("forward", None)
 
 
 def resolve(model: nn.Module, names: Iterable[str], error: type[Exception] = TeacherError) -> list[Tap]:

@@ -43,7 +43,7 @@ class ModuleTeacher:
                 f"fingerprint: got none for {type(model).__name__}, which has no weights to hash. Give a text that "
                 "changes whenever its output does: a cache must not be continued with another teacher."
             )
-        self._model, self._fingerprint = model, fingerprint
+        self.model, self._fingerprint = model, fingerprint
         if isinstance(model, nn.Module):
             model.eval()
             if device is None and (tensors := [*model.parameters(), *model.buffers()]):
@@ -61,10 +61,10 @@ class ModuleTeacher:
     def fingerprint(self) -> str:
         """Identifies the model in a cache."""
         if not self._fingerprint:
-            assert isinstance(self._model, nn.Module)
-            self._fingerprint = f"{type(self._model).__name__}, state sha256 {state_sha256(self._model)}"
+            assert isinstance(self.model, nn.Module)
+            self._fingerprint = f"{type(self.model).__name__}, state sha256 {state_sha256(self.model)}"
         return self._fingerprint
 
     def __call__(self, inputs: Tensor) -> Answer:
-        value = self._model(inputs)
+        value = self.model(inputs)
         return value if isinstance(value, TopK) else output_of(value, "teacher", None, TeacherError)

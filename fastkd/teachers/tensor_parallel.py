@@ -1,7 +1,7 @@
 """Several processes as one worker, for a teacher that is divided over their devices."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +70,23 @@ class ParallelGroup:
         """Destroy the process group that `join_group` created: its threads would sometimes abort an exiting process."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def led(group: ParallelGroup, make: Callable[[], Value]) -> Value:
+    """What a call returns in the leader, in each process of the worker; all of them call it. If it raises there, the
+    others raise CacheError."""
+    value, problem = None, None
+    if group.leader:
+        try:
+            value = make()
+        except BaseException as error:
+            problem = error
+    made, shared = group.share((problem is None, value))
+    if problem is not None:
+        raise problem
+    if not made:
+        raise CacheError("the leading process of this worker failed; see its error message.")
+    return shared  # type: ignore[return-value]
 
 
 def join_group(
