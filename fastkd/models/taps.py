@@ -114,7 +114,7 @@ class Taps:
 
     def _hook(self, tap: Tap) -> Any:
         def record(value: Any) -> None:
-            if self.recording and not _recomputing():
+            if self.recording and not recomputing():
                 self.values[tap.name] = tap.of(value)
 
         def before(module: nn.Module, arguments: Any, keywords: Any) -> None:
@@ -242,6 +242,6 @@ def _resolve(
     return Tap(name, feature, modules[path], path)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward is running on this thread, in which an activation checkpoint calls modules again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

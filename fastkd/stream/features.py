@@ -162,3 +162,12 @@ def _check_shards(name: str, feature: Any, table: ShardTable) -> None:
             f"(the first is {missing[0]}). Run its capture again with --features {name}, which writes only "
             "what is missing."
         )
+    manifest, base = feature.manifest, table.cache.manifest
+    of = dict(zip(manifest.column("shard").to_pylist(), manifest.column("base_sha256").to_pylist(), strict=True))
+    now = dict(zip(base.column("shard").to_pylist(), base.column("content_sha256").to_pylist(), strict=True))
+    if others := [shard for shard in table.shard.tolist() if of[shard] != now[shard]]:
+        raise StreamError(
+            f"features: shard {others[0]} of {name!r} in {table.cache!r} is of another shard than the cache now has "
+            f"({len(others)} such shards): the cache was captured again, maybe by another plan. Drop the feature, and "
+            "capture it again."
+        )

@@ -36,8 +36,8 @@ class Objective(Protocol):
 
     @property
     def outputs(self) -> Sequence[str]:
-        """Outputs of the student that it reads: some of `OUTPUTS`, and inner states such as "state:16" and
-        "module:NAME" (see `inner.py`). An attribute will do."""
+        """Outputs of the student that it reads: some of `OUTPUTS`, and inner states such as "state:16", "module:NAME"
+        and "attention:16" (see `inner.py`). An attribute will do."""
 
     def schedule(self, step: int, steps: int) -> Mapping[str, float]:
         """Numbers that change during the training, at a step (from 0 on) of `steps`. They are logged."""
@@ -100,7 +100,8 @@ def check_objective(objective: Any) -> None:
                 problem = f"{name}.{member} = {value!r}; expected a tuple of names"
         unknown = [] if problem else [name for name in objective.outputs if not (name in OUTPUTS or is_inner(name))]
         if unknown:
-            problem = f"the output {unknown[0]!r}; expected some of {', '.join(OUTPUTS)}, state:LAYER, module:NAME"
+            known = (*OUTPUTS, "state:LAYER", "module:NAME", "attention:LAYER")
+            problem = f"the output {unknown[0]!r}; expected some of {', '.join(known)}"
     if not problem and not isinstance(scheduled := objective.schedule(0, 1), Mapping):
         problem = f"{scheduled!r} from {name}.schedule; expected a mapping of numbers by name"
     elif not problem and (taken := [key for key in scheduled if key in (*RESERVED, "num_items", "loss")]):

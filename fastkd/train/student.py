@@ -75,7 +75,7 @@ class Student(nn.Module):
         names = inner_of(objective.outputs)
         if self._inner is not None:
             self._inner.close()
-        self._inner = InnerOutputs(self.model, names) if names else None
+        self._inner = InnerOutputs(self.model, names, self.max_positions) if names else None
 
     def inner_shapes(self, names: Iterable[str], data: Examples | None = None) -> dict[str, tuple[int, ...]]:
         """The shapes of inner states, by name, for a probe of a few positions. data: of a student of examples. Raises

@@ -1,5 +1,6 @@
 """Features in micro-batches: each position has the state of its own token, in any layout, order, mixture and rank."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,21 @@ def test_refusals(cache: Cache, tmp_path: Path) -> None:
     add_feature(part, leave_out=(1, 4))
     with pytest.raises(StreamError, match=r"features: 2 of the 13 shards of '2' in .* are missing \(the first is 1\)"):
         DistillLoader(open_cache(part.store), batch_size=4, features=("2",))
+
+
+def test_another_cache_or_plan_is_refused(tmp_path: Path) -> None:
+    """A feature that was copied from a cache of other settings; shards that were captured again, by another plan."""
+    cache = make_cache(tmp_path / "a")
+    add_feature(cache)
+    other = make_cache(tmp_path / "b", k=5)
+    shutil.copytree(tmp_path / "a" / "features", tmp_path / "b" / "features")
+    with pytest.raises(
+        StreamError, match=r"features: '2' of .* cannot be read \(.*it belongs to a cache of other settings"
+    ):
+        DistillLoader(open_cache(other.store), batch_size=4, features=("2",))
+    make_cache(tmp_path / "c", first_token=7)
+    shutil.copytree(tmp_path / "a" / "features", tmp_path / "c" / "features")
+    with pytest.raises(
+        StreamError, match=r"features: shard 0 of '2' in .* of another shard .*\(13 such shards.* by another plan"
+    ):
+        DistillLoader(tmp_path / "c", batch_size=4, features=("2",))

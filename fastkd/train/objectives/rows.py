@@ -1,10 +1,9 @@
 """Rows of a micro-batch that have a feature: the student's, their segments, and their number in the whole step."""
 
-from typing import Any
-
 from torch import Tensor
 
 from ...errors import TrainError
+from ...kernels.features.segments import Segments
 from ...stream.batch import AnyBatch, MicroBatch
 
 
@@ -14,10 +13,8 @@ def rows_at(value: Tensor, index: Tensor | None) -> Tensor:
     return flat if index is None or len(index) == len(flat) else flat[index]
 
 
-def segments_of(batch: AnyBatch, index: Tensor | None) -> Any:
+def segments_of(batch: AnyBatch, index: Tensor | None) -> Segments | None:
     """The rows of each segment of text, which are compared with one another and with no others; None for examples."""
-    from ...kernels.features.segments import Segments
-
     if not isinstance(batch, MicroBatch):
         return None
     rows, length = batch.input_ids.shape
