@@ -233,7 +233,7 @@ def test_an_automatic_weight_is_a_ratio_of_gradients(cache: Cache, tmp_path: Pat
     student.read(objective)
     step = next(iter(DistillLoader(cache, batch_size=4, micro_tokens=1000, features=("2",))))
     norms = []
-    for alone in ({"answers": 1.0, "hidden/2:2:mse": 0.0}, {"token": 0.0, "hidden/2:2:mse": 1.0}):
+    for alone in ({"answers": 1.0, "hidden/2:2:mse": 0.0}, {"answers": 0.0, "hidden/2:2:mse": 1.0}):
         objective.weights = alone
         for batch in step.micro_batches:
             student(batch, num_items=step.count, **_scalars(objective))["loss"].backward()
