@@ -1,5 +1,6 @@
 """What the losses share: normalisation by the global count, checks of rows, and gradients computed in the forward."""
 
+from math import inf
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def per_item(total: Tensor, rows: int, num_items: float | Tensor | None) -> Tensor:
-    """A sum over rows divided by num_items; by the rows themselves where it is None."""
-    if num_items is None:
-        return total / max(rows, 1)
-    is_number("num_items", num_items)
-    return total / num_items
+    """A sum over rows divided by num_items; by the rows themselves where it is None. 0 items are as 1: a step without
+    any has a loss of 0."""
+    items: Any = rows if num_items is None else num_items
+    if not is_number("num_items", items):
+        return total / torch.where(items > 0, items, 1)
+    if not 0 <= items < inf:
+        raise KDError(f"num_items: got {items}; expected a count.")
+    return total / (items or 1)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..errors import KDError
 from .segments import Block, Segments
 
@@ -98,4 +99,5 @@ def attention_maps(
     block = Block(start, max(start, stop), 0, len(layer.keys), True)
     heads = KeyHeads(layer, dtype)
     mask = mask_of(block, segments.visible(causal, layer.queries.device))
-    return heads.log_maps(heads.queries_of(block), block, mask)[0].exp_()
+    with without_autocast(layer.queries.device):
+        return heads.log_maps(heads.queries_of(block), block, mask)[0].exp_()

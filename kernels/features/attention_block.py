@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..arguments import describe
+from ..autocast import without_autocast
 from ..errors import KDError
 from ..fields import FLOATS, INTEGERS, Field, TensorFields
 from .attention import QueriesKeysValues
@@ -176,7 +177,8 @@ class AttentionBlock(TensorFields):
             raise KDError(f"position_ids: got {position_ids.dtype}; expected whole numbers.")
         wanted = 3 if values else 2
         project = self._from_coordinates if isinstance(states, HiddenTargets) else self._from_states
-        projected = project(states, wanted, dtype)  # type: ignore[arg-type]
+        with without_autocast(states.device):
+            projected = project(states, wanted, dtype)  # type: ignore[arg-type]
         queries = self._of_heads(projected[0], self.heads, self.query_norm)
         keys = self._of_heads(projected[1], self.key_heads, self.key_norm)
         if use_rotary:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import describe
+from ..autocast import without_autocast
 from ..errors import KDError
 
 
@@ -68,7 +69,8 @@ class CKA:
             for z, side in zip(group, sides, strict=True)
         ]
         for pair in self._pairs():
-            product = (shifted[pair[0]].T @ shifted[pair[1]]).double()
+            with without_autocast(shifted[0].device):
+                product = (shifted[pair[0]].T @ shifted[pair[1]]).double()
             self._products[pair] = self._products[pair].add_(product) if pair in self._products else product
 
     def value(self) -> float | Tensor:

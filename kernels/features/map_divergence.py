@@ -8,6 +8,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..errors import KDError
 from .arithmetic import accumulator, with_gradients
 from .attention import KeyHeads, QueriesKeysValues, mask_of
@@ -37,7 +38,7 @@ def map_divergence(
     dtype = accumulator(queries)
     wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
     groups = gcd(student.heads, teacher.heads)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(device):
         of_student, of_teacher = KeyHeads(student, dtype), KeyHeads(teacher, dtype)
         visible = segments.visible(causal, device)
         total = torch.zeros((), dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arguments import describe
+from ..autocast import without_autocast
 from ..errors import KDError
 from ..fields import FLOATS, Field, TensorFields, on_device
 from .basis import center, is_sink, learn_basis, moved, rms, unit_rows
@@ -94,7 +95,8 @@ class HiddenTargets(TensorFields):
         else:
             z = out.copy_(self.codes).mul_(self.step).add_(offset)
         if len(self.exact_rows):
-            z[self.exact_rows] = unit_rows(self.exact.to(dtype)) @ self.basis.to(dtype)
+            with without_autocast(self.device):
+                z[self.exact_rows] = unit_rows(self.exact.to(dtype)) @ self.basis.to(dtype)
         return z
 
     def scales(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,7 +108,9 @@ class HiddenTargets(TensorFields):
 
     def units(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The states divided by their scale `[N, W]`, in the teacher's own components: z @ basisᵀ."""
-        return self.coordinates(dtype=dtype) @ self.basis.to(dtype).T
+        z = self.coordinates(dtype=dtype)
+        with without_autocast(self.device):
+            return z @ self.basis.to(dtype).T
 
     def states(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The states x `[N, W]`; exact rows exactly."""
@@ -236,7 +240,8 @@ class HiddenTargets(TensorFields):
         rounded = scale.half().float()
         exact = is_sink(rounded, float(median))
         r = x / torch.where(exact, 1.0, rounded)[:, None]
-        codes = ((r @ matrix.to(x.dtype) - center(mean, matrix, x.dtype)) / step).round_()
+        with without_autocast(x.device):
+            codes = ((r @ matrix.to(x.dtype) - center(mean, matrix, x.dtype)) / step).round_()
         exact |= codes.abs().amax(1) > LARGEST_CODE if x.shape[1] else False
         codes[exact] = 0
         exact_rows = exact.nonzero().flatten()

@@ -7,6 +7,7 @@ cosine is the same in any orthonormal basis.
 import torch
 from torch import Tensor
 
+from ...autocast import without_autocast
 from ..arithmetic import check_student, coordinates_of, per_item, wants_gradient, with_gradients
 from ..targets import HiddenTargets
 
@@ -21,7 +22,7 @@ def loss(student: Tensor, teacher: HiddenTargets | Tensor, num_items: float | Te
     """student `[N, W]`: vectors in the space of the teacher's coordinates. teacher: N states, or their coordinates as a
     tensor. Returns a 0-d tensor; see `FeatureLoss`. Memory: one float32 `[N, W]`, the gradient."""
     check_student(student, teacher, same_width=True)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(student.device):
         z = coordinates_of(teacher, torch.promote_types(student.dtype, torch.float32))
         s = student.detach().to(z.dtype)
         z.div_(z.norm(dim=1, keepdim=True).clamp_(min=SMALLEST))

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ...autocast import without_autocast
 from ..arithmetic import (
     accumulator,
     check_student,
@@ -44,7 +45,7 @@ def loss(
     check_student(student, teacher, same_width=False)
     segments = check_segments(segments, len(student))
     wanted, dtype = wants_gradient(student), accumulator(student)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(student.device):
         z = torch.nn.functional.normalize(coordinates_of(teacher, dtype), dim=1, eps=SMALLEST)
         s = student.detach().to(dtype)
         norm = s.norm(dim=1, keepdim=True).clamp_(min=SMALLEST)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...autocast import without_autocast
 from ..arithmetic import accumulator, per_item
 from ..maps import examples_of, scaled_coordinates, student_maps
 from ..targets import HiddenTargets
@@ -29,10 +30,11 @@ def loss(
     if not len(ours):
         return ours.sum()
     vectors = examples_of(teacher, shape)[0]
-    with torch.no_grad():
-        theirs = scaled_coordinates(teacher, dtype).view(len(ours), -1)
-        theirs = normalize(theirs @ theirs.T, dim=1)
-    difference = normalize(ours @ ours.T, dim=1) - theirs
+    with without_autocast(student.device):
+        with torch.no_grad():
+            theirs = scaled_coordinates(teacher, dtype).view(len(ours), -1)
+            theirs = normalize(theirs @ theirs.T, dim=1)
+        difference = normalize(ours @ ours.T, dim=1) - theirs
     return per_item(difference.square().mean(1).sum() * vectors, len(teacher), num_items)
 
 

@@ -118,6 +118,16 @@ def test_a_state_of_zeros_has_finite_queries() -> None:
         assert all(bool(v.isfinite().all()) for v in ours[:3])
 
 
+def test_autocast_changes_nothing() -> None:
+    x = hidden(rows=ROWS)
+    for states in (HiddenTargets.from_states(x, step=0.1), x.float()):
+        block = block_of()
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = block.queries_keys_values(states)
+        for one, other in zip(cast[:3], block.queries_keys_values(states)[:3], strict=True):
+            assert torch.equal(one, other)
+
+
 def test_a_basis_is_folded_once() -> None:
     block, x = block_of(), hidden(rows=ROWS)
     targets = HiddenTargets.from_states(x)

@@ -133,6 +133,19 @@ def test_lower_precision(name: str, dtype: torch.dtype) -> None:
     close(ours[1:], oracle[1:], 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name: str) -> None:
+    found, names = find_feature_loss(name), ("queries", "keys", "values")
+    student, teacher = layer(1, ROWS, 4, 2, 6), layer(5, ROWS, 4, 4, 6)
+    student, teacher = (x._replace(**{n: getattr(x, n).float() for n in names}) for x in (student, teacher))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = value_and_gradients(found.loss, student, teacher)
+        maps = attention_maps(teacher, slice(3, 9))
+    for one, other in zip(cast, value_and_gradients(found.loss, student, teacher), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(maps, attention_maps(teacher, slice(3, 9)))
+
+
 def test_relation_heads_are_free() -> None:
     found, student, teacher = find_feature_loss("relation"), layer(1, ROWS, 4, 2, 6), layer(5, ROWS, 6, 3, 8)
     losses = []

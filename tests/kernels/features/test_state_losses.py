@@ -66,7 +66,7 @@ def test_micro_batches_add_up_to_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_are_a_loss_of_zero_with_a_graph(name: str) -> None:
     student, (leaf,) = leaves_of(student_for(name)[:0])
-    for num_items in (None, 5):
+    for num_items in (None, 5, 0, torch.tensor(0)):
         loss = find_feature_loss(name).loss(student, hidden_targets()[:0], num_items)
         assert float(loss.detach()) == 0
         loss.backward()
@@ -79,7 +79,7 @@ def test_targets_shifted_by_one_position_are_noticed(name: str) -> None:
     found, targets = find_feature_loss(name), hidden_targets(sinks=())
     student = targets.units(dtype=torch.float64) if found.dense else targets.coordinates(dtype=torch.float64)
     aligned, shifted = (float(found.loss(student[:-1], t)) for t in (targets[:-1], targets[1:]))
-    assert abs(aligned) < 1e-9
+    assert abs(aligned) < (1e-4 if name == "cka" else 1e-9)  # whose rows are divided by their rms, which codes change
     assert shifted > 0.02
 
 
@@ -141,6 +141,16 @@ def test_evaluation_needs_no_gradient() -> None:
         assert not find_feature_loss(name).loss(student.detach(), hidden_targets()).requires_grad
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name: str) -> None:
+    found, student = find_feature_loss(name), student_for(name).float()
+    targets = hidden_targets().map(lambda x: x.float() if x.is_floating_point() else x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = value_and_gradients(found.loss, student, targets)
+    for one, other in zip(cast, value_and_gradients(found.loss, student, targets), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_does_not_fit_is_named() -> None:
     targets = hidden_targets()
     for name in NAMES:
@@ -155,8 +165,9 @@ def test_what_does_not_fit_is_named() -> None:
                 found.loss(wrong, targets)
         with pytest.raises(KDError, match="teacher: got None"):
             found.loss(student, None)
-        with pytest.raises(KDError, match="num_items: got 'a'"):
-            found.loss(student, targets, "a")
+        for items in ("a", -1, float("nan")):
+            with pytest.raises(KDError, match=f"num_items: got {items!r}"):
+                found.loss(student, targets, items)
         if found.projector:
             with pytest.raises(
                 KDError, match="vectors of 7 components, and the teacher's have 12; expected a projector"
