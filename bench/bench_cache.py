@@ -4,6 +4,7 @@
     fastkd bench cache                    # makes 32 windows of real targets first, unless they exist
     python bench/make_targets.py          # once: all targets, about seven minutes on two cores
     python bench/bench_cache.py           # --sections size read write open
+    python bench/bench_cache.py --features                    # hidden states: reading and writing
 
 Speeds are of one core: the process is bound to it. Ratios are taken pair by pair within one run.
 """
@@ -139,12 +140,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=Path, default=TARGETS)
     parser.add_argument("--sections", nargs="+", default=["size", "read", "write", "open"])
+    parser.add_argument(
+        "--features", action="store_true", help="hidden states instead of targets; see bench_features.py"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     table = Table("cpu", "cache")
     found = sections(partial(load, args.targets), args.rounds)
-    run_cases([found[name] for name in found if name in args.sections], table, to_stderr)
+    chosen = [found[name] for name in found if name in args.sections]
+    if args.features:
+        from fastkd.bench.bench_features import cases as of_features
+
+        chosen = list(of_features(RunConfig("cpu", rounds=args.rounds)))[1:]
+    run_cases(chosen, table, to_stderr)
     table.save(args.json)
 
 

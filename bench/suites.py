@@ -76,6 +76,7 @@ _ALL = (
         named_only=True,
     ),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
+    Suite("features", "bench_features", "hidden states in a cache, against other codecs at equal error", ("cpu",)),
     Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
     Suite("loader", "bench_loader", "assembled batches against plain reads, and the quality of the shuffle", ("cpu",)),
