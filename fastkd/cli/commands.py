@@ -229,8 +229,8 @@ class ExportCache(ModelSettings):
     out: Path
     """Output folder."""
     features: tuple[str, ...] = ()
-    """Layers whose entering states are written, in order; -1, what enters the final norm, is always the last. Default:
-    all states of the cache."""
+    """Numbers of layers whose input is written, in order, such as 2,15,27. -1, the input of the final norm, is always
+    the last. Default: all hidden states in the cache."""
     state_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of the states on disk."""
     teacher: str | None = None

@@ -132,6 +132,7 @@ def select(cache: Any, names: Sequence[str]) -> list[Any]:
     """The features to export, the final one last. ExportError unless all are states of all positions of all shards."""
     there = {name: spec for name in cache.features if (spec := cache.features[name].spec).kind == "state"}
     listed = ", ".join(there) or "none"
+    names = [part.strip() for text in names for part in text.split(",") if part.strip()]
     wanted = [name for name in (names or sorted(there, key=lambda name: there[name].layer)) if name != LAST]
     found = []
     for name in (*wanted, LAST):
