@@ -1,7 +1,7 @@
-"""The digits task: a classifier of handwritten digits is trained and captured, and a student a tenth of its size is
-trained from the cache, with a control.
+"""The digits task: a classifier of handwritten digits is trained and captured with its last feature maps, and a student
+a tenth of its size is trained from the cache: with those maps, without them, and on labels alone.
 
-OUT/digits/  teacher.safetensors  cache/  student/ (a run, with control/)  report.html  report.json
+OUT/digits/  teacher.safetensors  cache/  student/ (with without_features/ and control/)  report.html  report.json
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import __version__
+from ..cache import open_cache
 from ..capture.api import capture
 from ..data.examples import Examples
 from ..errors import DataError
@@ -32,12 +33,14 @@ from ..utils.signals import Stop, Stopped
 from . import DemoResult
 from .artifacts import write_json
 from .digits_inputs import CLASSES, HELD_OUT, Net, digits, new_net, train_teacher
-from .results import differences_to_control, scores_of, scores_table
+from .results import paired, scores_of, scores_table
 from .stages import Stages, verify_before_training
 
 MEASURES = printed_in(CLASSIFIER_DEMO)
+FEATURE = "layers.6"  # what the last layer before the classifier returns, of teacher and student
 # settings of the student; the control has alpha = 1
 TRAINING: dict[str, Any] = {"alpha": 0.1, "temperature": 2.0, "rate": 2e-2, "weight_decay": 0.01, "batch_size": 32}
+MATCH = (f"{FEATURE}:{FEATURE}:sp:10",)  # which digits of a batch are alike
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
     with stages.stage("capture", f"{len(data) * data.copies:,} augmented digits into {out / 'cache'}"):
         captured = capture(
             teacher, data, out / "cache", vocab_size=CLASSES, k=CLASSES, draws=0, held_out=HELD_OUT, seed=seed,
-            shard_positions=1024, batch_tokens=1024, stop=stop, progress=mode_for(),
+            shard_positions=1024, batch_tokens=1024, features=(FEATURE,), stop=stop, progress=mode_for(),
         )  # fmt: skip
         if not captured.complete:
             raise Stopped
@@ -79,15 +82,15 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
             stages.log("capture: the cache is complete, the teacher did not run")
     del teacher
     checked = verify_before_training(out / "cache", stages)
-    with stages.stage("train", "a student from the cache, then its control on labels alone"):
+    with stages.stage("train", "a student from the cache with features, then without them, then on labels alone"):
         done = train(
             # another seed than the teacher's: equal initial weights alone could make them similar
             partial(new_net, sizes.student_width, seed + 1), out / "cache", out / "student", data=data, control=True,
-            stop=stop, progress=mode_for(), epochs=float(sizes.epochs), seed=seed, **TRAINING,
+            stop=stop, progress=mode_for(), epochs=float(sizes.epochs), seed=seed, match=MATCH, **TRAINING,
         )  # fmt: skip
         if not done.complete:
             raise Stopped
-        if done.control is not None and done.resumed == done.steps == done.control.resumed:
+        if all(one.resumed == one.steps for one in (done, *done.arms.values())):
             stages.log("train: the students are reused")
         document = json.loads((out / "student" / RUN).read_text())
         atomic.write_json(out / "student" / RUN, document | {"teacher": teacher_size})
@@ -96,21 +99,26 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
     runs = read_runs([out / "student"])
     evaluation = runs[0].evaluation
     assert evaluation is not None
-    (difference,) = differences_to_control(runs).values()
+    differences = {name: _to_json(found) for name, found in paired(runs).items()}
     report = {
         "fastkd": __version__,
-        "settings": {"task": "digits", "out": str(settings.out), "seed": seed} | asdict(sizes) | TRAINING,
+        "settings": {"task": "digits", "out": str(settings.out), "seed": seed, "match": MATCH}
+        | asdict(sizes)
+        | TRAINING,
         "teacher": teacher_size,
         "trained_now": trained,
         "captured_now": captured.positions_captured,
         "positions": checked.positions,
         "bytes": checked.bytes,
+        "feature_bytes": sum(open_cache(out / "cache").features[FEATURE].manifest.column("bytes").to_pylist()),
         "seconds": stages.seconds,
         "student": {name: runs[0].part("student", name) for name in ("parameters", "bytes")},
         "held_out": evaluation.windows,
         "waiting": runs[0].part("report", "waiting"),
         "scores": {name: _to_json(found) for name, found in scores_of(runs).items()},
-        "student_minus_control": _to_json(difference),
+        "student_minus_control": differences["student - control"],
+        "student_minus_without_features": differences["student - without features"],
+        "features": None if done.feature_help is None else done.feature_help.verdict,
     }
     write_json(out / "report.json", report)
     return DemoResult(report, text_of(report, runs))
@@ -146,14 +154,18 @@ def text_of(report: dict[str, Any], runs: Sequence[Run]) -> str:
     positions, now = report["positions"], report["captured_now"]
     teacher, student = (report[name]["parameters"] for name in ("teacher", "student"))
     return "\n".join([
-        f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each; "
+        f"{positions:,} augmented digits cached, {report['bytes'] / positions:.1f} bytes each, and "
+        f"{report['feature_bytes'] / positions:.0f} of feature maps; "
         + (f"the teacher ran on {now:,}" if now else "the teacher did not run"),
         f"teacher: {teacher:,} parameters; student: {student:,}, {student / teacher:.1%} of them",
         "",
         *scores_table(runs, MEASURES, "held-out digits"),
         f"  each digit in {report['settings']['copies']} augmented copies, the same pixels for teacher and students",
         "  ±: 95% interval, with digits as the units; differences are paired",
+        f"  student: it also matches the teacher's feature maps ({', '.join(report['settings']['match'])})",
+        "  without features: the same student on the teacher's answers alone, in the same order",
         "  control: the same student on labels alone, in the same order; KL to the cached targets",
+        f"  the features by cross-entropy: {report['features']}",
         "",
         f"{report['settings']['out']}/digits/report.html shows the runs.",
     ])  # fmt: skip

@@ -28,7 +28,7 @@ from .completions import completions_section
 from .corpus import language_reference, package_sources, save_windows, token_windows
 from .job import Job
 from .page import commands, costs, targets_section
-from .results import Target, differences_to_control, scores_table, targets_of, targets_text
+from .results import Target, paired, scores_table, targets_of, targets_text
 from .stages import Stages, flip_a_bit, verify_before_training
 from .students import make_students
 from .teacher import capture_teacher
@@ -86,7 +86,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
         },
         "differences": {
             name: {m: value._asdict() for m, value in found.items()}
-            for name, found in differences_to_control(runs).items()
+            for name, found in paired(runs).items()
         },
         "figures": [target._asdict() | {"met": target.met} for target in targets],
         "seconds": job.stages.seconds,

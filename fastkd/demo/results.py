@@ -57,10 +57,15 @@ def scores_of(runs: Sequence[Run]) -> dict[str, Scores]:
     return {"teacher": teacher} | {run.name.rpartition(", ")[2]: run.measures for run in students}
 
 
-def differences_to_control(runs: Sequence[Run]) -> dict[str, Scores]:
-    """Paired differences of each trained run to its control, or else to that of the first run."""
-    first = runs[0].control
-    return {f"{run.name} - control": paired_differences(run, run.control or first) for run in runs if run.steps}
+def paired(runs: Sequence[Run]) -> dict[str, Scores]:
+    """Paired differences of each trained run: to its control, or else to that of the first run, and to the same without
+    features, if there is one."""
+    first, found = runs[0].control, {}
+    for run in (run for run in runs if run.steps):
+        if run.without_features is not None:
+            found[f"{run.name} - without features"] = paired_differences(run, run.without_features)
+        found[f"{run.name} - control"] = paired_differences(run, run.control or first)
+    return found
 
 
 def scores_table(runs: Sequence[Run], measures: Sequence[Measure], of: str) -> list[str]:
@@ -68,7 +73,7 @@ def scores_table(runs: Sequence[Run], measures: Sequence[Measure], of: str) -> l
     evaluation = runs[0].evaluation
     assert evaluation is not None
     lines = [(f"{evaluation.windows} {of}", *(measure.short for measure in measures))]
-    for sign, rows in (("", scores_of(runs)), ("+", differences_to_control(runs))):
+    for sign, rows in (("", scores_of(runs)), ("+", paired(runs))):
         lines += [(f"  {name}", *(_score(found, m, sign) for m in measures)) for name, found in rows.items()]
     return format_table(lines)
 

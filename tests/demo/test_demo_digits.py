@@ -68,11 +68,18 @@ def test_what_it_leaves(place: Path) -> None:
     assert {name: set(s) for name, s in scores.items()} == {
         "teacher": SHOWN,
         "student": SHOWN,
+        "without features": SHOWN,
         "control": SHOWN,
     }
-    for name, difference in report["student_minus_control"].items():
-        expected = scores["student"][name]["mean"] - scores["control"][name]["mean"]
-        assert difference["mean"] == pytest.approx(expected, abs=1e-9)
+    for other in ("control", "without features"):
+        for name, difference in report[f"student_minus_{other.replace(' ', '_')}"].items():
+            expected = scores["student"][name]["mean"] - scores[other][name]["mean"]
+            assert difference["mean"] == pytest.approx(expected, abs=1e-9)
+    mean, half = (report["student_minus_without_features"]["cross_entropy"][name] for name in ("mean", "half"))
+    assert report["features"] == ("within noise" if abs(mean) <= half else "helped" if mean < 0 else "hurt")
+    feature = open_cache(place / "digits" / "cache").features[demo.FEATURE]
+    assert feature.spec.shape == (4 * FEW.teacher_width, 4, 4)
+    assert len(feature.shards) == len(open_cache(place / "digits" / "cache").shards)
     model = Net(FEW.teacher_width)
     data = digits(0, images=300, copies=4)
     kept, new = demo.load_or_train_teacher(place / "digits" / "teacher.safetensors", data, FEW, 0, demo.Stages())
@@ -93,11 +100,16 @@ def test_what_it_leaves(place: Path) -> None:
     )
     page = (place / "digits" / "report.html").read_text()
     assert "student, control" in page
+    assert "student, without features" in page
+    assert "Did the features help?" in page
     assert "of the split" not in page  # but held out
     text = demo.text_of(report, read_runs([place / "digits" / "student"]))
     assert "1,200 augmented digits cached" in text
+    assert f"bytes each, and {report['feature_bytes'] / 1200:.0f} of feature maps" in text
     assert "the teacher ran on 1,200" in text
     assert "student - control" in text
+    assert "student - without features" in text
+    assert f"the features by cross-entropy: {report['features']}" in text
 
 
 def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +133,7 @@ def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest
         demo.run(settings(tmp_path), stop, sizes=FEW)
     assert (tmp_path / "digits" / "teacher.safetensors").exists()
     take = Trainer._take
-    for run in ("student", "control"):
+    for run in ("student", "without_features", "control"):
         stop = Stop()
 
         def taken(self: Trainer, *given: Any, stop: Stop = stop, run: str = run, **more: Any) -> None:
