@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from capture_cases import SMALL, Layered, contents, documents, feature_contents
+from hf_cases import saved
 from vision_cases import CAPTURE as IMAGES
 from vision_cases import Net, examples
 
@@ -21,9 +22,11 @@ from fastkd.capture.features.settings import positions_text
 from fastkd.capture.runner import CaptureReport, capture_text
 from fastkd.data.documents import load_documents
 from fastkd.errors import DataError, TeacherError
+from fastkd.models.attention import from_bytes, read_attention
 from fastkd.models.taps import Taps
 from fastkd.settings import CaptureSettings
 from fastkd.teachers import TopK
+from fastkd.teachers.hf import load_hf
 from fastkd.teachers.load import as_teacher
 
 FEATURES: dict[str, Any] = {"features": ("1", "-1")}
@@ -376,3 +379,27 @@ def test_the_plan_states_what_features_take() -> None:
     half = CaptureSettings(**settings, features=("1",), feature_positions="0.5")
     cost = estimate(as_teacher(Layered()), data, half, seconds=0.1).features["1"]
     assert cost.positions == pytest.approx(report.positions_written / 2)
+
+
+def test_the_block_of_a_layer_is_kept_beside_its_state(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama", num_hidden_layers=3)
+    teacher = load_hf(folder)
+    data = [[token % 90 for token in tokens] for tokens in documents()]
+    store = MemoryStore()
+    given = {**SMALL, "fingerprint": "", "features": ("1,-1",), "feature_block": True}
+    assert fastkd.capture(teacher, data, store, **given).complete
+    cache = open_cache(store)
+    assert cache.features["-1"].block is None, "no layer follows"
+    block = from_bytes(cache.features["1"].block)
+    states = torch.randn(5, 32)
+    expected = read_attention(teacher.model, 1).block().queries_keys_values(states, torch.arange(5))
+    for one, other in zip(block.queries_keys_values(states, torch.arange(5))[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, other)
+    assert fastkd.capture(teacher, data, store, **given).complete
+    assert fastkd.capture(teacher, data, store, **{**given, "feature_block": False}).complete, "it does no harm"
+    for more in (("2",), ("1", "2")):
+        fastkd.capture(teacher, data, store, **{**given, "features": more, "feature_block": False})
+        with pytest.raises(CacheError, match=r"feature 2 .*feature_block: False and True"):
+            fastkd.capture(teacher, data, store, **{**given, "features": more})
+    with pytest.raises(TeacherError, match="no model of transformers"):
+        capture(MemoryStore(), features=("1",), feature_block=True)

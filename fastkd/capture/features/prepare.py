@@ -18,7 +18,8 @@ from ...cache.features.writer import create_feature, share_basis
 from ...cache.stores import Store
 from ...data.documents import Documents
 from ...data.examples import Examples
-from ...errors import DataError, TeacherError
+from ...errors import DataError
+from ...models.attention import read_attention, to_bytes
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
 from ...teachers.tensor_parallel import ParallelGroup, led
@@ -172,7 +173,7 @@ def _find(
     settings, teacher = teacher_pass.settings, teacher_pass.teacher
     positions = positions_text(settings)
     # before the teacher runs for long: a layer may have none
-    blocks = {place.name: _block(teacher, place) if has_block(place, settings) else None for place in places}
+    blocks = {place.name: _block(teacher, place, plan) if has_block(place, settings) else None for place in places}
     there = led(group, lambda: [place.name for place in places if read_basis(store, place.name) is not None])
     keep = replace(teacher_pass, on_batch=lambda positions, seconds: claims.keep() if group.leader else None)
     if new := [place for place in places if place.name not in there]:
@@ -247,9 +248,12 @@ def _written_basis(store: Store, place: Place) -> Basis:
     return basis
 
 
-def _block(teacher: Teacher, place: Place) -> bytes:
+def _block(teacher: Teacher, place: Place, plan: WindowPlan) -> bytes:
     """The weights of the layer that a state enters, by which attention is recomputed; proven on a probe."""
-    raise TeacherError(f"feature_block: not possible yet for {network_of(teacher)} at {place.name}.")
+    assert place.tap.layer is not None
+    with torch.no_grad():
+        attention = read_attention(network_of(teacher), place.tap.layer, context=plan.settings.context)
+        return to_bytes(attention.block())
 
 
 def _check_same(store: Store, there: FeatureSpec, place: Place, base: CacheSpec, settings: CaptureSettings) -> None:
