@@ -1,4 +1,4 @@
-"""A process that writes a small cache and is killed or paused within a step of a commit."""
+"""A process that writes a small cache, or a feature of one, and is killed or paused within a step of a commit."""
 
 import os
 import signal
@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from cache_cases import make_shard, make_spec
+from feature_cases import write_feature
 from forked import SERVER
 
-from fastkd.cache import create_cache
+from fastkd.cache import create_cache, drop_feature, open_cache
 
-STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir")  # functions of os
+STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir", "rmdir")  # functions of os
 
 
 class CacheWriter:
-    """Write three shards in another process, which tells of each; at its step number `step` it dies or pauses."""
+    """Write three shards in another process, which tells of each; at its step number `step` it dies or pauses.
 
-    def __init__(self, path: Path, step: int = 0, mode: str = "kill") -> None:
+    job: "targets", or of an existing cache "feature": write one, and "drop": drop it.
+    """
+
+    def __init__(self, path: Path, step: int = 0, mode: str = "kill", job: str = "targets") -> None:
         self.pipe, theirs = SERVER.Pipe()
-        self.process = SERVER.Process(target=_write, args=(theirs, path, step, mode))
+        self.process = SERVER.Process(target=_write, args=(theirs, path, step, mode, job))
         self.process.start()
         theirs.close()
 
@@ -48,7 +52,7 @@ class CacheWriter:
         return self.process.exitcode
 
 
-def _write(pipe: Connection, path: Path, step: int, mode: str) -> None:
+def _write(pipe: Connection, path: Path, step: int, mode: str, job: str) -> None:
     calls = 0
 
     def counted(name: str) -> None:
@@ -68,10 +72,19 @@ def _write(pipe: Connection, path: Path, step: int, mode: str) -> None:
 
     for name in STEPS:
         counted(name)
-    spec = make_spec(vocab_size=40, k=3)
     pipe.send("ready")
+    if job == "feature":
+        write_feature(path, open_cache(path).spec, seal=True)
+    elif job == "drop":
+        drop_feature(path, "20")
+    else:
+        _targets(pipe, path)
+    pipe.send(f"done {calls}")
+
+
+def _targets(pipe: Connection, path: Path) -> None:
+    spec = make_spec(vocab_size=40, k=3)
     with create_cache(path, spec) as writer:
         for i in range(3):
             done = writer.write_shard(i, **make_shard(spec, positions=12, seed=i), first_sequence=4 * i)
             pipe.send(f"{i} {done}")
-    pipe.send(f"done {calls}")

@@ -16,12 +16,12 @@ FEATURES = {"rows", "draws", "ties", "contexts", "pcodec", "zstd"}
 NO_TAIL = -(2**31)
 
 
-def read_spec(cache: Path) -> tuple[dict[str, Any], str]:
-    """The settings, and their hash."""
+def read_spec(cache: Path, form: str = "fastkd-cache") -> tuple[dict[str, Any], str]:
+    """The settings, and their hash. cache: its folder, or that of a feature (form "fastkd-feature")."""
     document = json.loads((cache / "spec.json").read_text())
-    assert document["format"] == "fastkd-cache"
+    assert document["format"] == form
     assert document["version"] == 1
-    assert set(document["required"]) <= FEATURES
+    assert set(document["required"]) <= (FEATURES if form == "fastkd-cache" else {"hidden", "pcodec"})
     hashed = {**document["spec"], "notes": ""}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     assert hashlib.sha256(text.encode("ascii")).hexdigest() == document["sha256"]
@@ -38,7 +38,7 @@ def read_manifest(cache: Path, spec_hash: str) -> list[dict[str, Any]]:
         total.update(f"{name}:{len(values)};".encode("ascii"))
         if name == "attempt":
             total.update("\0".join(values).encode())
-        elif name in ("content_sha256", "object_sha256"):
+        elif name.endswith("_sha256"):
             total.update(b"".join(values))
         elif name.startswith(("mass_", "entropy_")):
             total.update(b"".join(pack("<d", float("nan") if v is None else v) for v in values))
@@ -49,14 +49,19 @@ def read_manifest(cache: Path, spec_hash: str) -> list[dict[str, Any]]:
 
 
 def open_shard(cache: Path, index: int, spec_hash: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The attributes and the arrays of a shard, both of its hashes checked."""
-    path = cache / f"shards/{index}.zarr.zip"
+    """The attributes and the arrays of a shard, both of its hashes checked. cache: its folder, or that of a feature."""
+    attributes, arrays = open_object(cache / f"shards/{index}.zarr.zip")
+    assert (attributes["format"], attributes["spec"], attributes["index"]) == (1, spec_hash, index)
+    return attributes, arrays
+
+
+def open_object(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The attributes and the arrays of a sealed zip, both of its hashes checked."""
     data = path.read_bytes()
     assert data[-78:-64] == b"fastkd-sha256:"
     assert data[-64:].decode("ascii") == hashlib.sha256(data[:-64]).hexdigest()
     group = zarr.open_group(ZipStore(path, mode="r"), mode="r")
     attributes = group.attrs["fastkd"]
-    assert (attributes["format"], attributes["spec"], attributes["index"]) == (1, spec_hash, index)
     arrays = {name: node[...] for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
     total = hashlib.sha256()
     for name in sorted(arrays):
@@ -192,3 +197,94 @@ def check_values(spec: dict[str, Any], decoded: dict[str, np.ndarray]) -> None:
         assert all(0 <= token < 2**31 for token in decoded["tokens"].tolist())
     for name in ("sequence_lengths", "document_lengths"):
         assert all(length >= 1 for length in decoded.get(name, np.ones(1)).tolist())
+
+
+def read_feature(cache: Path, name: str, index: int) -> dict[str, np.ndarray]:
+    """The arrays that FORMAT.md says a shard of a feature means, by the names that fastkd gives them; and `states`."""
+    folder = cache / "features" / quoted(name)
+    spec, spec_hash = read_spec(folder, "fastkd-feature")
+    assert spec["name"] == name
+    assert spec["base"] == read_spec(cache)[1]
+    basis_attributes, basis = open_object(folder / "basis.zarr.zip")
+    assert basis_attributes["content"] == spec["basis"]
+    if spec["block"] is not None:
+        assert hashlib.sha256((folder / "block.safetensors").read_bytes()).hexdigest() == spec["block"]
+    attributes, arrays = open_shard(folder, index, spec_hash)
+    base, _ = open_shard(cache, index, spec["base"])
+    assert (attributes["base"], attributes["positions"]) == (base["content"], base["positions"])
+    return decode_feature(spec, basis, attributes, arrays)
+
+
+def quoted(name: str) -> str:
+    """A name as that of a folder."""
+    plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-~"
+    return "".join(chr(b) if chr(b) in plain else f"%{b:02X}" for b in name.encode())
+
+
+def ascending(gaps: np.ndarray, below: int) -> list[int]:
+    """The numbers that gaps stand for."""
+    numbers = [-1]
+    for gap in gaps.tolist():
+        numbers.append(numbers[-1] + 1 + gap)
+    assert numbers[-1] < below
+    return numbers[1:]
+
+
+def decode_feature(
+    spec: dict[str, Any], basis: dict[str, np.ndarray], attributes: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays that a shard of a feature means, from its streams. Raises whatever it stumbles over."""
+    shape, n, m = spec["shape"], attributes["positions"], attributes["vectors"]
+    pixels, width = (shape[1] * shape[2], shape[0]) if spec["kind"] == "map" else (1, int(np.prod(shape)))
+    assert arrays["codes"].shape == (width, m)
+    assert arrays["codes"].dtype == np.int16
+    assert arrays["scale"].shape == (m,)
+    assert arrays["scale"].dtype == np.float16
+    positions = list(range(n)) if spec["positions"] == "all" else ascending(arrays["rows"], n)
+    rows = [position * pixels + pixel for position in positions for pixel in range(pixels)]
+    assert len(rows) == m
+    exact_rows = ascending(arrays["exact_rows"], m)
+    exact = arrays["exact"]
+    if spec["dtype"] == "bfloat16":
+        assert exact.dtype == np.uint16
+        exact = np.frombuffer(b"".join(b"\0\0" + pack("<H", bits) for bits in exact.ravel().tolist()), "<f4")
+    else:
+        assert exact.dtype == spec["dtype"]
+    exact = exact.astype(np.float32).reshape(len(exact_rows), width)
+    assert np.isfinite(exact).all()
+    assert np.isfinite(arrays["scale"]).all()
+    mean, vectors = basis["mean"].astype(np.float64), basis["basis"].astype(np.float64)
+    z = arrays["codes"].T.astype(np.float64) * spec["step"] + mean @ vectors
+    scale = arrays["scale"].astype(np.float64)
+    states = scale[:, None] * (z @ vectors.T)
+    for i, row in enumerate(exact_rows):
+        x = exact[i].astype(np.float64)
+        scale[row] = np.sqrt((x**2).mean())
+        z[row] = (x / scale[row] if scale[row] else 0 * x) @ vectors
+        states[row] = x
+    return {
+        "codes": np.ascontiguousarray(arrays["codes"].T),
+        "scale": scale.astype(np.float32),
+        "exact_rows": np.array(exact_rows, np.int64),
+        "exact": exact,
+        "rows": np.array(rows, np.int64),
+        "coordinates": z,
+        "states": states,
+    }
+
+
+def check_feature_values(
+    spec: dict[str, Any], basis: dict[str, np.ndarray], arrays: dict[str, np.ndarray], decoded: dict[str, np.ndarray]
+) -> None:
+    """AssertionError for a shard that no writer writes ("For writers of features")."""
+    exact = set(decoded["exact_rows"].tolist())
+    for i, (codes, scale) in enumerate(
+        zip(decoded["codes"].tolist(), arrays["scale"].astype(float).tolist(), strict=True)
+    ):
+        if i in exact:
+            assert not any(codes)
+            assert pack("<d", scale) == pack("<d", 0.0)
+        else:
+            assert all(abs(code) <= 32767 for code in codes)
+            assert 2**-14 <= scale <= 65504
+            assert basis["scale"][0] / 8 <= scale <= basis["scale"][0] * 8

@@ -37,7 +37,8 @@ class FeatureShards(ShardKind):
         n, m, exact = (attributes[name] for name in COUNTS)
         need(1 <= n <= spec.most_positions, attributes, "positions", f"1 to {spec.most_positions}")
         full = n * spec.vectors
-        need(m == full if spec.positions == "all" else m <= full, attributes, "vectors", f"{full}, of {n} positions")
+        fits = m == full if spec.positions == "all" else m <= full and m % spec.vectors == 0
+        need(fits, attributes, "vectors", f"{full}, of {n} positions, or those of some of them")
         need(exact <= m, attributes, "exact", f"at most {m}")
 
     def expected(self, attributes: Mapping[str, Any]) -> dict[str, Expected]:
@@ -49,7 +50,7 @@ class FeatureShards(ShardKind):
             "scale": Expected(("float16",), (m,)),
         }
         if self.spec.positions != "all":
-            arrays["rows"] = Expected(("uint32",), (m,))
+            arrays["rows"] = Expected(("uint32",), (exactly(attributes["vectors"] // self.spec.vectors),))
         return arrays
 
     def check_values(self, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -64,8 +65,6 @@ class FeatureShards(ShardKind):
             raise Damage("got numbers other than 0 in exact rows, or negative ones", "scale")
         if is_sink(arrays["scale"][~exact], self.median).any():
             raise Damage("got numbers that only exact rows have", "scale")
-        if not np.isfinite(decoded["exact"]).all():
-            raise Damage("got NaN or an infinity", "exact")
 
 
 def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mapping[str, Any], rows: Any) -> Arrays:
@@ -86,11 +85,12 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
     if int(codes.min(initial=0)) < -MOST_CODE:
         raise CacheError(f"codes: got {codes.min()}; expected -{MOST_CODE} to {MOST_CODE}.")
     codes[exact_rows] = 0
-    half = scale.astype(np.float16)
-    half[exact_rows] = 0
+    scale[exact_rows] = 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = scale.astype(np.float16)
     rest = np.ones(m, bool)
     rest[exact_rows] = False
-    if (half[rest] != scale[rest]).any() or is_sink(half[rest], median).any():
+    if (half != scale).any() or is_sink(half[rest], median).any():
         raise CacheError("scale: got numbers that no row but an exact one has; expected what encode_hidden returns.")
     if not np.isfinite(exact).all():
         raise CacheError("exact: got NaN or an infinity; expected finite numbers.")
@@ -101,8 +101,11 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
         "scale": half,
     }
     if spec.positions != "all":
-        every = np.arange(full) if rows is None else rows
-        streams["rows"] = _gaps(_numbers("rows", every, m, full))
+        every = np.arange(full) if rows is None else _numbers("rows", rows, m, full)
+        chosen = every[:: spec.vectors] // spec.vectors
+        if m % spec.vectors or not np.array_equal(every, _vectors_of(chosen, spec)):
+            raise CacheError(f"rows: expected all {spec.vectors} vectors of each position, or none of them.")
+        streams["rows"] = _gaps(chosen)
     return streams
 
 
@@ -119,18 +122,20 @@ def decode_shard(
 
     Damage if one is missing, or a number is out of its range.
     """
-    m, n = attributes["vectors"], attributes["positions"] * spec.vectors
+    m, n = attributes["vectors"], attributes["positions"]
     wanted = ("codes", "exact", "exact_rows", "scale", *(("rows",) if spec.positions != "all" else ()))
     if missing := [name for name in wanted if name not in arrays]:
         raise Damage("it is missing", missing[0])
     exact = _widened(arrays["exact"], spec.dtype)
     exact_rows = _from_gaps("exact_rows", arrays["exact_rows"], m)
-    rows = _from_gaps("rows", arrays["rows"], n) if spec.positions != "all" else np.arange(m)
+    rows = np.arange(m)
+    if spec.positions != "all":
+        rows = _vectors_of(_from_gaps("rows", arrays["rows"], n), spec)
     scale = arrays["scale"].astype(np.float32)
-    if not np.isfinite(scale).all():
-        raise Damage("got NaN or an infinity", "scale")
-    with np.errstate(over="ignore", invalid="ignore"):
-        scale[exact_rows] = scales_of(exact)
+    for name, numbers in (("scale", scale), ("exact", exact)):
+        if not np.isfinite(numbers).all():
+            raise Damage("got NaN or an infinity", name)
+    scale[exact_rows] = scales_of(exact)
     codes = (into or Workspace()).array("codes", (m, spec.width), np.dtype(np.int16))
     _transpose(arrays["codes"], codes)
     return {"codes": codes, "scale": scale, "exact_rows": exact_rows, "exact": exact, "rows": rows}
@@ -153,6 +158,11 @@ def _transpose(codes_WM: Array, out_MW: Array) -> None:
     for i in range(0, codes_WM.shape[1], rows):
         for j in range(0, codes_WM.shape[0], columns):
             out_MW[i : i + rows, j : j + columns] = codes_WM[j : j + columns, i : i + rows].T
+
+
+def _vectors_of(rows: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:
+    """The numbers of all vectors of some positions."""
+    return (rows[:, None] * spec.vectors + np.arange(spec.vectors)).ravel()
 
 
 def _gaps(rows: NDArray[np.int64]) -> NDArray[np.uint32]:

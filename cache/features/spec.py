@@ -17,7 +17,7 @@ KINDS = {"state": 1, "map": 3, "attention_map": 2}  # and the dimensions of thei
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of the teacher, and of exact rows on disk
 FEATURES = frozenset({"hidden", "pcodec"})  # what this version reads
 LONGEST_NAME = 200  # bytes of a name as part of a key
-MOST_ELEMENTS = 2**31  # of the decoded values of a shard
+MOST_ELEMENTS, MOST_VECTORS = 2**31, 2**28  # of a shard, decoded
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARE = re.compile(r"0\.(?!0+$)[0-9]{0,5}[1-9]")
 
@@ -68,7 +68,7 @@ class FeatureSpec:
         put("shape", tuple(integer("shape", size, 1, 2**20) for size in self.shape))
         expect(len(self.shape) == KINDS[self.kind], "shape", self.shape, f"{KINDS[self.kind]} sizes")
         expect(self.width <= MOST_WIDTH, "width", self.width, f"vectors of at most {MOST_WIDTH} components")
-        expect(prod(self.shape) <= MOST_ELEMENTS, "shape", self.shape, f"at most {MOST_ELEMENTS} elements")
+        expect(self.most_positions >= 1, "shape", self.shape, f"at most {MOST_ELEMENTS} elements")
         if self.kind == "state":
             put("layers", integer("layers", self.layers, 1, 2**16))
             put("layer", self.layers if self.layer == -1 else integer("layer", self.layer, 0, self.layers))
@@ -99,7 +99,7 @@ class FeatureSpec:
     @property
     def most_positions(self) -> int:
         """The positions that a shard may have at most."""
-        return MOST_ELEMENTS // prod(self.shape)
+        return min(MOST_ELEMENTS // prod(self.shape), MOST_VECTORS // self.vectors)
 
     @property
     def compressor(self) -> str:

@@ -19,12 +19,16 @@ from test_codec import CALLS, caches
 
 from fastkd.cache import (
     CODECS,
+    Basis,
     CacheError,
     CacheSpec,
     Codec,
     CorruptShard,
+    FeatureSpec,
     checks,
     create_cache,
+    create_feature,
+    encode_hidden,
     open_cache,
 )
 from fastkd.cache.shard import container as shardfile
@@ -180,6 +184,28 @@ def test_the_example(tmp_path: Path) -> None:
     for name, values in example["decoded"].items():
         np.testing.assert_allclose(decoded[name], values, atol=5e-5, err_msg=name)
     same(tmp_path)
+
+
+def test_the_example_of_a_feature(tmp_path: Path) -> None:
+    test_the_example(tmp_path)
+    blocks = re.findall(r"```json example=feature_?(\w*)\n(.*?)```", FORMAT.read_text(), re.DOTALL)
+    example = {name: json.loads(block) for name, block in blocks}
+    given, settings = example["given"], example[""]
+    basis = Basis(np.array(given["mean"]), np.array(given["basis"]), given["scale"])
+    spec = FeatureSpec(**settings | {"shape": tuple(settings["shape"])})
+    coded = encode_hidden(np.array(given["states"], np.float32), basis, spec.step)
+    with create_feature(tmp_path, spec, basis) as writer:
+        writer.write_shard(0, coded, np.array(given["rows"]))
+    attributes, arrays = plain_reader.open_shard(tmp_path / "features/1", 0, spec.hash)
+    assert spec.hash == example["hashes"]["spec"]
+    assert attributes["content"] == example["hashes"]["content"]
+    assert arrays.keys() == example["streams"].keys()
+    for name, array in arrays.items():
+        assert [array.dtype.name, *array.shape] == example["streams"][name][0], name
+        np.testing.assert_allclose(array, example["streams"][name][1], atol=5e-5, err_msg=name)
+    decoded = plain_reader.read_feature(tmp_path, "1", 0)
+    for name, values in example["decoded"].items():
+        np.testing.assert_allclose(decoded[name], values, atol=5e-5, err_msg=name)
 
 
 # What a reader refuses, and a writer
@@ -461,11 +487,14 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
     same(tmp_path)
 
 
-def test_every_check_of_a_reader_has_its_test() -> None:
-    section = FORMAT.read_text().split("## What a reader must check")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("title", "least"), [("## What a reader must check", 16), ("### What a reader of a feature", 5)]
+)
+def test_every_check_of_a_reader_has_its_test(title: str, least: int) -> None:
+    section = re.split(r"\n###? ", FORMAT.read_text().split(f"\n{title}")[1])[0]
     source = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     points = re.findall(r"^- .*?(?=\n- |\n\n|\Z)", section, re.DOTALL | re.MULTILINE)
-    assert len(points) > 15
+    assert len(points) >= least
     for point in points:
         assert re.search(r"`test_\w+`", point), point
     for name in re.findall(r"`(test_\w+)`", section):

@@ -26,6 +26,7 @@ import numpy as np
 import obstore
 import pytest
 from cache_cases import make_shard, make_spec
+from feature_cases import make_base, make_states, write_feature
 from fsspec.implementations.dirfs import DirFileSystem
 from http_server import http_server
 from moto.backends import get_backend
@@ -37,7 +38,7 @@ from obstore.store import LocalStore as ObstoreLocalStore
 from obstore.store import MemoryStore as ObstoreMemoryStore
 from werkzeug.serving import make_server
 
-from fastkd.cache import create_cache, verify_cache
+from fastkd.cache import create_cache, drop_feature, open_cache, verify_cache
 from fastkd.cache.errors import CacheError, NotFound, ReadOnly, StoreError
 from fastkd.cache.stores import (
     Entry,
@@ -291,6 +292,52 @@ class TestConformance:
         assert store.get("shards/0") == bytes(won) * 300_000
         assert list(store.list("")) == [("shards/0", 300_000)]
         assert store.sweep() == []
+
+    def test_only_features_are_deleted(self, store: Store) -> None:
+        keys = [
+            "spec.json",
+            "shards/0",
+            "features/20/spec.json",
+            "features/20/shards/0",
+            "features/a%2Fb:at/x",
+            "features2",
+        ]
+        for key in keys:
+            store.create(key, b"x")
+        if isinstance(store, ToyStore):
+            with pytest.raises(ReadOnly, match="does not delete"):
+                store.delete("features/20/spec.json")
+            return
+        for key in ["spec.json", "shards/0", "features2", "features"]:
+            with pytest.raises(StoreError, match="never deleted"):
+                store.delete(key)
+        for key in [*BAD_KEYS, "features/../spec.json", "features//x"]:
+            with pytest.raises(StoreError, match="no key of an object"):
+                store.delete(key)
+        assert sorted(entry.key for entry in store.list("")) == sorted(keys)
+        assert store.delete("features/20/spec.json") is True
+        assert store.delete("features/20/spec.json") is False
+        assert store.delete("features/none/spec.json") is False
+        assert store.delete("features/a%2Fb:at/x")
+        assert [entry.key for entry in store.list("features/")] == ["features/20/shards/0"]
+        assert store.create("features/20/spec.json", b"again")
+        assert store.get("features/20/spec.json") == b"again"
+        assert store.sweep() == []
+
+    def test_a_feature_is_written_read_and_dropped(self, store: Store) -> None:
+        base = make_base(store, 1)
+        before = dict(store.list(""))
+        write_feature(store, base, 1, name="-1", layer=30, seal=True)
+        cache = open_cache(store)
+        assert list(cache.features) == ["-1"]
+        assert np.array_equal(cache.features["30"].read_shard(0)[0], make_states(0)[0])
+        assert cache.verify().ok
+        if isinstance(store, ToyStore):
+            with pytest.raises(ReadOnly, match="does not delete"):
+                drop_feature(store, "-1")
+            return
+        assert drop_feature(store, "-1") == 4
+        assert dict(store.list("")) == before
 
     def test_says_who_it_is(self, store: Store) -> None:
         name = store.describe()
