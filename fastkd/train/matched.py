@@ -10,10 +10,13 @@ from ..data.examples import Examples
 from ..errors import StreamError, TrainError
 from ..kernels import KDError, find_feature_loss
 from ..kernels.features.losses import FeatureLoss, feature_loss_names
+from ..models.attention import from_bytes
 from ..models.pruned import original_layers
 from ..settings import TrainSettings
+from ..stream.split import plan_of
 from .matching import OF_ATTENTION, Match, StudentLayers, resolve
 from .objective import AUTO, Objective, TokenKD, WeightedSum
+from .objectives.attention import AttentionKD, RelationKD
 from .objectives.hidden import HiddenKD
 from .objectives.projector import LinearProjector, MapProjector
 from .student import Student
@@ -53,6 +56,10 @@ def matched_objective(
     )
     found = resolve(settings.match, specs, layers, feature_loss_names())
     student.notes += found.notes
+    plans = [plan_of(cache) for cache in caches]
+    contexts = [plan.settings.get("context") for plan in plans if plan is not None]
+    if contexts and len(contexts) == len(plans) and all(isinstance(n, int) for n in contexts):
+        student.context = max(contexts)
     shapes = student.inner_shapes(
         dict.fromkeys(one.output for one in found.matches if one.loss not in OF_ATTENTION), data
     )
@@ -63,8 +70,30 @@ def matched_objective(
     for one in found.matches:
         name = term_name(one)
         weights[name] = AUTO if one.weight is None else one.weight
-        terms[name] = _hidden(one, name, specs[one.teacher], shapes[one.output], settings, dtype)
+        spec = specs[one.teacher]
+        if one.loss in OF_ATTENTION:
+            terms[name] = _attention(one, spec, features[one.teacher].block)
+        else:
+            terms[name] = _hidden(one, name, spec, shapes[one.output], settings, dtype)
     return WeightedSum(terms, weights)
+
+
+def _attention(match: Match, spec: Any, block: bytes | None) -> AttentionKD:
+    if spec.positions != "all":
+        raise TrainError(
+            f"match: got {str(match)!r}, and feature {spec.name} is of some positions ({spec.positions}); expected "
+            "all, as maps are over whole segments. Drop it, and capture it again with feature_positions='all'."
+        )
+    if not match.output.startswith("attention:"):
+        raise TrainError(f"match: got {str(match)!r}; expected the number of a layer of the student, not a module.")
+    try:
+        made = from_bytes(block or b"")
+    except ValueError as error:
+        raise TrainError(
+            f"match: got {str(match)!r}, and the block of feature {spec.name} is none ({error})."
+        ) from error
+    make = RelationKD if match.loss == "relation" else AttentionKD
+    return make(match.teacher, match.output, made, match.loss)
 
 
 def term_name(match: Match) -> str:

@@ -68,14 +68,16 @@ class Student(nn.Module):
         self.objective: Objective = TokenKD()
         self._run, self._packs = run, packs
         self._inner: InnerOutputs | None = None
+        self.context: int | None = None
+        """Positions in the longest segment of the data, if they are known."""
 
     def read(self, objective: Objective) -> None:
         """Compute this objective from now on. Raises TrainError if the model lacks an inner state that it reads."""
         self.objective = objective
-        names = inner_of(objective.outputs)
+        names, context = inner_of(objective.outputs), self.context or self.max_positions
         if self._inner is not None:
             self._inner.close()
-        self._inner = InnerOutputs(self.model, names, self.max_positions) if names else None
+        self._inner = InnerOutputs(self.model, names, context) if names else None
 
     def inner_shapes(self, names: Iterable[str], data: Examples | None = None) -> dict[str, tuple[int, ...]]:
         """The shapes of inner states, by name, for a probe of a few positions. data: of a student of examples. Raises
@@ -114,7 +116,7 @@ class Student(nn.Module):
                 name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS
             }
             if self._inner is not None:
-                outputs |= self._inner.take()
+                outputs |= self._inner.take(getattr(batch, "position_ids", None))
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:

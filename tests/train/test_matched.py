@@ -1,6 +1,7 @@
 """Training with `match`: the losses of the whole chain against the stored states, divided steps, resuming, export."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import train_jobs
+from hf_cases import model_of
 from match_cases import add_feature
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_cases import SMALL, WIDTH, Tiny, bits, llama, make_cache
+from train_cases import CAPTURE, SMALL, WIDTH, Tiny, bits, documents, llama, make_cache
 
 import fastkd
 from fastkd import DistillLoader
@@ -299,6 +301,54 @@ def test_inner_states_of_compiled_layers(cache: Cache, tmp_path: Path) -> None:
     expected = _tensors(tmp_path / "plain")
     for key, tensor in _tensors(tmp_path / "compile").items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.fixture(scope="module")
+def attentive(place: Path) -> Path:
+    """A cache of a teacher with attention, with a state and its layer's block."""
+    made = {"features": ("1",), "feature_block": True, "feature_step": 0.02}
+    fastkd.capture(
+        model_of("llama", seed=3, initializer_range=0.2), documents(), place / "attentive", **CAPTURE, **made
+    )
+    return place / "attentive"
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_attention_of_a_copy_of_the_teacher_is_the_teachers(attentive: Path, layout: str) -> None:
+    """From the coded state and the block, across layouts and segments; and not if positions are shifted by one."""
+    cache = open_cache(attentive)
+    student = make_student(model_of("llama", seed=3, initializer_range=0.2), cache.spec).student
+    settings = TrainSettings(match=("1:1:attention:1", "1:1:relation:1"))
+    objective = matched_objective(settings, [cache], student)
+    assert list(objective.terms) == ["answers", "attention/1:1:attention", "relation/1:1:relation"]
+    student.read(objective)
+    names, right, wrong = list(objective.terms)[1:], np.zeros(2), np.zeros(2)
+    for step in DistillLoader(cache, batch_size=6, micro_tokens=50, layout=layout, features=("1",)):
+        for batch in step.micro_batches:
+            targets = batch.features["1"]
+            shifted = replace(targets.take(torch.roll(torch.arange(len(targets)), 1)), index=targets.index)
+            for sums, signals in ((right, batch.signals), (wrong, {"features/1": shifted})):
+                with torch.no_grad():
+                    given = replace(batch, signals=signals)
+                    found = student(given, num_items=step.count, **_scalars(objective))
+                sums += [float(found[name]) for name in names]
+    assert (right < 1e-3 * wrong).all(), (right, wrong)
+
+
+def test_training_on_attention(attentive: Path, tmp_path: Path) -> None:
+    """Gradients reach the student's queries and keys, also through activation checkpointing."""
+    for name, changes in (("plain", {}), ("less", {"activation_checkpointing": True})):
+        match = ("1:0:attention:5", "1:1:relation:5")
+        train(open_cache(attentive), tmp_path / name, *match, student=llama(), alpha=0.0, **changes)
+    lines = read_metrics(tmp_path / "plain")
+    assert lines[-1]["attention/1:0:attention"] < 0.9 * lines[0]["attention/1:0:attention"]
+    expected = _tensors(tmp_path / "plain")
+    for key, tensor in _tensors(tmp_path / "less").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
+    with pytest.raises(TrainError, match=r"attention:5: got a layer|expected a number from 0 to 1"):
+        train(open_cache(attentive), tmp_path / "run", "1:5:attention:1", student=llama())
+    with pytest.raises(TrainError, match=r"layer 1 of Tiny: got no model of transformers"):
+        train(open_cache(attentive), tmp_path / "run", "1:1:attention:1")
 
 
 def test_auto_and_a_sweep(cache: Cache, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainError
-from ...kernels import KDError, find_feature_loss
-from ...kernels.features.attention import QueriesKeysValues
+from ...kernels import AttentionBlock, KDError, QueriesKeysValues, find_feature_loss
 from ...stream.batch import AnyBatch, MicroBatch
 from .rows import count_of, rows_at, segments_of
 
@@ -24,7 +23,7 @@ class AttentionKD(nn.Module):
     It has no projector: maps and relations are of positions, whatever the widths. Segments never attend to one another.
     """
 
-    def __init__(self, feature: str, output: str, block: Any, loss: str = "attention") -> None:
+    def __init__(self, feature: str, output: str, block: AttentionBlock, loss: str = "attention") -> None:
         super().__init__()
         try:
             self._loss = find_feature_loss(loss)
@@ -51,7 +50,8 @@ class AttentionKD(nn.Module):
             *whole[3:],
         )
         with torch.no_grad():
-            self._block = self._block.to(batch.device)
+            if self._block.device != batch.device:
+                self._block = self._block.to(batch.device)
             positions = rows_at(batch.position_ids.flatten()[:, None], targets.index)[:, 0]
             teacher = self._block.queries_keys_values(targets, positions)
         count = count_of(batch, self.signals[0])
@@ -64,5 +64,5 @@ class AttentionKD(nn.Module):
 class RelationKD(AttentionKD):
     """Relations among queries, among keys and among values (MiniLMv2, Wang et al. 2021); see `AttentionKD`."""
 
-    def __init__(self, feature: str, output: str, block: Any, loss: str = "relation") -> None:
+    def __init__(self, feature: str, output: str, block: AttentionBlock, loss: str = "relation") -> None:
         super().__init__(feature, output, block, loss)
