@@ -1,9 +1,11 @@
 """Capture against the bare teacher: the same batches through the model and its LM head, keeping nothing.
 
-    python bench/bench_capture.py [--device cuda] [--rounds N] [--workers] [--json PATH]
+    python bench/bench_capture.py [--device cuda] [--rounds N] [--features 10,20,-1] [--workers] [--json PATH]
 
 On a CPU with SmolLM2-135M (see teacher.py) over real text; on a GPU with teachers of random weights, 1B-class and 135M.
 Capture includes everything: planning, reading, running, top-k with four tails and draws, encoding, writing, sealing.
+--features: also capture with hidden states, three layers by default (CPU; "": none). Their bases are there already:
+they are learnt once for a cache, from 16,384 positions.
 --workers: two processes of one core each against one (CPU).
 """
 
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +42,8 @@ from fastkd.kernels.lm_head import LMHead
 from fastkd.kernels.topk.api import default_chunk
 from fastkd.models.protocol import Hidden
 from fastkd.settings import CaptureSettings
+
+FEATURES = ("10", "20", "-1")
 
 
 class Decoder:
@@ -77,8 +82,30 @@ def bare(teacher: Decoder, batches: list[Tensor], buffer: Tensor) -> None:
         project(teacher, teacher(inputs.to(teacher.device, non_blocking=True)).states.flatten(0, 1), buffer)
 
 
+def prepared(teacher: Decoder, data: Documents, settings: CaptureSettings) -> Callable[[], MemoryStore]:
+    """A function that returns an empty store, but for what is found once for the features of a cache."""
+    whole = MemoryStore()
+    fastkd.capture(teacher, data, whole, settings)
+    names = ("basis.zarr.zip", "spec.json")
+    kept = {e.key: whole.get(e.key) for e in whole.list("features/") if e.key.rpartition("/")[2] in names}
+
+    def make() -> MemoryStore:
+        store = MemoryStore()
+        for key, data in kept.items():
+            store.create(key, data)
+        return store
+
+    return make
+
+
 def bench(
-    table: Table, teacher: Decoder, data: Documents, settings: CaptureSettings, limit: float, rounds: int
+    table: Table,
+    teacher: Decoder,
+    data: Documents,
+    settings: CaptureSettings,
+    limit: float,
+    rounds: int,
+    features: tuple[str, ...] = (),
 ) -> None:
     """One teacher's rows."""
     device = teacher.device.type
@@ -92,11 +119,16 @@ def bench(
         f"{plan.shards} shards; k={settings.k} draws={settings.draws} T={settings.temperatures}"
     )
     one = device == "cpu" and torch.get_num_threads() == 1
+    runs: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare(teacher, batches, buffer),
+        "capture": lambda: fastkd.capture(teacher, data, MemoryStore(), settings),
+    }
+    if features:
+        more = replace(settings, features=features)
+        empty = prepared(teacher, data, more)
+        runs["with features"] = lambda: fastkd.capture(teacher, data, empty(), more)
     ms = interleaved(
-        {
-            "bare": lambda: bare(teacher, batches, buffer),
-            "capture": lambda: fastkd.capture(teacher, data, MemoryStore(), settings),
-        },
+        runs,
         device=device,
         rounds=rounds,
         warmup=1,
@@ -104,11 +136,14 @@ def bench(
     )
     if one:
         print("  one thread: core time, which other processes do not affect")
-    for name in ("bare", "capture"):
+    for name in runs:
         table.value(name, ms.time(name).inverse(positions * 1e3), "positions/s")
     spread = sorted(a / b for a, b in zip(ms.rounds["capture"], ms.rounds["bare"], strict=True))
     note = f"{rounds} rounds of {spread[0]:.3f} to {spread[-1]:.3f}"
     table.ratio("capture", ms.ratio("capture", "bare"), "the bare teacher", f"<= {limit}", note=note)
+    if features:
+        what = f"capture with {len(features)} layers"
+        table.ratio(what, ms.ratio("with features", "bare"), "the bare teacher", "<= 1.10", note=", ".join(features))
     parts(table, teacher, data, settings, ms["bare"] / positions * 1e3)
     if device == "cuda":
         alone = peak_bytes(lambda: bare(teacher, batches, buffer) or [], "cuda") + buffer.nbytes
@@ -277,10 +312,10 @@ def random_teacher(name: str) -> tuple[Decoder, Documents]:
     return Decoder(model, f"{name}-class Llama, random weights, bfloat16"), open_documents(list(ids))
 
 
-def on_cpu(table: Table, positions: int, rounds: int) -> None:
+def on_cpu(table: Table, positions: int, rounds: int, features: tuple[str, ...] = FEATURES) -> None:
     """SmolLM2-135M over real text."""
     teacher, data = smollm2(positions)
-    bench(table, teacher, data, settings_cpu(), 1.08, rounds)
+    bench(table, teacher, data, settings_cpu(), 1.08, rounds, features)
 
 
 def on_cuda(table: Table, name: str, limit: float, rounds: int) -> None:
@@ -290,14 +325,16 @@ def on_cuda(table: Table, name: str, limit: float, rounds: int) -> None:
     bench(table, teacher, data, settings, limit, rounds)
 
 
-def sections(device: str, positions: int, rounds: int, *, workers: bool = False) -> list[Case]:
+def sections(
+    device: str, positions: int, rounds: int, *, workers: bool = False, features: tuple[str, ...] = FEATURES
+) -> list[Case]:
     """A case for each teacher. workers: also two processes against one (CPU)."""
     if device == "cuda":
         return [
             Case(f"{name}-class teacher", partial(on_cuda, name=name, limit=limit, rounds=rounds))
             for name, limit in (("1B", 1.05), ("135M", 1.10))
         ]
-    found = [Case("SmolLM2-135M", partial(on_cpu, positions=positions, rounds=rounds))]
+    found = [Case("SmolLM2-135M", partial(on_cpu, positions=positions, rounds=rounds, features=features))]
     if workers:
         found.append(Case("two processes", partial(bench_workers, positions=positions)))
     return found
@@ -316,13 +353,16 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, help="threads of the teacher (CPU); 1: compare core time, for a busy machine"
     )
+    parser.add_argument("--features", default=",".join(FEATURES), help="layers whose states are captured too (CPU)")
     parser.add_argument("--workers", action="store_true", help="also two processes against one (CPU)")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(args.device, "capture")
-    run_cases(sections(args.device, args.positions, args.rounds, workers=args.workers), table, to_stderr)
+    features = tuple(name for name in args.features.split(",") if name)
+    found = sections(args.device, args.positions, args.rounds, workers=args.workers, features=features)
+    run_cases(found, table, to_stderr)
     table.save(args.json)
 
 

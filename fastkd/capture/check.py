@@ -21,6 +21,7 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Hidden, Teacher, TopK
 from ..utils.text import format_table, labelled, printable, without_credentials
 from .compare import Deviations, compare
+from .features.check import FeatureCheck, FeatureDifference, feature_checks, read_all
 from .prepare import read_window_plan
 from .rows import Ints, ShardRows
 from .teacher_pass import TeacherPass, device_name
@@ -69,7 +70,7 @@ class TeacherCheck:
         were compared. shards: which were sampled, of cache_shards. recorded_batches: whether the capture's batches were
         repeated; else every sequence was a batch.
     differences: by kind: "top_k", "draws" and "tail" (log-probabilities). outcomes: rows with another number of
-        outcomes.
+        outcomes. features: the deviations of each feature.
     same_top_k, same_draws: share of the rows with the same ids; None without them, or if draws cannot be repeated, and
         draws_unknown says why.
     tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and torch versions.
@@ -92,6 +93,7 @@ class TeacherCheck:
     same_top_k: float | None = None
     same_draws: float | None = None
     captured_on: list[str] = field(default_factory=list)
+    features: dict[str, FeatureDifference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -106,7 +108,7 @@ class TeacherCheck:
 
     @property
     def excess(self) -> float:
-        """The largest excess of a number over its bound, in nats. 0: the codec explains all differences."""
+        """The largest excess of a log-probability over its bound, in nats. 0: the codec explains all differences."""
         return max(d.excess for d in self.differences.values())
 
     def __bool__(self) -> bool:
@@ -128,7 +130,8 @@ def check_teacher(
     tolerance: float | None = None,
     progress: bool = False,
 ) -> TeacherCheck:
-    """Run the teacher on a random sample of a cache's batches, and compare its answers with what is stored.
+    """Run the teacher on a random sample of a cache's batches, and compare its answers with what is stored; and its
+    states, with the features.
 
     positions: how many to compare, at least; batches are run whole. seed: of the sample; None: random. data: the
         examples of a cache of examples. progress: a bar on stderr.
@@ -151,6 +154,7 @@ def check_teacher(
             plan, draw_seed = read_window_plan(cache.store, spec)
         except DataError as error:
             unknown = str(error)
+    features = feature_checks(cache, teacher, data)
     seed = secrets.randbelow(2**31) if seed is None else seed
     kinds = {"top_k": spec.k, "draws": spec.draws, "tail": 1}
     report = TeacherCheck(
@@ -163,6 +167,7 @@ def check_teacher(
         checked_on=f"{device_name(teacher.device)}, torch {torch.__version__}",
         draws_unknown=unknown,
         differences={kind: Difference() for kind, used in kinds.items() if used},
+        features={check.place.name: check.difference for check in features},
     )
 
     def on_answer(answer: Answer) -> None:
@@ -181,15 +186,16 @@ def check_teacher(
             report.captured_on = sorted({*report.captured_on, *shard.captured_on})
             report.recorded_batches &= shard.recorded
             report.shards = sorted([*report.shards, index])
-            before = report.positions
+            before, here = report.positions, read_all(features, index)
             for number in random.permutation(len(shard.batches)).tolist():
-                shard.compare(shard.batches[number], teacher_pass, data, report)
+                shard.compare(shard.batches[number], teacher_pass, data, report, here)
                 bar.update(min(report.positions, positions) - bar.n)
                 if report.positions >= min(positions, before + share):
                     break
             report.problems += shard.problems(report.tolerance)
             if report.positions >= positions:
                 break
+    report.problems += [problem for check in features if (problem := check.problem())]
     _finish(report)
     return report
 
@@ -232,16 +238,26 @@ class _Shard:
         self._worst = (0.0, "")  # the largest excess, and a description
 
     def compare(
-        self, parts: list[Ints], teacher_pass: TeacherPass, data: Examples | None, report: TeacherCheck
+        self,
+        parts: list[Ints],
+        teacher_pass: TeacherPass,
+        data: Examples | None,
+        report: TeacherCheck,
+        features: list[FeatureCheck],
     ) -> None:
         """Run the teacher on the parts of a batch, and compare."""
         segments = np.concatenate(parts)
         some = self.rows.select(segments)
-        rows = self.rows.rows_of(segments)[0][some.counts]
+        of_shard = self.rows.rows_of(segments)[0]
+        rows = of_shard[some.counts]
         if not len(rows):
             return
         again = np.split(np.arange(len(segments)), np.cumsum([len(part) for part in parts])[:-1])
-        now, _ = teacher_pass.run(some, again, None if "tokens" in some.inputs else data, self.index)
+        states = [check.collector(some, of_shard) for check in features]
+        data = None if "tokens" in some.inputs else data
+        now, _ = teacher_pass.run(some, again, data, self.index, collectors=states)
+        for check, found_states in zip(features, states, strict=True):
+            check.compare(found_states, of_shard)
         stored = {name: self.arrays[name][rows] for name in now}
         found = compare(self.spec, stored, {name: array[some.counts] for name, array in now.items()})
         report.batches += len(parts)
@@ -376,6 +392,14 @@ def check_text(report: TeacherCheck) -> str:
             row += [f"{d.largest:.4f}", f"{d.bound:.4f}", f"{d.over / d.compared:.2%}", f"{d.excess:.2g}"]
         rows.append(row)
     lines += [*format_table(rows), ""]
+    if report.features:
+        rows = [["Hidden states, of their rms", "compared", "largest", "its bound", "over bound", "by up to"]]
+        for name, f in report.features.items():
+            row = [f"  {name}", f"{f.compared:,}"]
+            if f.compared:
+                row += [f"{f.largest:.4f}", f"{f.bound:.4f}", f"{f.over / f.compared:.2%}", f"{f.excess:.2g}"]
+            rows.append(row)
+        lines += [*format_table(rows), ""]
     lines += labelled("  outcomes", f"{report.outcomes:,} rows differ" if report.outcomes else "equal in all rows")
     if report.same_top_k is not None:
         lines += labelled("  top-k", f"the same ids in {report.same_top_k:.2%} of the rows")
@@ -387,6 +411,9 @@ def check_text(report: TeacherCheck) -> str:
 
 
 def _verdict(report: TeacherCheck) -> list[str]:
+    most = max((f.excess for f in report.features.values()), default=0.0)
+    if report.ok and not report.excess and most:
+        return [f"ok, within the tolerance: states are up to {most:.2g} of their rms beyond the codec's error"]
     if report.ok and not report.excess:
         return ["ok: the cache matches the teacher to within the codec's error"]
     if report.ok:

@@ -40,8 +40,8 @@ class _Shard:
     rows: ShardRows
     data: Documents | Examples | None
     index: int
-    targets: bool
-    collectors: Sequence[Collector]
+    targets: bool = True
+    collectors: Sequence[Collector] = ()
 
     def where(self, document: int) -> str:
         """A document's description, for messages."""
@@ -171,7 +171,7 @@ class TeacherPass:
         yield from self._submit_parts(source, segments[middle:], taps)
 
     @torch.inference_mode()
-    def _submit(self, source: _Shard, segments: Ints, taps: Taps | None) -> _Pending:
+    def _submit(self, source: _Shard, segments: Ints, taps: Taps | None = None) -> _Pending:
         """Submit a batch to the device, and the copy of its targets and inner states to the host."""
         rows, flat = source.rows.placed(segments)
         counts = source.rows.counts[rows] if source.targets else np.zeros(len(rows), np.bool_)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from capture_cases import SMALL, Layered, contents, documents, feature_contents
+from capture_cases import SMALL, Causal, Layered, contents, documents, feature_contents
 from hf_cases import saved
 from vision_cases import CAPTURE as IMAGES
 from vision_cases import Net, examples
@@ -17,6 +17,7 @@ from vision_cases import Net, examples
 import fastkd
 from fastkd.cache import Cache, CacheError, drop_feature, open_cache, verify_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture.check import check_teacher, check_text
 from fastkd.capture.estimate import estimate, estimate_text
 from fastkd.capture.features.settings import positions_text
 from fastkd.capture.runner import CaptureReport, capture_text
@@ -403,3 +404,38 @@ def test_the_block_of_a_layer_is_kept_beside_its_state(tmp_path: Path) -> None:
             fastkd.capture(teacher, data, store, **{**given, "features": more})
     with pytest.raises(TeacherError, match="no model of transformers"):
         capture(MemoryStore(), features=("1",), feature_block=True)
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_the_teacher_is_asked_again(kind: str) -> None:
+    store: Any = MemoryStore()
+    data = examples() if kind == "images" else None
+    teacher: Any = Net(seed=7) if kind == "images" else Layered()
+    if kind == "images":
+        fastkd.capture(teacher, data, store, **IMAGES, features=("convolution", "convolution:at"))
+    else:
+        capture(store, teacher, features=("1", "-1"), feature_positions="0.5")
+    model, cache = as_teacher(teacher, data, fingerprint="the same" if data is None else ""), open_cache(store)
+    report = check_teacher(cache, model, data=data, positions=10**6, seed=1)
+    assert report.ok
+    assert report.problems == []
+    for name, difference in report.features.items():
+        feature = cache.features[name]
+        assert difference.compared == sum(len(feature.read_codes(i)["rows"]) for i in feature.shards)
+        assert 0.9 * feature.spec.step / 2 < difference.largest <= feature.spec.step / 2 + 1e-3
+        assert difference.excess == 0
+        assert f"  {name} " in check_text(report)
+    assert "ok: the cache matches" in check_text(report)
+    # the same answers from other states
+    if kind == "text":
+        teacher.layers[0].register_forward_hook(lambda module, given, states: states * 1.5)
+        original = teacher.layers[1].forward
+        teacher.layers[1].forward = lambda states: original(states / 1.5)
+        report = check_teacher(cache, model, positions=200, seed=1)
+        assert [problem.split(": ")[1].split(" is")[0] for problem in report.problems] == ["feature 1"]
+        assert not report.ok
+        assert report.features["-1"].excess == 0
+        assert json.dumps(report.to_json())
+    other: Any = Causal() if kind == "text" else torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 7))
+    with pytest.raises(TeacherError, match=r"no list of layers|no module"):
+        check_teacher(cache, as_teacher(other, data, fingerprint="x"), data=data)

@@ -91,9 +91,10 @@ def network_of(teacher: Teacher) -> nn.Module:
     )
 
 
-def find_places(teacher: Teacher, data: Documents | Examples, names: Sequence[str]) -> list[Place]:
+def find_places(teacher: Teacher, data: Documents | Examples | None, names: Sequence[str]) -> list[Place]:
     """The places that these names stand for (see `models.taps.resolve`), in their order, each once; none without names.
 
+    data: what the teacher is run on; of a cache of tokens, None will do.
     Raises TeacherError for a layer or a module that is not there, or one whose tensor is no feature, before anything is
     written.
     """
