@@ -134,7 +134,7 @@ def select(cache: Any, names: Sequence[str]) -> list[Any]:
     listed = ", ".join(there) or "none"
     names = [part.strip() for text in names for part in text.split(",") if part.strip()]
     wanted = [name for name in (names or sorted(there, key=lambda name: there[name].layer)) if name != LAST]
-    found = []
+    found: list[Any] = []
     for name in (*wanted, LAST):
         try:
             feature = cache.features[name]

@@ -23,7 +23,8 @@ def find_final_norm(model: Any) -> nn.Module:
         expected = base(input_ids=tokens, use_cache=False).last_hidden_state
         before = taps.values["-1"]
         # from the end, as at initialization all norms are equal
-        for module in reversed(list(base.modules())):
+        modules: list[nn.Module] = list(base.modules())
+        for module in reversed(modules):
             if "norm" in type(module).__name__.lower() and _gives(module, before, expected):
                 return module
     raise TeacherError(

@@ -297,6 +297,8 @@ def test_the_command(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert read_speculators(out)[0]["hidden_states"].shape == (8, WIDTH)
     assert cli.main([*args, "--features", "4"]) == 0
     assert "complete. Written: 0 samples" in capfd.readouterr().out
+    assert cli.main([*args, "--features", "4,-1"]) == 0, "as in --features of a capture"
+    assert "complete. Written: 0 samples" in capfd.readouterr().out
     assert cli.main([*args, "--features", "7"]) == 1
     assert "has no states of 7" in capfd.readouterr().err
     assert cli.main(["export-cache", str(tmp_path), "--to", "specforge", "--out", str(out)]) == 2
