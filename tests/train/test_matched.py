@@ -20,6 +20,7 @@ import fastkd
 from fastkd import DistillLoader
 from fastkd.cache import Cache, open_cache
 from fastkd.errors import StreamError, TrainError
+from fastkd.models.attention import from_bytes
 from fastkd.settings import TrainSettings
 from fastkd.stream.batch import MicroBatch
 from fastkd.sweep.arms import make_arms
@@ -28,8 +29,10 @@ from fastkd.train.checkpoint import newest
 from fastkd.train.matched import matched_objective
 from fastkd.train.metrics import read_metrics
 from fastkd.train.objective import AUTO, TokenKD, WeightedSum
+from fastkd.train.objectives.attention import AttentionKD
 from fastkd.train.objectives.hidden import HiddenKD
 from fastkd.train.objectives.projector import LinearProjector
+from fastkd.train.parallel import checkpoint_layers
 from fastkd.train.student import Student, make_student
 from fastkd.utils.signals import Stop
 
@@ -335,20 +338,44 @@ def test_attention_of_a_copy_of_the_teacher_is_the_teachers(attentive: Path, lay
     assert (right < 1e-3 * wrong).all(), (right, wrong)
 
 
-def test_training_on_attention(attentive: Path, tmp_path: Path) -> None:
-    """Gradients reach the student's queries and keys, also through activation checkpointing."""
-    for name, changes in (("plain", {}), ("less", {"activation_checkpointing": True})):
-        match = ("1:0:attention:5", "1:1:relation:5")
-        train(open_cache(attentive), tmp_path / name, *match, student=llama(), alpha=0.0, **changes)
-    lines = read_metrics(tmp_path / "plain")
-    assert lines[-1]["attention/1:0:attention"] < 0.9 * lines[0]["attention/1:0:attention"]
-    expected = _tensors(tmp_path / "plain")
-    for key, tensor in _tensors(tmp_path / "less").items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
-    with pytest.raises(TrainError, match=r"attention:5: got a layer|expected a number from 0 to 1"):
-        train(open_cache(attentive), tmp_path / "run", "1:5:attention:1", student=llama())
+def test_gradients_of_attention(attentive: Path) -> None:
+    """They reach the queries and keys of the layer, and what lies below; the same through activation checkpointing."""
+    cache = open_cache(attentive)
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        student = make_student(llama(), cache.spec).student.train()
+        objective = matched_objective(TrainSettings(match=("1:1:attention:1",)), [cache], student)
+        objective.weights = {"answers": 0.0, "attention/1:1:attention": 1.0}
+        student.read(objective)
+        if checkpointing:
+            checkpoint_layers(student)
+        step = next(iter(DistillLoader(cache, batch_size=6, features=("1",))))
+        for batch in step.micro_batches:
+            student(batch, num_items=step.count, **_scalars(objective))["loss"].backward()
+        gradients = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None and p.grad.any()}
+        found.append(gradients)
+    names = {name for name in found[0] if "layers.1." in name}
+    assert names == {
+        f"model.layers.1.{name}.weight" for name in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj")
+    }
+    assert "model.layers.0.self_attn.v_proj.weight" in found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+    with pytest.raises(TrainError, match=r"match: got '1:5:attention:1'; .*expected a number from 0 to 1"):
+        matched_objective(TrainSettings(match=("1:5:attention:1",)), [cache], student)
+
+
+def test_refusals_of_attention(attentive: Path, tmp_path: Path) -> None:
+    cache = open_cache(attentive)
     with pytest.raises(TrainError, match=r"layer 1 of Tiny: got no model of transformers"):
-        train(open_cache(attentive), tmp_path / "run", "1:1:attention:1")
+        train(cache, tmp_path / "run", "1:1:attention:1")
+    objective = AttentionKD("1", "attention:7", from_bytes(cache.features["1"].block or b""))
+    with pytest.raises(TrainError, match=r"attention:7: got a layer that LlamaForCausalLM lacks; it has 2, from 0 on"):
+        make_student(llama(), cache.spec).student.read(objective)
+    sliding = make_student(model_of("gemma2"), cache.spec).student
+    with pytest.raises(TrainError, match=r"layer 0 of Gemma2.*: it attends to the last 4 positions only"):
+        sliding.read(AttentionKD("1", "attention:0", from_bytes(cache.features["1"].block or b"")))
+    assert sliding.context is None
 
 
 def test_auto_and_a_sweep(cache: Cache, tmp_path: Path) -> None:
