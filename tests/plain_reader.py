@@ -236,7 +236,7 @@ def decode_feature(
     """The arrays that a shard of a feature means, from its streams. Raises whatever it stumbles over."""
     shape, n, m = spec["shape"], attributes["positions"], attributes["vectors"]
     pixels, width = (shape[1] * shape[2], shape[0]) if spec["kind"] == "map" else (1, int(np.prod(shape)))
-    assert arrays["codes"].shape == (width, m)
+    assert arrays["codes"].shape == ((width + 3) // 4, 4 * m)
     assert arrays["codes"].dtype == np.int16
     assert arrays["scale"].shape == (m,)
     assert arrays["scale"].dtype == np.float16
@@ -254,7 +254,9 @@ def decode_feature(
     assert np.isfinite(exact).all()
     assert np.isfinite(arrays["scale"]).all()
     mean, vectors = basis["mean"].astype(np.float64), basis["basis"].astype(np.float64)
-    z = arrays["codes"].T.astype(np.float64) * spec["step"] + mean @ vectors
+    codes = np.array([[arrays["codes"][c // 4, 4 * i + c % 4] for c in range(width)] for i in range(m)], np.int16)
+    codes = codes.reshape(m, width)
+    z = codes.astype(np.float64) * spec["step"] + mean @ vectors
     scale = arrays["scale"].astype(np.float64)
     states = scale[:, None] * (z @ vectors.T)
     for i, row in enumerate(exact_rows):
@@ -263,7 +265,7 @@ def decode_feature(
         z[row] = (x / scale[row] if scale[row] else 0 * x) @ vectors
         states[row] = x
     return {
-        "codes": np.ascontiguousarray(arrays["codes"].T),
+        "codes": codes,
         "scale": scale.astype(np.float32),
         "exact_rows": np.array(exact_rows, np.int64),
         "exact": exact,

@@ -17,7 +17,8 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 COUNTS = ("positions", "vectors", "exact")
 LARGEST_PAGE, SMALLEST_PAGE = 2**18, 2**11  # numbers
-_TILE = 1024, 8  # rows and components of a block that is transposed at once: they stay in the cache of a core
+GROUP = 4  # components that lie side by side: 8 bytes, which are moved at once
+_TILE = 2048, 8  # rows and groups of a block that is transposed at once: they stay in the cache of a core
 
 
 class FeatureShards(ShardKind):
@@ -43,8 +44,9 @@ class FeatureShards(ShardKind):
 
     def expected(self, attributes: Mapping[str, Any]) -> dict[str, Expected]:
         m, e, w = (exactly(size) for size in (attributes["vectors"], attributes["exact"], self.spec.width))
+        groups = -(-self.spec.width // GROUP)
         arrays = {
-            "codes": Expected(("int16",), (w, m)),
+            "codes": Expected(("int16",), (exactly(groups), exactly(GROUP * attributes["vectors"]))),
             "exact": Expected((DTYPES[self.spec.dtype],), (e, w)),
             "exact_rows": Expected(("uint32",), (e,)),
             "scale": Expected(("float16",), (m,)),
@@ -61,6 +63,9 @@ class FeatureShards(ShardKind):
             raise Damage(f"got numbers below -{MOST_CODE}", "codes")
         if decoded["codes"][exact].any():
             raise Damage("got numbers other than 0 in exact rows", "codes")
+        padding = -self.spec.width % GROUP
+        if padding and arrays["codes"][-1].reshape(-1, GROUP)[:, -padding:].any():
+            raise Damage("got numbers other than 0 beyond the last component", "codes")
         if arrays["scale"][exact].any() or np.signbit(arrays["scale"]).any():
             raise Damage("got numbers other than 0 in exact rows, or negative ones", "scale")
         if is_sink(arrays["scale"][~exact], self.median).any():
@@ -95,7 +100,7 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
     if not np.isfinite(exact).all():
         raise CacheError("exact: got NaN or an infinity; expected finite numbers.")
     streams = {
-        "codes": np.ascontiguousarray(codes.T),
+        "codes": _grouped(codes),
         "exact": _narrowed(exact, spec.dtype),
         "exact_rows": _gaps(exact_rows),
         "scale": half,
@@ -109,10 +114,10 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
     return streams
 
 
-def page_of(codes_WM: Array) -> int:
-    """Numbers of codes that share their statistics: a component's, or a part of them, or some components' if few."""
-    m = max(codes_WM.shape[1], 1)
-    return -(-m // -(-m // LARGEST_PAGE)) if m >= SMALLEST_PAGE else m * -(-SMALLEST_PAGE // m)
+def page_of(codes: Array) -> int:
+    """How many of the codes share their statistics: those of a group, or of a part of it; of some groups if few."""
+    size = max(codes.shape[1], 1)
+    return -(-size // -(-size // LARGEST_PAGE)) if size >= SMALLEST_PAGE else size * -(-SMALLEST_PAGE // size)
 
 
 def decode_shard(
@@ -137,7 +142,7 @@ def decode_shard(
             raise Damage("got NaN or an infinity", name)
     scale[exact_rows] = scales_of(exact)
     codes = (into or Workspace()).array("codes", (m, spec.width), np.dtype(np.int16))
-    _transpose(arrays["codes"], codes)
+    _ungroup(arrays["codes"], codes)
     return {"codes": codes, "scale": scale, "exact_rows": exact_rows, "exact": exact, "rows": rows}
 
 
@@ -152,12 +157,28 @@ def check_base(base: str | bytes, positions: int, content: str | bytes, expected
         raise Damage(f"got {positions} positions; expected {expected}, as in the cache's shard")
 
 
-def _transpose(codes_WM: Array, out_MW: Array) -> None:
-    """out[i, j] = codes[j, i], in blocks: four times as fast as at once."""
+def _grouped(codes_MW: Array) -> Array:
+    """Codes `[m, W]` as they lie on disk: `[⌈W/4⌉, 4m]`, four components of the first vector, of the second, ..."""
+    m, width = codes_MW.shape
+    if padding := -width % GROUP:
+        codes_MW = np.concatenate([codes_MW, np.zeros((m, padding), np.int16)], axis=1)
+    groups = np.ascontiguousarray(codes_MW).view(np.uint64).T
+    return np.ascontiguousarray(groups).view(np.int16)
+
+
+def _ungroup(codes: Array, out_MW: Array) -> None:
+    """The inverse of `_grouped`, in blocks, which is three times as fast as at once."""
+    width = out_MW.shape[1]
+    if width % GROUP:
+        for i in range(GROUP):
+            some = out_MW[:, i::GROUP]
+            some[...] = codes[: some.shape[1], i::GROUP].T
+        return
+    groups, out = codes.view(np.uint64), out_MW.view(np.uint64)
     rows, columns = _TILE
-    for i in range(0, codes_WM.shape[1], rows):
-        for j in range(0, codes_WM.shape[0], columns):
-            out_MW[i : i + rows, j : j + columns] = codes_WM[j : j + columns, i : i + rows].T
+    for i in range(0, len(out), rows):
+        for j in range(0, len(groups), columns):
+            out[i : i + rows, j : j + columns] = groups[j : j + columns, i : i + rows].T
 
 
 def _vectors_of(rows: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:

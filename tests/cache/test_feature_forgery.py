@@ -81,8 +81,9 @@ def test_numbers_outside_their_range(changes: Callable[[Arrays], Arrays], messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (lambda a: {"codes": put(a["codes"], (1, 3), -(2**15))}, "got numbers below -32767"),
-        (lambda a: {"codes": put(a["codes"], (2, 0), 1)}, "got numbers other than 0 in exact rows"),
+        (lambda a: {"codes": put(a["codes"], (0, 4 * 3 + 1), -(2**15))}, "got numbers below -32767"),
+        (lambda a: {"codes": put(a["codes"], (0, 2), 1)}, "got numbers other than 0 in exact rows"),
+        (lambda a: {"codes": put(a["codes"], (0, 7), 1)}, "beyond the last component"),
         (lambda a: {"scale": put(a["scale"], 0, 1)}, "other than 0 in exact rows"),
         (lambda a: {"scale": put(a["scale"], 0, -0.0)}, "or negative ones"),
         (lambda a: {"scale": put(a["scale"], 3, 0)}, "that only exact rows have"),
