@@ -87,7 +87,7 @@ def prepared(teacher: Decoder, data: Documents, settings: CaptureSettings) -> Ca
     whole = MemoryStore()
     fastkd.capture(teacher, data, whole, settings)
     names = ("basis.zarr.zip", "spec.json")
-    kept = {e.key: whole.get(e.key) for e in whole.list("features/") if e.key.rpartition("/")[2] in names}
+    kept = {e.key: whole.get(e.key) for e in whole.list("") if e.key.rpartition("/")[2] in names}
 
     def make() -> MemoryStore:
         store = MemoryStore()

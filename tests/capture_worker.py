@@ -1,9 +1,9 @@
 """Starts workers that capture, to be killed in tests. Each is a process forked after all imports.
 
 Commands are lines of JSON: {"run": {...}} is answered with a process id, {"wait": id} with the exit status, 75 if a
-store failed. Arguments of a worker: folder (or URL), rank, world_size; pause: minimum seconds per batch; at: the
-monotonic time to start at; step: the number of the system call to die at (0: report the call that creates each object);
-gently: whether SIGTERM stops it (it reports "ready" once it does).
+store failed. Arguments of a worker: folder (or URL), rank, world_size; pause: minimum seconds per batch; features:
+names; at: the monotonic time to start at; step: the number of the system call to die at (0: report the call that
+creates each object); gently: whether SIGTERM stops it (it reports "ready" once it does).
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from capture_cases import SMALL, Causal, documents
+from capture_cases import SMALL, Causal, Layered, documents
 from torch import Tensor
 
 from fastkd.cache import StoreError
@@ -45,8 +45,22 @@ class Slow(Causal):
         return super().forward(tokens)
 
 
-def run(folder: Path | str, *, pause: float = 0.0, **place: Any) -> Any:
-    """A worker's part of a capture."""
+class SlowLayered(Layered):
+    """Likewise, with layers."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__()
+        self.pause = pause
+
+    def forward(self, tokens: Tensor) -> Any:
+        time.sleep(self.pause * 2 * random.random())
+        return super().forward(tokens)
+
+
+def run(folder: Path | str, *, pause: float = 0.0, features: Any = None, **place: Any) -> Any:
+    """A worker's part of a capture. features: names; None: of a teacher without layers."""
+    if features is not None:
+        return capture(SlowLayered(pause), documents(), folder, **SMALL, features=tuple(features), **place)
     return capture(Slow(pause), documents(), folder, **SMALL, **place)
 
 
