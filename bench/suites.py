@@ -83,6 +83,7 @@ _ALL = (
     Suite(
         "train", "bench_train", "a distillation step against a cross-entropy step, and against one with a live teacher"
     ),
+    Suite("match", "bench_match", "a training step that matches features, against the same step without"),
     Suite(
         "scale", "bench_scale", "manifest and epoch order of a cache of 10^12 positions, without its shards", ("cpu",)
     ),

@@ -52,7 +52,7 @@ StreamError if a cache lacks the signal, or some of it."""
 def open_signals(names: Sequence[str], tables: Sequence[ShardTable], device: torch.device) -> tuple[Signal, ...]:
     """The signals of these names. Raises StreamError for an unknown kind, a name given twice, and what a kind
     refuses."""
-    found = []
+    found: list[Signal] = []
     for name in names:
         kind, _, rest = name.partition("/")
         if kind not in KINDS or not rest:

@@ -57,8 +57,8 @@ def matched_objective(
     found = resolve(settings.match, specs, layers, feature_loss_names())
     student.notes += found.notes
     plans = [plan_of(cache) for cache in caches]
-    contexts = [plan.settings.get("context") for plan in plans if plan is not None]
-    if contexts and len(contexts) == len(plans) and all(isinstance(n, int) for n in contexts):
+    contexts = [n for plan in plans if plan is not None and isinstance(n := plan.settings.get("context"), int)]
+    if len(contexts) == len(plans):
         student.context = max(contexts)
     shapes = student.inner_shapes(
         dict.fromkeys(one.output for one in found.matches if one.loss not in OF_ATTENTION), data

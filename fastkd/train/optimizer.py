@@ -40,8 +40,8 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.devi
     if not groups:
         raise TrainError("student: none of its parameters requires a gradient; there is nothing to train.")
     if projectors:
-        own = settings.match_rate is not None and settings.rate > 0
-        factor = settings.match_rate / settings.rate if own else 1.0
+        own = settings.rate if settings.match_rate is None else settings.match_rate
+        factor = own / settings.rate if settings.rate > 0 else 1.0
         groups.append({"params": projectors, "weight_decay": 0.0, FACTOR: factor})
     return torch.optim.AdamW(
         groups, lr=settings.rate, betas=settings.adam_betas, eps=settings.adam_eps, fused=device.type == "cuda"

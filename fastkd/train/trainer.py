@@ -89,8 +89,9 @@ class Trainer:
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
         self.student.read(self._objective)
-        of_sum = isinstance(self._objective, WeightedSum) and self._objective.auto
-        self._auto = AutoWeights(self._objective) if of_sum else None
+        self._auto: AutoWeights | None = None
+        if isinstance(self._objective, WeightedSum) and self._objective.auto:
+            self._auto = AutoWeights(self._objective)
         device = processes.device
         self.student.to(device).train()
         self.student.autocast = autocast_of(settings.precision, device)

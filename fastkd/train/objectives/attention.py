@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...errors import TrainError
 from ...kernels import AttentionBlock, KDError, QueriesKeysValues, find_feature_loss
 from ...stream.batch import AnyBatch, MicroBatch
-from .rows import count_of, rows_at, segments_of
+from .rows import count_of, segments_of
 
 
 class AttentionKD(nn.Module):
@@ -39,23 +39,23 @@ class AttentionKD(nn.Module):
         return {}
 
     def losses(
-        self, batch: AnyBatch, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None
+        self, batch: AnyBatch, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None, **scheduled: Any
     ) -> dict[str, Tensor]:
         """num_items is that of the targets: the sum is divided by the feature's own count (`AnyBatch.counts`)."""
         if not isinstance(batch, MicroBatch):
             raise TrainError(f"AttentionKD: got {type(batch).__name__}; expected micro-batches of text.")
         targets, whole = batch.features[self.feature], outputs[self.output]
-        student = QueriesKeysValues(
-            *(x if x is None else rows_at(x.flatten(1), targets.index).unflatten(1, x.shape[1:]) for x in whole[:3]),
-            *whole[3:],
-        )
+        assert isinstance(whole, QueriesKeysValues)
+        index = targets.index
+        some = slice(None) if index is None or len(index) == len(whole.queries) else index
+        values = None if whole.values is None else whole.values[some]
+        student = whole._replace(queries=whole.queries[some], keys=whole.keys[some], values=values)
         with torch.no_grad():
             if self._block.device != batch.device:
                 self._block = self._block.to(batch.device)
-            positions = rows_at(batch.position_ids.flatten()[:, None], targets.index)[:, 0]
-            teacher = self._block.queries_keys_values(targets, positions)
+            teacher = self._block.queries_keys_values(targets, batch.position_ids.flatten()[some])
         count = count_of(batch, self.signals[0])
-        return {"loss": self._loss.loss(student, teacher, count, segments=segments_of(batch, targets.index))}
+        return {"loss": self._loss.loss(student, teacher, count, segments=segments_of(batch, index))}
 
     def describe(self) -> dict[str, Any]:
         return {"feature": self.feature, "output": self.output, "loss": self._loss.name}

@@ -50,7 +50,7 @@ class HiddenKD(nn.Module):
         return {}
 
     def losses(
-        self, batch: AnyBatch, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None
+        self, batch: AnyBatch, outputs: Mapping[str, Any], *, num_items: int | Tensor | None = None, **scheduled: Any
     ) -> dict[str, Tensor]:
         """num_items is that of the targets: the sum is divided by the feature's own count (`AnyBatch.counts`)."""
         targets, value = batch.features[self.feature], outputs[self.output]
