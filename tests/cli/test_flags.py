@@ -92,3 +92,17 @@ def test_commands_say_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         out, told = capfd.readouterr()
         assert out == ""
         assert told.startswith(f"fastkd: {message}"), told
+
+
+def test_repeated_flags_of_several_values_add_up() -> None:
+    """Without this, the last would silently replace the others."""
+    needed = ["train", "--student", "s", "--cache", "c", "--out", "o"]
+    for more, expected in (
+        (["--match", "1:1:mse:1", "2:2:mse:1"], ("1:1:mse:1", "2:2:mse:1")),
+        (["--match", "1:1:mse:1", "--steps", "3", "--match", "2:2:mse:1", "auto"], ("1:1:mse:1", "2:2:mse:1", "auto")),
+        (["--match=-1:8:mse:1", "--match", "-2:7:mse:1", "--match=auto"], ("-1:8:mse:1", "-2:7:mse:1", "auto")),
+    ):
+        command = parse([*needed, *more])
+        assert command.match == expected
+        assert command.adam_betas == (0.9, 0.95)
+    assert command.steps is None
