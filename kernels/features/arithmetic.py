@@ -38,7 +38,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         # multiplied in the gradients' type and rounded once, without a copy in between
         scaled = [
@@ -51,7 +51,9 @@ class _WithGradients(torch.autograd.Function):
 def with_gradients(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """A loss with known gradients in its inputs, which only the backward scales. It has no second derivatives."""
     pairs = [(x, g) for x, g in zip(inputs, gradients, strict=True) if x.requires_grad]
-    attached: Tensor = _WithGradients.apply(loss, *(x for x, _ in pairs), *(g for _, g in pairs))
+    attached: Tensor = _WithGradients.apply(  # type: ignore[no-untyped-call]
+        loss, *(x for x, _ in pairs), *(g for _, g in pairs)
+    )
     return attached
 
 

@@ -45,6 +45,11 @@ class QueriesKeysValues(NamedTuple):
             raise KDError(f"{name}: got shapes {got}; expected queries [N, H, d] and keys, values [N, G, d], G | H.")
 
 
+def split_heads(x_NQ: Tensor, heads: int) -> Tensor:
+    """Vectors of all heads as `[N, heads, d]`."""
+    return x_NQ.reshape(x_NQ.shape[0], heads, x_NQ.shape[1] // heads)
+
+
 class KeyHeads:
     """The queries and keys of a layer, those of a key head together, in one floating-point type."""
 

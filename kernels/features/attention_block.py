@@ -15,7 +15,7 @@ from ..arguments import describe
 from ..autocast import without_autocast
 from ..errors import KDError
 from ..fields import FLOATS, INTEGERS, Field, TensorFields
-from .attention import QueriesKeysValues
+from .attention import QueriesKeysValues, split_heads
 from .targets import HiddenTargets
 
 NORMS = ("rms", "layer", "none")
@@ -116,7 +116,9 @@ class AttentionBlock(TensorFields):
         for name, least in (("eps", 0.0), ("head_eps", 0.0), ("rotary_scale", 0.0), ("scale", None), ("softcap", 0.0)):
             value = getattr(self, name)
             optional = value is None and name in ("scale", "softcap")
-            if not optional and (not isinstance(value, Real) or not (-inf if least is None else least) <= value < inf):
+            if not optional and (
+                not isinstance(value, Real) or not (-inf if least is None else least) <= float(value) < inf
+            ):
                 raise KDError(f"{name}: got {value!r}; expected a number.")
 
     @property
@@ -185,7 +187,7 @@ class AttentionBlock(TensorFields):
             assert position_ids is not None
             cos, sin = self._angles(position_ids, dtype)
             queries, keys = self._rotate(queries, cos, sin), self._rotate(keys, cos, sin)
-        of_value = projected[2].unflatten(1, (self.key_heads, -1)) if values else None
+        of_value = split_heads(projected[2], self.key_heads) if values else None
         return QueriesKeysValues(queries, keys, of_value, self.scale, self.softcap)
 
     def _from_states(self, states: Tensor, wanted: int, dtype: torch.dtype) -> list[Tensor]:
@@ -218,15 +220,15 @@ class AttentionBlock(TensorFields):
         projected = linear(z, weight[: sum(lengths)]).mul_(factor[:, None])
         if bias is not None:
             projected += bias[: sum(lengths)]
-        return list(projected.split(lengths, 1))
+        return list(projected.split_with_sizes(lengths, 1))
 
     def _folded_for(self, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
         """Weights `[(H + 2 G) d, D]` that take coordinates; the bias; and what z is multiplied with for the mean of
         r."""
         per_basis: WeakTensorKeyDictionary = self.__dict__.setdefault("_folded", WeakTensorKeyDictionary())
-        by_type = per_basis.get(basis)
-        if by_type is None:
-            by_type = per_basis[basis] = {}
+        if basis not in per_basis:
+            per_basis[basis] = {}
+        by_type = per_basis[basis]
         if dtype not in by_type:
             to, b = torch.float64, basis.to(torch.float64)
             weight = torch.cat([getattr(self, name).to(to) for name in PROJECTIONS])
@@ -254,7 +256,7 @@ class AttentionBlock(TensorFields):
         """Vectors of each head `[N, heads, d]`, normalised if there is such a norm."""
         if norm is not None and norm.shape[0] == x_NQ.shape[1]:
             x_NQ = rms_norm(x_NQ, norm.shape, norm.to(x_NQ.dtype), self.head_eps)
-        x_NHd = x_NQ.unflatten(1, (heads, -1))
+        x_NHd = split_heads(x_NQ, heads)
         if norm is not None and norm.shape[0] != x_NQ.shape[1]:
             x_NHd = rms_norm(x_NHd, norm.shape, norm.to(x_NQ.dtype), self.head_eps)
         return x_NHd

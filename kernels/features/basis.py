@@ -59,9 +59,9 @@ class _PerBasis:
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def get(self, basis: Tensor, key: Any, make: Any) -> Any:
-        found = self._values.get(basis)
-        if found is None:
-            found = self._values[basis] = {}
+        if basis not in self._values:
+            self._values[basis] = {}
+        found = self._values[basis]
         if key not in found:
             found[key] = make()
         return found[key]
@@ -78,12 +78,13 @@ def center(mean_W: Tensor, basis_WW: Tensor, dtype: torch.dtype) -> Tensor:
 
     if torch.compiler.is_compiling():
         return make()[1]
-    of, value = _PER_BASIS.get(basis_WW, ("center", dtype), make)
-    return value if of is mean_W else make()[1]
+    found: tuple[Tensor, Tensor] = _PER_BASIS.get(basis_WW, ("center", dtype), make)
+    return found[1] if found[0] is mean_W else make()[1]
 
 
 def moved(tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
     """A tensor on a device, copied once: a basis is shared by all micro-batches."""
     if tensor.device == device:
         return tensor
-    return _PER_BASIS.get(tensor, device, lambda: tensor.to(device, non_blocking=non_blocking))
+    found: Tensor = _PER_BASIS.get(tensor, device, lambda: tensor.to(device, non_blocking=non_blocking))
+    return found

@@ -54,7 +54,7 @@ class CKA:
     def update(self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> None:
         """Add a batch. x `[N, W]` and y `[N, D]`, or sequences of such. KDError if rows or widths do not fit."""
         tables = not isinstance(x, Tensor)
-        groups = [list(side) if tables else [side] for side in (x, y)]  # type: ignore[arg-type]
+        groups = [[side] if isinstance(side, Tensor) else list(side) for side in (x, y)]
         self._check(groups, tables)
         if not self._sides[0]:
             self._tables = tables

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """KL divergence of attention maps, in blocks of query rows: maps of a whole batch are never held.
 
 The forward computes the gradients too, so that nothing of a block is kept for the backward.

@@ -48,7 +48,7 @@ def resized(maps_bCHW: Tensor, size: tuple[int, ...]) -> Tensor:
     """Maps of another height and width, by average pooling of what lies in each pixel."""
     if tuple(maps_bCHW.shape[2:]) == tuple(size):
         return maps_bCHW
-    return torch.nn.functional.adaptive_avg_pool2d(maps_bCHW, list(size))
+    return torch.nn.functional.adaptive_avg_pool2d(maps_bCHW, (size[0], size[1]))
 
 
 def scaled_coordinates(targets: HiddenTargets, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import KDError
 
-CPU_BLOCK = 2**20
+CPU_BLOCK = 2**18
 """Numbers of one block of logits `[heads, queries, keys]` on a CPU: they stay in its cache."""
-GPU_BLOCK = 2**25
+GPU_BLOCK = 2**24
 """The same on a GPU: enough for it to be busy."""
 
 

@@ -94,7 +94,15 @@ def _read(name: str, definition: Any) -> FeatureLoss:
                 problem = f"{x}: got {getattr(definition, x)!r}; expected a function."
     if problem:
         raise KDError(f"feature loss: got {name!r}, whose definition is not complete: {problem}")
-    return FeatureLoss(name, *(getattr(definition, x) for x in names), dense=bool(getattr(definition, "DENSE", False)))
+    return FeatureLoss(
+        name,
+        inputs=definition.INPUTS,
+        projector=definition.PROJECTOR,
+        segments=definition.SEGMENTS,
+        loss=definition.loss,
+        oracle=definition.oracle,
+        dense=bool(getattr(definition, "DENSE", False)),
+    )
 
 
 for _module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):

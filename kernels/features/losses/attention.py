@@ -52,17 +52,17 @@ def oracle(
     groups = gcd(student.heads, teacher.heads)
     total = student.queries.new_zeros(())
     for a, b in pairwise(segments.bounds if segments else (0, len(student.queries))):
-        p, q = (_maps(layer, slice(a, b), causal).unflatten(0, (groups, -1)).mean(1) for layer in (student, teacher))
+        p, q = (_maps(layer, slice(a, b), causal, groups) for layer in (student, teacher))
         total = total + kl_of_maps(q, p)
     return total / (len(student.queries) if num_items is None else num_items)
 
 
-def _maps(layer: QueriesKeysValues, rows: slice, causal: bool) -> Tensor:
-    """The maps of a segment, all at once `[H, n, n]`."""
+def _maps(layer: QueriesKeysValues, rows: slice, causal: bool, groups: int) -> Tensor:
+    """The maps of a segment, averaged over each group of heads `[C, n, n]`."""
     keys = layer.keys.repeat_interleave(layer.heads // layer.keys.shape[1], dim=1)
     logits = torch.einsum("qhd,khd->hqk", layer.queries[rows], keys[rows]) * layer.logit_scale
     if layer.softcap is not None:
         logits = layer.softcap * torch.tanh(logits / layer.softcap)
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
-    return logits.softmax(-1)
+    return logits.softmax(-1).reshape(groups, -1, *logits.shape[1:]).mean(1)

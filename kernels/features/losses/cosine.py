@@ -6,6 +6,7 @@ cosine is the same in any orthonormal basis.
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ...autocast import without_autocast
 from ..arithmetic import check_student, coordinates_of, per_item, wants_gradient, with_gradients
@@ -42,5 +43,6 @@ def oracle(student: Tensor, teacher: HiddenTargets | Tensor, num_items: float | 
         student = student @ teacher.basis.to(student.dtype).T
     else:
         target = teacher
-    cosine = (student * target).sum(1) / (student.norm(dim=1) * target.norm(dim=1))
-    return (1 - cosine).sum() / (len(student) if num_items is None else num_items)
+    cosine = (student * target).sum(1) / (vector_norm(student, dim=1) * vector_norm(target, dim=1))
+    total: Tensor = (1 - cosine).sum()
+    return total / (len(student) if num_items is None else num_items)

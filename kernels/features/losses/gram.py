@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """Squared difference between the cosines of all pairs of states in a segment, the student's and the teacher's.
 
 `Σ_i mean_j (cos(s_i, s_j) − cos(x_i, x_j))² / num_items`, j over the n rows of the segment of i: ‖Ŝ Ŝᵀ − X̂ X̂ᵀ‖² / n of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import KDError
 from ..arithmetic import per_item
-from ..attention import QueriesKeysValues
+from ..attention import QueriesKeysValues, split_heads
 from ..map_divergence import kl_of_maps, map_divergence
 from ..segments import Segments, check_segments
 
@@ -42,7 +42,7 @@ def loss(
     segments = check_segments(segments, len(student.queries))
     total = student.queries.new_zeros((), dtype=torch.float32)
     for pair in parts:
-        a, b = (x.flatten(1).unflatten(1, (count, -1)) for x in pair)
+        a, b = (split_heads(x.flatten(1), count) for x in pair)
         of_student, of_teacher = (QueriesKeysValues(x, x) for x in (a, b))
         total = total + map_divergence(of_student, of_teacher, segments, causal=causal, block=block)
     return per_item(total / len(parts), len(segments), num_items)
@@ -83,8 +83,8 @@ def oracle(
 
 
 def _relations(a_NW: Tensor, heads: int, causal: bool) -> Tensor:
-    a = a_NW.unflatten(1, (heads, -1)).transpose(0, 1)
-    logits = a @ a.transpose(1, 2) / a.shape[2] ** 0.5
+    a = split_heads(a_NW, heads).transpose(0, 1)
+    logits: Tensor = a @ a.transpose(1, 2) / a.shape[2] ** 0.5
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
     return logits.softmax(-1)

@@ -42,9 +42,10 @@ def loss(
 def oracle(
     student: Tensor, teacher: HiddenTargets | Tensor, num_items: float | Tensor | None = None, *, beta: float = 1.0
 ) -> Tensor:
-    target = teacher
     if isinstance(teacher, HiddenTargets):
         target = teacher.states(dtype=student.dtype) / teacher.scales(dtype=student.dtype)[:, None]
+    else:
+        target = teacher
     d = (student - target).abs()
     h = torch.where(d < beta, d**2 / (2 * beta), d - beta / 2)
     return h.mean(1).sum() / (len(student) if num_items is None else num_items)

@@ -44,6 +44,6 @@ def oracle(
     vectors, examples = examples_of(teacher, shape)
     ours = (student if examples is None else student[examples]).flatten(1)
     theirs = teacher.states(dtype=student.dtype).reshape(len(ours), -1)
-    s, t = (x @ x.T / (x @ x.T).norm(dim=1, keepdim=True) for x in (ours, theirs))
-    total = (s - t).square().sum() / len(ours)
+    s, t = (g / g.norm(dim=1, keepdim=True) for g in (x @ x.T for x in (ours, theirs)))
+    total: Tensor = (s - t).square().sum() / len(ours)
     return total * vectors / (len(teacher) if num_items is None else num_items)
