@@ -1,4 +1,4 @@
-"""The first two walks of docs/extending.md, run as they stand there: one file each, and nothing else changes."""
+"""The first three walks of docs/extending.md, run as they stand there: one file each, and nothing else changes."""
 
 import os
 import re
@@ -38,6 +38,26 @@ from fastkd.cli.parse import parse
 command = parse("train --student s --cache c --out o --divergence hellinger".split())
 print(sorted(results), command.divergence)
 """
+FEATURE_LOSS = """
+import torch
+from fastkd.kernels import HiddenTargets, find_feature_loss
+
+torch.manual_seed(0)
+targets = HiddenTargets.from_states(torch.randn(30, 8) * 3, step=1e-3)
+found = find_feature_loss("l1")
+results = []
+for form, dtype in ((found.loss, torch.float32), (found.oracle, torch.float64)):
+    torch.manual_seed(1)
+    student = torch.randn(30, 8).to(dtype).requires_grad_()
+    value = form(student, targets, 40)
+    value.backward()
+    results.append((value.detach().double(), student.grad.double()))
+torch.testing.assert_close(*results, atol=1e-3, rtol=0)
+
+from fastkd.cli.parse import parse
+command = parse("train --student s --cache c --out o --match 2:1:l1:0.1".split())
+print(found.dense, *command.match)
+"""
 STORE = """
 import sys
 import numpy as np
@@ -66,20 +86,17 @@ def example(section: str) -> str:
 
 def package_with(folder: Path, name: str, code: str) -> Path:
     """A copy of the package, by links, with one more file. Returns the folder to import it from."""
-    leaf, room, file = name.split("/")
-    copy = folder / "fastkd" / leaf / room
-    copy.mkdir(parents=True)
-    for source, target, but in (
-        (ROOT / "fastkd", folder / "fastkd", ()),
-        (ROOT / leaf, folder / "fastkd" / leaf, (room,)),
-        (ROOT / leaf / room, copy, ()),
-    ):
+    rooms = name.split("/")[:-1]
+    source, copy = ROOT / "fastkd", folder / "fastkd"
+    for room in (*rooms, ""):
+        copy.mkdir()
         for entry in source.iterdir():
-            if entry.name not in (*but, "__pycache__"):
-                (target / entry.name).symlink_to(entry)
-    for other in {"cache", "kernels"} - {leaf}:
+            if entry.name not in (room, "__pycache__"):
+                (copy / entry.name).symlink_to(entry)
+        source, copy = ROOT / rooms[0] if room == rooms[0] else source / room, copy / room
+    for other in {"cache", "kernels"} - {rooms[0]}:
         (folder / "fastkd" / other).symlink_to(ROOT / other)
-    (copy / file).write_text(code)
+    (folder / "fastkd" / name).write_text(code)
     return folder
 
 
@@ -97,12 +114,24 @@ def test_a_divergence_is_one_file(tmp_path: Path) -> None:
     assert run(package, DIVERGENCE) == "['reference', 'torch', 'triton'] hellinger"
 
 
+def test_a_feature_loss_is_one_file(tmp_path: Path) -> None:
+    package = package_with(tmp_path, "kernels/features/losses/l1.py", example("A feature loss"))
+    assert run(package, FEATURE_LOSS) == "True 2:1:l1:0.1"
+
+
 def test_a_store_is_one_file(tmp_path: Path) -> None:
     package = package_with(tmp_path, "cache/stores/sqlite.py", example("A store"))
     assert run(package, STORE, tmp_path / "cache.db") == "True True"
 
 
 def test_the_files_that_the_page_names_are_there() -> None:
-    for folder in ("kernels/divergences", "cache/stores", "fastkd/teachers", "fastkd/train", "fastkd/report/sections"):
+    for folder in (
+        "kernels/divergences",
+        "kernels/features/losses",
+        "cache/stores",
+        "fastkd/teachers",
+        "fastkd/train",
+        "fastkd/report/sections",
+    ):
         assert f"`{folder}/NAME.py`" in PAGE.read_text()
         assert (ROOT / folder / "__init__.py").exists()

@@ -62,8 +62,9 @@ class CKA:
         if not (count := len(groups[0][0])):
             return
         self.rows += count
+        dtype = torch.float64 if any(z.dtype == torch.float64 for group in groups for z in group) else torch.float32
         shifted = [
-            side.of(z if z.dtype == torch.float64 else z.float())
+            side.of(z.to(dtype))
             for group, sides in zip(groups, self._sides, strict=True)
             for z, side in zip(group, sides, strict=True)
         ]
@@ -103,6 +104,11 @@ class CKA:
         for z in (z for group in groups for z in group):
             if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(groups[0][0]):
                 raise KDError(f"CKA: got {describe(z)}; expected tensors (rows, components) of as many rows each.")
+        widths = [z.shape[1] for group in groups for z in group]
+        known = [len(side.sum) for sides in self._sides for side in sides] if self.rows else widths
+        for width, before in zip(widths, known, strict=False):
+            if width != before:
+                raise KDError(f"CKA: got {width} components; expected {before}, as before.")
         counts = tuple(map(len, groups))
         if not all(counts) or (self._sides[0] and (tables != self._tables or counts != tuple(map(len, self._sides)))):
             raise KDError(

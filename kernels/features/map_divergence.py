@@ -72,6 +72,8 @@ def map_divergence(
         total /= groups
     if not wanted:
         return total
+    if queries is keys:  # one gradient is kept
+        return with_gradients(total, [queries], [grad_q.add_(grad_k.transpose(0, 1))])
     return with_gradients(total, [queries, keys], [grad_q, grad_k.transpose(0, 1)])
 
 

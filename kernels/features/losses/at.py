@@ -24,7 +24,7 @@ def loss(
 ) -> Tensor:
     """student `[B, C', H', W']`. shape: of the teacher's value, (C, H, W) or (H, W). Returns a 0-d tensor; see
     `FeatureLoss`."""
-    dtype = accumulator(student)
+    dtype, (vectors, _) = accumulator(student), examples_of(teacher, shape)
     maps = student_maps(student, teacher, shape, channels=False)
     ours = resized(maps.to(dtype).square().mean(1, keepdim=True), shape[-2:]).flatten(1)
     with torch.no_grad():
@@ -32,9 +32,8 @@ def loss(
             theirs = teacher.units(dtype=dtype)
         else:
             energy = teacher.coordinates(dtype=dtype).square().mean(1) * teacher.scales(dtype=dtype).square()
-            theirs = energy.view(len(maps), -1)
+            theirs = energy.view(-1, vectors)
         theirs = normalize(theirs, dim=1)
-    vectors = examples_of(teacher, shape)[0]
     return per_item((normalize(ours, dim=1) - theirs).square().sum() * vectors, len(teacher), num_items)
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ def hidden(seed: int = 0, rows: int = 40, width: int = 12, *, sinks: tuple[int, 
 
 def rotated64(targets: HiddenTargets) -> HiddenTargets:
     """The targets with a basis that is orthonormal to float64."""
-    from dataclasses import replace
-
-    return replace(targets, basis=torch.linalg.qr(targets.basis.double()).Q, mean=targets.mean.double())
+    q, r = torch.linalg.qr(targets.basis.double())
+    return replace(targets, basis=q * r.diagonal().sign(), mean=targets.mean.double())
 
 
 def hidden_targets(seed: int = 0, rows: int = 40, width: int = 12, **options: Any) -> HiddenTargets:
