@@ -8,8 +8,9 @@ from .objective import WeightedSum
 
 STEPS = 8
 """Steps in which the norms are measured. Each of them runs forward and backward once more for each term."""
-SHARE = 0.1
-"""A weight of auto gives its term a gradient of this norm, relative to the first term's."""
+SHARE = 1.0
+"""A weight of auto gives its term a gradient of this norm in the first steps, relative to the first term's. (Measured
+with small models, 100 steps, two seeds: 1 lowered the held-out cross-entropy by 0.02 and 0.04; 0.1 and 0.3 did not.)"""
 
 
 class AutoWeights:
@@ -17,7 +18,8 @@ class AutoWeights:
     such term in all of the student's parameters are computed alone; the weight is SHARE times the median over these
     steps of the ratio of their norms.
 
-    norm: computes the norm of the gradient of the objective as it is, for the batch of the step, and leaves no trace.
+    All parameters of the student, and not the states that are compared: the gradients of both terms meet there, and it
+    takes nothing but backward passes, by DDP, by FSDP2, with compiled layers and with activation checkpointing.
     """
 
     def __init__(self, objective: WeightedSum) -> None:
@@ -35,7 +37,8 @@ class AutoWeights:
         return any(len(found) < STEPS for found in self.ratios.values())
 
     def measure(self, norm: Callable[[], float]) -> None:
-        """Before a step: its ratios, and the weights by all so far."""
+        """Before a step: its ratios, and the weights by all so far. norm: computes the norm of the gradient of the
+        objective as it is, for the batch of the step, and forgets the gradient."""
         weights, first = self._objective.weights, next(iter(self._objective.weights))
         norms: dict[str, float] = {}
         for name in (first, *self.ratios):

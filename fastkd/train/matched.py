@@ -1,20 +1,20 @@
 """The objective of a training that matches features: TokenKD, and a term for each entry of `match`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.examples import Examples
-from ..errors import StreamError, TrainError
+from ..errors import TrainError
 from ..kernels import KDError, find_feature_loss
 from ..kernels.features.losses import FeatureLoss, feature_loss_names
 from ..models.attention import from_bytes
 from ..models.pruned import original_layers
 from ..settings import TrainSettings
 from ..stream.split import plan_of
-from .matching import OF_ATTENTION, Match, StudentLayers, resolve
+from .matching import OF_ATTENTION, Match, StudentLayers, parse, resolve
 from .objective import AUTO, Objective, TokenKD, WeightedSum
 from .objectives.attention import AttentionKD, RelationKD
 from .objectives.hidden import HiddenKD
@@ -43,11 +43,8 @@ def matched_objective(
             f"match: got {', '.join(settings.match)}, and a batch source; expected a cache. Pass the terms as an "
             "objective instead (WeightedSum, HiddenKD)."
         )
-    features = caches[0].features
-    try:
-        specs = {name: features[name].spec for name in features}
-    except KeyError as error:
-        raise StreamError(f"{caches[0]!r}: its feature {error} went away while it was read.") from error
+    features = _features(caches[0], settings.match)
+    specs = {name: feature.spec for name, feature in features.items()}
     layers = StudentLayers(
         student.name,
         len(student.layers),
@@ -76,6 +73,19 @@ def matched_objective(
         else:
             terms[name] = _hidden(one, name, spec, shapes[one.output], settings, dtype)
     return WeightedSum(terms, weights)
+
+
+def _features(cache: Any, entries: Sequence[str]) -> dict[str, Any]:
+    """The features that some entries name, by their names in the cache; all of them if one is not there, or for auto.
+    Only that takes a listing, which a web server does not give."""
+    named = [entry.teacher for text in entries if isinstance(entry := parse(text), Match)]
+    try:
+        found = [cache.features[name] for name in named]
+    except KeyError:
+        found = []
+    if len(found) < len(entries):
+        found = [cache.features[name] for name in cache.features]
+    return {feature.name: feature for feature in found}
 
 
 def _attention(match: Match, spec: Any, block: bytes | None) -> AttentionKD:

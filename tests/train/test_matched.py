@@ -378,6 +378,14 @@ def test_refusals_of_attention(attentive: Path, tmp_path: Path) -> None:
     assert sliding.context is None
 
 
+def test_named_features_take_no_listing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a cache behind a web server."""
+    monkeypatch.setattr(type(cache.store), "list", None)
+    student = make_student(Tiny(seed=1), cache.spec).student
+    objective = matched_objective(TrainSettings(match=("3:3:cosine:1", "2:2:mse:1")), [cache], student)
+    assert list(objective.terms)[1:] == ["hidden/-1:3:cosine", "hidden/2:2:mse"]
+
+
 def test_auto_and_a_sweep(cache: Cache, tmp_path: Path) -> None:
     report = train(cache, tmp_path, "auto", steps=1, student=Tiny(seed=1))
     assert any(note.startswith("match auto") for note in report.notes)
