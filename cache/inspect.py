@@ -9,9 +9,10 @@ from .capture_plan import planned_shards
 from .credentials import without_credentials
 from .errors import CacheError, NotFound, StoreError
 from .features.inspect import inspect_features
-from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs, shard_index
+from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs
 from .provenance import TEXTS
 from .shard.container import Damage
+from .shard.kind import shard_index
 from .shard.layout import TargetShards
 from .spec import CODECS, FORMAT
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError, expect
 from .shard.container import TAIL_LENGTH, Damage, check_bytes
-from .shard.kind import MANIFEST, SHARDS, ShardKind, shard_index
+from .shard.kind import MANIFEST, SHARDS, ShardKind
+from .shard.kind import shard_index as shard_index
 from .shard.kind import shard_key as shard_key
 from .shard.layout import STATISTICS as STATISTICS
 from .shard.layout import TargetShards

@@ -25,7 +25,7 @@ def drop_feature(path_or_store: Any, name: str) -> int:
         keys = sorted(entry.key for entry in store.list(folder))
     except NotFound:
         keys = []
-    deleted += sum(delete(key) for key in keys)
+    deleted += sum(int(delete(key)) for key in keys)
     if not deleted:
         raise CacheError(f"{store.describe()}: there is no feature {name}. `fastkd features CACHE` lists them.")
     return deleted

@@ -83,10 +83,9 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
     exact_rows = _numbers("exact_rows", arrays.get("exact_rows"), None, m)
     exact = _array("exact", arrays.get("exact"), "float32", (len(exact_rows), spec.width))
     full = positions * spec.vectors
-    if rows is None or spec.positions == "all":
-        every = rows is None or np.array_equal(np.asarray(rows), np.arange(full))
-        if m != full or not every:
-            raise CacheError(f"rows: got {m} vectors; expected all {full} of the {positions} positions of the shard.")
+    whole = m == full and (rows is None or np.array_equal(np.asarray(rows), np.arange(full)))
+    if not whole and (rows is None or spec.positions == "all"):
+        raise CacheError(f"rows: got {m} vectors; expected all {full} of the {positions} positions of the shard.")
     if int(codes.min(initial=0)) < -MOST_CODE:
         raise CacheError(f"codes: got {codes.min()}; expected -{MOST_CODE} to {MOST_CODE}.")
     codes[exact_rows] = 0
@@ -116,7 +115,7 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
 
 def page_of(codes: Array) -> int:
     """How many of the codes share their statistics: those of a group, or of a part of it; of some groups if few."""
-    size = max(codes.shape[1], 1)
+    size = max(int(codes.shape[1]), 1)
     return -(-size // -(-size // LARGEST_PAGE)) if size >= SMALLEST_PAGE else size * -(-SMALLEST_PAGE // size)
 
 

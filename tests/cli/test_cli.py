@@ -681,14 +681,14 @@ def test_words() -> None:
 def test_features_are_listed_sealed_verified_and_dropped(tmp_path: Path, run: Any, run_json: Any) -> None:
     base = make_base(tmp_path / "cache", seal=True)
     write_feature(tmp_path / "cache", base, kl=2e-3)
-    write_feature(tmp_path / "cache", base, 2, name="-1", layer=30)
+    write_feature(tmp_path / "cache", base, 2, name="-1", layer=30, notes='{"step_search": {"kl": 3e-4}}')
     status, out, _ = run("features", tmp_path / "cache")
     assert status == 0
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines[:3]] == ["Features", "20", "-1"]
     assert lines[1][1:5] == ["12", "0.06", "180", "3"]
     assert lines[1][6] == "2.0e-03"
-    assert lines[2][6] == "-"
+    assert lines[2][6] == "3.0e-04"
     found = run_json("features", tmp_path / "cache")[1]["features"]
     assert found["-1"]["missing"] == [[2, 2]]
     assert found["20"]["vectors"] == found["20"]["stored_positions"] == 180
