@@ -13,8 +13,8 @@ from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs
 from .provenance import TEXTS
 from .shard.container import Damage
 from .shard.kind import shard_index
-from .shard.layout import TargetShards
 from .spec import CODECS, FORMAT
+from .target_shards import TargetShards
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,10 +17,10 @@ from .shard.container import TAIL_LENGTH, Damage, check_bytes
 from .shard.kind import MANIFEST, SHARDS, ShardKind
 from .shard.kind import shard_index as shard_index
 from .shard.kind import shard_key as shard_key
-from .shard.layout import STATISTICS as STATISTICS
-from .shard.layout import TargetShards
 from .spec import MOST_JSON, MOST_SHARDS, CacheSpec
 from .stores import Store
+from .target_shards import STATISTICS as STATISTICS
+from .target_shards import TargetShards
 
 SPEC_KEY = "spec.json"
 KEY = MANIFEST

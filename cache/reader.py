@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from .errors import CacheError
 from .manifest import read_manifest, read_spec, read_twice, refuse_overlaps, shard_key
 from .shard.container import TAIL_LENGTH, Damage, length_of_end, unpack
-from .shard.layout import TargetShards, check_lengths, decode_shard, expected_arrays
+from .shard.layout import check_lengths, decode_shard, expected_arrays
 from .shard_reader import ShardReader
 from .spec import CacheSpec
 from .stores import Store, open_store
+from .target_shards import TargetShards
 from .workspace import Workspace
 
 if TYPE_CHECKING:

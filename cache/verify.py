@@ -11,11 +11,11 @@ from .capture_plan import read_capture_plan
 from .errors import CacheError, NotFound, StoreError
 from .features.verify import FeatureReport, verify_features
 from .manifest import PREFIX, gaps, overlaps, read_manifest, read_spec, table_of
-from .shard.layout import TargetShards
 from .shard_checks import Problem as Problem
 from .shard_checks import check_shards
 from .spec import CacheSpec
 from .stores import Store, open_store
+from .target_shards import TargetShards
 
 
 @dataclass

@@ -13,11 +13,11 @@ from .encoding.ragged import BLOCK
 from .encoding.targets import Targets, encode_targets
 from .errors import CacheError, ReadOnly
 from .manifest import SPEC_KEY, read_spec, refuse_overlaps
-from .shard.layout import TargetShards
 from .shard_writer import Commit as Commit
 from .shard_writer import ShardWriter
 from .spec import CacheSpec, differences, integer
 from .stores import Store, open_store
+from .target_shards import TargetShards
 
 Array = NDArray[Any]
 

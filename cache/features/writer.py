@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from ..checks import check_record
 from ..errors import CacheError, NotFound
 from ..manifest import read_spec
-from ..reader import Cache
+from ..shard_reader import ShardReader
 from ..shard_writer import Commit, ShardWriter
 from ..spec import integer
 from ..stores import Store, open_store
+from ..target_shards import TargetShards
 from .basis import Basis
 from .layout import FeatureShards, encode_shard, page_of
 from .objects import BASIS, BLOCK, SPEC, read_basis, read_feature_spec
@@ -121,7 +122,7 @@ class FeatureWriter(ShardWriter):
         super().__init__(store, FeatureShards(spec, basis.scale), threads=threads, queue=queue)
         self.spec = spec
         self.basis = basis
-        self._cache = Cache(store, read_spec(store), None)
+        self._shards = ShardReader(store, TargetShards(read_spec(store)), None)
 
     def write_shard(
         self,
@@ -176,7 +177,7 @@ class FeatureWriter(ShardWriter):
     def _base(self, index: int) -> dict[str, Any]:
         """The attributes of the cache's shard."""
         try:
-            return self._cache.attributes(index)
+            return self._shards.attributes(index)
         except CacheError as error:
             if not isinstance(error.__cause__, NotFound):
                 raise

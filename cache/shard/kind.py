@@ -1,7 +1,7 @@
 """What sets of shards have in common, whatever they hold: their folder, their attributes, their manifest.
 
-`TargetShards` (layout.py) describes the shards of a cache, `FeatureShards` (../features/layout.py) those of a feature.
-Writers, readers, the manifest and `verify` take such a description.
+`TargetShards` (target_shards.py) describes the shards of a cache, `FeatureShards` (features/layout.py) those of a
+feature. Writers, readers, the manifest and `verify` take such a description.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What a shard of a cache must look like: its attributes, and the type and shape of each of its arrays. No files.
+"""What a shard of a cache must look like: the type and shape of each of its arrays. No files.
 
 This is the table of FORMAT.md in code. An object is compared with it before memory of its sizes is allocated.
 """
@@ -9,62 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import check_decoded
 from ..encoding.grid import LOWEST, codes_of
 from ..encoding.parts import CONTEXT_STREAMS, STREAMS
 from ..encoding.targets import decode_targets
-from ..errors import CacheError
 from ..spec import CacheSpec
 from ..workspace import Workspace
-from .container import INTEGERS, LARGEST, TYPES, Damage, Expected
-from .kind import ShardKind, exactly, need
+from .container import INTEGERS, TYPES, Damage, Expected
+from .kind import exactly
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-STATISTICS = ("mean", "p05", "p50", "p95")
 COUNTS = ("first_sequence", "sequences", "positions", "counted", "head_entries", "draw_entries")
 OPTIONAL = ("outcomes", "document_lengths")
 _CODES = ("uint16", "uint32")
-
-
-class TargetShards(ShardKind):
-    """The shards of a cache's targets."""
-
-    noun, whole = "target", "cache"
-    counts = COUNTS
-    hashes = ("content",)
-    floats = tuple(f"{what}_{which}" for what in ("mass", "entropy") for which in STATISTICS)
-
-    def __init__(self, spec: CacheSpec) -> None:
-        super().__init__(spec.hash)
-        self.spec = spec
-
-    def check_counts(self, attributes: Mapping[str, Any]) -> None:
-        spec, statistics = self.spec, attributes.get("statistics")
-        for what in ("mass", "entropy"):
-            values = statistics.get(what) if isinstance(statistics, dict) else None
-            good = isinstance(values, list) and len(values) == 4 and all(v is None or _is_number(v) for v in values)
-            need(good, attributes, "statistics", "four numbers each")
-        n, counts = attributes["positions"], {name: attributes[name] for name in COUNTS}
-        fits = 1 <= n <= spec.shard_positions and n * spec.width * 4 <= LARGEST
-        need(fits, attributes, "positions", f"1 to {spec.shard_positions}, and a shard of at most {LARGEST} bytes")
-        need(1 <= counts["sequences"] <= n, attributes, "sequences", f"1 to {n}")
-        need(counts["counted"] <= n, attributes, "counted", f"at most {n}")
-        for name, most in (("head_entries", min(spec.k, spec.vocab_size)), ("draw_entries", spec.draws)):
-            need(counts[name] <= n * most, attributes, name, f"at most {n * most}")
-
-    def floats_of(self, attributes: Mapping[str, Any]) -> dict[str, float | None]:
-        found = attributes["statistics"]
-        return {f"{what}_{which}": found[what][i] for what in ("mass", "entropy") for i, which in enumerate(STATISTICS)}
-
-    def expected(self, attributes: Mapping[str, Any]) -> dict[str, Expected]:
-        return expected_arrays(self.spec, attributes)
-
-    def check_values(self, attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-        try:
-            check_decoded(self.spec, decode_shard(self.spec, attributes, arrays))
-        except CacheError as error:
-            raise Damage(f"its targets cannot be a teacher's: {error}") from error
 
 
 def expected_arrays(spec: CacheSpec, attributes: Mapping[str, Any]) -> dict[str, Expected]:
@@ -131,7 +88,3 @@ def check_lengths(attributes: Mapping[str, Any], arrays: Mapping[str, Array]) ->
         lengths = arrays.get(name, np.array([n], np.uint32))
         if int(lengths.min()) < 1 or int(lengths.sum(dtype=np.int64)) != n:
             raise Damage(f"expected lengths from 1 on that add up to the {n} positions", name)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**62  # neither NaN nor infinite
