@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -83,7 +83,8 @@ class CaptureReport:
         return {**asdict(self), "status": self.status}
 
 
-class _Shard(NamedTuple):
+@dataclass(frozen=True)
+class _Shard:
     """A shard to capture: whether its targets are missing, and the names of the features that are."""
 
     index: int
@@ -149,7 +150,8 @@ class CaptureRunner:
             started = time.perf_counter()
             self._capture_shards()
             seconds = time.perf_counter() - started
-            missing = set(range(self._plan.shards)) - set.intersection(*(set(self._listed(n)) for n in self._writers))
+            missing = set(range(self._plan.shards))
+            missing -= missing.intersection(*map(self._listed, self._writers))
             if not missing:
                 self._seal()
             busy = self._busy / seconds if seconds else 0.0
@@ -201,7 +203,7 @@ class CaptureRunner:
 
     def _capture_shards(self) -> None:
         self._there = {name: self._committed_shards(name) for name in self._writers}
-        committed = set.intersection(*self._there.values())
+        committed = set(range(self._plan.shards)).intersection(*self._there.values())
         self._progress = Progress(
             self._plan.totals["positions"],
             unit="position",

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache import CacheSpec
-from ...cache.encoding.hidden import encode_hidden
-from ...cache.features.basis import Basis
+from ...cache import Basis, CacheSpec, FeatureSpec, encode_hidden
 from ...cache.features.layout import encode_shard, page_of
-from ...cache.features.spec import FeatureSpec
 from ...cache.shard.container import pack
 from ...data.documents import Documents
 from ...data.examples import Examples

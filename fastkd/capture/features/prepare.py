@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cache import CacheError, CacheSpec, open_cache
-from ...cache.features.basis import Basis
-from ...cache.features.reader import read_basis, read_feature_spec
-from ...cache.features.spec import FeatureSpec, feature_differences
-from ...cache.features.writer import create_feature, share_basis
+from ...cache import (
+    Basis,
+    CacheError,
+    CacheSpec,
+    FeatureSpec,
+    create_feature,
+    open_cache,
+    read_basis,
+    read_feature_spec,
+    share_basis,
+)
+from ...cache.features.spec import feature_differences
 from ...cache.stores import Store
 from ...data.documents import Documents
 from ...data.examples import Examples
