@@ -131,7 +131,7 @@ class LayerAttention:
         """What makes queries, keys and values of the state that enters the layer: its own weights, as they are now."""
         norm, behind, rotary = self.norm, (self.query_norm, self.key_norm), self.rotary
         weights = {name: p.weight() for name, p in zip(PROJECTIONS, self.projections, strict=True)}
-        biases = {f"{name}_bias": p.bias() for name, p in zip(PROJECTIONS, self.projections, strict=True)}
+        biases: dict[str, Any] = {f"{n}_bias": p.bias() for n, p in zip(PROJECTIONS, self.projections, strict=True)}
         return AttentionBlock(
             **weights,
             **biases,
@@ -144,7 +144,7 @@ class LayerAttention:
             query_norm=behind[0] and behind[0].weight,
             key_norm=behind[1] and behind[1].weight,
             head_eps=0.0 if behind[0] is None else behind[0].eps,
-            inv_freq=rotary and rotary.inv_freq.to(weights["query"].device),
+            inv_freq=None if rotary is None else rotary.inv_freq.to(weights["query"].device),
             rotary_scale=1.0 if rotary is None else rotary.scaling,
             interleaved=rotary is not None and rotary.interleaved,
             scale=self.scale,
@@ -159,7 +159,8 @@ class LayerAttention:
             x = outputs[self.outputs[i]]
             x = x.transpose(1, 2) if self.by_head[i] else x
             x = x.reshape(position_ids.numel(), -1)
-            made.append((x if behind[i] is not None else projection.of(x)).unflatten(1, (-1, self.width)))
+            x = x if behind[i] is not None else projection.of(x)
+            made.append(x.reshape(len(x), -1, self.width))
         q, k, v = made
         if self.rotary is not None:
             q, k = (self.rotary(x, position_ids.reshape(-1)) for x in (q, k))
@@ -346,7 +347,7 @@ def _projections(
                     continue
                 width, each = outputs // (heads + 2 * groups), heads // groups
                 rows = torch.arange(outputs)
-                blocks = rows.split([heads * width, groups * width, groups * width])
+                blocks = torch.split(rows, [heads * width, groups * width, groups * width])
                 by_group = rows.view(groups, each + 2, width)
                 mixed = [by_group[:, :each], by_group[:, each], by_group[:, each + 1]]
                 for parts in (blocks, [part.reshape(-1) for part in mixed]):
@@ -431,10 +432,10 @@ def _check_window(
         windows = [getattr(m, n, None) for m in (config, *module.modules()) for n in _WINDOWS]
     if getattr(config, "use_sliding_window", None) is False and kind is None:
         windows = []
-    windows = [int(w) for w in windows if isinstance(w, int) and not isinstance(w, bool) and w > 0]
-    if windows and (context is None or min(windows) < context):
+    shortest = min((w for w in windows if isinstance(w, int) and not isinstance(w, bool) and w > 0), default=None)
+    if shortest is not None and (context is None or shortest < context):
         raise error(
-            f"{where}: it attends to the last {min(windows)} positions only; expected all of the context "
+            f"{where}: it attends to the last {shortest} positions only; expected all of the context "
             f"({context or 'any length'}). Use a shorter --context, or another layer."
         )
     rope = getattr(config, "rope_parameters", None) or {}

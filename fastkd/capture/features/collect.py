@@ -123,7 +123,8 @@ class States:
     def collect(self, rows: Ints, submitted: Tensor) -> None:
         each = submitted.numpy().reshape(len(rows), self.place.vectors, self.place.width)
         if self.of_each is not None and self.of_each < self.place.vectors:
-            key = self.rows.row_numbers(rows).astype(np.uint64)[:, None] + np.arange(self.of_each, dtype=np.uint64)
+            numbers = self.rows.row_numbers(rows)[:, None] + np.arange(self.of_each)
+            key: NDArray[np.uint64] = numbers.astype(np.uint64)
             chosen = (mixed(mixed(key)) % np.uint64(self.place.vectors)).astype(np.int64)
             each = np.take_along_axis(each, chosen[:, :, None], 1)
         self.found.update(zip(rows.tolist(), each, strict=True))
