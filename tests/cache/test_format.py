@@ -30,9 +30,9 @@ from fastkd.cache import (
     create_feature,
     encode_hidden,
     open_cache,
+    target_shards,
 )
 from fastkd.cache.shard import container as shardfile
-from fastkd.cache.shard import layout as shard
 
 FORMAT = Path(__file__).parents[2] / "cache" / "FORMAT.md"
 # zarr warns of pcodec, whose codec is not in the core of Zarr v3
@@ -425,7 +425,7 @@ def test_numbers_too_high(tmp_path: Path) -> None:
 
 def test_sizes_that_no_shard_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_one(tmp_path, spec_of("default"))
-    for module, name in ((shardfile, "LARGEST"), (shard, "LARGEST")):
+    for module, name in ((shardfile, "LARGEST"), (target_shards, "LARGEST")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 1000)
             with pytest.raises(CorruptShard, match=r"more than|positions: got 80; expected"):
