@@ -12,6 +12,7 @@ from .utils.deprecated import find_moved_modules
 if TYPE_CHECKING:
     from .capture.api import capture as capture
     from .kernels import DistillationLoss as DistillationLoss
+    from .kernels import HiddenTargets as HiddenTargets
     from .kernels import KDError as KDError
     from .kernels import KDLoss as KDLoss
     from .kernels import LMHead as LMHead
@@ -42,6 +43,7 @@ __getattr__, _, _names = lazy_loader.attach(
     submod_attrs={
         "kernels": [
             "DistillationLoss",
+            "HiddenTargets",
             "KDError",
             "KDLoss",
             "LMHead",

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from feature_cases import close, draw, hidden_targets, leaves_of, value_and_gradients
+from feature_cases import Allocations, close, draw, hidden_targets, leaves_of, value_and_gradients
 from torch import Tensor
 
 from fastkd.kernels import HiddenTargets, KDError, find_feature_loss
@@ -121,6 +121,17 @@ def test_gram_in_blocks_stays_in_segments(block: int | None, bounds: tuple[int, 
     segments = Segments(bounds)
     ours = value_and_gradients(found.loss, student, targets, segments=segments, block=block)
     close(ours, value_and_gradients(found.oracle, student, targets, segments=segments), 1e-9)
+
+
+def test_gram_needs_no_matrix_of_all_rows() -> None:
+    """The cosines of 2,000 rows are 16 MB."""
+    rows = 2000
+    targets = HiddenTargets.from_states(draw(rows, 8).float())
+    leaf = draw(rows, 8, seed=1).float().requires_grad_()
+    with Allocations() as made:
+        find_feature_loss("gram").loss(leaf, targets, block=2**16).backward()
+    assert leaf.grad is not None
+    assert made.peak < rows * rows * 4 / 8
 
 
 def test_a_zero_vector_has_a_finite_gradient() -> None:
