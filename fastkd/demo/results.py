@@ -60,7 +60,8 @@ def scores_of(runs: Sequence[Run]) -> dict[str, Scores]:
 def paired(runs: Sequence[Run]) -> dict[str, Scores]:
     """Paired differences of each trained run: to its control, or else to that of the first run, and to the same without
     features, if there is one."""
-    first, found = runs[0].control, {}
+    first = runs[0].control
+    found: dict[str, Scores] = {}
     for run in (run for run in runs if run.steps):
         if run.without_features is not None:
             found[f"{run.name} - without features"] = paired_differences(run, run.without_features)

@@ -24,7 +24,8 @@ def original_layers(model: Any) -> OriginalLayers | None:
     """The original layers of a model of transformers, by its config. None if it says nothing, or what cannot be so: it
     is a note of the person who pruned it, and anybody can write a config."""
     config = getattr(model, "config", None)
-    layers, count = getattr(config, _LAYERS, None), getattr(config, _COUNT, None)
+    layers: Any = getattr(config, _LAYERS, None)
+    count: Any = getattr(config, _COUNT, None)
     if not isinstance(layers, (list, tuple)) or not layers or not all(type(n) is int for n in (*layers, count)):
         return None
     ascending = all(a < b for a, b in pairwise(layers))

@@ -64,7 +64,8 @@ def sources(student: StudentLayers, count: int, matches: Sequence[tuple[int, int
         if points[-1][0] < ours < student.count and points[-1][1] <= theirs <= count:  # not where two cross
             points.append((ours, theirs))
     points.append((student.count, count))
-    returned = np.interp(np.arange(1, student.count + 1), *zip(*points, strict=True))
+    ours_of, theirs_of = ([float(point[side]) for point in points] for side in (0, 1))
+    returned = np.interp(np.arange(1, student.count + 1), ours_of, theirs_of)
     return [max(0, int(np.floor(state + 0.5)) - 1) for state in returned]
 
 
@@ -104,7 +105,7 @@ def initialise(
     pruned = all(copied_) and len(ours) < len(theirs) and sorted(set(chosen)) == list(chosen)
     if pruned and hasattr(model, "config") and original_layers(model) is None:  # from now on it is a pruned copy
         note_original_layers(model, list(chosen), len(theirs))
-    return Initialised(layers, *ends, notes)
+    return Initialised(layers, ends[0], ends[1], ends[2], notes)
 
 
 def _calls(teacher: Any, layers: Sequence[nn.Module]) -> list[tuple[Any, Any, Tensor]]:

@@ -143,7 +143,7 @@ def _teacher(teacher: Any, settings: TrainSettings) -> Any:
         raise TrainError(f"teacher: got {type(teacher).__name__}; expected a folder, a name, or a torch module.")
     try:
         files = find_files(teacher)
-        options = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+        options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
         return load_causal_lm(teacher, files, notes=[], **options)
     except TeacherError as error:
         raise TrainError(f"teacher: {error}") from error

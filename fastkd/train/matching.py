@@ -102,7 +102,7 @@ def parse(text: str) -> Match | Auto:
         parts[:2] = [f"{parts[0]}:at"]
     if len(parts) != 4 or not all(parts) or parts[0] == AUTO:
         raise TrainError(f"match: got {str(text)!r}; expected {_FORM}.")
-    return Match(*parts[:3], _weight(text, parts[3]))
+    return Match(parts[0], parts[1], parts[2], _weight(text, parts[3]))
 
 
 def resolve(

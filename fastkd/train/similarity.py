@@ -235,7 +235,7 @@ def _recorded(student: Student, batch: AnyBatch, places: Sequence[str]) -> dict[
 def _chosen(targets: HiddenTargets, most: int, random: torch.Generator) -> Iterator[HiddenTargets]:
     """At most so many of the vectors, drawn at random, in groups of at least `_LEAST` and at most `ROWS`."""
     drawn = torch.randperm(len(targets), generator=random)[: max(0, most)]
-    for rows in drawn.split(ROWS):
+    for rows in torch.split(drawn, ROWS):
         if len(rows) >= _LEAST:
             yield targets.take(rows.sort().values.to(targets.codes.device))
 
@@ -253,7 +253,7 @@ def _vectors(value: Tensor, spec: Any, targets: HiddenTargets) -> Tensor | None:
         flat = adaptive_avg_pool2d(value.square().mean(1, keepdim=True), spec.shape[-2:]).flatten(1)
     if flat is None:
         return None
-    found = flat[targets.index].float()
+    found: Tensor = flat[targets.index].float()
     return found / found.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -269,8 +269,9 @@ def _centered(x_nD: Tensor) -> Tensor:
 
 
 def _ratio(hsic_3P: Tensor) -> Tensor:
-    both, ours, theirs = hsic_3P
-    return both / (ours * theirs).clamp(min=0.0).sqrt()
+    both, ours, theirs = hsic_3P.unbind()
+    cka: Tensor = both / (ours * theirs).clamp(min=0.0).sqrt()
+    return cka
 
 
 def _known(value: float) -> float | None:
