@@ -13,14 +13,14 @@ from ..errors import TeacherError, TrainError
 from ..kernels.features.losses import feature_loss_names
 from ..models.hf import load_causal_lm
 from ..models.hub import resolve as find_files
-from ..models.pruned import original_layers
 from ..models.taps import layers_of
 from ..settings import TrainSettings
 from ..stream.batch import MicroBatch
 from ..stream.cached import CachedSource
 from ..utils.factories import is_factory, made_by
 from .layer_init import Initialised, initialise, sources
-from .matching import StudentLayers, entered, resolve
+from .matched import student_layers
+from .matching import entered, resolve
 from .result import write_student
 from .similarity import POSITIONS, Similarity, similarity
 from .student import LoadedStudent, Student, make_student
@@ -93,12 +93,6 @@ def match(
     tensors = {f"model.{name}": x.detach().cpu() for name, x in made.student.model.state_dict().items()}
     write_student(init, made.student.cpu(), tensors, made.tokenizer)
     return MatchReport(found, done, init, made.student.notes)
-
-
-def student_layers(student: Student) -> StudentLayers:
-    """What a student can be matched at."""
-    modules = frozenset(name for name, _ in student.model.named_modules() if name)
-    return StudentLayers(student.name, len(student.layers), modules, original_layers(student.model))
 
 
 def _initialised(

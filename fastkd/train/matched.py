@@ -45,13 +45,7 @@ def matched_objective(
         )
     features = _features(caches[0], settings.match)
     specs = {name: feature.spec for name, feature in features.items()}
-    layers = StudentLayers(
-        student.name,
-        len(student.layers),
-        [name for name, _ in student.model.named_modules() if name],
-        original_layers(student.model),
-    )
-    found = resolve(settings.match, specs, layers, feature_loss_names())
+    found = resolve(settings.match, specs, student_layers(student), feature_loss_names())
     student.notes += found.notes
     plans = [plan_of(cache) for cache in caches]
     contexts = [n for plan in plans if plan is not None and isinstance(n := plan.settings.get("context"), int)]
@@ -104,6 +98,12 @@ def _attention(match: Match, spec: Any, block: bytes | None) -> AttentionKD:
         ) from error
     make = RelationKD if match.loss == "relation" else AttentionKD
     return make(match.teacher, match.output, made, match.loss)
+
+
+def student_layers(student: Student) -> StudentLayers:
+    """What a student can be matched at."""
+    modules = frozenset(name for name, _ in student.model.named_modules() if name)
+    return StudentLayers(student.name, len(student.layers), modules, original_layers(student.model))
 
 
 def term_name(match: Match) -> str:
