@@ -1,6 +1,6 @@
 """Whether features help a student: the same training with and without them, in settings where they do and do not.
 
-    fastkd bench features                 # after the codec's figures: five minutes on two cores
+    fastkd bench features                 # after the codec's figures: four minutes on two cores
     python bench/features_help.py         # these alone
 
 Each seed is a student with other weights and another order; a difference is of the same seed, ± its 95% interval over
@@ -8,8 +8,8 @@ seeds. LOG.md has the settings that were tried.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ BYTES: dict[str, Any] = {"alpha": 0.1, "rate": 5e-3, "weight_decay": 0.05, "batc
 
 @dataclass(frozen=True)
 class Setting:
-    """Students of a problem. make: the problem. match: of the arm with features. changes: settings of the training.
-    helps: whether the difference in KL is below 0 with its interval, as a limit; None: only printed."""
+    """Students of a problem.
+
+    make: the problem. arms: what each arm with features matches. changes: settings of the training. helps: the arms
+    whose KL is to be lower than without features, beyond the noise of seeds; the others are only printed.
+    """
 
     name: str
     make: Callable[[], Problem]
-    match: tuple[str, ...]
-    changes: dict[str, Any] = field(default_factory=dict)
+    arms: Mapping[str, tuple[str, ...]]
+    changes: Mapping[str, Any]
     seeds: int = 5
-    helps: bool = False
+    helps: tuple[str, ...] = ()
 
 
 def score(problem: Problem, setting: Setting, match: Sequence[str], seed: int) -> dict[str, float]:
@@ -76,28 +79,31 @@ def run(table: Table, setting: Setting, seeds: int) -> None:
         table.title(setting.name)
         table.absent("with and without features", str(error))
         return
-    arms: dict[str, tuple[str, ...]] = {"without features": (), "with features": setting.match}
+    arms = {"without features": (), **setting.arms}
     scores = {name: [score(problem, setting, match, seed) for seed in range(seeds)] for name, match in arms.items()}
-    steps, matched = setting.changes["steps"], ", ".join(setting.match)
-    table.title(f"{setting.name}: {problem.says}, {steps} steps, {seeds} seeds, {matched}")
-    for measure, difference in differences(scores["with features"], scores["without features"]).items():
-        name = MEASURES[measure]
-        for arm, found in scores.items():
-            table.value(f"{name}, {arm}", figure([one[measure] for one in found]), "nats")
-        limit = "<= 0" if setting.helps and measure == "kl_bucket" else ""
-        says = f"{difference.mean:+.4f} ± {difference.half:.4f}: {verdict(difference)}"
-        table.value(f"{name}, upper end of the difference", difference.high, "nats", limit, note=says)
+    without = scores["without features"]
+    table.title(f"{setting.name}: {problem.says}, {setting.changes['steps']} steps, {seeds} seeds")
+    for arm, found in scores.items():
+        minus = differences(found, without)
+        for measure, name in MEASURES.items():
+            values, note = [one[measure] for one in found], ""
+            if arm in setting.arms:
+                mean, half = minus[measure]
+                note = f"{', '.join(arms[arm])}: {mean:+.4f} ± {half:.4f}, {verdict(minus[measure])}"
+            table.value(f"{arm}: {name}", figure(values), "nats", note=note)
+            if arm in setting.helps and measure == "kl_bucket":
+                table.value(f"{arm}: {name}, upper end of the difference", minus[measure].high, "nats", "<= 0")
 
 
 def settings_of(digits: Callable[[], Problem], text: Callable[[], Problem]) -> list[Setting]:
     """What is trained."""
-    maps, states = ("layers.6:layers.6:sp:2000",), ("2:1:mse:1", "-1:-1:mse:1")
+    alike, where = {"similarity": ("layers.6:layers.6:sp:2000",)}, {"attention transfer": ("layers.6:layers.6:at:100",)}
+    states = {"states": ("2:1:mse:1", "-1:-1:mse:1")}
     few = {"max_positions": 50 * COPIES, "steps": 200}
     return [
-        Setting("50 digits", digits, maps, DIGITS | few, helps=True),
-        Setting("all digits", digits, maps, DIGITS | {"steps": 450}, seeds=3),
+        Setting("50 digits", digits, alike | where, DIGITS | few, helps=("similarity",)),
+        Setting("all digits", digits, alike, DIGITS | {"steps": 450}, seeds=3),
         Setting("64 documents", text, states, BYTES | {"max_positions": 64 * LENGTH, "steps": 200}),
-        Setting("all documents", text, states, BYTES | {"steps": 300}, seeds=3),
     ]
 
 
