@@ -36,11 +36,12 @@ class Problem:
 
     @torch.inference_mode()
     def divergences(self, decoded: dict[str, Floats], windows: int) -> dict[str, NDArray[np.float64]]:
-        """KL from the teacher with exact states to the teacher with decoded ones, at each of the first held-out
-        positions, in nats. decoded: by name, `[n, D]`."""
+        """KL from the teacher with exact states to the teacher with decoded ones, in nats, at each position of some
+        held-out windows, spread evenly. decoded: by name, `[n, D]`."""
         found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in decoded}
-        for first in range(0, windows * self.window, self.window):
-            some = slice(first, first + self.window)
+        last = len(self.held) // self.window - 1
+        for number in np.linspace(0, last, windows).round().astype(int).tolist():
+            some = slice(number * self.window, (number + 1) * self.window)
             exact = self.rest(torch.from_numpy(self.held[some]))
             for name, states in decoded.items():
                 other = self.rest(torch.from_numpy(np.ascontiguousarray(states[some])))
@@ -49,16 +50,17 @@ class Problem:
 
 
 def smollm2(ask: RunConfig) -> Problem:
-    """SmolLM2-135M over windows of CPython's language reference; its states are kept in `STATES`."""
-    from fastkd.bench.teacher import load_teacher, text_ids
+    """SmolLM2-135M over windows of CPython's language reference, in its order; its states are kept in `STATES`."""
+    from fastkd.bench.teacher import load_teacher
+    from fastkd.demo.corpus import language_reference
 
     model, tokenizer = load_teacher(None)
     if not STATES.exists():
-        ids = text_ids(tokenizer)
-        windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-        some = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[: LEARNT + HELD]
+        tokens = tokenizer(next(language_reference()), return_tensors="np", verbose=False)["input_ids"][0]
+        windows = tokens[: len(tokens) // WINDOW * WINDOW].reshape(-1, WINDOW).astype(np.int64)
+        some = np.sort(np.random.default_rng(0).permutation(len(windows))[: LEARNT + HELD])
         STATES.parent.mkdir(exist_ok=True)
-        np.savez(STATES, states=read_states(model, windows[some], LAYER))
+        np.savez(STATES, states=read_states(model, torch.from_numpy(windows[some]), LAYER))
     with np.load(STATES) as file:
         states = file["states"]
     learnt = LEARNT * WINDOW
