@@ -1,6 +1,5 @@
 """mse, cosine, smooth_l1, cka and gram on states: against the oracle in dense space, by count, and what is refused."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -203,9 +202,4 @@ def test_in_one_graph(name: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     close(value_and_gradients(compiled, student, targets), value_and_gradients(step, student, targets), 1e-6)
-    close(
-        value_and_gradients(compiled, student, replace(targets, step=0.2)),
-        value_and_gradients(step, student, replace(targets, step=0.2)),
-        1e-6,
-    )
     torch._dynamo.reset()
