@@ -252,7 +252,7 @@ def main(arguments=None):
     else:
         teacher, windows = smollm2()
         layers = tuple(args.layers.split(","))
-        found = run(teacher, windows, args.out, layers, held=8, vocabulary=4096, rate=3e-3, **common)
+        found = run(teacher, windows, args.out, layers, held=8, vocabulary=4096, rate=2e-3, **common)
     print(json.dumps(found, indent=2))
     return found
 
