@@ -103,7 +103,7 @@ def settings_of(digits: Callable[[], Problem], text: Callable[[], Problem]) -> l
     return [
         Setting("50 digits", digits, alike | where, DIGITS | few, helps=("similarity",)),
         Setting("all digits", digits, alike, DIGITS | {"steps": 450}, seeds=3),
-        Setting("64 documents", text, states, BYTES | {"max_positions": 64 * LENGTH, "steps": 200}),
+        Setting("64 documents", text, states, BYTES | {"max_positions": 64 * LENGTH, "steps": 200}, helps=("states",)),
     ]
 
 
