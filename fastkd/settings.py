@@ -205,6 +205,8 @@ class TrainSettings:
     is found in the first steps."""
     match_projector: Literal["linear", "identity"] = "linear"
     """From the student's states to the teacher's: a trained projector, or none (identity), for equal hidden sizes."""
+    match_init: Literal["least-squares", "random"] = "least-squares"
+    """Initial values of the projectors of states: those that fit the first batch best, or random ones."""
     match_rate: float | None = None
     """Peak learning rate of the projectors. Default: as rate."""
     weight_decay: float = 0.1

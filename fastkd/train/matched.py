@@ -127,6 +127,7 @@ def _hidden(
     elif loss.inputs == "states" and len(shape) != 3:
         problem = f"the student's {match.output} has {len(shape)} dimensions; expected states [B, L, D]"
     projector: nn.Module | None = None
+    fit = settings.match_init == "least-squares"
     if not problem and loss.projector:
         ours, theirs = (shape[1], spec.shape[0]) if maps else (shape[2], spec.width)
         if settings.match_projector == "linear":
@@ -139,7 +140,7 @@ def _hidden(
             )
     if problem:
         raise TrainError(f"match: got {str(match)!r}; {problem}.")
-    return HiddenKD(match.teacher, match.output, match.loss, projector=projector, shape=tuple(spec.shape))
+    return HiddenKD(match.teacher, match.output, match.loss, projector=projector, shape=tuple(spec.shape), fit=fit)
 
 
 def _loss(match: Match) -> FeatureLoss:

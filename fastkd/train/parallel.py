@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -53,6 +54,11 @@ class ParallelStudent:
             loss = losses["loss"]
             (loss * self._world if self._world > 1 else loss).backward()  # type: ignore[no-untyped-call]
         return {name: value.detach() for name, value in losses.items()}
+
+    def forward(self, batch: AnyBatch, **arguments: Any) -> None:
+        """Compute the student's losses for a micro-batch, without gradients, for what the objective notes meanwhile."""
+        with torch.no_grad():
+            self._module(batch, **arguments)
 
     def reshard(self) -> None:
         """Shard parameters again after `Student.logits`, which leaves FSDP2's outermost ones complete."""

@@ -69,7 +69,7 @@ def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with an effect on the trained student, as they were given. settings: as in run.json."""
     known = {field.name for field in fields(TrainSettings)} - RESUME_MAY_CHANGE
     # runs from before there was matching have none of its settings
-    known -= {"match", "match_projector", "match_rate"} if not settings.get("match") else set()
+    known -= {"match", "match_projector", "match_init", "match_rate"} if not settings.get("match") else set()
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items() if name in known}
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found
 

@@ -44,6 +44,7 @@ from .checkpoint import (
 )
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
+from .objectives.hidden import HiddenKD
 from .optimizer import clip_all_, make_optimizer, rate_at, set_rate
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
 from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
@@ -257,6 +258,8 @@ class Trainer:
         )  # fmt: skip
         scheduled = self._objective.schedule(*at)
         scalars = {name: torch.full((), value, device=device) for name, value in scheduled.items()}
+        if self.step == 0:
+            self._fit_projectors(step, scalars)
         if self._auto is not None and self._auto.pending:
             self._auto.measure(lambda: self._gradient_norm(step, scalars))
         sums = self._losses(step, scalars)
@@ -271,6 +274,21 @@ class Trainer:
         if self._auto is not None:
             known |= {f"weight/{name}": self._auto.weights[name] for name in self._auto.weights}
         return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
+
+    def _fit_projectors(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> None:
+        """Before the first step: fit the projectors that want it to the step's batch."""
+        terms = [term for term in self.student.modules() if isinstance(term, HiddenKD) and term.fit]
+        if not terms:
+            return
+        for term in terms:
+            term.begin_fit(self._processes.device)
+        self.student.eval()
+        for batch in step.micro_batches:
+            self._parallel.forward(batch, num_items=step.count, **scalars)
+        self._parallel.reshard()
+        self.student.train()
+        for term in terms:
+            term.end_fit(self._processes)
 
     def _seed_dropout(self) -> None:
         """By seed, step and rank: so no generator's state has to be saved, and evaluations do not change it."""

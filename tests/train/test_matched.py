@@ -228,7 +228,8 @@ def test_resumed_at_any_step_to_the_same_bits(cache: Cache, tmp_path: Path) -> N
 
 def test_an_automatic_weight_is_a_ratio_of_gradients(cache: Cache, tmp_path: Path) -> None:
     """In the first step, by hand: of the token loss and of the term, in all parameters of the student."""
-    report = train(cache, tmp_path, "2:2:mse:auto", steps=1, batch_size=4, micro_tokens=1000)
+    options: dict[str, Any] = {"steps": 1, "batch_size": 4, "micro_tokens": 1000, "match_init": "random"}
+    report = train(cache, tmp_path, "2:2:mse:auto", **options)
     weight = read_metrics(report_path := tmp_path)[0]["weight/hidden/2:2:mse"]
     assert report_path
     student = make_student(Tiny(seed=1), cache.spec, TrainSettings()).student
@@ -264,11 +265,36 @@ def test_projectors_are_made_by_the_seed_and_have_their_own_rate(cache: Cache, t
         assert torch.equal(weight, again[name])
         assert name.endswith("bias") or not torch.equal(weight, other[name])
     assert not torch.equal(*[w for n, w in first.items() if n.endswith("weight")])
-    train(cache, tmp_path, "2:2:mse:1", steps=1, match_rate=0.0)
+    train(cache, tmp_path, "2:2:mse:1", steps=1, match_rate=0.0, match_init="random")
     checkpoint = newest(tmp_path)
     assert checkpoint is not None
     trained = [t for n, t in checkpoint.tensors("model").items() if n.endswith("projector.weight")]
     assert torch.equal(trained[0], next(w for n, w in first.items() if "2:2:mse" in n and n.endswith("weight")))
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_a_projector_begins_with_the_best_fit(cache: Cache, tmp_path: Path, loss: str) -> None:
+    """Of the first batch, however it is divided; by numpy's least squares, with a ridge for the weights."""
+    options: dict[str, Any] = {"steps": 1, "batch_size": 20, "rate": 0.0, "match_rate": 0.0}
+    train(cache, tmp_path / loss, f"2:2:{loss}:1", student=Tiny(seed=1, dropout=0.3), micro_tokens=30, **options)
+    student = _double(cache)
+    student.read(HiddenKD("2", "state:2", "gram"))
+    (batch,) = next(iter(DistillLoader(cache, batch_size=20, micro_tokens=None, features=("2",)))).micro_batches
+    with torch.no_grad():
+        student._output(batch)
+        assert student._inner is not None
+        targets = batch.features["2"]
+        x = student._inner.take()["state:2"].flatten(0, 1)[targets.index]
+    x = torch.nn.functional.pad(x / x.square().mean(1, keepdim=True).sqrt(), (0, 1), value=1.0).numpy()
+    z = (targets.coordinates() if loss == "mse" else targets.units()).double().numpy()
+    ridge = np.diag([(0.01 * len(x)) ** 0.5] * WIDTH + [0.0])
+    expected = np.linalg.lstsq(
+        np.concatenate([x, ridge]), np.concatenate([z, np.zeros((WIDTH + 1, WIDTH))]), rcond=None
+    )[0]
+    found = _tensors(tmp_path / loss)
+    weight, bias = (next(t for n, t in found.items() if n.endswith(f"projector.{part}")) for part in ("weight", "bias"))
+    np.testing.assert_allclose(weight.numpy(), expected[:-1].T, atol=1e-4)
+    np.testing.assert_allclose(bias.numpy(), expected[-1], atol=1e-4)
 
 
 def test_without_a_projector(cache: Cache, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from ...errors import TrainError
 from ...kernels import KDError, find_feature_loss
 from ...stream.batch import AnyBatch
-from .projector import unit
+from ...utils.distributed import Processes, is_dtensor
+from .projector import LeastSquares, LinearProjector, unit
 from .rows import count_of, rows_at, segments_of
 
 
@@ -21,6 +23,7 @@ class HiddenKD(nn.Module):
     projector: from the student's states to the teacher's coordinates (see `projector.py`); None: the student's states,
         divided by their root mean square, are compared as they are, which takes equal widths where the loss compares
         component by component. shape: of the feature's value, `(C, H, W)` or `(H, W)`, for losses of maps.
+    fit: whether a training begins with the linear projector that fits its first batch best.
 
     States are compared divided by their root mean square, in the coordinates in which the teacher's are coded. These
     are a rotation of the states, which the projector learns with the rest.
@@ -34,6 +37,7 @@ class HiddenKD(nn.Module):
         *,
         projector: nn.Module | None = None,
         shape: tuple[int, ...] | None = None,
+        fit: bool = False,
     ) -> None:
         super().__init__()
         try:
@@ -44,6 +48,8 @@ class HiddenKD(nn.Module):
             raise TrainError(f"HiddenKD: got the loss {loss!r}, of attention; expected one of states or of maps.")
         self.feature, self.output, self.shape = feature, output, shape
         self.projector = projector
+        self.fit = fit and isinstance(projector, LinearProjector)
+        self._sums: LeastSquares | None = None
         self.signals, self.outputs = (f"features/{feature}",), (output,)
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
@@ -61,6 +67,8 @@ class HiddenKD(nn.Module):
                 maps = torch.einsum("bchw,ck->bkhw", value, targets.basis.to(value.dtype))
             return {"loss": self._loss.loss(maps, targets, count, shape=self.shape)}
         states = rows_at(value, targets.index)
+        if self._sums is not None:
+            self._sums.add(states, targets.units() if self._loss.dense else targets.coordinates())
         if self.projector is not None:
             states = self.projector(states)
         elif self._loss.projector:
@@ -70,6 +78,26 @@ class HiddenKD(nn.Module):
         options = {"segments": segments_of(batch, targets.index)} if self._loss.segments else {}
         return {"loss": self._loss.loss(states, targets, count, **options)}
 
+    def begin_fit(self, device: torch.device) -> None:
+        """From now on, the states that are compared are added up, until `end_fit`."""
+        assert isinstance(self.projector, LinearProjector)
+        self._sums = LeastSquares(*reversed(self.projector.weight.shape), device)
+
+    @torch.no_grad()
+    def end_fit(self, processes: Processes) -> None:
+        """Set the projector to what fits these states best, those of all processes together."""
+        assert isinstance(self.projector, LinearProjector)
+        assert self._sums is not None
+        processes.sum_(self._sums.sums)
+        for parameter, value in zip((self.projector.weight, self.projector.bias), self._sums.solve(), strict=True):
+            # the first process's: others may round otherwise
+            whole = processes.sum_((value if processes.first else torch.zeros_like(value)).to(parameter.dtype))
+            if is_dtensor(parameter):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.copy_(whole)
+        self._sums = None
+
     def describe(self) -> dict[str, Any]:
         projector = None if self.projector is None else type(self.projector).__name__
-        return {"feature": self.feature, "output": self.output, "loss": self._loss.name, "projector": projector}
+        return {"feature": self.feature, "output": self.output, "loss": self._loss.name, "projector": projector,
+                "fit": self.fit}  # fmt: skip

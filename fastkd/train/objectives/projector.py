@@ -15,7 +15,7 @@ class LinearProjector(Projector):
 
     The codes of a teacher's states are coordinates of x / rms(x) in an orthonormal basis, so both sides are free of
     scale, and the matrix learns the basis with the rest. At first it is random, of a seed and a name, and maps states
-    to vectors of root mean square near 1.
+    to vectors of root mean square near 1; a training may fit it to its first batch (`LeastSquares`).
 
     width: D. target_width: W. dtype: of the weights.
     """
@@ -34,6 +34,35 @@ class LinearProjector(Projector):
 
     def forward(self, states_ND: Tensor) -> Tensor:
         return nn.functional.linear(unit(states_ND).to(self.weight.dtype), self.weight, self.bias)
+
+
+class LeastSquares:
+    """The weights of a linear projector with which its outputs for some states are nearest to their coordinates.
+
+    Sums of products are added up, in float64, so that neither micro-batches nor processes change the result. A ridge of
+    `RIDGE` per state keeps weights small where there are few.
+    """
+
+    RIDGE = 0.01
+
+    def __init__(self, width: int, target_width: int, device: torch.device) -> None:
+        self.width = width
+        self.sums = torch.zeros(width + 1, width + 1 + target_width, dtype=torch.float64, device=device)
+
+    def add(self, states_ND: Tensor, coordinates_NW: Tensor) -> None:
+        """Add N states and what they should be mapped to."""
+        x = torch.nn.functional.pad(unit(states_ND.detach()).double(), (0, 1), value=1.0)
+        self.sums += x.T @ torch.cat([x, coordinates_NW.double()], 1)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weight `[W, D]` and bias `[W]`; of all zeros without any state."""
+        products, wanted = self.sums.split([self.width + 1, self.sums.shape[1] - self.width - 1], 1)
+        count = products[-1, -1].clamp(min=1.0)
+        ridge = torch.full_like(products[-1], float(self.RIDGE)) * count
+        ridge[-1] = 1e-9 * count  # none for the bias
+        solution = torch.linalg.solve(products + ridge.diag(), wanted)
+        # contiguous: an all-reduce over gloo takes the memory of other tensors for theirs
+        return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
 class MapProjector(Projector):
