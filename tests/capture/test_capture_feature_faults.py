@@ -151,8 +151,6 @@ def test_sigterm_ends_with_75_and_the_next_call_goes_on(server: Server, tmp_path
 @pytest.mark.parametrize(
     "pattern",
     [
-        "claims/features/0.json",
-        "features/1/basis.zarr.zip",
         "features/-1/spec.json",
         r"shards/[2-9]\.zarr\.zip",
         r"features/-1/shards/[3-9]\.zarr\.zip",
@@ -171,7 +169,7 @@ def test_a_store_that_is_full(pattern: str, whole: Whole) -> None:
     check(store, whole)
 
 
-@pytest.mark.parametrize("pattern", [None, "features/1/basis.zarr.zip", r"features/1/shards/[3-9]\.zarr\.zip"])
+@pytest.mark.parametrize("pattern", [None, "features/1/basis.zarr.zip"])
 def test_a_group_is_one_worker(pattern: str | None, whole: Whole) -> None:
     store: Any = MemoryStore() if pattern is None else Without(pattern)
     teachers = {"leader": Layered(), "follower": Layered()}
