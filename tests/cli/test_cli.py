@@ -24,6 +24,7 @@ from fastkd.cache import inspect as cache_inspect
 from fastkd.cache.capture_plan import CapturePlan
 from fastkd.cache.manifest import runs, shard_key
 from fastkd.cache.shard.container import pack
+from fastkd.cli import cache_commands
 from fastkd.cli import main as cli
 from fastkd.utils.numbers import size_text
 from fastkd.utils.text import printable, ranges, without_credentials
@@ -521,7 +522,7 @@ def test_verify_an_empty_cache(tmp_path: Path, run: Any) -> None:
 
 
 def test_progress_is_for_terminals(cache: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_at_terminal", lambda: True)
+    monkeypatch.setattr(cache_commands, "at_terminal", lambda: True)
     for command, word in (("verify", "verify"), ("inspect", "scan"), ("seal", "scan")):
         status, out, err = run(command, cache, "--json")
         assert status == 0
