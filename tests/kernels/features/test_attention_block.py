@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from feature_cases import draw, hidden, rotated64
+from loss_cases import draw, hidden, rotated64
 from torch import Tensor
 
 from fastkd.kernels import AttentionBlock, HiddenTargets, KDError, QueriesKeysValues, Segments

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from feature_cases import Allocations, close, draw, layer, leaves_of, value_and_gradients
+from loss_cases import Allocations, close, draw, layer, leaves_of, value_and_gradients
 
 from fastkd.kernels import KDError, find_feature_loss
 from fastkd.kernels.features.attention import QueriesKeysValues, attention_maps

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from feature_cases import draw, hidden_targets
+from loss_cases import draw, hidden_targets
 from torch import Tensor
 
 from fastkd.kernels import CKA, KDError

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from feature_cases import close, draw, rotated64, value_and_gradients
+from loss_cases import close, draw, rotated64, value_and_gradients
 from torch import Tensor
 
 from fastkd.kernels import HiddenTargets, KDError, find_feature_loss

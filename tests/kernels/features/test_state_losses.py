@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from feature_cases import Allocations, close, draw, hidden_targets, leaves_of, value_and_gradients
+from loss_cases import Allocations, close, draw, hidden_targets, leaves_of, value_and_gradients
 from torch import Tensor
 
 from fastkd.kernels import HiddenTargets, KDError, find_feature_loss
