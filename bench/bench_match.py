@@ -132,11 +132,16 @@ def loader(table: Table, rounds: int, positions: int) -> None:
         cache = open_cache(place)
         total = int(cache.manifest.column("positions").to_numpy().sum())
 
-        def consume(features: tuple[str, ...]) -> None:
-            for _ in DistillLoader(cache, batch_size=16, features=features, threads=1):
+        def consume(source: DistillLoader) -> None:
+            for _ in source:
                 pass
 
-        runs = {"targets": partial(consume, ()), "with a feature": partial(consume, ("20",))}
+        # one loader each, epoch after epoch: the memory of shards is touched before
+        options: dict[str, Any] = {"batch_size": 16, "threads": 1}
+        runs = {
+            "targets": partial(consume, DistillLoader(cache, **options)),
+            "with a feature": partial(consume, DistillLoader(cache, features=("20",), **options)),
+        }
         times = interleaved(runs, device="cpu", rounds=rounds, warmup=1, core_time=True)
     table.title(f"assembled batches of {total} positions, of one core's time")
     for name in times:
