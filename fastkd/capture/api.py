@@ -16,9 +16,9 @@ from ..utils.progress import MODES, Progress
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
 from .claims import Claims
-from .features.places import find_places
+from .feature_places import find_places
+from .feature_settings import check_feature_settings
 from .features.prepare import check_existing, check_sizes, prepare_features, read_block
-from .features.settings import check_feature_settings
 from .prepare import prepare, write_window_plan
 from .runner import CaptureReport, CaptureRunner
 from .teacher_pass import TeacherPass

@@ -17,8 +17,8 @@ from ..teachers.protocol import Teacher
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable, without_credentials
 from .claims import FIRST_SECONDS, LONGEST_SECONDS
+from .feature_places import find_places
 from .features.estimate import FeatureCost, estimate_features
-from .features.places import find_places
 from .features.prepare import check_sizes
 from .prepare import prepare
 from .rows import ShardRows

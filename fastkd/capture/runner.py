@@ -29,7 +29,7 @@ from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
 from ..utils.text import printable, ranges
 from .claims import Claims
-from .features.collect import Codes, stored_rows
+from .feature_collect import Codes, stored_rows
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
 from .teacher_pass import TeacherPass, device_name

@@ -27,8 +27,8 @@ from ..data.examples import Examples
 from ..data.packing import pack
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
-from .features.collect import States
-from .features.places import Place
+from .feature_collect import States
+from .feature_places import Place
 from .features.sample import eligible
 from .rows import Ints, ShardRows, read_shard_rows
 from .teacher_pass import TeacherPass

@@ -24,8 +24,8 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
 from ..utils.signals import Stopped
 from .answers import targets_of, topk_config
-from .features.collect import Collector
-from .features.places import network_of
+from .feature_collect import Collector
+from .feature_places import network_of
 from .rows import ShardRows, teacher_inputs
 
 Array = NDArray[Any]

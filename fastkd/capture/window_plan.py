@@ -26,7 +26,7 @@ from ..cache.spec import CacheSpec
 from ..data.packing import DIVIDED_BY, batches, divide, pack
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
-from .features.settings import check_feature_settings
+from .feature_settings import check_feature_settings
 
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
 Ints = NDArray[np.int64]

@@ -19,7 +19,7 @@ from fastkd.cache import Cache, CacheError, drop_feature, open_cache, verify_cac
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture.check import check_teacher, check_text
 from fastkd.capture.estimate import estimate, estimate_text
-from fastkd.capture.features.settings import positions_text
+from fastkd.capture.feature_settings import positions_text
 from fastkd.capture.runner import CaptureReport, capture_text
 from fastkd.data.documents import load_documents
 from fastkd.errors import DataError, TeacherError

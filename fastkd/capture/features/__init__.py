@@ -1,6 +1,5 @@
-"""Capture of hidden states and feature maps: where they are in a teacher, which rows are stored, how they are coded.
+"""What is found before, beside and after the passes of a capture with features: basis, step, block, size, and checks.
 
-Belongs here: from the names of features to the arrays of a shard, and what is found before the first of them (basis,
-step, block).
-Does not: the losses that use them (kernels), or the objects that hold them (cache).
+Belongs here: whatever runs teacher passes for features.
+Does not: where features are and what a pass makes of them (feature_places, feature_collect), or their objects (cache).
 """

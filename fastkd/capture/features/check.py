@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from ...cache import Cache, CacheError, Feature
 from ...data.examples import Examples
 from ...teachers.protocol import Teacher
+from ..feature_collect import States
+from ..feature_places import Place, find_places
 from ..rows import Ints, ShardRows
-from .collect import States
-from .places import Place, find_places
 from .prepare import feature_spec
 
 _ROUNDING = 1e-3  # what float32 and the rounding of a scale to float16 add, in units of the rms

@@ -15,10 +15,10 @@ from ...data.examples import Examples
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
 from ...utils.numbers import size_text
+from ..feature_places import Place
+from ..feature_settings import ALL, COUNTED, positions_text, step_of
 from ..window_plan import WindowPlan
-from .places import Place
 from .prepare import TensorBasis, feature_spec
-from .settings import ALL, COUNTED, positions_text, step_of
 from .step import find_step
 
 _VECTORS = 2**14  # that are encoded

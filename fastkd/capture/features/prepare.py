@@ -31,11 +31,11 @@ from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
 from ...teachers.tensor_parallel import ParallelGroup, led
 from ..claims import Claims
+from ..feature_places import Place, network_of
+from ..feature_settings import ALL, STEP, positions_text, step_of
 from ..teacher_pass import TeacherPass
 from ..window_plan import WindowPlan
-from .places import Place, network_of
 from .sample import sample_states
-from .settings import ALL, STEP, positions_text, step_of
 from .step import find_step, found_in
 
 _WAIT_SECONDS = 2.0

@@ -9,12 +9,12 @@ from ...data.documents import Documents
 from ...data.examples import Examples
 from ...data.packing import batches
 from ...errors import DataError
+from ..feature_collect import States
+from ..feature_places import Place
+from ..feature_settings import ALL
 from ..rows import Ints, ShardRows, read_shard_rows
 from ..teacher_pass import TeacherPass
 from ..window_plan import WindowPlan
-from .collect import States
-from .places import Place
-from .settings import ALL
 
 POSITIONS = 2**14
 """Positions from which a basis is learnt: those at the beginning of the plan."""

@@ -16,9 +16,9 @@ from ...kernels import HiddenTargets
 from ...models.lm_head import logits_of
 from ...models.taps import Taps, layers_of, replaced
 from ...teachers.protocol import Answer, Hidden, Teacher, TopK
+from ..feature_places import Place, network_of
 from ..rows import ShardRows, teacher_inputs
 from ..window_plan import WindowPlan
-from .places import Place, network_of
 from .sample import POSITIONS, batches_of, first_rows
 
 KL_POSITIONS = 2048

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels import HiddenTargets, KDError
-from ...utils.splitmix import mixed
-from ..rows import Ints, ShardRows
-from .places import Place
-from .settings import ALL, COUNTED
+from ..kernels import HiddenTargets, KDError
+from ..utils.splitmix import mixed
+from .feature_places import Place
+from .feature_settings import ALL, COUNTED
+from .rows import Ints, ShardRows
 
 Array = NDArray[Any]
 

@@ -1,7 +1,7 @@
 """Settings of features: what is possible, and what their text means."""
 
-from ...errors import DataError
-from ...settings import CaptureSettings
+from ..errors import DataError
+from ..settings import CaptureSettings
 
 ALL, COUNTED = "all", "counted"
 STEP = 0.2

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...data.documents import Documents
-from ...data.examples import Examples
-from ...errors import TeacherError
-from ...models.hub import brief
-from ...models.taps import Tap, Taps, resolve
-from ...teachers.protocol import Teacher
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..errors import TeacherError
+from ..models.hub import brief
+from ..models.taps import Tap, Taps, resolve
+from ..teachers.protocol import Teacher
 
 Kind = Literal["state", "map", "attention_map"]
 _PROBE = (2, 5)  # rows and tokens
