@@ -12,6 +12,7 @@ What a layer computes is read from its modules and config, in all the ways in wh
 that gives the layer's own attention maps on a probe counts.
 """
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .taps import layers_of
 PROJECTIONS = ("query", "key", "value")
 _PROBE = (2, 23)  # rows and tokens; no number of heads
 _CLOSE = 1e-5  # by which two attention maps may differ; more where the model's own type is coarser
+_CLOSE_LOGS = 0.1  # there, by which their logarithms may differ, as a share of how much these vary
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 _LATENT = ("kv_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -202,7 +204,7 @@ def read_attention(
     if latent := [name for name in names if name.rpartition(".")[2] in _LATENT]:
         raise error(f"{where}: got multi-head latent attention ({latent[0]}), whose maps are not recomputed here.")
     _check_window(model, module, layer, context, where, error)
-    probe = _Probe(model, module, where, error)
+    probe = _Probe(model, module, context, where, error)
     worst = None
     for reading in _readings(model, module, layer, probe, where, error):
         difference = probe.difference(reading)
@@ -216,12 +218,22 @@ def read_attention(
 
 
 class _Probe:
-    """What a layer did with some tokens, in eager attention: its maps, and the tensors between the modules."""
+    """What a layer did with some tokens, in eager attention: its maps, and the tensors between the modules.
 
-    def __init__(self, model: Any, module: nn.Module, where: str, error: type[Exception]) -> None:
+    One row of tokens is at the first positions, the other at the last ones of the context: some models scale queries
+    by their position (Llama 4, Ministral 3), which shows only there.
+    """
+
+    def __init__(self, model: Any, module: nn.Module, context: int | None, where: str, error: type[Exception]) -> None:
         generator = torch.Generator().manual_seed(0)
         ids = model.get_input_embeddings().weight.shape[0]
         tokens = torch.randint(0, ids, _PROBE, generator=generator).to(model.device)
+        self.positions = torch.arange(_PROBE[1], device=model.device).repeat(_PROBE[0], 1)
+        options: dict[str, Any] = {"use_cache": False, "output_attentions": True}
+        if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+            length = context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+            self.positions[-1] += max(int(length) - _PROBE[1], 0)
+            options["position_ids"] = self.positions
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         maps: list[Tensor] = []
@@ -231,7 +243,7 @@ class _Probe:
         try:
             model.set_attn_implementation("eager")
             with torch.no_grad():
-                model.base_model(input_ids=tokens, use_cache=False, output_attentions=True)
+                model.base_model(input_ids=tokens, **options)
         except Exception as problem:
             raise error(f"{where}: it cannot be run with eager attention ({brief(problem)}).") from problem
         finally:
@@ -241,19 +253,19 @@ class _Probe:
         if not maps or "" not in self.inputs:
             raise error(f"{where}: it has no attention maps to recompute.")
         self.state, self.maps = self.inputs[""], maps[0].float()
-        self.bound = max(_CLOSE, 4 * float(torch.finfo(maps[0].dtype).eps) if maps[0].dtype.itemsize < 4 else 0.0)
+        self.eps = float(torch.finfo(maps[0].dtype).eps) if maps[0].dtype.itemsize < 4 else 0.0
+        self.bound = max(_CLOSE, 4 * self.eps)
 
     def difference(self, reading: LayerAttention) -> float:
         """The largest difference of the maps that a reading gives from the layer's own, and of its log-maps where that
         is larger in proportion: in maps that are nearly uniform, a wrong scale hardly shows."""
         worst = 0.0
         length = self.state.shape[1]
-        position_ids = torch.arange(length, device=self.state.device)
         try:
             block = reading.block()
         except KDError:  # its parts do not fit together
             return float("inf")
-        for state, own in zip(self.state.float(), self.maps, strict=True):
+        for state, own, position_ids in zip(self.state.float(), self.maps, self.positions, strict=True):
             q, k, _, scale, softcap = block.queries_keys_values(state, position_ids)
             k = k.repeat_interleave(reading.heads // reading.key_heads, 1)
             logits = torch.einsum("qhd,khd->hqk", q, k) * (reading.width**-0.5 if scale is None else scale)
@@ -268,6 +280,9 @@ class _Probe:
                 a, b = ((x[:, 2:, 1] / x[:, 2:, 0]).log() for x in (ours, own))
                 usual = float(b.abs().max())
                 worst = max(worst, _CLOSE * float((a - b).abs().max()) / max(1e-3 * usual, 1e-6))
+            else:  # the bound alone is wider than the differences of maps that are nearly uniform
+                share = _difference_of_logs(ours, own, 16 * self.eps)
+                worst = max(worst, self.bound * share / _CLOSE_LOGS)
         return worst
 
     def _note(self, name: str, maps: list[Tensor]) -> Any:
@@ -286,6 +301,17 @@ class _Probe:
         value = next((x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor)), None)
         if value is not None:
             self.inputs[""] = value
+
+
+def _difference_of_logs(ours: Tensor, own: Tensor, least: float) -> float:
+    """The root mean square difference of the logarithms of two maps `[H, Q, K]`, relative to that of the second's from
+    the mean of each row, which counts as at least `least`. Of numbers that matter: those above 1e-3."""
+    some = own > 1e-3
+    logs = own.clamp_min(1e-30).log()
+    means = (logs * some).sum(-1, keepdim=True) / some.sum(-1, keepdim=True).clamp_min(1)
+    varies = float((logs - means)[some].square().mean().sqrt())
+    differs = float((ours.clamp_min(1e-30).log() - logs)[some].square().mean().sqrt())
+    return differs / max(varies, least)
 
 
 def _readings(
@@ -438,6 +464,15 @@ def _check_window(
             f"{where}: it attends to the last {shortest} positions only; expected all of the context "
             f"({context or 'any length'}). Use a shorter --context, or another layer."
         )
+    # Llama 4, where there is no rotary embedding; its code counts positions itself, which no probe can show
+    scaled = next((m for m in module.modules() if getattr(m, "attn_temperature_tuning", False)), None)
+    if scaled is not None and not getattr(scaled, "use_rope", False):
+        floor = int(getattr(scaled, "floor_scale", 1))
+        if context is None or context >= floor:
+            raise error(
+                f"{where}: it scales queries by their position from {floor} positions on; expected a context below "
+                f"that ({context or 'any length'})."
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         limit = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)

@@ -19,6 +19,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
                          "num_attention_heads": 4}),
     "gpt_oss": ("GptOss", {**USUAL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                            "layer_types": ["full_attention"] * 2}),
+    # queries are scaled by their position, from 32 positions on
+    "ministral3": ("Ministral3", {**USUAL, "head_dim": 8, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "llama4": ("Llama4Text", {**USUAL, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2,
+                              "no_rope_layers": [0, 0], "floor_scale": 32}),
 }  # fmt: skip
 
 
@@ -85,12 +91,33 @@ def test_attention_follows_from_the_state_that_enters_the_layer(kind: str) -> No
         ("gpt_oss", 1, None, "not reproduced"),  # its attention has sinks
         ("bert", 0, None, "not reproduced"),
         ("mamba", 0, None, "no attention maps"),
+        ("ministral3", 1, 64, "not reproduced"),
+        ("llama4", 1, 32, "scales queries by their position from 32 positions on"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_reproduced_is_refused(kind: str, layer: int, context: int | None, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         read_attention(model_with_large_weights(kind), layer, context=context)
+
+
+def test_scaling_by_position_beyond_the_context_is_none() -> None:
+    for kind in ("ministral3", "llama4"):
+        assert read_attention(model_with_large_weights(kind), 1, context=31).heads == 4
+
+
+def test_maps_of_half_precision_that_are_nearly_uniform_are_told_apart() -> None:
+    """Their differences are below what half precision rounds."""
+    model = model_with_large_weights("llama")
+    attention = model.base_model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(2e-3 / attention.q_proj.weight.std())
+    model.bfloat16()
+    read_attention(model, 1)
+    handle = attention.q_proj.register_forward_hook(lambda m, a, out: out.roll(1, -1))
+    with pytest.raises(TeacherError, match="not reproduced"):
+        read_attention(model, 1)
+    handle.remove()
 
 
 def test_a_window_as_long_as_the_context_is_none() -> None:
