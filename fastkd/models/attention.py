@@ -181,9 +181,12 @@ def from_bytes(data: bytes) -> AttentionBlock:
     try:
         length = int.from_bytes(data[:8], "little")
         settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["settings"])
-        return AttentionBlock.from_parts(safetensors.torch.load(data), settings)
-    except (safetensors.SafetensorError, KDError, ValueError, KeyError, TypeError) as error:
+        block = AttentionBlock.from_parts(safetensors.torch.load(data), settings)
+    except (safetensors.SafetensorError, KDError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"got no attention block ({brief(error)})") from error
+    if broken := [name for name, tensor in block.parts()[0].items() if not bool(torch.isfinite(tensor).all())]:
+        raise ValueError(f"got an attention block with NaN or infinity in {broken[0]}")
+    return block
 
 
 def read_attention(

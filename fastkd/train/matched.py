@@ -96,6 +96,11 @@ def _attention(match: Match, spec: Any, block: bytes | None) -> AttentionKD:
         raise TrainError(
             f"match: got {str(match)!r}, and the block of feature {spec.name} is none ({error})."
         ) from error
+    if made.width != spec.width:
+        raise TrainError(
+            f"match: got {str(match)!r}, and the block of feature {spec.name} is of states of {made.width} components; "
+            f"expected {spec.width}. Drop the feature, and capture it again."
+        )
     make = RelationKD if match.loss == "relation" else AttentionKD
     return make(match.teacher, match.output, made, match.loss)
 

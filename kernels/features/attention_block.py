@@ -120,6 +120,10 @@ class AttentionBlock(TensorFields):
                 not isinstance(value, Real) or not (-inf if least is None else least) <= float(value) < inf
             ):
                 raise KDError(f"{name}: got {value!r}; expected a number.")
+        if self.softcap == 0:
+            raise KDError("softcap: got 0; expected a positive number, or None.")
+        if not isinstance(self.interleaved, bool):
+            raise KDError(f"interleaved: got {self.interleaved!r}; expected True or False.")
 
     @property
     def head_dim(self) -> int:

@@ -1,10 +1,12 @@
 """What a layer's attention is read as gives its own maps; whatever is not reproduced is refused."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from hf_cases import USUAL, VOCAB, model_of
+from safetensors.torch import load, save
 
 from fastkd.errors import TeacherError
 from fastkd.kernels import HiddenTargets
@@ -144,6 +146,13 @@ def test_a_layer_that_does_something_else_is_refused() -> None:
 
 def test_bytes_that_are_no_block_are_refused() -> None:
     data = to_bytes(read_attention(model_of("llama"), 0).block())
-    for damaged in (b"", data[:100], data[:-4], b"x" * 200, data.replace(b"heads", b"hands")):
+    tensors = load(data)
+    deep = save(tensors, {"settings": "[" * 100_000})
+    uncapped = data.replace(b'\\"softcap\\": null', b'\\"softcap\\": 0   ')
+    assert uncapped != data
+    for damaged in (b"", data[:100], data[:-4], b"x" * 200, data.replace(b"heads", b"hands"), deep, uncapped):
         with pytest.raises(ValueError, match="no attention block"):
             from_bytes(damaged)
+    settings = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    with pytest.raises(ValueError, match="NaN or infinity in key"):
+        from_bytes(save({**tensors, "key": tensors["key"] / 0}, settings))
