@@ -64,7 +64,7 @@ class FeatureSpec:
             value = getattr(self, name)
             good = (isinstance(value, str) and bool(_SHA256.fullmatch(value))) or (name == "block" and value is None)
             expect(good, name, value, "a sha256, 64 hexadecimal digits")
-        expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        expect(isinstance(self.kind, str) and self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
         put("shape", tuple(integer("shape", size, 1, 2**20) for size in self.shape))
         expect(len(self.shape) == KINDS[self.kind], "shape", self.shape, f"{KINDS[self.kind]} sizes")
         expect(self.width <= MOST_WIDTH, "width", self.width, f"vectors of at most {MOST_WIDTH} components")
@@ -78,10 +78,11 @@ class FeatureSpec:
             expect(self.layer is None and self.layers is None, "layer", self.layer, "None, except for a state")
         put("step", positive("step", self.step))
         expect(1e-4 <= self.step <= 8, "step", self.step, "0.0001 to 8")
-        share = self.positions in ("all", "counted") or bool(_SHARE.fullmatch(str(self.positions)))
+        text = self.positions if isinstance(self.positions, str) else ""
+        share = text in ("all", "counted") or bool(_SHARE.fullmatch(text))
         expect(share, "positions", self.positions, '"all", "counted" or a share like "0.25"')
         put("seed", integer("seed", self.seed, 0, 2**63 - 1))
-        expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        expect(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         put("level", integer("level", self.level, 0, COMPRESSORS["pcodec"]))
         good = isinstance(self.notes, str) and len(self.notes) <= LONGEST_TEXT
         expect(good, "notes", self.notes if good else "other notes", f"up to {LONGEST_TEXT} characters")

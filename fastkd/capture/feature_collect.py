@@ -115,10 +115,11 @@ class States:
     found: dict[int, Array] = field(init=False, default_factory=dict)
 
     def submit(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.float()  # first: float64 may be beyond its range
         bad = ~torch.isfinite(vectors).all(1)
         if bool(bad.any()):
             raise KDError("states: got NaN or infinity", row=int(bad.nonzero()[0, 0]))
-        return vectors.float()
+        return vectors
 
     def collect(self, rows: Ints, submitted: Tensor) -> None:
         each = submitted.numpy().reshape(len(rows), self.place.vectors, self.place.width)

@@ -19,7 +19,7 @@ from .objective import AUTO, Objective, TokenKD, WeightedSum
 from .objectives.attention import AttentionKD, RelationKD
 from .objectives.hidden import HiddenKD
 from .objectives.projector import LinearProjector, MapProjector
-from .student import Student
+from .student import PROBE, Student
 
 TOKEN = "answers"  # "token": would be masked as a credential
 """The name of the term that learns from the teacher's answers."""
@@ -131,6 +131,8 @@ def _hidden(
         problem = f"the student's {match.output} is {list(shape)}; expected maps [B, C, H, W]"
     elif loss.inputs == "states" and len(shape) != 3:
         problem = f"the student's {match.output} has {len(shape)} dimensions; expected states [B, L, D]"
+    elif loss.inputs == "states" and shape[:2] != PROBE:
+        problem = f"the student's {match.output} is {list(shape)} for {list(PROBE)} tokens; expected a state of each"
     projector: nn.Module | None = None
     fit = settings.match_init == "least-squares"
     if not problem and loss.projector:

@@ -36,6 +36,9 @@ from ..utils.factories import is_factory, made_by
 from .inner import InnerOutputs, inner_of
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
 
+PROBE = (2, 5)
+"""Rows and tokens on which the shapes of inner states are found."""
+
 
 class Student(nn.Module):
     """A model to be trained; `of_transformers` and `of_module` make one.
@@ -80,13 +83,13 @@ class Student(nn.Module):
         self._inner = InnerOutputs(self.model, names, context) if names else None
 
     def inner_shapes(self, names: Iterable[str], data: Examples | None = None) -> dict[str, tuple[int, ...]]:
-        """The shapes of inner states, by name, for a probe of a few positions. data: of a student of examples. Raises
+        """The shapes of inner states, by name, for a probe of `PROBE` tokens. data: of a student of examples. Raises
         TrainError for a state that the model does not have."""
         if not (names := tuple(names)):
             return {}
         inner, training = InnerOutputs(self.model, names), self.model.training
         device = next(self.model.parameters()).device
-        probe = SimpleNamespace(layout="padded", input_ids=torch.zeros((1, 4), dtype=torch.int64, device=device))
+        probe = SimpleNamespace(layout="padded", input_ids=torch.zeros(PROBE, dtype=torch.int64, device=device))
         if data is not None:
             probe.inputs = data.first().to(device)
         self.model.eval()

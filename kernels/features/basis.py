@@ -25,9 +25,15 @@ def rms(x_NW: Tensor) -> Tensor:
     return x_NW.square().mean(1).sqrt()
 
 
+def rms_of_any(x_NW: Tensor) -> Tensor:
+    """The same `[N]` where squares are beyond the type's range, as of exact rows."""
+    largest = x_NW.abs().amax(1)
+    return rms(x_NW / torch.where(largest > 0, largest, 1.0)[:, None]) * largest
+
+
 def unit_rows(x_NW: Tensor) -> Tensor:
     """Rows divided by their rms; a row of zeros stays zero."""
-    scale = rms(x_NW)
+    scale = rms_of_any(x_NW)
     return x_NW / torch.where(scale > 0, scale, 1.0)[:, None]
 
 

@@ -14,7 +14,7 @@ from ..arguments import describe
 from ..autocast import without_autocast
 from ..errors import KDError
 from ..fields import FLOATS, Field, TensorFields, on_device
-from .basis import center, is_sink, learn_basis, moved, rms, unit_rows
+from .basis import center, is_sink, learn_basis, moved, rms, rms_of_any, unit_rows
 
 LARGEST_CODE = 32767
 SHARED = ("mean", "basis")
@@ -103,7 +103,7 @@ class HiddenTargets(TensorFields):
         """The root mean square `[N]` of each state; of exact rows, of the exact ones."""
         scale = self.scale.to(dtype)
         if len(self.exact_rows):
-            scale = scale.index_copy(0, self.exact_rows, rms(self.exact.to(dtype)))
+            scale = scale.index_copy(0, self.exact_rows, rms_of_any(self.exact.to(dtype)))
         return scale
 
     def units(self, *, dtype: torch.dtype = torch.float32) -> Tensor:

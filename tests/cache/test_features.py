@@ -187,6 +187,17 @@ def test_a_feature_of_other_settings_is_refused(tmp_path: Path) -> None:
         create_feature(tmp_path, spec, basis, b"block")
 
 
+def test_a_spec_of_values_of_other_types_is_refused(tmp_path: Path) -> None:
+    """As JSON can hold: none of them may end in another error."""
+    base = make_base(tmp_path, 1)
+    spec = make_feature_spec(base, Basis.learn(make_states(9, 300, 5, "bfloat16")))
+    for name in ("base", "name", "kind", "layer", "layers", "shape", "step", "positions", "seed", "dtype", "basis"):
+        for value in ([], ["state"], {}, True, 0.25, "x", None):
+            if (name, value) != ("step", 0.25):
+                with pytest.raises((CacheError, TypeError) if name == "shape" else CacheError):
+                    FeatureSpec(**{**spec.__dict__, name: value})
+
+
 def test_a_feature_needs_its_cache_and_its_shard(tmp_path: Path) -> None:
     base = make_base(tmp_path / "one", 2)
     basis = make_basis()

@@ -412,6 +412,12 @@ def test_named_features_take_no_listing(cache: Cache, monkeypatch: pytest.Monkey
     assert list(objective.terms)[1:] == ["hidden/-1:3:cosine", "hidden/2:2:mse"]
 
 
+def test_a_module_that_has_no_state_of_each_token_is_refused(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"rotary_emb is \[1, 5, \d+\] for \[2, 5\] tokens; expected a state of each"):
+        train(cache, tmp_path / "run", "2:model.rotary_emb:mse:1", student=llama())
+    assert not (tmp_path / "run").exists()
+
+
 def test_auto_and_a_sweep(cache: Cache, tmp_path: Path) -> None:
     report = train(cache, tmp_path, "auto", steps=1, student=Tiny(seed=1))
     assert any(note.startswith("match auto") for note in report.notes)

@@ -97,6 +97,17 @@ def test_rows_that_the_codec_cannot_hold_are_exact(value: float) -> None:
     assert bool(t.coordinates().isfinite().all())
 
 
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+def test_exact_rows_whose_squares_are_beyond_float32(value: float) -> None:
+    x = hidden(sinks=())
+    x[5] *= value
+    t = targets_of(x)
+    assert t.exact_rows.tolist() == [5]
+    z = x[5].double() / x[5].double().square().mean().sqrt() @ t.basis.double()
+    torch.testing.assert_close(t.coordinates()[5].double(), z, rtol=1e-5, atol=1e-5)
+    assert float(t.scales()[5]) == pytest.approx(float(x[5].double().square().mean().sqrt()), rel=1e-5)
+
+
 def test_codes_beyond_int16_are_exact() -> None:
     x = hidden(sinks=())
     t = HiddenTargets.from_states(x, step=1e-5)
