@@ -100,20 +100,6 @@ class ByteModel(nn.Module):
         return Hidden(self.norm(x), LMHead(self.head.weight))
 
 
-class Recurrent(nn.Module):
-    """A student of another architecture: gated recurrent units."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.units = nn.GRU(width, width, layers, batch_first=True)
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Hidden:
-        return Hidden(self.norm(self.units(self.tokens(tokens))[0]), LMHead(self.head.weight))
-
-
 def made(kind: type[nn.Module], *sizes: int, seed: int) -> nn.Module:
     """A module with random weights of a seed. Does not change torch's global generator."""
     with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,6 @@ from .divergences import register_divergence as register_divergence
 from .errors import KDError as KDError
 from .features.attention import QueriesKeysValues as QueriesKeysValues
 from .features.attention_block import AttentionBlock as AttentionBlock
-from .features.cka import CKA as CKA
 from .features.losses import find_feature_loss as find_feature_loss
 from .features.losses import register_feature_loss as register_feature_loss
 from .features.segments import Segments as Segments

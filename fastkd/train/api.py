@@ -99,10 +99,10 @@ def train(
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
             found, theirs = _run(student, out / arm.folder, arm.settings, arm.objective, *shared)
-            changes: dict[str, Any] = {arm.folder: found}
+            reported: dict[str, Any] = {arm.folder: found}
             if arm.folder == WITHOUT_FEATURES:
-                changes["feature_help"] = feature_help(ours, theirs, inputs.weights, settings.best)
-            report = replace(report, **changes)
+                reported["feature_help"] = feature_help(ours, theirs, inputs.weights, settings.best)
+            report = replace(report, **reported)
             if processes.first:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)

@@ -81,7 +81,8 @@ class HiddenKD(nn.Module):
     def begin_fit(self, device: torch.device) -> None:
         """From now on, the states that are compared are added up, until `end_fit`."""
         assert isinstance(self.projector, LinearProjector)
-        self._sums = LeastSquares(*reversed(self.projector.weight.shape), device)
+        target_width, width = self.projector.weight.shape
+        self._sums = LeastSquares(width, target_width, device)
 
     @torch.no_grad()
     def end_fit(self, processes: Processes) -> None:

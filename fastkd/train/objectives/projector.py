@@ -56,7 +56,7 @@ class LeastSquares:
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weight `[W, D]` and bias `[W]`; of all zeros without any state."""
-        products, wanted = self.sums.split([self.width + 1, self.sums.shape[1] - self.width - 1], 1)
+        products, wanted = self.sums[:, : self.width + 1], self.sums[:, self.width + 1 :]
         count = products[-1, -1].clamp(min=1.0)
         ridge = torch.full_like(products[-1], float(self.RIDGE)) * count
         ridge[-1] = 1e-9 * count  # none for the bias
