@@ -16,7 +16,11 @@ def seal_features(cache: "Cache", *, progress: bool = False) -> dict[str, dict[s
     it is then left open. Raises as `ShardWriter.seal`.
     """
     reports: dict[str, dict[str, Any]] = {}
-    for name, feature in cache.features.items():
+    for name in cache.features:
+        try:
+            feature = cache.features[name]
+        except KeyError:  # dropped meanwhile
+            continue
         there = feature.shards
         missing = runs(set(cache.shards) - set(there))
         reports[name] = {"already": feature.sealed, "shards": len(there), "missing": missing}

@@ -197,7 +197,10 @@ class CaptureRunner:
         if not cache.sealed or len(cache.manifest) != self._plan.shards:
             self._writers[""].seal()
         for name in self._features:
-            feature = cache.features[name]
+            try:
+                feature = cache.features[name]
+            except KeyError as error:
+                raise CacheError(f"{self._store.describe()}: feature {name} was dropped meanwhile.") from error
             if not feature.sealed or len(feature.shards) != self._plan.shards:
                 self._writers[name].seal()
 

@@ -47,7 +47,7 @@ class AutoWeights:
             norms[name] = norm()
         self._objective.weights = weights
         for name, found in self.ratios.items():
-            # a term without a gradient has no say
+            # 0: a term without a gradient in this step, as where none of its positions are in the batch
             found.append(norms[first] / norms[name] if norms[name] > 0 else 0.0)
         self._set()
 
@@ -60,5 +60,7 @@ class AutoWeights:
         self._set()
 
     def _set(self) -> None:
-        found = {name: SHARE * median(ratios) for name, ratios in self.ratios.items() if ratios}
+        # a step without a gradient has no say
+        some = {name: [ratio for ratio in ratios if ratio > 0] for name, ratios in self.ratios.items() if ratios}
+        found = {name: SHARE * median(ratios) if ratios else 0.0 for name, ratios in some.items()}
         self._objective.weights = {**self._objective.weights, **found}

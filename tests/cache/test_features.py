@@ -22,6 +22,7 @@ from fastkd.cache import (
     open_cache,
     share_basis,
 )
+from fastkd.cache.features.seal import seal_features
 
 
 def reference(x_MW: np.ndarray, basis: Basis, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -229,3 +230,12 @@ def test_a_dropped_feature_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     assert not (tmp_path / "features").exists()
     with pytest.raises(CacheError, match="there is no feature 20"):
         drop_feature(tmp_path, "20")
+
+
+def test_a_feature_that_is_dropped_while_others_are_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path, seal=True)
+    write_feature(tmp_path, base)
+    write_feature(tmp_path, base, name="-1", layer=30)
+    cache = open_cache(tmp_path)
+    monkeypatch.setattr(type(cache.features), "__iter__", lambda self: iter(["19", "20", "-1"]))
+    assert list(seal_features(cache)) == ["20", "-1"]

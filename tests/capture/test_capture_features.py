@@ -20,6 +20,7 @@ from fastkd.cache.stores import MemoryStore
 from fastkd.capture.check import check_teacher, check_text
 from fastkd.capture.estimate import estimate, estimate_text
 from fastkd.capture.feature_settings import positions_text
+from fastkd.capture.features import prepare
 from fastkd.capture.runner import CaptureReport, capture_text
 from fastkd.data.documents import load_documents
 from fastkd.errors import DataError, TeacherError
@@ -116,6 +117,19 @@ def test_added_to_a_finished_cache_nothing_of_it_is_written_again() -> None:
     assert capture(store, features=("1", "-1", "2"), feature_step=0.2).features["2"].shards_written > 3
     assert set(open_cache(store).features) == {"1", "2", "-1"}
     assert feature_contents(store)["1"] == feature_contents(together)["1"]
+
+
+def test_a_feature_that_is_dropped_as_it_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare.create_feature
+
+    def create(store: Any, spec: Any, *rest: Any) -> Any:
+        writer = made(store, spec, *rest)
+        drop_feature(store, spec.name)
+        return writer
+
+    monkeypatch.setattr(prepare, "create_feature", create)
+    with pytest.raises(CacheError, match="feature 1 was dropped meanwhile"):
+        capture(MemoryStore(), **FEATURES)
 
 
 def test_a_shard_whose_features_are_missing_is_run_alone() -> None:

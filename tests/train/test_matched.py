@@ -24,7 +24,7 @@ from fastkd.models.attention import from_bytes
 from fastkd.settings import TrainSettings
 from fastkd.stream.batch import MicroBatch
 from fastkd.sweep.arms import make_arms
-from fastkd.train.auto_weight import SHARE, STEPS
+from fastkd.train.auto_weight import SHARE, STEPS, AutoWeights
 from fastkd.train.checkpoint import newest
 from fastkd.train.matched import matched_objective
 from fastkd.train.metrics import read_metrics
@@ -247,6 +247,18 @@ def test_an_automatic_weight_is_a_ratio_of_gradients(cache: Cache, tmp_path: Pat
         student.zero_grad()
     assert report.complete
     assert weight == pytest.approx(float(SHARE * norms[0] / norms[1]), rel=1e-4)
+
+
+def test_steps_without_a_gradient_have_no_say_in_an_automatic_weight() -> None:
+    """As where few positions are stored, and a batch may have none of them."""
+    objective = WeightedSum({"answers": TokenKD(), "other": TokenKD()}, {"other": AUTO})
+    auto, norms = AutoWeights(objective), iter([2.0, 0.0, 2.0, 0.5, 2.0, 0.0, 2.0, 0.0])
+    weights = []
+    for _ in range(4):
+        auto.measure(lambda: next(norms))
+        weights.append(objective.weights["other"])
+    assert weights == [0.0, 4.0 * SHARE, 4.0 * SHARE, 4.0 * SHARE]
+    assert auto.state_dict() == {"ratios": {"other": [0.0, 4.0, 0.0, 0.0]}}
 
 
 def _scalars(objective: Any) -> dict[str, Tensor]:

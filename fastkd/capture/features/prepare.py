@@ -153,7 +153,10 @@ def prepare_features(
     def read() -> list[tuple[FeatureSpec, Basis]]:
         check_existing(store, base, places, teacher_pass.settings)
         cache = open_cache(store)
-        return [((feature := cache.features[place.name]).spec, feature.basis) for place in places]
+        try:
+            return [((feature := cache.features[place.name]).spec, feature.basis) for place in places]
+        except KeyError as error:
+            raise CacheError(f"{store.describe()}: feature {error.args[0]} was dropped meanwhile.") from error
 
     device = teacher_pass.teacher.device
     found = zip(places, led(group, read), strict=True)
