@@ -1,8 +1,9 @@
 """Where the features of a capture are in its teacher, and what a row of each is: found with a probe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +107,37 @@ def find_places(teacher: Teacher, data: Documents | Examples | None, names: Sequ
         inputs = torch.cat([data.first()] * _PROBE[0])
     else:
         inputs = torch.zeros((_PROBE[0], min(_PROBE[1], teacher.max_positions or _PROBE[1])), dtype=torch.int64)
-    with Taps(network, taps) as recorded, torch.inference_mode():
+    calls = dict.fromkeys((tap.path for tap in taps), 0)
+    with Taps(network, taps) as recorded, _counted(taps, calls), torch.inference_mode():
         try:
             teacher(inputs.to(teacher.device))
             values = recorded.take()
         except (RuntimeError, TypeError) as error:
             raise TeacherError(f"features: the teacher's tensors cannot be recorded ({brief(error)}).") from error
+    if again := [tap for tap in taps if calls[tap.path] > 1]:
+        raise TeacherError(
+            f"feature {again[0].name}: the teacher calls {again[0].path} {calls[again[0].path]} times in a forward; "
+            "expected a module that it calls once. Name the module around it."
+        )
     return [_place(tap, values[tap.name], inputs, isinstance(data, Examples)) for tap in taps]
+
+
+@contextmanager
+def _counted(taps: Sequence[Tap], calls: dict[str, int]) -> Iterator[None]:
+    """While it lasts, the calls of each tap's module are counted, by its path."""
+
+    def counter(path: str) -> Any:
+        def hook(*arguments: Any) -> None:
+            calls[path] += 1
+
+        return hook
+
+    handles = [module.register_forward_hook(counter(path)) for path, module in {t.path: t.module for t in taps}.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _place(tap: Tap, value: Tensor, inputs: Tensor, examples: bool) -> Place:

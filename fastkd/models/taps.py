@@ -218,6 +218,11 @@ def _resolve(
                 f"{name}: {type(model).__name__} has no list of layers (an nn.ModuleList of one class) to number. Name "
                 "a module instead, as in named_modules()."
             )
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise error(
+                f"{name}: {type(model).__name__} has a layer that is several of its {len(layers)}, so that states are "
+                "not told apart by its modules. Leave it out."
+            )
         number = layer_number(name.removeprefix("state:"), len(layers))
         if number is None:
             raise error(

@@ -119,6 +119,18 @@ def test_added_to_a_finished_cache_nothing_of_it_is_written_again() -> None:
     assert feature_contents(store)["1"] == feature_contents(together)["1"]
 
 
+def test_a_module_that_is_called_twice_is_refused() -> None:
+    class Twice(Net):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.convolution(images)
+            return super().forward(images)
+
+    store = MemoryStore()
+    with pytest.raises(TeacherError, match="feature convolution: the teacher calls convolution 2 times in a forward"):
+        fastkd.capture(Twice(), examples(), store, **IMAGES, features=("convolution",))
+    assert not list(store.list(""))
+
+
 def test_a_feature_that_is_dropped_as_it_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare.create_feature
 

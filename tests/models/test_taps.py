@@ -149,3 +149,10 @@ def test_a_module_that_is_not_called_is_named() -> None:
         model(torch.randn(2, 6))
         with pytest.raises(RuntimeError, match="unused was not called"):
             taps.take()
+
+
+def test_a_layer_that_is_several_is_refused() -> None:
+    """Its hook would record the last of them."""
+    model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 3))
+    with pytest.raises(TeacherError, match="1: Sequential has a layer that is several of its 3"):
+        resolve(model, ["1"])
