@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..cache.errors import CacheError
+from ..cache.errors import CacheError, StoreError
 from ..cache.workspace import Workspace
 from ..errors import StreamError
 from ..kernels import HiddenTargets
@@ -139,7 +139,10 @@ def _find(name: str, table: ShardTable) -> Any:
     try:
         feature = cache.features[name]
     except KeyError as error:
-        there = ", ".join(cache.features) or "none"
+        try:
+            there = ", ".join(cache.features) or "none"
+        except StoreError:  # a web server lists nothing
+            there = "others"
         raise StreamError(
             f"features: got {name!r}, and {cache!r} has {there}. Run its capture again with --features {name}, which "
             "adds them to the cache."

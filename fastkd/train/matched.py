@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cache.errors import StoreError
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..kernels import KDError, find_feature_loss
@@ -78,7 +79,13 @@ def _features(cache: Any, entries: Sequence[str]) -> dict[str, Any]:
     except KeyError:
         found = []
     if len(found) < len(entries):
-        found = [cache.features[name] for name in cache.features]
+        try:
+            found = [cache.features[name] for name in cache.features]
+        except StoreError as error:
+            raise TrainError(
+                f"match: got {', '.join(entries)}, and the features of {cache!r} cannot be listed; expected entries "
+                "that name features that it has."
+            ) from error
     return {feature.name: feature for feature in found}
 
 

@@ -18,7 +18,7 @@ from train_cases import CAPTURE, SMALL, WIDTH, Tiny, bits, documents, llama, mak
 
 import fastkd
 from fastkd import DistillLoader
-from fastkd.cache import Cache, open_cache
+from fastkd.cache import Cache, StoreError, open_cache
 from fastkd.errors import StreamError, TrainError
 from fastkd.models.attention import from_bytes
 from fastkd.settings import TrainSettings
@@ -422,6 +422,16 @@ def test_named_features_take_no_listing(cache: Cache, monkeypatch: pytest.Monkey
     student = make_student(Tiny(seed=1), cache.spec).student
     objective = matched_objective(TrainSettings(match=("3:3:cosine:1", "2:2:mse:1")), [cache], student)
     assert list(objective.terms)[1:] == ["hidden/-1:3:cosine", "hidden/2:2:mse"]
+
+    def no_listing(self: Any, prefix: str) -> Any:
+        raise StoreError("HTTP has no listing.")
+
+    monkeypatch.setattr(type(cache.store), "list", no_listing)
+    for match in ("auto", "7:2:mse:1"):
+        with pytest.raises(TrainError, match=rf"match: got {match}, .* cannot be listed; expected entries that name"):
+            matched_objective(TrainSettings(match=(match,)), [cache], student)
+    with pytest.raises(StreamError, match=r"features: got '7', and .* has others\. Run its capture again"):
+        DistillLoader(cache, batch_size=4, features=("7",))
 
 
 def test_a_module_that_has_no_state_of_each_token_is_refused(cache: Cache, tmp_path: Path) -> None:
