@@ -94,8 +94,8 @@ class HiddenTargets(TensorFields):
         z = torch.empty(self.codes.shape, dtype=dtype, device=self.device) if out is None else out
         # on a CPU in parts that stay in a core's cache; a compiler fuses the three passes itself
         rows = _ROWS if self.device.type == "cpu" and not torch.compiler.is_compiling() else max(1, len(z))
-        for z_BW, codes_BW in zip(z.split(rows), self.codes.split(rows), strict=True):
-            z_BW.copy_(codes_BW).mul_(self.step).add_(offset)
+        for start in range(0, len(z), rows):
+            z[start : start + rows].copy_(self.codes[start : start + rows]).mul_(self.step).add_(offset)
         if len(self.exact_rows):
             with without_autocast(self.device):
                 z[self.exact_rows] = unit_rows(self.exact.to(dtype)) @ self.basis.to(dtype)
