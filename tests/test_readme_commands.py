@@ -59,8 +59,9 @@ def test_commands_that_stand_by_themselves_are_whole(page: str) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the README names: a tiny model replaces the one on the Hub, since a folder wins."""
     (tmp_path / "HuggingFaceTB").mkdir()
-    saved(tmp_path / "HuggingFaceTB", "llama", vocab_size=300).rename(tmp_path / NAMES["T"])
-    config_of("llama", vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path / "my-student")
+    # as many layers as the page names
+    saved(tmp_path / "HuggingFaceTB", "llama", vocab_size=300, num_hidden_layers=21).rename(tmp_path / NAMES["T"])
+    config_of("llama", vocab_size=300, num_hidden_layers=17).save_pretrained(tmp_path / "my-student")
     for model in (NAMES["T"], "my-student"):
         tokenizer_of().save_pretrained(tmp_path / model)
     (tmp_path / "corpus").mkdir()
