@@ -373,14 +373,14 @@ def test_an_error_in_the_writer_stops_the_teacher_at_the_next_shard(
     monkeypatch.setattr(writer_module, "encode_targets", broken)
     run, asked = TeacherPass.run, []
 
-    def counted(teacher_pass: TeacherPass, rows: Any, batches: Any, data: Any, shard: int) -> Any:
+    def counted(teacher_pass: TeacherPass, rows: Any, batches: Any, data: Any, shard: int, **more: Any) -> Any:
         asked.append(shard)
         submitted = teacher_pass.on_batch.__self__._submitted  # type: ignore[attr-defined]  # of the runner
         if len(asked) == 4:
             told.set()
-            while submitted and not all(future.done() for future in submitted.values()):
+            while submitted and not all(f.done() for futures in submitted.values() for f in futures.values()):
                 time.sleep(0.001)
-        return run(teacher_pass, rows, batches, data, shard)
+        return run(teacher_pass, rows, batches, data, shard, **more)
 
     monkeypatch.setattr(TeacherPass, "run", counted)
     with pytest.raises(CacheError, match="they do not descend"):

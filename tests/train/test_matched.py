@@ -325,7 +325,10 @@ def test_inner_states_of_a_model_of_transformers(cache: Cache, tmp_path: Path) -
     """Padded, packed, with activation checkpointing: the same training."""
     runs = {"plain": {}, "packed": {"layout": "packed"}, "less": {"activation_checkpointing": True}}
     for name, changes in runs.items():
-        train(cache, tmp_path / name, "2:1:mse:0.5", "-1:-1:cosine:1", student=llama(), steps=3, **changes)
+        # a large eps: Adam would turn the rounding of gradients near 0 into whole steps
+        train(
+            cache, tmp_path / name, "2:1:mse:0.5", "-1:-1:cosine:1", student=llama(), steps=3, adam_eps=0.01, **changes
+        )
     expected = _tensors(tmp_path / "plain")
     for name in ("packed", "less"):
         for key, tensor in _tensors(tmp_path / name).items():
