@@ -7,9 +7,9 @@
     python bench/bench_features.py --toy  # made-up states: seconds
     python bench/bench_cache.py --features                                           # reading and writing alone
 
-The error is the KL divergence, in nats, from the teacher's distribution to the one that it gives when the layers above
-go on from the decoded states. "At equal error" compares the bytes of a codec with those that ours takes for the same
-KL, between the measured steps.
+The error is the KL divergence, in nats, from the teacher's distribution to the one that it outputs when the remaining
+layers run on the decoded states. "At equal error": bytes of our codec at the KL of another one, interpolated between
+the measured steps.
 """
 
 import argparse

@@ -130,7 +130,7 @@ class Taps:
 
 @contextmanager
 def replaced(tap: Tap, value: Tensor, skipped: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """While it lasts, a forward of the model goes on from another tensor at a tap.
+    """Context manager: a forward of the model continues from another tensor at a tap.
 
     skipped: modules before it, each of which returns its first argument instead of being run.
     """
