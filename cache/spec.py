@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -160,9 +161,7 @@ class CacheSpec:
     @property
     def hash(self) -> str:
         """sha256 of all fields but the notes, in hexadecimal. Every shard carries it."""
-        values = asdict(replace(self, notes=""))
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return settings_hash(self)
 
     def to_json(self) -> bytes:
         """spec.json."""
@@ -189,11 +188,7 @@ class CacheSpec:
             raise CacheError(f"spec.json: {str(error).removeprefix('spec.json: ')}") from error
         named = set(spec.required) <= set(required)
         expect(named, "spec.json: required", required, f"{list(spec.required)}, by its settings")
-        if spec.hash != document.get("sha256"):
-            raise CacheError(
-                "spec.json: its hash differs from its contents: the file was changed. Restore it (every shard has the "
-                "hash of the original)."
-            )
+        check_hash(spec.hash, document, "spec.json")
         typed, given = asdict(spec.provenance), document.get("provenance", {})
         if not isinstance(given, dict) or any(given[name] != typed[name] for name in given.keys() & typed.keys()):
             raise CacheError(
@@ -203,11 +198,27 @@ class CacheSpec:
         return spec
 
 
-def differences(one: CacheSpec, other: CacheSpec) -> list[str]:
-    """The fields in which two specs differ, with both values; without notes."""
+def settings_hash(spec: Any) -> str:
+    """sha256 of all fields of a spec (a dataclass) but its notes, in hexadecimal."""
+    values = asdict(replace(spec, notes=""))
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_hash(found: str, document: Mapping[str, Any], key: str, whose: str = "") -> None:
+    """CacheError unless the JSON of a spec names this hash. whose: the shards that carry it, for the message."""
+    if found != document.get("sha256"):
+        raise CacheError(
+            f"{key}: its hash differs from its contents: the file was changed. Restore it (every shard{whose} has the "
+            "hash of the original)."
+        )
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The fields in which two specs of one class differ, with both values; without notes."""
     return [
         f"{f.name}: {getattr(one, f.name)!r} and {getattr(other, f.name)!r}"
-        for f in fields(CacheSpec)
+        for f in fields(one)
         if f.name != "notes" and getattr(one, f.name) != getattr(other, f.name)
     ]
 

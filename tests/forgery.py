@@ -8,6 +8,7 @@ refuse what FORMAT.md does not allow. Prints the counts as JSON.
 import json
 import random
 import resource
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -162,6 +163,18 @@ def main(name: str, sample: str) -> None:
             continue
         counts[result] = counts.get(result, 0) + 1
     print(json.dumps({"counts": counts, "failures": failures, "grown": memory("VmHWM") - before}))
+
+
+def run_script(script: str, name: str, sample: str) -> dict[str, int]:
+    """Run this script, or another one like it, in a process of its own; how many cases had which result."""
+    done = subprocess.run([sys.executable, "-W", "ignore", script, name, sample], capture_output=True, text=True)
+    assert done.returncode == 0, f"died of {done.stderr.splitlines()[-1:]}"
+    report = json.loads(done.stdout)
+    assert not report["failures"], "\n".join(report["failures"][:20])
+    assert report["grown"] < 2**29, "memory"
+    counts: dict[str, int] = report["counts"]
+    assert counts["refused"] > counts["read"] > 0
+    return counts
 
 
 _contents: dict[str, str] = {}

@@ -97,9 +97,10 @@ def decode_coordinates(arrays: Mapping[str, Array], basis: KLT, step: float) -> 
 def decode_states(arrays: Mapping[str, Array], basis: KLT, step: float) -> Floats:
     """The vectors float32 `[m, W]`, from the arrays of `encode_hidden`. Exact rows are as they were."""
     states_MW = np.empty(arrays["codes"].shape, np.float32)
+    rotation_WW = basis.basis.T * np.float32(step)
     for start in range(0, len(states_MW), _BLOCK):
         some = slice(start, start + _BLOCK)
-        r = arrays["codes"][some] @ (basis.basis.T * np.float32(step))
+        r = arrays["codes"][some] @ rotation_WW
         r += basis.mean
         np.multiply(r, arrays["scale"][some, None], out=states_MW[some])
     states_MW[arrays["exact_rows"]] = arrays["exact"]

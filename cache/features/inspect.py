@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..credentials import without_credentials
 from ..manifest import runs
-from .spec import FOLDER, folder_of, name_of
+from .objects import listed_objects
 
 if TYPE_CHECKING:
     from ..reader import Cache
@@ -26,11 +26,7 @@ def inspect_features(cache: "Cache", *, progress: bool = False) -> dict[str, Rep
     missing: shards of the cache that the feature does not have, as [from, to].
     Raises CorruptShard if a shard's end is damaged, StoreError if the store fails or cannot be listed.
     """
-    sizes: dict[str, dict[str, int]] = {}
-    for entry in cache.store.list(FOLDER):
-        if name := name_of(entry.key):
-            sizes.setdefault(name, {})[entry.key.removeprefix(folder_of(name))] = entry.size
-    shards = cache.shards
+    (sizes, _), shards = listed_objects(cache.store), cache.shards
     return {name: _inspect(cache, name, sizes[name], shards, progress) for name in cache.features if name in sizes}
 
 

@@ -11,7 +11,7 @@ from ..errors import CacheError
 from ..shard.container import Damage, Expected
 from ..shard.kind import ShardKind, exactly, need
 from ..workspace import Workspace
-from .spec import DTYPES, FeatureSpec
+from .spec import DTYPES, FeatureSpec, vector_numbers
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -107,7 +107,7 @@ def encode_shard(spec: FeatureSpec, median: float, positions: int, arrays: Mappi
     if spec.positions != "all":
         every = np.arange(full) if rows is None else _numbers("rows", rows, m, full)
         chosen = every[:: spec.vectors] // spec.vectors
-        if m % spec.vectors or not np.array_equal(every, _vectors_of(chosen, spec)):
+        if m % spec.vectors or not np.array_equal(every, vector_numbers(chosen, spec.vectors)):
             raise CacheError(f"rows: expected all {spec.vectors} vectors of each position, or none of them.")
         streams["rows"] = _gaps(chosen)
     return streams
@@ -134,7 +134,7 @@ def decode_shard(
     exact_rows = _from_gaps("exact_rows", arrays["exact_rows"], m)
     rows = np.arange(m)
     if spec.positions != "all":
-        rows = _vectors_of(_from_gaps("rows", arrays["rows"], n), spec)
+        rows = vector_numbers(_from_gaps("rows", arrays["rows"], n), spec.vectors)
     scale = arrays["scale"].astype(np.float32)
     for name, numbers in (("scale", scale), ("exact", exact)):
         if not np.isfinite(numbers).all():
@@ -178,11 +178,6 @@ def _ungroup(codes: Array, out_MW: Array) -> None:
     for i in range(0, len(out), rows):
         for j in range(0, len(groups), columns):
             out[i : i + rows, j : j + columns] = groups[j : j + columns, i : i + rows].T
-
-
-def _vectors_of(rows: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:
-    """The numbers of all vectors of some positions."""
-    return (rows[:, None] * spec.vectors + np.arange(spec.vectors)).ravel()
 
 
 def _gaps(rows: NDArray[np.int64]) -> NDArray[np.uint32]:

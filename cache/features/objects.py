@@ -43,12 +43,28 @@ def read_basis(store: Store, name: str) -> Basis | None:
         raise CacheError(f"{store.describe()}: {key}{where}: {damage}. Restore it, or drop the feature.") from damage
 
 
+def listed_objects(store: Store) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """The sizes of the objects in a store by feature and by name in its folder; and keys that belong to no feature."""
+    sizes: dict[str, dict[str, int]] = {}
+    foreign: list[str] = []
+    for entry in store.list(FOLDER):
+        if (name := name_of(entry.key)) is None:
+            foreign.append(entry.key)
+        else:
+            sizes.setdefault(name, {})[entry.key.removeprefix(folder_of(name))] = entry.size
+    return sizes, foreign
+
+
 def listed_features(store: Store) -> list[str]:
     """The names of the features in a store, layers first, by their numbers."""
-    keys = (entry.key for entry in store.list(FOLDER))
-    names = {name for key in keys if (name := name_of(key)) and key == f"{folder_of(name)}{SPEC}"}
+    names = [name for name, objects in listed_objects(store)[0].items() if SPEC in objects]
     last = float("inf")
-    return sorted(names, key=lambda n: (not _NUMBER.fullmatch(n), int(n) % last if _NUMBER.fullmatch(n) else 0, n))
+    return sorted(names, key=lambda n: (not is_number(n), int(n) % last if is_number(n) else 0, n))
+
+
+def is_number(name: str) -> bool:
+    """Whether a feature's name is the number of a layer."""
+    return _NUMBER.fullmatch(name) is not None
 
 
 def read_block(store: Store, spec: FeatureSpec) -> bytes | None:

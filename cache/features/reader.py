@@ -1,6 +1,5 @@
 """Reading features: `Cache.features`, by name, and the states of a shard."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ..shard_reader import ShardReader
 from ..workspace import Workspace
 from .basis import Basis
 from .layout import FeatureShards, check_base, decode_shard
-from .objects import BASIS, listed_features, read_basis, read_block, read_feature_spec
+from .objects import BASIS, is_number, listed_features, read_basis, read_block, read_feature_spec
 from .spec import FeatureSpec
 from .verify import FeatureReport, check_feature
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-_NUMBER = re.compile(r"-?[0-9]{1,6}")
 
 
 class Features(Mapping[str, "Feature"]):
@@ -59,13 +57,13 @@ class Features(Mapping[str, "Feature"]):
 
     def _alias(self, name: str) -> str | None:
         """The other name of a state, if it has one."""
-        if not _NUMBER.fullmatch(name):
+        if not is_number(name):
             return None
         number = int(name)
         final = read_feature_spec(self._cache.store, "-1")
         layers = final.layers if final else None
         if layers is None and number < 0:  # any state knows how many layers there are
-            specs = (read_feature_spec(self._cache.store, other) for other in self if _NUMBER.fullmatch(other))
+            specs = (read_feature_spec(self._cache.store, other) for other in self if is_number(other))
             layers = next((spec.layers for spec in specs if spec and spec.layers), None)
         if layers is None:
             return None

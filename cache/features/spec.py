@@ -1,15 +1,28 @@
 """The settings of a feature: one frozen dataclass, written once as its spec.json, with its hash in its shards."""
 
-import hashlib
 import json
 import re
 import urllib.parse
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import CacheError, expect
-from ..spec import COMPRESSORS, FORMAT, LONGEST_TEXT, integer, members_of, open_document, positive
+from ..spec import (
+    COMPRESSORS,
+    FORMAT,
+    LONGEST_TEXT,
+    check_hash,
+    integer,
+    members_of,
+    open_document,
+    positive,
+    settings_hash,
+)
 from .basis import MOST_WIDTH
 
 FOLDER = "features/"
@@ -90,12 +103,12 @@ class FeatureSpec:
     @property
     def vectors(self) -> int:
         """P, the vectors of a position: the pixels of a map; 1 of anything else."""
-        return self.shape[1] * self.shape[2] if self.kind == "map" else 1
+        return vectors_and_width(self.kind, self.shape)[0]
 
     @property
     def width(self) -> int:
         """W, the components of a vector: the channels of a map; all elements of anything else."""
-        return self.shape[0] if self.kind == "map" else prod(self.shape)
+        return vectors_and_width(self.kind, self.shape)[1]
 
     @property
     def most_positions(self) -> int:
@@ -115,9 +128,7 @@ class FeatureSpec:
     @property
     def hash(self) -> str:
         """sha256 of all fields but the notes, in hexadecimal. Every shard carries it."""
-        values = asdict(replace(self, notes=""))
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return settings_hash(self)
 
     def to_json(self) -> bytes:
         """spec.json."""
@@ -143,21 +154,18 @@ class FeatureSpec:
             raise CacheError(f"{key}: {error}") from error
         named = set(FEATURES) <= set(document["required"])
         expect(named, f"{key}: required", document["required"], f"{sorted(FEATURES)}")
-        if spec.hash != document.get("sha256"):
-            raise CacheError(
-                f"{key}: its hash differs from its contents: the file was changed. Restore it (every shard of the "
-                "feature has the hash of the original)."
-            )
+        check_hash(spec.hash, document, key, " of the feature")
         return spec
 
 
-def feature_differences(one: FeatureSpec, other: FeatureSpec) -> list[str]:
-    """The fields in which two specs differ, with both values; without notes."""
-    return [
-        f"{f.name}: {getattr(one, f.name)!r} and {getattr(other, f.name)!r}"
-        for f in fields(FeatureSpec)
-        if f.name != "notes" and getattr(one, f.name) != getattr(other, f.name)
-    ]
+def vectors_and_width(kind: str, shape: Sequence[int]) -> tuple[int, int]:
+    """P and W: a value of this kind and shape is coded as P vectors of W components."""
+    return (shape[1] * shape[2], shape[0]) if kind == "map" else (1, prod(shape))
+
+
+def vector_numbers(positions: NDArray[np.int64], vectors: int) -> NDArray[np.int64]:
+    """The numbers of all vectors of some positions, position · P + vector."""
+    return (positions[:, None] * vectors + np.arange(vectors)).ravel()
 
 
 def check_name(name: Any) -> None:

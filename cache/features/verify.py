@@ -11,8 +11,8 @@ from ..spec import CacheSpec
 from ..stores import Store
 from .basis import Basis
 from .layout import FeatureShards, check_base
-from .objects import BASIS, SPEC, read_basis, read_block, read_feature_spec
-from .spec import FOLDER, FeatureSpec, folder_of, name_of
+from .objects import BASIS, SPEC, listed_objects, read_basis, read_block, read_feature_spec
+from .spec import FeatureSpec
 
 
 @dataclass
@@ -39,12 +39,8 @@ def verify_features(
     """
     reports: dict[str, FeatureReport] = {}
     problems: list[Problem] = []
-    sizes: dict[str, dict[str, int]] = {}
-    for entry in store.list(FOLDER):
-        if (name := name_of(entry.key)) is None:
-            problems.append(Problem(None, None, f"{entry.key!r} belongs to no feature"))
-        else:
-            sizes.setdefault(name, {})[entry.key.removeprefix(folder_of(name))] = entry.size
+    sizes, foreign = listed_objects(store)
+    problems += [Problem(None, None, f"{key!r} belongs to no feature") for key in foreign]
     for name, objects in sorted(sizes.items()):
         if SPEC not in objects:  # a basis alone is of a feature whose capture has begun
             if shards := sum(key.startswith("shards/") for key in objects):

@@ -12,13 +12,13 @@ from ..errors import CacheError, NotFound
 from ..manifest import read_spec
 from ..shard_reader import ShardReader
 from ..shard_writer import Commit, ShardWriter
-from ..spec import integer
+from ..spec import differences, integer
 from ..stores import Store, open_store
 from ..target_shards import TargetShards
 from .basis import Basis
 from .layout import FeatureShards, encode_shard, page_of
 from .objects import BASIS, BLOCK, SPEC, read_basis, read_feature_spec
-from .spec import FeatureSpec, feature_differences, folder_of
+from .spec import FeatureSpec, folder_of
 
 Array = NDArray[Any]
 MOST_BLOCK = 2**32  # bytes
@@ -78,7 +78,7 @@ def create_feature(
         _create(store, spec, basis, block)
         existing = read_feature_spec(store, spec.name)
     if existing is None or existing.hash != spec.hash:
-        differ = "; ".join(feature_differences(existing, spec)) if existing else "it is gone"
+        differ = "; ".join(differences(existing, spec)) if existing else "it is gone"
         raise CacheError(
             f"{name}: one of other settings exists ({differ}). Use its settings, or drop it first "
             "(`fastkd features CACHE --drop NAME`)."

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..cache import CacheWriter, FeatureWriter, create_cache, create_feature
+from ..cache.features.objects import read_block
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
 from ..kernels import prepare_topk
@@ -18,7 +19,7 @@ from .answers import check_limits, large_k_text
 from .claims import Claims
 from .feature_places import find_places
 from .feature_settings import check_feature_settings
-from .features.prepare import check_existing, check_sizes, prepare_features, read_block
+from .features.prepare import check_existing, check_sizes, prepare_features
 from .prepare import prepare, write_window_plan
 from .runner import CaptureReport, CaptureRunner
 from .teacher_pass import TeacherPass

@@ -6,6 +6,7 @@ only the codec's error remains, which is bounded.
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -371,6 +372,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _differences_lines(title: str, differences: Mapping[str, Difference | FeatureDifference]) -> list[str]:
+    """A table of differences by their labels, and an empty line."""
+    rows = [[title, "compared", "largest", "its bound", "over bound", "by up to"]]
+    for label, d in differences.items():
+        row = [f"  {label}", f"{d.compared:,}"]
+        if d.compared:
+            row += [f"{d.largest:.4f}", f"{d.bound:.4f}", f"{d.over / d.compared:.2%}", f"{d.excess:.2g}"]
+        rows.append(row)
+    return [*format_table(rows), ""]
+
+
 def check_text(report: TeacherCheck) -> str:
     """The check as text for 80 columns."""
     batches = "as in the capture" if report.recorded_batches else "one sequence each (the capture's are not recorded)"
@@ -385,21 +397,9 @@ def check_text(report: TeacherCheck) -> str:
         *labelled("  checked on", report.checked_on),
         "",
     ]
-    rows = [["Nats", "compared", "largest", "its bound", "over bound", "by up to"]]
-    for kind, d in report.differences.items():
-        row = [f"  {_LABELS[kind]}", f"{d.compared:,}"]
-        if d.compared:
-            row += [f"{d.largest:.4f}", f"{d.bound:.4f}", f"{d.over / d.compared:.2%}", f"{d.excess:.2g}"]
-        rows.append(row)
-    lines += [*format_table(rows), ""]
+    lines += _differences_lines("Nats", {_LABELS[kind]: d for kind, d in report.differences.items()})
     if report.features:
-        rows = [["Hidden states, of their rms", "compared", "largest", "its bound", "over bound", "by up to"]]
-        for name, f in report.features.items():
-            row = [f"  {name}", f"{f.compared:,}"]
-            if f.compared:
-                row += [f"{f.largest:.4f}", f"{f.bound:.4f}", f"{f.over / f.compared:.2%}", f"{f.excess:.2g}"]
-            rows.append(row)
-        lines += [*format_table(rows), ""]
+        lines += _differences_lines("Hidden states, of their rms", report.features)
     lines += labelled("  outcomes", f"{report.outcomes:,} rows differ" if report.outcomes else "equal in all rows")
     if report.same_top_k is not None:
         lines += labelled("  top-k", f"the same ids in {report.same_top_k:.2%} of the rows")

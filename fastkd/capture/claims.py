@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from ..cache.errors import NotFound, Refused, StoreError
 from ..cache.stores import Store
@@ -26,7 +26,9 @@ from ..cache.stores import Store
 FIRST_SECONDS = 60.0
 LONGEST_SECONDS = 3600.0  # upper limit, whatever a claim states
 _PAUSE = 0.5
+_WAIT_SECONDS = 2.0  # between two looks at another worker's claim
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,17})\.json")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,19 @@ class Claims:
             since = now
         self._seen[name] = number, since
         return max(0.0, min(expires, since + min(seconds, LONGEST_SECONDS)) - now)
+
+
+def wait_for(attempt: Callable[[], tuple[float, T]], waiting: Callable[[], None]) -> T:
+    """Call `attempt` until another worker's claim is no reason to wait: it returns for how many seconds one may last,
+    and its result, which is returned with 0 seconds. waiting: called before the first wait.
+    """
+    left, result = attempt()
+    if left:
+        waiting()
+    while left:
+        time.sleep(min(left, _WAIT_SECONDS))
+        left, result = attempt()
+    return result
 
 
 def _is_time(value: Any) -> TypeGuard[float]:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache.features.spec import vector_numbers
 from ..kernels import HiddenTargets, KDError
 from ..utils.splitmix import mixed
 from .feature_places import Place
@@ -79,8 +80,7 @@ class Codes:
         return HiddenTargets.from_states(vectors, self.basis, self.step)
 
     def collect(self, rows: Ints, submitted: HiddenTargets) -> None:
-        p = self.place.vectors
-        at = (self._number[rows][:, None] * p + np.arange(p)).reshape(-1)
+        at = vector_numbers(self._number[rows], self.place.vectors)
         self._codes[at], self._scale[at] = submitted.codes.numpy(), submitted.scale.numpy()
         if len(submitted.exact_rows):
             self._exact.append((at[submitted.exact_rows.numpy()], submitted.exact.numpy()))
@@ -90,8 +90,7 @@ class Codes:
         """The stored vectors among the shard's n · P, ascending; None if all are."""
         if self.mask.all():
             return None
-        p = self.place.vectors
-        return (np.flatnonzero(self.mask)[:, None] * p + np.arange(p)).reshape(-1)
+        return vector_numbers(np.flatnonzero(self.mask), self.place.vectors)
 
     def arrays(self) -> dict[str, Array]:
         """The arrays of `FeatureWriter.write_shard`."""

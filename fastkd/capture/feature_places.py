@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..cache.features.spec import vectors_and_width
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
@@ -43,12 +44,12 @@ class Place:
     @property
     def vectors(self) -> int:
         """P, the vectors of a row."""
-        return self.shape[1] * self.shape[2] if self.kind == "map" else 1
+        return vectors_and_width(self.kind, self.shape)[0]
 
     @property
     def width(self) -> int:
         """W, the components of a vector."""
-        return self.shape[0] * self.shape[1] if self.kind == "attention_map" else self.shape[0]
+        return vectors_and_width(self.kind, self.shape)[1]
 
     @property
     def what(self) -> str:
@@ -124,7 +125,7 @@ def find_places(teacher: Teacher, data: Documents | Examples | None, names: Sequ
 
 @contextmanager
 def _counted(taps: Sequence[Tap], calls: dict[str, int]) -> Iterator[None]:
-    """While it lasts, the calls of each tap's module are counted, by its path."""
+    """Context manager: counts the calls of each tap's module, by its path."""
 
     def counter(path: str) -> Any:
         def hook(*arguments: Any) -> None:

@@ -1,6 +1,5 @@
 """Before the first shard: a capture's window plan and the spec of its cache, and whether it may continue a cache."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,11 +22,10 @@ from ..errors import DataError
 from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.secrets import masked
-from .claims import Claims
+from .claims import Claims, wait_for
 from .rows import TEXT
 from .window_plan import VERSION, WindowPlan, cache_spec, make_window_plan, window_plan_settings
 
-_WAIT_SECONDS = 2.0
 _DELETE = "Delete it; it is written again from the same data."
 
 
@@ -154,20 +152,17 @@ def _lengths(
     say: Callable[[str], None],
 ) -> NDArray[np.int32]:
     """The documents' lengths: from the store, or measured by one worker and stored for all."""
-    waiting = False
-    while True:
+
+    def attempt() -> tuple[float, NDArray[np.int32] | None]:
         with suppress(NotFound):
-            if (found := _stored_lengths(store, data, dataset)) is not None:
-                return found
-            # left by a run with other data that failed before it wrote a plan
-            return data.lengths(progress=progress)
-        left = claims.take("lengths")
-        if not left:
-            break
-        if not waiting:
-            say("waiting for another worker, which reads the lengths of the data")
-            waiting = True
-        time.sleep(min(left, _WAIT_SECONDS))
+            there = _stored_lengths(store, data, dataset)
+            # others are left by a run with other data that failed before it wrote a plan
+            return 0.0, data.lengths(progress=progress) if there is None else there
+        return claims.take("lengths"), None
+
+    there = wait_for(attempt, lambda: say("waiting for another worker, which reads the lengths of the data"))
+    if there is not None:
+        return there
     try:
         lengths = data.lengths(progress=progress, on_part=claims.keep)
         written = store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))

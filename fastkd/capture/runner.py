@@ -1,7 +1,7 @@
 """Capturing the shards of a window plan, one after the other, by any number of workers that may be killed at any time.
 
 A shard is one object with its targets, and one for each feature, which is written after it. A shard is captured while
-any of them is missing; what is there stays as it is.
+any of them is missing; existing objects are not changed.
 
 Each worker starts with its own share (shard i belongs to worker i mod world_size), then takes shards that others have
 not done. Claims prevent duplicate work; if two workers still capture the same shard, the first commit wins.

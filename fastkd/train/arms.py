@@ -33,18 +33,13 @@ class Arm:
 
 def control_arms(settings: TrainSettings, objective: Objective | None) -> list[Arm]:
     """What `control` adds to a training with these settings and objective (None: that of the settings)."""
-    plain = _unmatched(settings)
+    plain = replace(settings, match=())
     hard_labels = replace(plain, alpha=1.0, alpha_end=None)
     found = [Arm(CONTROL, "on hard labels alone", hard_labels)]
     without = None if objective is None else without_features(objective)
     if plain != settings or without is not None:
         found.insert(0, Arm(WITHOUT_FEATURES, "without the features that it matches", plain, without or objective))
     return found
-
-
-def _unmatched(settings: TrainSettings) -> TrainSettings:
-    changes: dict[str, Any] = {"match": ()} if getattr(settings, "match", ()) else {}
-    return replace(settings, **changes)
 
 
 def without_features(objective: Objective) -> Objective | None:

@@ -85,6 +85,14 @@ def _mean_of_groups(log_maps_HQK: Tensor, groups: int) -> Tensor:
     return maps.clamp_(min=torch.finfo(maps.dtype).tiny).log_()
 
 
+def whole_maps(logits_HQK: Tensor, causal: bool) -> Tensor:
+    """The softmax of a segment's logits over the keys that each query sees, for the oracles."""
+    if causal:
+        hidden = torch.ones_like(logits_HQK[0], dtype=torch.bool).triu(1)
+        logits_HQK = logits_HQK.masked_fill(hidden, -torch.inf)
+    return logits_HQK.softmax(-1)
+
+
 def kl_of_maps(q_HQK: Tensor, p_HQK: Tensor) -> Tensor:
     """`Σ_i mean_h KL(q || p)` of whole maps, for the oracles: 0 for keys that a query does not see."""
     tiny = torch.finfo(p_HQK.dtype).tiny

@@ -1,44 +1,28 @@
 """Shards of features that somebody made up, under right hashes: refused by name, or read as the plain reader reads."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import feature_forgery
 import numpy as np
 import pytest
 from feature_cases import make_base, make_feature_spec
 from feature_forgery import SPECS, Arrays, prepared
+from forgery import run_script
 
 from fastkd.cache import Basis, CorruptShard, open_cache
 from fastkd.cache.shard.container import content_hash, pack
 from fastkd.cache.stores import MemoryStore
 
-FOLDER = Path(__file__).parents[1]
-
-
-def run(name: str, sample: str) -> dict[str, int]:
-    script = str(FOLDER / "feature_forgery.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script, name, sample], capture_output=True, text=True)
-    assert done.returncode == 0, f"died of {done.stderr.splitlines()[-1:]}"
-    report = json.loads(done.stdout)
-    assert not report["failures"], "\n".join(report["failures"][:20])
-    assert report["grown"] < 2**29, "memory"
-    counts: dict[str, int] = report["counts"]
-    assert counts["refused"] > counts["read"] > 0
-    return counts
-
 
 @pytest.mark.parametrize("name", ["map"])
 def test_typed_forgeries_of_features(name: str) -> None:
-    assert sum(run(name, "300").values()) >= 300
+    assert sum(run_script(feature_forgery.__file__, name, "300").values()) >= 300
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SPECS)
 def test_every_typed_forgery_of_features(name: str) -> None:
-    assert sum(run(name, "all").values()) > 1000
+    assert sum(run_script(feature_forgery.__file__, name, "all").values()) > 1000
 
 
 def forged(name: str, changes: Callable[[Arrays], Arrays]) -> tuple[MemoryStore, str]:

@@ -1,20 +1,17 @@
 """Shards that somebody made up, under right hashes: refused by name, or read as the plain reader reads them."""
 
 import io
-import json
 import re
-import subprocess
-import sys
 import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import forgery
 import numpy as np
 import pytest
-from forgery import KEY, SPECS, Arrays, shard_of
+from forgery import KEY, SPECS, Arrays, run_script, shard_of
 
 from fastkd.cache import Cache, CorruptShard
 from fastkd.cache.encoding.ragged import Streams
@@ -22,31 +19,16 @@ from fastkd.cache.encoding.vocabulary import decode_lists
 from fastkd.cache.shard.container import HASH_LENGTH, content_hash, digest, pack
 from fastkd.cache.stores import MemoryStore
 
-FOLDER = Path(__file__).parents[1]
-
-
-def run(name: str, sample: str) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(FOLDER / "forgery.py"), name, sample], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"died of {done.stderr.splitlines()[-1:]}"
-    report = json.loads(done.stdout)
-    assert not report["failures"], "\n".join(report["failures"][:20])
-    assert report["grown"] < 2**29, "memory"
-    counts: dict[str, int] = report["counts"]
-    assert counts["refused"] > counts["read"] > 0
-    return counts
-
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_sample_of_typed_forgeries(name: str) -> None:
-    assert sum(run(name, "400").values()) >= 400
+    assert sum(run_script(forgery.__file__, name, "400").values()) >= 400
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SPECS)
 def test_every_typed_forgery(name: str) -> None:
-    assert sum(run(name, "all").values()) > 2000
+    assert sum(run_script(forgery.__file__, name, "all").values()) > 2000
 
 
 def forged(changes: Callable[[Arrays], Arrays], name: str, **attributes: Any) -> Cache:

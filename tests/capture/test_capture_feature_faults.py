@@ -1,17 +1,17 @@
 """Features of captures that are killed or whose store fails: in the end they are those of an uninterrupted capture."""
 
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from capture_cases import Layered, Without, capture, contents, feature_contents
 from capture_worker import run
-from test_capture_kills import ENOUGH, SPAN, Server
+from test_capture_kills import Server, interrupted
 from test_capture_workers import together
 
 from fastkd.cache import CacheError, StoreError, open_cache, verify_cache
@@ -50,27 +50,11 @@ def check(folder: Any, whole: Whole) -> None:
     assert again.positions_captured == 0
 
 
-def interrupted(server: Server, folder: Path, seed: int, workers: int) -> int:
-    """Kill workers at random instants, starting them again, until all end by themselves. How many were killed."""
-    generator, kills = random.Random(seed), 0
-
-    def start(rank: int) -> int:
-        return server.start(folder, rank=rank, world_size=workers, pause=0.01, features=FEATURES)
-
-    running = {rank: start(rank) for rank in range(workers)}
-    while running:
-        time.sleep(generator.uniform(0, SPAN))
-        rank = generator.choice(sorted(running))
-        status = server.kill(running[rank]) if kills < ENOUGH else server.wait(running[rank])
-        del running[rank]
-        assert status in (0, -signal.SIGKILL)
-        if status:
-            kills += 1
-            running[rank] = start(rank)
-        if (folder / "spec.json").exists():
-            problems = verify_cache(folder, deep=True).problems
-            assert [problem for problem in problems if "missing" not in problem.what] == []
-    return kills
+def sound(folder: Path) -> None:
+    """A cache that may lack something, and has no other problem."""
+    if (folder / "spec.json").exists():
+        problems = verify_cache(folder, deep=True).problems
+        assert [problem for problem in problems if "missing" not in problem.what] == []
 
 
 def runs(server: Server, tmp_path: Path, whole: Whole, count: int, seed: int) -> int:
@@ -80,7 +64,10 @@ def runs(server: Server, tmp_path: Path, whole: Whole, count: int, seed: int) ->
         folder = tmp_path / str(number)
         if number % 2:
             assert server.wait(server.start(folder, features=[])) == 0
-        kills += interrupted(server, folder, seed + number, workers=1 + number % 3 // 2)
+        kills += interrupted(
+            server, folder, seed + number, workers=1 + number % 3 // 2, pause=0.01, check=partial(sound, folder),
+            features=FEATURES,
+        )  # fmt: skip
         check(folder, whole)
     return kills
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +113,24 @@ def whole_again(server: Server, folder: Path, whole: Whole) -> None:
 
 
 def interrupted(
-    server: Server, folder: Path, seed: int, *, workers: int = 1, restarted: int | None = None, pause: float = 0.02
+    server: Server,
+    folder: Path,
+    seed: int,
+    *,
+    workers: int = 1,
+    restarted: int | None = None,
+    pause: float = 0.02,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> int:
     """Kill workers at random instants, starting those of ranks below `restarted` again, until all end by themselves.
 
-    How many were killed.
+    How many were killed. check: called after each that ended. options: of the workers.
     """
     generator, kills = random.Random(seed), 0
 
     def start(rank: int) -> int:
-        return server.start(folder, rank=rank, world_size=workers, pause=pause)
+        return server.start(folder, rank=rank, world_size=workers, pause=pause, **options)
 
     running = {rank: start(rank) for rank in range(workers)}
     while running:
@@ -135,6 +143,7 @@ def interrupted(
             kills += 1
             if rank < (workers if restarted is None else restarted):
                 running[rank] = start(rank)
+        check()
     return kills
 
 

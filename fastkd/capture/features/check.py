@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...cache import Cache, CacheError, Feature
+from ...cache.features.spec import vector_numbers
 from ...data.examples import Examples
 from ...teachers.protocol import Teacher
 from ..feature_collect import States
@@ -67,7 +68,7 @@ class FeatureCheck:
         if not len(chosen):
             return
         now, codes = states.vectors(), self._codes
-        vectors = (chosen[:, None] * p + np.arange(p)).reshape(-1)
+        vectors = vector_numbers(chosen, p)
         at = np.searchsorted(codes["rows"], vectors)
         exact = np.isin(at, codes["exact_rows"])
         scale = np.where(codes["scale"][at] > 0, codes["scale"][at], 1.0)[:, None]

@@ -18,7 +18,7 @@ from ...utils.numbers import size_text
 from ..feature_places import Place
 from ..feature_settings import ALL, COUNTED, positions_text, step_of
 from ..window_plan import WindowPlan
-from .prepare import TensorBasis, feature_spec
+from .prepare import basis_on, feature_spec
 from .step import find_step
 
 _VECTORS = 2**14  # that are encoded
@@ -71,7 +71,7 @@ def estimate_features(
         basis = Basis.learn(vectors[0::2])
         step, kl = step_of(settings), None
         if settings.feature_kl is not None:
-            on_device = TensorBasis.of(basis, teacher.device)
+            on_device = basis_on(basis, teacher.device)
             search = find_step(teacher, data, plan, place, on_device, positions, settings.feature_kl)
             step, kl = search.step, search.kl
         spec = feature_spec(place, base.hash, basis.sha256, step=step)

@@ -1,7 +1,6 @@
 """Before the first shard: each feature's basis, step and block, found by one worker and written once for all."""
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,16 +20,17 @@ from ...cache import (
     read_feature_spec,
     share_basis,
 )
-from ...cache.features.spec import feature_differences
+from ...cache.spec import differences
 from ...cache.stores import Store
 from ...data.documents import Documents
 from ...data.examples import Examples
 from ...errors import DataError
+from ...kernels.features.basis import LearntBasis
 from ...models.attention import read_attention, to_bytes
 from ...settings import CaptureSettings
 from ...teachers.protocol import Teacher
 from ...teachers.tensor_parallel import ParallelGroup, led
-from ..claims import Claims
+from ..claims import Claims, wait_for
 from ..feature_places import Place, network_of
 from ..feature_settings import ALL, STEP, positions_text, step_of
 from ..teacher_pass import TeacherPass
@@ -38,21 +38,7 @@ from ..window_plan import WindowPlan
 from .sample import sample_states
 from .step import find_step, found_in
 
-_WAIT_SECONDS = 2.0
 _CLAIM = "features"
-
-
-@dataclass(frozen=True, eq=False)
-class TensorBasis:
-    """A `Basis` as tensors on a device: mean `[W]`, basis `[W, W]`, and the median scale."""
-
-    mean: torch.Tensor
-    basis: torch.Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, basis: Basis, device: torch.device) -> "TensorBasis":
-        return cls(torch.from_numpy(basis.mean).to(device), torch.from_numpy(basis.basis).to(device), basis.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +48,17 @@ class Feature:
     place: Place
     spec: FeatureSpec
     basis: Basis
-    on_device: TensorBasis
+    on_device: LearntBasis
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+
+def basis_on(basis: Basis, device: torch.device) -> LearntBasis:
+    """A basis as tensors on a device."""
+    mean, columns = (torch.from_numpy(array).to(device) for array in (basis.mean, basis.basis))
+    return LearntBasis(mean, columns, basis.scale)
 
 
 def check_sizes(places: Sequence[Place], plan: WindowPlan) -> None:
@@ -127,21 +119,15 @@ def prepare_features(
     """
     if not places:
         return []
-    waiting = False
 
     def missing() -> tuple[float, list[str]]:
         """Seconds for which another worker may prepare them; if none, the names of those to prepare."""
         names = [place.name for place in places if read_feature_spec(store, place.name) is None]
         return (claims.take(_CLAIM) if names else 0.0), names
 
-    while True:
-        left, names = led(group, missing)
-        if not left:
-            break
-        if not waiting:
-            say("waiting for another worker, which prepares the features")
-            waiting = True
-        time.sleep(min(left, _WAIT_SECONDS))
+    names = wait_for(
+        lambda: led(group, missing), lambda: say("waiting for another worker, which prepares the features")
+    )
     try:
         if names:
             new = [place for place in places if place.name in names]
@@ -160,12 +146,7 @@ def prepare_features(
 
     device = teacher_pass.teacher.device
     found = zip(places, led(group, read), strict=True)
-    return [Feature(place, spec, basis, TensorBasis.of(basis, device)) for place, (spec, basis) in found]
-
-
-def read_block(store: Store, spec: FeatureSpec) -> bytes | None:
-    """The block beside a feature, if it has one."""
-    return None if spec.block is None else open_cache(store).features[spec.name].block
+    return [Feature(place, spec, basis, basis_on(basis, device)) for place, (spec, basis) in found]
 
 
 def _find(
@@ -207,7 +188,7 @@ def _find(
                     claims.keep()
                 return group.share(kl)
 
-            on_device = TensorBasis.of(basis, teacher.device)
+            on_device = basis_on(basis, teacher.device)
             search = find_step(teacher, data, plan, place, on_device, positions, settings.feature_kl, share)
             say(search.text(place.name))
             step, notes = search.step, search.to_notes()
@@ -288,7 +269,7 @@ def _check_same(store: Store, there: FeatureSpec, place: Place, base: CacheSpec,
         level=there.level,
     )
     named = {"step": "feature_step", "positions": "feature_positions"}
-    for text in feature_differences(there, ours):
+    for text in differences(there, ours):
         name, _, values = text.partition(": ")
         different.append(f"{named.get(name, name)}: {values}")
     if different:

@@ -1,4 +1,4 @@
-"""The step of a feature by what it costs the teacher: run on from coded states, its distribution may change so much."""
+"""The step of a feature by the KL divergence that it costs: the teacher's remaining layers run on the coded states."""
 
 import json
 import math

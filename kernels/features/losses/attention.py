@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arithmetic import per_item
 from ..attention import QueriesKeysValues
-from ..map_divergence import kl_of_maps, map_divergence
+from ..map_divergence import kl_of_maps, map_divergence, whole_maps
 from ..segments import Segments, check_segments
 
 INPUTS = "attention"
@@ -63,6 +63,4 @@ def _maps(layer: QueriesKeysValues, rows: slice, causal: bool, groups: int) -> T
     logits = torch.einsum("qhd,khd->hqk", layer.queries[rows], keys[rows]) * layer.logit_scale
     if layer.softcap is not None:
         logits = layer.softcap * torch.tanh(logits / layer.softcap)
-    if causal:
-        logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
-    return logits.softmax(-1).reshape(groups, -1, *logits.shape[1:]).mean(1)
+    return whole_maps(logits, causal).reshape(groups, -1, *logits.shape[1:]).mean(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import KDError
 from ..arithmetic import per_item
 from ..attention import QueriesKeysValues, split_heads
-from ..map_divergence import kl_of_maps, map_divergence
+from ..map_divergence import kl_of_maps, map_divergence, whole_maps
 from ..segments import Segments, check_segments
 
 INPUTS = "attention"
@@ -84,7 +84,4 @@ def oracle(
 
 def _relations(a_NW: Tensor, heads: int, causal: bool) -> Tensor:
     a = split_heads(a_NW, heads).transpose(0, 1)
-    logits: Tensor = a @ a.transpose(1, 2) / a.shape[2] ** 0.5
-    if causal:
-        logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
-    return logits.softmax(-1)
+    return whole_maps(a @ a.transpose(1, 2) / a.shape[2] ** 0.5, causal)
