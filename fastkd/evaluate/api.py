@@ -78,11 +78,12 @@ def evaluate(
     done = partition.first_window
     bar = tqdm(total=windows, desc=f"evaluate {split}", unit="window", disable=not progress)
     with forward.evaluating(), bar:
-        for step in partition.steps(forward.logits):
+        for step in partition.steps(forward.repeat):
             for batch in step.micro_batches:
                 positions += batch.positions
                 if not batch.count:
                     continue
+                batch = forward.answered(batch)
                 logits = forward.timed(batch)
                 window = batch.windows().cpu().numpy() + done
                 labels = batch.labels.flatten()[batch.targets.index]

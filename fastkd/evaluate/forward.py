@@ -44,6 +44,15 @@ class StudentForward:
             self.logits = student
         else:
             raise StreamError(f"student: got {type(student).__name__}; expected a module with `logits`, or a function.")
+        self._answered = getattr(student, "answered", None)
+
+    def answered(self, batch: Any) -> Any:
+        """The micro-batch with the targets that a student's own teacher gives it (`Student.answered`)."""
+        return batch if self._answered is None else self._answered(batch)
+
+    def repeat(self, batch: Any) -> None:
+        """What is run for a micro-batch once more, for the sake of other processes."""
+        self.logits(self.answered(batch))
 
     def timed(self, batch: AnyBatch) -> Tensor:
         """Logits `[m, V]` of the positions that count. Raises StreamError for another shape, or too few outcomes."""

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import TrainError
+from ..models.taps import layers_of
 from ..stream.batch import AnyBatch
 from ..utils.distributed import Processes
 from .student import Student
@@ -32,8 +33,15 @@ class ParallelStudent:
             mesh = init_device_mesh(processes.device.type, (self._world,))
             for layer in student.layers:
                 fully_shard(layer, mesh=mesh)
+            if isinstance(live := student.live, nn.Module):
+                for layer in layers_of(live):
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(live, mesh=mesh)
+                if hasattr(live, "logits"):
+                    register_fsdp_forward_method(live, "logits")
             fully_shard(student, mesh=mesh)
-            register_fsdp_forward_method(student, "logits")
+            for method in ("logits", "answered"):
+                register_fsdp_forward_method(student, method)
         else:
             on_gpu = processes.device.type == "cuda"
             self._module = module = DistributedDataParallel(
@@ -61,7 +69,7 @@ class ParallelStudent:
             self._module(batch, **arguments)
 
     def reshard(self) -> None:
-        """Shard parameters again after `Student.logits`, which leaves FSDP2's outermost ones complete."""
+        """Shard parameters again after `Student.logits` and `answered`, which leave FSDP2's outermost ones complete."""
         for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -33,6 +33,7 @@ from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
 from ..utils.factories import is_factory, made_by
+from .in_forward import InForward
 from .inner import InnerOutputs, inner_of
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
 
@@ -46,7 +47,8 @@ class Student(nn.Module):
     model: the model itself. run: calls it with a micro-batch. name: for messages. vocab_size: V, the width of its
     logits. max_positions: the longest sequence that it takes, or None if unknown. packs: whether it takes packed
     micro-batches. notes: for the user, a line each. autocast: the type of matrix products; None: that of the weights.
-    objective: what `forward` computes.
+    objective: what `forward` computes. live: what answers micro-batches inside `forward`, before the objective; None
+    for micro-batches that come with targets.
 
     The parameters of DDP and FSDP2 are complete only in `forward` (and with FSDP2 in `logits`, which has to be
     registered): so the objective is called there.
@@ -69,6 +71,7 @@ class Student(nn.Module):
         self.notes = [] if notes is None else notes
         self.autocast: torch.dtype | None = None
         self.objective: Objective = TokenKD()
+        self.live: InForward | None = None
         self._run, self._packs = run, packs
         self._inner: InnerOutputs | None = None
         self.context: int | None = None
@@ -115,12 +118,22 @@ class Student(nn.Module):
             )
         with self._autocast(batch.device):
             output = self._output(batch)
+            if self.live is not None:
+                batch = self.live.answer(batch, output, self)
             outputs = {
                 name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS
             }
             if self._inner is not None:
                 outputs |= self._inner.take(getattr(batch, "position_ids", None))
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
+
+    @torch.no_grad()
+    def answered(self, batch: AnyBatch) -> AnyBatch:
+        """The micro-batch with the targets that `live` gives it; without one, as it is."""
+        if self.live is None:
+            return batch
+        with self._autocast(batch.device):
+            return self.live.answer(batch, None, self)
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         """Logits `[m, V]` at some of the flattened positions; None: at those that count."""

@@ -108,6 +108,9 @@ class Trainer:
         if objective is not None:
             described = json.loads(json.dumps(dict(objective.describe())))  # as a checkpoint returns it
             self._fingerprint["objective"] = {"type": type(objective).__qualname__, **described}
+        if (live := self.student.live) is not None:
+            described = json.loads(json.dumps(dict(live.describe())))
+            self._fingerprint["live"] = {"type": type(live).__qualname__, **described}
         self._evaluate = evaluate
         every = settings.evaluate_every
         default = max(1, self.steps // _EVALUATIONS)
@@ -269,6 +272,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.student.live is not None:
+            self.student.live.after_step(self.student, self.step)
         values = torch.cat([values, norm.float().reshape(1)])
         known = {"epoch": step.epoch, "rate": rate, **scheduled}
         if self._auto is not None:
