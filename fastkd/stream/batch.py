@@ -1,7 +1,7 @@
 """Micro-batches of tokens or of examples, with labels and targets; optimizer steps made of them; `BatchSource`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -155,14 +155,15 @@ class Step:
 
     micro_batches: `MicroBatch`es, or `ExampleBatch`es from a cache of examples. Every rank has equally many, so that
         all ranks run forward and backward equally often: a rank with fewer of its own has empty ones at the end, of one
-        position that does not count.
+        position that does not count. A source may make parts of one only when it is taken, and again when it is taken
+        again, with the same values.
     count: positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`). The
         micro-batches have it too, with those of signals (`counts`).
     positions, sequences: of the whole step, on all ranks, without padding.
     epoch, number: the epoch, and the number of the step in it, both from 0.
     """
 
-    micro_batches: list[Any]
+    micro_batches: Sequence[Any]
     count: int
     positions: int
     sequences: int

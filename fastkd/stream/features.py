@@ -58,7 +58,7 @@ class FeatureSignal:
         """The hash of each cache's feature."""
         return [feature.spec.hash for feature in self._features]
 
-    def open(self, source: int, shard: int, workspace: Workspace) -> FeatureShard:
+    def open(self, source: int, shard: int, workspace: Workspace, inputs: Any) -> FeatureShard:
         codes = self._features[source].read_codes(shard, into=workspace)
         vectors, n = self.spec.vectors, self._rows[source][shard]
         rows = codes["rows"]

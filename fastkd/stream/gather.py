@@ -34,12 +34,19 @@ class TextInputs:
     tokens, labels `[n]`: the input, and the next token of its segment (IGNORED: none, or the row does not count).
     segments `[segments + 1]`: the first row of each. first_segment `[sequences + 1]`: the first segment of each
         sequence.
+    numbers `[n]` int64: of the rows, in their dataset; None if the source does not know them, as a cache.
     """
 
     tokens: Array
     labels: Array
     segments: Ints
     first_segment: Ints
+    numbers: Ints | None = None
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """The rows that count, `[n]`: those with a label."""
+        return self.labels != IGNORED
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +55,19 @@ class ExampleInputs:
 
     example, seed `[n]` int64: the example's number in its data set, and its augmentation seed.
     counts `[n]`: whether the row has a target. first_row `[sequences + 1]`: the first row of each sequence.
+    numbers `[n]` int64: as of `TextInputs`.
     """
 
     example: Ints
     seed: Ints
     counts: NDArray[np.bool_]
     first_row: Ints
+    numbers: Ints | None = None
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """The rows that count, `[n]`: those with a target."""
+        return self.counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +99,21 @@ def open_shard(
     arrays = cache.read_shard(index, into=workspaces[0])
     # a row that does not count has no entries, not even a first one
     counts = arrays["logprobs"][:, 0] > -np.inf
-    inputs = _text_inputs(arrays, counts) if "tokens" in cache.spec.inputs else _example_inputs(arrays, counts)
-    opened = [signal.open(source, index, own) for signal, own in zip(signals, workspaces[1:], strict=True)]
+    return shard_of(arrays, counts, index, workspaces, signals, source)
+
+
+def shard_of(
+    arrays: dict[str, Array],
+    counts: NDArray[np.bool_],
+    index: int,
+    workspaces: list[Workspace],
+    signals: Sequence[Signal] = (),
+    source: int = 0,
+) -> OpenShard:
+    """A shard from its arrays, under the names of `Cache.read_shard` (with `row_numbers` if they are known; without
+    targets if there are none yet), with its signals. counts `[n]`: whether each row has a target."""
+    inputs = _text_inputs(arrays, counts) if "tokens" in arrays else _example_inputs(arrays, counts)
+    opened = [signal.open(source, index, own, inputs) for signal, own in zip(signals, workspaces[1:], strict=True)]
     targets = {f.name: arrays[f.name] for f in FIELDS if f.name in arrays}
     return OpenShard(inputs, targets, tuple(opened), workspaces)
 
@@ -94,7 +121,7 @@ def open_shard(
 def _example_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> ExampleInputs:
     # copies: the columns lie in the workspace
     example, seed = (arrays[name].astype(np.int64) for name in EXAMPLE_COLUMNS)
-    return ExampleInputs(example, seed, counts, _bounds(arrays["sequence_lengths"]))
+    return ExampleInputs(example, seed, counts, _bounds(arrays["sequence_lengths"]), arrays.get("row_numbers"))
 
 
 def _text_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> TextInputs:
@@ -112,7 +139,7 @@ def _text_inputs(arrays: dict[str, Array], counts: NDArray[np.bool_]) -> TextInp
     labels[:-1] = tokens[1:]
     labels[segments[1:] - 1] = IGNORED
     labels[~counts] = IGNORED
-    return TextInputs(tokens, labels, segments, np.searchsorted(segments, sequences))
+    return TextInputs(tokens, labels, segments, np.searchsorted(segments, sequences), arrays.get("row_numbers"))
 
 
 def _bounds(lengths: Array) -> Ints:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..cache.workspace import Workspace
 from ..errors import StreamError
 from .features import open_feature
+from .rows import open_rows
 from .split import ShardTable
 
 Ints = NDArray[np.int64]
@@ -29,9 +30,10 @@ class Signal(Protocol):
     def describe(self) -> Any:
         """What decides its values, for the loader's fingerprint, as JSON."""
 
-    def open(self, source: int, shard: int, workspace: Workspace) -> Any:
+    def open(self, source: int, shard: int, workspace: Workspace, inputs: Any) -> Any:
         """A shard's signal, decoded as far as batches need it. source: the number of the cache. workspace: memory that
-        belongs to the shard while it is open, and to another one after that."""
+        belongs to the shard while it is open, and to another one after that. inputs: the shard's `TextInputs` or
+        `ExampleInputs`."""
 
     def gather(self, parts: Sequence[tuple[Any, Ints, Ints]]) -> Any:
         """The signal of a micro-batch, on the host: an object with `len`, `to`, `pin_memory`, `map` and `tensors`.
@@ -44,7 +46,10 @@ class Signal(Protocol):
         """Bytes of a row of an open shard, at most."""
 
 
-KINDS: dict[str, Callable[[str, Sequence[ShardTable], torch.device], Signal]] = {"features": open_feature}
+KINDS: dict[str, Callable[[str, Sequence[ShardTable], torch.device], Signal]] = {
+    "features": open_feature,
+    "rows": open_rows,
+}
 """Functions from a name, the shards to read of each cache, and the device of the micro-batches to a signal. They raise
 StreamError if a cache lacks the signal, or some of it."""
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from ..cache.capture_plan import PLAN_KEY, RESTORE_PLAN, CapturePlan, read_captu
 from ..cache.errors import CacheError, NotFound
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache, open_cache
+from ..cache.spec import CacheSpec
 from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..data.lengths import LENGTHS_KEY, lengths_from_npz
 from ..data.packing import DIVIDED_BY, divide
@@ -25,15 +26,25 @@ Ints = NDArray[np.int64]
 SPLITS = ("train", "held_out")
 
 
+class ShardOrigin(Protocol):
+    """What shards come from: a `Cache`, or the plan of a capture whose shards are not written. Its `repr` names it."""
+
+    @property
+    def spec(self) -> CacheSpec: ...
+
+    def sequence_lengths(self, index: int) -> Any:
+        """Positions of each sequence of a shard, `[sequences]`."""
+
+
 @dataclass(frozen=True, eq=False)
 class ShardTable:
     """The sequences to read, one row per shard, `[shards]` each: all sequences of the shard, or consecutive ones.
 
-    shard: its number in the cache. first: the number of its first sequence to read. sequences, positions: to read.
-    content: a hash of these columns and of what the shards hold.
+    origin: what the shards come from. shard: the number there. first: the number of its first sequence to read.
+    sequences, positions: to read. content: a hash of these columns and of what the shards hold.
     """
 
-    cache: Cache
+    origin: ShardOrigin
     shard: Ints
     first: Ints
     sequences: Ints
@@ -43,11 +54,19 @@ class ShardTable:
     def lengths(self, row: int) -> Ints:
         """The positions of each sequence to read from a shard, `[sequences]`. Reads the end of the shard's object."""
         first = int(self.first[row])
-        return self.cache.sequence_lengths(int(self.shard[row]))[first : first + int(self.sequences[row])]
+        lengths: Ints = self.origin.sequence_lengths(int(self.shard[row]))[first : first + int(self.sequences[row])]
+        return lengths
+
+    @property
+    def cache(self) -> Cache:
+        """The cache that the shards come from. StreamError if they come from none."""
+        if not isinstance(self.origin, Cache):
+            raise StreamError(f"{self.origin!r}: got no cache; expected one here.")
+        return self.origin
 
     def describe(self) -> dict[str, Any]:
         """For a loader's fingerprint."""
-        return {"spec": self.cache.spec.hash, "sequences": int(self.sequences.sum()), "content": self.content}
+        return {"spec": self.origin.spec.hash, "sequences": int(self.sequences.sum()), "content": self.content}
 
     def part(self, skip: int, max_positions: int | None) -> "ShardTable":
         """Without the first `skip` sequences; of the rest, the first whole ones with at most `max_positions`."""
@@ -64,7 +83,7 @@ class ShardTable:
             sequences[last], positions[last] = count, room[count - 1] if count else 0
             sequences[last + 1 :] = 0
         kept = sequences > 0
-        return ShardTable(self.cache, *(column[kept] for column in (self.shard, first, sequences, positions)))
+        return ShardTable(self.origin, *(column[kept] for column in (self.shard, first, sequences, positions)))
 
 
 def open_split(
@@ -228,8 +247,8 @@ def shares_of(tables: Sequence[ShardTable], weights: Sequence[Fraction]) -> list
     for table, share in zip(tables, shares, strict=True):
         if share < SMALLEST_SHARE:
             raise StreamError(
-                f"cache: the weight of {table.cache!r} comes to {float(share):.1e} of the sequences; expected at least "
-                "1e-6."
+                f"cache: the weight of {table.origin!r} comes to {float(share):.1e} of the sequences; expected at "
+                "least 1e-6."
             )
     return shares
 

@@ -138,7 +138,7 @@ class StepPlan:
                 table = self._tables[int(sequences.source[at])]
                 raise StreamError(
                     f"batch_tokens: got {self._batch_tokens}; expected at least {lengths[at]}, the positions of a "
-                    f"sequence in shard {table.shard[sequences.shard[at]]} of {table.cache!r}. Or use batch_size."
+                    f"sequence in shard {table.shard[sequences.shard[at]]} of {table.origin!r}. Or use batch_size."
                 )
             end = step_end(lengths, progress.positions, self._batch_tokens)
             if end is not None or start + count >= base + total:

@@ -17,7 +17,7 @@ from stream_cases import TRAIN_SHARDS, bits, check, make_cache, ranks, reference
 from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, CacheError, CorruptShard, create_cache
 from fastkd.errors import StreamError
-from fastkd.stream import cached
+from fastkd.stream import cached, shard_source
 from fastkd.stream.cached import LoaderPass
 from fastkd.stream.prefetch import MAX_PLANNED, Prefetcher
 from fastkd.stream.step_plan import LoaderProgress, RankShare
@@ -400,7 +400,7 @@ def test_errors_of_any_thread_come_out_whole(cache: Cache, monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("made up")
 
-    for name, module in (("gather", cached), ("open_shard", cached)):
+    for name, module in (("gather", shard_source), ("open_shard", cached)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             loader = DistillLoader(cache, batch_size=2)

@@ -1,0 +1,142 @@
+"""LiveSource: optimizer steps over documents or examples whose targets are made while a student trains."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.workspace import Workspace
+from ..data.documents import Documents
+from ..data.examples import Examples
+from ..errors import StreamError, TeacherError
+from ..kernels import SparseTargets
+from ..settings import CaptureSettings
+from ..stream.batch import AnyBatch
+from ..stream.gather import BatchFormat, OpenShard, shard_of
+from ..stream.rows import NUMBERS
+from ..stream.shard_source import ShardSource, SourceOptions
+from ..stream.signals import open_signals
+from ..stream.split import ShardTable
+from ..teachers.protocol import Answer, Teacher
+from .answer import numbers_of, targets_at
+from .planned import PlannedShards, plan_shards
+from .teacher_batches import FORWARDS, AnsweredBatches, inputs_of, with_forwards
+
+DEFAULTS = CaptureSettings()
+
+
+class LiveSource(ShardSource):
+    """Steps as a `CachedSource` of the cache that `fastkd.capture` with the same settings would write: the same
+    sequences in the same order, divided in the same way.
+
+    teacher given: the targets of a micro-batch are made on the device, when it is taken from `Step.micro_batches`, in
+        the thread that takes it: as the capture makes them, with the same draws, without the codec.
+    teacher None: micro-batches come unanswered. Their targets have an index and no entries, and the signal
+        "rows/numbers" has what seeds draws; `fastkd.live.answer` makes targets of an answer.
+
+    data: `Documents` or `Examples` (labelled); or the `PlannedShards` of them, with this teacher and these settings.
+    capture: how data are divided and targets are made; `capture.seed` is that of the draws and of the held-out split,
+        `capture.batch_tokens` the positions of a teacher's forward, at most.
+    vocab_size: without a teacher, that of whatever answers.
+    options: as of `CachedSource`: batch_size or batch_tokens, micro_tokens, layout, seed, split, device and so on.
+
+    `spec` is the `CacheSpec` that the capture would write. Raises StreamError, DataError and TeacherError.
+    """
+
+    def __init__(
+        self,
+        data: Documents | Examples | PlannedShards,
+        teacher: Teacher | None,
+        capture: CaptureSettings = DEFAULTS,
+        *,
+        vocab_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = SourceOptions(**options)
+        if not isinstance(data, PlannedShards):
+            data = plan_shards(data, teacher, capture, vocab_size=vocab_size)
+        self._origin, self._teacher, self.capture = data, teacher, data.settings
+        self.plan, self.spec = data.plan, data.spec
+        examples = data.data if isinstance(data.data, Examples) else None
+        if examples is not None:
+            _check_examples(examples, self.spec.vocab_size)
+        table = data.table(chosen.split, skip=chosen.skip, max_positions=chosen.max_positions)
+        form = BatchFormat(
+            layout=chosen.layout,
+            tokens=chosen.micro_tokens,
+            rows=chosen.micro_batch_size,
+            spec=self.spec,
+            width=0,
+            draws=False,
+            device=chosen.where,
+            data=examples,
+            signals=open_signals([NUMBERS], [table], chosen.where),
+        )
+        described = {**data.describe(), "sequences": int(table.sequences.sum()), "content": table.content}
+        super().__init__([table], [Fraction(1)], form, chosen, described)
+        if examples is not None:
+            self.fingerprint["labels"] = examples.labels_fingerprint()
+
+    def _open(self, source: int, row: int, workspaces: list[Workspace]) -> OpenShard:
+        index = int(self._tables[source].shard[row])
+        rows = self._origin.read(index)
+        arrays = {
+            **rows.inputs,
+            "sequence_lengths": rows.sequence_lengths,
+            "document_lengths": rows.document_lengths,
+            "row_numbers": rows.row_numbers(np.arange(len(rows))),
+        }
+        return shard_of(arrays, rows.counts, index, workspaces, self._form.signals, source)
+
+    def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
+        if self._teacher is None:
+            return batches
+        return [with_forwards(batch, self.capture.batch_tokens) for batch in batches]
+
+    def _handed_out(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
+        return batches if self._teacher is None else AnsweredBatches(batches, self._answered)
+
+    def _shard_bytes(self, table: ShardTable) -> int:
+        # tokens, labels, mask, document
+        return 32 * int(table.positions.max())
+
+    def _answered(self, batch: AnyBatch) -> AnyBatch:
+        """A micro-batch with the teacher's targets. It is called on its device; nothing waits for it there."""
+        numbers_M, index_M = numbers_of(batch), batch.targets.index
+        assert index_M is not None
+        signals = dict(batch.signals)
+        forwards = signals.pop(FORWARDS, None)
+        with torch.no_grad():
+            if not batch.count or forwards is None:
+                answer = self._call(inputs_of(batch)) if batch.count else None
+                targets = targets_at(batch, answer, self.capture, index_M, numbers_M, batch.labels.shape)
+            else:
+                parts = []
+                for one in forwards.parts:
+                    shape = one.inputs.shape[: batch.labels.ndim]
+                    answer = self._call(one.inputs)
+                    parts.append(targets_at(batch, answer, self.capture, one.flat, numbers_M[one.rows], shape))
+                targets = replace(SparseTargets.cat(parts).take(forwards.order), index=index_M)
+        return replace(batch, targets=targets, signals=signals)
+
+    def _call(self, inputs: torch.Tensor) -> Answer:
+        assert self._teacher is not None
+        try:
+            with torch.inference_mode():
+                return self._teacher(inputs.to(self._teacher.device, non_blocking=True))
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"teacher: a forward of {tuple(inputs.shape)} does not fit into the device's memory beside the "
+                "student. Capture a cache first and train from it, or use a smaller teacher batch "
+                "(--teacher-batch-tokens), smaller micro-batches (--micro-tokens) or another --teacher-dtype."
+            ) from error
+
+
+def _check_examples(data: Examples, vocab_size: int) -> None:
+    if not data.labelled:
+        raise StreamError("data: got no labels; expected Examples(..., labels=...).")
+    if data.classes > vocab_size:
+        raise StreamError(f"data: got a label {data.classes - 1}; expected classes from 0 to {vocab_size - 1}.")
