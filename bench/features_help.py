@@ -67,7 +67,7 @@ def differences(with_: Sequence[dict[str, float]], without: Sequence[dict[str, f
 def verdict(difference: Interval) -> str:
     """Of a measure that is better when lower."""
     if abs(difference.mean) <= difference.half:
-        return "within noise"
+        return "no difference"
     return "features help" if difference.mean < 0 else "features do harm"
 
 

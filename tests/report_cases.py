@@ -9,10 +9,13 @@ import numpy as np
 
 from fastkd.evaluate.api import Evaluation
 from fastkd.evaluate.result import BINS, Windows
+from fastkd.evaluate.slices import SLICES
 
 # held-out: cross-entropy, kl_bucket, kl_sampled, agreement, accuracy; overconfidence
 STUDENT = (3.016, 0.6475, 0.71, 0.603, 0.42, 0.02)
+NAMES = ("cross_entropy", "kl_bucket", "kl_sampled", "agreement", "accuracy")
 CONTROL = (3.043, 0.7603, 0.83, 0.574, 0.415, 0.05)
+FROM = dict(zip(NAMES, CONTROL, strict=False))
 
 
 def evaluation(
@@ -22,11 +25,10 @@ def evaluation(
     counts = np.full(windows, 511.0)
     hard = np.random.default_rng(99).normal(0, 1, windows)
     own = np.random.default_rng([seed, *(int(1e4 * f) for f in figures)])
-    names = ("cross_entropy", "kl_bucket", "kl_sampled", "agreement", "accuracy")
     spread = {"cross_entropy": 0.35, "kl_bucket": 0.06, "kl_sampled": 0.07, "agreement": -0.04, "accuracy": -0.05}
     sums = {
         name: counts * (value + spread[name] * hard + 0.08 * abs(spread[name]) * own.normal(size=windows))
-        for name, value in zip(names, figures, strict=False)
+        for name, value in zip(NAMES, figures, strict=False)
     }
     of_teacher = {
         "label_known": 0.93, "cross_entropy_at_least": 2.44, "tail_mass": 0.081, "accuracy": 0.487,
@@ -39,11 +41,23 @@ def evaluation(
         content=content,
         student=Windows(counts, sums, _bins(counts, figures[4], figures[5])),
         teacher=Windows(counts, teachers, _bins(counts, 0.487, 0.012)),
+        slices=_slices(counts, sums),
         positions=int(counts.sum()) + windows,
         seconds=9.1,
         timed_positions=int(counts.sum()),
         device="CPU, 2 threads",
     )
+
+
+def _slices(counts: Any, sums: dict[str, Any]) -> dict[str, Windows]:
+    """What distillation did lies where the teacher is right; where it is wrong, it is the other way round."""
+    found = {}
+    for name, share in zip(SLICES, (0.49, 0.51, 0.3, 0.4, 0.3, 0.35, 0.3, 0.35), strict=True):
+        middle = {key: row.sum() / counts.sum() for key, row in sums.items()}
+        turn = -1.0 if name == "teacher/wrong" else 1.0
+        own = {key: share * (row + (turn - 1.0) * (middle[key] - FROM[key]) * counts) for key, row in sums.items()}
+        found[name] = Windows(share * counts, own)
+    return found
 
 
 def _bins(counts: Any, accuracy: float, gap: float) -> Any:

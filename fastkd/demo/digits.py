@@ -25,6 +25,7 @@ from ..report.make import make_report
 from ..report.runs import Run, read_runs
 from ..settings import DemoSettings
 from ..train.api import train
+from ..train.arms import WITHOUT_FEATURES
 from ..train.result import RUN
 from ..utils import atomic
 from ..utils.intervals import Interval
@@ -118,7 +119,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         "scores": {name: _to_json(found) for name, found in scores_of(runs).items()},
         "student_minus_control": differences["student - control"],
         "student_minus_without_features": differences["student - without features"],
-        "features": None if done.feature_help is None else done.feature_help.verdict,
+        "features": done.verdicts[WITHOUT_FEATURES].overall if WITHOUT_FEATURES in done.verdicts else None,
     }
     write_json(out / "report.json", report)
     return DemoResult(report, text_of(report, runs))

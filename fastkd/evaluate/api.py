@@ -15,10 +15,11 @@ from ..data.examples import Examples
 from ..errors import StreamError
 from ..stream.cached import CachedSource
 from ..utils.distributed import ALONE, Processes
-from ..utils.intervals import Interval
+from ..utils.intervals import TAIL, Interval
 from .forward import EvalPartition, StudentForward, check_finite
 from .result import Evaluation, Windows
 from .rows import student_rows, teacher_rows
+from .slices import SLICES, slice_numbers
 
 __all__ = ["Evaluation", "compare", "evaluate"]
 _MAX_LOGITS = 2**27  # numbers in the logits of a micro-batch, unless one window has more
@@ -73,6 +74,7 @@ def evaluate(
     evaluated = source.fingerprint["caches"][0]
     windows = evaluated["sequences"]
     ours, teachers, positions = Windows.empty(windows), Windows.empty(windows), 0
+    sliced = Windows.empty(windows * len(SLICES))
     forward = StudentForward(student, cache, where)
     partition = EvalPartition(source, windows, processes, student)
     done = partition.first_window
@@ -90,10 +92,11 @@ def evaluate(
                 rows = student_rows(logits, batch.targets, labels)
                 check_finite(rows["cross_entropy"], window)
                 ours.add(window, rows)
-                teachers.add(window, teacher_rows(batch.targets, labels))
+                teachers.add(window, teacher := teacher_rows(batch.targets, labels))
+                sliced.add_sliced(window, rows, slice_numbers(teacher))
             done += step.sequences
             bar.update(step.sequences)
-    ours, teachers, positions = partition.sum(ours, teachers, positions)
+    (ours, teachers, sliced), positions = partition.sum([ours, teachers, sliced], positions)
     if not ours.counts.any():
         raise StreamError(
             f"split: got {split!r} of {cache!r} with {windows} windows, in which no position counts. Capture with more "
@@ -110,6 +113,7 @@ def evaluate(
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         student=ours,
         teacher=teachers,
+        slices=sliced.sliced(),
     )
 
 
@@ -118,6 +122,25 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Interval]:
 
     Raises StreamError if they are not of the same windows.
     """
+    check_same_windows(ours, theirs)
+    return ours.student.minus(theirs.student)
+
+
+def compare_slices(
+    ours: Evaluation, theirs: Evaluation, *, tail: float = TAIL, least: int = 2
+) -> dict[str, dict[str, Interval]]:
+    """The same within each slice that both have, with positions in at least `least` windows. tail: the share outside an
+    interval at either end. Raises StreamError as `compare`."""
+    check_same_windows(ours, theirs)
+    return {
+        name: one.minus(theirs.slices[name], tail=tail)
+        for name, one in ours.slices.items()
+        if name in theirs.slices and (one.counts > 0).sum() >= least
+    }
+
+
+def check_same_windows(ours: Evaluation, theirs: Evaluation) -> None:
+    """Raise StreamError unless two evaluations are of the same windows, and count the same positions."""
     for name in ("spec", "content"):
         if (a := getattr(ours, name)) != (b := getattr(theirs, name)):
             raise StreamError(
@@ -126,4 +149,3 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Interval]:
             )
     if not np.array_equal(ours.student.counts, theirs.student.counts):
         raise StreamError("compare: got evaluations that count different positions. Evaluate both again.")
-    return ours.student.minus(theirs.student)

@@ -141,13 +141,13 @@ class EvalPartition:
             for _ in range(most - forwards):
                 forward(last)
 
-    def sum(self, ours: Windows, teachers: Windows, positions: int) -> tuple[Windows, Windows, int]:
-        """The sums of all processes; each window was computed by one of them."""
+    def sum(self, parts: list[Windows], positions: int) -> tuple[list[Windows], int]:
+        """The sums of all processes, of each part and of positions; each window was computed by one of them."""
         if self._processes.group is None:
-            return ours, teachers, positions
-        parts = zip(*self._processes.gather((ours, teachers, positions)), strict=True)
-        all_ours, all_teachers, all_positions = parts
-        return Windows.merged(all_ours), Windows.merged(all_teachers), sum(all_positions)
+            return parts, positions
+        gathered = self._processes.gather((parts, positions))
+        merged = [Windows.merged(of_all) for of_all in zip(*(one for one, _ in gathered), strict=True)]
+        return merged, sum(count for _, count in gathered)
 
 
 def check_finite(cross_entropy: Tensor, window: NDArray[np.int64]) -> None:

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import StreamError
 from ..utils.atomic import unsealed
-from ..utils.intervals import Interval, bootstrap_interval, ratio_interval, to_json
+from ..utils.intervals import TAIL, Interval, bootstrap_interval, ratio_interval, to_json
 from .rows import Rows
+from .slices import SLICES
 
 Floats = NDArray[np.float64]
 BINS = 15
@@ -57,6 +60,21 @@ class Windows:
             columns = np.stack([np.ones_like(confidence), confidence, values["accuracy"]], 1)
             np.add.at(self.bins, (window, which), columns)
 
+    def add_sliced(self, window: NDArray[np.int64], rows: Rows, numbers: Sequence[Tensor]) -> None:
+        """Add the measures of positions to windows that are divided by slice; see `sliced`. numbers: the slices of each
+        position `[m]` in each family (`slice_numbers`)."""
+        names = [name for name in rows if name != "confidence"]
+        # one copy from the device, and one pass over the positions for each measure
+        host = torch.stack([*(rows[name].double() for name in names), *(n.double() for n in numbers)]).cpu().numpy()
+        values, slices = host[: len(names)], host[len(names) :].astype(np.int64)
+        first, count = int(window.min()), int(window.max()) - int(window.min()) + 1
+        cells = ((window - first) * len(SLICES) + slices).ravel()
+        part = slice(first * len(SLICES), (first + count) * len(SLICES))
+        self.counts[part] += np.bincount(cells, minlength=count * len(SLICES))
+        for name, row in zip(names, values, strict=True):
+            total = self.sums.setdefault(name, np.zeros(len(self.counts)))
+            total[part] += np.bincount(cells, np.tile(row, len(slices)), count * len(SLICES))
+
     def intervals(self) -> dict[str, Interval]:
         use = self.counts > 0
         counts = self.counts[use]
@@ -65,13 +83,14 @@ class Windows:
             found["ece"] = bootstrap_interval(lambda times: self._ece(times, use), len(counts))
         return found
 
-    def minus(self, other: "Windows") -> dict[str, Interval]:
-        """Each measure that both have, this minus the other, paired by window. They must be of the same windows."""
+    def minus(self, other: "Windows", *, tail: float = TAIL) -> dict[str, Interval]:
+        """Each measure that both have, this minus the other, paired by window. They must be of the same windows. tail:
+        the share outside an interval at either end; other than 2.5%, without the calibration error."""
         use = self.counts > 0
         counts = self.counts[use]
         shared = [name for name in self.sums if name in other.sums]
-        found = {name: ratio_interval((self.sums[name] - other.sums[name])[use], counts) for name in shared}
-        if self.bins is not None and other.bins is not None:
+        found = {name: ratio_interval((self.sums[name] - other.sums[name])[use], counts, tail=tail) for name in shared}
+        if self.bins is not None and other.bins is not None and tail == TAIL:
             found["ece"] = bootstrap_interval(lambda times: self._ece(times, use) - other._ece(times, use), len(counts))
         return found
 
@@ -92,6 +111,17 @@ class Windows:
         sums = {name: row.tolist() for name, row in self.sums.items()}
         return {"counts": self.counts.tolist(), "sums": sums, "bins": None if self.bins is None else self.bins.tolist()}
 
+    def sliced(self) -> "dict[str, Windows]":
+        """Of windows that are divided by slice (window w and slice s under w * len(SLICES) + s): those of each slice
+        that has positions. The sums are rounded to seven digits, as they are written."""
+        found = {}
+        for number, name in enumerate(SLICES):
+            counts = self.counts[number :: len(SLICES)]
+            if counts.any():
+                sums = {key: _rounded(row[number :: len(SLICES)]) for key, row in self.sums.items()}
+                found[name] = Windows(counts.copy(), sums)
+        return found
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Windows":
         """From what `to_json` returned. Raises KeyError, TypeError or ValueError for anything else."""
@@ -105,6 +135,26 @@ class Windows:
         if not (counts > 0).any():
             raise ValueError("got no positions")
         return cls(counts, sums, bins)
+
+
+def _rounded(values: Floats) -> Floats:
+    return np.array([float(f"{value:.7g}") for value in values.tolist()])
+
+
+def _short(values: Floats) -> list[float | int]:
+    """As few characters of JSON as possible: whole numbers without a point."""
+    return [int(value) if value == int(value) else value for value in values.tolist()]
+
+
+def _slices_from_json(data: Any, windows: int) -> dict[str, Windows]:
+    found = {}
+    for name, part in dict(data).items():
+        counts = _finite(part["counts"], 1)
+        sums = {str(key): _finite(row, 1) for key, row in dict(part["sums"]).items()}
+        if any(row.shape != (windows,) for row in (counts, *sums.values())):
+            raise ValueError(f"slice {name}: got other windows than those of the student")
+        found[str(name)] = Windows(counts, sums)
+    return found
 
 
 def _finite(values: Any, dimensions: int) -> Floats:
@@ -133,7 +183,8 @@ class Evaluation:
     split, spec, content: what was evaluated on: the split, the hash of the cache's spec, a hash of the data.
     student, teacher: the sums of each window. positions: that went through the student.
     seconds, timed_positions: of the student's forward, in this process, without the first micro-batch, which warms up
-    (unless it is the only one). device: its name.
+    (unless it is the only one). device: its name. slices: the student's sums over the positions of each slice, by name
+    (see `slices.py`); empty for an evaluation from before there were any.
     """
 
     split: str
@@ -145,6 +196,7 @@ class Evaluation:
     device: str
     student: Windows
     teacher: Windows
+    slices: Mapping[str, Windows] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -177,6 +229,10 @@ class Evaluation:
         return found
 
     def to_json(self) -> dict[str, Any]:
+        slices = {
+            name: {"counts": _short(one.counts), "sums": {key: _short(row) for key, row in one.sums.items()}}
+            for name, one in self.slices.items()
+        }
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -184,6 +240,7 @@ class Evaluation:
             "summary": self.summary(),
             "student": self.student.to_json(),
             "teacher": self.teacher.to_json(),
+            **({"slices": slices} if slices else {}),
         }
 
     @classmethod
@@ -197,8 +254,9 @@ class Evaluation:
             data = unsealed(data)
             found = cls(
                 **{name: kind(data[name]) for name, kind in _SCALARS.items()},
-                student=Windows.from_json(data["student"]),
+                student=(student := Windows.from_json(data["student"])),
                 teacher=Windows.from_json(data["teacher"]),
+                slices=_slices_from_json(data.get("slices", {}), len(student.counts)),
             )
             for name, required in _REQUIRED.items():
                 if missing := sorted(required - getattr(found, name).sums.keys()):

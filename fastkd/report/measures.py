@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from math import exp, isfinite
 
-from ..evaluate.measures import REPORT, Measure, printed_in, sign_of
+from ..evaluate.measures import REPORT, Measure, printed_in
+from ..train.verdict import EVEN, HELPED, HURT
+from ..train.verdict import verdict as judged
 from ..utils.intervals import Interval
 from ..utils.numbers import DASH, THIN, decimals, figures, places, with_half
 from .page import UNKNOWN, Cell, Column
 
 MEASURES = {measure.name: measure for measure in printed_in(REPORT)}
 PERPLEXITY = MEASURES.pop("perplexity")  # evaluations do not have it: it follows from the cross-entropy
-VERDICTS = {"good": "better", "bad": "worse", "even": "within noise"}
+VERDICTS = {"good": "better", "bad": "worse", "even": "no difference"}
+TONES = {HELPED: "good", HURT: "bad", EVEN: "even"}
 
 
 def column(measure: Measure) -> Column:
@@ -43,6 +46,4 @@ def perplexity(found: Mapping[str, Interval]) -> Cell:
 
 def verdict(measure: Measure, difference: Interval) -> str:
     """ "good" or "bad" for a difference larger than its interval, else "even"."""
-    if abs(difference.mean) <= difference.half:
-        return "even"
-    return "good" if difference.mean * sign_of(measure.name) < 0 else "bad"
+    return TONES[judged(measure.name, difference)]

@@ -51,12 +51,14 @@ class Charts(NamedTuple):
 
 class Cell(NamedTuple):
     """A table's cell. more: smaller, below (an interval). tone: "good", "bad", "even", "aside" (not measured; so is a
-    lone dash) or "". mark: the tone as a word, so that colour alone says nothing."""
+    lone dash) or "". mark: the tone as a word, so that colour alone says nothing. shade: strength of a background in
+    the tone's colour, from 0 (none) to 1."""
 
     text: str
     more: str = ""
     tone: str = ""
     mark: str = ""
+    shade: float = 0.0
 
 
 UNKNOWN = Cell("\u2013")

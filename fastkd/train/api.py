@@ -25,13 +25,14 @@ from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
-from .arms import WITHOUT_FEATURES, control_arms, feature_help
+from .arms import control_arms
 from .matched import matched_objective, signals_of
 from .objective import Objective
 from .result import RUN, TrainReport, describe_cache
 from .settings_check import check_settings
 from .student import Student, make_student
 from .trainer import Evaluate, Trainer
+from .verdict import judge
 
 if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
@@ -99,10 +100,9 @@ def train(
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
             found, theirs = _run(student, out / arm.folder, arm.settings, arm.objective, *shared)
-            reported: dict[str, Any] = {arm.folder: found}
-            if arm.folder == WITHOUT_FEATURES:
-                reported["feature_help"] = feature_help(ours, theirs, inputs.weights, settings.best)
-            report = replace(report, **reported)
+            judged = judge(arm.folder, ours, theirs, inputs.weights, settings.best)
+            verdicts = report.verdicts | ({arm.folder: judged} if judged else {})
+            report = replace(report, **{arm.folder: found}, verdicts=verdicts)
             if processes.first:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)

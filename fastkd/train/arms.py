@@ -4,21 +4,14 @@ RUN/control/           the same student on hard labels alone
 RUN/without_features/  the same student with the same settings, without the features that it matches
 """
 
-from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..evaluate.measures import sign_of
 from ..settings import TrainSettings
-from ..utils.intervals import Interval, to_json
 from .objective import Objective, WeightedSum
 
-if TYPE_CHECKING:
-    from ..evaluate.api import Evaluation
-
 CONTROL, WITHOUT_FEATURES = "control", "without_features"
-HELPED, HURT, EVEN = "helped", "hurt", "within noise"
 
 
 @dataclass(frozen=True)
@@ -58,66 +51,3 @@ def without_features(objective: Objective) -> Objective | None:
 def reads_features(objective: Any) -> bool:
     """Whether an objective reads cached features."""
     return any(name.partition("/")[0] == "features" for name in objective.signals)
-
-
-@dataclass(frozen=True)
-class FeatureHelp:
-    """A student minus the same without features, on the same held-out windows.
-
-    measure: the one that decides. difference: of each measure, with 95% intervals paired over windows. windows: their
-    number. It is one training each: another seed may change it by more than the interval.
-    """
-
-    measure: str
-    difference: Mapping[str, Interval]
-    windows: int
-
-    @property
-    def verdict(self) -> str:
-        """By the measure that decides: "helped", "hurt" or "within noise"."""
-        return verdict(self.measure, self.difference[self.measure])
-
-    @property
-    def text(self) -> str:
-        """The verdict as a sentence."""
-        mean, half = self.difference[self.measure]
-        figure = f"{self.measure} {mean:+.4f} ± {half:.4f}, paired over {self.windows} held-out windows; one seed"
-        says = {HELPED: "The features helped", HURT: "The features did harm", EVEN: "Whether the features helped is "
-                "within noise"}  # fmt: skip
-        return f"{says[self.verdict]} ({figure})."
-
-    def to_json(self) -> dict[str, Any]:
-        difference = {
-            name: to_json(value) | {"verdict": verdict(name, value)} for name, value in self.difference.items()
-        }
-        return {"measure": self.measure, "verdict": self.verdict, "windows": self.windows, "difference": difference}
-
-
-def feature_help(
-    ours: "Sequence[Evaluation]", theirs: "Sequence[Evaluation]", weights: Sequence[float], measure: str
-) -> FeatureHelp | None:
-    """From evaluations of both, one for each cache: means over caches by their weights. None without evaluations of
-    both, and if they lack the measure."""
-    from ..evaluate.api import compare
-
-    if not ours or len(ours) != len(theirs):
-        return None
-    parts = [compare(one, other) for one, other in zip(ours, theirs, strict=True)]
-    shares = [weight / sum(weights) for weight in weights]
-    difference = {
-        name: Interval(
-            sum(share * part[name].mean for share, part in zip(shares, parts, strict=True)),
-            # windows of several caches are independent
-            sum((share * part[name].half) ** 2 for share, part in zip(shares, parts, strict=True)) ** 0.5,
-        )
-        for name in parts[0]
-        if all(name in part for part in parts)
-    }
-    return FeatureHelp(measure, difference, sum(one.windows for one in ours)) if measure in difference else None
-
-
-def verdict(measure: str, difference: Interval) -> str:
-    """Whether a difference of a measure, with its interval, is for the better, for the worse, or neither."""
-    if not abs(difference.mean) > difference.half:
-        return EVEN
-    return HELPED if difference.mean * sign_of(measure) < 0 else HURT

@@ -23,8 +23,9 @@ from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
-from .arms import CONTROL, WITHOUT_FEATURES, FeatureHelp
+from .arms import CONTROL, WITHOUT_FEATURES
 from .student import Student
+from .verdict import Verdict
 
 STUDENT = "student"
 RUN = "run.json"
@@ -40,8 +41,8 @@ class TrainReport:
     student), empty without evaluations; best: step and value of the best ones. In this call: positions (that went
     through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
     exported student, None while work remains. control: the report of the control, trained on hard labels alone.
-    without_features: that of the same student without the features that it matches, and feature_help: the comparison
-    with it, if both were evaluated by window.
+    without_features: that of the same student without the features that it matches. verdicts: of the comparisons with
+    both, by folder, if they were evaluated by window.
     """
 
     out: str
@@ -58,7 +59,7 @@ class TrainReport:
     notes: list[str] = field(default_factory=list)
     control: "TrainReport | None" = None
     without_features: "TrainReport | None" = None
-    feature_help: FeatureHelp | None = None
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     @property
     def arms(self) -> "dict[str, TrainReport]":
@@ -77,15 +78,15 @@ class TrainReport:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; with a control, `difference` has each measure of the student minus the control's. The arm without
-        features, and what features did, are there if they were measured."""
-        found = asdict(replace(self, control=None, without_features=None, feature_help=None))
-        del found["without_features"], found["feature_help"]
+        features, and verdicts, are there if they were measured."""
+        found = asdict(replace(self, control=None, without_features=None, verdicts={}))
+        del found["without_features"], found["verdicts"]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
             found["difference"] = {n: v - theirs[n] for n, v in self.evaluation.items() if n in theirs}
-        if self.feature_help is not None:
-            found["feature_help"] = self.feature_help.to_json()
+        if self.verdicts:
+            found["verdicts"] = {name: one.to_json() for name, one in self.verdicts.items()}
         return found
 
 
@@ -104,8 +105,8 @@ def report_of(report: TrainReport) -> str:
             columns["without features"] = report.without_features.evaluation
         rows = [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
         lines += format_table([["held out", *columns], *rows])
-    if report.feature_help:
-        lines.append(report.feature_help.text)
+    for one in report.verdicts.values():
+        lines += one.lines
     return "\n".join([*lines, f"student: {report.student}"])
 
 

@@ -1,4 +1,5 @@
-"""95% intervals of measures on sequences. A sequence is the unit: positions within one are not independent.
+"""Intervals of measures on sequences, of 95% unless another share is given. A sequence is the unit: positions within
+one are not independent.
 
 Means have intervals by Student's t: a percentile bootstrap of a dozen sequences is too narrow, and draws at random.
 Other measures (the calibration error) get their standard error from a bootstrap over sequences with a fixed seed, so
@@ -7,6 +8,7 @@ that two measures of the same sequences have the same resamples and can be subtr
 
 import math
 from collections.abc import Callable
+from functools import cache
 from statistics import NormalDist, stdev
 from typing import NamedTuple
 
@@ -15,11 +17,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
+TAIL = 0.025
+"""The share outside an interval of 95%, at either end."""
 _SEED = 0
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95% interval (infinite for a single sequence)."""
+    """A mean, and half the width of its interval (infinite for a single sequence)."""
 
     mean: float
     half: float
@@ -33,8 +37,8 @@ class Interval(NamedTuple):
         return self.mean + self.half
 
 
-def ratio_interval(sums: Floats, counts: Floats) -> Interval:
-    """Σ sums / Σ counts over sequences `[n]`, and its 95% interval.
+def ratio_interval(sums: Floats, counts: Floats, *, tail: float = TAIL) -> Interval:
+    """Σ sums / Σ counts over sequences `[n]`, and its interval, outside of which lies `tail` at either end.
 
     The mean over positions, of sequences of unequal counts: the ratio estimator with its linearised variance (Cochran,
     Sampling Techniques, 1977, chapter 6), and Student's t. With equal counts it is that of the mean of their means.
@@ -44,7 +48,7 @@ def ratio_interval(sums: Floats, counts: Floats) -> Interval:
     if n < 2:
         return Interval(mean, math.inf)
     residual = sums - mean * counts
-    return Interval(mean, t_quantile(n - 1) * math.sqrt(n / (n - 1) * float(residual @ residual)) / total)
+    return Interval(mean, t_quantile(n - 1, tail) * math.sqrt(n / (n - 1) * float(residual @ residual)) / total)
 
 
 def bootstrap_interval(statistic: Callable[[Floats], Floats], sequences: int) -> Interval:
@@ -73,16 +77,42 @@ def to_json(found: Interval) -> dict[str, float | None]:
     return {"mean": found.mean, "low": found.low if known else None, "high": found.high if known else None}
 
 
-def t_quantile(df: int) -> float:
-    """The 97.5% quantile of Student's t."""
-    z = NormalDist().inv_cdf(0.975)
-    if df < 3:
-        return {1: 12.706, 2: 4.303}[df]
-    # Cornish-Fisher: right to 0.02 at 3 degrees of freedom, to 1e-3 from 6 on
-    series = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return float(sum(term / df**power for power, term in enumerate(series)))
+@cache
+def t_quantile(df: int, tail: float = TAIL) -> float:
+    """The quantile of Student's t that a share of `tail` lies above.
+
+    Up to 60 degrees of freedom from the distribution function in closed form (Abramowitz & Stegun, 26.7.3 and 26.7.4),
+    by bisection; above by the Cornish-Fisher series (26.7.5), which is then right to 1e-5.
+    """
+    z = NormalDist().inv_cdf(1.0 - tail)
+    if df > 60:
+        series = (
+            z,
+            (z**3 + z) / 4,
+            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        )
+        return float(sum(term / df**power for power, term in enumerate(series)))
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(df)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _above(middle, df) > tail else (low, middle)
+    return math.sqrt(df) * math.tan(0.5 * (low + high))
+
+
+def _above(angle: float, df: int) -> float:
+    """The share of Student's t above sqrt(df) * tan(angle), for an angle from 0 to pi / 2."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if df % 2:
+        term, total = cosine, 0.0
+        for k in range(1, df - 1, 2):
+            total += term
+            term *= cosine * cosine * (k + 1) / (k + 2)
+        within = 2 / math.pi * (angle + sine * total)
+    else:
+        term, total = 1.0, 0.0
+        for k in range(0, df, 2):
+            total += term
+            term *= cosine * cosine * (k + 1) / (k + 2)
+        within = sine * total
+    return 0.5 * (1.0 - within)

@@ -76,7 +76,7 @@ def test_a_difference_is_paired_by_seed() -> None:
     assert found["kl_bucket"] == pytest.approx(Interval(-0.5, 0.0))
     assert found["cross_entropy"].mean == -0.25
     assert verdict(found["kl_bucket"]) == "features help"
-    assert verdict(found["cross_entropy"]) == "within noise"
+    assert verdict(found["cross_entropy"]) == "no difference"
     assert verdict(Interval(0.2, 0.1)) == "features do harm"
 
 

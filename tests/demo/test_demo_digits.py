@@ -76,7 +76,7 @@ def test_what_it_leaves(place: Path) -> None:
             expected = scores["student"][name]["mean"] - scores[other][name]["mean"]
             assert difference["mean"] == pytest.approx(expected, abs=1e-9)
     mean, half = (report["student_minus_without_features"]["cross_entropy"][name] for name in ("mean", "half"))
-    assert report["features"] == ("within noise" if abs(mean) <= half else "helped" if mean < 0 else "hurt")
+    assert report["features"] == ("no difference" if abs(mean) <= half else "helped" if mean < 0 else "hurt")
     feature = open_cache(place / "digits" / "cache").features[demo.FEATURE]
     assert feature.spec.shape == (4 * FEW.teacher_width, 4, 4)
     assert len(feature.shards) == len(open_cache(place / "digits" / "cache").shards)

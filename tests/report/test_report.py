@@ -22,6 +22,7 @@ from fastkd.demo.completions import completions_section
 from fastkd.demo.page import break_even, cost_section
 from fastkd.errors import NoRun, ReportError
 from fastkd.evaluate.api import compare
+from fastkd.evaluate.slices import SAYS, SLICES
 from fastkd.report import plots, render, sections
 from fastkd.report.make import make_report, page_of
 from fastkd.report.measures import MEASURES, cell, perplexity, verdict
@@ -47,6 +48,7 @@ from fastkd.report.page import (
 from fastkd.report.render import to_html
 from fastkd.report.runs import Comparison, in_lines, measured, read_run, read_runs
 from fastkd.report.sections import register_section
+from fastkd.train.verdict import judge
 from fastkd.utils.intervals import Interval
 from fastkd.utils.numbers import (
     decimals,
@@ -182,9 +184,9 @@ def test_a_missing_control(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "says", "mark"),
     [
-        (STUDENT, WORSE, "The features helped", "better"),
-        (WORSE, STUDENT, "The features did harm", "worse"),
-        (STUDENT, (3.0162, *STUDENT[1:]), "Whether the features helped is within noise", "within noise"),
+        (STUDENT, WORSE, "helped", "▲ helped"),
+        (WORSE, STUDENT, "hurt", "▼ hurt"),
+        (STUDENT, (3.0162, *STUDENT[1:]), "no difference", "= no difference"),
     ],
 )  # fmt: skip
 def test_whether_features_helped(
@@ -194,8 +196,9 @@ def test_whether_features_helped(
     found = page(run).text
     mean, half = compare(evaluation(ours), evaluation(theirs, seed=2))["cross_entropy"]
     figure = f"cross_entropy {mean:+.4f} ± {half:.4f}, paired over 12 held-out windows; one seed"
-    assert f"matched: {says} ({figure})" in found
-    assert f"{mark}: ±" in found
+    assert "Did the features help?" in found
+    assert f"matched against without features: {says} ({figure})" in found
+    assert mark in found
     assert "Matched: 20:16:mse:0.1." in found
     assert "against the same without features" in found
     assert "matched, without features" in found
@@ -203,6 +206,29 @@ def test_whether_features_helped(
     assert "matched: not known" in page(run).text
     shutil.rmtree(run / "without_features")
     assert "features help" not in page(run).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_verdicts_by_slice(run: Path) -> None:
+    found = page(run).text
+    ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
+    judged = judge("control", [ours], [theirs], [1.0], "cross_entropy")
+    assert judged is not None
+    assert judged.cells == len(SLICES) * 4  # cross-entropy, KL, agreement, accuracy
+    assert "Did distillation help?" in found
+    assert f"healed {judged.sentence()}." in found
+    assert f"{judged.cells} cells" in found
+    for name, says in SAYS.items():
+        assert says in found
+        for key, value in judged.slices[name].items():
+            mean, half = with_half(*value, scale=MEASURES[key].scale, sign=True)
+            assert f"{mean} ± {half}".replace("\u202f", " ") in found, (name, key)
+    # signs as well as colours, and a shade for what differs alone
+    text = to_html(page_of(read_runs([run])))
+    marks = "▲ helped|▼ hurt|= no difference"
+    cells = re.findall(rf'<td( style="--shade:\d+%")? class="[^>]*>((?:(?!</td>).)*?)({marks})', text, re.DOTALL)
+    assert {mark for *_, mark in cells} == set(marks.split("|"))
+    assert all((mark == "= no difference") == (style == "") for style, _, mark in cells)
 
 
 @pytest.mark.usefixtures("undrawn")

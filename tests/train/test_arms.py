@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from match_cases import add_feature
-from report_cases import CONTROL, STUDENT, evaluation
 from torch import Tensor, nn
 from train_cases import SMALL, Tiny, bits, make_cache
 
@@ -18,10 +17,10 @@ from fastkd.evaluate.api import Evaluation, compare
 from fastkd.report.make import make_report
 from fastkd.settings import TrainSettings
 from fastkd.train import arms
-from fastkd.train.arms import EVEN, HELPED, HURT, control_arms, feature_help, verdict, without_features
+from fastkd.train.arms import control_arms, without_features
 from fastkd.train.objective import TokenKD, WeightedSum
 from fastkd.train.result import report_of
-from fastkd.utils.intervals import Interval
+from fastkd.train.verdict import EVEN, HELPED, HURT, verdict
 from fastkd.utils.signals import Stop
 
 ARMS = ("without_features", "control")
@@ -79,7 +78,9 @@ def test_with_features_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [e["text"].partition(":")[0] for e in events if e["event"] == "note" and "now the same" in e["text"]] == [
         "now the same student without the features that it matches", "now the same student on hard labels alone",
     ]  # fmt: skip
-    assert report["feature_help"]["verdict"] in (HELPED, HURT, EVEN)
+    assert {n: one["verdict"] in (HELPED, HURT, EVEN) for n, one in report["verdicts"].items()} == dict.fromkeys(
+        ARMS, True
+    )
     settings = {n: json.loads((tmp_path / "run" / n / "run.json").read_text())["settings"] for n in ("", *ARMS)}
     assert {n: (one["match"], one["alpha"]) for n, one in settings.items()} == {
         "": (["2:2:mse:5"], 0.5), "without_features": ([], 0.5), "control": ([], 1.0),
@@ -133,14 +134,16 @@ def test_the_arm_without_features_is_the_training_without(cache: Cache, tmp_path
         for name in ("", "without_features")
     ]
     expected = compare(*evaluations)
-    help_ = report.feature_help
-    assert help_ is not None
-    assert dict(help_.difference) == expected
+    assert list(report.verdicts) == ["without_features", "control"]
+    judged = report.verdicts["without_features"]
+    assert dict(judged.difference) == expected
     document = json.loads((tmp_path / "run" / "run.json").read_text())["report"]
-    assert document["feature_help"] == json.loads(json.dumps(help_.to_json()))
+    found = document["verdicts"]["without_features"]
+    assert found == json.loads(json.dumps(judged.to_json()))
     mean, half = expected["cross_entropy"]
-    assert document["feature_help"]["difference"]["cross_entropy"]["mean"] == pytest.approx(mean)
-    assert document["feature_help"]["verdict"] == verdict("cross_entropy", expected["cross_entropy"])
+    assert found["difference"]["cross_entropy"]["mean"] == pytest.approx(mean)
+    assert found["verdict"] == verdict("cross_entropy", expected["cross_entropy"])
+    assert found["cells"] == judged.cells > 8
     assert document["without_features"]["evaluation"] == report.arms["without_features"].evaluation
     assert document["difference"].keys() == report.evaluation.keys()
     text = report_of(report)
@@ -168,29 +171,5 @@ def test_stopped_in_an_arm_it_goes_on_there(cache: Cache, tmp_path: Path) -> Non
     report = fastkd.train(Tiny(seed=1), cache, tmp_path, **given, objective=both(), evaluate=stopping)
     assert report.complete
     assert report.arms["without_features"].resumed == 6
-    assert report.feature_help is None  # this evaluation says nothing of windows
-    assert "feature_help" not in report.to_json()
-
-
-def test_verdicts() -> None:
-    assert verdict("cross_entropy", Interval(-0.2, 0.1)) == HELPED
-    assert verdict("cross_entropy", Interval(0.2, 0.1)) == HURT
-    assert verdict("agreement", Interval(0.2, 0.1)) == HELPED
-    assert verdict("agreement", Interval(0.1, 0.1)) == EVEN
-    assert verdict("agreement", Interval(0.1, float("inf"))) == EVEN
-    assert verdict("agreement", Interval(float("nan"), 0.1)) == EVEN
-
-
-def test_of_several_caches() -> None:
-    """Means by their weights; the windows of different caches are independent."""
-    ours, theirs = evaluation(STUDENT), evaluation(CONTROL, seed=1)
-    one, two = compare(ours, theirs)["kl_bucket"], compare(theirs, ours)["kl_bucket"]
-    found = feature_help([ours, theirs], [theirs, ours], [3.0, 1.0], "kl_bucket")
-    assert found is not None
-    mean, half = found.difference["kl_bucket"]
-    assert mean == pytest.approx(0.75 * one.mean + 0.25 * two.mean)
-    assert half == pytest.approx(((0.75 * one.half) ** 2 + (0.25 * two.half) ** 2) ** 0.5)
-    assert found.verdict == HELPED
-    assert found.windows == 24
-    assert feature_help([], [], [], "kl_bucket") is None
-    assert feature_help([ours], [theirs], [1.0], "mine") is None
+    assert not report.verdicts  # this evaluation says nothing of windows
+    assert "verdicts" not in report.to_json()

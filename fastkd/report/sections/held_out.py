@@ -79,7 +79,7 @@ def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | No
         return None
     caption = (
         "Paired over windows: what makes a window hard for every student cancels. A difference smaller than its 95% "
-        "interval is within noise. Each student is one training run: these intervals do not include the effect of "
+        "interval is no difference. Each student is one training run: these intervals do not include the effect of "
         "another seed."
     )
     return Table("difference", [column(m) for m in known], rows, caption)
