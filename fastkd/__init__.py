@@ -11,6 +11,7 @@ from .utils.deprecated import find_moved_modules
 
 if TYPE_CHECKING:
     from .capture.api import capture as capture
+    from .capture.mix_caches import mix_targets as mix_targets
     from .kernels import DistillationLoss as DistillationLoss
     from .kernels import HiddenTargets as HiddenTargets
     from .kernels import KDError as KDError
@@ -41,6 +42,7 @@ __getattr__, _, _names = lazy_loader.attach(
     __name__,
     submodules=["capture", "sweep", "train"],  # packages that can be called: see utils/callable_package.py
     submod_attrs={
+        "capture.mix_caches": ["mix_targets"],
         "kernels": [
             "DistillationLoss",
             "HiddenTargets",

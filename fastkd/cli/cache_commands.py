@@ -1,4 +1,4 @@
-"""The commands that look after a cache: inspect, verify, seal, features; and its export."""
+"""The commands that look after a cache: inspect, verify, seal, features; its export, and the mean of several."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from ..settings import DataSettings
 from ..utils.numbers import size_text
 from ..utils.signals import Stop
 from ..utils.text import features_lines, printable, ranges, report_text
-from .commands import ExportCache, Features, Inspect, Seal, Verify
+from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
 from .outcome import Outcome, at_terminal, store_of
 
 if TYPE_CHECKING:
@@ -166,3 +166,17 @@ def export_cache(command: ExportCache, stop: Stop) -> Outcome:
         progress=mode_for(events=command.json),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, printable(str(report)), report.status)
+
+
+def mix_targets(command: MixTargets, stop: Stop) -> Outcome:
+    """Write the mean of several caches. Status 75: work remains."""
+    from ..cache import open_store
+    from ..capture.mix_caches import mix_targets as run
+    from ..capture.mix_caches import mix_text
+    from ..utils.progress import mode_for
+
+    report = run(
+        [store_of(place) for place in command.caches], open_store(command.out, create=True), weights=command.weights,
+        k=command.k, threads=command.threads, stop=stop, progress=mode_for(events=command.json),
+    )  # fmt: skip
+    return Outcome({"event": "done", **report.to_json()}, mix_text(report), report.status)

@@ -239,6 +239,32 @@ class ExportCache(ModelSettings):
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixTargets:
+    """Write the mean of several teachers' caches.
+
+    The caches must have the same rows: one data set, vocabulary and window plan. Exact for tokens among the top-k
+    entries of all caches; tails and other tokens are estimated where they are unknown.
+    Running the same command again resumes. Exit status 75: work remains (after SIGTERM, or with a full disk).
+    """
+
+    caches: Annotated[
+        tuple[str, ...], tyro.conf.Positional,
+        tyro.conf.arg(metavar="CACHE CACHE [CACHE ...]", help_behavior_hint="(required)"),
+    ]  # fmt: skip
+    """Complete caches: folders, .zips of one, or URLs."""
+    out: str
+    """Output cache: a folder or a URL (s3://, gs://, az://)."""
+    weights: tuple[float, ...] = ()
+    """Weights of the caches. Default: all equal."""
+    k: int | None = None
+    """Maximum number of top-k entries per target. Default: the union of all caches' entries."""
+    threads: int = 1
+    """Number of threads that encode and write shards."""
+    json: bool = False
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Compare runs on one HTML page.
@@ -307,6 +333,7 @@ COMMANDS: dict[str, type] = {
     "match": Match,
     "train": Train,
     "sweep": Sweep,
+    "mix-targets": MixTargets,
     "export-cache": ExportCache,
     "report": Report,
     "bench": Bench,

@@ -31,7 +31,7 @@ from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.text import printable
-from .cache_commands import export_cache, features, inspect, seal, verify
+from .cache_commands import export_cache, features, inspect, mix_targets, seal, verify
 from .commands import (
     Bench,
     Capture,
@@ -41,6 +41,7 @@ from .commands import (
     Features,
     Inspect,
     Match,
+    MixTargets,
     Plan,
     Report,
     Seal,
@@ -262,6 +263,7 @@ _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
     Capture: capture,
     Train: train,
     Sweep: sweep,
+    MixTargets: mix_targets,
     ExportCache: export_cache,
     Demo: demo,
 }
