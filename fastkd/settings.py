@@ -209,6 +209,13 @@ class TrainSettings:
     """Initial values of the projectors of states: those that fit the first batch best, or random ones."""
     match_rate: float | None = None
     """Peak learning rate of the projectors. Default: as rate."""
+    exits: tuple[int | str, ...] = ()
+    """Early exits to train, by the number of layers before them, such as 6,12. What enters the next layer goes through
+    the final norm and the LM head, and learns from the student's last layer and from the labels."""
+    exit_weight: float = 1.0
+    """Weight of the exits' loss, which is the mean over exits, beside that of the last layer."""
+    exit_alpha: float = 0.5
+    """Weight of the labels in the loss of an exit: 0 trains it on the last layer's answers alone, 1 on labels alone."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. Not applied to embeddings, biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -248,6 +255,8 @@ class TrainSettings:
     """Number of most recent checkpoints to keep, in addition to the best."""
     export: Literal["last", "best"] = "last"
     """Checkpoint whose weights become the result."""
+    export_exit: int | None = None
+    """Also write the student cut at this one of its exits, as student-exitN: a whole model of so many layers."""
     max_positions: int | None = None
     """Maximum positions to train on: the first whole sequences of the cache up to this number."""
     skip: int = 0
@@ -268,6 +277,11 @@ class TrainSettings:
     """Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with a student."""
+
+    def __post_init__(self) -> None:
+        given = [part.strip() for one in self.exits for part in str(one).split(",")]
+        # what is no number is refused when it is checked
+        object.__setattr__(self, "exits", tuple(int(n) if n.isdecimal() else n for n in given if n))
 
     def loss_config(self) -> "LossConfig":
         """The settings of the distillation loss. Raises KDError for values that are not possible."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ def output_of(value: Any, name: str, shape: str | None, error: type[Exception]) 
         f"{name}: got {type(value).__name__}{of_shape} from the model; expected logits {expected}, an object with "
         "`logits`, or fastkd.teachers.Hidden."
     )
+
+
+def detached(output: Output) -> Output:
+    """An output as a teacher's answer: without gradients, and under autocast with states and LM head in its type, as
+    the loss has them."""
+    if isinstance(output, Logits):
+        return Logits(output.values.detach())
+    states, head = output.states.detach(), output.lm_head
+    if not isinstance(head, LMHead):
+        return Hidden(states, head)
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    return Hidden(states.to(dtype), replace(head, weight=head.weight.detach().to(dtype), bias=bias))
 
 
 def run_probe(model: Callable[..., Any], probe: Tensor, name: str, shape: str, error: type[Exception]) -> Output:

@@ -4,10 +4,16 @@ The numbers are kept in the model's config, as `fastkd_original_layers` and `fas
 config.json, also in that of a trained student. Equal weights would not do: after training there are none.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+
+from .taps import layers_of
 
 _LAYERS, _COUNT = "fastkd_original_layers", "fastkd_original_count"
 
@@ -41,3 +47,26 @@ def note_original_layers(model: Any, kept: Sequence[int], count: int) -> None:
     numbers = list(kept) if before is None else [before.layers[n] for n in kept]
     setattr(model.config, _LAYERS, numbers)
     setattr(model.config, _COUNT, count if before is None else before.count)
+
+
+def truncated(model: Any, count: int) -> Any:
+    """A model of transformers that consists of the first layers of another: its config, with meta tensors as weights.
+
+    Its parameters have the names that they have in the other model. Raises ValueError if the config does not say how
+    many layers there are.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    note_original_layers(SimpleNamespace(config=config), range(count), before)
+    for name, value in list(vars(text).items()):
+        if "layer" in name and name != _LAYERS and isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:count])  # such as layer_types
+    text.num_hidden_layers = count
+    with torch.device("meta"):
+        made = type(model)(config)
+    if len(layers_of(made)) != count or not made.state_dict().keys() <= model.state_dict().keys():
+        raise ValueError(f"{type(model).__name__} with num_hidden_layers={count} is not its first {count} layers")
+    if hasattr(model, "generation_config"):
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made

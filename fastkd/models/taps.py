@@ -150,14 +150,17 @@ def replaced(tap: Tap, value: Tensor, skipped: Sequence[nn.Module] = ()) -> Iter
         handle: Any = tap.module.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = tap.module.register_forward_hook(after)
+    own = [module.__dict__.get("forward") for module in skipped]
     try:
         for module in skipped:
             module.forward = unchanged
         yield
     finally:
         handle.remove()
-        for module in skipped:
+        for module, forward in zip(skipped, own, strict=True):
             module.__dict__.pop("forward", None)
+            if forward is not None:  # as of activation checkpointing
+                module.forward = forward
 
 
 def resolve(model: nn.Module, names: Iterable[str], error: type[Exception] = TeacherError) -> list[Tap]:

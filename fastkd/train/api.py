@@ -26,6 +26,7 @@ from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .arms import control_arms
+from .exits import exit_students, with_exits
 from .matched import matched_objective, signals_of
 from .objective import Objective
 from .result import RUN, TrainReport, describe_cache
@@ -127,6 +128,8 @@ def _run(
     made = make_student(student, inputs.spec, settings, inputs.data)
     if settings.match:
         objective = matched_objective(settings, inputs.caches, made.student, objective=objective, data=inputs.data)
+    if settings.exits:
+        objective = with_exits(settings, made.student, objective, inputs.data)
     trainer = Trainer(
         made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
         evaluate=evaluate, progress=progress,
@@ -235,9 +238,17 @@ class HeldOut:
     evaluations: "list[Evaluation]"
 
     def __call__(self, student: Student) -> dict[str, float]:
+        self.evaluations[:] = self._of(student)
+        found = means(self.evaluations, self.inputs.weights)
+        for name, part in exit_students(student).items():
+            theirs = means(self._of(part), self.inputs.weights)
+            found |= {f"{name}/{measure}": value for measure, value in theirs.items()}
+        return found
+
+    def _of(self, student: Any) -> "list[Evaluation]":
         from ..evaluate.api import evaluate
 
-        self.evaluations[:] = [
+        return [
             evaluate(
                 student,
                 cache,
@@ -249,7 +260,6 @@ class HeldOut:
             )
             for cache in self.inputs.caches
         ]
-        return means(self.evaluations, self.inputs.weights)
 
 
 def held_out(settings: TrainSettings, inputs: Inputs, processes: Processes = ALONE) -> HeldOut | None:

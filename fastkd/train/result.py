@@ -118,14 +118,18 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
     """
     prefix = "model."  # an objective's own tensors are not part of the model
     plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    model: Any = student.model
+    write_model(folder, student.model, plain, tokenizer)
+
+
+def write_model(folder: Path, model: Any, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
+    """Write a model with these weights, by the names of its own; see `write_student`. Its own may be meta tensors."""
 
     def fill(place: Path) -> None:
         try:
             if hasattr(model, "save_pretrained"):
-                model.save_pretrained(place, state_dict=plain)
+                model.save_pretrained(place, state_dict=dict(tensors))
             else:
-                save_file(plain, place / "model.safetensors")
+                save_file(dict(tensors), place / "model.safetensors")
         except SafetensorError as error:  # as of a full disk
             raise OSError(errno.EIO, str(error)) from error
         if not hasattr(model, "save_pretrained"):

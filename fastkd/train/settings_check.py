@@ -16,13 +16,14 @@ from .objective import Objective, TokenKD, check_objective
 RESUME_MAY_CHANGE = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
     "timeout_minutes", "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep",
-    "export",
+    "export", "export_exit",
     "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
 }  # fmt: skip
 _RANGES = {
-    **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end"), (0.0, 1.0)),
+    **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha"), (0.0, 1.0)),
     **dict.fromkeys(
-        ("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes", "match_rate"), (0.0, math.inf)
+        ("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes", "match_rate", "exit_weight"),
+        (0.0, math.inf),
     ),
 }
 
@@ -52,6 +53,15 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         raise TrainError(f"match: got {settings.match!r}; expected a tuple of entries.")
     for entry in settings.match:
         parse(entry)
+    if wrong := [n for n in settings.exits if not isinstance(n, int) or n < 1]:
+        raise TrainError(f"exits: got {wrong[0]!r}; expected numbers of layers from 1 on, such as 6,12.")
+    if len(set(settings.exits)) < len(settings.exits):
+        raise TrainError(f"exits: got {', '.join(map(str, settings.exits))}; expected each layer once.")
+    if settings.export_exit is not None and settings.export_exit not in settings.exits:
+        raise TrainError(
+            f"export_exit: got {settings.export_exit}; expected one of the exits that are trained "
+            f"({', '.join(map(str, settings.exits)) or 'none'})."
+        )
     objective = TokenKD.from_settings(settings) if objective is None else objective
     check_objective(objective)
     if spec is not None and isinstance(objective, TokenKD):
@@ -68,8 +78,9 @@ def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> di
 def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with an effect on the trained student, as they were given. settings: as in run.json."""
     known = {field.name for field in fields(TrainSettings)} - RESUME_MAY_CHANGE
-    # runs from before there was matching have none of its settings
+    # runs from before there was matching, or exits, have none of their settings
     known -= {"match", "match_projector", "match_init", "match_rate"} if not settings.get("match") else set()
+    known -= {"exits", "exit_weight", "exit_alpha"} if not settings.get("exits") else set()
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items() if name in known}
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found
 

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -91,18 +91,22 @@ class Student(nn.Module):
         if not (names := tuple(names)):
             return {}
         inner, training = InnerOutputs(self.model, names), self.model.training
-        device = next(self.model.parameters()).device
-        probe = SimpleNamespace(layout="padded", input_ids=torch.zeros(PROBE, dtype=torch.int64, device=device))
-        if data is not None:
-            probe.inputs = data.first().to(device)
         self.model.eval()
         try:
             with torch.no_grad():
-                self._run(self.model, probe)
+                self.run(self.probe(data))
             return {name: tuple(value.shape) for name, value in inner.take().items()}
         finally:
             self.model.train(training)
             inner.close()
+
+    def probe(self, data: Examples | None = None) -> Any:
+        """A batch of `PROBE` tokens, or of the first example, for `run`."""
+        device = next(self.model.parameters()).device
+        probe = SimpleNamespace(layout="padded", input_ids=torch.zeros(PROBE, dtype=torch.int64, device=device))
+        if data is not None:
+            probe.inputs = data.first().to(device)
+        return probe
 
     def forward(self, batch: AnyBatch, *, num_items: int | Tensor | None = None, **scheduled: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch; see `Objective.losses`.
@@ -117,14 +121,10 @@ class Student(nn.Module):
                 f"{type(batch).__name__} lacks."
             )
         with self._autocast(batch.device):
-            output = self._output(batch)
+            output = self.run(batch)
             if self.live is not None:
                 batch = self.live.answer(batch, output, self)
-            outputs = {
-                name: OUTPUTS[name](output, batch.targets.index) for name in objective.outputs if name in OUTPUTS
-            }
-            if self._inner is not None:
-                outputs |= self._inner.take(getattr(batch, "position_ids", None))
+            outputs = self.outputs(batch, output)
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
 
     @torch.no_grad()
@@ -135,11 +135,35 @@ class Student(nn.Module):
         with self._autocast(batch.device):
             return self.live.answer(batch, None, self)
 
-    def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
-        """Logits `[m, V]` at some of the flattened positions; None: at those that count."""
-        with self._autocast(batch.device), nullcontext() if self._inner is None else self._inner.paused():
-            logits: Tensor = OUTPUTS["logits"](self._output(batch), batch.targets.index if rows is None else rows)
+    def logits(
+        self, batch: AnyBatch, rows: Tensor | None = None, run: Callable[[AnyBatch], Output] | None = None
+    ) -> Tensor:
+        """Logits `[m, V]` at some of the flattened positions; None: at those that count. run: called, where parameters
+        are complete, for the output whose logits they are, instead of the model."""
+        with self._autocast(batch.device), self.paused() if run is None else nullcontext():
+            output = (self.run if run is None else run)(batch)
+            logits: Tensor = OUTPUTS["logits"](output, batch.targets.index if rows is None else rows)
             return logits
+
+    def outputs(self, batch: AnyBatch, output: Output) -> dict[str, Any]:
+        """What the objective reads of the last forward of the model, by name. output: what the model returned."""
+        found = {name: OUTPUTS[name](output, batch.targets.index) for name in self.objective.outputs if name in OUTPUTS}
+        if self._inner is not None:
+            found |= self._inner.take(getattr(batch, "position_ids", None))
+        return found
+
+    def paused(self) -> AbstractContextManager[None]:
+        """For a forward of the model whose inner states nobody reads."""
+        return nullcontext() if self._inner is None else self._inner.paused()
+
+    def copied_model(self) -> nn.Module:
+        """A copy of the model, with its shared parameters shared. Make it before layers are compiled or wrapped."""
+        if self._inner is not None:  # the copy of a hook would record for this student
+            self._inner.close()
+        try:
+            return copy.deepcopy(self.model)
+        finally:
+            self.read(self.objective)
 
     @property
     def parameters_and_bytes(self) -> tuple[int, int]:
@@ -151,10 +175,12 @@ class Student(nn.Module):
         """The layers, or none; see `layers_of`."""
         return layers_of(self.model)
 
-    def _output(self, batch: AnyBatch) -> Output:
+    def run(self, batch: AnyBatch, model: nn.Module | None = None) -> Output:
+        """What the model returns for a micro-batch. model: a copy of it, to run instead; under FSDP2, within its own
+        forward. Raises TrainError if it does not take the micro-batch."""
         if isinstance(batch, MicroBatch):
             self._check(batch)
-        output = self._run(self.model, batch)
+        output = self._run(self.model if model is None else model, batch)
         if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead) and self.autocast is None:
             # autocast would convert both
             return Hidden(output.states.to(output.lm_head.weight.dtype), output.lm_head)

@@ -42,6 +42,7 @@ from .checkpoint import (
     read,
     write,
 )
+from .exits import write_exit
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
@@ -188,6 +189,8 @@ class Trainer:
         if complete and self._processes.first:
             tensors = self._exported_checkpoint().tensors(MODEL)
             write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
+            if (layers := self._settings.export_exit) is not None:
+                write_exit(self._out / f"{STUDENT}-exit{layers}", self.student, layers, tensors, self._tokenizer)
         return TrainReport(
             out=str(self._out),
             step=self.step,
