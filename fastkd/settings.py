@@ -153,6 +153,33 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """On-policy distillation: sequences that the student continues itself, scored by a teacher."""
+
+    rollouts: float = 0.0
+    """Fraction of the sequences that the student continues itself, from a prefix. It learns from the teacher at the
+    positions of its own continuation (on-policy distillation)."""
+    rollout_tokens: int = 128
+    """Maximum tokens of a continuation."""
+    rollout_temperature: float = 1.0
+    """Sampling temperature of the student. 0: always the most likely token."""
+    rollout_every: int = 16
+    """Steps between two generations: the sequences of that many steps are continued at once, with the same weights."""
+    rollout_prompt: int | None = None
+    """Tokens of a prompt. Default: up to an assistant's turn for conversations with loss-on=assistant, otherwise a
+    random length for each sequence."""
+    rollout_eos: int | None = None
+    """Token id that ends a continuation. Default: the student's own, if it has one."""
+    rollout_batch: int = 64
+    """Sequences that are continued at once."""
+    rollout_generator: str = "auto"
+    """Generator of continuations: loop (any model), transformers (with a cache of keys and values), vllm, or auto."""
+    rollout_scoring: Literal["here", "external"] = "here"
+    """Who runs the teacher on the continuations. here: the training. external: `fastkd capture` of others, for which
+    the training waits, up to timeout-minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a student is trained from a cache."""
 

@@ -22,6 +22,9 @@ Values: TypeAlias = "pa.Array | list[Any]"
 
 DEFAULT_COLUMNS = ("input_ids", "tokens", "text", "messages")  # used without column= if a table has one of them
 READ_BYTES = 2**23  # read, or decoded, at a time
+LOSS_MASK, TOKENIZER = "fastkd.loss_mask", "fastkd.tokenizer"
+"""Keys of a Parquet file's metadata, for a column of token ids. The name of another column, of lists of booleans of the
+same lengths: whether the teacher's distribution after each token counts. The fingerprint of the ids' tokenizer."""
 
 
 class Column(Protocol):
@@ -83,7 +86,10 @@ class ParquetColumn(_BatchColumn):
             self._file = pq.ParquetFile(path, buffer_size=2**20)
             metadata = self._file.metadata
             self._starts = _starts([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
+            stated = self._file.schema_arrow.metadata or {}
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
+        self.stated = {key: stated[key.encode()].decode() for key in (LOSS_MASK, TOKENIZER) if key.encode() in stated}
+        """What the file's metadata state of its token ids; see `LOSS_MASK`, `TOKENIZER`."""
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
 

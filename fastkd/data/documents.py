@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..models.tokenizers import Tokenizer
 from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
-from .columns import Column, Values, concat_arrays
+from .columns import TOKENIZER, Column, Values, concat_arrays
 from .sources import Source, open_source
 from .token_ids import check_range, flat_ids, texts_or_chats
 
@@ -112,6 +112,8 @@ class Documents:
         vocab_size: int,
     ) -> None:
         self._columns = source.columns
+        self._stated = {} if tokenizer else source.stated
+        self._loss_masks = source.loss_masks() if self._stated else []
         self._files = source.files
         self.text_documents = source.text_documents
         """What a document of its text files is, see `open_documents`; None without text files."""
@@ -133,8 +135,11 @@ class Documents:
 
     @property
     def text_settings(self) -> dict[str, str]:
-        """Fingerprints of tokenizer and template, loss_on and text_documents, if they apply; empty for ids."""
-        return {name: value for name, value in self._settings.items() if value} if self._tokenizer else {}
+        """Fingerprints of tokenizer and template, loss_on and text_documents, if they apply; for ids only that of the
+        tokenizer, if their files state it."""
+        if self._tokenizer is None:
+            return {"tokenizer": self._stated[TOKENIZER]} if TOKENIZER in self._stated else {}
+        return {name: value for name, value in self._settings.items() if value}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -194,7 +199,7 @@ class Documents:
         """sha256 of everything that decides the tokens: names (without folders), sizes and contents of the files,
         column, tokenizer, template, loss_on. Files are hashed once (see utils/hashing.py); values in memory every time.
         """
-        named = {"columns": [column.name for column in self._columns], **self._settings}
+        named = {"columns": [column.name for column in self._columns], **self._settings, **self._stated}
         whole = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
         with self._unchanged(range(len(self._files))):
             hashes = files_sha256(self._files, progress=progress)
@@ -256,9 +261,10 @@ class Documents:
             named = f", column {column.name!r}" if column.name else ""
             return f"{column.where(first + row)}{named}: "
 
-        loss_mask: list[bool] | None = None
+        loss_mask: Any = None
         if self._tokenizer is None:
             ids, lengths = flat_ids(values, where)
+            loss_mask = self._loss_mask(column, first, lengths, where)
         else:
             parts, masks = [], []
             for row, value in enumerate(texts_or_chats(values, where, chats=self._template is not None)):
@@ -270,6 +276,30 @@ class Documents:
         check_range(ids, lengths, self._vocab_size, where)
         counts = np.ones(len(ids), bool) if loss_mask is None else np.array(loss_mask, bool)
         return Tokens(ids.astype(np.int32, copy=False), lengths, counts)
+
+    def _loss_mask(
+        self, column: Column, first: int, lengths: NDArray[np.int64], where: Callable[[int], str]
+    ) -> NDArray[np.bool_] | None:
+        """The loss mask of a column's token ids from row `first` on, if its file has one. lengths: of its documents."""
+        if not self._loss_masks:
+            return None
+        beside = self._loss_masks[self._columns.index(column)]
+        parts: list[Any] = [part for _, part in _pieces(beside, first, first + len(lengths))]
+        lists = concat_arrays(parts)
+        if parts and not (pa.types.is_list(lists.type) and pa.types.is_boolean(lists.type.value_type)):
+            raise DataError(
+                f"{where(0)}got {lists.type} in column {beside.name!r}, the loss mask; expected lists of bool."
+            )
+        flat = lists.flatten() if parts else pa.array([], pa.bool_())
+        sizes = np.diff(lists.offsets.to_numpy()) if parts else np.zeros(0, np.int64)
+        if lists.null_count * bool(parts) or flat.null_count or len(bad := np.flatnonzero(sizes != lengths)):
+            row = int(bad[0]) if not flat.null_count and not lists.null_count else 0
+            raise DataError(
+                f"{where(row)}got {lengths[row]} token ids, and {sizes[row]} values in {beside.name!r}, its loss mask; "
+                "expected a value for each, and no nulls."
+            )
+        found: NDArray[np.bool_] = flat.to_numpy(zero_copy_only=False)
+        return found
 
     def _encode(self, value: Any, where: Callable[[], str]) -> tuple[Sequence[int], list[bool]]:
         """The ids of a text or a conversation, and of the latter the loss mask."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import ArrowColumn, Column, ParquetColumn, Values, checked_rows, choose_column, concat_arrays
+from .columns import LOSS_MASK, ArrowColumn, Column, ParquetColumn, Values, checked_rows, choose_column, concat_arrays
 from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
 
 _FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
@@ -33,6 +33,23 @@ class Source:
     def text_documents(self) -> str | None:
         """What a document of its text files is, see `TextColumn`; None without text files."""
         return next((column.documents for column in self.columns if isinstance(column, TextColumn)), None)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """What the metadata of its files state of their token ids; see `ParquetColumn`. DataError if files differ."""
+        found = [getattr(column, "stated", {}) for column in self.columns]
+        for path, other in zip(self.files, found, strict=False):
+            if other != found[0]:
+                raise DataError(
+                    f"{path}: its metadata state {other}, and those of {self.files[0]} {found[0]}; expected the same "
+                    "in all files."
+                )
+        return found[0] if found else {}
+
+    def loss_masks(self) -> list[Column]:
+        """The column of loss masks beside each column of token ids; none if the files have none."""
+        name = self.stated.get(LOSS_MASK)
+        return [] if name is None else [ParquetColumn(path, name) for path in self.files]
 
 
 class RowsColumn:

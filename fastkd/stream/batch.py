@@ -161,6 +161,7 @@ class Step:
         micro-batches have it too, with those of signals (`counts`).
     positions, sequences: of the whole step, on all ranks, without padding.
     epoch, number: the epoch, and the number of the step in it, both from 0.
+    metrics: what the source has to log of the step, by names with a "/".
     """
 
     micro_batches: Sequence[Any]
@@ -169,6 +170,7 @@ class Step:
     sequences: int
     epoch: int
     number: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Step":
         return replace(self, micro_batches=[b.to(device, non_blocking=non_blocking) for b in self.micro_batches])

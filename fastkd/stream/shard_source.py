@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from ..cache.workspace import Workspace
 from ..errors import StreamError
 from ..utils.distributed import Reduce
 from .batch import LAYOUTS, AnyBatch, Step
-from .gather import BatchFormat, OpenShard, gather, gather_examples
-from .mixture import SequenceStream
+from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
+from .mixture import MixedSequences, SequenceStream
 from .prefetch import Prefetcher
 from .split import ShardTable
-from .step_plan import LoaderProgress, RankShare, ShardKey, StepPlan
+from .step_plan import LeaveOut, LoaderProgress, RankShare, ShardKey, StepPlan
 
 VERSION = 1  # of the state, and of the order in which it is a position
 
@@ -44,7 +45,9 @@ class LoaderPass:
         self._stream: Any = None
         if source._form.device.type == "cuda":
             self._stream = torch.cuda.Stream(source._form.device)  # type: ignore[no-untyped-call]
-        shares = source._plan.shares(progress, rank=source._rank, world_size=source._world_size, epochs=epochs)
+        shares = source._plan.shares(
+            progress, rank=source._rank, world_size=source._world_size, epochs=epochs, leave_out=source._leave_out
+        )
         self._prefetcher = Prefetcher(
             shares, self._read, self._assemble, self._release, shards=source._max_shards, steps=source._prefetch,
             threads=source._threads,
@@ -207,19 +210,25 @@ class ShardSource(ABC):
     ) -> None:
         sizes = [t.sequences for t in tables]
         shards_open, shuffle = options.shards_open, options.shuffle
-        stream = SequenceStream(sizes, shares, options.seed, shards_open=shards_open, shuffle=shuffle)
+
+        def new_plan() -> StepPlan:
+            stream = SequenceStream(sizes, shares, options.seed, shards_open=shards_open, shuffle=shuffle)
+            return StepPlan(
+                stream, tables, batch_size=options.batch_size, batch_tokens=options.batch_tokens, keep=2 * max_shards
+            )
+
+        max_shards = sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + options.threads
+        self._plan, self._new_plan = new_plan(), new_plan
+        stream = self._plan.stream
         if (per_step := min(options.batch_size or len(stream), len(stream))) < options.world_size:
             raise StreamError(
                 f"world_size: got {options.world_size} ranks; expected at most {per_step}, the sequences per step. "
                 "Use fewer ranks, or larger steps."
             )
-        max_shards = sum(min(shards_open if shuffle else 1, len(size)) for size in sizes) + options.threads
         self._form = form
         self.counted = ("targets", *(signal.name for signal in form.signals))
         self._tables, self._shares = tables, shares
-        self._plan = StepPlan(
-            stream, tables, batch_size=options.batch_size, batch_tokens=options.batch_tokens, keep=2 * max_shards
-        )
+        self._leave_out: LeaveOut | None = None
         self._rank, self._world_size, self._reduce = options.rank, options.world_size, options.reduce
         self._threads, self._prefetch, self._max_shards = options.threads, options.prefetch, max_shards
         # the memory that shards are decoded into, kept: memory that was touched before is much faster
@@ -298,6 +307,29 @@ class ShardSource(ABC):
         check_integers(0, epoch=epoch, step=step)
         self.close()
         self._progress = self._plan.seek(int(epoch), int(step))
+
+    @property
+    def form(self) -> BatchFormat:
+        """How micro-batches are made."""
+        return self._form
+
+    def leave_out(self, which: LeaveOut | None) -> None:
+        """Leave sequences out of the micro-batches, from the next `steps` on, for someone who trains on something else
+        instead. Steps are divided as before, and `Step.sequences` counts them, `Step.positions` does not."""
+        self._leave_out = which
+
+    def upcoming(self, steps: int) -> list[tuple[int, MixedSequences]]:
+        """The epoch and the sequences (with the rows of their shards in the tables) of each of the next steps, those
+        that are left out included."""
+        plan = self._new_plan()  # the other one belongs to a thread
+        return list(islice(plan.upcoming(self._progress), steps))
+
+    def text_inputs(self, source: int, row: int) -> tuple[TextInputs, int, int]:
+        """The inputs of a shard of text, by the number of its table and its row there; its number; and the number in it
+        of the first sequence to read."""
+        opened = self._open(source, row, [Workspace() for _ in range(1 + len(self._form.signals))])
+        table = self._tables[source]
+        return replace(opened.inputs, tokens=opened.inputs.tokens.copy()), int(table.shard[row]), int(table.first[row])
 
     def state_dict(self) -> dict[str, Any]:
         """The position, after the step handed out last, in values that JSON can hold. The same on every rank."""

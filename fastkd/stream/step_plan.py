@@ -1,7 +1,7 @@
 """Which sequences each optimizer step has, and each rank's share of it. Reads lengths of sequences, nothing else."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -16,6 +16,8 @@ from .mixture import MixedSequences, SequenceStream
 from .split import ShardTable
 
 Ints = NDArray[np.int64]
+LeaveOut = Callable[[int, MixedSequences], NDArray[np.bool_]]
+"""Which of the sequences of an epoch are left out of the micro-batches, `[m]`; for any part of them alike."""
 ShardKey = tuple[int, int]
 """The number of the source, and the row of the shard in its table."""
 
@@ -79,24 +81,30 @@ class StepPlan:
         return ceil(mean * len(self.stream) / self._batch_tokens)
 
     def shares(
-        self, progress: LoaderProgress, *, rank: int, world_size: int, epochs: int | None
+        self,
+        progress: LoaderProgress,
+        *,
+        rank: int,
+        world_size: int,
+        epochs: int | None,
+        leave_out: LeaveOut | None = None,
     ) -> Iterator[RankShare]:
         """A rank's share of each step from `progress` to the end of its epoch, and of epochs − 1 more (None: for ever).
 
-        Raises StreamError for a sequence longer than a step.
+        leave_out: which sequences are in no rank's share. Raises StreamError for a sequence longer than a step.
         """
         total = len(self.stream)
-        last = None if epochs is None else progress.epoch + epochs
-        while last is None or progress.epoch < last:
-            while progress.sequences < total:
-                sequences, weights = self._step(progress)
-                stop = progress.sequences + len(weights)
-                positions = progress.positions + (0 if self._batch_tokens is None else int(weights.sum()))
-                mine = split_over_ranks(sequences.lane + (sequences.source << 32), weights, world_size)[rank]
-                progress = LoaderProgress(progress.epoch, stop, positions, progress.number + 1)
-                still_open = self.stream.open_at(progress.epoch * total + stop)
-                yield RankShare(len(weights), self._by_shard(sequences, mine), still_open, progress)
-            progress = LoaderProgress(progress.epoch + 1)
+        for sequences, weights, after in self._steps(progress, None if epochs is None else progress.epoch + epochs):
+            mine = split_over_ranks(sequences.lane + (sequences.source << 32), weights, world_size)[rank]
+            if leave_out is not None:
+                mine = mine[~leave_out(after.epoch, sequences)[mine]]
+            still_open = self.stream.open_at(after.epoch * total + after.sequences)
+            yield RankShare(len(weights), self._by_shard(sequences, mine), still_open, after)
+
+    def upcoming(self, progress: LoaderProgress) -> Iterator[tuple[int, MixedSequences]]:
+        """The epoch and the sequences of each step from `progress` on, without end."""
+        for sequences, _, after in self._steps(progress, None):
+            yield after.epoch, sequences
 
     def seek(self, epoch: int, step: int) -> LoaderProgress:
         """The progress after `step` steps of an epoch. Raises StreamError if the epoch has fewer.
@@ -119,6 +127,21 @@ class StepPlan:
         # the largest number of sequences with at most step · tokens positions
         number = bisect_right(range(total + 1), before + step * tokens, key=positions_before) - 1
         return LoaderProgress(epoch, number, positions_before(number) - before, step)
+
+    def _steps(
+        self, progress: LoaderProgress, last: int | None
+    ) -> Iterator[tuple[MixedSequences, Ints, LoaderProgress]]:
+        """Of each step from `progress` on, to the end of the epoch before `last`: its sequences, the weight of each
+        (see `_step`), and the progress once it is taken."""
+        total = len(self.stream)
+        while last is None or progress.epoch < last:
+            while progress.sequences < total:
+                sequences, weights = self._step(progress)
+                stop = progress.sequences + len(weights)
+                positions = progress.positions + (0 if self._batch_tokens is None else int(weights.sum()))
+                progress = LoaderProgress(progress.epoch, stop, positions, progress.number + 1)
+                yield sequences, weights, progress
+            progress = LoaderProgress(progress.epoch + 1)
 
     def _step(self, progress: LoaderProgress) -> tuple[MixedSequences, Ints]:
         """The sequences of the step after `progress`, and the weight of each: its positions if they are known, or 1."""

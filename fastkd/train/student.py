@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -165,6 +165,24 @@ class Student(nn.Module):
         finally:
             self.read(self.objective)
 
+    @contextmanager
+    def sampling(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Context manager: the model in evaluation mode, without gradients, in the precision of the training, to sample
+        tokens from it. Yields a function from token ids `[B, L]` (padded at the end) and flattened positions `[m]` to
+        logits `[m, V]`. Not for FSDP2, whose parameters are complete only in `forward`."""
+        training, device = self.model.training, next(self.model.parameters()).device
+
+        def logits_of(tokens: Tensor, rows: Tensor) -> Tensor:
+            logits: Tensor = OUTPUTS["logits"](self.run(SimpleNamespace(layout="padded", input_ids=tokens)), rows)
+            return logits
+
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast(device), self.paused():
+                yield logits_of
+        finally:
+            self.model.train(training)
+
     @property
     def parameters_and_bytes(self) -> tuple[int, int]:
         """The number of the model's parameters, shared ones counted once, and their bytes."""
@@ -175,7 +193,7 @@ class Student(nn.Module):
         """The layers, or none; see `layers_of`."""
         return layers_of(self.model)
 
-    def run(self, batch: AnyBatch, model: nn.Module | None = None) -> Output:
+    def run(self, batch: Any, model: nn.Module | None = None) -> Output:
         """What the model returns for a micro-batch. model: a copy of it, to run instead; under FSDP2, within its own
         forward. Raises TrainError if it does not take the micro-batch."""
         if isinstance(batch, MicroBatch):

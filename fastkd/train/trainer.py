@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainError
+from ..errors import TrainError, WorkRemains
 from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
@@ -112,6 +112,8 @@ class Trainer:
         if (live := self.student.live) is not None:
             described = json.loads(json.dumps(dict(live.describe())))
             self._fingerprint["live"] = {"type": type(live).__qualname__, **described}
+        if (bind := getattr(source, "bind", None)) is not None:  # a source that asks the student, as for rollouts
+            bind(self.student)
         self._evaluate = evaluate
         every = settings.evaluate_every
         default = max(1, self.steps // _EVALUATIONS)
@@ -161,7 +163,13 @@ class Trainer:
         begun = saved = clock()
         steps = iter(self._source.steps())
         while self.step < self.steps:
-            step = next(steps, None)
+            try:
+                step = next(steps, None)
+            except WorkRemains:  # the source waits for others: what was trained is kept
+                if self.step > self._checkpointed:
+                    self._flush_metrics()
+                    self._save()
+                raise
             if not isinstance(step, Step):
                 raise TrainError(
                     f"source: got {'no step' if step is None else type(step).__name__} from "
@@ -278,7 +286,7 @@ class Trainer:
         if self.student.live is not None:
             self.student.live.after_step(self.student, self.step)
         values = torch.cat([values, norm.float().reshape(1)])
-        known = {"epoch": step.epoch, "rate": rate, **scheduled}
+        known = {"epoch": step.epoch, "rate": rate, **scheduled, **step.metrics}
         if self._auto is not None:
             known |= {f"weight/{name}": self._auto.weights[name] for name in self._auto.weights}
         return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
