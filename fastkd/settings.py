@@ -53,8 +53,8 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class CaptureSettings:
-    """What a capture stores of the teacher, and how the data are divided. All of it determines the cache's contents."""
+class TargetSettings:
+    """What is kept of a teacher's answer at a position."""
 
     k: int = 48
     """Maximum number of exact top-k entries per target."""
@@ -68,6 +68,12 @@ class CaptureSettings:
     """Temperatures at which the tail's log-partition is stored. Must include 1."""
     codec: Literal["fast", "default", "smallest", "portable"] = "default"
     """Compression of the targets. smallest is slower to read; portable does not need pcodec."""
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How data are divided into windows and shards."""
+
     context: int | None = None
     """Maximum tokens per window. Default: 2048, or the teacher's maximum if that is smaller."""
     packing: Literal["pack", "keep"] = "pack"
@@ -82,14 +88,12 @@ class CaptureSettings:
     shard_positions: int | None = None
     """Maximum positions per shard: the most work that a killed worker loses. Default: 1/64 of the data, between 2^14
     and 2^20."""
-    batch_tokens: int = 8192
-    """Maximum positions per teacher batch, padding included."""
-    seed: int = 0
-    """Seed of the draws and of the held-out split."""
-    features: tuple[str, ...] = ()
-    """Hidden states to store as well: numbers of layers, from 0, whose input is stored (-1: the input of the final
-    norm), or names of modules, whose output is stored (NAME:at: its attention-transfer map). Separate with commas. They
-    can be added to a finished cache by the same command, and do not change the rest of it."""
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """How hidden states are coded."""
+
     feature_step: float | None = None
     """Rounding step of hidden states, in units of their root mean square. Default: 0.2."""
     feature_kl: float | None = None
@@ -99,6 +103,20 @@ class CaptureSettings:
     feature_block: bool = False
     """Also store the query, key and value weights of each layer whose input is stored, so that attention maps can be
     recomputed."""
+
+
+@dataclass(frozen=True)
+class CaptureSettings(FeatureSettings, WindowSettings, TargetSettings):
+    """What a capture stores of the teacher, and how the data are divided. All of it determines the cache's contents."""
+
+    batch_tokens: int = 8192
+    """Maximum positions per teacher batch, padding included."""
+    seed: int = 0
+    """Seed of the draws and of the held-out split."""
+    features: tuple[str, ...] = ()
+    """Hidden states to store as well: numbers of layers, from 0, whose input is stored (-1: the input of the final
+    norm), or names of modules, whose output is stored (NAME:at: its attention-transfer map). Separate with commas. They
+    can be added to a finished cache by the same command, and do not change the rest of it."""
 
     def __post_init__(self) -> None:
         names = [part.strip() for text in self.features for part in text.split(",")]
@@ -131,21 +149,14 @@ class TeacherSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The dataset, and how it becomes tokens."""
+class ReadingSettings:
+    """How a dataset is read."""
 
-    data: tuple[str, ...]
-    """Dataset: files, folders or glob patterns of Parquet, Arrow or JSON lines (one document per row) or text (see
-    text-documents); or module:factory (a function of yours that returns Documents, Examples, a Dataset or a list)."""
     column: str | None = None
     """Column to read. Default: the only column, or the only one among input_ids, tokens, text and messages. Integers
     are used as token ids, text is tokenized, messages go through the chat template first."""
     text_documents: Literal["line", "blank-line", "file"] = "line"
     """Unit of a document in text files: one line, a paragraph (up to a blank line), or the whole file."""
-    tokenizer: str | None = None
-    """Tokenizer: a folder, a GGUF file or a Hub name. Default: the teacher's own."""
-    allow_other_tokenizer: bool = False
-    """Allow a tokenizer other than the teacher's."""
     template: Path | None = None
     """File with the chat template. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "all"] = "all"
@@ -177,6 +188,46 @@ class RolloutSettings:
     rollout_scoring: Literal["here", "external"] = "here"
     """Who runs the teacher on the continuations. here: the training. external: `fastkd capture` of others, for which
     the training waits, up to timeout-minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
+    """The dataset, and how it becomes tokens."""
+
+    data: tuple[str, ...]
+    """Dataset: files, folders or glob patterns of Parquet, Arrow or JSON lines (one document per row) or text (see
+    text-documents); or module:factory (a function of yours that returns Documents, Examples, a Dataset or a list)."""
+    tokenizer: str | None = None
+    """Tokenizer: a folder, a GGUF file or a Hub name. Default: the teacher's own."""
+    allow_other_tokenizer: bool = False
+    """Allow a tokenizer other than the teacher's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSettings(ReadingSettings, FeatureSettings, WindowSettings, TargetSettings):
+    """A training without a cache: how data are read and divided, and what targets are made of the teacher's answers.
+    `capture` of the same data with the same settings writes the cache of the same batches."""
+
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the teacher's weights. auto: the model's own on a GPU, float32 on a CPU."""
+    teacher_attention: str | None = None
+    """Attention implementation of the teacher, of transformers: eager, sdpa, flash_attention_2, ..."""
+    teacher_revision: str | None = None
+    """Revision of a teacher on the Hub: a branch, tag or commit."""
+    teacher_batch_tokens: int = 8192
+    """Maximum positions per forward of the teacher, padding included."""
+    data_seed: int = 0
+    """Seed of the draws and of the held-out split."""
+
+    def capture_settings(self, features: tuple[str, ...] = ()) -> CaptureSettings:
+        """The settings of the capture whose cache has the same batches. features: hidden states, by name."""
+        same = {field.name for field in fields(LiveSettings)} & {field.name for field in fields(CaptureSettings)}
+        return CaptureSettings(
+            **{name: getattr(self, name) for name in same},
+            batch_tokens=self.teacher_batch_tokens,
+            seed=self.data_seed,
+            features=features,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

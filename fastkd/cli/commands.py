@@ -9,7 +9,15 @@ import tyro
 from ..bench.settings import BenchSettings
 from ..kernels.divergences import DivergenceName
 from ..kernels.treatment import TreatmentName
-from ..settings import CaptureSettings, DataSettings, DemoSettings, ModelSettings, TeacherSettings, TrainSettings
+from ..settings import (
+    CaptureSettings,
+    DataSettings,
+    DemoSettings,
+    LiveSettings,
+    ModelSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 
@@ -122,22 +130,31 @@ class _Training(TrainSettings):
     student: str
     """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
     initialized), or module:factory (a function of yours that takes no arguments and returns a torch module)."""
-    cache: str
-    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
-    data: str | None = None
-    """module:factory that returns the labelled examples, for a cache of examples."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(_Training):
-    """Train a student from a cache.
+class Train(LiveSettings, _Training):
+    """Train a student from a cache, or beside its teacher.
 
+    With --cache, targets are read from a cache. With --data and --teacher there is no cache: the teacher runs on each
+    micro-batch, and targets are made on the device; with --write-cache they are also committed as a cache on the way,
+    for later trainings. With --data and --alpha 1, training is on labels alone.
     Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
     Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
     """
 
+    cache: str | None = None
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    teacher: str | None = None
+    """Teacher model, with --data instead of --cache, as in `fastkd capture`: a folder, a GGUF file, a name on the
+    Hugging Face Hub, or module:factory."""
+    data: tuple[str, ...] = ()
+    """Without a cache, the dataset, as in `fastkd capture`: files, folders or glob patterns, or module:factory. With a
+    cache of examples: module:factory that returns the labelled examples."""
+    write_cache: str | None = None
+    """With --teacher: a cache (folder or URL) to write the targets to, and to read them from when they are there."""
     out: Path
     """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
     control: bool = False
@@ -194,6 +211,10 @@ class Sweep(_Training):
     Exit status 0: all arms are trained. 75: work remains (after SIGTERM, with checkpoints written): requeue it.
     """
 
+    cache: str
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    data: str | None = None
+    """module:factory that returns the labelled examples, for a cache of examples."""
     out: Path
     """Output folder of the sweep: sweep.json, sweep.png, and a run folder for each arm and seed."""
     alpha: tuple[float, ...] = ()  # type: ignore[assignment]

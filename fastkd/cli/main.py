@@ -25,7 +25,7 @@ from ..errors import (
     TrainError,
     WorkRemains,
 )
-from ..settings import CaptureSettings, TrainSettings
+from ..settings import CaptureSettings, LiveSettings, TrainSettings
 from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -185,15 +185,34 @@ def train(command: Train, stop: Stop) -> Outcome:
     """Train the student. Status 75: work remains."""
     from ..train.api import train as run
     from ..train.result import report_of
+    from ..utils.progress import mode_for
 
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
-        command.student, store_of(command.cache), command.out, settings, control=command.control, stop=stop,
-        **_shared(command),
-    )  # fmt: skip
+        command.student,
+        None if command.cache is None else store_of(command.cache),
+        command.out,
+        settings,
+        teacher=command.teacher,
+        data=_training_data(command),
+        live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
+        write_cache=command.write_cache,
+        control=command.control,
+        stop=stop,
+        progress=mode_for(events=command.json),
+    )
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+
+
+def _training_data(command: Train) -> Any:
+    """The object that `--data` names: of a cache of examples, or the data of a training without a cache."""
+    from ..teachers.load import open_data
+
+    if command.cache is not None and len(command.data) < 2:
+        return _examples(command.data[0] if command.data else None)
+    return open_data(command.data, command.column, command.text_documents) if command.data else None
 
 
 def sweep(command: Sweep, stop: Stop) -> Outcome:
@@ -201,21 +220,15 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
     from ..sweep.api import sweep as run
     from ..sweep.arms import FIELDS
     from ..sweep.result import sweep_text
+    from ..utils.progress import mode_for
 
     arms = {name: getattr(command, name) for name in FIELDS}
     settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
     report = run(
         command.student, store_of(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
-        at_once=command.at_once, stop=stop, **_shared(command),
+        at_once=command.at_once, stop=stop, data=_examples(command.data), progress=mode_for(events=command.json),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
-
-
-def _shared(command: Train | Sweep) -> dict[str, Any]:
-    """Arguments of both."""
-    from ..utils.progress import mode_for
-
-    return {"data": _examples(command.data), "progress": mode_for(events=command.json)}
 
 
 def _examples(name: str | None) -> Any:

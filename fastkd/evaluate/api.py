@@ -14,6 +14,7 @@ from ..cache.reader import Cache, open_cache
 from ..data.examples import Examples
 from ..errors import StreamError
 from ..stream.cached import CachedSource
+from ..stream.shard_source import ShardSource
 from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import TAIL, Interval
 from .forward import EvalPartition, StudentForward, check_finite
@@ -40,6 +41,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure a student on a split of a cache, every window once, in the order of the data.
 
+    cache: a `Cache`, what `open_cache` takes, or a source of one split whose targets are made on the way (a
+        `fastkd.live.LiveSource`) with `evaluation_sizes` and shuffle=False; split, max_positions, allow_partial and
+        data are then its own.
     student: a module with `logits(micro_batch, rows) -> [m, V]` for flattened positions, or a function from a
         micro-batch to the logits `[m, V]` of its positions that count. A module is evaluated in evaluation mode, and
         its modes are restored. It may have more outcomes than the teacher, not fewer.
@@ -55,27 +59,32 @@ def evaluate(
     """
     if isinstance(cache, (list, tuple)):
         raise StreamError("cache: got a mixture; expected one cache. Evaluate on each of its caches.")
-    cache = cache if isinstance(cache, Cache) else open_cache(cache)
     first = next(student.parameters(), None) if isinstance(student, nn.Module) else None
     where = torch.device(device or (first.device if first is not None else "cpu"))
-    columns = (cache.manifest.column(name).to_numpy().sum() for name in ("positions", "sequences"))
-    cached_positions, cached_windows = (max(int(total), 1) for total in columns)
-    source = CachedSource(
-        cache,
-        split=split,
-        shuffle=False,
-        max_positions=max_positions,
-        allow_partial=allow_partial,
-        batch_size=max(1, batch_tokens * cached_windows // cached_positions),  # about a micro-batch
-        micro_tokens=max(1, min(batch_tokens, _MAX_LOGITS // cache.spec.vocab_size)),
-        device=where,
-        data=data,
-    )
-    evaluated = source.fingerprint["caches"][0]
+    if isinstance(cache, ShardSource):
+        source = cache
+        split = source.fingerprint["split"]
+        if source.fingerprint["shuffle"] or source.fingerprint["batch_size"] is None:
+            raise StreamError("cache: got a source that is shuffled, or without batch_size; expected evaluation_sizes.")
+    else:
+        cache = cache if isinstance(cache, Cache) else open_cache(cache)
+        columns = (cache.manifest.column(name).to_numpy().sum() for name in ("positions", "sequences"))
+        source = CachedSource(
+            cache,
+            split=split,
+            shuffle=False,
+            max_positions=max_positions,
+            allow_partial=allow_partial,
+            **evaluation_sizes(*map(int, columns), cache.spec.vocab_size, batch_tokens),
+            device=where,
+            data=data,
+        )
+    origin = source.origins[0]
+    evaluated = source.described[0]
     windows = evaluated["sequences"]
     ours, teachers, positions = Windows.empty(windows), Windows.empty(windows), 0
     sliced = Windows.empty(windows * len(SLICES))
-    forward = StudentForward(student, cache, where)
+    forward = StudentForward(student, origin, where)
     partition = EvalPartition(source, windows, processes, student)
     done = partition.first_window
     bar = tqdm(total=windows, desc=f"evaluate {split}", unit="window", disable=not progress)
@@ -99,13 +108,13 @@ def evaluate(
     (ours, teachers, sliced), positions = partition.sum([ours, teachers, sliced], positions)
     if not ours.counts.any():
         raise StreamError(
-            f"split: got {split!r} of {cache!r} with {windows} windows, in which no position counts. Capture with more "
-            "documents held out."
+            f"split: got {split!r} of {origin!r} with {windows} windows, in which no position counts. Capture with "
+            "more documents held out."
         )
     seconds, timed_positions = forward.time()
     return Evaluation(
         split=split,
-        spec=cache.spec.hash,
+        spec=origin.spec.hash,
         content=evaluated["content"],
         positions=positions,
         seconds=seconds,
@@ -115,6 +124,17 @@ def evaluate(
         teacher=teachers,
         slices=sliced.sliced(),
     )
+
+
+def evaluation_sizes(positions: int, windows: int, vocab_size: int, batch_tokens: int) -> dict[str, int]:
+    """`batch_size` and `micro_tokens` of the source of an evaluation: steps of about a micro-batch each.
+
+    positions, windows: of all data, of both splits.
+    """
+    return {
+        "batch_size": max(1, batch_tokens * max(windows, 1) // max(positions, 1)),
+        "micro_tokens": max(1, min(batch_tokens, _MAX_LOGITS // vocab_size)),
+    }
 
 
 def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Interval]:

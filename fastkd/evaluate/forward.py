@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..cache.reader import Cache
 from ..errors import StreamError
 from ..stream.batch import AnyBatch, Step
-from ..stream.cached import CachedSource
+from ..stream.shard_source import ShardSource
+from ..stream.split import ShardOrigin
 from ..utils.distributed import ALONE, Processes, is_fsdp
 from .result import Windows
 
@@ -30,10 +30,10 @@ LogitsOf = Callable[[Any], Tensor]
 class StudentForward:
     """A student as a function from micro-batches to logits.
 
-    student: a module with `logits(micro_batch, rows)`, or a `LogitsOf`. cache: its teacher and labels.
+    student: a module with `logits(micro_batch, rows)`, or a `LogitsOf`. cache: what it is measured on.
     """
 
-    def __init__(self, student: Any, cache: Cache, device: torch.device) -> None:
+    def __init__(self, student: Any, cache: ShardOrigin, device: torch.device) -> None:
         self._cache, self._device = cache, device
         self._modules = list(student.modules()) if isinstance(student, nn.Module) else []
         self._times: list[tuple[float, int]] = []
@@ -111,7 +111,7 @@ class EvalPartition:
     With fewer steps than processes, each process computes all of them, and nothing is summed.
     """
 
-    def __init__(self, source: CachedSource, windows: int, processes: Processes, student: Any) -> None:
+    def __init__(self, source: ShardSource, windows: int, processes: Processes, student: Any) -> None:
         self._source, count = source, len(source)
         self._processes = processes if count >= processes.world_size else ALONE
         world = self._processes.world_size
@@ -133,10 +133,10 @@ class EvalPartition:
         last: Any = None
         for _ in range(self._max_steps):
             step = next(mine, None)
-            forwards = 0 if step is None else sum(batch.count > 0 for batch in step.micro_batches)
+            forwards = 0 if step is None else sum(batch.count > 0 for batch in step.unanswered)
             most = max(self._processes.gather(forwards)) if self._in_lockstep else forwards
             if step is not None:
-                last = step.micro_batches[-1]
+                last = step.unanswered[-1]
                 yield step
             for _ in range(most - forwards):
                 forward(last)

@@ -42,7 +42,9 @@ def _student_rows(z_CV: Tensor, targets: SparseTargets, labels: Tensor) -> Rows:
 
 
 def teacher_rows(targets: SparseTargets, labels: Tensor) -> Rows:
-    """What a cache knows of the teacher's measures, `[m]` float32 each; labels `[m]`."""
+    """What a cache knows of the teacher's measures, `[m]` float32 each; labels `[m]`. None without a teacher."""
+    if not targets.width:
+        return {}
     used, top_k = targets.logprobs > -math.inf, _is_top_k(targets)
     log_tail = targets.tail[:, targets.temperatures.index(1.0)].float()
     log_tail = log_tail.masked_fill(targets.outcomes == 0, -math.inf)

@@ -44,8 +44,10 @@ SAYS = {
 def slice_numbers(teacher: Rows) -> list[Tensor]:
     """The slice of each position in each family that is known, as an index into SLICES, `[m]` int64.
 
-    teacher: `teacher_rows(targets, labels)`.
+    teacher: `teacher_rows(targets, labels)`; empty without a teacher.
     """
+    if not teacher:
+        return []
     known = teacher["label_known"] > 0
     disagreement = teacher["cross_entropy_at_least"].masked_fill(~known, math.inf)
     found = {"disagreement": _level(disagreement)}

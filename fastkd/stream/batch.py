@@ -172,6 +172,12 @@ class Step:
     number: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def unanswered(self) -> Sequence[Any]:
+        """The micro-batches as they are before the source makes more of them; `count` and inputs are the same."""
+        plain: Sequence[Any] = getattr(self.micro_batches, "plain", self.micro_batches)
+        return plain
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Step":
         return replace(self, micro_batches=[b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
 

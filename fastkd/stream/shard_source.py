@@ -17,7 +17,7 @@ from .batch import LAYOUTS, AnyBatch, Step
 from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
 from .mixture import MixedSequences, SequenceStream
 from .prefetch import Prefetcher
-from .split import ShardTable
+from .split import ShardOrigin, ShardTable
 from .step_plan import LeaveOut, LoaderProgress, RankShare, ShardKey, StepPlan
 
 VERSION = 1  # of the state, and of the order in which it is a position
@@ -254,6 +254,11 @@ class ShardSource(ABC):
     @abstractmethod
     def _shard_bytes(self, table: ShardTable) -> int:
         """Bytes of the largest shard, open, without signals."""
+
+    @property
+    def origins(self) -> list[ShardOrigin]:
+        """What the shards come from."""
+        return [table.origin for table in self._tables]
 
     @property
     def described(self) -> list[dict[str, Any]]:

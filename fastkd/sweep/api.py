@@ -16,7 +16,8 @@ import torch.distributed as dist
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..settings import TrainSettings
-from ..train.api import DEFAULTS, Inputs, held_out, train
+from ..train.api import DEFAULTS, train
+from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
 from ..train.student import make_student
 from ..train.trainer import Diverged
@@ -72,7 +73,7 @@ def sweep(
             "torchrun, or train the arms one by one with fastkd train."
         )
     check_folder(out, "sweep")
-    inputs = Inputs.of(cache, data)
+    inputs = inputs_of(cache, data)
     if inputs.spec is None:
         raise TrainError("cache: got a batch source; expected a cache, or a mixture of caches.")
     chosen, notes = make_arms(arms, settings, inputs.spec)
@@ -80,7 +81,7 @@ def sweep(
     identity = {"name": probe.name, "parameters": probe.parameters_and_bytes[0]}
     notes += [f"student: {note}" for note in probe.notes]
     del probe
-    measured = held_out(settings, inputs) is not None
+    measured = inputs.evaluator(settings) is not None
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))

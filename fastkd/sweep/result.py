@@ -27,7 +27,7 @@ from ..evaluate.measures import SWEEP as SHOWN
 from ..evaluate.measures import printed_in, sign_of
 from ..evaluate.result import Windows
 from ..settings import TrainSettings
-from ..train.api import EVALUATION, EVALUATIONS, means
+from ..train.held_out import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
 from ..train.settings_check import check_same, stated
 from ..utils.atomic import unsealed

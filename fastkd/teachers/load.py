@@ -1,5 +1,6 @@
 """From names and objects that people give to a teacher, its data, and this process's part among the workers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def load(
     rank, world_size = rank_and_world_size(rank, world_size)
     device = local_device(settings.device, TeacherError)
     # before the teacher, which takes a while: a missing file is reported at once
-    source = None if data is None else _source(data)
+    source = None if data is None else open_data(data.data, data.column, data.text_documents)
     worker = ParallelGroup(rank, world_size, device=device)
     if parallel > 1:
         worker = join_group(rank, world_size, parallel, device=device.type)
@@ -158,13 +159,14 @@ def as_data(
     )
 
 
-def _source(data: DataSettings) -> Any:
-    """The data that the settings name, opened."""
-    if not data.data:
+def open_data(names: Sequence[str], column: str | None = None, text_documents: str = "line") -> Any:
+    """The data that the names of `DataSettings.data` stand for, opened: `Documents`, `Examples`, or what `as_data`
+    takes. Raises DataError."""
+    if not names:
         raise DataError("--data: got no file; expected at least one, a folder, a pattern, or module:factory.")
-    source: Any = [Path(name) for name in data.data] if len(data.data) > 1 else data.data[0]
-    if len(data.data) == 1 and is_factory(data.data[0]):
-        source = made_by(data.data[0], DataError)
+    source: Any = [Path(name) for name in names] if len(names) > 1 else names[0]
+    if len(names) == 1 and is_factory(names[0]):
+        source = made_by(names[0], DataError)
     if isinstance(source, (Documents, Examples)):
         return source
-    return open_source(source, data.column, data.text_documents)
+    return open_source(source, column, text_documents)

@@ -65,7 +65,7 @@ def test_names_and_defaults_agree() -> None:
     """One name means one thing, or the same kind of it: what has the same name has the same type and default."""
     for group, but in (
         (("capture", "plan"), set()),
-        (("train", "sweep"), ARMS),
+        (("train", "sweep"), ARMS | {"cache", "data"}),  # a sweep needs a cache
         (("capture", "demo"), {"out", "teacher"}),
     ):
         one, other = ({f.name: f for f in fields(COMMANDS[name])} for name in group)

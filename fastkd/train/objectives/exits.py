@@ -37,6 +37,7 @@ class ExitKD:
         self.exits, self.read, self.loss, self.targets = tuple(exits), read, loss, targets
         self._vocab_size = vocab_size
         self.signals = ("labels", "targets")
+        self.reads_answers = False  # of the targets, the index alone
         self.outputs = ("output", *(state_name(layer) for layer in exits))
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:

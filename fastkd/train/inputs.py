@@ -1,0 +1,210 @@
+"""What a student is trained on: `Inputs`, and its kinds that read caches, or a source from outside.
+
+A kind says which source of batches a training reads, what the student is evaluated on, and what run.json says of it.
+`live_inputs.py` has the kind that runs a teacher beside the student.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..cache.reader import Cache
+from ..cache.spec import CacheSpec
+from ..data.examples import Examples
+from ..errors import StreamError, TrainError
+from ..settings import TrainSettings
+from ..stream.batch import BatchSource
+from ..stream.cached import CachedSource
+from ..stream.split import check_data, has_held_out, open_sources, open_split
+from ..utils.distributed import ALONE, Processes
+from .held_out import HeldOut
+from .matched import matched_objective, signals_of
+from .objective import Objective
+from .result import describe_cache
+from .student import LoadedStudent
+
+if TYPE_CHECKING:
+    from ..evaluate.api import Evaluation
+    from .student import Student
+
+
+class Inputs:
+    """What a student is trained on.
+
+    caches: what is read, if that is caches; weights: their shares of the positions, or [1.0]. data: labelled examples;
+    the student is then a module that maps them to logits. live: whether targets are made during the training.
+    """
+
+    caches: Sequence[Cache] = ()
+    weights: Sequence[float] = (1.0,)
+    data: Examples | None = None
+    live: bool = False
+
+    @property
+    def spec(self) -> CacheSpec | None:
+        """What the student has to fit: the spec of the (first) cache, or of that which a capture would write; None if
+        it is not known."""
+        return None
+
+    def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
+        """The student of a training is made: check that it fits, and prepare what depends on it.
+
+        objective: None for the `TokenKD` of the settings. Called for each arm. Raises TrainError.
+        """
+
+    def matched(
+        self, settings: TrainSettings, student: "Student", objective: Objective | None
+    ) -> Objective | None:  # fmt: skip
+        """The objective of a training with `settings.match`; without it, the one that is given. Raises TrainError."""
+        if not settings.match:
+            return objective
+        return matched_objective(settings, self.caches, student, objective=objective, data=self.data)
+
+    def open(
+        self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
+    ) -> BatchSource:
+        """The source of a training, before the first step of the first epoch, with the signals that its objective
+        reads. Raises StreamError and CacheError."""
+        raise NotImplementedError
+
+    def evaluator(self, settings: TrainSettings, processes: Processes = ALONE) -> HeldOut | None:
+        """The default evaluation; None without a held-out split, and if the settings want none. Raises TrainError if
+        they want one and there is no held-out split, and StreamError if it cannot be read."""
+        if settings.evaluate_every == 0:
+            return None
+        if not (problem := self.nothing_held_out()):
+            return self.held_out(settings, processes)
+        if settings.evaluate_every is None:
+            return None
+        raise TrainError(f"evaluate_every: got {settings.evaluate_every}, and {problem}")
+
+    def nothing_held_out(self) -> str:
+        """Why there is no held-out split, as the end of a sentence; "" if there is one."""
+        raise NotImplementedError
+
+    def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
+        """The evaluation on the held-out split, which there is."""
+        raise NotImplementedError
+
+    def describe(self) -> Mapping[str, Any] | None:
+        """For run.json: {"caches": [...]} and what else there is; None: the source's fingerprint."""
+        return None
+
+    def finish(self, settings: TrainSettings, processes: Processes) -> None:
+        """All steps of the training are made."""
+
+    def close(self) -> None:
+        """End what the inputs hold open."""
+
+
+class CacheInputs(Inputs):
+    """A cache, or a mixture [(cache, weight), ...]; see `open_sources`. data: for caches of examples."""
+
+    def __init__(self, cache: Any, data: Any = None) -> None:
+        caches, weights = open_sources(cache)
+        check_data(caches, data)
+        self.caches, self.weights, self.data = caches, [float(weight) for weight in weights], data
+
+    @property
+    def spec(self) -> CacheSpec:
+        return self.caches[0].spec
+
+    def open(
+        self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
+    ) -> BatchSource:
+        mixture = list(zip(self.caches, self.weights, strict=True))
+        signals = {} if objective is None else signals_of(objective)
+        cache = self.caches[0] if len(mixture) == 1 else mixture
+        return make_source(cache, settings, processes, self.data, features=signals.get("features", ()))
+
+    def nothing_held_out(self) -> str:
+        without = [cache for cache in self.caches if not has_held_out(cache)]
+        return f"no documents of {without[0]!r} were held out." if without else ""
+
+    def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
+        for cache in self.caches:
+            open_split(cache, "held_out", allow_partial=settings.allow_partial)
+        measures = [
+            partial(self._evaluate, cache=cache, settings=settings, processes=processes) for cache in self.caches
+        ]
+        return HeldOut(measures, self.weights)
+
+    def _evaluate(
+        self, student: "Student", *, cache: Cache, settings: TrainSettings, processes: Processes
+    ) -> "Evaluation":
+        from ..evaluate.api import evaluate
+
+        return evaluate(
+            student,
+            cache,
+            data=self.data,
+            batch_tokens=settings.micro_tokens,
+            max_positions=settings.evaluate_positions,
+            allow_partial=settings.allow_partial,
+            processes=processes,
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"caches": [describe_cache(cache) for cache in self.caches]}
+
+
+class SourceInputs(Inputs):
+    """A `BatchSource` from outside."""
+
+    def __init__(self, source: BatchSource, data: Examples | None = None) -> None:
+        self.data, self._source = data, source
+
+    def open(
+        self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
+    ) -> BatchSource:
+        self._source.seek(0, 0)
+        return self._source
+
+    def nothing_held_out(self) -> str:
+        return "a batch source has no held-out split. Pass evaluate."
+
+    def describe(self) -> None:
+        return None
+
+
+def inputs_of(cache: Any, data: Examples | None = None) -> CacheInputs | SourceInputs:
+    """The inputs for an argument `cache` of `train`. Raises StreamError and CacheError."""
+    if isinstance(cache, BatchSource):
+        return SourceInputs(cache, data)
+    if hasattr(cache, "steps") or isinstance(cache, type):
+        members = ("fingerprint", "__len__", "steps", "state_dict", "load_state_dict", "seek", "close")
+        missing = ", ".join(name for name in members if not hasattr(cache, name))
+        what = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
+        raise StreamError(
+            f"cache: got {what}{f' without {missing}' if missing else ''}; expected a cache, or an object with the "
+            "members of fastkd.stream.BatchSource."
+        )
+    return CacheInputs(cache, data)
+
+
+_NAMES = ("batch_size", "micro_tokens", "layout", "seed", "shards_open", "skip", "max_positions", "threads")
+
+
+def source_options(settings: TrainSettings, processes: Processes) -> dict[str, Any]:
+    """The arguments that a training with these settings gives any source of shards; see `SourceOptions`."""
+    return {
+        **{name: getattr(settings, name) for name in _NAMES},
+        "batch_tokens": settings.batch_tokens if settings.batch_size is None else None,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+        "reduce": processes.reduce,
+        "device": processes.device,
+    }
+
+
+def make_source(
+    cache: Any,
+    settings: TrainSettings,
+    processes: Processes = ALONE,
+    data: Examples | None = None,
+    *,
+    features: Sequence[str] = (),
+) -> CachedSource:
+    """The source that a training with these settings reads. features: names. Raises StreamError and CacheError."""
+    options = source_options(settings, processes)
+    return CachedSource(cache, **options, allow_partial=settings.allow_partial, data=data, features=features)

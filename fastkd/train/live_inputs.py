@@ -1,0 +1,252 @@
+"""LiveInputs: data without a cache, answered by a teacher beside the student, inside its forward, or by nobody."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..cache.spec import CacheSpec
+from ..data.examples import Examples
+from ..errors import DataError, TrainError
+from ..live.planned import NoTeacher, PlannedShards, plan_shards
+from ..live.source import LiveSource
+from ..models.tokenizers import Tokenizer
+from ..settings import LiveSettings, ModelSettings, TrainSettings
+from ..stream.batch import BatchSource
+from ..teachers.load import as_data, as_teacher, load_teacher
+from ..teachers.protocol import Teacher
+from ..utils.distributed import ALONE, Processes
+from .held_out import HeldOut
+from .inputs import Inputs, source_options
+from .objective import Objective, TokenKD, WeightedSum
+from .student import LoadedStudent, Student
+from .teacher_kinds import MakeTeacher, find_kind
+
+if TYPE_CHECKING:
+    from ..evaluate.api import Evaluation
+
+DEFAULTS = LiveSettings()
+_INSTEAD = (
+    "Capture a cache first (fastkd capture) and train from it, or use another teacher_dtype, smaller teacher batches "
+    "(teacher_batch_tokens) or smaller micro-batches (micro_tokens)."
+)
+
+
+def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, settings: TrainSettings,
+                    objective: Objective | None) -> None:  # fmt: skip
+    """Raise TrainError unless these arguments of `train` fit together. Nothing is loaded."""
+    if cache is not None:
+        for name, value in (("teacher", teacher), ("write_cache", write_cache)):
+            if value is not None:
+                raise TrainError(
+                    f"cache, {name}: got both; expected one of them: a cache has its targets already. Leave one out."
+                )
+        return
+    if data is None:
+        got = "a teacher without data" if teacher is not None else "neither"
+        raise TrainError(f"cache, data: got {got}; expected a cache, or the data to train on (and a teacher).")
+    if teacher is None and reads_answers(settings, objective):
+        what = f"match={', '.join(settings.match)}" if settings.match else f"alpha={settings.alpha:g}"
+        raise TrainError(
+            f"teacher: got none, and {what}; expected a teacher or a cache, or alpha=1 to train on labels alone."
+        )
+    if write_cache is not None and (teacher is None or is_inside(teacher)):
+        got = "none" if teacher is None else repr(teacher)
+        raise TrainError(f"write_cache: got the teacher {got}; expected one that is not made of the student.")
+
+
+def is_inside(teacher: Any) -> bool:
+    """Whether a teacher is made of the student, by its name."""
+    return isinstance(teacher, str) and find_kind(teacher) is not None
+
+
+def reads_answers(settings: TrainSettings, objective: Objective | None) -> bool:
+    """Whether a training needs the answers of a teacher: it has a soft loss, or matches features.
+
+    objective: None for the `TokenKD` of the settings. One of another class may have an attribute `reads_answers`; else
+        it is taken to need them if it reads targets or features.
+    """
+    if settings.match:
+        return True
+    if objective is None:
+        objective = TokenKD.from_settings(settings)
+    if isinstance(objective, WeightedSum):
+        plain = TrainSettings()
+        return any(reads_answers(plain, term) for term in objective.terms.values())
+    if isinstance(objective, TokenKD):
+        return not (float(objective.config.alpha) == 1 and objective.alpha_end in (None, 1))
+    read = any(name == "targets" or name.startswith("features/") for name in objective.signals)
+    return bool(getattr(objective, "reads_answers", read))
+
+
+class LiveInputs(Inputs):
+    """Data that are divided as by a capture, with targets that are made during the training.
+
+    teacher: answers beside the student. make: makes a teacher of the student, which answers inside its forward. Neither
+    of them: labels alone. data: what `as_data` takes. named: the teacher, for run.json.
+    """
+
+    live = True
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        data: Any,
+        settings: LiveSettings = DEFAULTS,
+        *,
+        make: MakeTeacher | None = None,
+        named: str = "",
+        tokenizer: Tokenizer | str | None = None,
+        allow_other_tokenizer: bool = False,
+        trust_remote_code: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self._teacher, self._make, self._settings, self._named = teacher, make, settings, named
+        self._source, self._progress = data, progress
+        self._reading = {"allow_other_tokenizer": allow_other_tokenizer, "trust_remote_code": trust_remote_code}
+        self._tokenizer = tokenizer
+        self.data = data if isinstance(data, Examples) else None
+        self._planned: PlannedShards | None = None
+        if teacher is not None:
+            self._planned = self._plan(teacher, tokenizer)
+
+    @property
+    def spec(self) -> CacheSpec | None:
+        return None if self._teacher is None or self._planned is None else self._planned.spec
+
+    @property
+    def planned(self) -> PlannedShards:
+        """The data, divided; without a teacher, they are once the student is made."""
+        assert self._planned is not None, "meet() comes first"
+        return self._planned
+
+    def _plan(self, teacher: Teacher, tokenizer: Any) -> PlannedShards:
+        settings = self._settings
+        data = as_data(
+            self._source,
+            teacher,
+            column=settings.column,
+            text_documents=settings.text_documents,
+            tokenizer=tokenizer,
+            template=settings.template,
+            loss_on=settings.loss_on,
+            **self._reading,
+        )
+        given = None if isinstance(teacher, NoTeacher) else teacher
+        return plan_shards(
+            data, given, settings.capture_settings(), vocab_size=teacher.vocab_size,
+            max_positions=teacher.max_positions, progress=self._progress,
+        )  # fmt: skip
+
+    def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
+        student = made.student
+        if self._planned is None:
+            if self._settings.template is not None and self._tokenizer is None:
+                raise DataError("template: got one without a teacher; expected the tokenizer that it is for as well.")
+            self._planned = self._plan(
+                NoTeacher(student.vocab_size, student.max_positions), self._tokenizer or made.tokenizer
+            )
+        self._check_length(student)
+        reads = reads_answers(settings, objective)
+        if reads and self._make is not None:
+            student.live = self._make(student, self._planned.settings)
+        if reads and (objective is None or isinstance(objective, TokenKD)):
+            (objective or TokenKD.from_settings(settings)).check_cache(self._planned.spec)
+
+    def _check_length(self, student: Student) -> None:
+        plan, most = self.planned.plan, student.max_positions
+        if most is not None and (longest := min(int(plan.lengths.max()), plan.settings.context)) > most:
+            raise TrainError(
+                f"{student.name}: got sequences of up to {longest} tokens; this student takes {most}. Use a student "
+                f"with a longer context, or context={most}."
+            )
+
+    def open(
+        self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
+    ) -> BatchSource:
+        teacher = self._teacher if reads_answers(settings, objective) else None
+        return LiveSource(self.planned, teacher, **source_options(settings, processes))
+
+    def nothing_held_out(self) -> str:
+        return "" if self.planned.has_held_out else "no documents are held out (held_out)."
+
+    def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
+        return HeldOut([partial(self._evaluate, settings=settings, processes=processes)], [1.0])
+
+    def _evaluate(self, student: Student, *, settings: TrainSettings, processes: Processes) -> "Evaluation":
+        from ..evaluate.api import evaluate, evaluation_sizes
+
+        totals, spec = self.planned.plan.totals, self.planned.spec
+        sizes = evaluation_sizes(totals["positions"], totals["windows"], spec.vocab_size, settings.micro_tokens)
+        source = LiveSource(
+            self.planned, self._teacher, split="held_out", shuffle=False, max_positions=settings.evaluate_positions,
+            device=processes.device, **sizes,
+        )  # fmt: skip
+        try:
+            return evaluate(student, source, processes=processes)
+        finally:
+            source.close()
+
+    def describe(self) -> Mapping[str, Any]:
+        planned = self.planned
+        settings = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self._settings).items()}
+        about = {"teacher": self._named or None, "data": getattr(planned.data, "name", type(planned.data).__name__)}
+        live = {**about, "plan": planned.plan.totals, "settings": settings, "identity": planned.describe()}
+        return {"caches": [], "live": live}
+
+
+def load_inputs(
+    teacher: Any,
+    data: Any,
+    settings: TrainSettings,
+    live: LiveSettings = DEFAULTS,
+    *,
+    processes: Processes = ALONE,
+    progress: bool = False,
+) -> LiveInputs:
+    """The inputs of a training without a cache: loads the teacher, and plans the data.
+
+    teacher: a `Teacher`, a torch module, a name (see `load_teacher`), KIND:TEXT of one that is made of the student (see
+        `teacher_kinds`), or None for labels alone. data: `Documents`, `Examples`, files, a `Dataset` or documents.
+    Raises TeacherError, DataError and TrainError.
+    """
+    make = find_kind(teacher) if isinstance(teacher, str) else None
+    loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
+    if teacher is not None and make is None:
+        try:
+            loaded = _load(teacher, data, settings, live, processes, progress)
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"teacher: {named} does not fit into the memory of {processes.device}. {_INSTEAD}"
+            ) from error
+        if not isinstance(teacher, (str, Path)):
+            named = getattr(loaded, "name", named)
+    return LiveInputs(
+        loaded,
+        data,
+        live,
+        make=make,
+        named=named if teacher is not None else "",
+        tokenizer=settings.tokenizer,
+        allow_other_tokenizer=settings.allow_other_tokenizer,
+        trust_remote_code=settings.trust_remote_code,
+        progress=progress,
+    )
+
+
+def _load(
+    teacher: Any, data: Any, settings: TrainSettings, live: LiveSettings, processes: Processes, progress: bool
+) -> Teacher:
+    if not isinstance(teacher, (str, Path)):
+        return as_teacher(teacher, data)
+    how = ModelSettings(
+        revision=live.teacher_revision,
+        dtype=live.teacher_dtype,
+        attention=live.teacher_attention,
+        device=str(processes.device),
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return load_teacher(teacher, how, data, progress=progress)
