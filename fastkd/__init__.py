@@ -12,6 +12,7 @@ from .utils.deprecated import find_moved_modules
 if TYPE_CHECKING:
     from .capture.api import capture as capture
     from .capture.mix_caches import mix_targets as mix_targets
+    from .generations.api import generations as generations
     from .kernels import DistillationLoss as DistillationLoss
     from .kernels import HiddenTargets as HiddenTargets
     from .kernels import KDError as KDError
@@ -40,7 +41,12 @@ find_moved_modules()
 
 __getattr__, _, _names = lazy_loader.attach(
     __name__,
-    submodules=["capture", "sweep", "train"],  # packages that can be called: see utils/callable_package.py
+    submodules=[
+        "capture",
+        "generations",
+        "sweep",
+        "train",
+    ],  # packages that can be called: see utils/callable_package.py
     submod_attrs={
         "capture.mix_caches": ["mix_targets"],
         "kernels": [

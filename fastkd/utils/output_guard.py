@@ -16,6 +16,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], type[Exception]]] = {
     "cache": (("spec.json", "plan.json", "lengths.npz", "manifest.parquet", "shards", "claims"), CacheError),
     "run": (("run.json", "metrics.jsonl", "checkpoints"), TrainError),
     "sweep": (("sweep.json", "*/seed=*"), TrainError),
+    "generations": (("generations.json", "generation-1"), TrainError),
     "demo": (("teacher", "cache", "report.json"), ReportError),
 }
 _ANYWHERE = (".*", "*.log", "*.out", "*.err")  # logs of a scheduler may be in the same folder
