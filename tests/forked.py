@@ -16,6 +16,7 @@ SERVER.set_forkserver_preload(
         "train_cases",
         "fastkd.train.api",
         "fastkd.evaluate.api",
+        "fastkd.generations.api",
         "cache_cases",
         "cache_writer",
         "transformers.models.llama.modeling_llama",

@@ -63,6 +63,11 @@ def tiny() -> Tiny:
     return Tiny(seed=1)
 
 
+def seeded() -> Tiny:
+    """Weights that depend on torch's seed."""
+    return Tiny(seed=int(torch.randint(0, 10_000, ())))
+
+
 def double() -> Tiny:
     return Tiny(seed=1, dtype=torch.float64)
 

@@ -163,8 +163,22 @@ def measure(cache: Path, out: Path, batch_tokens: int) -> None:
 
 
 def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any], moment: int, of: int = 0) -> None:
-    """Send SIGKILL to itself at the n-th moment of rank `of`: before a step, a line of the log, or any change of the
-    files."""
+    """Send SIGKILL to itself at the n-th moment of rank `of`."""
+    if int(os.environ.get("RANK", "0")) == of:
+        die_at(moment)
+    train(student, cache, out, changes)
+
+
+def generations_and_die(arguments: tuple[Any, ...], settings: dict[str, Any], moment: int) -> None:
+    """Train generations, and send SIGKILL to itself at the n-th moment; 0: not at all."""
+    import fastkd
+
+    die_at(moment)
+    assert fastkd.generations(*arguments, **settings).status == 0
+
+
+def die_at(moment: int) -> None:
+    """Send SIGKILL to itself at the n-th moment: before a step, a line of the log, or any change of the files."""
     from fastkd.train import checkpoint, metrics
     from fastkd.train.trainer import Trainer
     from fastkd.utils import atomic
@@ -181,14 +195,12 @@ def train_and_die(student: Any, cache: Path, out: Path, changes: dict[str, Any],
 
         return run
 
-    if int(os.environ.get("RANK", "0")) == of:
-        for owner, name in (
-            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (atomic.shutil, "rmtree"),
-            (checkpoint, "_save"), (checkpoint.FileSystemWriter, "write_data"),
-            (metrics.MetricsLog, "write"), (Trainer, "_make"),
-        ):  # fmt: skip
-            setattr(owner, name, dying(getattr(owner, name)))
-    train(student, cache, out, changes)
+    for owner, name in (
+        (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (atomic.shutil, "rmtree"),
+        (checkpoint, "_save"), (checkpoint.FileSystemWriter, "write_data"),
+        (metrics.MetricsLog, "write"), (Trainer, "_make"),
+    ):  # fmt: skip
+        setattr(owner, name, dying(getattr(owner, name)))
 
 
 def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
