@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .sweep.api import sweep as sweep
     from .sweep.result import SweepReport as SweepReport
     from .train.api import train as train
+    from .train.mutual import MutualReport as MutualReport
+    from .train.mutual import mutual as mutual
     from .train.result import TrainReport as TrainReport
 
 __version__ = "0.1.0.dev0"
@@ -66,6 +68,7 @@ __getattr__, _, _names = lazy_loader.attach(
         "stream": ["DistillLoader", "ExampleBatch", "MicroBatch", "Step"],
         "stream.decode": ["targets_from_arrays", "targets_from_raw"],
         "sweep.result": ["SweepReport"],
+        "train.mutual": ["MutualReport", "mutual"],
         "train.result": ["TrainReport"],
     },
 )

@@ -367,3 +367,20 @@ class TrainSettings:
 
         names = {field.name for field in fields(LossConfig)} & {field.name for field in fields(self)}
         return LossConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MutualSettings(LiveSettings):
+    """How students that are trained together learn from each other, and without a cache, how data are read and
+    divided."""
+
+    k: int = 64
+    """Maximum number of exact top-k entries per target that a student gives the others."""
+    draws: int = 0
+    """Number of entries sampled from the tail per target that a student gives the others, anew at each step."""
+    every: int = 0
+    """Steps between exchanges: the students learn from copies of each other that are made anew so often
+    (Codistillation). 0: from the outputs of the same step (Deep Mutual Learning)."""
+    one_each: bool = False
+    """Under torchrun: one student in each process, on the same batches. Default: all students in each process, on a
+    part of each batch."""

@@ -13,6 +13,7 @@ from .loss.api import kd_loss as kd_loss
 from .loss.api import linear_kd_loss as linear_kd_loss
 from .loss.checks import set_debug as set_debug
 from .loss.config import LossConfig as LossConfig
+from .loss.mutual import linear_kd_losses as linear_kd_losses
 from .targets import SparseTargets as SparseTargets
 from .targets import TargetsAt as TargetsAt
 from .topk.api import linear_topk_targets as linear_topk_targets

@@ -72,6 +72,14 @@ def double() -> Tiny:
     return Tiny(seed=1, dtype=torch.float64)
 
 
+def other_double() -> Tiny:
+    return Tiny(seed=2, dtype=torch.float64)
+
+
+def third_double() -> Tiny:
+    return Tiny(seed=3, dtype=torch.float64, logits=True)
+
+
 def dropping() -> Tiny:
     return Tiny(seed=1, dropout=0.2)
 

@@ -58,10 +58,11 @@ def _begin(job: Callable[..., None], arguments: tuple[Any, ...], rank: int, rank
 
 
 def train(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:
-    """Train to the end."""
+    """Train to the end; several students together."""
     import fastkd
 
-    assert fastkd.train(student, cache, out, **changes).status == 0
+    run: Any = fastkd.mutual if isinstance(student, (list, dict)) else fastkd.train
+    assert run(student, cache, out, **changes).status == 0
 
 
 def train_toy(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:

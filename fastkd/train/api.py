@@ -5,6 +5,7 @@ RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from .verdict import judge
 if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
 
-__all__ = ["EVALUATION", "EVALUATIONS", "make_source", "train"]
+__all__ = ["EVALUATION", "EVALUATIONS", "make_source", "run_trainer", "train", "train_one"]
 DEFAULTS = TrainSettings()
 LIVE = LiveSettings()
 
@@ -108,14 +109,14 @@ def train(
         stack.enter_context(torch.random.fork_rng(devices=devices))
         shared = (inputs, processes, evaluate, stop or Stop(), progress)
         arms = control_arms(settings, objective) if control else []  # before an objective's parameters are trained
-        report, ours = _run(student, out, settings, objective, *shared)
+        report, ours = train_one(student, out, settings, objective, *shared)
         for arm in arms:
             if not report.complete:
                 break
             if processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
-            found, theirs = _run(student, out / arm.folder, arm.settings, arm.objective, *shared)
+            found, theirs = train_one(student, out / arm.folder, arm.settings, arm.objective, *shared)
             judged = judge(arm.folder, ours, theirs, inputs.weights, settings.best)
             verdicts = report.verdicts | ({arm.folder: judged} if judged else {})
             report = replace(report, **{arm.folder: found}, verdicts=verdicts)
@@ -125,7 +126,7 @@ def train(
         return report
 
 
-def _run(
+def train_one(
     student: Any,
     out: Path,
     settings: TrainSettings,
@@ -136,7 +137,10 @@ def _run(
     stop: Stop,
     progress: str,
 ) -> "tuple[TrainReport, list[Evaluation]]":
-    """Train, or resume, in a folder. Returns the report, and the last evaluations by window, one for each cache."""
+    """Train, or resume, in a folder. Returns the report, and the last evaluations by window, one for each cache.
+
+    student: as of `train`, or a `LoadedStudent`.
+    """
     made = make_student(student, inputs.spec, settings, inputs.data)
     inputs.meet(made, settings, objective)
     held = inputs.evaluator(settings, processes) if evaluate is None else None
@@ -147,22 +151,39 @@ def _run(
         made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
         evaluate=evaluate or held, progress=progress,
     )  # fmt: skip
+    evaluations = {} if held is None else {EVALUATION: held.evaluations}
+    report = run_trainer(trainer, out, inputs, processes, stop, evaluations)
+    return report, [] if held is None else list(held.evaluations)
+
+
+def run_trainer(
+    trainer: Trainer,
+    out: Path,
+    inputs: Inputs,
+    processes: Processes,
+    stop: Stop,
+    evaluations: "Mapping[str, list[Evaluation]]",
+) -> TrainReport:
+    """Train, or resume, and write what a run leaves. evaluations: by the name of a file for them, where the trainer's
+    evaluation puts those by window, one for each cache: so runs can be compared pairwise."""
     try:
         trainer.resume()
         stop.gentle = True
         trainer.run(stop)
         if trainer.step >= trainer.steps:
             # of a run that was complete already, there are no evaluations by window
-            trainer.evaluate_result(again=held is not None and not held.evaluations)
+            trainer.evaluate_result(again=any(not found for found in evaluations.values()))
         report = trainer.report()
         if processes.first:
-            if held is not None and held.evaluations:  # by window, so that runs can be compared pairwise
-                documents = [sealed(one.to_json()) for one in held.evaluations]
-                name, document = (EVALUATION, documents[0]) if len(documents) == 1 else (EVALUATIONS, documents)
-                write_json(out / name, document, indent=None)
+            for name, found in evaluations.items():
+                documents = [sealed(one.to_json()) for one in found]
+                if len(documents) == 1:
+                    write_json(out / name, documents[0], indent=None)
+                elif documents:
+                    write_json(out / name.replace(EVALUATION, EVALUATIONS), documents, indent=None)
             trainer.write_run(report, inputs.describe())  # last: the run is then complete
         processes.wait()
-        return report, [] if held is None else list(held.evaluations)
+        return report
     finally:
         stop.gentle = False
         trainer.close()

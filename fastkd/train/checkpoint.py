@@ -273,7 +273,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_model(checkpoint: Checkpoint, model: nn.Module, processes: Processes = ALONE) -> None:
     """Load a checkpoint's weights. Raises TrainError if they are those of another student."""
     tensors = model_tensors(model)
-    _check(tensors, checkpoint)
+    _check(tensors, checkpoint, getattr(model, "absent", ()))
     checkpoint.load(MODEL, tensors, processes)
 
 
@@ -281,11 +281,13 @@ def load_optimizer(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes = ALONE
 ) -> None:
     """Load a checkpoint's optimizer state, after `load_model` has checked that the parameters fit."""
-    parameters = dict(model.named_parameters())
+    parameters, absent = dict(model.named_parameters()), getattr(model, "absent", ())
     on_device = {
         id(p) for group in optimizer.param_groups if group["fused"] or group["capturable"] for p in group["params"]
     }
     for full, (shape, dtype) in checkpoint.shapes(OPTIMIZER).items():
+        if full.startswith(absent):
+            continue
         name, _, key = full.rpartition(".")
         p = parameters[name]
         if key == "step":  # a counter, not sharded as the parameter is; torch wants it on the CPU or beside it
@@ -295,8 +297,9 @@ def load_optimizer(
     checkpoint.load(OPTIMIZER, optimizer_tensors(optimizer, model), processes)
 
 
-def _check(ours: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    theirs, advice = checkpoint.shapes(MODEL), "Train into another folder, or with the student the run began with."
+def _check(ours: dict[str, Tensor], checkpoint: Checkpoint, absent: tuple[str, ...] = ()) -> None:
+    theirs = {name: one for name, one in checkpoint.shapes(MODEL).items() if not name.startswith(absent)}
+    advice = "Train into another folder, or with the student the run began with."
     where = checkpoint.folder
     if names := sorted(ours.keys() ^ theirs.keys()):
         side = "the checkpoint's student" if names[0] in theirs else "this student"

@@ -74,19 +74,20 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
 class StepMetrics:
     """The metrics of a step, some of them still on the device.
 
-    parts: names of the objective's losses. values `[parts + 1]`: the losses, and the norm of the gradient. known:
+    parts: names of the objective's losses. norms: those of the norms of gradients. values `[parts + norms]`. known:
     metrics on the host. batch: describes the step's batch in messages.
     """
 
     step: int
     parts: tuple[str, ...]
+    norms: tuple[str, ...]
     values: Tensor
     known: dict[str, Any]
     batch: str
 
     def record(self) -> dict[str, Any]:
         """All metrics; waits until the step is over."""
-        values = dict(zip((*self.parts, "grad_norm"), self.values.tolist(), strict=True))
+        values = dict(zip((*self.parts, *self.norms), self.values.tolist(), strict=True))
         return {"step": self.step, **values, **self.known}
 
 

@@ -80,6 +80,10 @@ def checkpoint_layers(student: Student) -> None:
 
     The loss is excluded, since it computes its gradients in the forward.
     """
+    for part in student.parts.values():
+        checkpoint_layers(part.student)
+    if student.parts:
+        return
     model: Any = student.model
     if getattr(model, "supports_gradient_checkpointing", False):
         options = {"use_reentrant": False}

@@ -28,6 +28,7 @@ from .student import Student
 from .verdict import Verdict
 
 STUDENT = "student"
+STUDENTS = "students"  # a folder of each, by name
 RUN = "run.json"
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "zarr", "triton")
 

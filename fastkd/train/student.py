@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from ..utils.factories import is_factory, made_by
 from .in_forward import InForward
 from .inner import InnerOutputs, inner_of
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
+from .optimizer import clip_all_
 
 PROBE = (2, 5)
 """Rows and tokens on which the shapes of inner states are found."""
@@ -193,6 +194,25 @@ class Student(nn.Module):
         """The layers, or none; see `layers_of`."""
         return layers_of(self.model)
 
+    @property
+    def parts(self) -> "Mapping[str, LoadedStudent]":
+        """The students of this process of which it is made, by name; of a student that is one, none."""
+        return {}
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process trains it on the whole batch, whatever other processes do."""
+        return False
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """How the names of tensors begin that only other processes have."""
+        return ()
+
+    def clip_(self, most: float | None) -> dict[str, Tensor]:
+        """Clip the gradients to the norm `most`, and return what is logged of them: "grad_norm", the norm before."""
+        return {"grad_norm": clip_all_(self, most)}
+
     def run(self, batch: Any, model: nn.Module | None = None) -> Output:
         """What the model returns for a micro-batch. model: a copy of it, to run instead; under FSDP2, within its own
         forward. Raises TrainError if it does not take the micro-batch."""
@@ -330,10 +350,12 @@ def make_student(
         config: the weights are then new, by the settings' seed; a torch module or a callable that returns one, which is
         copied; or module:factory, which returns any of these.
     spec: of the cache; None for another source of batches. data: for a cache of examples, these; the student is then a
-        module, or a callable that returns one.
+        module, or a callable that returns one. A `LoadedStudent` is returned as it is.
     Raises TrainError if it cannot be loaded, or does not fit the cache: fewer logits than the teacher, or another
     tokenizer.
     """
+    if isinstance(source, LoadedStudent):
+        return source
     files: ModelFiles | None = None
     try:
         with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
 from .optimizer import clip_all_, make_optimizer, rate_at, set_rate
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
-from .result import RUN, STUDENT, TrainReport, command_line, run_document, write_student
+from .result import RUN, STUDENT, STUDENTS, TrainReport, command_line, run_document, write_student
 from .settings_check import check_same, resume_fingerprint
 from .student import LoadedStudent, Student
 
@@ -102,7 +102,8 @@ class Trainer:
         if settings.compile:
             compile_layers(self.student)
         self.size = self.student.parameters_and_bytes
-        self._parallel = ParallelStudent(self.student, processes, parallel=settings.parallel)
+        sharing = replace(processes, rank=0, world_size=1, group=None) if self.student.alone else processes
+        self._parallel = ParallelStudent(self.student, sharing, parallel=settings.parallel)
         # after FSDP2 has replaced the parameters by its shards
         self.optimizer = make_optimizer(self.student, settings, device)
         self._fingerprint = resume_fingerprint(settings, self.steps, self.student.autocast)
@@ -194,11 +195,10 @@ class Trainer:
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
         complete = self.step >= self.steps
-        if complete and self._processes.first:
-            tensors = self._exported_checkpoint().tensors(MODEL)
-            write_student(self._out / STUDENT, self.student, tensors, self._tokenizer)
-            if (layers := self._settings.export_exit) is not None:
-                write_exit(self._out / f"{STUDENT}-exit{layers}", self.student, layers, tensors, self._tokenizer)
+        folder = self._out / (STUDENTS if self.student.parts else STUDENT)
+        with self._processes.all_or_none():
+            if complete and (self._processes.first or self.student.alone):
+                self._export(folder)
         return TrainReport(
             out=str(self._out),
             step=self.step,
@@ -210,7 +210,7 @@ class Trainer:
             positions=self._positions,
             seconds=self._seconds,
             waiting=self._waited / self._seconds if self._seconds else 0.0,
-            student=str(self._out / STUDENT) if complete else None,
+            student=str(folder) if complete else None,
             notes=self.student.notes,
         )
 
@@ -278,18 +278,18 @@ class Trainer:
             self._auto.measure(lambda: self._gradient_norm(step, scalars))
         sums = self._losses(step, scalars)
         values = self._processes.sum_(torch.stack([value.float() for value in sums.values()]))
-        norm = clip_all_(self.student, settings.clip)
+        norms = self.student.clip_(settings.clip)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.student.live is not None:
             self.student.live.after_step(self.student, self.step)
-        values = torch.cat([values, norm.float().reshape(1)])
+        values = torch.cat([values, torch.stack([norm.float() for norm in norms.values()])])
         known = {"epoch": step.epoch, "rate": rate, **scheduled, **step.metrics}
         if self._auto is not None:
             known |= {f"weight/{name}": self._auto.weights[name] for name in self._auto.weights}
-        return StepMetrics(self.step, tuple(sums), values, known, _describe(step))
+        return StepMetrics(self.step, tuple(sums), tuple(norms), values, known, _describe(step))
 
     def _fit_projectors(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> None:
         """Before the first step: fit the projectors that want it to the step's batch."""
@@ -346,7 +346,7 @@ class Trainer:
         while len(self._unlogged) > keep:
             done = self._unlogged.pop(0)
             record = done.record()
-            for name in (*done.parts, "grad_norm"):
+            for name in (*done.parts, *done.norms):
                 if not math.isfinite(record[name]):
                     raise self._diverged(f"{name} is {record[name]}", done.step, done.batch)
             self._metrics = record
@@ -445,6 +445,18 @@ class Trainer:
                 "again; or export the other one (export='last' or 'best')."
             )
         return found
+
+    def _export(self, folder: Path) -> None:
+        """Write the trained student, or the students of which it is made."""
+        tensors = self._exported_checkpoint().tensors(MODEL)
+        if not self.student.parts:
+            write_student(folder, self.student, tensors, self._tokenizer)
+        if (layers := self._settings.export_exit) is not None:
+            write_exit(self._out / f"{STUDENT}-exit{layers}", self.student, layers, tensors, self._tokenizer)
+        for name, (student, tokenizer) in self.student.parts.items():
+            prefix = f"model.{name}."
+            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            write_student(folder / name, student, own, tokenizer)
 
     def _diverged(self, what: str, step: int, batch: str) -> Diverged:
         kept = f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint is kept"

@@ -82,7 +82,7 @@ def kd_loss(
     _check_student("logits", logits)
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     config, width, parallel = loss_config(config, settings), logits.shape[-1], _parallel(group, vocab_start)
-    call = _call("logits", logits, width, logits.dtype, targets, config, rows, parallel)
+    call = make_call("logits", logits, width, logits.dtype, targets, config, rows, parallel)
     args, plain = call.arguments(), logits.detach()
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return KDLoss(*torch.ops.fastkd.kd_loss(plain, None, False, False, *args)[:3])
@@ -142,7 +142,7 @@ def linear_kd_loss(
     """
     lm_head = as_lm_head(weight, bias, softcap, logit_scale)
     _check_student("hidden", hidden)
-    weight, bias, autocast = lm_head.weight, lm_head.bias, _autocast_type(hidden)
+    weight, bias, autocast = lm_head.weight, lm_head.bias, autocast_type(hidden)
     check_lm_head(hidden, lm_head, any_type=autocast is not None)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
@@ -152,7 +152,7 @@ def linear_kd_loss(
             raise KDError(f"{name}: got {number!r}; expected a positive, finite number.")
     width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
-    call = _call(
+    call = make_call(
         "hidden", hidden, width, dtype, targets, loss_config(config, settings), rows, _parallel(group, vocab_start)
     )
     grad_mode = torch.is_grad_enabled()
@@ -281,7 +281,7 @@ def _check_student(name: str, tensor: Tensor) -> None:
         raise KDError(f"{name}: got a forward-mode tangent; the loss supports reverse mode only.")
 
 
-def _autocast_type(tensor: Tensor) -> torch.dtype | None:
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
     """What autocast would compute with; None where it is off, and for float64, which it leaves alone."""
     device_type = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
@@ -319,7 +319,7 @@ def _check_separate(name: str, tensor: Tensor, advice: str) -> None:
             )
 
 
-def _call(
+def make_call(
     what: str, x: Tensor, width: int, dtype: torch.dtype, targets: SparseTargets, config: LossConfig,
     rows: Mapping[str, Any], parallel: tuple[str | None, int] = (None, -1),
 ) -> Call:  # fmt: skip

@@ -172,8 +172,7 @@ def linear_kd_loss_chunks(
     elif chunk == 0:
         longer = 0 if d_weight is None else weight_VD.shape[1]
         chunk = default_chunk(device, width, dtype.itemsize, rows=rows.rows, longer=longer)
-    # rows that begin at a multiple of 128 bytes: the kernels and products load whole vectors, whatever the width
-    stride = width if device.type == "cpu" and call.config.impl != "triton" else -(-width // ROW_STEP) * ROW_STEP
+    stride = row_stride(width, device, call.config.impl)
     buffer = torch.empty(min(chunk, rows.rows), stride, dtype=dtype, device=device)[:, :width]
     for first in range(0, rows.rows, chunk):
         at = slice(first, min(first + chunk, rows.rows))
@@ -205,6 +204,12 @@ def linear_kd_loss_chunks(
     if index is not None and d_hidden is not None:
         d_hidden = d_hidden[:n]
     return *rows.total(), [d_hidden, d_weight, d_bias, rescale]
+
+
+def row_stride(width: int, device: torch.device, impl: str) -> int:
+    """Elements from a row of a buffer of logits to the next: rows begin at a multiple of 128 bytes, so that kernels and
+    products load whole vectors, whatever the width."""
+    return width if device.type == "cpu" and impl != "triton" else -(-width // ROW_STEP) * ROW_STEP
 
 
 def rows_of(call: Call, positions: int, width: int, dtype: torch.dtype, options: RowOptions) -> Any:

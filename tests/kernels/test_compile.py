@@ -195,12 +195,12 @@ def test_inductor(inplace: bool) -> None:
 @pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss", "attach"])
 def test_operators_are_sound(op: str) -> None:
     """torch's own checks of an operator: schema, fakes, autograd registration."""
-    from fastkd.kernels.loss.api import _call
+    from fastkd.kernels.loss.api import make_call
 
     c = case("plain", 5, 48, 4, 3)
     rows = {"labels": c.labels, "mask": None, "weights": None, "num_items": None}
     config = LossConfig(temperature=2.0, impl="torch")
-    call = _call("logits", c.logits, 48, torch.float32, c.targets, config, rows).arguments()
+    call = make_call("logits", c.logits, 48, torch.float32, c.targets, config, rows).arguments()
     hidden, weight = torch.randn(5, 8), torch.randn(48, 8)
     if op == "kd_loss":
         args = (c.logits.half().requires_grad_(), None, False, False, *call)
