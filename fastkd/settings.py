@@ -333,6 +333,8 @@ class TrainSettings:
     """Number of most recent checkpoints to keep, in addition to the best."""
     export: Literal["last", "best"] = "last"
     """Checkpoint whose weights become the result."""
+    export_teacher: bool = False
+    """Also write the teacher that is made of the student (--teacher ema:0.999), as student-ema: a whole model."""
     export_exit: int | None = None
     """Also write the student cut at this one of its exits, as student-exitN: a whole model of so many layers."""
     max_positions: int | None = None

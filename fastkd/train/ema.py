@@ -4,7 +4,8 @@ Mean teacher, Tarvainen & Valpola 2017: after each step, average = d · average 
 learns from the answers of the average, which is better than the student is at any one step.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..stream.batch import AnyBatch
 from ..utils.distributed import is_dtensor
 from .student import Student
 
+KIND = "ema"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -100,6 +102,19 @@ class AveragedTeacher(nn.Module):
     def describe(self) -> Mapping[str, Any]:
         found = {"decay": self.decay, "every": self.every, "warmup": self.warmup}
         return found | {"targets": asdict(topk_config(self._config))}
+
+
+def teacher_kind(text: str) -> Callable[[Student, Any], AveragedTeacher]:
+    """What makes the teacher of `--teacher ema:TEXT`, from a student and the settings of targets. text: the decay."""
+    try:
+        decay = float(text)
+    except ValueError:
+        decay = math.nan
+    if not 0 <= decay <= 1:
+        raise TrainError(
+            f"teacher: got {f'{KIND}:{text}'!r}; expected ema:DECAY with a decay from 0 to 1, such as ema:0.999."
+        )
+    return lambda student, config: AveragedTeacher(student, config, decay=decay)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .exits import exit_students
+from .beside import measured_beside
 from .student import Student
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ EVALUATION, EVALUATIONS = "evaluation.json", "evaluations.json"  # of one cache;
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Evaluates a student, and its early exits, on the held-out split of each input; returns the means over them, by
-    their weights.
+    """Evaluates a student, and what is measured beside it, on the held-out split of each input; returns the means over
+    them, by their weights.
 
     measures: of each. evaluations: the last ones, one for each, of the whole student.
     """
@@ -28,7 +28,7 @@ class HeldOut:
     def __call__(self, student: Student) -> dict[str, float]:
         self.evaluations[:] = [measure(student) for measure in self.measures]
         found = means(self.evaluations, self.weights)
-        for name, part in exit_students(student).items():
+        for name, part in measured_beside(student).items():
             theirs = means([measure(part) for measure in self.measures], self.weights)
             found |= {f"{name}/{measure}": value for measure, value in theirs.items()}
         return found

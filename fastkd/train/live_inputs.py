@@ -53,6 +53,11 @@ def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, setti
         raise TrainError(
             f"teacher: got none, and {what}; expected a teacher or a cache, or alpha=1 to train on labels alone."
         )
+    if settings.match and is_inside(teacher):
+        raise TrainError(
+            f"match: got {', '.join(settings.match)}, and the teacher {teacher}; expected a cache, or a teacher beside "
+            "the student: inner states of an average of the student are not matched."
+        )
     if write_cache is not None and (teacher is None or is_inside(teacher)):
         got = "none" if teacher is None else repr(teacher)
         raise TrainError(f"write_cache: got the teacher {got}; expected one that is not made of the student.")

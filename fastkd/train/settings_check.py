@@ -16,7 +16,7 @@ from .objective import Objective, TokenKD, check_objective
 RESUME_MAY_CHANGE = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
     "timeout_minutes", "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep",
-    "export", "export_exit",
+    "export", "export_exit", "export_teacher",
     "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
 }  # fmt: skip
 _RANGES = {

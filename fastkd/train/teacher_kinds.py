@@ -16,7 +16,7 @@ MakeTeacher = Callable[[Student, CaptureSettings], InForward]
 """From the student, and the settings by which `fastkd.live.answer` makes targets of answers, to the student's teacher.
 """
 
-KINDS: dict[str, str] = {}
+KINDS: dict[str, str] = {"ema": "ema"}
 """Modules of `fastkd.train` by kind."""
 
 

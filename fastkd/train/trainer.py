@@ -28,6 +28,7 @@ from ..utils.distributed import Processes
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .auto_weight import AutoWeights
+from .beside import check_exports, write_beside
 from .checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -42,7 +43,6 @@ from .checkpoint import (
     read,
     write,
 )
-from .exits import write_exit
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
@@ -91,6 +91,7 @@ class Trainer:
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
         self.student.read(self._objective)
+        check_exports(settings, self.student)
         self._auto: AutoWeights | None = None
         if isinstance(self._objective, WeightedSum) and self._objective.auto:
             self._auto = AutoWeights(self._objective)
@@ -451,8 +452,7 @@ class Trainer:
         tensors = self._exported_checkpoint().tensors(MODEL)
         if not self.student.parts:
             write_student(folder, self.student, tensors, self._tokenizer)
-        if (layers := self._settings.export_exit) is not None:
-            write_exit(self._out / f"{STUDENT}-exit{layers}", self.student, layers, tensors, self._tokenizer)
+        write_beside(self._out, self._settings, self.student, tensors, self._tokenizer)
         for name, (student, tokenizer) in self.student.parts.items():
             prefix = f"model.{name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
