@@ -64,12 +64,20 @@ def test_log_and_evaluation(tmp_path: Path) -> None:
     assert not any(name.startswith("live.") for name in control)
 
 
-@pytest.mark.parametrize("moment", [2, 19, 37])
-def test_killed_and_resumed(tmp_path: Path, moment: int) -> None:
-    arguments = ("train_cases:dropping", None, tmp_path / "whole", DYING)
-    train_jobs.run(train_jobs.train, *arguments)
-    die_at(tmp_path / "run", moment)
-    assert bits(tmp_path / "run", 6) == bits(tmp_path / "whole", 6)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of a run that nobody killed."""
+    out = tmp_path_factory.mktemp("ema") / "whole"
+    train_jobs.run(train_jobs.train, "train_cases:dropping", None, out, DYING)
+    found = bits(out, DYING["steps"])
+    assert any(name.startswith("model.live.") for name in found)
+    return found
+
+
+@pytest.mark.parametrize("moment", [19, 37])
+def test_killed_and_resumed(tmp_path: Path, whole: dict[str, Any], moment: int) -> None:
+    assert die_at(tmp_path / "run", moment)
+    assert bits(tmp_path / "run", DYING["steps"]) == whole
 
 
 def die_at(out: Path, moment: int) -> bool:
@@ -84,11 +92,10 @@ def die_at(out: Path, moment: int) -> bool:
 
 
 @pytest.mark.soak
-def test_killed_at_every_moment(tmp_path: Path) -> None:
-    train_jobs.run(train_jobs.train, "train_cases:dropping", None, tmp_path / "whole", DYING)
-    wanted, moment = bits(tmp_path / "whole", 6), 1
+def test_killed_at_every_moment(tmp_path: Path, whole: dict[str, Any]) -> None:
+    moment = 1
     while die_at(out := tmp_path / str(moment), moment):
-        assert bits(out, 6) == wanted, f"killed at moment {moment}"
+        assert bits(out, DYING["steps"]) == whole, f"killed at moment {moment}"
         shutil.rmtree(out)
         moment += 1
     assert moment > 30
@@ -164,7 +171,7 @@ def test_a_cache_is_refused_beside_it(tmp_path: Path) -> None:
 
 def test_another_decay_is_refused_on_resuming(tmp_path: Path) -> None:
     fastkd.train(Tiny(seed=1), out=tmp_path / "run", **EMA | {"steps": 2})
-    with pytest.raises(TrainError, match="live: .*0.9.*there.*0.99.* here"):
+    with pytest.raises(TrainError, match=r"live: .*0.9.*there.*0.99.* here"):
         fastkd.train(Tiny(seed=1), out=tmp_path / "run", **EMA | {"steps": 2, "teacher": "ema:0.99"})
 
 
