@@ -234,6 +234,31 @@ class Sweep(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generations(LiveSettings, _Training):
+    """Train a student, then a new one from it, and so on.
+
+    Born-again networks: a student is trained from a cache of the teacher, then captured in turn, and a new student is
+    trained from that cache. From two generations on, one more student is trained from the mean of all caches.
+    Each generation starts from --student as it is: with its weights, or with new ones by the seed, --seed + g - 1 for
+    generation g. Running the same command again resumes.
+    Exit status 0: all students are trained. 75: work remains (after SIGTERM, or with a full disk): requeue it.
+    """
+
+    generations: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="N")]
+    """Number of generations."""
+    teacher: str
+    """Teacher of the first generation, as in `fastkd capture`."""
+    data: tuple[str, ...]
+    """Dataset, as in `fastkd capture`: files, folders or glob patterns; or module:factory, of labelled examples too."""
+    out: Path
+    """Output folder: generations.json, generations.png, and a cache and a run for each generation."""
+    control: bool = False
+    """Also train the student of the first generation on hard labels alone, for comparison."""
+    ensemble: bool = True
+    """Train a student from the mean of all generations' caches."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportCache(ModelSettings):
     """Write a cache in another program's format.
 
@@ -354,6 +379,7 @@ COMMANDS: dict[str, type] = {
     "match": Match,
     "train": Train,
     "sweep": Sweep,
+    "generations": Generations,
     "mix-targets": MixTargets,
     "export-cache": ExportCache,
     "report": Report,

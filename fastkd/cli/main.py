@@ -39,6 +39,7 @@ from .commands import (
     Demo,
     ExportCache,
     Features,
+    Generations,
     Inspect,
     Match,
     MixTargets,
@@ -231,6 +232,24 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
 
 
+def generations(command: Generations, stop: Stop) -> Outcome:
+    """Capture and train generation after generation. Status 75: work remains."""
+    from ..generations.api import generations as run
+    from ..generations.result import generations_text
+    from ..teachers.load import open_data
+    from ..utils.progress import mode_for
+
+    settings, live = (
+        kind(**{f.name: getattr(command, f.name) for f in fields(kind)}) for kind in (TrainSettings, LiveSettings)
+    )
+    report = run(
+        command.generations, command.student, command.teacher,
+        open_data(command.data, command.column, command.text_documents), command.out, settings, live,
+        control=command.control, ensemble=command.ensemble, stop=stop, progress=mode_for(events=command.json),
+    )  # fmt: skip
+    return Outcome({"event": "done", **report.to_json()}, generations_text(report), report.status)
+
+
 def _examples(name: str | None) -> Any:
     """The object that `--data` names; its reader checks whether it fits the cache."""
     from ..utils.factories import is_factory, made_by
@@ -276,6 +295,7 @@ _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
     Capture: capture,
     Train: train,
     Sweep: sweep,
+    Generations: generations,
     MixTargets: mix_targets,
     ExportCache: export_cache,
     Demo: demo,

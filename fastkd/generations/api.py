@@ -22,7 +22,6 @@ import torch.distributed as dist
 from ..cache import Cache, CacheError, CacheSpec, NotFound, open_cache
 from ..cache.capture_plan import read_capture_plan
 from ..cache.provenance import Identity, Provenance
-from ..capture.api import DEFAULTS as CAPTURE_DEFAULTS
 from ..capture.api import capture
 from ..capture.mix_caches import mix_targets
 from ..capture.window_plan import DEFAULT_CONTEXT, cache_spec
@@ -32,12 +31,13 @@ from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..errors import TeacherError, TrainError
 from ..evaluate.api import Evaluation, evaluate
 from ..models.trained import load_trained
-from ..settings import CaptureSettings, ModelSettings, TrainSettings
+from ..settings import CaptureSettings, LiveSettings, ModelSettings, TrainSettings
 from ..stream.split import has_held_out
 from ..sweep.result import check_finished, read_result
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
 from ..train.api import DEFAULTS, train
+from ..train.held_out import EVALUATION
 from ..train.result import STUDENT, describe_cache
 from ..train.settings_check import check_settings
 from ..train.student import Student, make_student
@@ -50,8 +50,7 @@ from ..utils.signals import Stop, Stopped
 from .plot import plotted
 from .result import GENERATIONS, GenerationsReport, Trained, make_report, read_json
 
-MODEL = ModelSettings()
-EVALUATION = "evaluation.json"
+LIVE_DEFAULTS = LiveSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +71,10 @@ def generations(
     data: Any,
     out: str | Path,
     settings: TrainSettings = DEFAULTS,
-    captured: CaptureSettings = CAPTURE_DEFAULTS,
+    live: LiveSettings = LIVE_DEFAULTS,
     *,
     control: bool = False,
     ensemble: bool = True,
-    loading: ModelSettings = MODEL,
-    column: str | None = None,
-    text_documents: str = "line",
-    tokenizer: Any = None,
-    template: str | Path | None = None,
-    loss_on: str = "all",
     stop: Stop | None = None,
     progress: str = "none",
     **changes: Any,
@@ -90,10 +83,10 @@ def generations(
 
     count: how many generations. student: as for `train`; each generation starts from it as it is given: with its
         weights if it has some, otherwise with new ones by the seed.
-    teacher, data, column, text_documents, tokenizer, template, loss_on: as for `capture`. Labelled `Examples` are both
-        captured and trained on. loading: how a teacher is loaded that is given by name, and how students of
-        transformers are, as teachers. The teacher is in memory until the first generation is captured.
-    out: the folder; see above. settings, changes: of the trainings. captured: of all captures.
+    teacher, data: as for `capture`. Labelled `Examples` are both captured and trained on. A teacher that is given by
+        name is in memory until the first generation is captured.
+    out: the folder; see above. settings, changes: of the trainings. live: how data are read and divided, what targets
+        are made of the answers, and how teachers are loaded and run: for all captures alike.
     control: also train the student of generation 1 on hard labels alone. ensemble: from two generations on, also train
         a student from the mean of all generations' caches.
     stop: stops it when called; the current capture or training can be resumed. progress: "none", "bar", "lines" or
@@ -109,15 +102,20 @@ def generations(
     if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
         raise TypeError(f"generations() got unexpected settings: {', '.join(unknown)}")
     settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
+    captured = live.capture_settings()
+    loading = ModelSettings(
+        revision=live.teacher_revision, dtype=live.teacher_dtype, attention=live.teacher_attention,
+        device=settings.device, trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
     _check_arguments(count, settings, captured, out, ensemble=ensemble)
     if isinstance(teacher, (str, Path)):
         first: Teacher = load_teacher(teacher, loading, data)
     else:
         first = as_teacher(teacher, data)
     rows = as_data(
-        data, first, column=column, text_documents=text_documents, tokenizer=tokenizer, template=template,
-        trust_remote_code=loading.trust_remote_code, allow_other_tokenizer=settings.allow_other_tokenizer,
-        loss_on=loss_on,
+        data, first, column=live.column, text_documents=live.text_documents, tokenizer=settings.tokenizer,
+        template=live.template, trust_remote_code=settings.trust_remote_code,
+        allow_other_tokenizer=settings.allow_other_tokenizer, loss_on=live.loss_on,
     )  # fmt: skip
     probe = _check_student(student, first, rows, settings, captured, alone=count == 1, ensemble=ensemble)
     with writing(out), ExitStack() as stack:
@@ -302,7 +300,7 @@ def _check_arguments(
             f"generations: got {processes} processes; expected one. Under torchrun, run each generation by fastkd "
             "capture and fastkd train."
         )
-    if settings.match or captured.features:
+    if settings.match:
         raise TrainError(
             "match: got features; expected none, as the layers of one generation's teacher are not the next one's."
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import train_cases
@@ -19,12 +21,13 @@ from vision_cases import Net
 import fastkd
 from fastkd.cache import CacheError, open_cache
 from fastkd.capture.mix_caches import mix_targets
+from fastkd.cli.main import main
 from fastkd.errors import TeacherError, TrainError
 from fastkd.evaluate.api import Evaluation, evaluate
 from fastkd.generations.result import GENERATIONS, GenerationsReport, generations_text
 from fastkd.models.trained import load_trained
 from fastkd.report.make import make_report
-from fastkd.settings import CaptureSettings
+from fastkd.settings import LiveSettings
 from fastkd.teachers.load import load_teacher
 from fastkd.train.student import make_student
 from fastkd.train.trainer import Trainer
@@ -32,7 +35,8 @@ from fastkd.utils.signals import Stop
 
 STEPS = 2
 CHANGES: dict[str, Any] = SMALL | {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": 1, "threads": 1}
-CAPTURED = CaptureSettings(**{**CAPTURE, "shard_positions": 256})
+LIVE = LiveSettings(**{**CAPTURE, "shard_positions": 256})
+CAPTURED = LIVE.capture_settings()
 STUDENT, TEACHER = "train_cases:seeded", "train_cases:dropping"
 DATA = documents(24, 20)
 
@@ -48,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 def run(out: Path, count: int = 2, student: Any = STUDENT, teacher: Any = TEACHER, data: Any = None,
         **changes: Any) -> GenerationsReport:  # fmt: skip
-    given = {"captured": CAPTURED, **CHANGES, **changes}
+    given = {"live": LIVE, **CHANGES, **changes}
     return fastkd.generations(count, student, teacher, DATA if data is None else data, out, **given)
 
 
@@ -176,7 +180,7 @@ def left_of(report: GenerationsReport) -> list[Any]:
 
 def killed(out: Path, moment: int) -> bool:
     """Whether generations were killed at a moment; 0: none."""
-    settings = {"captured": CAPTURED, "control": True, **CHANGES}
+    settings = {"live": LIVE, "control": True, **CHANGES}
     arguments = ((2, STUDENT, TEACHER, DATA, out), settings, moment)
     status = train_jobs.finish(train_jobs.start(train_jobs.generations_and_die, *arguments))
     assert status in ([0], [-signal.SIGKILL])
@@ -204,10 +208,10 @@ def test_killed_at_every_moment(done: Any, tmp_path: Path) -> None:
 
 def test_examples(tmp_path: Path) -> None:
     """A classifier whose student is the next teacher."""
-    captured = CaptureSettings(**vision_cases.CAPTURE)
+    live = LiveSettings(k=4, draws=2, shard_positions=16, held_out=0.2)
     changes = {**vision_cases.SMALL, "steps": STEPS, "evaluate_every": STEPS}
     data = vision_cases.examples()
-    report = fastkd.generations(2, "vision_cases:dropping", Net(seed=7), data, tmp_path, captured=captured, **changes)
+    report = fastkd.generations(2, "vision_cases:dropping", Net(seed=7), data, tmp_path, live=live, **changes)
     assert [m.name for m in report.members] == ["generation 1", "generation 2", "ensemble"]
     first, second = (open_cache(tmp_path / f"generation-{g}" / "cache") for g in (1, 2))
     assert first.spec.dataset == second.spec.dataset
@@ -263,11 +267,10 @@ def short(*arguments: Any) -> Any:
         ({"student": lambda: Tiny(vocab=200)}, r"got a vocabulary of 200; expected \d+, that of the teacher, as the"),
         ({"temperature": 0.5}, "temperature: got 0.5, below the lowest stored one"),
         (
-            {"captured": CaptureSettings(**CAPTURE, temperatures=(1.0, 2.0)), "temperature": 3.0},
+            {"live": LiveSettings(**CAPTURE, temperatures=(1.0, 2.0)), "temperature": 3.0},
             "got 3.0, which is not",
         ),
-        ({"captured": CaptureSettings(k=0, draws=0)}, "k: got 0 with draws=0"),
-        ({"captured": CaptureSettings(**CAPTURE, features=("1",))}, "match: got features; expected none"),
+        ({"live": LiveSettings(k=0, draws=0)}, "k: got 0 with draws=0"),
         ({"match": ("1:1:mse:1",)}, "match: got features; expected none"),
         ({"alpha": 2.0}, "alpha: got 2.0; expected a number from 0 to 1"),
         ({"student": 5}, "student: got int; expected a folder"),
@@ -293,7 +296,7 @@ def test_other_settings_on_resume(done: Any, tmp_path: Path, monkeypatch: pytest
     shutil.copytree(done[0], out)
     for changes, message in (
         ({"rate": 0.5}, "it was begun with other settings"),
-        ({"captured": CaptureSettings(**CAPTURE, codec="fast")}, "was written with other settings"),
+        ({"live": LiveSettings(**CAPTURE, codec="fast")}, "was written with other settings"),
         ({"teacher": Tiny(seed=9)}, "was written with other settings .*teacher"),
         ({"data": documents(25, 20)}, "was written with other settings .*data"),
     ):
@@ -317,3 +320,17 @@ def test_a_damaged_evaluation_is_said(done: Any, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("1", "2"))
     with pytest.raises(TrainError, match=r"generation-2/evaluation\.json: cannot be read"):
         run(out, control=True)
+
+
+def test_the_command(done: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"input_ids": DATA}), tmp_path / "ids.parquet")
+    flags = {**CAPTURE, "shard_positions": 256, **CHANGES, "student": STUDENT, "teacher": TEACHER}
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments += ["--data", str(tmp_path / "ids.parquet"), "--out", str(tmp_path / "out")]
+    assert main(["generations", "1", "--control", "--json", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [m["name"] for m in report["members"]] == ["generation 1", "control"]
+    for folder in ("generation-1/run", "control"):
+        assert bits(tmp_path / "out" / folder, STEPS) == bits(done[0] / folder, STEPS)
+    assert main(["generations", "2", *arguments, "--alpha", "2"]) == 1
+    assert "fastkd: --alpha 2.0: expected a number" in capsys.readouterr().err
