@@ -15,6 +15,7 @@ from ..settings import (
     DemoSettings,
     LiveSettings,
     ModelSettings,
+    RolloutSettings,
     TeacherSettings,
     TrainSettings,
 )
@@ -135,12 +136,13 @@ class _Training(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(LiveSettings, _Training):
+class Train(RolloutSettings, LiveSettings, _Training):
     """Train a student from a cache, or beside its teacher.
 
     With --cache, targets are read from a cache. With --data and --teacher there is no cache: the teacher runs on each
     micro-batch, and targets are made on the device; with --write-cache they are also committed as a cache on the way,
-    for later trainings. With --data and --alpha 1, training is on labels alone.
+    for later trainings. With --data and --alpha 1, training is on labels alone. With --rollouts, the student continues
+    a part of the sequences itself, and the teacher scores what it says.
     Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
     Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
     """
@@ -148,8 +150,8 @@ class Train(LiveSettings, _Training):
     cache: str | None = None
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     teacher: str | None = None
-    """Teacher model, with --data instead of --cache, as in `fastkd capture`: a folder, a GGUF file, a name on the
-    Hugging Face Hub, or module:factory."""
+    """Teacher model, with --data instead of --cache, or with --rollouts, as in `fastkd capture`: a folder, a GGUF file,
+    a name on the Hugging Face Hub, or module:factory."""
     data: tuple[str, ...] = ()
     """Without a cache, the dataset, as in `fastkd capture`: files, folders or glob patterns, or module:factory. With a
     cache of examples: module:factory that returns the labelled examples."""

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -25,7 +26,7 @@ from ..errors import (
     TrainError,
     WorkRemains,
 )
-from ..settings import CaptureSettings, LiveSettings, TrainSettings
+from ..settings import CaptureSettings, LiveSettings, RolloutSettings, TrainSettings
 from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -191,13 +192,14 @@ def train(command: Train, stop: Stop) -> Outcome:
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
         command.student,
-        None if command.cache is None else store_of(command.cache),
+        _training_cache(command.cache),
         command.out,
         settings,
         teacher=command.teacher,
         data=_training_data(command),
         live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
         write_cache=command.write_cache,
+        rollouts=RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)}),
         control=command.control,
         stop=stop,
         progress=mode_for(events=command.json),
@@ -205,6 +207,15 @@ def train(command: Train, stop: Stop) -> Outcome:
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+
+
+def _training_cache(place: str | None) -> Any:
+    """The cache of a training, or the folder of a run's rollouts, which has several."""
+    from ..live.rounds import SETTINGS
+
+    if place is None or Path(place, SETTINGS).is_file():
+        return place
+    return store_of(place)
 
 
 def _training_data(command: Train) -> Any:

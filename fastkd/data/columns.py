@@ -22,9 +22,10 @@ Values: TypeAlias = "pa.Array | list[Any]"
 
 DEFAULT_COLUMNS = ("input_ids", "tokens", "text", "messages")  # used without column= if a table has one of them
 READ_BYTES = 2**23  # read, or decoded, at a time
-LOSS_MASK, TOKENIZER = "fastkd.loss_mask", "fastkd.tokenizer"
+LOSS_MASK, TEXT_SETTINGS = "fastkd.loss_mask", "fastkd.text_settings"
 """Keys of a Parquet file's metadata, for a column of token ids. The name of another column, of lists of booleans of the
-same lengths: whether the teacher's distribution after each token counts. The fingerprint of the ids' tokenizer."""
+same lengths: whether the teacher's distribution after each token counts. And what made the ids of text (tokenizer,
+template, loss_on), as JSON; see `Documents.text_settings`."""
 
 
 class Column(Protocol):
@@ -84,12 +85,13 @@ class ParquetColumn(_BatchColumn):
         with file_errors(path, self.kind):
             # without buffer_size a row group's whole column would be read at once
             self._file = pq.ParquetFile(path, buffer_size=2**20)
-            metadata = self._file.metadata
-            self._starts = _starts([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
-            stated = self._file.schema_arrow.metadata or {}
+            groups = self._file.metadata
+            self._starts = _starts([groups.row_group(g).num_rows for g in range(groups.num_row_groups)])
+            metadata = self._file.schema_arrow.metadata or {}
         self.name = choose_column(str(path), self._file.schema_arrow.names, column)
-        self.stated = {key: stated[key.encode()].decode() for key in (LOSS_MASK, TOKENIZER) if key.encode() in stated}
-        """What the file's metadata state of its token ids; see `LOSS_MASK`, `TOKENIZER`."""
+        names = [name for name in (LOSS_MASK, TEXT_SETTINGS) if name.encode() in metadata]
+        self.stated = {name: metadata[name.encode()].decode(errors="replace") for name in names}
+        """What the file's metadata state of its token ids; see `LOSS_MASK`."""
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
 

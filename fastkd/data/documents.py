@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..models.tokenizers import Tokenizer
 from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
-from .columns import TOKENIZER, Column, Values, concat_arrays
+from .columns import TEXT_SETTINGS, Column, Values, concat_arrays
 from .sources import Source, open_source
 from .token_ids import check_range, flat_ids, texts_or_chats
 
@@ -135,10 +135,10 @@ class Documents:
 
     @property
     def text_settings(self) -> dict[str, str]:
-        """Fingerprints of tokenizer and template, loss_on and text_documents, if they apply; for ids only that of the
-        tokenizer, if their files state it."""
+        """Fingerprints of tokenizer and template, loss_on and text_documents, if they apply; of ids, what their files
+        state, if anything."""
         if self._tokenizer is None:
-            return {"tokenizer": self._stated[TOKENIZER]} if TOKENIZER in self._stated else {}
+            return dict(json.loads(self._stated.get(TEXT_SETTINGS, "{}")))
         return {name: value for name, value in self._settings.items() if value}
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ from ..stream.step_plan import split_over_ranks
 from ..utils.distributed import ALONE, Processes
 from .generators import Sampling, SamplingStudent, find
 from .prompts import PromptRule, chosen
-from .rounds import Rollouts, Rounds, scoring_command, scoring_settings
+from .rounds import Rollouts, Rounds, scoring_command, scoring_settings, text_settings_of
 from .sampling import keys_of
 
 Ints = NDArray[np.int64]
@@ -202,7 +202,7 @@ class RolloutSource:
             made = self._make(number, student)
             with processes.all_or_none():
                 if processes.first:
-                    self._rounds.commit(number, made, self._base.form.spec.tokenizer or None)
+                    self._rounds.commit(number, made, text_settings_of(self._base.form.spec))
             taken = time.perf_counter() - begun
             tokens = int((made.lengths - made.prompts).sum())
             self._seconds = {"rollout/generate_seconds": taken, "rollout/tokens_per_second": tokens / taken}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..cache.errors import CacheError, NotFound
 from ..cache.reader import Cache, open_cache
 from ..cache.spec import CODECS, CacheSpec
-from ..data.columns import LOSS_MASK, TOKENIZER
+from ..data.columns import LOSS_MASK, TEXT_SETTINGS
 from ..errors import StreamError
 from ..settings import CaptureSettings
 from ..utils.atomic import PART, unsealed, write_json
@@ -128,12 +128,12 @@ class Rounds:
         tokens = np.split(flat, cuts)[: table.num_rows]
         return Rollouts(tokens, **{name.replace("prompt", "prompts"): column for name, column in plain.items()})
 
-    def commit(self, number: int, made: Rollouts, tokenizer: str | None) -> None:
-        """Write the tokens of a round, unless they are there. tokenizer: fingerprint of that of the ids, if known."""
+    def commit(self, number: int, made: Rollouts, text_settings: Mapping[str, str]) -> None:
+        """Write the tokens of a round, unless they are there. text_settings: what is known of the ids' tokenizer."""
         path = self.tokens(number)
         stated = {"version": _VERSION, "round": number, **self._settings}
         metadata = {_ROUND: json.dumps(stated), LOSS_MASK: "loss_mask"}
-        metadata |= {} if tokenizer is None else {TOKENIZER: tokenizer}
+        metadata |= {TEXT_SETTINGS: json.dumps(dict(text_settings))} if text_settings else {}
         columns = {
             "tokens": list(made.tokens), "loss_mask": [made.loss_mask(i) for i in range(len(made))],
             "prompt": made.prompts, "ended": made.ended, "source": made.source, "shard": made.shard,
@@ -161,8 +161,10 @@ class Rounds:
         """The cache of a round's targets; None if it is not complete."""
         try:
             cache = open_cache(self.cache(number))
-        except NotFound:
-            return None
+        except CacheError as error:
+            if isinstance(error, NotFound) or isinstance(error.__cause__, NotFound):  # of a capture that has just begun
+                return None
+            raise
         return cache if cache.sealed else None
 
 
@@ -221,3 +223,11 @@ def rounds_in(folder: Any) -> list[tuple[Path, float]] | None:
     if not found:
         raise StreamError(f"{folder}: got rollouts without targets; expected at least one round that is scored.")
     return found
+
+
+def text_settings_of(spec: CacheSpec) -> dict[str, str]:
+    """What a cache of this spec knows of the tokenizer of its ids; see `Documents.text_settings`."""
+    source = spec.provenance
+    found = {name: one.fingerprint for name in ("tokenizer", "template") if (one := getattr(source, name))}
+    plain = {name: value for name in ("loss_on", "text_documents") if (value := getattr(source, name))}
+    return {**found, **plain} if "tokenizer" in found else {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..settings import LiveSettings, TrainSettings
+from ..settings import LiveSettings, RolloutSettings, TrainSettings
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
@@ -23,9 +23,10 @@ from .arms import control_arms
 from .exits import with_exits
 from .held_out import EVALUATION, EVALUATIONS
 from .inputs import Inputs, inputs_of, make_source
-from .live_inputs import check_arguments, load_inputs
+from .live_inputs import LiveInputs, check_arguments, is_inside, load_beside, load_inputs
 from .objective import Objective
 from .result import RUN, TrainReport
+from .rollout_inputs import RolloutInputs, check_rollouts
 from .settings_check import check_settings
 from .student import make_student
 from .trainer import Evaluate, Trainer
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EVALUATION", "EVALUATIONS", "make_source", "run_trainer", "train", "train_one"]
 DEFAULTS = TrainSettings()
-LIVE = LiveSettings()
+LIVE, NO_ROLLOUTS = LiveSettings(), RolloutSettings()
 
 
 def train(
@@ -49,6 +50,7 @@ def train(
     data: Any = None,
     live: LiveSettings = LIVE,
     write_cache: Any = None,
+    rollouts: RolloutSettings = NO_ROLLOUTS,
     objective: Objective | None = None,
     control: bool = False,
     evaluate: Evaluate | None = None,
@@ -72,6 +74,8 @@ def train(
         read from there, also by later trainings.
     out: the run's folder, which all processes share.
     settings, changes: a `TrainSettings`, and other values of its fields: `train(..., rate=1e-3, alpha=0)`.
+    rollouts: which part of the sequences the student continues itself (on-policy distillation), scored by the teacher,
+        which may then be given beside a cache.
     objective: an `Objective` instead of the distillation loss of the settings (`TokenKD`).
     control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control; and
         if it matches features, before that the same student without them, into out/without_features.
@@ -92,7 +96,8 @@ def train(
     settings, out = replace(settings, **changes), Path(out)
     check_folder(out, "run")
     check_settings(settings, None, objective)
-    check_arguments(cache, teacher, data, write_cache, settings, objective)
+    check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
+    check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)
     cached = None if cache is None else inputs_of(cache, data)
     if cached is not None:
         check_settings(settings, cached.spec, objective)
@@ -105,6 +110,11 @@ def train(
             teacher, data, settings, live, processes=processes, progress=progress == "bar" and processes.first
         )
         stack.callback(inputs.close)
+        if rollouts.rollouts:
+            beside = inputs.teacher if isinstance(inputs, LiveInputs) else None
+            if beside is None and teacher is not None:
+                beside = load_beside(teacher, None, settings, live, processes)
+            inputs = RolloutInputs(inputs, beside, rollouts, out, teacher_batch_tokens=live.teacher_batch_tokens)
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         shared = (inputs, processes, evaluate, stop or Stop(), progress)
@@ -116,7 +126,9 @@ def train(
             if processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
-            found, theirs = train_one(student, out / arm.folder, arm.settings, arm.objective, *shared)
+            found, theirs = train_one(
+                student, out / arm.folder, arm.settings, arm.objective, inputs.control, *shared[1:]
+            )
             judged = judge(arm.folder, ours, theirs, inputs.weights, settings.best)
             verdicts = report.verdicts | ({arm.folder: judged} if judged else {})
             report = replace(report, **{arm.folder: found}, verdicts=verdicts)

@@ -12,6 +12,7 @@ from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import StreamError, TrainError
+from ..live.rounds import rounds_in
 from ..settings import TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
@@ -45,6 +46,11 @@ class Inputs:
         """What the student has to fit: the spec of the (first) cache, or of that which a capture would write; None if
         it is not known."""
         return None
+
+    @property
+    def control(self) -> "Inputs":
+        """What a control of the student is trained on."""
+        return self
 
     def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
         """The student of a training is made: check that it fits, and prepare what depends on it.
@@ -98,10 +104,11 @@ class Inputs:
 
 
 class CacheInputs(Inputs):
-    """A cache, or a mixture [(cache, weight), ...]; see `open_sources`. data: for caches of examples."""
+    """A cache, or a mixture [(cache, weight), ...]; see `open_sources`. A folder RUN/rollouts is the mixture of its
+    rounds. data: for caches of examples."""
 
     def __init__(self, cache: Any, data: Any = None) -> None:
-        caches, weights = open_sources(cache)
+        caches, weights = open_sources(rounds_in(cache) or cache)
         check_data(caches, data)
         self.caches, self.weights, self.data = caches, [float(weight) for weight in weights], data
 

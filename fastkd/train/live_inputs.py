@@ -36,10 +36,11 @@ _INSTEAD = (
 
 
 def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, settings: TrainSettings,
-                    objective: Objective | None) -> None:  # fmt: skip
-    """Raise TrainError unless these arguments of `train` fit together. Nothing is loaded."""
+                    objective: Objective | None, *, rollouts: bool = False) -> None:  # fmt: skip
+    """Raise TrainError unless these arguments of `train` fit together. Nothing is loaded. rollouts: whether a teacher
+    beside a cache has something to do."""
     if cache is not None:
-        for name, value in (("teacher", teacher), ("write_cache", write_cache)):
+        for name, value in (("teacher", None if rollouts else teacher), ("write_cache", write_cache)):
             if value is not None:
                 raise TrainError(
                     f"cache, {name}: got both; expected one of them: a cache has its targets already. Leave one out."
@@ -117,6 +118,11 @@ class LiveInputs(Inputs):
         self._planned: PlannedShards | None = None
         if teacher is not None:
             self._planned = self._plan(teacher, tokenizer)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What answers beside the student, if anything does."""
+        return self._teacher
 
     @property
     def spec(self) -> CacheSpec | None:
@@ -222,7 +228,7 @@ def load_inputs(
     loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
     if teacher is not None and make is None:
         try:
-            loaded = _load(teacher, data, settings, live, processes, progress)
+            loaded = load_beside(teacher, data, settings, live, processes, progress)
         except torch.OutOfMemoryError as error:
             raise TrainError(
                 f"teacher: {named} does not fit into the memory of {processes.device}. {_INSTEAD}"
@@ -242,9 +248,10 @@ def load_inputs(
     )
 
 
-def _load(
-    teacher: Any, data: Any, settings: TrainSettings, live: LiveSettings, processes: Processes, progress: bool
+def load_beside(
+    teacher: Any, data: Any, settings: TrainSettings, live: LiveSettings, processes: Processes, progress: bool = False
 ) -> Teacher:
+    """A teacher on the student's device. data: see `as_teacher`. Raises TeacherError."""
     if not isinstance(teacher, (str, Path)):
         return as_teacher(teacher, data)
     how = ModelSettings(

@@ -17,7 +17,7 @@ from source_cases import BatchSourceTests, take
 from train_cases import Tiny
 
 from fastkd.cache import Cache, open_cache
-from fastkd.data.columns import LOSS_MASK, TOKENIZER
+from fastkd.data.columns import LOSS_MASK, TEXT_SETTINGS
 from fastkd.data.documents import open_documents
 from fastkd.errors import DataError, StreamError, WorkRemains
 from fastkd.kernels import topk_targets
@@ -318,7 +318,7 @@ def test_token_ids_with_a_loss_mask_in_their_file(tmp_path: Path) -> None:
         pq.write_table(table.replace_schema_metadata(metadata or None), tmp_path / name)
         return tmp_path / name
 
-    stated = {LOSS_MASK: "mask", TOKENIZER: "sha256 " + "0" * 64}
+    stated = {LOSS_MASK: "mask", TEXT_SETTINGS: json.dumps({"tokenizer": "sha256 " + "0" * 64})}
     documents = open_documents(write("a.parquet", masks, **stated), column="tokens")
     assert documents.read([2, 0, 1]).loss_mask.tolist() == [True, False, False, True, True]
     assert documents.text_settings == {"tokenizer": "sha256 " + "0" * 64}
