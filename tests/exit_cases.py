@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from hf_cases import VOCAB, model_of
 from torch import Tensor, nn
+from vision_cases import CLASSES
 
 from fastkd.kernels import LMHead
 from fastkd.models.protocol import Hidden
@@ -54,3 +55,22 @@ def double_stack() -> Stack:
 
 def deep_llama() -> Any:
     return model_of("llama", num_hidden_layers=4, tie_word_embeddings=True)
+
+
+class Blocks(nn.Module):
+    """A classifier of images whose layers all return maps of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.stem = nn.Conv2d(1, 4, 3, padding=1)
+            self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+            self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(torch.relu(x))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits

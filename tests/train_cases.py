@@ -16,6 +16,7 @@ from fastkd.cache import Cache, open_cache
 from fastkd.kernels.lm_head import LMHead
 from fastkd.models.protocol import Hidden
 from fastkd.train.checkpoint import FOLDER, Checkpoint, read
+from fastkd.utils.signals import Stop
 
 WIDTH = 12
 # at least eight shards, of segments of many lengths
@@ -154,3 +155,10 @@ def bits(run: Path, step: int) -> dict[str, tuple[torch.dtype, torch.Size, bytes
 
 def tied_llama() -> Any:
     return llama(tie_word_embeddings=True)
+
+
+def stopped() -> Stop:
+    """A stop after one step."""
+    stop = Stop()
+    stop()
+    return stop

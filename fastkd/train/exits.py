@@ -19,7 +19,7 @@ from ..models.tokenizers import Tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch
 from .objective import Objective, TokenKD, WeightedSum
-from .objectives.exits import ExitKD, Read, state_name
+from .objectives.exits import ExitKD, Read
 from .result import write_model
 from .student import Student
 
@@ -38,7 +38,8 @@ def with_exits(
     """
     if settings.export_exit is not None:
         cut(student.model, settings.export_exit)  # refused now, not after the training
-    exits, temperature = exits_of(settings, student), float(settings.temperature)
+    exits = {layers: output_name(student, layers) for layers in exits_of(settings, student)}
+    temperature = float(settings.temperature)
     targets = TopKConfig(
         k=ENTRIES, draws=DRAWS, draw_temperature=temperature, seed=settings.seed,
         temperatures=tuple(dict.fromkeys((1.0, temperature))),
@@ -70,14 +71,20 @@ def exits_of(settings: TrainSettings, student: Student) -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in settings.exits))
 
 
+def output_name(student: Student, layers: int) -> str:
+    """The output of a student's first layers, as objectives read it."""
+    module = student.layers[layers - 1]
+    return "module:" + next(name for name, one in student.model.named_modules() if one is module)
+
+
 def reader(student: Student, data: Examples | None = None) -> Read:
-    """How a student's output follows from the state that enters one of its layers: for a model of transformers by its
+    """How a student's output follows from the state that one of its layers returns: for a model of transformers by its
     final norm and LM head; for a module by all that its forward does after its layers.
 
-    It is proven on a probe, for the state behind the last layer. Raises TrainError if it does not hold.
+    It is proven on a probe, for the last layer. Raises TrainError if it does not hold.
     """
     model: Any = student.model
-    name = state_name(len(student.layers))
+    name = output_name(student, len(student.layers))
     with _evaluating(model), torch.no_grad():
         try:
             read = _norm_and_lm_head(model) if hasattr(model, "get_output_embeddings") else _rest(student)
@@ -119,7 +126,7 @@ def _norm_and_lm_head(model: Any) -> Read:
 
 def _rest(student: Student) -> Read:
     layers = student.layers
-    (tap,) = resolve(student.model, [state_name(len(layers))], TrainError)
+    (tap,) = resolve(student.model, [output_name(student, len(layers))], TrainError)
 
     def read(batch: AnyBatch, state: Tensor, output: Output) -> Output:
         # once more from the beginning, with layers that do nothing, the last of which returns the state
@@ -148,7 +155,7 @@ class ExitStudent(nn.Module):
 
     def __init__(self, student: Student, exits: ExitKD, layer: int) -> None:
         super().__init__()
-        self.student, self._exits, self._state = student, exits, state_name(layer)
+        self.student, self._exits, self._name = student, exits, exits.exits[layer]
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         return self.student.logits(batch, rows, self._run)
@@ -159,7 +166,7 @@ class ExitStudent(nn.Module):
 
     def _run(self, batch: AnyBatch) -> Output:
         output = self.student.run(batch)
-        return self._exits.read(batch, self.student.outputs(batch, output)[self._state], output)
+        return self._exits.read(batch, self.student.outputs(batch, output)[self._name], output)
 
 
 def exit_students(student: Student) -> Mapping[str, ExitStudent]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import train_jobs
-from train_cases import SMALL, Tiny, bits, documents, llama, make_cache, tied_llama
+from train_cases import SMALL, Tiny, bits, documents, dropping, llama, make_cache, stopped, tied_llama
 
 import fastkd
+from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.models.hub import load_transformers
 from fastkd.settings import LiveSettings
@@ -62,6 +63,33 @@ def test_log_and_evaluation(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["live"]["teacher"] == "ema:0.9"
     control = weights(tmp_path / "run" / "control")
     assert not any(name.startswith("live.") for name in control)
+
+
+def test_it_resumes_at_every_step_to_the_same_bytes(tmp_path: Path) -> None:
+    changes: dict[str, Any] = EMA | {"steps": 4, "checkpoint_every": 1, "keep": 9}
+    fastkd.train(dropping, out=tmp_path / "whole", **changes)
+    while fastkd.train(dropping, out=tmp_path / "parts", stop=stopped(), **changes).status == 75:
+        pass
+    for step in range(1, 5):
+        assert bits(tmp_path / "parts", step) == bits(tmp_path / "whole", step)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in DATA))
+    tied_llama().save_pretrained(tmp_path / "student")
+    args = ["train", "--student", str(tmp_path / "student"), "--teacher", "ema:0.999", "--exits", "1"]
+    args += ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run"), "--steps", "3", "--k", "6"]
+    args += ["--batch-tokens", "60", "--context", "16", "--held-out", "0.2", "--export-teacher", "--export-exit", "1"]
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert "ema/cross_entropy" in printed
+    assert "exit1/kl_bucket" in printed
+    for name in ("student", "student-ema", "student-exit1"):
+        assert (tmp_path / "run" / name / "model.safetensors").exists()
+    assert main([*args[:4], "ema:2", *args[5:]]) == 1
+    assert "--teacher ema:2: expected ema:DECAY with a decay from 0 to 1" in capsys.readouterr().err
+    assert main([*args, "--exits", "7"]) == 1  # in addition
+    assert "--exits 7: expected numbers from 1 to 1, as" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import exit_cases
 import pytest
 import torch
 import torch.nn.functional as F
 import train_jobs
+import vision_cases
 from exit_cases import Stack, stack
 from hf_cases import VOCAB, model_of
 from torch import Tensor, nn
-from train_cases import SMALL, Tiny, make_cache
+from train_cases import SMALL, Tiny, bits, documents, make_cache, stopped
 
 import fastkd
 from fastkd.cache import Cache
@@ -20,11 +22,11 @@ from fastkd.kernels import LMHead, LossConfig, TopKConfig
 from fastkd.models.hub import load_transformers
 from fastkd.models.protocol import Hidden
 from fastkd.models.pruned import original_layers
-from fastkd.settings import TrainSettings
+from fastkd.settings import LiveSettings, TrainSettings
 from fastkd.stream.batch import MicroBatch
 from fastkd.train.api import DEFAULTS, make_source
 from fastkd.train.checkpoint import newest
-from fastkd.train.exits import exit_students, reader, with_exits
+from fastkd.train.exits import exit_students, output_name, reader, with_exits
 from fastkd.train.metrics import read_metrics
 from fastkd.train.objective import TokenKD, WeightedSum
 from fastkd.train.objectives.exits import ExitKD
@@ -65,7 +67,8 @@ def logits_at(model: Any, tokens: Tensor, layer: int) -> Tensor:
 def exits_of(student: Student, exits: tuple[int, ...], *, temperature: float = 1.0, **targets: Any) -> ExitKD:
     kept = {"k": VOCAB, "draws": 0, "temperatures": (1.0, temperature) if temperature != 1 else (1.0,)}
     loss = TokenKD(LossConfig(alpha=0.3, temperature=temperature))
-    made = ExitKD(exits, reader(student), loss, TopKConfig(**{**kept, **targets}), student.vocab_size)
+    outputs = {layers: output_name(student, layers) for layers in exits}
+    made = ExitKD(outputs, reader(student), loss, TopKConfig(**{**kept, **targets}), student.vocab_size)
     student.read(made)
     return made
 
@@ -156,6 +159,49 @@ def test_a_training(cache: Cache, tmp_path: Path) -> None:
     without = fastkd.train(stack, cache, tmp_path / "without", **SMALL | {"evaluate_every": 5})
     assert not any("/" in name for name in without.evaluation)
     assert report.evaluation["exit1/cross_entropy"] != report.evaluation["exit3/cross_entropy"]
+
+
+LIVE = LiveSettings(k=6, draws=3, context=16, shard_positions=48, held_out=0.2)
+
+
+def test_the_exits_do_not_care_where_the_targets_come_from(cache: Cache, tmp_path: Path) -> None:
+    """A cache, a teacher beside the student, or labels alone: the last layer teaches them all the same."""
+    changes = SMALL | {"exits": (1, 3), "steps": 2, "alpha": 0.3}
+    fastkd.train(Stack(), cache, tmp_path / "cache", **changes)
+    fastkd.train(Stack(), out=tmp_path / "live", teacher=Tiny(seed=7), data=documents(), live=LIVE, **changes)
+    changes |= {"alpha": 1.0, "evaluate_every": 2}
+    report = fastkd.train(Stack(), out=tmp_path / "labels", data=documents(), live=LIVE, **changes)
+    cached, live, labels = (read_metrics(tmp_path / run)[0] for run in ("cache", "live", "labels"))
+    for name in (f"exit{n}/{part}" for n in (1, 3) for part in ("hard", "soft")):
+        assert cached[name] == pytest.approx(live[name], rel=1e-5)
+        assert cached[name] == pytest.approx(labels[name], rel=1e-5)
+    assert labels["soft"] == 0
+    assert {"exit1/cross_entropy", "exit3/accuracy"} <= report.evaluation.keys()
+    assert not any("kl" in name for name in report.evaluation)
+
+
+def test_it_resumes_at_every_step_to_the_same_bytes(cache: Cache, tmp_path: Path) -> None:
+    changes: dict[str, Any] = SMALL | {"exits": (1, 3), "steps": 4, "checkpoint_every": 1, "keep": 9}
+    fastkd.train(stack, cache, tmp_path / "whole", **changes)
+    while (report := fastkd.train(stack, cache, tmp_path / "parts", stop=stopped(), **changes)).status == 75:
+        assert not report.complete
+    for step in range(1, 5):
+        assert bits(tmp_path / "parts", step) == bits(tmp_path / "whole", step)
+    with pytest.raises(TrainError, match=r"exits: .* there, .* here"):
+        fastkd.train(stack, cache, tmp_path / "parts", **changes | {"exits": (1, 2)})
+
+
+def test_two_exits_of_digits_and_a_control(tmp_path: Path) -> None:
+    """Of a classifier; the control has none."""
+    data = vision_cases.examples()
+    changes: dict[str, Any] = {"steps": 3, "batch_size": 16, "rate": 0.01, "evaluate_every": 3, "exits": (1, 2)}
+    live = LiveSettings(k=4, draws=0, held_out=0.2)
+    report = fastkd.train(
+        exit_cases.Blocks, out=tmp_path / "run", data=data, live=live, alpha=1.0, control=True, **changes
+    )
+    assert {"exit1/accuracy", "exit2/cross_entropy"} <= report.evaluation.keys()
+    assert report.control is not None
+    assert not any("/" in name for name in report.control.evaluation)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """ExitKD: early exits of a student, which learn from its own last layer (deep-to-shallow self-distillation)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from ...models.protocol import Output
 from ...stream.batch import AnyBatch, MicroBatch
 
 Read = Callable[[AnyBatch, Tensor, Output], Output]
-"""From a micro-batch, the state `[B, L, D]` that enters a layer, and the output of the whole model in the same forward,
-to the output of a model that ends before that layer: by the model's own final norm and LM head, with gradients."""
+"""From a micro-batch, the state `[B, L, D]` that a layer returns, and the output of the whole model in the same forward
+to the output of a model that ends with that layer: by the model's own final norm and LM head, with gradients."""
 
 
 class ExitKD:
@@ -24,21 +24,22 @@ class ExitKD:
     detached: "Be Your Own Teacher", Zhang et al. 2019, without its adapters: all exits share the final norm and the LM
     head, whose gradients count.
 
-    exits: the numbers of layers, from 1; exit 6 is the model's first 6 layers. read: see `Read`.
+    exits: the output of the student that each reads ("module:model.layers.5"), by its number of layers, from 1: exit 6
+        is the model's first 6 layers. read: see `Read`.
     loss: of an exit, a `TokenKD`: alpha is the weight of the labels. targets: what is kept of the last layer's answers,
         made from the states of the same forward. vocab_size: of the student.
 
     The loss is the mean over exits. Parts: exit6/hard, exit6/soft, ...
     """
 
-    def __init__(self, exits: Sequence[int], read: Read, loss: Any, targets: TopKConfig, vocab_size: int) -> None:
-        if not exits or len(set(exits)) < len(exits):
-            raise TrainError(f"exits: got {', '.join(map(str, exits)) or 'none'}; expected some layers, each once.")
-        self.exits, self.read, self.loss, self.targets = tuple(exits), read, loss, targets
+    def __init__(self, exits: Mapping[int, str], read: Read, loss: Any, targets: TopKConfig, vocab_size: int) -> None:
+        if not exits:
+            raise TrainError("exits: got none; expected the outputs of some layers.")
+        self.exits, self.read, self.loss, self.targets = dict(exits), read, loss, targets
         self._vocab_size = vocab_size
         self.signals = ("labels", "targets")
         self.reads_answers = False  # of the targets, the index alone
-        self.outputs = ("output", *(state_name(layer) for layer in exits))
+        self.outputs = ("output", *exits.values())
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
         return {}
@@ -49,10 +50,8 @@ class ExitKD:
         output: Output = outputs["output"]
         own = replace(batch, targets=self._answers(batch, output))
         found = {
-            layer: self.loss.losses(
-                own, {"output": self.read(batch, outputs[state_name(layer)], output)}, num_items=num_items
-            )
-            for layer in self.exits
+            layer: self.loss.losses(own, {"output": self.read(batch, outputs[name], output)}, num_items=num_items)
+            for layer, name in self.exits.items()
         }
         parts = {f"exit{n}/{name}": one[name] for n, one in found.items() for name in ("hard", "soft")}
         return {"loss": torch.stack([one["loss"] for one in found.values()]).mean(), **parts}
@@ -70,17 +69,9 @@ class ExitKD:
         return {"exits": list(self.exits), "loss": self.loss.describe()}
 
 
-def state_name(layer: int) -> str:
-    """The output that an exit reads: what enters a layer."""
-    return f"state:{layer}"
-
-
 def _numbers(batch: AnyBatch, index: Tensor) -> Tensor:
-    """Numbers that seed the draws, `[m]`: those of the rows, or else such as follow from tokens and position, so that
-    draws do not depend on the division into micro-batches."""
-    if (rows := batch.signals.get("rows/numbers")) is not None:
-        numbers: Tensor = rows.numbers
-        return numbers
+    """Numbers that seed the draws, `[m]`. They follow from tokens and position alone, so that neither the division into
+    micro-batches nor whether the batch comes from a cache changes the draws; equal ones do no harm."""
     labels = batch.labels.flatten()[index]
     if not isinstance(batch, MicroBatch):
         return labels
