@@ -292,3 +292,15 @@ def train_within(
         said.write_text(str(error))
         sys.exit(WORK_REMAINS if isinstance(error, WorkRemains) else 1)
     sys.exit(report.status)
+
+
+def train_live(student: Any, cache: Any, out: Path, changes: dict[str, Any]) -> None:
+    """Train beside a teacher."""
+    import train_cases
+
+    from fastkd.settings import LiveSettings
+    from fastkd.teachers.module import ModuleTeacher
+
+    by = ModuleTeacher(train_cases.Tiny(seed=7), vocab_size=train_cases.VOCAB, fingerprint="the same")
+    given = {"teacher": by, "data": train_cases.documents(), "live": LiveSettings(**train_cases.CAPTURE)}
+    train(train_cases.Tiny(seed=1) if student is None else student, cache, out, given | changes)

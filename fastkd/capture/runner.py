@@ -11,88 +11,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-
-from .. import __version__
-from ..cache import CacheError, CacheWriter, Commit, FeatureWriter, NotFound, open_cache
-from ..cache.manifest import KEY as MANIFEST_KEY
-from ..cache.manifest import listed, runs, shard_key
+from ..cache import CacheError, CacheWriter, FeatureWriter
+from ..cache.manifest import runs
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.numbers import duration, size_text
 from ..utils.progress import Progress
-from ..utils.signals import DONE, WORK_REMAINS, Stop, Stopped
+from ..utils.signals import Stop, Stopped
 from ..utils.text import printable, ranges
 from .claims import Claims
-from .feature_collect import Codes, stored_rows
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
-from .teacher_pass import TeacherPass, device_name
+from .shard_runner import CaptureReport, FeatureReport, ShardRunner, ShardTask
+from .teacher_pass import TeacherPass
 from .window_plan import WindowPlan
 
+__all__ = ["CaptureReport", "CaptureRunner", "FeatureReport", "capture_text"]
 _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each pause is twice the last
 
 
-@dataclass(frozen=True)
-class FeatureReport:
-    """What a capture wrote of a feature: shards_written, positions_written (with a stored value) and bytes_written.
-    step: of its codes."""
-
-    step: float
-    shards_written: int = 0
-    positions_written: int = 0
-    bytes_written: int = 0
-
-
-@dataclass(frozen=True)
-class CaptureReport:
-    """What a capture did.
-
-    complete: whether the cache has every shard, and is sealed. missing: the other shards, as ranges [first, last].
-    plan: `WindowPlan.totals`. The rest is about this worker in this run: shards_written, positions_written and
-    bytes_written of the targets, and features by name; positions_captured, including shards that another worker
-    committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
-    did not fit into memory.
-    """
-
-    cache: str
-    complete: bool
-    missing: list[list[int]]
-    plan: dict[str, int]
-    shards_written: int = 0
-    positions_written: int = 0
-    positions_captured: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    teacher_busy: float = 0.0
-    batches_halved: int = 0
-    features: dict[str, FeatureReport] = field(default_factory=dict)
-
-    @property
-    def status(self) -> int:
-        """The exit status: 0 if the cache is complete, 75 if work remains."""
-        return DONE if self.complete else WORK_REMAINS
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {**asdict(self), "status": self.status}
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A shard to capture: whether its targets are missing, and the names of the features that are."""
-
-    index: int
-    targets: bool
-    features: tuple[str, ...]
-
-
-class CaptureRunner:
+class CaptureRunner(ShardRunner):
     """Captures one worker's part of a cache whose spec and plan, and those of its features, are written. For one `run`.
 
     progress_mode: see `Progress`. sleep: waits for a number of seconds.
@@ -114,26 +56,22 @@ class CaptureRunner:
         progress_mode: str = "none",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._data, self._plan, self._store, self._claims = data, plan, store, claims
-        self._features = {feature.name: feature for feature in features}
-        self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
-        self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
-        self._group, self._stop, self._sleep = group or ParallelGroup(), stop or Stop(), sleep
-        self._pass = replace(
-            teacher_pass, on_batch=self._on_batch, should_stop=lambda: self._group.share(self._stop.asked)
+        self._stop, self._sleep = stop or Stop(), sleep
+        super().__init__(
+            teacher_pass,
+            data,
+            plan,
+            store,
+            claims,
+            features,
+            group=group,
+            should_stop=lambda: self._group.share(self._stop.asked),
         )
+        self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
         self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
         self._next: int | None = None  # probably the next one of them
-        # by shard and by feature, "" for the targets
-        self._submitted: dict[int, dict[str, Future[Commit]]] = {}
-        self._writers: Mapping[str, CacheWriter | FeatureWriter] = {}
-        self._there: dict[str, set[int]] = {}  # shards that were seen
-        self._stored: dict[int, dict[str, int]] = {}  # positions of the submitted features
         self._prefetched: tuple[int, Future[ShardRows]] | None = None
-        self._busy = 0.0
-        reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
-        self._report = CaptureReport(store.describe(), False, [], plan.totals, features=reports)
 
     def run(self, writer: CacheWriter | None, features: Mapping[str, FeatureWriter] | None = None) -> CaptureReport:
         """Capture until the cache has every shard, or a stop is requested.
@@ -163,46 +101,6 @@ class CaptureRunner:
             self._progress.close()
             if writer is not None and not self._group_busy:  # if the teacher failed, it failed in the whole group
                 self._group.share(report)
-
-    def _folder(self, name: str) -> str:
-        """Where the objects of a feature are; of the targets, "" for both."""
-        return self._features[name].spec.folder if name else ""
-
-    def _listed(self, name: str) -> list[int]:
-        """The shards there are of a feature, or of the targets."""
-        return list(listed(self._store, self._folder(name)))
-
-    def _committed_shards(self, name: str) -> set[int]:
-        """The shards that the cache has, of a feature or of the targets. CacheError if none can be added."""
-        folder = self._folder(name)
-        sealed = self._exists(f"{folder}{MANIFEST_KEY}")  # before the shards: another worker may be about to seal
-        committed = set(self._listed(name))
-        where = f"{self._store.describe()}{f', feature {name}' if name else ''}"
-        if unknown := sorted(committed - set(range(self._plan.shards))):
-            raise CacheError(
-                f"{where}: got shard {unknown[0]}; expected only the {self._plan.shards} shards of "
-                "the plan. It belongs to something else: write to another folder."
-            )
-        if sealed and len(committed) < self._plan.shards:
-            raise CacheError(
-                f"{where}: the {'feature' if name else 'cache'} is sealed, with {len(committed)} of "
-                f"{self._plan.shards} shards. To write the others, delete {folder}{MANIFEST_KEY}: no "
-                f"{'state' if name else 'target'} is lost, and it is written again at the end."
-            )
-        return committed
-
-    def _seal(self) -> None:
-        """Write the manifests that are not there, or are of fewer shards."""
-        cache = open_cache(self._store)
-        if not cache.sealed or len(cache.manifest) != self._plan.shards:
-            self._writers[""].seal()
-        for name in self._features:
-            try:
-                feature = cache.features[name]
-            except KeyError as error:
-                raise CacheError(f"{self._store.describe()}: feature {name} was dropped meanwhile.") from error
-            if not feature.sealed or len(feature.shards) != self._plan.shards:
-                self._writers[name].seal()
 
     def _capture_shards(self) -> None:
         self._there = {name: self._committed_shards(name) for name in self._writers}
@@ -238,33 +136,16 @@ class CaptureRunner:
             for name in self._claims.held:
                 self._claims.drop(name)
 
-    def _run(self, shard: _Shard, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, Codes]]:
-        """Run the teacher on a shard: its targets, the parts of halved batches, and the codes of its features."""
-        codes = {}
-        for name in shard.features:
-            feature = self._features[name]
-            mask = stored_rows(rows, feature.spec.positions, feature.spec.seed)
-            codes[name] = Codes(feature.place, mask, feature.on_device, feature.spec.step)
-        arrays, halved = self._pass.run(
-            rows,
-            self._plan.batches(shard.index),
-            self._data,
-            shard.index,
-            targets=shard.targets,
-            collectors=list(codes.values()),
-        )
-        return arrays, halved, codes
-
     def _follow(self) -> CaptureReport:
         """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
-        while isinstance(shared := self._group.share(None), _Shard):
+        while isinstance(shared := self._group.share(None), ShardTask):
             with suppress(Stopped):
                 self._run(shared, read_shard_rows(self._plan, self._data, shared.index))
         if not isinstance(shared, CaptureReport):
             raise CacheError("the leading process of this worker failed; see its error message.")
         return shared
 
-    def _claimed_shards(self) -> Iterator[_Shard]:
+    def _claimed_shards(self) -> Iterator[ShardTask]:
         """The shards that this worker claims, one at a time; waits for shards that others have claimed."""
         pause = _FIRST_PAUSE
         while self._todo:
@@ -282,7 +163,7 @@ class CaptureRunner:
                     del self._todo[i]
                     self._next = self._todo[i] if i < len(self._todo) else None
                     pause = _FIRST_PAUSE
-                    yield _Shard(index, "" in lacking, tuple(name for name in lacking if name))
+                    yield ShardTask(index, "" in lacking, tuple(name for name in lacking if name))
                     break  # from the start again: claims of others may have expired
             else:
                 self._collect(wait=False)
@@ -305,118 +186,6 @@ class CaptureRunner:
         if self._next is not None:
             self._prefetched = self._next, pool.submit(read_shard_rows, self._plan, self._data, self._next)
         return rows
-
-    def _lacking(self, index: int) -> list[str]:
-        """The features whose part of a shard is not there; "" among them for the targets."""
-        lacking = []
-        for name, there in self._there.items():
-            if index not in there:
-                if self._exists(shard_key(index, self._folder(name))):
-                    there.add(index)
-                else:
-                    lacking.append(name)
-        return lacking
-
-    def _submit(
-        self,
-        shard: _Shard,
-        rows: ShardRows,
-        arrays: dict[str, Any],
-        halved: dict[str, list[int]],
-        codes: dict[str, Codes],
-    ) -> None:
-        """Give what was made of a shard to the writers."""
-        record = {
-            "fastkd": __version__,
-            "torch": torch.__version__,
-            "device": device_name(self._pass.teacher.device),
-            "batch_tokens": self._plan.settings.batch_tokens,
-            "halved": halved,
-        }
-        self._report = replace(
-            self._report,
-            positions_captured=self._report.positions_captured + len(rows),
-            batches_halved=self._report.batches_halved + len(halved),
-        )
-        futures: dict[str, Future[Commit]] = {}
-        self._submitted[shard.index] = futures
-        self._stored[shard.index] = {name: int(code.mask.sum()) for name, code in codes.items()}
-        if shard.targets:
-            futures[""] = self._writers[""].submit_shard(
-                shard.index,
-                rows.inputs,
-                **arrays,
-                sequence_lengths=rows.sequence_lengths,
-                document_lengths=rows.document_lengths,
-                first_sequence=rows.first_sequence,
-                record=record,
-            )
-        for name, code in codes.items():
-            futures[name] = self._writers[name].submit_shard(
-                shard.index, code.arrays(), code.vectors, record, after=futures.get("")
-            )
-
-    def _collect(self, *, wait: bool) -> None:
-        """Account for the shards that the writers have finished, or wait for all; raises what a writer raised."""
-        for index, futures in list(self._submitted.items()):
-            if not (wait or all(future.done() for future in futures.values())):
-                continue
-            commits = {name: future.result() for name, future in futures.items()}
-            del self._submitted[index]
-            stored = self._stored.pop(index)
-            self._claims.done(str(index))
-            sizes = {name: self._writers[name].sizes[index] for name, c in commits.items() if c is Commit.COMMITTED}
-            self._account_features(sizes, stored)
-            if "" in sizes:
-                self._account(index, sizes)
-            elif "" in commits:
-                self._progress.say(f"shard {index}: another worker committed it first")
-            elif sizes:
-                self._progress.event("shard", shard=index, positions=self._positions(index), features=sizes)
-
-    def _account(self, index: int, sizes: dict[str, int]) -> None:
-        """Account for a shard whose targets this worker has committed. sizes: in bytes, by feature."""
-        size = sizes.pop("")
-        self._report = replace(
-            self._report,
-            shards_written=self._report.shards_written + 1,
-            positions_written=self._report.positions_written + self._positions(index),
-            bytes_written=self._report.bytes_written + size,
-        )
-        each = size / self._positions(index)
-        self._progress.figure("bytes_per_position", each, f"{each:.1f} B each")
-        features = {"features": sizes} if sizes else {}
-        self._progress.event("shard", shard=index, positions=self._positions(index), bytes=size, **features)
-
-    def _account_features(self, sizes: Mapping[str, int], stored: Mapping[str, int]) -> None:
-        """Account for the features of a shard that this worker has committed. stored: positions, by feature."""
-        reports = dict(self._report.features)
-        for name, size in sizes.items():
-            if name:
-                before = reports[name]
-                reports[name] = replace(
-                    before,
-                    shards_written=before.shards_written + 1,
-                    positions_written=before.positions_written + stored[name],
-                    bytes_written=before.bytes_written + size,
-                )
-        self._report = replace(self._report, features=reports)
-
-    def _on_batch(self, positions: int, seconds: float) -> None:
-        self._busy += seconds
-        self._progress.add(positions, teacher_busy=seconds)
-        if self._group.leader:
-            self._claims.keep()
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._store.get_tail(key, 1)
-        except NotFound:
-            return False
-        return True
-
-    def _positions(self, index: int) -> int:
-        return int(self._plan.shard_rows[index + 1] - self._plan.shard_rows[index])
 
 
 def capture_text(report: CaptureReport) -> str:

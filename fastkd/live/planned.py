@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..cache.errors import NotFound
 from ..cache.spec import CacheSpec
+from ..cache.stores import Store
+from ..capture.claims import Claims
 from ..capture.prepare import prepare
 from ..capture.rows import ShardRows, read_shard_rows
 from ..capture.window_plan import WindowPlan
 from ..data.documents import Documents
 from ..data.examples import Examples
+from ..data.lengths import LENGTHS_KEY
 from ..errors import StreamError
 from ..settings import CaptureSettings
 from ..stream.split import SPLITS, ShardTable
@@ -101,12 +105,16 @@ def plan_shards(
     *,
     vocab_size: int | None = None,
     max_positions: int | None = None,
+    store: Store | None = None,
+    notes: str = "",
     progress: bool = False,
 ) -> PlannedShards:
     """Plan the shards that `fastkd capture` with these settings would write; nothing is written.
 
     teacher: None for a source whose micro-batches come unanswered; then vocab_size, that of whatever answers them, and
     max_positions, the longest sequence that it takes (None: no limit).
+    store, notes: of the cache that the shards will be written to; the lengths of documents are read from it if they are
+    there. Raises CacheError if it holds another capture's cache, naming what differs.
     """
     if teacher is None:
         if vocab_size is None:
@@ -114,5 +122,15 @@ def plan_shards(
         teacher = NoTeacher(vocab_size, max_positions)
     elif vocab_size not in (None, teacher.vocab_size):
         raise StreamError(f"vocab_size: got {vocab_size}; expected {teacher.vocab_size}, the teacher's.")
-    plan, spec = prepare(teacher, data, settings, progress=progress)
+    # with claims, lengths would be written
+    claims = Claims(store, 0, 1) if store is not None and _has_lengths(store) else None
+    plan, spec = prepare(teacher, data, settings, store, claims, progress=progress, notes=notes)
     return PlannedShards(plan, spec, data, settings)
+
+
+def _has_lengths(store: Store) -> bool:
+    try:
+        store.get_tail(LENGTHS_KEY, 1)
+    except NotFound:
+        return False
+    return True

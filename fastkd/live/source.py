@@ -1,6 +1,7 @@
 """LiveSource: optimizer steps over documents or examples whose targets are made while a student trains."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache.stores import open_store
 from ..cache.workspace import Workspace
 from ..data.documents import Documents
 from ..data.examples import Examples
@@ -15,7 +17,8 @@ from ..errors import StreamError, TeacherError
 from ..kernels import SparseTargets
 from ..settings import CaptureSettings
 from ..stream.batch import AnyBatch
-from ..stream.gather import BatchFormat, OpenShard, shard_of
+from ..stream.cached import row_bytes
+from ..stream.gather import BatchFormat, OpenShard, open_shard, shard_of
 from ..stream.rows import NUMBERS
 from ..stream.shard_source import ShardSource, SourceOptions
 from ..stream.signals import open_signals
@@ -24,6 +27,7 @@ from ..teachers.protocol import Answer, Teacher
 from .answer import numbers_of, targets_at
 from .planned import PlannedShards, plan_shards
 from .teacher_batches import FORWARDS, AnsweredBatches, inputs_of, with_forwards
+from .write_through import Requests, WriteThrough
 
 DEFAULTS = CaptureSettings()
 
@@ -36,6 +40,8 @@ class LiveSource(ShardSource):
         the thread that takes it: as the capture makes them, with the same draws, without the codec.
     teacher None: micro-batches come unanswered. Their targets have an index and no entries, and the signal
         "rows/numbers" has what seeds draws; `fastkd.live.answer` makes targets of an answer.
+    write_cache: a `WriteThrough`, or a folder, URL or `Store`, with a teacher: what is read is captured there first,
+        unless it is there, and micro-batches are those of a `CachedSource`, bit for bit.
 
     data: `Documents` or `Examples` (labelled); or the `PlannedShards` of them, with this teacher and these settings.
     capture: how data are divided and targets are made; `capture.seed` is that of the draws and of the held-out split,
@@ -53,12 +59,22 @@ class LiveSource(ShardSource):
         capture: CaptureSettings = DEFAULTS,
         *,
         vocab_size: int | None = None,
+        write_cache: Any = None,
         **options: Any,
     ) -> None:
         chosen = SourceOptions(**options)
+        if write_cache is not None and teacher is None:
+            raise StreamError("write_cache: got no teacher; expected one, whose targets are written.")
         if not isinstance(data, PlannedShards):
             data = plan_shards(data, teacher, capture, vocab_size=vocab_size)
-        self._origin, self._teacher, self.capture = data, teacher, data.settings
+        if write_cache is not None and not isinstance(write_cache, WriteThrough):
+            assert teacher is not None
+            store, ranks = open_store(write_cache, create=True), {"rank": chosen.rank, "world_size": chosen.world_size}
+            write_cache = WriteThrough.open(data, teacher, store, **ranks)
+            weakref.finalize(self, write_cache.close)
+        self._origin, self.capture, self._written = data, data.settings, write_cache
+        self._teacher = None if write_cache is not None else teacher
+        self._requests: Requests | None = None
         self.plan, self.spec = data.plan, data.spec
         examples = data.data if isinstance(data.data, Examples) else None
         if examples is not None:
@@ -69,11 +85,11 @@ class LiveSource(ShardSource):
             tokens=chosen.micro_tokens,
             rows=chosen.micro_batch_size,
             spec=self.spec,
-            width=0,
-            draws=False,
+            width=0 if write_cache is None else self.spec.width,
+            draws=write_cache is not None and self.spec.draws > 0,
             device=chosen.where,
             data=examples,
-            signals=open_signals([NUMBERS], [table], chosen.where),
+            signals=open_signals([NUMBERS], [table], chosen.where) if write_cache is None else (),
         )
         described = {**data.describe(), "sequences": int(table.sequences.sum()), "content": table.content}
         super().__init__([table], [Fraction(1)], form, chosen, described)
@@ -82,6 +98,10 @@ class LiveSource(ShardSource):
 
     def _open(self, source: int, row: int, workspaces: list[Workspace]) -> OpenShard:
         index = int(self._tables[source].shard[row])
+        if self._written is not None:
+            assert self._requests is not None, "shards are opened by an iteration"
+            self._requests.need(index)
+            return open_shard(self._written.cache, index, workspaces, self._form.signals, source)
         rows = self._origin.read(index)
         arrays = {
             **rows.inputs,
@@ -90,6 +110,10 @@ class LiveSource(ShardSource):
             "row_numbers": rows.row_numbers(np.arange(len(rows))),
         }
         return shard_of(arrays, rows.counts, index, workspaces, self._form.signals, source)
+
+    def _helper(self, wake: Callable[[], None]) -> Requests | None:
+        self._requests = None if self._written is None else self._written.requests(wake)
+        return self._requests
 
     def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
         if self._teacher is None:
@@ -100,8 +124,8 @@ class LiveSource(ShardSource):
         return batches if self._teacher is None else AnsweredBatches(batches, self._answered)
 
     def _shard_bytes(self, table: ShardTable) -> int:
-        # tokens, labels, mask, document
-        return 32 * int(table.positions.max())
+        # otherwise tokens, labels, mask, document
+        return (32 if self._written is None else row_bytes(self.spec)) * int(table.positions.max())
 
     def _answered(self, batch: AnyBatch) -> AnyBatch:
         """A micro-batch with the teacher's targets. It is called on its device; nothing waits for it there."""

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from .gather import OpenShard
 from .step_plan import RankShare, ShardKey
@@ -19,6 +19,20 @@ from .step_plan import RankShare, ShardKey
 # Steps that are planned and not yet assembled, at most: enough for shards to be read in time. Without a limit, and with
 # few shards that hold everything for epochs without end, planning would take a core and the memory.
 MAX_PLANNED = 1024
+
+
+class Helper(Protocol):
+    """Work that shards wait for, and that only the thread which iterates may do."""
+
+    def work(self, idle: bool) -> float | None:
+        """Do a piece of it. idle: whether that thread would wait otherwise; if not, at most one piece is asked for.
+
+        Returns the seconds until it should be asked again, 0 after a piece of work; None if there is nothing to do
+        until it calls `Prefetcher.wake`.
+        """
+
+    def close(self) -> None:
+        """Let nobody wait any more: threads that wait for work end with an error."""
 
 
 class _Stopped(Exception):
@@ -29,7 +43,7 @@ class Prefetcher:
     """Assembles the steps of `shares` in order, ahead of time. `close` it when done.
 
     read: a shard. assemble: a step, from a share and its shards. release: called with a shard that no step needs any
-    more. threads: for reading.
+    more. threads: for reading. helper: what `read` may wait for; `next` does it.
     """
 
     def __init__(
@@ -42,7 +56,9 @@ class Prefetcher:
         shards: int,
         steps: int,
         threads: int,
+        helper: Helper | None = None,
     ) -> None:
+        self._helper, self._woken = helper, False
         self._shares, self._read, self._assemble, self._release = shares, read, assemble, release
         self._max_shards, self._max_steps = shards, steps
         self._changed = threading.Condition()  # one lock for everything: held for moments
@@ -63,6 +79,7 @@ class Prefetcher:
 
     def next(self) -> Any:
         """The next step; None after the last. Raises the error that prevented it."""
+        self._help()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._stopped)
             if self._stopped:
@@ -75,11 +92,30 @@ class Prefetcher:
                 self._changed.notify_all()
         return item
 
+    def wake(self) -> None:
+        """There is work for the helper. From any thread."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def _help(self) -> None:
+        """Let the helper work until a step is ready; once, if one is ready already."""
+        while (helper := self._helper) is not None:
+            with self._changed:
+                idle, self._woken = not (self._ready or self._stopped), False
+            pause = helper.work(idle)
+            if not idle:
+                return
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._stopped or self._woken, pause)
+
     def close(self) -> None:
         """Stop. Reads that have begun are finished, no others are started, and no thread is left."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        if self._helper is not None:
+            self._helper.close()
         self._pool.shutdown(cancel_futures=True)
         for thread in self._threads:
             thread.join()

@@ -16,7 +16,7 @@ from ..utils.distributed import Reduce
 from .batch import LAYOUTS, AnyBatch, Step
 from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
 from .mixture import MixedSequences, SequenceStream
-from .prefetch import Prefetcher
+from .prefetch import Helper, Prefetcher
 from .split import ShardOrigin, ShardTable
 from .step_plan import LeaveOut, LoaderProgress, RankShare, ShardKey, StepPlan
 
@@ -50,7 +50,7 @@ class LoaderPass:
         )
         self._prefetcher = Prefetcher(
             shares, self._read, self._assemble, self._release, shards=source._max_shards, steps=source._prefetch,
-            threads=source._threads,
+            threads=source._threads, helper=source._helper(self._wake),
         )  # fmt: skip
         self._fetched: deque[tuple[_RankStep, Total] | Exception | None] = deque()
 
@@ -83,6 +83,10 @@ class LoaderPass:
         after = share.after
         batches = self._source._handed_out(batches)
         return Step(batches, counts[0], positions, share.sequences, after.epoch, after.number - 1), after
+
+    def _wake(self) -> None:
+        if (prefetcher := self.__dict__.get("_prefetcher")) is not None:  # its threads may be faster
+            prefetcher.wake()
 
     def close(self) -> None:
         """End the threads, and drop the steps that are ready."""
@@ -250,6 +254,10 @@ class ShardSource(ABC):
     def _handed_out(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
         """A step's micro-batches on the device, as the caller gets them. On the thread of the caller."""
         return batches
+
+    def _helper(self, wake: Callable[[], None]) -> Helper | None:
+        """What shards wait for, of one iteration, and the thread that iterates has to do. wake: tells that thread."""
+        return None
 
     @abstractmethod
     def _shard_bytes(self, table: ShardTable) -> int:

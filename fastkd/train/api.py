@@ -107,7 +107,13 @@ def train(
         ExitStack() as stack,
     ):
         inputs: Inputs = cached or load_inputs(
-            teacher, data, settings, live, processes=processes, progress=progress == "bar" and processes.first
+            teacher,
+            data,
+            settings,
+            live,
+            write_cache=write_cache,
+            processes=processes,
+            progress=progress == "bar" and processes.first,
         )
         stack.callback(inputs.close)
         if rollouts.rollouts:
@@ -117,7 +123,8 @@ def train(
             inputs = RolloutInputs(inputs, beside, rollouts, out, teacher_batch_tokens=live.teacher_batch_tokens)
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        shared = (inputs, processes, evaluate, stop or Stop(), progress)
+        stop, mode = stop or Stop(), "lines" if progress == "bar" else progress
+        shared = (inputs, processes, evaluate, stop, progress)
         arms = control_arms(settings, objective) if control else []  # before an objective's parameters are trained
         report, ours = train_one(student, out, settings, objective, *shared)
         for arm in arms:
@@ -125,7 +132,7 @@ def train(
                 break
             if processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
-                Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
+                Progress(0, unit="step", mode=mode).event("note", text=text)
             found, theirs = train_one(
                 student, out / arm.folder, arm.settings, arm.objective, inputs.control, *shared[1:]
             )
@@ -135,6 +142,8 @@ def train(
             if processes.first:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)
+        if report.complete and (text := inputs.finish(stop, processes)) and processes.first:
+            Progress(0, unit="step", mode=mode).event("note", text=text)
         return report
 
 

@@ -18,6 +18,7 @@ from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
 from ..stream.split import check_data, has_held_out, open_sources, open_split
 from ..utils.distributed import ALONE, Processes
+from ..utils.signals import Stop
 from .held_out import HeldOut
 from .matched import matched_objective, signals_of
 from .objective import Objective
@@ -96,8 +97,10 @@ class Inputs:
         """For run.json: {"caches": [...]} and what else there is; None: the source's fingerprint."""
         return None
 
-    def finish(self, settings: TrainSettings, processes: Processes) -> None:
-        """All steps of the training are made."""
+    def finish(self, stop: Stop, processes: Processes) -> str:
+        """All steps of the training, and of its arms, are made. Returns a line for the user, or "". All processes call
+        it."""
+        return ""
 
     def close(self) -> None:
         """End what the inputs hold open."""

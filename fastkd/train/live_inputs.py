@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..cache.spec import CacheSpec
+from ..cache.stores import Store, open_store
 from ..data.examples import Examples
 from ..errors import DataError, TrainError
 from ..live.planned import NoTeacher, PlannedShards, plan_shards
 from ..live.source import LiveSource
+from ..live.write_through import WriteThrough
 from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
+from ..utils.output_guard import check_store
+from ..utils.signals import Stop
 from .held_out import HeldOut
 from .inputs import Inputs, source_options
 from .objective import Objective, TokenKD, WeightedSum
@@ -92,7 +96,8 @@ class LiveInputs(Inputs):
     """Data that are divided as by a capture, with targets that are made during the training.
 
     teacher: answers beside the student. make: makes a teacher of the student, which answers inside its forward. Neither
-    of them: labels alone. data: what `as_data` takes. named: the teacher, for run.json.
+    of them: labels alone. data: what `as_data` takes. named: the teacher, for run.json. write_cache: where what the
+    teacher answers is committed, and read from; notes: for that cache.
     """
 
     live = True
@@ -105,6 +110,8 @@ class LiveInputs(Inputs):
         *,
         make: MakeTeacher | None = None,
         named: str = "",
+        write_cache: Store | None = None,
+        notes: str = "",
         tokenizer: Tokenizer | str | None = None,
         allow_other_tokenizer: bool = False,
         trust_remote_code: bool = False,
@@ -115,7 +122,9 @@ class LiveInputs(Inputs):
         self._reading = {"allow_other_tokenizer": allow_other_tokenizer, "trust_remote_code": trust_remote_code}
         self._tokenizer = tokenizer
         self.data = data if isinstance(data, Examples) else None
+        self._store, self._notes = write_cache, notes
         self._planned: PlannedShards | None = None
+        self._written: WriteThrough | None = None
         if teacher is not None:
             self._planned = self._plan(teacher, tokenizer)
 
@@ -149,7 +158,7 @@ class LiveInputs(Inputs):
         given = None if isinstance(teacher, NoTeacher) else teacher
         return plan_shards(
             data, given, settings.capture_settings(), vocab_size=teacher.vocab_size,
-            max_positions=teacher.max_positions, progress=self._progress,
+            max_positions=teacher.max_positions, store=self._store, notes=self._notes, progress=self._progress,
         )  # fmt: skip
 
     def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
@@ -178,8 +187,24 @@ class LiveInputs(Inputs):
     def open(
         self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
     ) -> BatchSource:
-        teacher = self._teacher if reads_answers(settings, objective) else None
-        return LiveSource(self.planned, teacher, **source_options(settings, processes))
+        written = self._cache(processes)
+        teacher = self._teacher if written is not None or reads_answers(settings, objective) else None
+        options = source_options(settings, processes)
+        return LiveSource(self.planned, teacher, write_cache=written, **options)
+
+    def _cache(self, processes: Processes) -> WriteThrough | None:
+        """The cache that is written, opened when it is first needed: once all else is checked."""
+        if self._written is None and self._store is not None:
+            assert self._teacher is not None
+            self._written = WriteThrough.open(
+                self.planned,
+                self._teacher,
+                self._store,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                notes=self._notes,
+            )
+        return self._written
 
     def nothing_held_out(self) -> str:
         return "" if self.planned.has_held_out else "no documents are held out (held_out)."
@@ -194,7 +219,7 @@ class LiveInputs(Inputs):
         sizes = evaluation_sizes(totals["positions"], totals["windows"], spec.vocab_size, settings.micro_tokens)
         source = LiveSource(
             self.planned, self._teacher, split="held_out", shuffle=False, max_positions=settings.evaluate_positions,
-            device=processes.device, **sizes,
+            device=processes.device, write_cache=self._cache(processes), **sizes,
         )  # fmt: skip
         try:
             return evaluate(student, source, processes=processes)
@@ -206,7 +231,29 @@ class LiveInputs(Inputs):
         settings = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self._settings).items()}
         about = {"teacher": self._named or None, "data": getattr(planned.data, "name", type(planned.data).__name__)}
         live = {**about, "plan": planned.plan.totals, "settings": settings, "identity": planned.describe()}
+        if self._store is not None:
+            live["write_cache"] = self._store.describe()
         return {"caches": [], "live": live}
+
+    def finish(self, stop: Stop, processes: Processes) -> str:
+        if self._written is None:
+            return ""
+        report = self._written.finish(stop)
+        processes.wait()
+        where = self._store.describe() if self._store is not None else ""
+        if report is None:
+            left = len(self._written.missing())
+            return (
+                f"{where}: {left} of {self.planned.plan.shards} shards are not written, as this training did not read "
+                "them; a longer one, or fastkd capture with the same settings, goes on."
+            )
+        return (
+            f"{where}: the cache is complete and sealed" if report.complete else f"{where}: the cache is not complete"
+        )
+
+    def close(self) -> None:
+        if self._written is not None:
+            self._written.close()
 
 
 def load_inputs(
@@ -215,6 +262,7 @@ def load_inputs(
     settings: TrainSettings,
     live: LiveSettings = DEFAULTS,
     *,
+    write_cache: Any = None,
     processes: Processes = ALONE,
     progress: bool = False,
 ) -> LiveInputs:
@@ -222,8 +270,13 @@ def load_inputs(
 
     teacher: a `Teacher`, a torch module, a name (see `load_teacher`), KIND:TEXT of one that is made of the student (see
         `teacher_kinds`), or None for labels alone. data: `Documents`, `Examples`, files, a `Dataset` or documents.
+    write_cache: a folder, a URL or a `Store`, to write what the teacher answers to.
     Raises TeacherError, DataError and TrainError.
     """
+    store = None
+    if write_cache is not None:
+        store = open_store(write_cache, create=True)
+        check_store(store)
     make = find_kind(teacher) if isinstance(teacher, str) else None
     loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
     if teacher is not None and make is None:
@@ -240,6 +293,8 @@ def load_inputs(
         data,
         live,
         make=make,
+        write_cache=store,
+        notes=f"teacher {getattr(loaded, 'name', named)}" if isinstance(teacher, (str, Path)) else "",
         named=named if teacher is not None else "",
         tokenizer=settings.tokenizer,
         allow_other_tokenizer=settings.allow_other_tokenizer,

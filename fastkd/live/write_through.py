@@ -1,0 +1,222 @@
+"""A cache that is written while a student trains: the first training of a teacher captures what it reads.
+
+Shards are captured whole, as `fastkd.capture` does it (the same teacher batches, claims, and bytes), when the order of
+the training first opens them; what is trained on is read back from them. A thread of the loader that needs a shard asks
+for it, and the thread that trains runs the teacher, between two steps: so the teacher and the student never compete for
+the device, and while it waits it has something to do. Writers encode and commit on threads of their own.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+
+from ..cache import CacheWriter, FeatureWriter, create_cache, create_feature, open_cache
+from ..cache.features.objects import read_block
+from ..cache.reader import Cache
+from ..cache.stores import Store
+from ..capture.claims import Claims
+from ..capture.feature_places import find_places
+from ..capture.features.prepare import Feature, check_existing, check_sizes, prepare_features
+from ..capture.prepare import write_window_plan
+from ..capture.rows import read_shard_rows
+from ..capture.runner import CaptureReport, CaptureRunner
+from ..capture.shard_runner import ShardRunner, ShardTask
+from ..capture.teacher_pass import TeacherPass
+from ..data.lengths import LENGTHS_KEY, lengths_to_npz
+from ..errors import StreamError
+from ..kernels import prepare_topk
+from ..teachers.protocol import Teacher
+from ..teachers.tensor_parallel import ParallelGroup
+from ..utils.signals import Stop
+from .planned import PlannedShards
+
+_PAUSE = 0.2  # seconds between two looks at the claims of others
+Writers = Mapping[str, CacheWriter | FeatureWriter]
+
+
+class WriteThrough(ShardRunner):
+    """Captures shards when they are asked for. `open` makes one, and writes plan, spec and the specs of features.
+
+    rank, world_size: of this process, among those that train. cache: to read from. written: shards that it captured.
+    """
+
+    def __init__(
+        self,
+        planned: PlannedShards,
+        teacher_pass: TeacherPass,
+        store: Store,
+        claims: Claims,
+        features: Sequence[Feature],
+        writers: Writers,
+        stack: ExitStack,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(teacher_pass, planned.data, planned.plan, store, claims, features)
+        self._writers = writers
+        self._there = {name: set() for name in writers}
+        self._teacher_pass, self._stack, self._rank, self._world_size = teacher_pass, stack, rank, world_size
+        self.cache: Cache = open_cache(store)
+        self.written = 0
+        self._lock = threading.Lock()
+        self._requests: list[Requests] = []
+
+    @classmethod
+    def open(
+        cls,
+        planned: PlannedShards,
+        teacher: Teacher,
+        store: Store,
+        *,
+        features: Sequence[str] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        notes: str = "",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> "WriteThrough":
+        """Begin or continue a cache. features: hidden states to capture as well. Raises CacheError if the store holds
+        another capture's cache, naming what differs, and what `prepare_features` raises."""
+        plan, settings, claims = planned.plan, planned.settings, Claims(store, rank, world_size)
+        places = find_places(teacher, planned.data, features)
+        check_sizes(places, plan)
+        check_existing(store, planned.spec, places, settings)
+        prepare_topk(teacher.device)
+        teacher_pass = TeacherPass(teacher, settings)
+        with ExitStack() as stack:
+            store.create(LENGTHS_KEY, lengths_to_npz(plan.lengths, plan.dataset))
+            write_window_plan(store, plan)
+            writers: dict[str, CacheWriter | FeatureWriter] = {
+                "": stack.enter_context(create_cache(store, planned.spec, queue=1))
+            }
+            prepared = prepare_features(
+                teacher_pass, planned.data, plan, planned.spec, places, store, claims, ParallelGroup(), say
+            )
+            for one in prepared:
+                made = create_feature(store, one.spec, one.basis, read_block(store, one.spec), queue=1)
+                writers[one.name] = stack.enter_context(made)
+            kept = stack.pop_all()
+        return cls(planned, teacher_pass, store, claims, prepared, writers, kept, rank, world_size)
+
+    def requests(self, wake: Callable[[], None]) -> "Requests":
+        """The requests of one iteration over a source; see `prefetch.Helper`."""
+        made = Requests(self, wake)
+        with self._lock:
+            self._requests = [one for one in self._requests if not one.closed] + [made]
+        return made
+
+    def has(self, index: int) -> bool:
+        """Whether a shard is committed, with its features. From any thread."""
+        return not self._lacking(index)
+
+    def capture(self, index: int) -> float:
+        """Capture a shard, and hand it to the writers, unless it is there or another process does it: then the seconds
+        after which to look again. On the thread that trains."""
+        self._collect(wait=False)
+        self._claims.keep()
+        if index in self._submitted:
+            return _PAUSE
+        if not (lacking := self._lacking(index)):
+            return 0.0
+        if seconds := self._claims.take(str(index)):
+            return min(seconds, _PAUSE)
+        task = ShardTask(index, "" in lacking, tuple(name for name in lacking if name))
+        rows = read_shard_rows(self._plan, self._data, index)
+        self._submit(task, rows, *self._run(task, rows))
+        self.written += 1
+        futures = self._submitted[index]
+        for future in futures.values():
+            future.add_done_callback(lambda _: all(f.done() for f in futures.values()) and self._tell())
+        return 0.0
+
+    def _tell(self) -> None:
+        """Something was committed: those who wait look again. On a writer's thread."""
+        with self._lock:
+            waiting = [one for one in self._requests if not one.closed]
+        for one in waiting:
+            one.look()
+
+    def missing(self) -> set[int]:
+        """The shards that are not there, of the targets or of a feature."""
+        there = set(range(self._plan.shards)).intersection(*map(self._listed, self._writers))
+        return set(range(self._plan.shards)) - there
+
+    def finish(self, stop: Stop | None = None) -> CaptureReport | None:
+        """Once the training is complete: if all of the training split is there, capture the held-out shards that are
+        not, and seal the cache. None if shards of the training split are missing, which this training did not need."""
+        self._collect(wait=True)
+        if any(index < self._plan.train_shards for index in self.missing()):
+            return None
+        runner = CaptureRunner(
+            self._teacher_pass,
+            self._data,
+            self._plan,
+            self._store,
+            self._claims,
+            features=list(self._features.values()),
+            rank=self._rank,
+            world_size=self._world_size,
+            stop=stop,
+        )
+        targets = self._writers[""]
+        assert isinstance(targets, CacheWriter)
+        others = {name: w for name, w in self._writers.items() if isinstance(w, FeatureWriter)}
+        return runner.run(targets, others)
+
+    def close(self) -> None:
+        """Wait for what is being written, and give up the claims."""
+        try:
+            self._collect(wait=True)
+        finally:
+            for name in self._claims.held:
+                self._claims.drop(name)
+            self._stack.close()
+
+
+class Requests:
+    """The shards that the threads of one iteration wait for; see `prefetch.Helper`."""
+
+    def __init__(self, cache: WriteThrough, wake: Callable[[], None]) -> None:
+        self._cache, self._wake = cache, wake
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[None]] = {}
+        self.closed = False
+
+    def need(self, index: int) -> None:
+        """Return once a shard is committed. On a thread of the loader."""
+        if self._cache.has(index):
+            return
+        with self._lock:
+            if self.closed:
+                raise StreamError("the loader was closed.")
+            future = self._waiting.setdefault(index, Future())
+        self._wake()
+        future.result()
+
+    def look(self) -> None:
+        """Let those go on whose shards are there."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for index in filter(self._cache.has, waiting):
+            with self._lock:
+                future = self._waiting.pop(index, None)
+            if future is not None:
+                future.set_result(None)
+
+    def work(self, idle: bool) -> float | None:
+        self.look()
+        with self._lock:
+            waiting = list(self._waiting)
+        pauses = []
+        for index in waiting:
+            if not (pause := self._cache.capture(index)):
+                return 0.0
+            pauses.append(pause)
+        return min(pauses, default=None)
+
+    def close(self) -> None:
+        with self._lock:
+            self.closed = True
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for future in waiting:
+            future.set_exception(StreamError("the loader was closed."))

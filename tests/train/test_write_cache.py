@@ -1,0 +1,156 @@
+"""`--write-cache`: bit for bit a capture and then a training, by several processes too, and after every kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import train_jobs
+from train_cases import CAPTURE, SMALL, Tiny, bits, documents
+
+import fastkd
+from fastkd.cache import open_cache
+from fastkd.cache.errors import CacheError
+from fastkd.settings import LiveSettings
+from fastkd.train.checkpoint import newest
+
+LIVE = LiveSettings(**CAPTURE)
+CHANGES: dict[str, Any] = SMALL | {"epochs": 1.5, "steps": None, "alpha": 0.3, "evaluate_every": 9}
+
+
+class Counted(Tiny):
+    """A teacher that counts its forwards, and may fail at one."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__(seed=7)
+        self.calls, self._fail_at = 0, fail_at
+
+    def forward(self, tokens: Any) -> Any:
+        self.calls += 1
+        if self.calls == self._fail_at:
+            raise KeyboardInterrupt
+        return super().forward(tokens)
+
+
+def teacher(fail_at: int | None = None) -> Any:
+    from fastkd.teachers.module import ModuleTeacher
+
+    return ModuleTeacher(Counted(fail_at), vocab_size=Tiny().head.shape[0], fingerprint="the same")
+
+
+def train(out: Path, cache: Path, by: Any = None, **changes: Any) -> Any:
+    return fastkd.train(
+        Tiny(seed=1), None, out, teacher=by or teacher(), data=documents(), live=LIVE, write_cache=cache,
+        **CHANGES | changes,
+    )  # fmt: skip
+
+
+OWN = ("attempt", "written", "bytes")  # the last is the size with these
+
+
+def objects(folder: Path) -> dict[str, Any]:
+    """All that is in a cache: of its shards, contents and attributes but the attempt's random number and time."""
+    cache = open_cache(folder)
+    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in ("spec.json", "plan.json", "lengths.npz")}
+    for index in cache.shards:
+        about = cache.attributes(index)
+        found[f"shard {index}"] = {name: value for name, value in about.items() if name not in OWN}
+    return found | {"sealed": cache.sealed}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture, and a training from it."""
+    folder = tmp_path_factory.mktemp("write")
+    fastkd.capture(teacher(), documents(), folder / "cache", **CAPTURE)
+    fastkd.train(Tiny(seed=1), folder / "cache", folder / "run", **CHANGES)
+    return folder
+
+
+def result(run: Path) -> Any:
+    found = newest(run)
+    assert found is not None
+    return bits(run, found.step)
+
+
+def test_it_is_capture_and_then_train(place: Path, tmp_path: Path) -> None:
+    by = teacher()
+    before = by.model.calls
+    report = train(tmp_path / "run", tmp_path / "cache", by)
+    assert report.complete
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+    assert open_cache(tmp_path / "cache").sealed
+    assert result(tmp_path / "run") == result(place / "run")
+    ours, theirs = (json.loads((folder / "run" / "evaluation.json").read_text()) for folder in (tmp_path, place))
+    assert ours["student"] == theirs["student"]
+    calls = by.model.calls - before
+    assert calls == sum(len(open_plan(place).batches(i)) for i in range(open_plan(place).shards)), "each batch once"
+
+
+def open_plan(place: Path) -> Any:
+    from fastkd.capture.prepare import read_window_plan
+
+    cache = open_cache(place / "cache")
+    return read_window_plan(cache.store, cache.spec)[0]
+
+
+def test_what_is_there_is_read(place: Path, tmp_path: Path) -> None:
+    by = teacher()
+    train(tmp_path / "one", place / "cache", by)
+    assert by.model.calls == 0
+    assert result(tmp_path / "one") == result(place / "run")
+
+
+def test_killed_at_forwards_of_the_teacher(place: Path, tmp_path: Path) -> None:
+    for fail_at in (1, 2, 5, 9):
+        out, cache = tmp_path / f"run-{fail_at}", tmp_path / f"cache-{fail_at}"
+        with pytest.raises(KeyboardInterrupt):
+            train(out, cache, teacher(fail_at), checkpoint_every=2)
+        train(out, cache, checkpoint_every=2)
+        assert objects(cache) == objects(place / "cache")
+        assert result(out) == result(place / "run")
+
+
+def test_stopped_at_every_step(place: Path, tmp_path: Path) -> None:
+    for _ in range(100):
+        stop = fastkd.utils.signals.Stop()
+        stop()
+        if train(tmp_path / "run", tmp_path / "cache", stop=stop).complete:
+            break
+    train(tmp_path / "run", tmp_path / "cache")
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+    assert result(tmp_path / "run") == result(place / "run")
+
+
+def test_a_short_training_leaves_shards_to_a_later_one(place: Path, tmp_path: Path, capsys: Any) -> None:
+    train(tmp_path / "short", tmp_path / "cache", steps=2, evaluate_every=0, shards_open=2, progress="lines")
+    assert "shards are not written, as this training did not read them" in capsys.readouterr().err
+    assert 0 < len(open_cache(tmp_path / "cache").shards) < 8
+    train(tmp_path / "whole", tmp_path / "cache")
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+
+
+def test_the_control_reads_the_cache(place: Path, tmp_path: Path) -> None:
+    fastkd.train(Tiny(seed=1), place / "cache", tmp_path / "cached", **CHANGES, control=True)
+    train(tmp_path / "live", tmp_path / "cache", control=True)
+    assert result(tmp_path / "live" / "control") == result(tmp_path / "cached" / "control")
+
+
+def test_another_captures_cache_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"the existing cache was written with other settings .*k: 6 and 5"):
+        fastkd.train(
+            Tiny(seed=1), None, tmp_path / "run", teacher=teacher(), data=documents(),
+            live=LiveSettings(**CAPTURE | {"k": 5}), write_cache=place / "cache", **CHANGES,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes(place: Path, tmp_path: Path) -> None:
+    changes = CHANGES | {"write_cache": tmp_path / "cache"}
+    train_jobs.run(train_jobs.train_live, None, None, tmp_path / "run", changes, ranks=2)
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+    ours, theirs = (newest(folder / "run") for folder in (tmp_path, place))
+    assert ours is not None
+    assert theirs is not None
+    for name, tensor in ours.tensors("model").items():
+        assert (tensor - theirs.tensors("model")[name]).abs().max() < 1e-4, name
