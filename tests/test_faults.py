@@ -8,10 +8,11 @@ and the same command run again comes to the result of one that nothing disturbed
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 NEEDS = {"capture": [], "seal": ["cache"], "train": ["cache"], "sweep": ["cache"], "report": ["cache", "run"]}
 SAMPLE = {"capture": 20, "seal": 10, "train": 10, "sweep": 2, "report": 2}  # cases in `make test`
+SAY_EVERY = 25  # cases
 
 _PATHS = {"ids.parquet", "cache", "run", "sweep"}
 
@@ -194,15 +196,24 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     found.close()
 
 
-def check(faults: Faults, job: str, cases: list[tuple[str, int]]) -> None:
-    """cases: faults of a job by name, and which call fails."""
+def check(
+    faults: Faults, job: str, cases: list[tuple[str, int]], say: Callable[[str], None] = lambda text: None
+) -> None:
+    """cases: faults of a job by name, and which call fails. say: told what was done so far, and each problem at once:
+    all cases of a job take hours, and a run that is cut off shall count for what it did."""
     problems: list[str] = []
     missed = 0
-    for name, nth in cases:
+    for done, (name, nth) in enumerate(cases, 1):
         found = faults.case(job, name, nth)
         # threads do not always make the same calls
         missed += found == [NO_CALL]
         problems += found if found != [NO_CALL] else []
+        if found not in ([], [NO_CALL]):
+            say("\n".join(found))
+        if done % SAY_EVERY == 0 or done == len(cases):
+            say(
+                f"{job}: {done} of {len(cases)} cases, the last {name!r} at call {nth}: {len(problems)} problems so far"
+            )
     assert not problems, f"{len(problems)} of {len(cases)}:\n" + "\n\n".join(problems[:12])
     assert missed <= 1 + len(cases) / 10
 
@@ -216,5 +227,10 @@ def test_a_sample_of_calls_fails(faults: Faults) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("job", JOBS)
-def test_every_call_fails(faults: Faults, job: str) -> None:
-    check(faults, job, [(name, n) for name in FAULTS for n in range(1, faults.count(job, name) + 1)])
+def test_every_call_fails(faults: Faults, job: str, capfd: pytest.CaptureFixture[str]) -> None:
+    def say(text: str) -> None:
+        with capfd.disabled():
+            print(text, flush=True)
+
+    cases = [(name, n) for name in FAULTS for n in range(1, faults.count(job, name) + 1)]
+    check(faults, job, random.Random(0).sample(cases, len(cases)), say)  # so a part of them is a sample of all
