@@ -43,7 +43,7 @@ def digits_case(seed: int) -> tuple[Any, Any, Any, LiveSettings, dict[str, Any]]
         images = data.read(batch, random.integers(0, 2**63, len(batch)))
         loss = F.cross_entropy(model(images), torch.from_numpy(data.labels(batch)))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     live = LiveSettings(k=10, draws=0, held_out=HELD_OUT, data_seed=seed, shard_positions=2048)

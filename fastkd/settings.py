@@ -145,7 +145,8 @@ class TeacherSettings(ModelSettings):
 
     teacher: str
     """Teacher model: a folder, a GGUF file, a name on the Hugging Face Hub, or module:factory (a function of yours that
-    takes no arguments and returns a Teacher or a torch module)."""
+    takes no arguments and returns a Teacher or a torch module). trained:module:factory@RUN/student is such a module
+    with the weights of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

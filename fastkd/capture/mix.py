@@ -70,7 +70,8 @@ class _Union:
 
     def sum(self, values_E: Array) -> Floats:
         """Sums over the entries of each row, `[N]`."""
-        return np.bincount(self.row, values_E, minlength=self.rows)
+        sums: Floats = np.asarray(np.bincount(self.row, values_E, minlength=self.rows), np.float64)
+        return sums
 
     def logsumexp(self, values_E: Floats) -> Floats:
         """log Σ exp over the entries of each row, `[N]`; −inf for a row without any."""
@@ -121,7 +122,7 @@ def mix_rows(
     share = np.asarray(weights, np.float64) / np.sum(weights)
     betas, one = 1 / np.asarray(temperatures, np.float64), list(temperatures).index(1.0)
     union, tails = _unite(parts, vocab_size, betas, one)
-    in_union = union.in_head.any(0)
+    in_union: NDArray[np.bool_] = np.logical_or.reduce(union.in_head)
     estimates = np.stack([_estimates(union, tails, in_union, share, t) for t in range(len(parts))])
 
     # T = 1: the mass of each entry by each teacher, as `sampled` sees it where there are draws
@@ -365,4 +366,5 @@ def _same_rows(parts: Sequence[Mapping[str, Array]], k: int, draws: int) -> NDAr
     counts = first["draws"] if "draws" in first else np.zeros_like(first["ids"])
     used = first["logprobs"] > -np.inf
     drawn = counts.sum(1)
-    return same & ((used & (counts == 0)).sum(1) <= k) & ((drawn == draws) | (drawn == 0))
+    fits: NDArray[np.bool_] = same & ((used & (counts == 0)).sum(1) <= k) & ((drawn == draws) | (drawn == 0))
+    return fits

@@ -268,7 +268,7 @@ def _uniform(arrays: Mapping[str, Array], seed: int) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):
         key = mixed(np.array([seed % 2**64], np.uint64) ^ _DRAWS)
         bits = mixed(mixed(key + sequence.astype(np.uint64)) + offset.astype(np.uint64))
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _joined(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

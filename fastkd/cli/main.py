@@ -250,9 +250,8 @@ def generations(command: Generations, stop: Stop) -> Outcome:
     from ..teachers.load import open_data
     from ..utils.progress import mode_for
 
-    settings, live = (
-        kind(**{f.name: getattr(command, f.name) for f in fields(kind)}) for kind in (TrainSettings, LiveSettings)
-    )
+    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    live = LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
     report = run(
         command.generations, command.student, command.teacher,
         open_data(command.data, command.column, command.text_documents), command.out, settings, live,
