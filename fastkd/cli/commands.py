@@ -160,7 +160,12 @@ class Train(RolloutSettings, LiveSettings, _Training):
     out: Path
     """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
     control: bool = False
-    """Also train a control: the same student on hard labels alone, in the same order, for comparison."""
+    """Also train a control: the same student on hard labels alone, in the same order, for comparison. The report then
+    says whether distillation helped, by measure and by slice of positions."""
+    stop_if_worse: bool = False
+    """With --control: train the control first, and end the student's training at an evaluation (from the third on) at
+    which it is worse by the measure of --best, beyond an interval of 95% for all evaluations together. It is then
+    complete, with what it has come to exported; the same command without this option continues it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +234,14 @@ class Sweep(_Training):
     """Treatments of the teacher's probability mass outside the stored entries."""
     rate: tuple[float, ...] = ()  # type: ignore[assignment]
     """Peak learning rates."""
+    auto: bool = False
+    """Choose alpha, temperature and divergence by successive halving on the held-out split, with one seed, at the cost
+    of about three full runs: of 16 arms (or the grid of the values given), the better half of each rung goes on, up to
+    one. Hard labels alone and the default settings are always among them. Writes chosen.json, with a command to train
+    with, and auto.png."""
     seeds: int = 2
-    """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms."""
+    """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms. Not with
+    --auto."""
     at_once: int | None = None
     """Deprecated, without effect: arms are trained one after another."""
 

@@ -201,6 +201,7 @@ def train(command: Train, stop: Stop) -> Outcome:
         write_cache=command.write_cache,
         rollouts=RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)}),
         control=command.control,
+        stop_if_worse=command.stop_if_worse,
         stop=stop,
         progress=mode_for(events=command.json),
     )
@@ -236,6 +237,16 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
 
     arms = {name: getattr(command, name) for name in FIELDS}
     settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
+    if command.auto:
+        from ..sweep.auto import auto_sweep
+        from ..sweep.auto_result import auto_text
+
+        found = auto_sweep(
+            command.student, store_of(command.cache), command.out, {n: v for n, v in arms.items() if v},
+            TrainSettings(**settings), data_name=command.data, stop=stop, data=_examples(command.data),
+            progress=mode_for(events=command.json),
+        )  # fmt: skip
+        return Outcome({"event": "done", **found.to_json()}, auto_text(found), found.status)
     report = run(
         command.student, store_of(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
         at_once=command.at_once, stop=stop, data=_examples(command.data), progress=mode_for(events=command.json),

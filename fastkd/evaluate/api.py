@@ -137,13 +137,14 @@ def evaluation_sizes(positions: int, windows: int, vocab_size: int, batch_tokens
     }
 
 
-def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Interval]:
-    """Our measures minus theirs, paired by window: differences between windows drop out.
+def compare(ours: Evaluation, theirs: Evaluation, *, tail: float = TAIL) -> dict[str, Interval]:
+    """Our measures minus theirs, paired by window: differences between windows drop out. tail: the share outside an
+    interval at either end; other than 2.5%, without the calibration error.
 
     Raises StreamError if they are not of the same windows.
     """
     check_same_windows(ours, theirs)
-    return ours.student.minus(theirs.student)
+    return ours.student.minus(theirs.student, tail=tail)
 
 
 def compare_slices(

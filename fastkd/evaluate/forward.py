@@ -22,6 +22,11 @@ from ..stream.split import ShardOrigin
 from ..utils.distributed import ALONE, Processes, is_fsdp
 from .result import Windows
 
+
+class NotFinite(StreamError):
+    """A student's cross-entropy is not finite."""
+
+
 LogitsOf = Callable[[Any], Tensor]
 """From a micro-batch (a `MicroBatch` or an `ExampleBatch`) to the logits `[m, V]` of the positions that count,
 `micro_batch.targets.index`."""
@@ -151,10 +156,10 @@ class EvalPartition:
 
 
 def check_finite(cross_entropy: Tensor, window: NDArray[np.int64]) -> None:
-    """StreamError, naming the first window, if a cross-entropy `[m]` is not finite. window `[m]`."""
+    """NotFinite, naming the first window, if a cross-entropy `[m]` is not finite. window `[m]`."""
     bad = ~torch.isfinite(cross_entropy).cpu().numpy()
     if bad.any():
-        raise StreamError(
+        raise NotFinite(
             f"student: its cross-entropy is not finite at {bad.sum()} positions, the first in window {window[bad][0]}. "
             "Its weights may contain NaN, or it gives a label a probability of 0."
         )

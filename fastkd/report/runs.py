@@ -7,6 +7,7 @@
     metrics.jsonl     an object per step: step, loss, hard, soft, rate, ..., waiting (share of the step's time without
                       data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
     evaluation.json   the last evaluation, by window (`Evaluation.to_json`), for paired differences
+    evaluations/      those on the way, for paired differences after each step
     control/          the run folder of the same student on hard labels alone
     without_features/ that of the same student without the features that it matches
 
@@ -18,13 +19,14 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import NoRun, ReportError, StreamError
+from ..errors import NoRun, ReportError, StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
+from ..train import evaluations as kept
 from ..utils.atomic import unsealed
 from ..utils.intervals import Interval
 from .page import Series
@@ -46,7 +48,8 @@ class Point(NamedTuple):
 class Run:
     """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations.
     evaluation: the last one, by window. control: the control's run, if any. without_features: the run of the same
-    student without features, if any."""
+    student without features, if any. by_step: the evaluations by window after each step of which they were kept, if
+    there was one cache."""
 
     name: str
     document: Json
@@ -55,6 +58,7 @@ class Run:
     evaluation: Evaluation | None = None
     control: "Run | None" = None
     without_features: "Run | None" = None
+    by_step: Mapping[int, Evaluation] = field(default_factory=dict)
 
     def part(self, *path: str) -> Any:
         """The value in run.json under these nested keys; None if it is missing."""
@@ -164,7 +168,8 @@ def read_run(folder: Path, name: str) -> Run:
         for part in ("control", "without_features")
         if (folder / part).is_dir()
     }
-    return Run(name, document, steps, points, _evaluation(folder / "evaluation.json"), **beside)
+    last = _evaluation(folder / "evaluation.json")
+    return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder))
 
 
 def measured(summary: Any) -> dict[str, Interval]:
@@ -228,6 +233,14 @@ def _evaluation(path: Path) -> Evaluation | None:
         return Evaluation.from_json(_document(path)) if path.is_file() else None
     except StreamError as error:
         raise ReportError(f"{path}: {error}") from error
+
+
+def _by_step(folder: Path) -> dict[int, Evaluation]:
+    try:
+        found = {step: kept.read(folder, step) for step in kept.steps_of(folder)}
+    except TrainError as error:
+        raise ReportError(str(error)) from error
+    return {step: each[0] for step, each in found.items() if len(each) == 1}
 
 
 def _document(path: Path) -> Json:

@@ -67,11 +67,7 @@ def sweep(
     if at_once is not None:
         warnings.warn("at_once has no effect: arms are trained one after another", DeprecationWarning, stacklevel=2)
     settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
-    if (count := dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise TrainError(
-            f"sweep: got {count} processes; expected one. Give each process its own arms and its own folder, without "
-            "torchrun, or train the arms one by one with fastkd train."
-        )
+    check_alone()
     check_folder(out, "sweep")
     inputs = inputs_of(cache, data)
     if inputs.spec is None:
@@ -111,3 +107,12 @@ def sweep(
         report = plotted(report) if report.complete else report
         write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)})
         return report
+
+
+def check_alone() -> None:
+    """Raise TrainError under torchrun, or in a process group of several."""
+    if (count := dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise TrainError(
+            f"sweep: got {count} processes; expected one. Give each process its own arms and its own folder, without "
+            "torchrun, or train the arms one by one with fastkd train."
+        )

@@ -13,6 +13,18 @@ from ..train.settings_check import check_settings
 FIELDS = ("alpha", "temperature", "divergence", "treatment", "rate")
 
 
+AUTO: tuple[dict[str, Any], ...] = (
+    *({"alpha": a, "temperature": t, "divergence": "forward_kl"} for t in (1.0, 2.0) for a in (0.0, 0.2, 0.5, 0.8)),
+    {"alpha": 0.5, "temperature": 4.0, "divergence": "forward_kl"},
+    *(
+        {"alpha": a, "temperature": t, "divergence": name}
+        for name in ("reverse_kl", "jsd")
+        for a, t in ((0.0, 1.0), (0.5, 1.0), (0.5, 2.0))
+    ),
+)
+"""The arms of `--auto` if no values are given, besides the hard labels alone and the settings as they are."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """Values of some settings, in the order of FIELDS."""
@@ -47,6 +59,38 @@ def make_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list
         if problem := _problem(arm, settings, spec):
             raise TrainError(f"arm {arm.name}: {problem}")
     return found, []
+
+
+def auto_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list[Arm], Arm, Arm, list[str]]:
+    """The arms of `--auto`; two of them, the settings as they are and the hard labels alone; and notes.
+
+    arms: as for `make_arms`; empty for AUTO, as far as the cache supports it.
+    """
+    if arms and any(arms.values() if isinstance(arms, Mapping) else arms):
+        found, notes = make_arms(arms, settings, spec)
+    else:
+        given = [_arm(changes) for changes in AUTO]
+        problems = {arm: problem for arm in given if (problem := _problem(arm, settings, spec))}
+        found = [arm for arm in given if arm not in problems]
+        notes = [f"arm {arm.name} is not possible, and is left out: {problem}" for arm, problem in problems.items()]
+    names = dict.fromkeys(name for name in FIELDS if any(name in dict(arm.changes) for arm in found))
+    own = {name: getattr(settings, name) for name in names or ("alpha",)}
+    for changes in ({**own}, {**own, "alpha": 1.0}):
+        if problem := _problem(_arm(changes), settings, spec):
+            raise TrainError(f"auto: the settings as they are, which are among the arms, are not possible: {problem}")
+        found.append(_arm(changes))
+    first: dict[Any, Arm] = {}
+    for arm in found:
+        first.setdefault(_effect(arm, settings), arm)
+    default, hard = (first[_effect(arm, settings)] for arm in found[-2:])
+    return list(first.values()), default, hard, notes
+
+
+def _effect(arm: Arm, settings: TrainSettings) -> Any:
+    """Equal for arms of the same effect: without a soft loss only the rate has one."""
+    own = arm.of(settings, settings.seed)
+    hard = own.alpha == 1.0 and own.alpha_end in (None, 1.0)
+    return ("hard", own.rate) if hard else own
 
 
 def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -> tuple[list[Arm], list[str]]:

@@ -1,6 +1,7 @@
 """A plot of a sweep: seeds and mean of each arm by the measure of the ranking."""
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,11 +44,16 @@ def plotted(report: SweepReport) -> SweepReport:
     if report.best is None:
         return report
     path = Path(report.out) / PLOT
+    note = drawn(lambda: plot(report, path))
+    return replace(report, notes=[*report.notes, note]) if note else replace(report, plot=str(path))
+
+
+def drawn(draw: Callable[[], None]) -> str:
+    """Draw a plot. Returns a note if matplotlib is not installed, else an empty text."""
     try:
-        plot(report, path)
+        draw()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        note = "no plot: matplotlib is not installed. pip install 'fastkd[report]', and the same command draws it."
-        return replace(report, notes=[*report.notes, note])
-    return replace(report, plot=str(path))
+        return "no plot: matplotlib is not installed. pip install 'fastkd[report]', and the same command draws it."
+    return ""

@@ -153,11 +153,11 @@ class SweepReport:
 def read_result(folder: Path) -> Result | None:
     """The result of a training, or None if it is not finished. Raises TrainError if its files are damaged."""
     try:
-        if (failed := _read(folder / FAILED)) is not None:
+        if (failed := read_document(folder / FAILED)) is not None:
             return Result({}, failed=str(failed["error"]))
-        if (document := _read(folder / RUN)) is None or not document["report"]["complete"]:
+        if (document := read_document(folder / RUN)) is None or not document["report"]["complete"]:
             return None
-        one, several = _read(folder / EVALUATION), _read(folder / EVALUATIONS)
+        one, several = read_document(folder / EVALUATION), read_document(folder / EVALUATIONS)
         return Result(document, [Evaluation.from_json(found) for found in several or ([one] if one else [])])
     except (KeyError, TypeError, StreamError) as error:
         raise TrainError(f"{folder}: {error!r}. Its results are damaged: delete it, and sweep again.") from error
@@ -296,7 +296,7 @@ def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
     return replace(evaluations[0], student=mean)
 
 
-def _read(path: Path) -> Any:
+def read_document(path: Path) -> Any:
     """A JSON document, or None if there is no such file."""
     try:
         return unsealed(json.loads(path.read_text(encoding="utf-8")))

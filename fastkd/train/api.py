@@ -5,7 +5,7 @@ RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
-from .arms import control_arms
+from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
+from .checkpoint import steps_of
 from .exits import with_exits
 from .held_out import EVALUATION, EVALUATIONS
 from .inputs import Inputs, inputs_of, make_source
@@ -29,8 +30,9 @@ from .result import RUN, TrainReport
 from .rollout_inputs import RolloutInputs, check_rollouts
 from .settings_check import check_settings
 from .student import make_student
-from .trainer import Evaluate, Trainer
+from .trainer import Evaluate, Pause, Trainer
 from .verdict import judge
+from .watch import Watch, check_watch
 
 if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["EVALUATION", "EVALUATIONS", "make_source", "run_trainer", "train", "train_one"]
 DEFAULTS = TrainSettings()
 LIVE, NO_ROLLOUTS = LiveSettings(), RolloutSettings()
+STUDENT_ARM = ""  # the folder of the student itself, within the run's
+Done = dict[str, tuple[TrainReport, "list[Evaluation]"]]
 
 
 def train(
@@ -53,8 +57,10 @@ def train(
     rollouts: RolloutSettings = NO_ROLLOUTS,
     objective: Objective | None = None,
     control: bool = False,
+    stop_if_worse: bool = False,
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
+    pause: Pause | None = None,
     progress: str = "none",
     **changes: Any,
 ) -> TrainReport:
@@ -79,9 +85,13 @@ def train(
     objective: an `Objective` instead of the distillation loss of the settings (`TokenKD`).
     control: afterwards train the same student on hard labels alone (alpha=1), in the same order, into out/control; and
         if it matches features, before that the same student without them, into out/without_features.
+    stop_if_worse: train the control first, and end the training of the student at an evaluation after which it is worse
+        than the control by the measure `best`, beyond the interval; see `watch.py`. The report is then complete, and
+        the result exported. Called again without stop_if_worse, the training is continued.
     evaluate: measures a student, every `evaluate_every` steps and at the end. Default: `fastkd.evaluate` on the
         held-out split of the caches.
     stop: stops the training when called, for example by a signal handler; a checkpoint is written.
+    pause: evaluates after other steps, and pauses after one of them, for a later call.
     progress: "none", "bar", "lines" or "events".
 
     Under torchrun, or in an initialized process group, all processes make the same call; the first one writes the log.
@@ -124,27 +134,44 @@ def train(
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stop, mode = stop or Stop(), "lines" if progress == "bar" else progress
-        shared = (inputs, processes, evaluate, stop, progress)
+        shared = (processes, evaluate, stop, progress)
+        if stop_if_worse:
+            by_window = evaluate is None and settings.evaluate_every != 0 and not inputs.nothing_held_out()
+            check_watch(control=control, by_window=by_window, measure=settings.best)
         arms = control_arms(settings, objective) if control else []  # before an objective's parameters are trained
-        report, ours = train_one(student, out, settings, objective, *shared)
-        for arm in arms:
-            if not report.complete:
-                break
-            if processes.first:
+        order = [Arm(STUDENT_ARM, "with its own settings", settings, objective), *arms]
+        done: Done = {}
+        for arm in reversed(order) if stop_if_worse else order:
+            if done and processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode=mode).event("note", text=text)
-            found, theirs = train_one(
-                student, out / arm.folder, arm.settings, arm.objective, inputs.control, *shared[1:]
-            )
-            judged = judge(arm.folder, ours, theirs, inputs.weights, settings.best)
-            verdicts = report.verdicts | ({arm.folder: judged} if judged else {})
-            report = replace(report, **{arm.folder: found}, verdicts=verdicts)
-            if processes.first:
+            watch = Watch({name: out / name for name in done}, inputs.weights, settings.best) if stop_if_worse else None
+            trained_on = inputs if arm.folder == STUDENT_ARM else inputs.control
+            given = (student, out / arm.folder, arm.settings, arm.objective, trained_on, *shared)
+            done[arm.folder] = train_one(*given, watch=watch, pause=pause)
+            report = with_arms(out, done, inputs.weights, settings.best)
+            if processes.first and report.arms and STUDENT_ARM in done:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)
+            if not done[arm.folder][0].complete:
+                break
         if report.complete and (text := inputs.finish(stop, processes)) and processes.first:
             Progress(0, unit="step", mode=mode).event("note", text=text)
         return report
+
+
+def with_arms(out: Path, done: "Done", weights: Sequence[float], measure: str) -> TrainReport:
+    """The report of a student with those of the arms that were trained beside it. done: each one's report, and its last
+    evaluations by window."""
+    arms = {name: report for name, (report, _) in done.items() if name != STUDENT_ARM}
+    if STUDENT_ARM not in done:  # the arms come first: it waits where it is
+        first = next(iter(arms.values()))
+        report, ours = TrainReport(str(out), max(steps_of(out), default=0), first.steps, 0, {}, {}, {}), []
+    else:
+        report, ours = done[STUDENT_ARM]
+    found = {} if report.stopped_worse else {n: judge(n, ours, done[n][1], weights, measure) for n in arms}
+    verdicts = {name: one for name in (WITHOUT_FEATURES, CONTROL) if (one := found.get(name)) is not None}
+    return replace(report, **arms, verdicts=verdicts)
 
 
 def train_one(
@@ -157,6 +184,9 @@ def train_one(
     evaluate: Evaluate | None,
     stop: Stop,
     progress: str,
+    *,
+    watch: Watch | None = None,
+    pause: Pause | None = None,
 ) -> "tuple[TrainReport, list[Evaluation]]":
     """Train, or resume, in a folder. Returns the report, and the last evaluations by window, one for each cache.
 
@@ -170,7 +200,7 @@ def train_one(
         objective = with_exits(settings, made.student, objective, inputs.data)
     trainer = Trainer(
         made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
-        evaluate=evaluate or held, progress=progress,
+        evaluate=evaluate or held, watch=watch, pause=pause, progress=progress,
     )  # fmt: skip
     evaluations = {} if held is None else {EVALUATION: held.evaluations}
     report = run_trainer(trainer, out, inputs, processes, stop, evaluations)
@@ -191,7 +221,7 @@ def run_trainer(
         trainer.resume()
         stop.gentle = True
         trainer.run(stop)
-        if trainer.step >= trainer.steps:
+        if trainer.complete:
             # of a run that was complete already, there are no evaluations by window
             trainer.evaluate_result(again=any(not found for found in evaluations.values()))
         report = trainer.report()

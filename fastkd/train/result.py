@@ -43,7 +43,8 @@ class TrainReport:
     through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
     exported student, None while work remains. control: the report of the control, trained on hard labels alone.
     without_features: that of the same student without the features that it matches. verdicts: of the comparisons with
-    both, by folder, if they were evaluated by window.
+    both, by folder, if they were evaluated by window. stopped_worse: the comparison that ended the training before its
+    last step (`stop_if_worse`), None if there was none.
     """
 
     out: str
@@ -61,6 +62,7 @@ class TrainReport:
     control: "TrainReport | None" = None
     without_features: "TrainReport | None" = None
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    stopped_worse: Verdict | None = None
 
     @property
     def arms(self) -> "dict[str, TrainReport]":
@@ -70,8 +72,10 @@ class TrainReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are made, including those of the control, and of the arm without features."""
-        return self.step >= self.steps and all(arm.complete for arm in self.arms.values())
+        """Whether all steps are made, including those of the control, and of the arm without features; or the training
+        was ended since the student is worse."""
+        ended = self.step >= self.steps or self.stopped_worse is not None
+        return ended and all(arm.complete for arm in self.arms.values())
 
     @property
     def status(self) -> int:
@@ -80,12 +84,14 @@ class TrainReport:
     def to_json(self) -> dict[str, Any]:
         """As JSON; with a control, `difference` has each measure of the student minus the control's. The arm without
         features, and verdicts, are there if they were measured."""
-        found = asdict(replace(self, control=None, without_features=None, verdicts={}))
-        del found["without_features"], found["verdicts"]
+        found = asdict(replace(self, control=None, without_features=None, verdicts={}, stopped_worse=None))
+        del found["without_features"], found["verdicts"], found["stopped_worse"]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
             found["difference"] = {n: v - theirs[n] for n, v in self.evaluation.items() if n in theirs}
+        if self.stopped_worse is not None:
+            found["stopped_worse"] = self.stopped_worse.to_json()
         if self.verdicts:
             found["verdicts"] = {name: one.to_json() for name, one in self.verdicts.items()}
         return found
@@ -96,7 +102,9 @@ def report_of(report: TrainReport) -> str:
         part = next((arm for arm in report.arms.values() if not arm.complete), report)
         return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
     speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
-    lines = [f"{report.out}: {report.steps} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
+    lines = [f"{report.out}: {report.step} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
+    if report.stopped_worse is not None:
+        lines.append(f"stopped after step {report.step} of {report.steps}: {report.stopped_worse.sentence()}")
     lines += [f"note: {note}" for note in report.notes]
     if report.evaluation:
         columns = {"student": report.evaluation}

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..errors import TrainError, WorkRemains
+from ..evaluate.forward import NotFinite
 from ..evaluate.measures import sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
@@ -43,6 +44,10 @@ from .checkpoint import (
     read,
     write,
 )
+from .evaluations import drop_after as drop_evaluations_after
+from .evaluations import kept_steps
+from .evaluations import read as read_evaluations
+from .evaluations import write as write_evaluations
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
@@ -51,10 +56,24 @@ from .parallel import ParallelStudent, checkpoint_layers, compile_layers
 from .result import RUN, STUDENT, STUDENTS, TrainReport, command_line, run_document, write_student
 from .settings_check import check_same, resume_fingerprint
 from .student import LoadedStudent, Student
+from .verdict import Verdict
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from ..evaluate.result import Evaluation
 
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Returns measures of a student by name. All processes call it, in the same order."""
 _EVALUATIONS = 10  # per run, if the settings do not say
+
+
+class Pause(NamedTuple):
+    """Where a training pauses, to be resumed later: it evaluates after the steps `at`, and at the end, instead of
+    every `evaluate_every` steps; and it stops after the step `until`, with a checkpoint. The steps are those of the
+    whole training: its schedules do not know of the pause."""
+
+    at: tuple[int, ...]
+    until: int
 
 
 class Diverged(TrainError):
@@ -69,7 +88,8 @@ class Trainer:
     """One student, its optimizer, and the number of steps made.
 
     made: from `make_student`. source: any `BatchSource`; it is closed with the trainer. out: the run's folder.
-    objective: None for the `TokenKD` of the settings. evaluate: None for no evaluations.
+    objective: None for the `TokenKD` of the settings. evaluate: None for no evaluations. watch: ends the training when
+    the student is worse than another. pause: evaluates after other steps, and pauses after one.
     """
 
     def __init__(
@@ -82,6 +102,8 @@ class Trainer:
         *,
         objective: Objective | None = None,
         evaluate: Evaluate | None = None,
+        watch: Watch | None = None,
+        pause: Pause | None = None,
         progress: str = "none",
     ) -> None:
         self.student, self._tokenizer = made
@@ -120,6 +142,10 @@ class Trainer:
         every = settings.evaluate_every
         default = max(1, self.steps // _EVALUATIONS)
         self._evaluate_every = 0 if evaluate is None else default if every is None else every
+        self._kept_steps = kept_steps(self.steps, self._evaluate_every) if pause is None else pause.at
+        self._pause, self._watch = pause, watch
+        self._looks = [] if watch is None else watch.looks(self.steps, self._evaluate_every)
+        self.worse: Verdict | None = None
         self._metrics: dict[str, Any] = {}
         self._evaluation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
@@ -157,6 +183,9 @@ class Trainer:
         self._progress = Progress(self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode)
         for note in self.student.notes:
             self._say(f"student: {note}")
+        if self._processes.first:
+            drop_evaluations_after(self._out, self.step)
+        self._look(lambda: read_evaluations(self._out, self.step))
 
     def run(self, stop: Stop) -> None:
         """Make the remaining steps, until a stop is requested."""
@@ -164,7 +193,8 @@ class Trainer:
         flags: Callable[[], list[int]] = lambda: [0, 0]  # noqa: E731  whether to stop, and to save
         begun = saved = clock()
         steps = iter(self._source.steps())
-        while self.step < self.steps:
+        end = self.steps if self._pause is None else min(self.steps, self._pause.until)
+        while self.step < end and self.worse is None:
             try:
                 step = next(steps, None)
             except WorkRemains:  # the source waits for others: what was trained is kept
@@ -195,10 +225,9 @@ class Trainer:
 
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
-        complete = self.step >= self.steps
         folder = self._out / (STUDENTS if self.student.parts else STUDENT)
         with self._processes.all_or_none():
-            if complete and (self._processes.first or self.student.alone):
+            if self.complete and (self._processes.first or self.student.alone):
                 self._export(folder)
         return TrainReport(
             out=str(self._out),
@@ -211,9 +240,15 @@ class Trainer:
             positions=self._positions,
             seconds=self._seconds,
             waiting=self._waited / self._seconds if self._seconds else 0.0,
-            student=str(folder) if complete else None,
+            student=str(folder) if self.complete else None,
             notes=self.student.notes,
+            stopped_worse=self.worse,
         )
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are made, or the student was stopped since it is worse than another."""
+        return self.step >= self.steps or self.worse is not None
 
     def evaluate_result(self, *, again: bool) -> None:
         """After the last step: evaluate the weights that are exported, unless the last evaluation was of them.
@@ -363,16 +398,19 @@ class Trainer:
 
         stopped, timed: a checkpoint is due because of a stop, or by the clock; the same on all processes.
         """
-        last = self.step == self.steps
+        last, pause = self.step == self.steps, self._pause
         every = self._evaluate_every
         evaluate = bool(every) and (last or self.step % every == 0)
+        if pause is not None and self._evaluate is not None:
+            evaluate = last or self.step in pause.at
         every = self._settings.checkpoint_every or 0
         save = stopped or timed or last or (bool(every) and self.step % every == 0)
+        save = save or (pause is not None and self.step == pause.until)
         if not (evaluate or save):
             return False
         self._flush_metrics()
         better = evaluate and self._evaluate_step()
-        if save or better:
+        if save or better or self.worse is not None:
             self._save()
         return True
 
@@ -393,12 +431,30 @@ class Trainer:
             self._log.write({"step": self.step, "evaluation": found})
         measures = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
+        by_window = getattr(self._evaluate, "evaluations", None)
+        by_window = list(by_window) if isinstance(by_window, list) else []
+        if by_window and self.step in self._kept_steps and self._processes.first:
+            write_evaluations(self._out, self.step, by_window)
+        self._look(lambda: by_window)
         return better
+
+    def _look(self, evaluations: "Callable[[], list[Evaluation]]") -> None:
+        """After a step: see whether the student is worse than one that it is watched beside. The first process decides.
+        evaluations: of this step, by window."""
+        if self._watch is None or self.step not in self._looks:
+            return
+        found = self._watch.look(self.step, evaluations(), self._looks) if self._processes.first else None
+        self.worse = self._processes.gather(found)[0]
+        if self.worse is not None:
+            self._say(f"stopped after step {self.step} of {self.steps}: {self.worse.sentence()}")
 
     def _measures(self) -> dict[str, float]:
         assert self._evaluate is not None
         self.student.eval()
-        found = dict(self._evaluate(self.student))
+        try:
+            found = dict(self._evaluate(self.student))
+        except NotFinite as error:
+            raise self._diverged(str(error), self.step, "held out") from error
         self._parallel.reshard()
         self.student.train()
         return found

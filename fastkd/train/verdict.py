@@ -38,7 +38,8 @@ class Verdict:
 
     against: the arm's folder. measure: the one that decides. windows: their number. difference: of each measure over
     all positions, with its own interval of 95%. slices: the same within each slice, by name, with intervals that hold
-    for all `cells` of them together. step: of both evaluations, if the student was stopped there; else None.
+    for all `cells` of them together. step: of both evaluations, if the student was stopped there; else None. looks: for
+    how many comparisons the intervals of `difference` hold together.
     """
 
     against: str
@@ -47,6 +48,7 @@ class Verdict:
     difference: Mapping[str, Interval]
     slices: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     step: int | None = None
+    looks: int = 1
 
     @property
     def cells(self) -> int:
@@ -70,6 +72,7 @@ class Verdict:
         """The overall verdict. said: what was compared; "": the arm's name."""
         mean, half = self.difference[self.measure]
         when = f"at step {self.step}, " if self.step is not None else ""
+        when += f"95% for all {self.looks} comparisons together, " if self.looks > 1 else ""
         figure = f"{self.measure} {mean:+.4f} ± {half:.4f}, {when}paired over {self.windows} held-out windows; one seed"
         return f"{said or 'against ' + self.against.replace('_', ' ')}: {self.overall} ({figure})"
 
@@ -95,7 +98,7 @@ class Verdict:
             "measure": self.measure,
             "verdict": self.overall,
             "windows": self.windows,
-            "step": self.step,
+            **({} if self.step is None else {"step": self.step, "looks": self.looks}),
             "difference": judged(self.difference),
             "cells": self.cells,
             "slices": {name: judged(found) for name, found in self.slices.items()},
@@ -110,23 +113,24 @@ def judge(
     measure: str,
     *,
     step: int | None = None,
+    looks: int = 1,
+    tail: float = TAIL,
 ) -> Verdict | None:
     """The verdict from the evaluations of a student and of an arm, one for each cache: means over caches by their
     weights (in a slice, also by its share of a cache's positions). None unless both were evaluated, on the same windows
-    and by that measure. Perplexity is judged by its logarithm, the cross-entropy."""
-    from ..evaluate.api import check_same_windows, compare
+    and by that measure. Perplexity is judged by its logarithm, the cross-entropy. tail: the share outside an interval
+    over all positions, at either end. Raises StreamError for evaluations of other windows."""
+    from ..evaluate.api import compare
 
     if not ours or len(ours) != len(theirs):
         return None
-    for one, other in zip(ours, theirs, strict=True):
-        check_same_windows(one, other)
-    whole = [compare(one, other) for one, other in zip(ours, theirs, strict=True)]
+    whole = [compare(one, other, tail=tail) for one, other in zip(ours, theirs, strict=True)]
     difference = _combined(whole, weights)
     measure = "cross_entropy" if measure == "perplexity" else measure
     if measure not in difference:
         return None
     windows = sum(one.windows for one in ours)
-    return Verdict(against, measure, windows, difference, _slices(ours, theirs, weights), step)
+    return Verdict(against, measure, windows, difference, _slices(ours, theirs, weights), step, looks)
 
 
 def _slices(

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 _KINDS: dict[str, tuple[tuple[str, ...], type[Exception]]] = {
     "cache": (("spec.json", "plan.json", "lengths.npz", "manifest.parquet", "shards", "claims"), CacheError),
     "run": (("run.json", "metrics.jsonl", "checkpoints"), TrainError),
-    "sweep": (("sweep.json", "*/seed=*"), TrainError),
+    "sweep": (("sweep.json", "auto.json", "*/seed=*"), TrainError),
     "generations": (("generations.json", "generation-1"), TrainError),
     "demo": (("teacher", "cache", "report.json"), ReportError),
 }
+CONTROL = "control"
 _ANYWHERE = (".*", "*.log", "*.out", "*.err")  # logs of a scheduler may be in the same folder
 
 
@@ -31,7 +32,11 @@ def check_folder(folder: Path, kind: str) -> None:
     """Raise the error of a kind of output for a folder that is neither empty nor of that kind."""
     if folder.is_dir():
         inner = (f"{path.parent.name}/{path.name}" for path in folder.glob("*/seed=*"))
-        _check([*inner, *sorted(path.name for path in folder.iterdir())], kind, str(folder))
+        names = sorted(path.name for path in folder.iterdir())
+        if kind == "run" and "run.json" not in names and (control := folder / CONTROL).is_dir():
+            check_folder(control, kind)  # which is trained first with stop_if_worse
+            names.remove(CONTROL)
+        _check([*inner, *names], kind, str(folder))
 
 
 def _check(names: Iterable[str], kind: str, where: str) -> None:

@@ -46,6 +46,19 @@ def test_train_and_sweep(cache: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["config.json"]
 
 
+def test_a_run_whose_control_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    check_folder(tmp_path, "run")
+    (tmp_path / "control" / "metrics.jsonl").write_text("")
+    check_folder(tmp_path, "run")
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(TrainError, match=r"got 'thesis'; .* that of a run"):
+        check_folder(tmp_path, "run")
+    (tmp_path / "control" / "metrics.jsonl").rename(tmp_path / "control" / "chapter.tex")
+    with pytest.raises(TrainError, match=r"control: got 'chapter\.tex'; .* that of a run"):
+        check_folder(tmp_path, "run")
+
+
 def test_what_was_begun_there_and_logs_are_no_hindrance(cache: Path, tmp_path: Path) -> None:
     run, swept = tmp_path / "run", tmp_path / "sweep"
     settings: dict[str, Any] = SMALL | {"steps": 2}

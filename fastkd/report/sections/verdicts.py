@@ -1,16 +1,17 @@
 """Whether a student is better than what was trained beside it: by measure and by slice of positions, and over steps."""
 
 from collections.abc import Mapping
+from math import isfinite
 
 from ...errors import StreamError
-from ...evaluate.api import Evaluation
+from ...evaluate.api import Evaluation, compare
 from ...evaluate.slices import SAYS
 from ...train.arms import CONTROL, WITHOUT_FEATURES
 from ...train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, Verdict, judge, verdict
 from ...utils.intervals import Interval
-from ...utils.numbers import THIN, percent, with_half
+from ...utils.numbers import THIN, figures, percent, with_half
 from ..measures import MEASURES, TONES, column
-from ..page import UNKNOWN, Block, Cell, Paragraph, Row, Section, Table
+from ..page import UNKNOWN, Block, Cell, Chart, Charts, Line, Paragraph, Row, Section, Series, Table
 from ..runs import Comparison, Run
 
 POSITION = 12
@@ -19,9 +20,11 @@ _ASKED = {CONTROL: "Did distillation help?", WITHOUT_FEATURES: "Did the features
 
 
 def build(comparison: Comparison) -> Section | None:
-    """For each run, and each student beside it: the verdict, and a heat map by measure and slice."""
+    """For each run, and each student beside it: the verdict, a heat map by measure and slice, and the difference after
+    each evaluation."""
     blocks: list[Block] = []
     asked: list[str] = []
+    series = {id(student): line for student, line in comparison.students}
     for run in comparison.runs:
         for folder, other in ((CONTROL, run.control), (WITHOUT_FEATURES, run.without_features)):
             if other is None:
@@ -32,22 +35,71 @@ def build(comparison: Comparison) -> Section | None:
                 text = f"{run.name}: not known; both need an evaluation.json, of the same windows."
                 blocks.append(Paragraph(text))
                 continue
-            blocks.append(Paragraph(f"{run.name} {found.sentence()}."))
-            blocks.append(_heat_map(found, run.evaluation))
+            blocks += [Paragraph(text) for text in _stopped(run, folder, other)]
+            blocks += [Paragraph(f"{run.name} {found.sentence()}."), _heat_map(found, run.evaluation)]
+            if charts := _curves(found.measure, folder, run, other, (series[id(run)], series[id(other)])):
+                blocks.append(Charts(charts))
             if matched := _matched(run) if folder == WITHOUT_FEATURES else "":
                 blocks.append(Paragraph(matched, aside=True))
     return Section(" ".join(asked), blocks) if blocks else None
 
 
 def _judged(against: str, run: Run, other: Run) -> Verdict | None:
-    if run.evaluation is None or other.evaluation is None:
+    """The verdict from the last evaluations; of a run that was stopped since it was worse, from those after the same
+    step."""
+    step = run.number("report", "stopped_worse", "step")
+    ours, theirs = run.evaluation, other.evaluation
+    if step is not None:
+        ours, theirs = run.by_step.get(int(step)), other.by_step.get(int(step))
+    if ours is None or theirs is None:
         return None
-    best = run.part("settings", "best")
+    best, when = str(run.part("settings", "best")), None if step is None else int(step)
     try:
-        given = [run.evaluation], [other.evaluation], [1.0]
-        return judge(against, *given, str(best)) or judge(against, *given, "cross_entropy")
+        for measure in (best, "cross_entropy"):
+            if (found := judge(against, [ours], [theirs], [1.0], measure, step=when)) is not None:
+                return found
     except StreamError:
-        return None
+        pass
+    return None
+
+
+def _stopped(run: Run, folder: str, other: Run) -> list[str]:
+    """What ended a run that was worse than this arm, as at most one sentence."""
+    worse = run.part("report", "stopped_worse")
+    if not isinstance(worse, Mapping) or worse.get("against") != folder:
+        return []
+    step, steps, looks = (figures(run.number("report", *path)) for path in
+                          (("stopped_worse", "step"), ("steps",), ("stopped_worse", "looks")))  # fmt: skip
+    return [
+        f"{run.name} was stopped after step {step} of {steps}: there it was worse than {other.name} by "
+        f"{worse.get('measure')}, beyond an interval of 95% for all {looks} comparisons together."
+    ]
+
+
+def _curves(name: str, folder: str, run: Run, other: Run, lines: tuple[Series, Series]) -> list[Chart]:
+    """The measure that decides after each evaluation that both have: of both, and their paired difference."""
+    measure, steps = MEASURES[name], sorted(run.by_step.keys() & other.by_step.keys())
+    try:
+        found = [compare(run.by_step[step], other.by_step[step])[name] for step in steps]
+    except (KeyError, StreamError):
+        return []
+    if len(steps) < 2 or not all(isfinite(value.half) for value in found):
+        return []
+    both = [
+        Line(line, steps, [measure.scale * one.by_step[s].intervals()[name].mean for s in steps], markers=True)
+        for one, line in zip((run, other), lines, strict=True)
+    ]
+    against = folder.replace("_", " ")
+    mean, low, high = ([measure.scale * getattr(value, end) for value in found] for end in ("mean", "low", "high"))
+    difference = Line(lines[0], steps, mean, (low, high), markers=True)
+    title, where = f"Held out: {measure.short}", f"{lines[0].colour}-{folder}-{name}"
+    return [
+        Chart(f"both-{where}", title, f"The student, and the {against} (dashed); {measure.better} is better.", "step",
+              measure.unit, both),
+        Chart(f"difference-{where}", f"Student minus {against}: {measure.short}",
+              f"Paired over windows, with its interval of 95% at each evaluation; {measure.better} is better.",
+              "step", measure.unit, [difference], (0.0, "no difference")),
+    ]  # fmt: skip
 
 
 def _heat_map(found: Verdict, evaluation: Evaluation) -> Table:
