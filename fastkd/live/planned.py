@@ -1,7 +1,8 @@
 """The shards of a capture that is planned and not written: what a live source reads its inputs from."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import threading
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class PlannedShards:
     spec: CacheSpec
     data: Documents | Examples
     settings: CaptureSettings
+    _reading: threading.Lock = field(default_factory=threading.Lock)  # documents are for one thread at a time
 
     def __repr__(self) -> str:
         return f"the live data ({self.plan.windows:,} sequences)"
@@ -60,7 +62,8 @@ class PlannedShards:
 
     def read(self, index: int) -> ShardRows:
         """The rows of a shard, read from the data. Raises DataError if they have changed since they were planned."""
-        return read_shard_rows(self.plan, self.data, index)
+        with self._reading:
+            return read_shard_rows(self.plan, self.data, index)
 
     def table(self, split: str, *, skip: int = 0, max_positions: int | None = None) -> ShardTable:
         """The sequences of a split, as `split.open_split` finds those of a cache. Raises StreamError."""

@@ -119,7 +119,7 @@ class Rounds:
                 raise StreamError(f"{path}: it is a round of another run ({listed}). Train into another folder.")
             columns = {name: table.column(name).combine_chunks() for name in _SCHEMA.names}
             flat = columns["tokens"].flatten().to_numpy().astype(np.int64)
-            cuts = np.cumsum(np.diff(columns["tokens"].offsets.to_numpy())) if table.num_rows else []
+            cuts: Any = np.cumsum(np.diff(columns["tokens"].offsets.to_numpy())) if table.num_rows else []
             plain = {name: columns[name].to_numpy(zero_copy_only=False) for name in ("ended", *_NUMBERS)}
         except FileNotFoundError:
             return None
@@ -182,9 +182,10 @@ _SCHEMA = pa.schema(
 def scoring_settings(spec: CacheSpec, number: int, longest: int, batch_tokens: int) -> CaptureSettings:
     """How the rollouts of a round are captured: with targets as those of a cache of this spec, each rollout a sequence,
     none held out. longest: tokens of a rollout. The draws of each round are others."""
+    codec: Any = spec.codec
     return CaptureSettings(
         k=spec.k, draws=spec.draws, draw_temperature=spec.draw_temperature, mass=spec.mass,
-        temperatures=spec.temperatures, codec=spec.codec, context=longest, packing="keep", on_long="error",
+        temperatures=spec.temperatures, codec=codec, context=longest, packing="keep", on_long="error",
         held_out=0.0, batch_tokens=batch_tokens, seed=(spec.provenance.draw_seed or 0) + 1 + number,
     )  # fmt: skip
 

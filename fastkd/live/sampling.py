@@ -21,9 +21,8 @@ def keys_of(count: int, *numbers: int) -> NDArray[np.uint64]:
 
 def uniforms(keys_B: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """Numbers from 0 to below 1, `[B, count]`, that follow from the keys `[B]`: equally distributed and independent."""
-    bits = mixed(mixed(keys_B)[:, None] + np.arange(count, dtype=np.uint64))
-    found: NDArray[np.float64] = (bits >> np.uint64(11)) * 2.0**-53
-    return found
+    counters: NDArray[np.uint64] = mixed(keys_B)[:, None] + np.arange(count, dtype=np.uint64)
+    return (mixed(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

@@ -247,6 +247,10 @@ class ShardSource(ABC):
         """A shard, by the number of its table and its row there. On a thread. workspaces: one for the targets, and one
         for each signal."""
 
+    def _open_inputs(self, source: int, row: int, workspaces: list[Workspace]) -> OpenShard:
+        """The same, on the thread of the caller, for its inputs alone: targets may be missing."""
+        return self._open(source, row, workspaces)
+
     def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
         """A step's micro-batches on the host, before they are copied to the device. On a thread."""
         return batches
@@ -340,7 +344,7 @@ class ShardSource(ABC):
     def text_inputs(self, source: int, row: int) -> tuple[TextInputs, int, int]:
         """The inputs of a shard of text, by the number of its table and its row there; its number; and the number in it
         of the first sequence to read."""
-        opened = self._open(source, row, [Workspace() for _ in range(1 + len(self._form.signals))])
+        opened = self._open_inputs(source, row, [Workspace() for _ in range(1 + len(self._form.signals))])
         table = self._tables[source]
         return replace(opened.inputs, tokens=opened.inputs.tokens.copy()), int(table.shard[row]), int(table.first[row])
 

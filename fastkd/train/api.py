@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EVALUATION", "EVALUATIONS", "make_source", "run_trainer", "train", "train_one"]
 DEFAULTS = TrainSettings()
-LIVE_FOLDER = "live"  # in the run's: bases of the features of a live teacher
 LIVE, NO_ROLLOUTS = LiveSettings(), RolloutSettings()
 STUDENT_ARM = ""  # the folder of the student itself, within the run's
 Done = dict[str, tuple[TrainReport, "list[Evaluation]"]]
@@ -123,7 +122,6 @@ def train(
             settings,
             live,
             write_cache=write_cache,
-            folder=out / LIVE_FOLDER,
             processes=processes,
             progress=progress == "bar" and processes.first,
         )

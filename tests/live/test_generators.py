@@ -1,5 +1,7 @@
 """How a student continues prompts: with its own distribution, by the keys of the sequences, in any batch."""
 
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,3 +100,42 @@ def test_unknown_generators_are_refused() -> None:
         find("other", student)
     with pytest.raises(StreamError, match=r"tiny has no `generate`. Use loop"):
         find("transformers", student)
+
+
+def test_vllm_is_asked_for_the_students_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which runs on GPUs: what it is given, and what is made of what it returns."""
+    with pytest.raises(StreamError, match=r"vllm', which is not installed"):
+        find("vllm", student_of("llama"))
+    seen: list[Any] = []
+
+    class LLM:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB))
+
+        def __init__(self, model: str, **options: Any) -> None:
+            from safetensors.torch import load_file
+
+            seen.append(load_file(f"{model}/model.safetensors"))
+
+        def generate(self, inputs: Any, options: Any, **more: Any) -> Any:
+            seen.append((inputs, options))
+            said = [([5, 6], None), ([5], 7), ([5, 7], 7)]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, stop_reason=reason)]) for ids, reason in said
+            ]
+
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    student = student_of("llama")
+    generator = find("vllm", student)
+    found = generator(PROMPTS[:3], keys_of(3, 0), Sampling(4, 0.7, VOCAB - 6, (7,)))
+    assert [one.tolist() for one in found] == [[5, 6], [5, 7], [5, 7]]
+    weights, (inputs, options) = seen
+    assert torch.equal(weights["model.norm.weight"], student.model.model.norm.weight)
+    assert [one["prompt_token_ids"] for one in inputs] == [prompt.tolist() for prompt in PROMPTS[:3]]
+    assert len({one.seed for one in options}) == 3
+    assert {one.temperature for one in options} == {0.7}
+    assert options[0].allowed_token_ids == list(range(VOCAB - 6))
+    generator.close()
+    with pytest.raises(StreamError, match="no model of transformers"):
+        find("vllm", of_module(Tiny(), "tiny"))

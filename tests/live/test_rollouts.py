@@ -3,6 +3,8 @@ read again."""
 
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from live_cases import TEXT, text_data, text_teacher
 from rollout_cases import plain_cache, rollout_source, score
 from source_cases import BatchSourceTests, take
 from train_cases import Tiny
@@ -21,6 +24,7 @@ from fastkd.data.columns import LOSS_MASK, TEXT_SETTINGS
 from fastkd.data.documents import open_documents
 from fastkd.errors import DataError, StreamError, WorkRemains
 from fastkd.kernels import topk_targets
+from fastkd.live import LiveSource, planned
 from fastkd.live.prompts import PromptRule, chosen
 from fastkd.live.rollouts import RolloutBatch, RolloutSource
 from fastkd.live.rounds import rounds_in
@@ -347,3 +351,21 @@ def test_the_hash_of_documents_without_such_metadata_is_what_it_was(tmp_path: Pa
     whole = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     whole.update(json.dumps(["a.parquet", len(data), hashlib.sha256(data).hexdigest()]).encode())
     assert open_documents(tmp_path / "a.parquet").fingerprint() == whole.hexdigest()
+
+
+def test_documents_are_read_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loader's threads, and by the one that makes a round."""
+    source, reading = LiveSource(text_data(), text_teacher(), TEXT, batch_size=4), []
+    read = planned.read_shard_rows
+
+    def slow(*arguments: Any) -> Any:
+        reading.append(None)
+        time.sleep(0.01)
+        assert len(reading) == 1
+        reading.pop()
+        return read(*arguments)
+
+    monkeypatch.setattr(planned, "read_shard_rows", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda row: source.text_inputs(0, row)[1], range(4)))
+    assert found == [0, 1, 2, 3]

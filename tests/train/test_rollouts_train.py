@@ -187,12 +187,14 @@ def test_two_processes_say_the_same(place: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / "rollouts" / path.name).read_bytes()
 
 
-def test_beside_a_live_teacher(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_beside_a_live_teacher(place: Path, tmp_path: Path, written: bool) -> None:
     """Data and targets without a cache: as from the cache that a capture with the same settings writes."""
     live = LiveSettings(**CAPTURE)
     report = fastkd.train(
-        "train_cases:dropping", None, tmp_path / "live", data=documents(), live=live, **{**CHANGES, "evaluate_every": 5}
-    )
+        "train_cases:dropping", None, tmp_path / "live", data=documents(), live=live,
+        write_cache=tmp_path / "cache" if written else None, **{**CHANGES, "evaluate_every": 5},
+    )  # fmt: skip
     assert report.complete
     assert report.evaluation["kl_sampled"] > 0
     ours, theirs = (
@@ -206,6 +208,8 @@ def test_beside_a_live_teacher(place: Path, tmp_path: Path) -> None:
         return found
 
     assert tokens(tmp_path / "live") == tokens(place / "one")
+    if written:  # with the codec, too
+        assert bits(tmp_path / "live", 5) == bits(place / "one", 5)
 
 
 def test_a_model_of_transformers_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
