@@ -15,6 +15,8 @@ from fastkd.demo.corpus import language_reference
 from fastkd.demo.digits_inputs import CLASSES, HELD_OUT, digits, new_net
 from fastkd.settings import LiveSettings
 
+STEPS = 200
+
 
 @dataclass(frozen=True, eq=False)
 class LiveProblem:
@@ -33,7 +35,7 @@ class LiveProblem:
 def few_digits(images: int = 50, *, width: int = 8, seed: int = 0) -> LiveProblem:
     """So many digits with labels, in 8 augmented copies; a fifth of all 1797 is held out."""
     live = LiveSettings(k=CLASSES, draws=0, held_out=HELD_OUT, data_seed=seed, shard_positions=1024)
-    changes = {"rate": 2e-2, "weight_decay": 0.01, "batch_size": 32, "max_positions": images * COPIES, "steps": 200}
+    changes = {"rate": 2e-2, "weight_decay": 0.01, "batch_size": 32, "max_positions": images * COPIES, "steps": STEPS}
     says = f"{images} digits, a network of width {width}"
     return LiveProblem(digits(seed, images=1797, copies=COPIES), live, partial(new_net, width), says, changes)
 
@@ -44,7 +46,13 @@ def few_bytes(documents: int = 512, *, width: int = 24, layers: int = 2, seed: i
     live = LiveSettings(
         k=32, draws=8, context=LENGTH, packing="keep", held_out=0.1, data_seed=seed, shard_positions=2**15
     )
-    changes = {"rate": 5e-3, "weight_decay": 0.05, "batch_size": 16, "max_positions": documents * LENGTH, "steps": 200}
+    changes = {
+        "rate": 5e-3,
+        "weight_decay": 0.05,
+        "batch_size": 16,
+        "max_positions": documents * LENGTH,
+        "steps": STEPS,
+    }
     says = f"{documents} documents of {LENGTH} bytes, a transformer of width {width} and {layers} layers"
     student = partial(_byte_model, vocabulary, width, layers)
     return LiveProblem(found.tolist(), live, student, says, changes)

@@ -11,6 +11,7 @@ import torch
 
 from ..cache.stores import open_store
 from ..cache.workspace import Workspace
+from ..capture.features.prepare import Feature
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import StreamError, TeacherError
@@ -18,13 +19,15 @@ from ..kernels import SparseTargets
 from ..settings import CaptureSettings
 from ..stream.batch import AnyBatch
 from ..stream.cached import row_bytes
-from ..stream.gather import BatchFormat, OpenShard, open_shard, shard_of
+from ..stream.features import FeatureSignal
+from ..stream.gather import BatchFormat, OpenShard, TextInputs, open_shard, shard_of
 from ..stream.rows import NUMBERS
 from ..stream.shard_source import ShardSource, SourceOptions
 from ..stream.signals import open_signals
 from ..stream.split import ShardTable
 from ..teachers.protocol import Answer, Teacher
 from .answer import numbers_of, targets_at
+from .features import LiveFeatureSignal, States
 from .planned import PlannedShards, plan_shards
 from .teacher_batches import FORWARDS, AnsweredBatches, inputs_of, with_forwards
 from .write_through import Requests, WriteThrough
@@ -44,6 +47,8 @@ class LiveSource(ShardSource):
         unless it is there, and micro-batches are those of a `CachedSource`, bit for bit.
 
     data: `Documents` or `Examples` (labelled); or the `PlannedShards` of them, with this teacher and these settings.
+    features: hidden states to make (and write) as well, from `prepare_features`; the micro-batches then have them as
+        `features`.
     capture: how data are divided and targets are made; `capture.seed` is that of the draws and of the held-out split,
         `capture.batch_tokens` the positions of a teacher's forward, at most.
     vocab_size: without a teacher, that of whatever answers.
@@ -60,6 +65,7 @@ class LiveSource(ShardSource):
         *,
         vocab_size: int | None = None,
         write_cache: Any = None,
+        features: Sequence[Feature] = (),
         **options: Any,
     ) -> None:
         chosen = SourceOptions(**options)
@@ -72,29 +78,48 @@ class LiveSource(ShardSource):
             store, ranks = open_store(write_cache, create=True), {"rank": chosen.rank, "world_size": chosen.world_size}
             write_cache = WriteThrough.open(data, teacher, store, **ranks)
             weakref.finalize(self, write_cache.close)
+        if teacher is not None and not _same_device(teacher.device, chosen.where):
+            raise StreamError(
+                f"teacher: got one on {teacher.device}; expected it on {chosen.where}, where the student is trained."
+            )
         self._origin, self.capture, self._written = data, data.settings, write_cache
         self._teacher = None if write_cache is not None else teacher
         self._requests: Requests | None = None
+        self._live_features: list[LiveFeatureSignal] = []
         self.plan, self.spec = data.plan, data.spec
         examples = data.data if isinstance(data.data, Examples) else None
         if examples is not None:
             _check_examples(examples, self.spec.vocab_size)
         table = data.table(chosen.split, skip=chosen.skip, max_positions=chosen.max_positions)
+        written, signals = write_cache is not None, []
+        if written:
+            plan_rows = dict(enumerate(np.diff(self.plan.shard_rows).tolist()))
+            cached = [write_cache.cache.features[one.name] for one in features]
+            signals = [
+                FeatureSignal(one.name, [there], [plan_rows], chosen.where)
+                for one, there in zip(features, cached, strict=True)
+            ]
+        else:
+            self._live_features = [LiveFeatureSignal(one) for one in features]
+            signals = [*open_signals([NUMBERS], [table], chosen.where), *self._live_features]
+        self._states = States(self._teacher, features)
         form = BatchFormat(
             layout=chosen.layout,
             tokens=chosen.micro_tokens,
             rows=chosen.micro_batch_size,
             spec=self.spec,
-            width=0 if write_cache is None else self.spec.width,
-            draws=write_cache is not None and self.spec.draws > 0,
+            width=self.spec.width if written else 0,
+            draws=written and self.spec.draws > 0,
             device=chosen.where,
             data=examples,
-            signals=open_signals([NUMBERS], [table], chosen.where) if write_cache is None else (),
+            signals=tuple(signals),
         )
         described = {**data.describe(), "sequences": int(table.sequences.sum()), "content": table.content}
         super().__init__([table], [Fraction(1)], form, chosen, described)
         if examples is not None:
             self.fingerprint["labels"] = examples.labels_fingerprint()
+        if features:
+            self.fingerprint["features"] = {one.name: one.spec.hash for one in features}
 
     def _open(self, source: int, row: int, workspaces: list[Workspace]) -> OpenShard:
         index = int(self._tables[source].shard[row])
@@ -102,13 +127,13 @@ class LiveSource(ShardSource):
             assert self._requests is not None, "shards are opened by an iteration"
             self._requests.need(index)
             return open_shard(self._written.cache, index, workspaces, self._form.signals, source)
-        return self._unanswered(source, index, workspaces)
+        return self._read(index, workspaces)
 
     def _open_inputs(self, source: int, row: int, workspaces: list[Workspace]) -> OpenShard:
-        return self._unanswered(source, int(self._tables[source].shard[row]), workspaces)
+        return self._read(int(self._tables[source].shard[row]), workspaces)
 
-    def _unanswered(self, source: int, index: int, workspaces: list[Workspace]) -> OpenShard:
-        """A shard without targets."""
+    def _read(self, index: int, workspaces: list[Workspace]) -> OpenShard:
+        """A shard from the data, without targets."""
         rows = self._origin.read(index)
         arrays = {
             **rows.inputs,
@@ -116,7 +141,10 @@ class LiveSource(ShardSource):
             "document_lengths": rows.document_lengths,
             "row_numbers": rows.row_numbers(np.arange(len(rows))),
         }
-        return shard_of(arrays, rows.counts, index, workspaces, self._form.signals, source)
+        signals = self._form.signals[:1] if self._written is None else ()
+        opened = shard_of(arrays, rows.counts, index, workspaces[: 1 + len(signals)], signals)
+        masks = (one.mask(rows) for one in self._live_features)
+        return replace(opened, signals=(*opened.signals, *masks), workspaces=workspaces)
 
     def _helper(self, wake: Callable[[], None]) -> Requests | None:
         self._requests = None if self._written is None else self._written.requests(wake)
@@ -125,10 +153,17 @@ class LiveSource(ShardSource):
     def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
         if self._teacher is None:
             return batches
-        return [with_forwards(batch, self.capture.batch_tokens) for batch in batches]
+        every = bool(self._live_features)
+        return [with_forwards(batch, self.capture.batch_tokens, all_rows=every) for batch in batches]
 
     def _handed_out(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
         return batches if self._teacher is None else AnsweredBatches(batches, self._answered)
+
+    def text_inputs(self, source: int, row: int) -> tuple[TextInputs, int, int]:
+        # from the data: no shard is captured for it
+        table = self._tables[source]
+        opened = self._read(int(table.shard[row]), [Workspace()] * 2)
+        return opened.inputs, int(table.shard[row]), int(table.first[row])
 
     def _shard_bytes(self, table: ShardTable) -> int:
         # otherwise tokens, labels, mask, document
@@ -140,18 +175,41 @@ class LiveSource(ShardSource):
         assert index_M is not None
         signals = dict(batch.signals)
         forwards = signals.pop(FORWARDS, None)
-        with torch.no_grad():
-            if not batch.count or forwards is None:
-                answer = self._call(inputs_of(batch)) if batch.count else None
-                targets = targets_at(batch, answer, self.capture, index_M, numbers_M, batch.labels.shape)
+        shape = batch.labels.shape
+        with torch.no_grad(), self._states.recording():
+            if not batch.positions or not (batch.count or self._live_features):  # nothing to answer
+                targets, values = targets_at(batch, None, self.capture, index_M, numbers_M, shape), {}
+            elif forwards is None:
+                answer = self._call(inputs_of(batch))
+                targets = targets_at(batch, answer, self.capture, index_M, numbers_M, shape)
+                values = self._states.take(shape)
             else:
-                parts = []
+                parts, values = [], {}
                 for one in forwards.parts:
-                    shape = one.inputs.shape[: batch.labels.ndim]
+                    part_shape = one.inputs.shape[: len(shape)]
                     answer = self._call(one.inputs)
-                    parts.append(targets_at(batch, answer, self.capture, one.flat, numbers_M[one.rows], shape))
+                    parts.append(targets_at(batch, answer, self.capture, one.flat, numbers_M[one.rows], part_shape))
+                    for name, value in self._states.take(part_shape).items():
+                        rows = value.flatten(0, len(shape) - 1)
+                        if name not in values:
+                            values[name] = rows.new_zeros(shape.numel(), *rows.shape[1:])
+                        values[name][one.here] = rows[one.there]
                 targets = replace(SparseTargets.cat(parts).take(forwards.order), index=index_M)
+            signals |= self._features_of(batch, values)
         return replace(batch, targets=targets, signals=signals)
+
+    def _features_of(self, batch: AnyBatch, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The features of a micro-batch. values: the teacher's tensors; none for one without positions."""
+        if not self._live_features:
+            return {}
+        places = {one.name: batch.signals[one.name] for one in self._live_features}
+        if not values:
+            for one in self._live_features:
+                place = one.feature.place
+                values[place.name] = torch.zeros(
+                    batch.labels.numel(), *place.shape, dtype=place.dtype, device=batch.device
+                )
+        return self._states.coded(values, places)
 
     def _call(self, inputs: torch.Tensor) -> Answer:
         assert self._teacher is not None
@@ -171,3 +229,7 @@ def _check_examples(data: Examples, vocab_size: int) -> None:
         raise StreamError("data: got no labels; expected Examples(..., labels=...).")
     if data.classes > vocab_size:
         raise StreamError(f"data: got a label {data.classes - 1}; expected classes from 0 to {vocab_size - 1}.")
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)

@@ -25,14 +25,18 @@ FORWARDS = "teacher/forwards"
 @dataclass(frozen=True, eq=False)
 class Forward(TensorFields):
     """inputs: `[b, L]` or `[b, ...]`. flat `[m]`: indices of the rows that count in the flattened answer. rows `[m]`:
-    which of the micro-batch's rows that count they are."""
+    which of the micro-batch's rows that count they are. there, here `[n]`: of all rows, the indices in the flattened
+    answer and in the flattened micro-batch."""
 
     inputs: Tensor
     flat: Tensor
     rows: Tensor
+    there: Tensor
+    here: Tensor
 
     FIELDS: ClassVar[tuple[Field, ...]] = (
         Field("inputs", torch.int64, 0, "BL"), Field("flat", torch.int64, 0, "M"), Field("rows", torch.int64, 0, "M"),
+        Field("there", torch.int64, 0, "N"), Field("here", torch.int64, 0, "N"),
     )  # fmt: skip
     NAME: ClassVar[str] = "forward"
 
@@ -65,10 +69,10 @@ def inputs_of(batch: AnyBatch) -> Tensor:
     return batch.inputs if isinstance(batch, ExampleBatch) else batch.input_ids  # type: ignore[attr-defined]
 
 
-def with_forwards(batch: AnyBatch, tokens: int) -> AnyBatch:
+def with_forwards(batch: AnyBatch, tokens: int, *, all_rows: bool = False) -> AnyBatch:
     """A micro-batch on the host with its forwards, unless it is one as it stands. tokens: positions of a forward, pads
-    included, at most; a longer segment is alone."""
-    if not batch.count:
+    included, at most; a longer segment is alone. all_rows: also forwards without a row that counts."""
+    if not batch.count and not all_rows:
         return batch
     inputs, index = inputs_of(batch).numpy(), batch.targets.index.numpy()  # type: ignore[union-attr]
     if isinstance(batch, MicroBatch) and batch.layout == "packed":
@@ -88,16 +92,16 @@ def with_forwards(batch: AnyBatch, tokens: int) -> AnyBatch:
         longest = int(lengths[some].max())
         there = ranges(np.arange(len(some)) * longest, lengths[some])  # in the flattened [b, L] of the forward
         here = ranges(begins[some], lengths[some])  # in the micro-batch
-        at = np.minimum(np.searchsorted(index, here), len(index) - 1)
-        counted = index[at] == here
-        if not counted.any():
+        at = np.minimum(np.searchsorted(index, here), max(len(index) - 1, 0))
+        counted = index[at] == here if len(index) else np.zeros(len(here), bool)
+        if not counted.any() and not all_rows:
             continue
         if isinstance(batch, MicroBatch):
             made = np.zeros((len(some), longest), np.int64)
             made.reshape(-1)[there] = inputs[here]
         else:
             made = inputs[here]
-        parts.append(Forward(*map(torch.from_numpy, (made, there[counted], at[counted]))))
+        parts.append(Forward(*map(torch.from_numpy, (made, there[counted], at[counted], there, here))))
     order = torch.argsort(torch.cat([part.rows for part in parts]))
     forwards = Forwards(parts, order)
     if batch.labels.is_pinned():

@@ -35,6 +35,35 @@ _PAUSE = 0.2  # seconds between two looks at the claims of others
 Writers = Mapping[str, CacheWriter | FeatureWriter]
 
 
+def begin_cache(
+    planned: PlannedShards,
+    teacher_pass: TeacherPass,
+    store: Store,
+    claims: Claims,
+    stack: ExitStack,
+    features: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Feature], Writers]:
+    """Begin or continue a cache: write its lengths, plan and spec, and the basis, step and spec of its features.
+
+    stack: ends the writers. Returns the features, and the writers by feature, "" for the targets.
+    """
+    plan, teacher = planned.plan, teacher_pass.teacher
+    places = find_places(teacher, planned.data, features)
+    check_sizes(places, plan)
+    check_existing(store, planned.spec, places, teacher_pass.settings)
+    store.create(LENGTHS_KEY, lengths_to_npz(plan.lengths, plan.dataset))
+    write_window_plan(store, plan)
+    writers: dict[str, CacheWriter | FeatureWriter] = {}
+    writers[""] = stack.enter_context(create_cache(store, planned.spec, queue=1))
+    group = ParallelGroup()
+    prepared = prepare_features(teacher_pass, planned.data, plan, planned.spec, places, store, claims, group, say)
+    for one in prepared:
+        made = create_feature(store, one.spec, one.basis, read_block(store, one.spec), queue=1)
+        writers[one.name] = stack.enter_context(made)
+    return prepared, writers
+
+
 class WriteThrough(ShardRunner):
     """Captures shards when they are asked for. `open` makes one, and writes plan, spec and the specs of features.
 
@@ -72,31 +101,21 @@ class WriteThrough(ShardRunner):
         features: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
-        notes: str = "",
         say: Callable[[str], None] = lambda text: None,
     ) -> "WriteThrough":
         """Begin or continue a cache. features: hidden states to capture as well. Raises CacheError if the store holds
         another capture's cache, naming what differs, and what `prepare_features` raises."""
-        plan, settings, claims = planned.plan, planned.settings, Claims(store, rank, world_size)
-        places = find_places(teacher, planned.data, features)
-        check_sizes(places, plan)
-        check_existing(store, planned.spec, places, settings)
+        claims, teacher_pass = Claims(store, rank, world_size), TeacherPass(teacher, planned.settings)
         prepare_topk(teacher.device)
-        teacher_pass = TeacherPass(teacher, settings)
         with ExitStack() as stack:
-            store.create(LENGTHS_KEY, lengths_to_npz(plan.lengths, plan.dataset))
-            write_window_plan(store, plan)
-            writers: dict[str, CacheWriter | FeatureWriter] = {
-                "": stack.enter_context(create_cache(store, planned.spec, queue=1))
-            }
-            prepared = prepare_features(
-                teacher_pass, planned.data, plan, planned.spec, places, store, claims, ParallelGroup(), say
-            )
-            for one in prepared:
-                made = create_feature(store, one.spec, one.basis, read_block(store, one.spec), queue=1)
-                writers[one.name] = stack.enter_context(made)
+            prepared, writers = begin_cache(planned, teacher_pass, store, claims, stack, features, say)
             kept = stack.pop_all()
         return cls(planned, teacher_pass, store, claims, prepared, writers, kept, rank, world_size)
+
+    @property
+    def features(self) -> list[Feature]:
+        """The hidden states that are captured as well."""
+        return list(self._features.values())
 
     def requests(self, wake: Callable[[], None]) -> "Requests":
         """The requests of one iteration over a source; see `prefetch.Helper`."""
@@ -153,7 +172,7 @@ class WriteThrough(ShardRunner):
             self._plan,
             self._store,
             self._claims,
-            features=list(self._features.values()),
+            features=self.features,
             rank=self._rank,
             world_size=self._world_size,
             stop=stop,

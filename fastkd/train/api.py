@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EVALUATION", "EVALUATIONS", "make_source", "run_trainer", "train", "train_one"]
 DEFAULTS = TrainSettings()
+LIVE_FOLDER = "live"  # in the run's: bases of the features of a live teacher
 LIVE, NO_ROLLOUTS = LiveSettings(), RolloutSettings()
 STUDENT_ARM = ""  # the folder of the student itself, within the run's
 Done = dict[str, tuple[TrainReport, "list[Evaluation]"]]
@@ -122,6 +123,7 @@ def train(
             settings,
             live,
             write_cache=write_cache,
+            folder=out / LIVE_FOLDER,
             processes=processes,
             progress=progress == "bar" and processes.first,
         )

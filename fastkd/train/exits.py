@@ -56,10 +56,11 @@ def with_exits(
 def exits_of(settings: TrainSettings, student: Student) -> tuple[int, ...]:
     """The exits of the settings, ascending. Raises TrainError if the student does not have them."""
     layers, listed = len(student.layers), ", ".join(map(str, settings.exits))
-    if not layers:
+    if not layers or len({id(layer) for layer in student.layers}) < layers:
+        has = "one layer in several places" if layers else "no list of layers (an nn.ModuleList of one class)"
         raise TrainError(
-            f"exits: got {listed}, and {student.name} has no list of layers (an nn.ModuleList of one class), between "
-            "which it could end. Leave exits out."
+            f"exits: got {listed}, and {student.name} has {has}: there are none between which it could end. Leave "
+            "exits out."
         )
     for number in settings.exits:
         if not isinstance(number, int) or not 0 < number < layers:

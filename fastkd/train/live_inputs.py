@@ -1,6 +1,7 @@
 """LiveInputs: data without a cache, answered by a teacher beside the student, inside its forward, or by nobody."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..cache.reader import open_cache
 from ..cache.spec import CacheSpec
-from ..cache.stores import Store, open_store
+from ..cache.stores import MemoryStore, Store, open_store
+from ..capture.claims import Claims
+from ..capture.feature_settings import check_feature_settings
+from ..capture.features.prepare import Feature
+from ..capture.teacher_pass import TeacherPass
 from ..data.examples import Examples
 from ..errors import DataError, TrainError
 from ..live.planned import NoTeacher, PlannedShards, plan_shards
 from ..live.source import LiveSource
-from ..live.write_through import WriteThrough
+from ..live.write_through import WriteThrough, begin_cache
 from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
@@ -25,6 +31,8 @@ from ..utils.output_guard import check_store
 from ..utils.signals import Stop
 from .held_out import HeldOut
 from .inputs import Inputs, source_options
+from .matched import matched_objective, signals_of
+from .matching import Match, parse
 from .objective import Objective, TokenKD, WeightedSum
 from .student import LoadedStudent, Student
 from .teacher_kinds import MakeTeacher, find_kind
@@ -68,6 +76,17 @@ def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, setti
         raise TrainError(f"write_cache: got the teacher {got}; expected one that is not made of the student.")
 
 
+def feature_names(settings: TrainSettings) -> tuple[str, ...]:
+    """The hidden states of the teacher that a training matches. Raises TrainError for auto."""
+    entries = [parse(text) for text in settings.match]
+    if not all(isinstance(one, Match) for one in entries):
+        raise TrainError(
+            f"match: got {', '.join(settings.match)} without a cache; expected entries that name the teacher's layers "
+            "(20:16:mse:0.1), or a cache whose features auto chooses from."
+        )
+    return tuple(dict.fromkeys(one.teacher for one in entries if isinstance(one, Match)))
+
+
 def is_inside(teacher: Any) -> bool:
     """Whether a teacher is made of the student, by its name."""
     return isinstance(teacher, str) and find_kind(teacher) is not None
@@ -97,7 +116,8 @@ class LiveInputs(Inputs):
 
     teacher: answers beside the student. make: makes a teacher of the student, which answers inside its forward. Neither
     of them: labels alone. data: what `as_data` takes. named: the teacher, for run.json. write_cache: where what the
-    teacher answers is committed, and read from; notes: for that cache.
+    teacher answers is committed, and read from; notes: for that cache. features: hidden states of the teacher that are
+    matched; their bases are kept in the cache that is written, or in a folder.
     """
 
     live = True
@@ -112,6 +132,9 @@ class LiveInputs(Inputs):
         named: str = "",
         write_cache: Store | None = None,
         notes: str = "",
+        features: Sequence[str] = (),
+        folder: Path | None = None,
+        processes: Processes = ALONE,
         tokenizer: Tokenizer | str | None = None,
         allow_other_tokenizer: bool = False,
         trust_remote_code: bool = False,
@@ -123,8 +146,10 @@ class LiveInputs(Inputs):
         self._tokenizer = tokenizer
         self.data = data if isinstance(data, Examples) else None
         self._store, self._notes = write_cache, notes
+        self._names, self._folder, self._processes = tuple(features), folder, processes
         self._planned: PlannedShards | None = None
         self._written: WriteThrough | None = None
+        self._features: list[Feature] = []
         if teacher is not None:
             self._planned = self._plan(teacher, tokenizer)
 
@@ -157,7 +182,7 @@ class LiveInputs(Inputs):
         )
         given = None if isinstance(teacher, NoTeacher) else teacher
         return plan_shards(
-            data, given, settings.capture_settings(), vocab_size=teacher.vocab_size,
+            data, given, settings.capture_settings(self._names), vocab_size=teacher.vocab_size,
             max_positions=teacher.max_positions, store=self._store, notes=self._notes, progress=self._progress,
         )  # fmt: skip
 
@@ -184,26 +209,47 @@ class LiveInputs(Inputs):
                 f"with a longer context, or context={most}."
             )
 
+    def matched(
+        self, settings: TrainSettings, student: Student, objective: Objective | None
+    ) -> Objective | None:  # fmt: skip
+        if not settings.match:
+            return objective
+        assert self._teacher is not None
+        if self._cache() is not None:
+            place = self._store
+        else:
+            place = open_store(self._folder, create=True) if self._folder is not None else MemoryStore()
+            claims = Claims(place, self._processes.rank, self._processes.world_size)
+            with ExitStack() as stack:
+                teacher_pass = TeacherPass(self._teacher, self.planned.settings)
+                self._features, _ = begin_cache(self.planned, teacher_pass, place, claims, stack, self._names)
+        caches = [open_cache(place)]
+        return matched_objective(settings, caches, student, objective=objective, data=self.data)
+
     def open(
         self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None
     ) -> BatchSource:
-        written = self._cache(processes)
+        written = self._cache()
         teacher = self._teacher if written is not None or reads_answers(settings, objective) else None
+        read = () if objective is None else signals_of(objective).get("features", ())
+        features = [one for one in self._features if one.name in read]
         options = source_options(settings, processes)
-        return LiveSource(self.planned, teacher, write_cache=written, **options)
+        return LiveSource(self.planned, teacher, write_cache=written, features=features, **options)
 
-    def _cache(self, processes: Processes) -> WriteThrough | None:
+    def _cache(self) -> WriteThrough | None:
         """The cache that is written, opened when it is first needed: once all else is checked."""
         if self._written is None and self._store is not None:
             assert self._teacher is not None
+            processes = self._processes
             self._written = WriteThrough.open(
                 self.planned,
                 self._teacher,
                 self._store,
+                features=self._names,
                 rank=processes.rank,
                 world_size=processes.world_size,
-                notes=self._notes,
             )
+            self._features = self._written.features
         return self._written
 
     def nothing_held_out(self) -> str:
@@ -219,7 +265,7 @@ class LiveInputs(Inputs):
         sizes = evaluation_sizes(totals["positions"], totals["windows"], spec.vocab_size, settings.micro_tokens)
         source = LiveSource(
             self.planned, self._teacher, split="held_out", shuffle=False, max_positions=settings.evaluate_positions,
-            device=processes.device, write_cache=self._cache(processes), **sizes,
+            device=processes.device, write_cache=self._cache(), **sizes,
         )  # fmt: skip
         try:
             return evaluate(student, source, processes=processes)
@@ -263,6 +309,7 @@ def load_inputs(
     live: LiveSettings = DEFAULTS,
     *,
     write_cache: Any = None,
+    folder: Path | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
 ) -> LiveInputs:
@@ -270,13 +317,15 @@ def load_inputs(
 
     teacher: a `Teacher`, a torch module, a name (see `load_teacher`), KIND:TEXT of one that is made of the student (see
         `teacher_kinds`), or None for labels alone. data: `Documents`, `Examples`, files, a `Dataset` or documents.
-    write_cache: a folder, a URL or a `Store`, to write what the teacher answers to.
+    write_cache: a folder, a URL or a `Store`, to write what the teacher answers to. folder: for the bases
+    of features, if they are not in a cache that is written.
     Raises TeacherError, DataError and TrainError.
     """
     store = None
     if write_cache is not None:
         store = open_store(write_cache, create=True)
         check_store(store)
+    check_feature_settings(live.capture_settings(feature_names(settings)))
     make = find_kind(teacher) if isinstance(teacher, str) else None
     loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
     if teacher is not None and make is None:
@@ -294,6 +343,9 @@ def load_inputs(
         live,
         make=make,
         write_cache=store,
+        features=feature_names(settings),
+        folder=folder,
+        processes=processes,
         notes=f"teacher {getattr(loaded, 'name', named)}" if isinstance(teacher, (str, Path)) else "",
         named=named if teacher is not None else "",
         tokenizer=settings.tokenizer,

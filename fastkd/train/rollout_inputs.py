@@ -17,6 +17,7 @@ from ..stream.shard_source import ShardSource
 from ..teachers.hf import HFTeacher
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
+from ..utils.signals import Stop
 from .held_out import HeldOut
 from .inputs import Inputs
 from .objective import Objective
@@ -99,8 +100,8 @@ class RolloutInputs(Inputs):
     def describe(self) -> Mapping[str, Any]:
         return {**(self._base.describe() or {}), "rollouts": asdict(self._rollouts)}
 
-    def finish(self, settings: TrainSettings, processes: Processes) -> None:
-        self._base.finish(settings, processes)
+    def finish(self, stop: Stop, processes: Processes) -> str:
+        return self._base.finish(stop, processes)
 
     def close(self) -> None:
         self._base.close()

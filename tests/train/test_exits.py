@@ -231,6 +231,14 @@ def test_two_processes(cache: Cache, tmp_path: Path, student: str, tolerance: fl
         assert "exit3/cross_entropy" in ours
 
 
+class Shared(Stack):
+    """All its layers are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.layers[0]] * 4)
+
+
 class Skips(Stack):
     """Its output depends on more than what its last layer returns."""
 
@@ -251,6 +259,7 @@ class Skips(Stack):
         (Stack, "-1", r"exits: got '-1'; expected numbers"),
         (Stack, "two", r"exits: got 'two'; expected numbers"),
         (lambda: nn.Sequential(nn.Embedding(VOCAB, VOCAB)), "1", r"exits: got 1, and Sequential has no list of layers"),
+        (Shared, "2", r"exits: got 2, and Shared has one layer in several places: there are none"),
         (Skips, "2", r"exits: the output of Skips does not follow from the state behind its last layer alone"),
         (Tiny, "2", r"exits: the output of Tiny does not follow"),
     ],
