@@ -99,6 +99,7 @@ _ALL = (
         "students trained on different targets of one teacher, and the error of the gradient",
         ("cpu",),
     ),
+    Suite("live", "bench_live", "steps with a live teacher, with the student's average, and of two students at once"),
     Suite("cost", "bench_cost", "cost of n students from one cache, against n with a live teacher"),
 )
 SUITES = {suite.name: suite for suite in _ALL}
