@@ -13,7 +13,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,20 @@ class Epochs:
         """The teacher's forward over the epoch, all logits."""
         last = torch.zeros(())
         with torch.inference_mode():
-            for step in self.unanswered().steps(epochs=1):
+            self.unanswered.seek(0, 0)
+            for step in self.unanswered.steps(epochs=1):
                 for batch in step.micro_batches:
                     last = self.network(input_ids=batch.input_ids, use_cache=False).logits[0, 0, 0]
         return last
 
+    @cached_property
     def unanswered(self) -> LiveSource:
+        """The micro-batches without targets."""
         return LiveSource(self.data, None, self.capture, vocab_size=VOCAB, **self.options)
 
+    @cached_property
     def live(self) -> LiveSource:
+        """The micro-batches with the teacher's answers."""
         return LiveSource(self.data, self.teacher, self.capture, **self.options)
 
     def written(self) -> LiveSource:
@@ -147,7 +152,7 @@ def live(table: Table, rounds: int) -> None:
         runs = {
             "teacher": jobs.forward_teacher,
             "cached": partial(jobs.train, lambda: jobs.cached),
-            "live": partial(jobs.train, jobs.live),
+            "live": partial(jobs.train, lambda: jobs.live),
             "live, cache written": written,
         }
         times = interleaved(runs, device=table.device, rounds=rounds, warmup=1, core_time=table.device == "cpu")
@@ -171,7 +176,7 @@ def ema(table: Table, rounds: int) -> None:
         for name, decay in (("a copy that stays", 1.0), ("an average", 0.999)):
             student = jobs.new_student()
             student.live = AveragedTeacher(student, jobs.capture, decay=decay)
-            runs[name] = partial(jobs.train, jobs.unanswered, student, jobs.optimizer_of(student))
+            runs[name] = partial(jobs.train, lambda: jobs.unanswered, student, jobs.optimizer_of(student))
         times = interleaved(runs, device=table.device, rounds=rounds, warmup=1, core_time=table.device == "cpu")
     table.title(f"the student's average as its teacher, {STEPS} steps of {jobs.rows * jobs.length} positions")
     _rows(table, times, STEPS * jobs.rows * jobs.length)
@@ -187,13 +192,13 @@ def mutual(table: Table, rounds: int) -> None:
         for number, name in enumerate(names):
             student = jobs.new_student(number)
             student.read(TokenKD(LossConfig(alpha=1.0)))
-            runs[f"{name} alone"] = partial(jobs.train, jobs.unanswered, student, jobs.optimizer_of(student))
+            runs[f"{name} alone"] = partial(jobs.train, lambda: jobs.unanswered, student, jobs.optimizer_of(student))
         made = {name: LoadedStudent(jobs.new_student(number), None) for number, name in enumerate(names)}
         topk = TopKConfig(k=MutualSettings().k, draws=MutualSettings().draws)
         peers = Peers(made, Exchange(everyone(names), topk))
         peers.autocast = made["A"].student.autocast
         peers.read(TokenKD())
-        runs["A and B"] = partial(jobs.train, jobs.unanswered, peers, jobs.optimizer_of(peers))
+        runs["A and B"] = partial(jobs.train, lambda: jobs.unanswered, peers, jobs.optimizer_of(peers))
         times = interleaved(runs, device=table.device, rounds=rounds, warmup=1, core_time=table.device == "cpu")
     table.title(f"two students that teach each other, {STEPS} steps of {jobs.rows * jobs.length} positions")
     _rows(table, times, STEPS * jobs.rows * jobs.length)
