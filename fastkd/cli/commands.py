@@ -15,6 +15,7 @@ from ..settings import (
     DemoSettings,
     LiveSettings,
     ModelSettings,
+    MutualSettings,
     RolloutSettings,
     TeacherSettings,
     TrainSettings,
@@ -157,6 +158,8 @@ class Train(RolloutSettings, LiveSettings, _Training):
     cache of examples: module:factory that returns the labelled examples."""
     write_cache: str | None = None
     """With --teacher: a cache (folder or URL) to write the targets to, and to read them from when they are there."""
+    train_teacher: bool = False
+    """With --teacher: train it at the same time, from the labels. Both are written to students/ in the run's folder."""
     out: Path
     """Output folder of the run: run.json, metrics.jsonl, checkpoints, and the trained student."""
     control: bool = False
@@ -166,6 +169,35 @@ class Train(RolloutSettings, LiveSettings, _Training):
     """With --control: train the control first, and end the student's training at an evaluation (from the third on) at
     which it is worse by the measure of --best, beyond an interval of 95% for all evaluations together. It is then
     complete, with what it has come to exported; the same command without this option continues it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutual(MutualSettings, TrainSettings):
+    """Train students that learn from each other.
+
+    The students, of any architectures with one vocabulary, learn from the labels and from each other's outputs on the
+    same batches. With --cache or --teacher they learn from that teacher as well. With --every, from copies of each
+    other that are made anew every so many steps.
+    Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
+    Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
+    """
+
+    student: tuple[str, ...]
+    """Student models, as in `fastkd train`: repeat the option, or list them. One that has no weights and is given twice
+    begins with other random ones."""
+    cache: str | None = None
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    teacher: str | None = None
+    """With --data: a teacher to learn from as well, which is not trained, as in `fastkd train`."""
+    data: tuple[str, ...] = ()
+    """Without a cache, the dataset, as in `fastkd capture`: files, folders or glob patterns, or module:factory. With a
+    cache of examples: module:factory that returns the labelled examples."""
+    out: Path
+    """Output folder of the run: run.json, metrics.jsonl, checkpoints, and students/NAME."""
+    control: bool = False
+    """Also train each student alone on hard labels, in the same order, for comparison."""
+    json: bool = False
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +423,7 @@ COMMANDS: dict[str, type] = {
     "features": Features,
     "match": Match,
     "train": Train,
+    "mutual": Mutual,
     "sweep": Sweep,
     "generations": Generations,
     "mix-targets": MixTargets,

@@ -26,7 +26,7 @@ from ..errors import (
     TrainError,
     WorkRemains,
 )
-from ..settings import CaptureSettings, LiveSettings, RolloutSettings, TrainSettings
+from ..settings import CaptureSettings, LiveSettings, MutualSettings, RolloutSettings, TrainSettings
 from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -44,6 +44,7 @@ from .commands import (
     Inspect,
     Match,
     MixTargets,
+    Mutual,
     Plan,
     Report,
     Seal,
@@ -189,6 +190,8 @@ def train(command: Train, stop: Stop) -> Outcome:
     from ..train.result import report_of
     from ..utils.progress import mode_for
 
+    if command.train_teacher:
+        return _with_teacher(command, stop)
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
         command.student,
@@ -219,7 +222,46 @@ def _training_cache(place: str | None) -> Any:
     return store_of(place)
 
 
-def _training_data(command: Train) -> Any:
+def mutual(command: Mutual, stop: Stop) -> Outcome:
+    """Train the students. Status 75: work remains."""
+    online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(MutualSettings)})
+    return _together(command, command.student, online, stop, teacher=command.teacher)
+
+
+def _with_teacher(command: Train, stop: Stop) -> Outcome:
+    """Train the student and its teacher."""
+    from ..train.mutual import check_trained_teacher, named
+
+    check_trained_teacher(command.teacher, command.cache, command.write_cache, command.rollouts)
+    online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
+    models = named([command.teacher, command.student])
+    big, small = models
+    return _together(command, models, online, stop, learns={big: (), small: (big,)})
+
+
+def _together(command: Train | Mutual, students: Any, online: MutualSettings, stop: Stop, **more: Any) -> Outcome:
+    from ..train.mutual import mutual as run
+    from ..utils.progress import mode_for
+
+    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    report = run(
+        students,
+        None if command.cache is None else store_of(command.cache),
+        command.out,
+        settings,
+        online,
+        data=_training_data(command),
+        control=command.control,
+        stop=stop,
+        progress=mode_for(events=command.json),
+        **more,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
+    return Outcome({"event": "done", **report.to_json()}, report.text, report.status)
+
+
+def _training_data(command: Train | Mutual) -> Any:
     """The object that `--data` names: of a cache of examples, or the data of a training without a cache."""
     from ..teachers.load import open_data
 
@@ -315,6 +357,7 @@ _OF_MATCH = ("seed", "device", "allow_partial", "allow_other_tokenizer", "trust_
 _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
     Capture: capture,
     Train: train,
+    Mutual: mutual,
     Sweep: sweep,
     Generations: generations,
     MixTargets: mix_targets,

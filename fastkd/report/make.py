@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import NoRun, ReportError
 from ..utils.atomic import write_file
 from .page import Page, Section
+from .peers import students_of
 from .plots import png
 from .render import to_html
 from .runs import Comparison, Run, in_lines, read_runs
@@ -33,7 +34,7 @@ def make_report(
     """
     if not folders:
         raise NoRun("runs: got none; expected the folder of at least one run.")
-    runs = read_runs(folders)
+    runs = [one for run, folder in zip(read_runs(folders), folders, strict=True) for one in students_of(run, folder)]
     out = folders[0] / "report.html" if out is None else out
     flags = ["--png"] * pngs + ["--fetch"] * fetch
     command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *flags])

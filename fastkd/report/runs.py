@@ -146,7 +146,7 @@ def paired_differences(ours: Run, theirs: Run | None) -> dict[str, Interval]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, under distinct names. Raises ReportError."""
+    """The runs of these folders, one for each, under distinct names. Raises ReportError."""
     return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
@@ -166,9 +166,9 @@ def read_run(folder: Path, name: str) -> Run:
     beside = {
         part: read_run(folder / part, f"{name}, {part.replace('_', ' ')}")
         for part in ("control", "without_features")
-        if (folder / part).is_dir()
+        if (folder / part).is_dir() and "students" not in document  # of several students, see peers.py
     }
-    last = _evaluation(folder / "evaluation.json")
+    last = read_evaluation(folder / "evaluation.json")
     return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder))
 
 
@@ -228,7 +228,8 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
     return [steps[i] for i in sorted(steps)], [points[i] for i in sorted(points)]
 
 
-def _evaluation(path: Path) -> Evaluation | None:
+def read_evaluation(path: Path) -> Evaluation | None:
+    """An evaluation by window; None if there is no such file. Raises ReportError if it is damaged."""
     try:
         return Evaluation.from_json(_document(path)) if path.is_file() else None
     except StreamError as error:

@@ -28,7 +28,7 @@ from .arms import CONTROL
 from .exchange import TEACHER, Exchange, Learns, everyone
 from .held_out import EVALUATION, HeldOut
 from .inputs import Inputs, inputs_of
-from .live_inputs import check_arguments, load_inputs
+from .live_inputs import check_arguments, is_inside, load_inputs
 from .peers import Peers, PeerView, check_vocabularies
 from .result import RUN, TrainReport
 from .settings_check import check_settings
@@ -155,6 +155,11 @@ def mutual(
     has_teacher = cache is not None or teacher is not None
     learns = everyone(list(sources), *([TEACHER] if has_teacher else [])) if learns is None else learns
     check(sources, learns, settings, online, has_teacher=has_teacher)
+    if is_inside(teacher):
+        raise TrainError(
+            f"teacher: got {teacher!r} for students that learn from each other; expected a folder, a name or "
+            "module:factory of a model that is not made of a student. For stale copies of the students use every."
+        )
     out, alone, stop = Path(out), replace(settings, alpha=1.0, alpha_end=None), stop or Stop()
     check_folder(out, "run")
     check_settings(settings, None)
@@ -182,16 +187,17 @@ def mutual(
                 Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
             # divided over all processes, whatever the students were
             arm, theirs = train_one(
-                job.make(name), out / CONTROL / name, alone, None, inputs, processes, evaluate, stop, progress
+                job.make(name), out / CONTROL / name, alone, None, inputs.control, processes, evaluate, stop, progress
             )
-            mine = each.evaluations.get(name, []) if each else []
+            mine = each.by_name.get(name, []) if each else []
             judged = judge(CONTROL, mine, theirs, inputs.weights, settings.best)
             found[name] = replace(found[name], control=arm, verdict=judged)
             if not arm.complete:
                 break
         whole = MutualReport(report, found, each.measures.get(ENSEMBLE, {}) if each else {})
         if processes.first and (out / RUN).exists():
-            write_json(out / RUN, json.loads((out / RUN).read_text()) | {"report": whole.to_json()})
+            document = json.loads((out / RUN).read_text())
+            write_json(out / RUN, document | {"students": job.about, "report": whole.to_json()})
         return whole
 
 
@@ -205,6 +211,8 @@ class _Job:
     settings: TrainSettings
     online: MutualSettings
     processes: Processes
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name, parameters and bytes of each student."""
 
     def __post_init__(self) -> None:
         processes, online, settings = self.processes, self.online, self.settings
@@ -233,6 +241,9 @@ class _Job:
             name: (one.student.vocab_size, one.student.max_positions, one.tokenizer and one.tokenizer.identity)
             for name, one in made.items()
         }
+        sizes = {name: one.student.parameters_and_bytes for name, one in made.items()}
+        for part in self.processes.gather(sizes):
+            self.about |= {name: {"name": name, "parameters": n, "bytes": size} for name, (n, size) in part.items()}
         every = {name: one for part in self.processes.gather(known) for name, one in part.items()}
         check_vocabularies({name: size for name, (size, _, _) in every.items()})
         identities = {name: identity for name, (_, _, identity) in every.items() if identity}
@@ -270,21 +281,21 @@ class _Job:
         trainer = Trainer(made, source, processes, settings, out, evaluate=each, progress=progress)
         evaluations: dict[str, list[Evaluation]] = {}
         if each is not None and each.by_window:
-            evaluations = {evaluation_file(name): each.evaluations[name] for name in (*self.sources, ENSEMBLE)}
+            evaluations = {evaluation_file(name): each.by_name[name] for name in (*self.sources, ENSEMBLE)}
         return run_trainer(trainer, out, inputs, processes, stop, evaluations), each
 
 
 class EvaluateEach:
     """Evaluates each student of `Peers`, and their ensemble.
 
-    of: evaluates one. processes: where each has one student, these. evaluations: the last ones by window, by name, one
-    for each cache; measures: the means.
+    of: evaluates one. processes: where each has one student, these. by_name: the last evaluations by window, one for
+    each cache; measures: the means.
     Returns NAME/MEASURE for each student, ensemble/MEASURE, and MEASURE, the mean over students.
     """
 
     def __init__(self, of: Evaluate, processes: Processes) -> None:
         self.of, self._processes = of, processes
-        self.evaluations: dict[str, list[Evaluation]] = defaultdict(list)
+        self.by_name: dict[str, list[Evaluation]] = defaultdict(list)
         self.measures: dict[str, dict[str, float]] = {}
 
     def __call__(self, peers: Student) -> dict[str, float]:
@@ -295,7 +306,7 @@ class EvaluateEach:
         mine[ENSEMBLE] = self._one(peers)
         self.measures = {name: measures for name, (measures, _) in mine.items()}
         for name, (_, evaluations) in mine.items():
-            self.evaluations[name][:] = evaluations
+            self.by_name[name][:] = evaluations
         found = {f"{name}/{key}": value for name, one in self.measures.items() for key, value in one.items()}
         students = [one for name, one in self.measures.items() if name != ENSEMBLE]
         shared = [key for key in students[0] if all(key in one for one in students)]
@@ -365,6 +376,24 @@ def check(
         )
     if isinstance(online.every, bool) or online.every < 0:
         raise TrainError(f"every: got {online.every!r}; expected a number of steps, or 0 for targets of each step.")
+
+
+def check_trained_teacher(teacher: str | None, cache: Any, write_cache: Any, rollouts: float = 0.0) -> None:
+    """Raise TrainError unless a training can train this teacher as well."""
+    got = ""
+    if teacher is None:
+        got = "no teacher"
+    elif cache is not None or write_cache is not None:
+        got = "a cache, whose targets are of a teacher that does not change"
+    elif is_inside(teacher):
+        got = f"{teacher}, which is made of the student"
+    elif rollouts:
+        got = "rollouts, which are scored by a teacher that does not change"
+    if got:
+        raise TrainError(
+            f"train_teacher: got {got}; expected a teacher that can be trained (a folder or Hub name of a causal "
+            "model, or module:factory), with data."
+        )
 
 
 def same_weights(students: Mapping[str, Student]) -> list[str]:

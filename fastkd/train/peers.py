@@ -198,6 +198,7 @@ class PeerView(nn.Module):
         super().__init__()
         self.peers, self.name = peers, name
         self.objective, self.vocab_size = peers.objective, peers.vocab_size
+        self.live = None
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         return self.peers.logits(batch, rows, self.peers.of(self.name).run)

@@ -125,6 +125,7 @@ class Trainer:
         if settings.compile:
             compile_layers(self.student)
         self.size = self.student.parameters_and_bytes
+        kind = type(self.student.live).__qualname__  # which FSDP2 changes
         sharing = replace(processes, rank=0, world_size=1, group=None) if self.student.alone else processes
         self._parallel = ParallelStudent(self.student, sharing, parallel=settings.parallel)
         # after FSDP2 has replaced the parameters by its shards
@@ -135,7 +136,7 @@ class Trainer:
             self._fingerprint["objective"] = {"type": type(objective).__qualname__, **described}
         if (live := self.student.live) is not None:
             described = json.loads(json.dumps(dict(live.describe())))
-            self._fingerprint["live"] = {"type": type(live).__qualname__, **described}
+            self._fingerprint["live"] = {"type": kind, **described}
         if (bind := getattr(source, "bind", None)) is not None:  # a source that asks the student, as for rollouts
             bind(self.student)
         self._evaluate = evaluate

@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_cases import SMALL, Tiny, bits, llama, make_cache
+from train_cases import CAPTURE, SMALL, Tiny, bits, documents, llama, make_cache
 
 import fastkd
 from fastkd.cache import Cache
+from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.kernels import TopKConfig, linear_topk_targets
 from fastkd.models.protocol import Hidden
-from fastkd.settings import TrainSettings
+from fastkd.report.make import make_report
+from fastkd.settings import LiveSettings, TrainSettings
 from fastkd.stream.batch import Step
 from fastkd.train.checkpoint import newest
 from fastkd.train.exchange import TEACHER, Exchange, everyone
@@ -182,7 +184,10 @@ def test_three_with_a_cache_and_what_a_run_leaves(cache: Cache, tmp_path: Path) 
     assert report.ensemble["cross_entropy"] < mean
     assert report.run.evaluation["cross_entropy"] == pytest.approx(mean)
     document = json.loads((tmp_path / "run.json").read_text())
-    assert set(document["report"]["students"]) == set(students)
+    assert list(document["students"]) == list(document["report"]["students"]) == list(students)
+    page = Path(make_report([tmp_path])["report"]).read_text()
+    for text in ("Did distillation help?", ", a</", ", t, control</", ", ensemble</"):
+        assert text in page, text
     again = train(cache, tmp_path, students, **changes)
     assert again.complete
     assert again.students["a"].verdict == report.students["a"].verdict
@@ -264,14 +269,19 @@ def _dying(step: int) -> Any:
         ({"a": Tiny(), "b": Tiny()}, {"learns": {"a": ("b",)}}, "learns: got a; expected the students a, b"),
         ({"a": Tiny(), "b": Tiny()}, {"match": ("1:1:mse:1",)}, "match: got '1:1:mse:1'.*have no cached features"),
         ({"a": Tiny(), "b": Tiny()}, {"k": 0}, "k: got 0"),
+        ({"a": Tiny(), "b": Tiny()}, {"teacher": "ema:0.9"}, "teacher: got 'ema:0.9' for students that learn"),
+        ({"a": Tiny(), "b": Tiny()}, {"exits": (1,)}, "exits: got"),
         ({"a": Tiny(), "b": Tiny()}, {"every": -1}, "every: got -1"),
         ({"a": Tiny(), "b": Tiny()}, {"one_each": True}, "one_each: got 1 processes for 2 students"),
         ({"a": Tiny(), "b": Tiny()}, {"divergence": "jsd", "treatment": "sampled"}, "sampled"),
     ],
 )
 def test_what_is_refused(
-    students: dict[str, Any], changes: dict[str, Any], message: str, cache: Cache, tmp_path: Path
-) -> None:
+    students: dict[str, Any], changes: dict[str, Any], message: str, cache: Cache, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if "ema" in message:
+        monkeypatch.setattr("fastkd.train.live_inputs.find_kind", lambda teacher: teacher)
     with pytest.raises((TrainError, fastkd.KDError), match=message):
         train(cache, tmp_path / "run", students, **changes)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -303,3 +313,57 @@ def test_names_and_new_weights(cache: Cache, tmp_path: Path) -> None:
     assert not any("equal weights" in note for note in report.run.notes)
     same = train(cache, tmp_path / "same", {"a": Tiny(seed=1), "b": Tiny(seed=1)}, steps=1)
     assert "a and b begin with equal weights; without dropout, they stay equal." in same.run.notes
+
+
+def test_from_data_alone_and_beside_a_teacher(cache: Cache, tmp_path: Path) -> None:
+    """The data are divided as for one student; draws differ from step to step, and are drawn again when resumed."""
+    changes: dict[str, Any] = {**SMALL, **CAPTURE, "k": 5, "draws": 2, "evaluate_every": 5, "steps": 6}
+    students = {"a": Tiny(seed=1), "b": Tiny(seed=2)}
+    report = fastkd.mutual(students, None, tmp_path / "data", data=documents(), control=True, **changes)
+    assert report.complete
+    assert report.students["a"].verdict is not None
+    assert {"cross_entropy", "accuracy"} <= report.ensemble.keys()
+    live = LiveSettings(**CAPTURE)
+    fastkd.train(
+        Tiny(seed=1), None, tmp_path / "alone", data=documents(), live=live, **{**SMALL, "steps": 6, "alpha": 1.0}
+    )
+    assert bits(tmp_path / "data" / "control" / "a", 6) == bits(tmp_path / "alone", 6)
+    whole = bits(tmp_path / "data", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastkd.train.trainer.Trainer._flush_metrics", _dying(4))
+        with pytest.raises(KeyboardInterrupt):
+            fastkd.mutual(students, None, tmp_path / "parts", data=documents(), checkpoint_every=1, **changes)
+    fastkd.mutual(students, None, tmp_path / "parts", data=documents(), checkpoint_every=1, **changes)
+    assert bits(tmp_path / "parts", 6) == whole
+    # a third source: a teacher that is not trained
+    taught = fastkd.mutual(students, None, tmp_path / "taught", data=documents(), teacher=Tiny(seed=7), **changes)
+    assert taught.complete
+    assert bits(tmp_path / "taught", 6) != whole
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fastkd", "mutual"])
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"tokens": one}) for one in documents()))
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--context", "16", "--held-out", "0.2", "--steps", "3"]
+    arguments += ["--shard-positions", "48", "--batch-tokens", "60", "--rate", "0.01"]
+    two = ["mutual", "--student", "train_cases:tiny", "--student", "train_cases:dropping", "--control", *arguments]
+    assert main([*two, "--out", str(tmp_path / "two"), "--k", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny against control: " in said
+    assert f"students: {tmp_path / 'two' / 'students'}" in said
+    assert sorted(path.name for path in (tmp_path / "two" / "students").iterdir()) == ["dropping", "tiny"]
+    teacher = ["train", "--student", "train_cases:tiny", "--teacher", "train_cases:dropping", "--train-teacher"]
+    assert main([*teacher, *arguments, "--out", str(tmp_path / "both"), "--k", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report["students"]) == {"tiny", "dropping"}
+    (last,) = [line for line in read_metrics(tmp_path / "both") if line["step"] == 3 and "loss" in line]
+    assert last["dropping/soft"] == 0.0 < last["tiny/soft"]
+    for wrong, message in (
+        (["train", "--student", "s", "--train-teacher", *arguments], "--train-teacher: got no teacher"),
+        ([*teacher, "--cache", str(tmp_path)], "--train-teacher: got a cache"),
+        (["mutual", "--student", "s", "--student", "t", "--every", "-2", *arguments], "--every -2: expected a number"),
+        (["mutual", "--student", "s", "--student", "t"], "expected a cache, or the data"),
+    ):
+        assert main([*wrong, "--out", str(tmp_path / "wrong")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
