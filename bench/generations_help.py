@@ -52,7 +52,7 @@ def digits_case(seed: int) -> tuple[Any, Any, Any, LiveSettings, dict[str, Any]]
 
 
 def bytes_case(seed: int) -> tuple[Any, Any, Any, LiveSettings, dict[str, Any]]:
-    """The same of text: 256 documents of 64 bytes, of which half are trained on."""
+    """The same of text: a fifth of 1,024 documents of 64 bytes, and a teacher of the student's size on them."""
     found, vocabulary = documents_of(next(language_reference()), 1024)
     held = held_out_documents(np.arange(len(found), dtype=np.int32), HELD_OUT, seed)
     teacher = made(ByteModel, vocabulary, *BYTES, seed=100 + seed)

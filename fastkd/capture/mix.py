@@ -143,6 +143,10 @@ def mix_rows(
     outside_N += union.sum(p_E * cut)
     tail_mass = share @ np.stack([tail.mass for tail in tails])
     outside_N = np.where(left_N > 0, np.maximum(outside_N, _LEAST_MASS * tail_mass), 0.0)
+    # what is stored is rounded: draws, and what is known of them, can have more or less than the tail's mass
+    total_N = union.sum(p_E * kept) + outside_N
+    total_N = np.where(total_N > 0, total_N, 1.0)
+    p_E, outside_N = p_E / total_N[union.row], outside_N / total_N
 
     tail_NM = _powers(union, tails, estimates, in_union, share, betas)
     with np.errstate(divide="ignore"):
@@ -150,6 +154,9 @@ def mix_rows(
             moved = union.logsumexp(np.where(cut, beta * np.log(np.where(cut, p_E, 1.0)), -np.inf))
             tail_NM[:, m] = np.logaddexp(tail_NM[:, m], moved)
         tail_NM[:, one] = np.log(outside_N)
+        # where teachers of other supports seem to have all of their tails in the union: all outcomes alike
+        alike = np.log(outside_N)[:, None] * betas + np.log(np.maximum(left_N, 1))[:, None] * (1 - betas)
+    tail_NM = np.where(tail_NM > -np.inf, tail_NM, alike)
     tail_NM[(left_N == 0) | (outside_N == 0)] = -np.inf
 
     # the probability that a drawn entry is stored with: outside the union, of the teachers that drew it, and estimates
@@ -329,7 +336,9 @@ def _as_rows(
     sizes = np.bincount(row, minlength=union.rows)
     column = np.arange(len(row)) - (np.cumsum(sizes) - sizes)[row]
     same = _same_rows(parts, k, draws)
-    width = max(int(sizes.max(initial=0)), max(part["ids"].shape[1] for part in parts) if same.any() else 0)
+    first = parts[0]
+    widest = int((first["logprobs"][same] > -np.inf).sum(1).max(initial=0))
+    width = max(int(sizes.max(initial=0)), widest)
     found: dict[str, Array] = {
         "ids": np.zeros((union.rows, width), np.int32),
         "logprobs": np.full((union.rows, width), -np.inf, np.float32),
@@ -341,14 +350,13 @@ def _as_rows(
         found["draws"] = np.zeros((union.rows, width), np.int32)
         found["draws"][row, column] = drawn
     for name, array in found.items():
-        given = parts[0].get(name)
-        if given is not None and same.any():
-            columns = given.shape[1] if name in ("ids", "logprobs", "draws") else None
-            if columns is None:
-                array[same] = given[same]
-            else:
-                array[same] = -np.inf if name == "logprobs" else 0
-                array[same, :columns] = given[same]
+        if name not in first:
+            continue
+        if array.ndim == 2 and name != "tail":
+            array[same] = -np.inf if name == "logprobs" else 0
+            array[same, :widest] = first[name][same, :widest]
+        else:
+            array[same] = first[name][same]
     return found
 
 

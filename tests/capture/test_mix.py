@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd import SparseTargets, topk_targets
-from fastkd.cache import CacheError, StoreError, open_cache, verify_cache
+from fastkd.cache import CacheError, CacheSpec, StoreError, open_cache, verify_cache
+from fastkd.cache.checks import check_sorted, check_targets
 from fastkd.cache.inspect import inspect_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import mix
@@ -156,6 +157,38 @@ def test_all_mass_of_the_tail_in_the_union_is_shared_out() -> None:
     assert found.outcomes.tolist() == [0]
     assert (found.tail == -torch.inf).all()
     assert found.logprobs.exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 1.5, 2.0, 4.0), (0.1, 1.0, 3.0, 20.0)])
+def test_whatever_the_teachers_are_a_cache_takes_the_result(temperatures: tuple[float, ...]) -> None:
+    """Drawn vocabularies, sizes, masks, cuts and temperatures; values rounded much more than a codec does."""
+    random = np.random.default_rng(len(temperatures))
+    for _ in range(30):
+        vocab, rows, at = int(random.integers(2, 30)), 20, float(random.choice([0.5, 1.0, 2.0]))
+        parts, settings = [], []
+        for seed in range(int(random.integers(2, 4))):
+            logits = random.normal(size=(rows, vocab)) * random.choice([0.1, 2.0, 40.0])
+            logits[random.random((rows, vocab)) < random.choice([0.0, 0.4])] = -np.inf
+            logits[:, 0] = 0
+            k, draws = int(random.integers(0, vocab + 1)), int(random.integers(1, 7))
+            mass = float(random.random()) if k and random.random() < 0.4 else None
+            more = {"temperatures": temperatures, "draw_temperature": at, "mass": mass}
+            part = sparse(torch.from_numpy(logits).float(), k, draws, seed, **more)
+            if random.random() < 0.5:
+                part["logprobs"], part["tail"] = np.round(part["logprobs"] * 8) / 8, np.round(part["tail"] * 16) / 16
+            parts.append(part)
+            settings.append((k, draws))
+        k = int(random.integers(1, vocab + 1))
+        spec = CacheSpec(vocab, k, max(d for _, d in settings), draw_temperature=at, temperatures=temperatures)
+        found = mix.mix_rows(
+            parts, random.random(len(parts)) + 0.1, vocab_size=vocab, temperatures=temperatures, draw_temperature=at,
+            k=k, draws=spec.draws, uniform_N=random.random(rows),
+        )  # fmt: skip
+        targets = check_targets(spec, **found)
+        check_sorted(targets)
+        head = np.where((targets.logprobs > -np.inf) & (targets.draws == 0), np.exp(targets.logprobs), 0).sum(1)
+        total = head + np.exp(targets.tail[:, temperatures.index(1.0)])
+        np.testing.assert_allclose(total, 1, atol=1e-5, err_msg=str((vocab, settings, k)))
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
