@@ -7,6 +7,7 @@ learns from the answers of the average, which is better than the student is at a
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,9 +51,7 @@ class AveragedTeacher(nn.Module):
         self.decay, self.every, self.warmup = float(decay), every, warmup
         self._config = config
         self.name, self.vocab_size = f"the average of {student.name}", student.vocab_size
-        # looked up when it is called: FSDP2 replaces the method
-        self._student_logits = lambda *arguments: student.logits(*arguments)
-        self._run = lambda batch: student.run(batch, self.model)
+        self._logits_of: Callable[..., Tensor] = partial(_logits, student)
         self.model = student.copied_model().requires_grad_(False)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if tensor.dtype in _HALF:
@@ -76,7 +75,7 @@ class AveragedTeacher(nn.Module):
 
     def logits(self, batch: AnyBatch, rows: Tensor | None = None) -> Tensor:
         """Logits `[m, V]` of the average, as `Student.logits`: it can be evaluated as a student."""
-        return self._student_logits(batch, rows, self._run)
+        return self._logits_of(batch, rows, self.model)
 
     def decay_at(self, update: int) -> float:
         """The decay of an update, counted from 0."""
@@ -115,6 +114,11 @@ def teacher_kind(text: str) -> Callable[[Student, Any], AveragedTeacher]:
             f"teacher: got {f'{KIND}:{text}'!r}; expected ema:DECAY with a decay from 0 to 1, such as ema:0.999."
         )
     return lambda student, config: AveragedTeacher(student, config, decay=decay)
+
+
+def _logits(student: Student, batch: AnyBatch, rows: Tensor | None, model: nn.Module) -> Tensor:
+    """The logits of a copy of a student's model. FSDP2 replaces the method `logits` once the copy is made."""
+    return student.logits(batch, rows, lambda one: student.run(one, model))
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def checkpoint_layers(student: Student) -> None:
 def compile_layers(student: Student) -> None:
     """torch.compile each layer, also of a teacher inside the student: equal layers share a compilation. Raises
     TrainError without a list of layers."""
-    inside = layers_of(student.live) if isinstance(student.live, nn.Module) else []
+    inside: list[nn.Module] = layers_of(student.live) if isinstance(student.live, nn.Module) else []
     for layer in [*_layers(student, "compile"), *inside]:
         layer.compile()
 

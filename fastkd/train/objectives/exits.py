@@ -35,7 +35,8 @@ class ExitKD:
     def __init__(self, exits: Mapping[int, str], read: Read, loss: Any, targets: TopKConfig, vocab_size: int) -> None:
         if not exits:
             raise TrainError("exits: got none; expected the outputs of some layers.")
-        self.exits, self.read, self.loss, self.targets = dict(exits), read, loss, targets
+        self.exits, self.read, self.loss = dict(exits), read, loss
+        self.targets: Any = targets
         self._vocab_size = vocab_size
         self.signals = ("labels", "targets")
         self.reads_answers = False  # of the targets, the index alone
