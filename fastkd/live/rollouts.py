@@ -79,8 +79,8 @@ class RolloutSource:
 
     base: of text; it is not used elsewhere. folder: where the rounds are kept. seed: of the choices and samples. limit:
     the most positions that the teacher takes. score: makes the targets of a round, on all processes together; None:
-    others make them, and the steps wait for `wait_minutes`. run: what the rounds of another run would differ in, beside
-    what the source knows.
+    others make them, and the steps wait for `wait_minutes`. steps: of the training, beyond which nothing is continued.
+    run: what the rounds of another run would differ in, beside what the source knows.
     Raises StreamError for invalid settings, and while iterating for rounds that are missing or of another run;
     WorkRemains if the targets of a round are not there in time.
     """
@@ -97,11 +97,12 @@ class RolloutSource:
         teacher_batch_tokens: int = 8192,
         wait_minutes: float = 0.0,
         processes: Processes = ALONE,
+        steps: int | None = None,
         run: Mapping[str, Any] = _NOTHING,
     ) -> None:
         self._base, self._folder, self._settings, self._run = base, folder, settings, dict(run)
         self._seed, self._limit, self._score, self._processes = seed, limit, score, processes
-        self._batch_tokens, self._wait = teacher_batch_tokens, wait_minutes
+        self._batch_tokens, self._wait, self._steps = teacher_batch_tokens, wait_minutes, steps
         base.leave_out(self._chosen)
         # tokens of shards that are open for longer than a round are read once
         self._inputs = lru_cache(KEPT_SHARDS)(base.text_inputs)
@@ -278,7 +279,10 @@ class RolloutSource:
         """The prompts of the next `rollout_every` steps, and where they are from: columns of `Rollouts`."""
         prompts: list[Ints] = []
         columns: dict[str, list[int]] = {"source": [], "shard": [], "sequence": [], "step": []}
-        for number, (epoch, sequences) in enumerate(self._base.upcoming(self._settings.rollout_every)):
+        count = self._settings.rollout_every
+        if self._steps is not None:
+            count = min(count, max(1, self._steps - self._made))
+        for number, (epoch, sequences) in enumerate(self._base.upcoming(count)):
             mask = self._chosen(epoch, sequences)
             some = zip(*(column[mask].tolist() for column in sequences[:3]), strict=True)
             for source, row, sequence in some:

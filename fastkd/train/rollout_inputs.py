@@ -88,6 +88,7 @@ class RolloutInputs(Inputs):
             teacher_batch_tokens=self._batch_tokens,
             wait_minutes=settings.timeout_minutes,
             processes=processes,
+            steps=settings.steps or max(1, math.ceil(settings.epochs * len(base))),
             run=stated(asdict(settings)),
         )
 

@@ -12,6 +12,7 @@ from train_cases import Tiny
 
 from fastkd.errors import StreamError
 from fastkd.live.generators import Sampling, find
+from fastkd.live.generators.transformers import _pads
 from fastkd.live.sampling import keys_of, sample, uniforms
 from fastkd.train.student import Student, of_module, of_transformers
 
@@ -26,7 +27,7 @@ def student_of(name: str, **changes: Any) -> Student:
     return of_transformers(model, name)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "recurrent_gemma"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_cache_of_keys_and_values_changes_no_token(name: str, temperature: float) -> None:
     """In a batch of prompts of several lengths, padded at the left, against forwards of whole sequences."""
@@ -44,6 +45,7 @@ def test_the_cache_of_keys_and_values_changes_no_token(name: str, temperature: f
             assert not np.isin(one[:-1], eos).any()
             assert len(one) == 12 or one[-1] in eos
     assert student.training
+    assert _pads(student.model) == (name != "recurrent_gemma")  # which takes padding for a part of the prompt
 
 
 def test_tokens_do_not_depend_on_the_batch() -> None:

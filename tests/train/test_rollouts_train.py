@@ -98,6 +98,8 @@ def test_steps_against_a_loss_written_out(place: Path, tmp_path: Path, monkeypat
         assert line["rollout/sequences"] > 0
     assert {"rollout/seconds", "rollout/tokens_per_second"} <= lines[2].keys()
     assert "rollout/seconds" not in lines[1]
+    last = pq.read_table(tmp_path / "run" / "rollouts" / "round-00002.parquet")
+    assert set(last.column("step").to_pylist()) == {4}, "nothing is continued for steps that are not made"
 
 
 def test_no_rollouts_are_a_plain_run(place: Path, tmp_path: Path) -> None:
