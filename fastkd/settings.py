@@ -377,7 +377,7 @@ class MutualSettings(LiveSettings):
     """How students that are trained together learn from each other, and without a cache, how data are read and
     divided."""
 
-    k: int = 64
+    k: int = 256
     """Maximum number of exact top-k entries per target that a student gives the others."""
     draws: int = 0
     """Number of entries sampled from the tail per target that a student gives the others, anew at each step."""

@@ -18,6 +18,7 @@ from ..kernels import KDError, LMHead, SparseTargets, TopKConfig
 from ..models.protocol import Hidden, Logits, Output
 from ..stream.batch import AnyBatch
 from ..utils.distributed import ALONE, Processes, is_dtensor
+from .student import Student
 
 TEACHER = "teacher"
 """In `learns`, whose targets micro-batches come with: the teacher of a cache, or a live one that is not trained."""
@@ -82,6 +83,7 @@ class Exchange(nn.Module):
         found = {TEACHER: replace(batch.targets, index=None)} if self.is_source(TEACHER) else {}
         with torch.no_grad():
             for name, copy in self.copies.items():
+                assert isinstance(copy, Student)
                 copy.autocast = autocast
                 found[name] = self.targets_of(batch, copy.run(batch), copy.vocab_size)
         return found
@@ -99,8 +101,9 @@ class Exchange(nn.Module):
             return self._blank(0, index.device)
         numbers = row_numbers(batch)
         numbers = torch.arange(len(index), device=index.device) if numbers is None else numbers
+        config: Any = self.drawn_anew()
         with torch.no_grad():
-            return targets_of(answer, index, numbers, self.drawn_anew(), batch.labels.shape, vocab_size)
+            return targets_of(answer, index, numbers, config, batch.labels.shape, vocab_size)
 
     def drawn_anew(self) -> TopKConfig:
         """The top-k config with a seed of its own, so that draws differ from step to step; by torch's generator, which
@@ -196,7 +199,7 @@ def _unpack(packed: Tensor, like: SparseTargets) -> SparseTargets:
     widths = [k, k, m, 1] + ([] if like.draws is None else [k])
     if sum(widths) != packed.shape[1]:
         raise KDError(f"exchange: got {packed.shape[1]} columns; expected {sum(widths)}.")
-    ids, logprobs, tail, outcomes, *draws = (part.contiguous() for part in packed.split(widths, 1))
+    ids, logprobs, tail, outcomes, *draws = (part.contiguous() for part in torch.split(packed, widths, 1))
     return replace(
         like, ids=ids, logprobs=logprobs.view(torch.float32), tail=tail.view(torch.float32), outcomes=outcomes[:, 0],
         draws=draws[0] if draws else None,

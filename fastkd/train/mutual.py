@@ -398,7 +398,7 @@ def check_trained_teacher(teacher: str | None, cache: Any, write_cache: Any, rol
 
 def same_weights(students: Mapping[str, Student]) -> list[str]:
     """A note for each student that begins with the weights of another: they would stay equal."""
-    found, seen = [], list[tuple[str, list[torch.Tensor]]]()
+    found, seen = list[str](), list[tuple[str, list[torch.nn.Parameter]]]()
     for name, student in students.items():
         ours = list(student.parameters())
         for other, theirs in seen:

@@ -59,8 +59,8 @@ def linear_kd_losses(
         types.append(x.dtype if autocast is None else autocast)
         parts = (x, lm_head.weight, lm_head.bias)
         want.append([torch.is_grad_enabled() and one is not None and one.requires_grad for one in parts])
-        plain = [None if one is None else one.detach().to(types[-1]) for one in parts[1:]]
-        heads.append(replace(lm_head, weight=plain[0], bias=plain[1]))
+        bias = None if lm_head.bias is None else lm_head.bias.detach().to(types[-1])
+        heads.append(replace(lm_head, weight=lm_head.weight.detach().to(types[-1]), bias=bias))
     if torch.float16 in types:
         raise KDError("hidden: got float16; expected bfloat16, float32 or float64.")
     rows, device, labels_M = len(index), index.device, labels.reshape(-1)[index]
