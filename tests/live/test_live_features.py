@@ -35,7 +35,7 @@ def sources(out: Path, data: Any, teacher: Any, settings: CaptureSettings, **opt
     return cached, live, LiveSource(planned, teacher, write_cache=written, features=written.features, **options)
 
 
-@pytest.mark.parametrize(("layout", "positions"), [("padded", "all"), ("packed", "counted"), ("padded", "0.5")])
+@pytest.mark.parametrize(("layout", "positions"), [("packed", "all"), ("padded", "0.5")])
 def test_states_are_those_of_the_cache(tmp_path: Path, layout: str, positions: str) -> None:
     settings = replace(TEXT, features=FEATURES, feature_positions=positions, overlap=3)
     options: dict[str, Any] = {"layout": layout, "batch_tokens": 90, "micro_tokens": 45}
