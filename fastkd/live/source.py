@@ -86,6 +86,7 @@ class LiveSource(ShardSource):
         self._teacher = None if write_cache is not None else teacher
         self._requests: Requests | None = None
         self._live_features: list[LiveFeatureSignal] = []
+        self._bad: torch.Tensor | None = None  # on a GPU, whether any target was NaN
         self.plan, self.spec = data.plan, data.spec
         examples = data.data if isinstance(data.data, Examples) else None
         if examples is not None:
@@ -196,7 +197,17 @@ class LiveSource(ShardSource):
                         values[name][one.here] = rows[one.there]
                 targets = replace(SparseTargets.cat(parts).take(forwards.order), index=index_M)
             signals |= self._features_of(batch, values)
+            if targets.tail.is_cuda:  # on a CPU it is refused at once
+                bad = targets.tail.isnan().any()
+                self._bad = bad if self._bad is None else self._bad | bad
         return replace(batch, targets=targets, signals=signals)
+
+    def failed(self) -> str:
+        """What was wrong with the teacher's answers so far, as the end of a sentence; "" for nothing. It waits for the
+        device."""
+        if self._bad is None or not bool(self._bad):
+            return ""
+        return "the teacher's logits had NaN or infinity (try a wider --teacher-dtype)"
 
     def _features_of(self, batch: AnyBatch, values: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The features of a micro-batch. values: the teacher's tensors; none for one without positions."""

@@ -17,13 +17,14 @@ from ..capture.feature_settings import check_feature_settings
 from ..capture.features.prepare import Feature
 from ..capture.teacher_pass import TeacherPass
 from ..data.examples import Examples
-from ..errors import DataError, TrainError
+from ..errors import DataError, TeacherError, TrainError
 from ..live.planned import NoTeacher, PlannedShards, plan_shards
 from ..live.source import LiveSource
 from ..live.write_through import WriteThrough, begin_cache
 from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
+from ..teachers.hf import HFTeacher
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
@@ -195,11 +196,31 @@ class LiveInputs(Inputs):
                 NoTeacher(student.vocab_size, student.max_positions), self._tokenizer or made.tokenizer
             )
         self._check_length(student)
+        self._check_vocabulary(made)
         reads = reads_answers(settings, objective)
         if reads and self._make is not None:
             student.live = self._make(student, self._planned.settings)
         if reads and (objective is None or isinstance(objective, TokenKD)):
             (objective or TokenKD.from_settings(settings)).check_cache(self._planned.spec)
+
+    def _check_vocabulary(self, made: LoadedStudent) -> None:
+        """Raise TrainError unless student and teacher speak of the same tokens; a student may be padded."""
+        teacher, student, ours = self._teacher, made.student, made.tokenizer
+        if teacher is None or self._reading["allow_other_tokenizer"]:
+            return
+        theirs = _tokenizer_of(teacher)
+        if ours is not None and theirs is not None and ours.identity != theirs.identity:
+            raise TrainError(
+                f"tokenizer {ours.name} (sha256 {ours.identity[:12]}…) is not the teacher's, {theirs.name} (sha256 "
+                f"{theirs.identity[:12]}…): their ids mean other tokens. Use a student of the teacher's tokenizer, or "
+                "--allow-other-tokenizer if both give the same ids."
+            )
+        if student.vocab_size > teacher.vocab_size and (ours is None or ours.vocab_size > teacher.vocab_size):
+            raise TrainError(
+                f"teacher: got a vocabulary of {teacher.vocab_size}; expected that of {student.name}, "
+                f"{student.vocab_size}. Use a teacher of the student's vocabulary, or --allow-other-tokenizer if the "
+                "student's further outputs are padding."
+            )
 
     def _check_length(self, student: Student) -> None:
         plan, most = self.planned.plan, student.max_positions
@@ -300,6 +321,16 @@ class LiveInputs(Inputs):
     def close(self) -> None:
         if self._written is not None:
             self._written.close()
+
+
+def _tokenizer_of(teacher: Teacher) -> Tokenizer | None:
+    """The tokenizer in a teacher's folder; None if it has none."""
+    if not isinstance(teacher, HFTeacher):
+        return None
+    try:
+        return teacher.tokenizer()
+    except (TeacherError, DataError):
+        return None
 
 
 def load_inputs(

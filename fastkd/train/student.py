@@ -369,8 +369,8 @@ def make_student(
     if student.vocab_size < spec.vocab_size:  # more is fine: a padded vocabulary
         raise TrainError(
             f"{student.name}: got a vocabulary of {student.vocab_size}; expected at least {spec.vocab_size}, that of "
-            f"the cache's teacher. Give the student vocab_size={spec.vocab_size} (or more, padded), or capture with a "
-            "teacher of its vocabulary."
+            f"the teacher. Give the student vocab_size={spec.vocab_size} (or more, padded), or use a teacher of its "
+            "vocabulary."
         )
     known = spec.provenance.tokenizer and spec.provenance.tokenizer.sha256
     if tokenizer and known and tokenizer.identity != known and not settings.allow_other_tokenizer:

@@ -517,6 +517,8 @@ class Trainer:
 
     def _diverged(self, what: str, step: int, batch: str) -> Diverged:
         kept = f"The checkpoint of step {self._checkpointed} is kept" if self._checkpointed else "No checkpoint is kept"
+        if (failed := getattr(self._source, "failed", None)) is not None and (why := failed()):
+            what = f"{what}, since {why}"
         return Diverged(
             f"step {step}: {what} (batch: {batch}). {kept} in {self._out}. If the student has diverged: use a lower "
             "rate, a longer warm-up or a lower clip, and train into another folder.",

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import VOCAB
+import train_jobs
+from hf_cases import VOCAB, saved, tokenizer_of
 from train_cases import CAPTURE, SMALL, Tiny, bits, documents, make_cache
 
 import fastkd
 from fastkd.cli.main import main
 from fastkd.errors import StreamError, TeacherError, TrainError
 from fastkd.settings import LiveSettings
+from fastkd.teachers.module import ModuleTeacher
 from fastkd.train.checkpoint import newest
 from fastkd.train.metrics import read_metrics
 from fastkd.utils.signals import Stop
@@ -110,6 +112,10 @@ def test_labels_alone_are_evaluated_without_a_teacher(tmp_path: Path) -> None:
         ({"teacher": None, "alpha": 1.0, "write_cache": "there"}, "write_cache: got the teacher none; expected one"),
         ({"temperature": 0.5}, "temperature"),
         ({"evaluate_every": 5, "live": replace(LIVE, held_out=0.0)}, "evaluate_every: got 5, and no documents are"),
+        (
+            {"student": Tiny(vocab=VOCAB + 1)},
+            f"teacher: got a vocabulary of {VOCAB}; expected that of Tiny, {VOCAB + 1}",
+        ),
         ({"student": Tiny(vocab=VOCAB - 1)}, f"got a vocabulary of {VOCAB - 1}; expected at least {VOCAB}"),
     ],
 )
@@ -136,6 +142,29 @@ def test_a_changed_setting_is_refused_on_resuming(tmp_path: Path, changes: dict[
     train(tmp_path / "run", stop=stopped())
     with pytest.raises(StreamError, match=named):
         train(tmp_path / "run", **changes)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    one, other = (saved(tmp_path / name, "llama") for name in ("one", "other"))
+    tokenizer_of().save_pretrained(one)
+    tokenizer_of(words="others, of which it learns other pairs").save_pretrained(other)
+    with pytest.raises(TrainError, match=r"tokenizer .* is not the teacher's, .* --allow-other-tokenizer"):
+        train(tmp_path / "run", str(one), str(other))
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", str(one), str(other), allow_other_tokenizer=True, steps=1).complete
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_two_processes(tmp_path: Path, parallel: str) -> None:
+    changes = SMALL | {"alpha": 0.3, "steps": 4, "parallel": parallel, "evaluate_every": 4}
+    train_jobs.run(train_jobs.train_live, "train_cases:double", None, tmp_path / "two", changes, ranks=2)
+    by = ModuleTeacher(Tiny(seed=7), vocab_size=VOCAB, fingerprint="the same")
+    train(tmp_path / "one", by, "train_cases:double", **changes)
+    ours, theirs = (newest(tmp_path / name) for name in ("two", "one"))
+    assert ours is not None
+    assert theirs is not None
+    for name, tensor in ours.tensors("model").items():
+        assert (tensor - theirs.tensors("model")[name]).abs().max() < 1e-6, name
 
 
 def test_a_teacher_that_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
