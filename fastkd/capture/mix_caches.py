@@ -72,6 +72,7 @@ def mix_targets(
     *,
     weights: Sequence[float] | None = None,
     k: int | None = None,
+    draws: int | None = None,
     threads: int = 1,
     stop: Stop | None = None,
     progress: str = "none",
@@ -82,10 +83,11 @@ def mix_targets(
         vocabulary. Their k, mass and codec may differ. out: a folder, a URL or a `Store`.
     weights: one of each cache, positive; None: all equal.
     k: the most top-k entries of a row; None: the union of all, which is at most the sum of their k.
+    draws: of a row; None: as many as the cache with the most, if every cache has draws or the whole vocabulary, and
+        otherwise none. 0 leaves less noise in the top-k entries, for the treatment `bucket` or high temperatures.
     threads: that encode and write shards. stop: ends it after the current shard.
 
-    What is exact, and what is estimated, is in `fastkd.capture.mix`. The new cache has draws, as many as the cache with
-    the most, if every cache has draws or the whole vocabulary; otherwise none. Its codec is that of the first cache,
+    What is exact, and what is estimated, is in `fastkd.capture.mix`. The codec of the new cache is that of the first,
     and its spec names the hashes of the others' specs, and the weights.
 
     Raises CacheError for caches that cannot be mixed, naming the difference, before anything is written, and for rows
@@ -94,7 +96,7 @@ def mix_targets(
     begun, stop = time.perf_counter(), stop or Stop()
     opened = [cache if isinstance(cache, Cache) else open_cache(cache) for cache in caches]
     shares = _shares(opened, weights)
-    spec = mixed_spec(opened, shares, k)
+    spec = mixed_spec(opened, shares, k, draws)
     shards = _shards(opened)
     store = open_store(out, create=True)
     check_store(store)
@@ -133,7 +135,9 @@ def mix_targets(
     return replace(report, complete=not missing, missing=runs(missing), seconds=seconds)
 
 
-def mixed_spec(caches: Sequence[Cache], shares: Sequence[float], k: int | None = None) -> CacheSpec:
+def mixed_spec(
+    caches: Sequence[Cache], shares: Sequence[float], k: int | None = None, draws: int | None = None
+) -> CacheSpec:
     """The spec of the mean of caches. CacheError, naming the difference, if they are not of the same rows."""
     first = caches[0]
     for cache in caches[1:]:
@@ -146,12 +150,19 @@ def mixed_spec(caches: Sequence[Cache], shares: Sequence[float], k: int | None =
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise CacheError(f"k: got {k!r}; expected an integer from 1 on, or None for the union of all entries.")
     drawn = all(spec.draws or spec.k >= spec.vocab_size for spec in specs)
-    draws = max(spec.draws for spec in specs) if drawn else 0
+    most = max(spec.draws for spec in specs) if drawn else 0
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or not 0 <= draws <= most):
+        why = "" if most else ", as not every cache has draws or the whole vocabulary"
+        raise CacheError(f"draws: got {draws!r}; expected an integer from 0 to {most}{why}.")
     teachers = ", ".join(f"spec {spec.hash} weight {share!r}" for spec, share in zip(specs, shares, strict=True))
     return replace(
-        first.spec, k=union if k is None else min(k, union), draws=draws, mass=None, notes="",
+        first.spec,
+        k=union if k is None else min(k, union),
+        draws=most if draws is None else draws,
+        mass=None,
+        notes="",
         teacher=f"mean of {len(caches)} caches, {teachers}",
-    )  # fmt: skip
+    )
 
 
 def _differences(one: Cache, other: Cache) -> list[str]:

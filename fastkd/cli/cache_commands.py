@@ -177,6 +177,6 @@ def mix_targets(command: MixTargets, stop: Stop) -> Outcome:
 
     report = run(
         [store_of(place) for place in command.caches], open_store(command.out, create=True), weights=command.weights,
-        k=command.k, threads=command.threads, stop=stop, progress=mode_for(events=command.json),
+        k=command.k, draws=command.draws, threads=command.threads, stop=stop, progress=mode_for(events=command.json),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, mix_text(report), report.status)

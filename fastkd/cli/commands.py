@@ -350,6 +350,9 @@ class MixTargets:
     """Weights of the caches. Default: all equal."""
     k: int | None = None
     """Maximum number of top-k entries per target. Default: the union of all caches' entries."""
+    draws: int | None = None
+    """Number of entries sampled from the tail per target. 0 leaves less noise in the top-k entries, for training at
+    high temperatures. Default: as many as the cache with the most; 0 if a cache has none."""
     threads: int = 1
     """Number of threads that encode and write shards."""
     json: bool = False

@@ -136,6 +136,24 @@ def test_a_cut_moves_entries_to_the_tail_with_their_own_powers() -> None:
     assert (found.outcomes == 8).all()
 
 
+def test_draws_that_are_left_out_say_what_they_know() -> None:
+    """With draws=0, a token that was drawn has its stored probability, and another one an estimate, without noise."""
+    logits = logits_of(200, 60)
+    parts = [sparse(z, 8, 6, seed) for seed, z in enumerate(logits)]
+    exact = dense_mean(logits, [1.0, 1.0])
+
+    def distance(targets: SparseTargets) -> float:
+        used = targets.logprobs > -torch.inf
+        if targets.draws is not None:
+            used &= targets.draws == 0
+        difference = targets.logprobs.double().exp() - exact.gather(1, targets.ids.long()).exp()
+        return float(torch.where(used, difference, 0).abs().sum(1).mean())
+
+    plain = mixed(parts, 60, draws=0)
+    assert plain.draws is None
+    assert distance(plain) < distance(mixed(parts, 60)) / 2
+
+
 @pytest.mark.parametrize("apart", [0.1, 0.5])
 def test_tails_at_other_temperatures_against_dense_teachers(apart: float) -> None:
     """The stated approximation: too low by an amount that grows with the distance of the teachers."""
@@ -312,6 +330,7 @@ def unfinished() -> Any:
         (lambda caches: {"caches": caches, "weights": [1]}, "expected 2 positive numbers"),
         (lambda caches: {"caches": caches, "weights": [1, -1]}, "expected 2 positive numbers"),
         (lambda caches: {"caches": caches, "k": 0}, "k: got 0; expected an integer from 1 on"),
+        (lambda caches: {"caches": caches, "draws": 4}, "draws: got 4; expected an integer from 0 to 3"),
         (lambda caches: {"caches": [caches[0], unfinished()]}, "shards 2 are missing; expected all"),
         (lambda caches: {"caches": caches, "out": caches[0]}, "a cache of other settings exists"),
     ],
@@ -326,6 +345,8 @@ def test_arguments_that_are_refused(caches: list[Any], given: Callable[[Any], di
 def test_without_draws_in_one_there_are_none(caches: list[Any]) -> None:
     without = open_cache(capture(1, draws=0))
     assert mixed_spec([open_cache(caches[0]), without], [0.5, 0.5]).draws == 0
+    with pytest.raises(CacheError, match="draws: got 1; expected an integer from 0 to 0, as not every cache has draws"):
+        mixed_spec([open_cache(caches[0]), without], [0.5, 0.5], draws=1)
     whole = open_cache(capture(1, draws=0, k=VOCAB))
     assert mixed_spec([open_cache(caches[0]), whole], [0.5, 0.5]).draws == 3
 
