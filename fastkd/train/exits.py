@@ -75,7 +75,7 @@ def exits_of(settings: TrainSettings, student: Student) -> tuple[int, ...]:
 def output_name(student: Student, layers: int) -> str:
     """The output of a student's first layers, as objectives read it."""
     module, modules = student.layers[layers - 1], dict(student.model.named_modules())
-    return "module:" + next(name for name, one in modules.items() if one is module)
+    return f"module:{next(name for name, one in modules.items() if one is module)}"
 
 
 def reader(student: Student, data: Examples | None = None) -> Read:

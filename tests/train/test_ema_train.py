@@ -102,7 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("moment", [19, 37])
+@pytest.mark.parametrize("moment", [19, pytest.param(37, marks=pytest.mark.soak)])
 def test_killed_and_resumed(tmp_path: Path, whole: dict[str, Any], moment: int) -> None:
     assert die_at(tmp_path / "run", moment)
     assert bits(tmp_path / "run", DYING["steps"]) == whole
