@@ -1,5 +1,7 @@
 """Sampling of tokens by numbers that belong to a sequence: not to its batch, its process, or a generator's state."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ def keys_of(count: int, *numbers: int) -> NDArray[np.uint64]:
 
 def uniforms(keys_B: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """Numbers from 0 to below 1, `[B, count]`, that follow from the keys `[B]`: equally distributed and independent."""
-    counters: NDArray[np.uint64] = mixed(keys_B)[:, None] + np.arange(count, dtype=np.uint64)
+    counters: Any = mixed(keys_B)[:, None] + np.arange(count, dtype=np.uint64)
     return (mixed(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -21,7 +21,7 @@ from ..utils.signals import Stop
 from .held_out import HeldOut
 from .inputs import Inputs
 from .objective import Objective
-from .objectives.on_policy import OnPolicyKD
+from .on_policy import OnPolicyKD
 from .settings_check import stated
 from .student import LoadedStudent, Student
 

@@ -33,7 +33,8 @@ class Generator:
         found: dict[int, Ints] = {}
         for length in np.unique(lengths).tolist():
             some = np.flatnonzero(lengths == length)
-            found |= zip(some.tolist(), self._batch([prompts[i] for i in some], keys[some], sampling), strict=True)
+            said = self._batch([prompts[i] for i in some.tolist()], keys[some], sampling)
+            found |= zip(some.tolist(), said, strict=True)
         return [found[i] for i in range(len(prompts))]
 
     def _batch(self, prompts: Sequence[Ints], keys: NDArray[np.uint64], sampling: Sampling) -> list[Ints]:

@@ -8,6 +8,7 @@ depend on the batch, so that only committed rounds are the same after a kill.
 import gc
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,15 @@ class Generator:
                 f"rollout_generator: got 'vllm', and {student.name} is no model of transformers. Use loop, or auto."
             )
         try:
-            import vllm
+            self._vllm: Any = import_module("vllm")
         except ImportError as error:
             raise StreamError(
                 f"rollout_generator: got 'vllm', which is not installed ({error}). pip install vllm, or use auto."
             ) from error
-        self._vllm: Any = vllm
         with tempfile.TemporaryDirectory() as folder:
             student.model.save_pretrained(folder)
             # token ids go in and come out, so no tokenizer is needed
-            self._engine: Any = vllm.LLM(
+            self._engine: Any = self._vllm.LLM(
                 model=folder, skip_tokenizer_init=True, dtype="auto", gpu_memory_utilization=MEMORY
             )
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...live.rollouts import RolloutBatch
-from ...stream.batch import AnyBatch
-from ..objective import TokenKD
+from ..live.rollouts import RolloutBatch
+from ..stream.batch import AnyBatch
+from .objective import TokenKD
 
 
 @dataclass(frozen=True)
