@@ -138,7 +138,12 @@ class Windows:
 
 
 def _rounded(values: Floats) -> Floats:
-    return np.array([float(f"{value:.7g}") for value in values.tolist()])
+    """To seven significant digits."""
+    exponent = np.floor(np.log10(np.maximum(np.abs(values), 1e-15)))
+    # powers of ten from 1 on are exact, and so the results are the doubles nearest to their digits
+    up, down = 10.0 ** np.maximum(6.0 - exponent, 0.0), 10.0 ** np.maximum(exponent - 6.0, 0.0)
+    rounded: Floats = np.round(values / down * up) / up * down
+    return rounded
 
 
 def _short(values: Floats) -> list[float | int]:

@@ -31,9 +31,9 @@ SLICES = tuple(f"{family}/{part}" for family, parts in FAMILIES.items() for part
 SAYS = {
     "teacher/right": "teacher right",
     "teacher/wrong": "teacher wrong",
-    "entropy/low": "entropy below log 2",
-    "entropy/middle": "entropy log 2 to log 8",
-    "entropy/high": "entropy above log 8",
+    "entropy/low": "teacher's entropy below log 2",
+    "entropy/middle": "teacher's entropy log 2 to log 8",
+    "entropy/high": "teacher's entropy above log 8",
     "disagreement/low": "q(label) above 1/2",
     "disagreement/middle": "q(label) 1/8 to 1/2",
     "disagreement/high": "q(label) below 1/8",

@@ -6,7 +6,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from fastkd.report.page import (
 from fastkd.report.render import to_html
 from fastkd.report.runs import Comparison, in_lines, measured, read_run, read_runs
 from fastkd.report.sections import register_section
+from fastkd.train import evaluations as kept
 from fastkd.train.verdict import judge
 from fastkd.utils.intervals import Interval
 from fastkd.utils.numbers import (
@@ -229,6 +230,50 @@ def test_verdicts_by_slice(run: Path) -> None:
     cells = re.findall(rf'<td( style="--shade:\d+%")? class="[^>]*>((?:(?!</td>).)*?)({marks})', text, re.DOTALL)
     assert {mark for *_, mark in cells} == set(marks.split("|"))
     assert all((mark == "= no difference") == (style == "") for style, _, mark in cells)
+
+
+def kept_at(run: Path, steps: Sequence[int], ours: tuple[float, ...], theirs: tuple[float, ...]) -> None:
+    for step in steps:
+        kept.write(run, step, [evaluation(ours)])
+        kept.write(run / "control", step, [evaluation(theirs, seed=1)])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_difference_after_each_evaluation(run: Path) -> None:
+    assert "Student minus control" not in page(run).text
+    kept_at(run, (40, 80, 120), STUDENT, CONTROL)
+    kept.write(run, 160, [evaluation(STUDENT)])  # the control was not evaluated there
+    found = page_of(read_runs([run]))
+    (both,) = (chart for chart in found.charts if chart.name.startswith("both-"))
+    (difference,) = (chart for chart in found.charts if chart.name.startswith("difference-"))
+    expected = compare(evaluation(STUDENT), evaluation(CONTROL, seed=1))["cross_entropy"]
+    (line,) = difference.lines
+    assert list(line.x) == [40, 80, 120]
+    assert line.band is not None
+    assert (line.y[0], line.band[0][0], line.band[1][0]) == (expected.mean, expected.low, expected.high)
+    assert [one.series.dashed for one in both.lines] == [False, True]
+    text = page(run).text
+    assert "Student minus control: cross-entropy" in text
+    path = run / "evaluations" / "step-00000040.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ReportError, match=r"step-00000040.npz: cannot be read"):
+        read_runs([run])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_was_stopped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "bad", WORSE, control=STUDENT)
+    kept_at(run, (40, 80), (3.4, *CONTROL[1:]), STUDENT)
+    document = json.loads((run / "run.json").read_text())
+    worse = {"step": 80, "looks": 5, "against": "control", "measure": "cross_entropy"}
+    document["report"] |= {"steps": 240, "stopped_worse": worse}
+    (run / "run.json").write_text(json.dumps(document))
+    found = page(run).text
+    assert "bad was stopped after step 80 of 240: there it was worse than bad, control by cross_entropy" in found
+    assert "beyond an interval of 95% for all 5 comparisons together" in found
+    # compared after the same step
+    mean, half = compare(evaluation((3.4, *CONTROL[1:])), evaluation(STUDENT, seed=1))["cross_entropy"]
+    assert f"bad against control: hurt (cross_entropy {mean:+.4f} ± {half:.4f}, at step 80, paired" in found
 
 
 @pytest.mark.usefixtures("undrawn")

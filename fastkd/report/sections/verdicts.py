@@ -9,7 +9,7 @@ from ...evaluate.slices import SAYS
 from ...train.arms import CONTROL, WITHOUT_FEATURES
 from ...train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, Verdict, judge, verdict
 from ...utils.intervals import Interval
-from ...utils.numbers import THIN, figures, percent, with_half
+from ...utils.numbers import THIN, decimals, percent, with_half
 from ..measures import MEASURES, TONES, column
 from ..page import UNKNOWN, Block, Cell, Chart, Charts, Line, Paragraph, Row, Section, Series, Table
 from ..runs import Comparison, Run
@@ -68,8 +68,8 @@ def _stopped(run: Run, folder: str, other: Run) -> list[str]:
     worse = run.part("report", "stopped_worse")
     if not isinstance(worse, Mapping) or worse.get("against") != folder:
         return []
-    step, steps, looks = (figures(run.number("report", *path)) for path in
-                          (("stopped_worse", "step"), ("steps",), ("stopped_worse", "looks")))  # fmt: skip
+    paths = ("stopped_worse", "step"), ("steps",), ("stopped_worse", "looks")
+    step, steps, looks = (decimals(run.number("report", *path) or 0) for path in paths)
     return [
         f"{run.name} was stopped after step {step} of {steps}: there it was worse than {other.name} by "
         f"{worse.get('measure')}, beyond an interval of 95% for all {looks} comparisons together."
@@ -89,12 +89,12 @@ def _curves(name: str, folder: str, run: Run, other: Run, lines: tuple[Series, S
         Line(line, steps, [measure.scale * one.by_step[s].intervals()[name].mean for s in steps], markers=True)
         for one, line in zip((run, other), lines, strict=True)
     ]
-    against = folder.replace("_", " ")
+    against = "control" if folder == CONTROL else "the same without features"
     mean, low, high = ([measure.scale * getattr(value, end) for value in found] for end in ("mean", "low", "high"))
     difference = Line(lines[0], steps, mean, (low, high), markers=True)
     title, where = f"Held out: {measure.short}", f"{lines[0].colour}-{folder}-{name}"
     return [
-        Chart(f"both-{where}", title, f"The student, and the {against} (dashed); {measure.better} is better.", "step",
+        Chart(f"both-{where}", title, f"Solid: the student; dashed: {against}; {measure.better} is better.", "step",
               measure.unit, both),
         Chart(f"difference-{where}", f"Student minus {against}: {measure.short}",
               f"Paired over windows, with its interval of 95% at each evaluation; {measure.better} is better.",
