@@ -209,7 +209,7 @@ class Halving:
             behind = None
             if name in found and name != order[0]:
                 compared = judge("best", found[name], found[order[0]], self.weights, self.measure)
-                behind = compared and compared.difference[self.measure]
+                behind = None if compared is None else compared.difference[self.measure]
             rows.append((name, values[name] if name in found else None, behind))
         return Decision(step, going_on([name for name in order if name in found], most, hard), rows)
 

@@ -27,8 +27,8 @@ def plot(report: AutoReport, path: Path) -> None:
                 lines.setdefault(name, []).append((decision.step, value))
     styles = {report.hard: (_HARD, "--", 2.0, "hard labels alone"), report.default: (_DEFAULT, "-", 2.0, "default")}
     if report.chosen is not None:
-        says = [styles[report.chosen][3]] if report.chosen in styles else []
-        styles[report.chosen] = (_CHOSEN, "-", 3.0, ", ".join(["chosen", *says]))
+        also = [styles[report.chosen][3]] if report.chosen in styles else []
+        styles[report.chosen] = (_CHOSEN, "-", 3.0, ", ".join(["chosen", *also]))
     for name, points in lines.items():
         colour, dashes, width, says = styles.get(name, (_REST, "-", 1.0, ""))
         x, y = zip(*points, strict=True)

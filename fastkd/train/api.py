@@ -166,14 +166,17 @@ def with_arms(out: Path, done: "Done", weights: Sequence[float], measure: str) -
     """The report of a student with those of the arms that were trained beside it. done: each one's report, and its last
     evaluations by window."""
     arms = {name: report for name, (report, _) in done.items() if name != STUDENT_ARM}
+    ours: list[Evaluation] = []
     if STUDENT_ARM not in done:  # the arms come first: it waits where it is
         first = next(iter(arms.values()))
-        report, ours = TrainReport(str(out), max(steps_of(out), default=0), first.steps, 0, {}, {}, {}), []
+        report = TrainReport(str(out), max(steps_of(out), default=0), first.steps, 0, {}, {}, {})
     else:
         report, ours = done[STUDENT_ARM]
     found = {} if report.stopped_worse else {n: judge(n, ours, done[n][1], weights, measure) for n in arms}
     verdicts = {name: one for name in (WITHOUT_FEATURES, CONTROL) if (one := found.get(name)) is not None}
-    return replace(report, **arms, verdicts=verdicts)
+    return replace(
+        report, control=arms.get(CONTROL), without_features=arms.get(WITHOUT_FEATURES), verdicts=verdicts
+    )  # fmt: skip
 
 
 def train_one(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -154,10 +154,10 @@ def die_at(place: Path, out: Path, moment: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.soak)])
 def test_killed_at_every_step(place: Path, tmp_path: Path, every: int) -> None:
     """Of the student; its control is trained already."""
-    wanted, moment, lived = result(place / "stopped"), 2 - every, True
+    wanted, moment, lived = result(place / "stopped"), 6 - every, True
     while lived:
         moment += every
         out = tmp_path / str(moment)
@@ -168,10 +168,10 @@ def test_killed_at_every_step(place: Path, tmp_path: Path, every: int) -> None:
     assert moment > 2 * document(place / "stopped")["step"]
 
 
-@pytest.mark.parametrize("moments", [(12,), pytest.param(range(1, 40), marks=pytest.mark.soak)])
-def test_killed_in_the_control(place: Path, tmp_path: Path, moments: Sequence[int]) -> None:
+@pytest.mark.soak
+def test_killed_in_the_control(place: Path, tmp_path: Path) -> None:
     wanted = result(place / "stopped")
-    for moment in moments:
+    for moment in range(1, 40):
         assert die_at(place, tmp_path / str(moment), moment)
         assert result(tmp_path / str(moment)) == wanted, f"killed at moment {moment}"
 
@@ -187,8 +187,8 @@ def test_two_processes_decide_alike(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_that_is_no_worse_is_not_ended(place: Path, tmp_path: Path) -> None:
-    report = fastkd.train(Tiny(seed=1), place / "cache", tmp_path / "run", **WATCHED | {"alpha": 1.0})
-    assert (report.step, report.stopped_worse) == (STEPS, None)
+    report = fastkd.train(Tiny(seed=1), place / "cache", tmp_path / "run", **WATCHED | {"alpha": 1.0, "steps": 4})
+    assert (report.step, report.stopped_worse) == (4, None)
     assert report.verdicts["control"].overall == EVEN
     assert report.verdicts["control"].difference["cross_entropy"] == (0.0, 0.0)
 
