@@ -151,9 +151,10 @@ ARMS: dict[str, tuple[str, float]] = {
 
 
 def run(
-    seed: int, folder: Path, *, steps: int, warm: int, documents: int, words: int, every: int, width: int, layers: int
-) -> dict[str, Any]:
-    """All arms of one seed: what their students say, and what generation costs."""
+    seed: int, folder: Path, *, steps: int, warm: int, documents: int, words: int, every: int, width: int, layers: int,
+    prompt: int, arms: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The first arms of one seed: what their students say, and what generation costs. prompt: its tokens; 0: random."""
     teacher = Brackets()
     cache = folder / "cache"
     fastkd.capture(
@@ -166,9 +167,12 @@ def run(
     )  # fmt: skip
     fastkd.train(student_config(width, layers), cache, folder / "warm", replace(common, steps=warm))
     found = {"before": vars(measure(folder / "warm" / "student", teacher, count=words, seed=seed))}
-    for number, (name, (divergence, fraction)) in enumerate(ARMS.items()):
+    for number, (name, (divergence, fraction)) in enumerate(list(ARMS.items())[:arms]):
         settings = replace(common, steps=steps, divergence=divergence, rate=1e-3)
-        rollouts = RolloutSettings(rollouts=fraction, rollout_tokens=SPACE - 2, rollout_every=every, rollout_batch=128)
+        rollouts = RolloutSettings(
+            rollouts=fraction, rollout_tokens=SPACE - 2, rollout_every=every, rollout_batch=128,
+            rollout_prompt=prompt or None,
+        )  # fmt: skip
         out, begun = folder / f"arm-{number}", time.perf_counter()
         start = str(folder / "warm" / "student")
         more: dict[str, Any] = {"teacher": teacher, "rollouts": rollouts} if fraction else {}
@@ -209,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (
         ("seeds", 3), ("steps", 200), ("warm", 500), ("documents", 3000), ("words", 600), ("every", 20), ("width", 32),
-        ("layers", 2),
+        ("layers", 2), ("prompt", 0), ("arms", len(ARMS)),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
