@@ -70,16 +70,15 @@ def read(run: Path, step: int) -> "list[Evaluation]":
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = dict(data)
-        found = []
+        found: list[Evaluation] = []
         while f"{len(found)}/about" in arrays:
             prefix = f"{len(found)}/"
             about = json.loads(str(arrays[f"{prefix}about"]))
             sums = {n.removeprefix(f"{prefix}sums/"): a for n, a in arrays.items() if n.startswith(f"{prefix}sums/")}
             windows = Windows(arrays[f"{prefix}counts"], sums)
-            known = {name: str(about[name]) for name in _ABOUT}
+            split, spec, content = (str(about[name]) for name in _ABOUT)
             empty = Windows.empty(len(windows.counts))
-            found.append(Evaluation(**known, positions=0, seconds=0.0, timed_positions=0, device="", student=windows,
-                                    teacher=empty))  # fmt: skip
+            found.append(Evaluation(split, spec, content, 0, 0.0, 0, "", windows, empty))
         return found
     except FileNotFoundError:
         return []
