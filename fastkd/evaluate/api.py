@@ -68,14 +68,15 @@ def evaluate(
             raise StreamError("cache: got a source that is shuffled, or without batch_size; expected evaluation_sizes.")
     else:
         cache = cache if isinstance(cache, Cache) else open_cache(cache)
-        columns = (cache.manifest.column(name).to_numpy().sum() for name in ("positions", "sequences"))
+        totals = (int(cache.manifest.column(name).to_numpy().sum()) for name in ("positions", "sequences"))
+        cached_positions, cached_windows = totals
         source = CachedSource(
             cache,
             split=split,
             shuffle=False,
             max_positions=max_positions,
             allow_partial=allow_partial,
-            **evaluation_sizes(*map(int, columns), cache.spec.vocab_size, batch_tokens),
+            **evaluation_sizes(cached_positions, cached_windows, cache.spec.vocab_size, batch_tokens),
             device=where,
             data=data,
         )
@@ -126,7 +127,7 @@ def evaluate(
     )
 
 
-def evaluation_sizes(positions: int, windows: int, vocab_size: int, batch_tokens: int) -> dict[str, int]:
+def evaluation_sizes(positions: int, windows: int, vocab_size: int, batch_tokens: int) -> dict[str, Any]:
     """`batch_size` and `micro_tokens` of the source of an evaluation: steps of about a micro-batch each.
 
     positions, windows: of all data, of both splits.

@@ -41,17 +41,7 @@ def targets_at(
     in the flattened answer, which become the targets' index. numbers_M: `[m]`. shape: of the answer's rows."""
     vocab_size = batch.targets.vocab_size
     if not len(flat_M):
-        made = topk_config(config)
-        none = SparseTargets.empty(
-            0,
-            made.width(vocab_size),
-            vocab_size=vocab_size,
-            temperatures=made.temperatures,
-            draws=made.draws > 0,
-            draw_temperature=made.draw_temperature,
-            device=batch.device,
-        )
-        return replace(none, index=flat_M)
+        return no_targets(batch, config, flat_M)
     try:
         targets = targets_of(answer, flat_M, numbers_M, config, shape, vocab_size)
     except KDError as error:
@@ -63,6 +53,21 @@ def targets_at(
             "dtype (float16 overflows where bfloat16 and float32 do not), or leave the document out."
         ) from error
     return replace(targets, index=flat_M)
+
+
+def no_targets(batch: AnyBatch, config: Any, index_0: Tensor) -> SparseTargets:
+    """Targets of no rows, as wide as those of others."""
+    made, vocab_size = topk_config(config), batch.targets.vocab_size
+    none = SparseTargets.empty(
+        0,
+        made.width(vocab_size),
+        vocab_size=vocab_size,
+        temperatures=made.temperatures,
+        draws=made.draws > 0,
+        draw_temperature=made.draw_temperature,
+        device=batch.device,
+    )
+    return replace(none, index=index_0)
 
 
 def numbers_of(batch: AnyBatch) -> Tensor:

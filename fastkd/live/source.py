@@ -23,10 +23,10 @@ from ..stream.features import FeatureSignal
 from ..stream.gather import BatchFormat, OpenShard, TextInputs, open_shard, shard_of
 from ..stream.rows import NUMBERS
 from ..stream.shard_source import ShardSource, SourceOptions
-from ..stream.signals import open_signals
+from ..stream.signals import Signal, open_signals
 from ..stream.split import ShardTable
 from ..teachers.protocol import Answer, Teacher
-from .answer import numbers_of, targets_at
+from .answer import no_targets, numbers_of, targets_at
 from .features import LiveFeatureSignal, States
 from .planned import PlannedShards, plan_shards
 from .teacher_batches import FORWARDS, AnsweredBatches, inputs_of, with_forwards
@@ -73,15 +73,15 @@ class LiveSource(ShardSource):
             raise StreamError("write_cache: got no teacher; expected one, whose targets are written.")
         if not isinstance(data, PlannedShards):
             data = plan_shards(data, teacher, capture, vocab_size=vocab_size)
-        if write_cache is not None and not isinstance(write_cache, WriteThrough):
-            assert teacher is not None
-            store, ranks = open_store(write_cache, create=True), {"rank": chosen.rank, "world_size": chosen.world_size}
-            write_cache = WriteThrough.open(data, teacher, store, **ranks)
-            weakref.finalize(self, write_cache.close)
         if teacher is not None and not _same_device(teacher.device, chosen.where):
             raise StreamError(
                 f"teacher: got one on {teacher.device}; expected it on {chosen.where}, where the student is trained."
             )
+        if write_cache is not None and not isinstance(write_cache, WriteThrough):
+            assert teacher is not None
+            store = open_store(write_cache, create=True)
+            write_cache = WriteThrough.open(data, teacher, store, rank=chosen.rank, world_size=chosen.world_size)
+            weakref.finalize(self, write_cache.close)
         self._origin, self.capture, self._written = data, data.settings, write_cache
         self._teacher = None if write_cache is not None else teacher
         self._requests: Requests | None = None
@@ -92,7 +92,8 @@ class LiveSource(ShardSource):
         if examples is not None:
             _check_examples(examples, self.spec.vocab_size)
         table = data.table(chosen.split, skip=chosen.skip, max_positions=chosen.max_positions)
-        written, signals = write_cache is not None, []
+        written = write_cache is not None
+        signals: list[Signal] = []
         if written:
             plan_rows = dict(enumerate(np.diff(self.plan.shard_rows).tolist()))
             cached = [write_cache.cache.features[one.name] for one in features]
@@ -179,7 +180,7 @@ class LiveSource(ShardSource):
         shape = batch.labels.shape
         with torch.no_grad(), self._states.recording():
             if not batch.positions or not (batch.count or self._live_features):  # nothing to answer
-                targets, values = targets_at(batch, None, self.capture, index_M, numbers_M, shape), {}
+                targets, values = no_targets(batch, self.capture, index_M), {}
             elif forwards is None:
                 answer = self._call(inputs_of(batch))
                 targets = targets_at(batch, answer, self.capture, index_M, numbers_M, shape)

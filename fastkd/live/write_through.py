@@ -19,7 +19,7 @@ from ..capture.claims import Claims
 from ..capture.feature_places import find_places
 from ..capture.features.prepare import Feature, check_existing, check_sizes, prepare_features
 from ..capture.prepare import write_window_plan
-from ..capture.rows import read_shard_rows
+from ..capture.rows import ShardRows, read_shard_rows
 from ..capture.runner import CaptureReport, CaptureRunner
 from ..capture.shard_runner import ShardRunner, ShardTask
 from ..capture.teacher_pass import TeacherPass
@@ -90,6 +90,7 @@ class WriteThrough(ShardRunner):
         self.written = 0
         self._lock = threading.Lock()
         self._requests: list[Requests] = []
+        self._rows: dict[int, ShardRows] = {}  # of shards that are waited for, read by those who wait
 
     @classmethod
     def open(
@@ -128,6 +129,14 @@ class WriteThrough(ShardRunner):
         """Whether a shard is committed, with its features. From any thread."""
         return not self._lacking(index)
 
+    def read_rows(self, index: int) -> None:
+        """Read the rows of a shard that has to be captured. From any thread: texts may have to be tokenized."""
+        self._rows[index] = read_shard_rows(self._plan, self._data, index)
+
+    def forget_rows(self, index: int) -> None:
+        """Drop the rows of a shard that is there."""
+        self._rows.pop(index, None)
+
     def capture(self, index: int) -> float:
         """Capture a shard, and hand it to the writers, unless it is there or another process does it: then the seconds
         after which to look again. On the thread that trains."""
@@ -140,12 +149,13 @@ class WriteThrough(ShardRunner):
         if seconds := self._claims.take(str(index)):
             return min(seconds, _PAUSE)
         task = ShardTask(index, "" in lacking, tuple(name for name in lacking if name))
-        rows = read_shard_rows(self._plan, self._data, index)
+        if (rows := self._rows.pop(index, None)) is None:
+            rows = read_shard_rows(self._plan, self._data, index)
         self._submit(task, rows, *self._run(task, rows))
         self.written += 1
         futures = self._submitted[index]
         for future in futures.values():
-            future.add_done_callback(lambda _: all(f.done() for f in futures.values()) and self._tell())
+            future.add_done_callback(lambda _: self._tell() if all(f.done() for f in futures.values()) else None)
         return 0.0
 
     def _tell(self) -> None:
@@ -205,6 +215,7 @@ class Requests:
         """Return once a shard is committed. On a thread of the loader."""
         if self._cache.has(index):
             return
+        self._cache.read_rows(index)
         with self._lock:
             if self.closed:
                 raise StreamError("the loader was closed.")
@@ -220,6 +231,7 @@ class Requests:
             with self._lock:
                 future = self._waiting.pop(index, None)
             if future is not None:
+                self._cache.forget_rows(index)  # another process may have captured it
                 future.set_result(None)
 
     def work(self, idle: bool) -> float | None:

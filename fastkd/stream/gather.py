@@ -46,7 +46,8 @@ class TextInputs:
     @property
     def counted(self) -> NDArray[np.bool_]:
         """The rows that count, `[n]`: those with a label."""
-        return self.labels != IGNORED
+        counted: NDArray[np.bool_] = self.labels != IGNORED
+        return counted
 
 
 @dataclass(frozen=True, eq=False)

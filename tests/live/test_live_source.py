@@ -72,6 +72,19 @@ def test_examples_are_answered(tmp_path: Path) -> None:
     assert any(len(batch.inputs) > IMAGES.batch_tokens for batch, _ in pairs), "some are divided into two forwards"
 
 
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_a_cache_that_is_written_is_read_as_any(tmp_path: Path, kind: str) -> None:
+    images = kind == "images"
+    teacher, data = (image_teacher(), examples()) if images else (text_teacher(), text_data())
+    settings, options = (IMAGES, {"batch_size": 9}) if images else (TEXT, {"batch_tokens": 90, "layout": "packed"})
+    _, cached = both(tmp_path / "cache", data, teacher, settings, **options)
+    written = LiveSource(data, teacher, settings, write_cache=tmp_path / "written", **options)
+    for ours, theirs in zip(written, cached, strict=True):
+        for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            for x, y in zip(a.tensors(), b.tensors(), strict=True):
+                assert torch.equal(x, y)
+
+
 def test_gradients_differ_by_no_more_than_the_codec(tmp_path: Path) -> None:
     teacher, data = text_teacher(), text_data()
     fine = replace(TEXT, draws=0)
