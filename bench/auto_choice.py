@@ -43,12 +43,12 @@ def curves_of(problem: Problem, seed: int, positions: int, arms: Sequence[Any], 
     return found
 
 
-def halved(curves: Curves, rungs: Sequence[Rung], hard: str) -> str:
-    """The arm that halving chooses. hard: "" for no arm that always goes on."""
+def halved(curves: Curves, rungs: Sequence[Rung], groups: Mapping[str, Any]) -> str:
+    """The arm that halving chooses. groups: of each arm; see `going_on`."""
     arms = list(curves)
     for number, rung in enumerate(rungs[:-1]):
         order = ranked({name: curves[name][rung.step] for name in arms}, 1)
-        arms = going_on(order, rungs[number + 1].arms, hard)
+        arms = going_on(order, rungs[number + 1].arms, groups)
     return arms[0]
 
 
@@ -71,11 +71,13 @@ def main(seeds: int = 3, images: Sequence[int] = (50, 400)) -> None:
     problem = digits_problem()
     settings = TrainSettings(**SETTINGS)
     arms, default, hard, _ = auto_arms({}, settings, problem.cache.spec)
-    rungs = plan_rungs(len(arms), SETTINGS["steps"])
+    groups = {arm.name: "hard" if arm == hard else dict(arm.changes)["temperature"] for arm in arms}
+    rungs = plan_rungs(len(arms), SETTINGS["steps"], len(set(groups.values())))
+    plain = plan_rungs(len(arms), SETTINGS["steps"])
     steps = [rung.step for rung in rungs]
     schemes: Mapping[str, Callable[[Curves], str]] = {
-        "--auto": lambda curves: halved(curves, rungs, hard.name),
-        "halving without a place for hard labels": lambda curves: halved(curves, rungs, ""),
+        "--auto": lambda curves: halved(curves, rungs, groups),
+        "halving without groups": lambda curves: halved(curves, plain, dict.fromkeys(groups, "")),
         "the best at the first rung": lambda curves: ranked({n: c[steps[0]] for n, c in curves.items()}, 1)[0],
         "hard labels alone": lambda curves: hard.name,
     }

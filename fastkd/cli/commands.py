@@ -268,9 +268,9 @@ class Sweep(_Training):
     """Peak learning rates."""
     auto: bool = False
     """Choose alpha, temperature and divergence by successive halving on the held-out split, with one seed, at the cost
-    of about three full runs: of 16 arms (or the grid of the values given), the better half of each rung goes on, up to
-    one. Hard labels alone and the default settings are always among them. Writes chosen.json, with a command to train
-    with, and auto.png."""
+    of three to four full runs: of 16 arms (or the grid of the values given), the better half of each rung goes on, up
+    to half of the run with at least one arm of each temperature and hard labels alone. The default settings are among
+    the arms, and trained to the end for comparison. Writes chosen.json, with a command to train with, and auto.png."""
     seeds: int = 2
     """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms. Not with
     --auto."""

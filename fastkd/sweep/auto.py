@@ -87,7 +87,8 @@ def auto_sweep(
     source = inputs.open(settings, ALONE)
     steps = settings.steps or max(1, math.ceil(settings.epochs * len(source)))
     source.close()
-    rungs = plan_rungs(len(chosen), steps)
+    groups = {arm.name: "hard" if arm == hard else arm.of(settings, settings.seed).temperature for arm in chosen}
+    rungs = plan_rungs(len(chosen), steps, len(set(groups.values())))
     probe = make_student(student, inputs.spec, settings, data).student
     notes += [f"student: {note}" for note in probe.notes]
     caches = [(one["spec"], one["positions"]) for one in map(describe_cache, inputs.caches)]
@@ -102,8 +103,8 @@ def auto_sweep(
         for note in notes:
             say.event("note", text=note)
         given = {"data": data, "stop": stop, "progress": progress}
-        halving = Halving(student, cache, out, settings, rungs, inputs.weights, given, say)
-        decisions = halving.run(chosen, default, hard)
+        halving = Halving(student, cache, out, settings, rungs, groups, inputs.weights, given, say)
+        decisions = halving.run(chosen, default)
         report = AutoReport(
             str(out), False, settings.seed, steps, halving.measure, default.name, hard.name, rungs, decisions,
             notes=notes, changes={arm.name: dict(arm.changes) for arm in chosen},
@@ -131,13 +132,15 @@ def check_plan(path: Path, plan: Mapping[str, Any]) -> None:
 
 @dataclass
 class Halving:
-    """The trainings of a sweep by successive halving. weights: of the caches. given: other arguments of `train`."""
+    """The trainings of a sweep by successive halving. groups: of each arm's name, see `going_on`. weights: of the
+    caches. given: other arguments of `train`."""
 
     student: Any
     cache: Any
     out: Path
     settings: TrainSettings
     rungs: Sequence[Rung]
+    groups: Mapping[str, Any]
     weights: Sequence[float]
     given: Mapping[str, Any]
     say: Progress
@@ -149,7 +152,7 @@ class Halving:
     def folder(self, arm: Arm) -> Path:
         return self.out / arm.name / f"seed={self.settings.seed}"
 
-    def run(self, arms: Sequence[Arm], default: Arm, hard: Arm) -> list[Decision]:
+    def run(self, arms: Sequence[Arm], default: Arm) -> list[Decision]:
         """The decision at each rung, as far as they are made. Fallen arms lose their checkpoints, but the default."""
         decisions: list[Decision] = []
         for number, rung in enumerate(self.rungs):
@@ -157,7 +160,7 @@ class Halving:
             if not all(self.reach(arm, rung.step) for arm in arms):
                 break
             most = self.rungs[min(number + 1, len(self.rungs) - 1)].arms
-            decisions.append(decision := self._decide(arms, rung.step, most, hard.name))
+            decisions.append(decision := self._decide(arms, rung.step, most))
             for arm in arms:
                 if arm.name not in decision.kept and arm != default:
                     _drop_checkpoints(self.folder(arm))
@@ -190,7 +193,7 @@ class Halving:
             return True
         return step in kept.steps_of(folder)
 
-    def _decide(self, arms: Sequence[Arm], step: int, most: int, hard: str) -> Decision:
+    def _decide(self, arms: Sequence[Arm], step: int, most: int) -> Decision:
         """Rank the arms after a step by the measure, and compare each with the best, paired over windows."""
         found = {arm.name: kept.read(self.folder(arm), step) for arm in arms if not self._failed(arm)}
         if not found:
@@ -211,7 +214,7 @@ class Halving:
                 compared = judge("best", found[name], found[order[0]], self.weights, self.measure)
                 behind = None if compared is None else compared.difference[self.measure]
             rows.append((name, values[name] if name in found else None, behind))
-        return Decision(step, going_on([name for name in order if name in found], most, hard), rows)
+        return Decision(step, going_on([name for name in order if name in found], most, self.groups), rows)
 
     def test(self, best: Arm, default: Arm, arms: int) -> dict[str, Any]:
         """The chosen arm against the settings as they are. Since it is the best of several, the interval holds for all

@@ -65,6 +65,10 @@ def test_rungs() -> None:
     assert [(r.step, r.arms) for r in plan_rungs(16, 320)] == [(20, 16), (40, 8), (80, 4), (160, 2), (320, 1)]
     assert cost_of(plan_rungs(16, 320)) == 3.0
     assert [(r.step, r.arms) for r in plan_rungs(5, 100)] == [(12, 5), (25, 3), (50, 2), (100, 1)]
+    grouped = plan_rungs(16, 320, 4)
+    assert [(r.step, r.arms) for r in grouped] == [(20, 16), (40, 8), (80, 4), (160, 4), (320, 1)]
+    assert cost_of(grouped) == 3.5
+    assert [r.arms for r in plan_rungs(3, 100, 5)] == [3, 3, 1]
     for arms in range(2, 28):
         rungs = plan_rungs(arms, 1000)
         assert (rungs[-1].step, rungs[-1].arms, rungs[-2].step) == (1000, 1, 500)
@@ -79,10 +83,12 @@ def test_which_arms_go_on() -> None:
     values = {"a": 1.0, "b": 0.5, "hard": 2.0, "c": float("nan"), "d": 0.5}
     assert ranked(values, 1) == ["b", "d", "a", "hard", "c"]
     assert ranked(values, -1) == ["hard", "a", "b", "d", "c"]
-    assert going_on(["b", "d", "a", "hard"], 3, "hard") == ["b", "d", "hard"]
-    assert going_on(["b", "hard", "a"], 2, "hard") == ["b", "hard"]
-    assert going_on(["b", "hard"], 1, "hard") == ["b"]
-    assert going_on(["b", "d", "a"], 2, "hard") == ["b", "d"]  # it diverged
+    groups = {"a": 1.0, "b": 1.0, "d": 2.0, "hard": "hard"}
+    assert going_on(["b", "a", "d", "hard"], 3, groups) == ["b", "d", "hard"]
+    assert going_on(["a", "b", "hard", "d"], 3, groups) == ["a", "hard", "d"]
+    assert going_on(["b", "a", "hard", "d"], 2, groups) == ["b", "a"]  # no place for one of each
+    assert going_on(["d", "hard", "b"], 1, groups) == ["d"]
+    assert going_on(["b", "a", "d"], 2, groups) == ["b", "d"]  # the hard labels diverged
 
 
 def test_the_arms(cache: Cache, tmp_path: Path) -> None:
