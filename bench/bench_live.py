@@ -125,7 +125,7 @@ class Epochs:
         for number in range(1, STEPS + 1):
             step = next(steps)
             for batch in step.micro_batches:
-                student(batch, num_items=step.count, **scalars)["loss"].backward()  # type: ignore[no-untyped-call]
+                student(batch, num_items=step.count, **scalars)["loss"].backward()
             student.clip_(1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -149,7 +149,7 @@ def live(table: Table, rounds: int) -> None:
             for place in Path(folder).glob("written-*"):
                 shutil.rmtree(place)
 
-        runs = {
+        runs: dict[str, Run] = {
             "teacher": jobs.forward_teacher,
             "cached": partial(jobs.train, lambda: jobs.cached),
             "live": partial(jobs.train, lambda: jobs.live),

@@ -9,12 +9,13 @@ the dense one.
 
 import argparse
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastkd.demo.corpus import language_reference
 from fastkd.kernels import TopKConfig, linear_kd_loss, linear_topk_targets
-from fastkd.models.protocol import Hidden
 from fastkd.models.tokenizers import load_tokenizer
 from fastkd.settings import TrainSettings
 from fastkd.train.student import make_student
@@ -31,14 +32,14 @@ def main() -> None:
     text = next(language_reference())[20_000:40_000]
     ids = load_tokenizer(asked.models[0], trust_remote_code=False).encode(text)
     tokens = torch.tensor(ids[: asked.positions])[None]
-    outputs = []
-    for model in asked.models:
-        student = make_student(model, None, TrainSettings()).student.eval()
+    outputs: list[tuple[Tensor, Tensor]] = []
+    for name in asked.models:
+        student = make_student(name, None, TrainSettings()).student.eval()
         with torch.no_grad():
-            hidden = student.model.base_model(input_ids=tokens).last_hidden_state[0]
-        weight = student.model.get_output_embeddings().weight.detach()
-        outputs.append(Hidden(hidden, weight))
-    (peer, peer_head), (own, own_head) = ((one.states, one.lm_head) for one in outputs)
+            model: Any = student.model
+            hidden = model.base_model(input_ids=tokens).last_hidden_state[0]
+        outputs.append((hidden, model.get_output_embeddings().weight.detach()))
+    (peer, peer_head), (own, own_head) = outputs
     labels = tokens[0].roll(-1)
     for temperature in (1.0, 2.0):
         with torch.no_grad():
