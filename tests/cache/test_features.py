@@ -1,5 +1,6 @@
 """Features: what goes in comes out, in all shapes; settings, names, bindings, and what is refused."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from fastkd.cache import (
     encode_hidden,
     open_cache,
     share_basis,
+    verify_cache,
 )
 from fastkd.cache.features.seal import seal_features
+from fastkd.cache.stores.base import Entry, Names
+from fastkd.cache.stores.memory import MemoryStore
 
 
 def reference(x_MW: np.ndarray, basis: Basis, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,3 +243,27 @@ def test_a_feature_that_is_dropped_while_others_are_sealed(tmp_path: Path, monke
     cache = open_cache(tmp_path)
     monkeypatch.setattr(type(cache.features), "__iter__", lambda self: iter(["19", "20", "-1"]))
     assert list(seal_features(cache)) == ["20", "-1"]
+
+
+class Growing(MemoryStore):
+    """A store into which a running capture commits the last shard, of targets and feature, when features are listed."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        self.grown |= prefix.startswith("features/")
+        return super().list(prefix)
+
+    def _entries(self, folders: Names) -> Iterator[Entry]:
+        return (entry for entry in super()._entries(folders) if self.grown or not entry.key.endswith("/2.zarr.zip"))
+
+    grown = False
+
+
+def test_shards_that_are_committed_while_they_are_verified() -> None:
+    store = Growing()
+    base = make_base(store, seal=False)
+    write_feature(store, base, seal=False)
+    store.grown = False
+    report = verify_cache(store)
+    assert store.grown
+    assert report.problems == []
+    assert (report.shards, report.features["20"].shards) == (2, 3)
