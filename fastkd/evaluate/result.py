@@ -174,7 +174,7 @@ VERSION = 1
 _SCALARS = dict[str, Any](
     split=str, spec=str, content=str, positions=int, seconds=float, timed_positions=int, device=str
 )
-# measured of every student, and known of every teacher
+# measured of every student, and known of every teacher; without a teacher, nothing is known of one
 _REQUIRED = {
     "student": {"cross_entropy", "accuracy"},
     "teacher": {"label_known", "cross_entropy_at_least", "tail_mass"},
@@ -186,7 +186,8 @@ class Evaluation:
     """The measures of a student on a split of a cache, by window.
 
     split, spec, content: what was evaluated on: the split, the hash of the cache's spec, a hash of the data.
-    student, teacher: the sums of each window. positions: that went through the student.
+    student, teacher: the sums of each window; the teacher's are of no measure if there was none. positions: that went
+    through the student.
     seconds, timed_positions: of the student's forward, in this process, without the first micro-batch, which warms up
     (unless it is the only one). device: its name. slices: the student's sums over the positions of each slice, by name
     (see `slices.py`); empty for an evaluation from before there were any.
@@ -264,7 +265,8 @@ class Evaluation:
                 slices=_slices_from_json(data.get("slices", {}), len(student.counts)),
             )
             for name, required in _REQUIRED.items():
-                if missing := sorted(required - getattr(found, name).sums.keys()):
+                sums = getattr(found, name).sums
+                if (sums or name == "student") and (missing := sorted(required - sums.keys())):
                     raise ValueError(f"{name}: no {', '.join(missing)}")
             if not np.array_equal(found.student.counts, found.teacher.counts):
                 raise ValueError("student and teacher have different counts")

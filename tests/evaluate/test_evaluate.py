@@ -312,6 +312,8 @@ def test_json(cache: Cache) -> None:
     assert json.dumps(again.to_json()) == text
     assert again.intervals() == found.intervals()
     assert set(again.summary()) == set(found.intervals()) | {"perplexity"}
+    alone = replace(found, teacher=Windows(found.student.counts))  # without a teacher, nothing is known of one
+    assert Evaluation.from_json(json.loads(json.dumps(alone.to_json()))).teacher_intervals() == {}
     one = evaluate(Student(1), cache, max_positions=20)
     assert one.windows == 1
     json.dumps(one.to_json(), allow_nan=False)

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from cache_cases import make_shard, make_spec
 from report_cases import CONTROL, STUDENT, evaluation, write_run
+from train_cases import Tiny, documents
 
+import fastkd
 from fastkd.cache import CacheError, create_cache
 from fastkd.cli import main as cli
 from fastkd.demo.completions import completions_section
@@ -298,6 +300,23 @@ def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
     assert "against a" not in found.replace("against its control", "")
     # each has its own teacher's row
     assert found.count("from its cached rows") == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_students_without_a_teacher(tmp_path: Path) -> None:
+    models = {"a": Tiny(seed=1), "b": Tiny(seed=2)}
+    more: Any = {"control": True, "steps": 2, "batch_tokens": 60, "context": 16, "held_out": 0.2, "device": "cpu"}
+    assert fastkd.mutual(models, out=tmp_path / "mutual", data=documents(), **more).complete
+    found = page(tmp_path / "mutual").text
+    assert "against its control" in found
+    assert "from its cached rows" not in found
+    assert "What its cache knows" not in found
+    # beside one that has a teacher, whichever comes first
+    other = write_run(tmp_path / "other", control=None)
+    for runs in ((tmp_path / "mutual", other), (other, tmp_path / "mutual")):
+        found = page(*runs).text
+        assert found.count("from its cached rows") == 1
+        assert "What its cache knows" in found
 
 
 @pytest.mark.usefixtures("undrawn")

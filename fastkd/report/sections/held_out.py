@@ -50,7 +50,7 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
     """A row for the teacher of each cache."""
     seen: set[str] = set()
     for run, _ in comparison.students:
-        if run.evaluation is None or run.evaluation.content in seen:
+        if run.evaluation is None or not run.evaluation.teacher.sums or run.evaluation.content in seen:
             continue
         seen.add(run.evaluation.content)
         found = run.evaluation.teacher_intervals()
@@ -92,7 +92,11 @@ def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, 
     evaluation = comparison.evaluation
     if evaluation is None:
         return notes
-    found = evaluation.teacher_intervals()
+    speed = ("speed", f"Student's forward during the evaluation, on {evaluation.device}.")
+    each = (run.evaluation for run, _ in comparison.students)
+    found = next((one.teacher_intervals() for one in each if one is not None and one.teacher.sums), {})
+    if not found:
+        return [*notes, speed]
     text = (
         f"What its cache knows. {percent(found['label_known'].mean)} of the labels are among the cached entries, with "
         "their exact probability; any other label has at most the mass outside the entries, so the cross-entropy is a "
@@ -104,4 +108,4 @@ def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, 
             f" {percent(found['tail_mass'].mean)} of its probability lies outside the top-k entries; its entropy is "
             f"between {low} and {high} nats."
         )
-    return [*notes, ("teacher", text), ("speed", f"Student's forward during the evaluation, on {evaluation.device}.")]
+    return [*notes, ("teacher", text), speed]
