@@ -1,7 +1,9 @@
 """The digits task: a classifier of handwritten digits is trained and captured with its last feature maps, and a student
-a tenth of its size is trained from the cache: with those maps, without them, and on labels alone.
+a tenth of its size is trained from the cache: with those maps, without them, and on labels alone; then beside the
+teacher, without a cache, and with a second student in place of a teacher.
 
 OUT/digits/  teacher.safetensors  cache/  student/ (with without_features/ and control/)  report.html  report.json
+             live/ live-cache/ pair/ (see digits_live.py)
 """
 
 import json
@@ -23,7 +25,7 @@ from ..evaluate.measures import CLASSIFIER_DEMO, printed_in
 from ..models.module import parameters_and_bytes
 from ..report.make import make_report
 from ..report.runs import Run, read_runs
-from ..settings import DemoSettings
+from ..settings import DemoSettings, LiveSettings
 from ..train.api import train
 from ..train.arms import WITHOUT_FEATURES
 from ..train.result import RUN
@@ -34,6 +36,7 @@ from ..utils.signals import Stop, Stopped
 from . import DemoResult
 from .artifacts import write_json
 from .digits_inputs import CLASSES, HELD_OUT, Net, digits, new_net, train_teacher
+from .digits_live import FIRST, SECOND, train_live
 from .results import paired, scores_of, scores_table
 from .stages import Stages, verify_before_training
 
@@ -41,6 +44,7 @@ MEASURES = printed_in(CLASSIFIER_DEMO)
 FEATURE = "layers.6"  # what the last layer before the classifier returns, of teacher and student
 # settings of the student; the control has alpha = 1
 TRAINING: dict[str, Any] = {"alpha": 0.1, "temperature": 2.0, "rate": 2e-2, "weight_decay": 0.01, "batch_size": 32}
+PAIR: dict[str, Any] = {"alpha": 0.5, "temperature": 1.0}  # a peer knows less than a teacher
 MATCH = (f"{FEATURE}:{FEATURE}:sp:2000",)  # which digits of a batch are alike
 
 
@@ -81,7 +85,6 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
             raise Stopped
         if not captured.positions_captured:
             stages.log("capture: the cache is complete, the teacher did not run")
-    del teacher
     checked = verify_before_training(out / "cache", stages)
     with stages.stage("train", "a student from the cache with features, then without them, then on labels alone"):
         done = train(
@@ -95,8 +98,16 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
             stages.log("train: the students are reused")
         document = json.loads((out / "student" / RUN).read_text())
         atomic.write_json(out / "student" / RUN, document | {"teacher": teacher_size})
+    with stages.stage("live", "the student without features beside the teacher; two students that teach each other"):
+        students = {FIRST: partial(new_net, sizes.student_width, seed + 1),
+                    SECOND: partial(new_net, sizes.student_width, seed + 2)}  # fmt: skip
+        how = LiveSettings(k=CLASSES, draws=0, held_out=HELD_OUT, data_seed=seed, shard_positions=1024,
+                           teacher_batch_tokens=1024)  # fmt: skip
+        live = train_live(
+            teacher, data, out, students, how, PAIR, stop=stop, epochs=float(sizes.epochs), seed=seed, **TRAINING
+        )
     with stages.stage("report", str(out / "report.html")):
-        make_report([out / "student"], out / "report.html")
+        make_report([out / "student", out / "live", out / "pair"], out / "report.html")
     runs = read_runs([out / "student"])
     evaluation = runs[0].evaluation
     assert evaluation is not None
@@ -119,6 +130,9 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         "scores": {name: _to_json(found) for name, found in scores_of(runs).items()},
         "student_minus_control": differences["student - control"],
         "student_minus_without_features": differences["student - without features"],
+        "live_is_the_cached_student": live.same,
+        "pair": {name: _to_json(found) for name, found in live.pair.items()},
+        "pair_first_minus_control": _to_json(live.minus_control),
         "features": done.verdicts[WITHOUT_FEATURES].overall if WITHOUT_FEATURES in done.verdicts else None,
     }
     write_json(out / "report.json", report)
@@ -150,6 +164,10 @@ def _to_json(found: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
     return {measure.name: found[measure.name]._asdict() for measure in MEASURES if measure.name in found}
 
 
+def _figure(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['mean']:{sign}.3f} ± {value['half']:.3f}"
+
+
 def text_of(report: dict[str, Any], runs: Sequence[Run]) -> str:
     """The report as text."""
     positions, now = report["positions"], report["captured_now"]
@@ -167,6 +185,12 @@ def text_of(report: dict[str, Any], runs: Sequence[Run]) -> str:
         "  without features: the same student on the teacher's answers alone, in the same order",
         "  control: the same student on labels alone, in the same order; KL to the cached targets",
         f"  the features by cross-entropy: {report['features']}",
+        "",
+        "live: without features, beside the teacher and without a cache, the student has "
+        + ("the same weights, bit for bit" if report["live_is_the_cached_student"] else "OTHER WEIGHTS"),
+        "pair: two students that teach each other, without a teacher, have a cross-entropy of "
+        + " and ".join(_figure(found["cross_entropy"]) for found in report["pair"].values())
+        + f"; the first minus the control: {_figure(report['pair_first_minus_control']['cross_entropy'], '+')}",
         "",
         f"{report['settings']['out']}/digits/report.html shows the runs.",
     ])  # fmt: skip

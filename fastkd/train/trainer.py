@@ -430,7 +430,9 @@ class Trainer:
         self._evaluation = found
         if self._log is not None:
             self._log.write({"step": self.step, "evaluation": found})
-        measures = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+        # of what is beside the student (NAME/MEASURE) the deciding measure alone: a line is to be read
+        shown = {key: value for key, value in found.items() if "/" not in key or key.endswith(f"/{name}")}
+        measures = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
         by_window = getattr(self._evaluate, "evaluations", None)
         by_window = list(by_window) if isinstance(by_window, list) else []

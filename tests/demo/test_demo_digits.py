@@ -55,7 +55,8 @@ def result(out: Path) -> list[bytes]:
     """The weights of teacher, student and control."""
     student = out / "digits" / "student"
     names = [out / "digits" / "teacher.safetensors"]
-    names += [run / "student" / "model.safetensors" for run in (student, student / "control")]
+    names += [run / "student" / "model.safetensors" for run in (student, student / "control", out / "digits" / "live")]
+    names += [out / "digits" / "pair" / "students" / name / "model.safetensors" for name in ("first", "second")]
     return [name.read_bytes() for name in names]
 
 
@@ -112,6 +113,26 @@ def test_what_it_leaves(place: Path) -> None:
     assert f"the features by cross-entropy: {report['features']}" in text
 
 
+def test_teachers_beside_the_student(place: Path) -> None:
+    """The student is the one from the cache, the cache the capture's; and two students teach each other."""
+    out = place / "digits"
+    report = json.loads((out / "report.json").read_text())
+    assert report["live_is_the_cached_student"]
+    cached, written = open_cache(out / "cache"), open_cache(out / "live-cache")
+    assert written.sealed
+    assert [written.content(i) for i in written.shards] == [cached.content(i) for i in cached.shards]
+    first, control = report["pair"]["first"], report["scores"]["control"]
+    for name, difference in report["pair_first_minus_control"].items():
+        assert difference["mean"] == pytest.approx(first[name]["mean"] - control[name]["mean"], abs=1e-9)
+    assert set(report["pair"]["second"]) == SHOWN
+    text = demo.text_of(report, read_runs([out / "student"]))
+    assert "the same weights, bit for bit" in text
+    assert f"{report['pair_first_minus_control']['cross_entropy']['mean']:+.3f}" in text
+    page = (out / "report.html").read_text()
+    assert "pair, first" in page
+    assert "pair, ensemble" in page
+
+
 def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = result(place)
     report, text = demo.run(settings(place), sizes=FEW)
@@ -133,7 +154,7 @@ def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest
         demo.run(settings(tmp_path), stop, sizes=FEW)
     assert (tmp_path / "digits" / "teacher.safetensors").exists()
     take = Trainer._take
-    for run in ("student", "without_features", "control"):
+    for run in ("student", "without_features", "control", "live", "pair"):
         stop = Stop()
 
         def taken(self: Trainer, *given: Any, stop: Stop = stop, run: str = run, **more: Any) -> None:
