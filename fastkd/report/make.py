@@ -55,7 +55,8 @@ def page_of(
     runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "", command: str = "", fetch: bool = False
 ) -> Page:
     """The page of some runs; see `make_report`."""
-    lead = f"Distilled from cached outputs of the teacher: {', '.join(run.name for run in runs)}."
+    how = "" if any("live" in run.document for run in runs) else " from cached outputs of the teacher"
+    lead = f"Distilled{how}: {', '.join(run.name for run in runs)}."
     if any(run.control is not None for run in runs):
         lead += " Dashed lines: the controls, the same students trained on hard labels alone"
         lead += ", or without features." if any(run.without_features is not None for run in runs) else "."
