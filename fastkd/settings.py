@@ -279,9 +279,9 @@ class TrainSettings:
     skew: float = 0.1
     """Mixing weight of the teacher in the divergence skew_kl."""
     match: tuple[str, ...] = ()
-    """Inner states of the teacher to match, from the cache's features: TEACHER:STUDENT:LOSS:WEIGHT, such as
-    20:16:mse:0.1 (the states that enter the teacher's layer 20 and the student's layer 16); or auto. A weight of auto
-    is found in the first steps."""
+    """Inner states of the teacher to match, from the cache's features or from a live teacher:
+    TEACHER:STUDENT:LOSS:WEIGHT, such as 20:16:mse:0.1 (the states that enter the teacher's layer 20 and the student's
+    layer 16); or auto. A weight of auto is found in the first steps."""
     match_projector: Literal["linear", "identity"] = "linear"
     """From the student's states to the teacher's: a trained projector, or none (identity), for equal hidden sizes."""
     match_init: Literal["least-squares", "random"] = "least-squares"

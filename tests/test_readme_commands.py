@@ -22,7 +22,8 @@ NAMES = {"CACHE": "my-cache", "T": "HuggingFaceTB/SmolLM2-135M", "[--deep]": "--
 
 def blocks(page: str) -> list[str]:
     """Commands of fastkd in a page's indented blocks, without comments."""
-    lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", PAGES[page], flags=re.S), re.M)
+    text = re.sub(r"\\\n +", "", re.sub(r"```.*?```", "", PAGES[page], flags=re.S))  # a command on several lines
+    lines = re.findall(r"^    (\S.*)$", text, re.M)
     starts = ("fastkd ", *STARTERS)
     return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith(starts)]
 

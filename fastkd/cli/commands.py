@@ -152,7 +152,8 @@ class Train(RolloutSettings, LiveSettings, _Training):
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     teacher: str | None = None
     """Teacher model, with --data instead of --cache, or with --rollouts, as in `fastkd capture`: a folder, a GGUF file,
-    a name on the Hugging Face Hub, or module:factory."""
+    a name on the Hugging Face Hub, or module:factory. ema:0.999: the student's own average over the steps, with this
+    decay."""
     data: tuple[str, ...] = ()
     """Without a cache, the dataset, as in `fastkd capture`: files, folders or glob patterns, or module:factory. With a
     cache of examples: module:factory that returns the labelled examples."""
@@ -268,9 +269,10 @@ class Sweep(_Training):
     """Peak learning rates."""
     auto: bool = False
     """Choose alpha, temperature and divergence by successive halving on the held-out split, with one seed, at the cost
-    of three to four full runs: of 16 arms (or the grid of the values given), the better half of each rung goes on, up
-    to half of the run with at least one arm of each temperature and hard labels alone. The default settings are among
-    the arms, and trained to the end for comparison. Writes chosen.json, with a command to train with, and auto.png."""
+    of three to four full runs, and up to one more for the default settings: of 16 arms (or the grid of the values
+    given), the better half of each rung goes on, up to half of the run with at least one arm of each temperature and
+    hard labels alone. The default settings are among the arms, and trained to the end for comparison. Writes
+    chosen.json, with a command to train with, and auto.png."""
     seeds: int = 2
     """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms. Not with
     --auto."""

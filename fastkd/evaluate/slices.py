@@ -34,9 +34,9 @@ SAYS = {
     "entropy/low": "teacher's entropy below log 2",
     "entropy/middle": "teacher's entropy log 2 to log 8",
     "entropy/high": "teacher's entropy above log 8",
-    "disagreement/low": "q(label) above 1/2",
-    "disagreement/middle": "q(label) 1/8 to 1/2",
-    "disagreement/high": "q(label) below 1/8",
+    "disagreement/low": "teacher's probability of the label above 1/2",
+    "disagreement/middle": "teacher's probability of the label 1/8 to 1/2",
+    "disagreement/high": "teacher's probability of the label below 1/8",
 }
 """Each slice in words."""
 

@@ -12,6 +12,7 @@ from ..evaluate.measures import LOG, MEASURES, printed_in
 from ..train.verdict import verdict
 from ..utils.atomic import unsealed
 from ..utils.intervals import Interval, to_json
+from ..utils.numbers import difference_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 
@@ -125,9 +126,7 @@ def generations_text(report: GenerationsReport) -> str:
         for member in report.members:
             cells = [f"{member.values[m.name].mean:.4f}" if m.name in member.values else "" for m in shown]
             differences = [member.against.get(name, {}).get(report.measure) for name in columns]
-            told = [
-                "" if d is None else f"{d.mean:+.4f} ± {d.half:.4f}, {verdict(report.measure, d)}" for d in differences
-            ]
+            told = ["" if d is None else f"{difference_text(*d)}, {verdict(report.measure, d)}" for d in differences]
             rows.append([member.name, *cells, *told])
         lines += format_table(rows)
         lines.append(

@@ -182,6 +182,7 @@ class Halving:
         stop: Stop = self.given["stop"]
         if stop.asked:
             return False
+        self.say.event("note", text=f"{arm.name}: to step {step}")
         pause = Pause(tuple(rung.step for rung in self.rungs), step)
         # checkpoints are those of the rungs: one is enough
         settings = replace(arm.of(self.settings, self.settings.seed), keep=1)

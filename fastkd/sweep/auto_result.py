@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..settings import TrainSettings
 from ..train.verdict import Verdict
 from ..utils.intervals import Interval, to_json
-from ..utils.numbers import duration
+from ..utils.numbers import difference_text, duration
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 from .halving import Rung, cost_of
@@ -100,7 +100,7 @@ class AutoReport:
                 if name == arm and value is None:
                     return f"diverged before step {decision.step}"
                 if name == arm and behind is not None:
-                    return f"fell at step {decision.step}, {abs(behind.mean):.4f} ± {behind.half:.4f} behind the best"
+                    return f"fell at step {decision.step}, {_distance(behind)} behind the best"
         return "came to the end"
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +136,10 @@ class AutoReport:
         }
 
 
+def _distance(behind: Interval) -> str:
+    return difference_text(abs(behind.mean), behind.half, sign=False)
+
+
 def auto_text(report: AutoReport) -> str:
     if not report.complete:
         return f"{report.out}: stopped. Run the same command again to resume."
@@ -147,7 +151,7 @@ def auto_text(report: AutoReport) -> str:
             found = next((row for row in decision.values if row[0] == name), None)
             cells.append("" if found is None else "diverged" if found[1] is None else f"{found[1]:.4f}")
             if found is not None and found[2] is not None:
-                behind = f"{abs(found[2].mean):.4f} ± {found[2].half:.4f}"
+                behind = _distance(found[2])
         rows.append([name, *cells, behind if name != report.chosen else "chosen"])
     lines = [f"note: {note}" for note in report.notes]
     lines += [f"held out, {report.measure} at each rung; last column: paired, where the arm fell", *format_table(rows)]

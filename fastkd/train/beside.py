@@ -29,15 +29,23 @@ def check_exports(settings: TrainSettings, student: Student) -> None:
         )
 
 
+def folders_beside(out: Path, settings: TrainSettings) -> dict[str, Path]:
+    """The folders that `write_beside` writes, by name: "ema", "exit6"."""
+    names = [KIND] if settings.export_teacher else []
+    names += [f"exit{settings.export_exit}"] if settings.export_exit is not None else []
+    return {name: out / f"{STUDENT}-{name}" for name in names}
+
+
 def write_beside(
     out: Path, settings: TrainSettings, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
 ) -> None:
     """Write what the settings ask for beside OUT/student: OUT/student-ema, OUT/student-exit6. tensors: of the whole
     `Student`, by name."""
+    folders = folders_beside(out, settings)
     if settings.export_teacher:
         assert isinstance(student.live, AveragedTeacher)
         prefix = "live.model."
         plain = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        write_model(out / f"{STUDENT}-{KIND}", student.live.model, plain, tokenizer)
+        write_model(folders[KIND], student.live.model, plain, tokenizer)
     if (layers := settings.export_exit) is not None:
-        write_exit(out / f"{STUDENT}-exit{layers}", student, layers, tensors, tokenizer)
+        write_exit(folders[f"exit{layers}"], student, layers, tensors, tokenizer)

@@ -285,8 +285,8 @@ def _check_block(text: str, teacher: str, spec: Feature) -> None:
         raise TrainError(f"match: got {text!r}; no layer follows what enters the final norm; expected one before it.")
     if spec.block is None:
         raise TrainError(
-            f"match: got {text!r}, and feature {teacher} was captured without the weights that attention is recomputed "
-            "with. Drop it, and capture it again with --feature-block."
+            f"match: got {text!r}, and feature {teacher} comes without the weights that attention is recomputed with. "
+            "Beside a live teacher, add --feature-block; from a cache, drop it, and capture it again with that option."
         )
 
 

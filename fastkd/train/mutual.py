@@ -19,6 +19,7 @@ from ..kernels import KDError, TopKConfig
 from ..settings import MutualSettings, TrainSettings
 from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
+from ..utils.numbers import measure_text
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop
@@ -102,7 +103,7 @@ class MutualReport:
         if any(columns.values()):
             columns[ENSEMBLE] = self.ensemble
             names = [name for name in self.ensemble if all(name in column for column in columns.values())]
-            rows = [[name, *(f"{column[name]:.4f}" for column in columns.values())] for name in names]
+            rows = [[name, *(measure_text(column[name]) for column in columns.values())] for name in names]
             lines += format_table([["held out", *columns], *rows])
         for name, one in self.students.items():
             if one.verdict is not None:

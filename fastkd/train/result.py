@@ -1,7 +1,6 @@
 """The results of a run: the exported student, run.json, and the report that `fastkd.train` returns."""
 
 import errno
-import math
 import os
 import platform
 import sys
@@ -21,6 +20,7 @@ from .. import __version__
 from ..cache.reader import Cache
 from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
+from ..utils.numbers import measure_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 from .arms import CONTROL, WITHOUT_FEATURES
@@ -41,10 +41,10 @@ class TrainReport:
     0. metrics: of the last step. evaluation: the last measures on the held-out split (at the end, of the exported
     student), empty without evaluations; best: step and value of the best ones. In this call: positions (that went
     through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
-    exported student, None while work remains. control: the report of the control, trained on hard labels alone.
-    without_features: that of the same student without the features that it matches. verdicts: of the comparisons with
-    both, by folder, if they were evaluated by window. stopped_worse: the comparison that ended the training before its
-    last step (`stop_if_worse`), None if there was none.
+    exported student, None while work remains; exported: of what else was exported, by name. control: the report of the
+    control, trained on hard labels alone. without_features: that of the same student without the features that it
+    matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window. stopped_worse: the
+    comparison that ended the training before its last step (`stop_if_worse`), None if there was none.
     """
 
     out: str
@@ -58,6 +58,7 @@ class TrainReport:
     seconds: float = 0.0
     waiting: float = 0.0
     student: str | None = None
+    exported: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     control: "TrainReport | None" = None
     without_features: "TrainReport | None" = None
@@ -107,16 +108,30 @@ def report_of(report: TrainReport) -> str:
         lines.append(f"stopped after step {report.step} of {report.steps}: {report.stopped_worse.sentence()}")
     lines += [f"note: {note}" for note in report.notes]
     if report.evaluation:
-        columns = {"student": report.evaluation}
+        columns = _by_part(report.evaluation)
         if report.control:
             columns |= {"control": report.control.evaluation, "difference": report.to_json()["difference"]}
         if report.without_features:
             columns["without features"] = report.without_features.evaluation
-        rows = [[n, *(f"{c.get(n, math.nan):.4f}" for c in columns.values())] for n in report.evaluation]
+        if report.stopped_worse is not None:  # the control went on
+            both = {STUDENT: report.step, CONTROL: report.steps}
+            columns = {f"{name}, step {both[name]}" if name in both else name: c for name, c in columns.items()}
+        names = dict.fromkeys(name for column in columns.values() for name in column)
+        rows = [[n, *(measure_text(c.get(n)) for c in columns.values())] for n in names]
         lines += format_table([["held out", *columns], *rows])
     for one in report.verdicts.values():
         lines += one.lines
-    return "\n".join([*lines, f"student: {report.student}"])
+    lines.append(f"student: {report.student}")
+    return "\n".join(lines + [f"{name}: {folder}" for name, folder in report.exported.items()])
+
+
+def _by_part(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The measures of the student, and of what was measured beside it ("ema/accuracy"), by their own names."""
+    found: dict[str, dict[str, float]] = {STUDENT: {}}
+    for name, value in evaluation.items():
+        part, _, own = name.rpartition("/")
+        found.setdefault(part or STUDENT, {})[own] = value
+    return found
 
 
 def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:

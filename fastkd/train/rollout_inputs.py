@@ -71,7 +71,7 @@ class RolloutInputs(Inputs):
         if not isinstance(base, ShardSource):
             raise TrainError(f"rollouts: got {type(base).__name__}; expected a cache, or a teacher and data.")
         if "tokens" not in base.form.spec.inputs:
-            raise TrainError("rollouts: got examples; expected text, which can be continued.")
+            raise TrainError("rollouts: got data of examples; expected text, which can be continued.")
         teacher = self._teacher
 
         def score(tokens: Path, cache: Path, how: CaptureSettings) -> None:

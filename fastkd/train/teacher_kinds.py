@@ -7,6 +7,7 @@ student is made: an `InForward`, which answers micro-batches inside the student'
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from ..settings import CaptureSettings
 from .in_forward import InForward
@@ -23,7 +24,7 @@ KINDS: dict[str, str] = {"ema": "ema"}
 def find_kind(teacher: str) -> MakeTeacher | None:
     """What makes the teacher of a name KIND:TEXT; None for a name of another kind of teacher."""
     kind, colon, text = teacher.partition(":")
-    if not colon or kind not in KINDS:
+    if kind not in KINDS or (not colon and Path(teacher).exists()):
         return None
     made: MakeTeacher = import_module(f".{KINDS[kind]}", __package__).teacher_kind(text)
     return made

@@ -26,10 +26,11 @@ from ..settings import TrainSettings
 from ..stream.batch import BatchSource, Step
 from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
+from ..utils.numbers import measure_text
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .auto_weight import AutoWeights
-from .beside import check_exports, write_beside
+from .beside import check_exports, folders_beside, write_beside
 from .checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -227,6 +228,7 @@ class Trainer:
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
         folder = self._out / (STUDENTS if self.student.parts else STUDENT)
+        beside = folders_beside(self._out, self._settings)
         with self._processes.all_or_none():
             if self.complete and (self._processes.first or self.student.alone):
                 self._export(folder)
@@ -242,6 +244,7 @@ class Trainer:
             seconds=self._seconds,
             waiting=self._waited / self._seconds if self._seconds else 0.0,
             student=str(folder) if self.complete else None,
+            exported={name: str(path) for name, path in beside.items()} if self.complete else {},
             notes=self.student.notes,
             stopped_worse=self.worse,
         )
@@ -432,7 +435,7 @@ class Trainer:
             self._log.write({"step": self.step, "evaluation": found})
         # of what is beside the student (NAME/MEASURE) the deciding measure alone: a line is to be read
         shown = {key: value for key, value in found.items() if "/" not in key or key.endswith(f"/{name}")}
-        measures = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
+        measures = ", ".join(f"{key} {measure_text(value)}" for key, value in shown.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
         by_window = getattr(self._evaluate, "evaluations", None)
         by_window = list(by_window) if isinstance(by_window, list) else []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluate.measures import MEASURES, sign_of
 from ..evaluate.slices import SAYS
 from ..utils.intervals import TAIL, Interval, to_json
+from ..utils.numbers import difference_text
 
 if TYPE_CHECKING:
     from ..evaluate.result import Evaluation
@@ -70,10 +71,10 @@ class Verdict:
 
     def sentence(self, said: str = "") -> str:
         """The overall verdict. said: what was compared; "": the arm's name."""
-        mean, half = self.difference[self.measure]
         when = f"at step {self.step}, " if self.step is not None else ""
         when += f"95% for all {self.looks} comparisons together, " if self.looks > 1 else ""
-        figure = f"{self.measure} {mean:+.4f} ± {half:.4f}, {when}paired over {self.windows} held-out windows; one seed"
+        found = difference_text(*self.difference[self.measure])
+        figure = f"{self.measure} {found}, {when}paired over {self.windows} held-out windows; one seed"
         return f"{said or 'against ' + self.against.replace('_', ' ')}: {self.overall} ({figure})"
 
     @property
@@ -85,7 +86,7 @@ class Verdict:
             what = f"intervals of 95% for all {self.cells} cells together"
             lines.append(f"  by slice ({what}): {'' if some else 'no difference'}".rstrip())
             for name, cells in some.items():
-                told = (f"{verdict(m, d)}, {m} {d.mean:+.4f} ± {d.half:.4f}" for m, d in cells)
+                told = (f"{verdict(m, d)}, {m} {difference_text(*d)}" for m, d in cells)
                 lines.append(f"    {SAYS.get(name, name)}: {'; '.join(told)}")
         return lines
 

@@ -1,7 +1,7 @@
 """Number formats for people: significant figures, SI prefixes, durations, percentages. Imports nothing heavy.
 
 Pages use thin spaces between thousands and before units, and a real minus sign (`figures`, `prefixed`, `seconds`,
-`percent`, `with_half`); terminals plain spaces (`size_text`, `duration`).
+`percent`, `with_half`); terminals plain spaces (`size_text`, `duration`, `measure_text`, `difference_text`).
 """
 
 import math
@@ -51,6 +51,18 @@ def with_half(mean: float, half: float, *, scale: float = 1.0, sign: bool = Fals
     # rounding errors in sums leave a half that is not exactly 0
     count = min(places(half, 2), 4) if half > 1e-9 * abs(mean) else places(mean, 3)
     return decimals(mean, count, sign=sign), decimals(half, count)
+
+
+def measure_text(value: float | None) -> str:
+    """A measure with four decimal places, and no sign if these are zeros; "" for None."""
+    return "" if value is None else f"{value:z.4f}"
+
+
+def difference_text(mean: float, half: float, *, sign: bool = True) -> str:
+    """A difference and half its interval: "-0.0831 ± 0.0202", with more decimal places where four would leave less than
+    two figures of the half."""
+    count = min(8, max(4, places(half, 2)))
+    return f"{mean:{'+' if sign else ''}z.{count}f} ± {half:.{count}f}"
 
 
 def prefixed(value: float | None, unit: str = "") -> str:

@@ -55,7 +55,9 @@ from fastkd.train.verdict import judge
 from fastkd.utils.intervals import Interval
 from fastkd.utils.numbers import (
     decimals,
+    difference_text,
     figures,
+    measure_text,
     percent,
     prefixed,
     seconds,
@@ -758,6 +760,10 @@ def test_a_drawing_leaves_settings_alone() -> None:
         (with_half(3.0164, 0.0512), ("3.016", "0.051")), (with_half(0.603, 0.0254, scale=100), ("60.3", "2.5")),
         (with_half(0.45, float("inf")), ("0.450", "")), (with_half(-0.1, 0.0099, sign=True), ("−0.1000", "0.0099")),
         (with_half(3.0, 0.0), ("3.00", "0.00")),
+        (measure_text(-0.00001), "0.0000"), (measure_text(None), ""), (measure_text(-0.5), "-0.5000"),
+        (difference_text(-0.0831, 0.0202), "-0.0831 ± 0.0202"), (difference_text(0.0, 0.0), "+0.0000 ± 0.0000"),
+        (difference_text(-0.000121, 0.0000934), "-0.000121 ± 0.000093"),
+        (difference_text(0.5, float("inf"), sign=False), "0.5000 ± inf"),
     ],
 )  # fmt: skip
 def test_numbers(text: Any, expected: Any) -> None:

@@ -1,6 +1,7 @@
 """Trainings whose teacher is the student's own average: `teacher="ema:0.9"`."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -82,10 +83,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     args += ["--batch-tokens", "60", "--context", "16", "--held-out", "0.2", "--export-teacher", "--export-exit", "1"]
     assert main(args) == 0
     printed = capsys.readouterr().out
-    assert "ema/cross_entropy" in printed
-    assert "exit1/kl_bucket" in printed
+    assert re.search(r"^held out +student +ema +exit1$", printed, re.MULTILINE)
+    assert re.search(r"^kl_bucket +\d\.\d{4} +\d\.\d{4}$", printed, re.MULTILINE)
     for name in ("student", "student-ema", "student-exit1"):
         assert (tmp_path / "run" / name / "model.safetensors").exists()
+        assert f"{name.removeprefix('student-')}: {tmp_path / 'run' / name}\n" in printed
     assert main([*args[:4], "ema:2", *args[5:]]) == 1
     assert "--teacher ema:2: expected ema:DECAY with a decay from 0 to 1" in capsys.readouterr().err
     assert main([*args, "--exits", "7"]) == 1  # in addition
@@ -176,6 +178,7 @@ def test_the_average_is_exported_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"teacher": "ema"}, r"teacher: got 'ema:'; expected ema:DECAY with a decay from 0 to 1"),
         ({"teacher": "ema:1.5"}, r"teacher: got 'ema:1.5'; expected ema:DECAY with a decay from 0 to 1"),
         ({"teacher": "ema:-1"}, r"teacher: got 'ema:-1'"),
         ({"teacher": "ema:nan"}, r"teacher: got 'ema:nan'"),

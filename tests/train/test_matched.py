@@ -101,7 +101,7 @@ def test_the_loss_of_coordinates_is_that_of_the_states(cache: Cache, layout: str
     for batch in step.micro_batches:
         ours = student(batch, num_items=step.count)["hidden"]
         with torch.no_grad():
-            student._output(batch)
+            student.run(batch)
             assert student._inner is not None
             (hidden,) = student._inner.take().values()
             expected = _by_hand(batch, states, hidden, projector, basis, loss, 0) / step.positions
@@ -293,7 +293,7 @@ def test_a_projector_begins_with_the_best_fit(cache: Cache, tmp_path: Path, loss
     student.read(HiddenKD("2", "state:2", "gram"))
     (batch,) = next(iter(DistillLoader(cache, batch_size=20, micro_tokens=None, features=("2",)))).micro_batches
     with torch.no_grad():
-        student._output(batch)
+        student.run(batch)
         assert student._inner is not None
         targets = batch.features["2"]
         x = student._inner.take()["state:2"].flatten(0, 1)[targets.index]
@@ -463,7 +463,7 @@ def test_auto_and_a_sweep(cache: Cache, tmp_path: Path) -> None:
         ("2:2:mes:1", r"match: got '2:2:mes:1'; expected a loss of .*mse"),
         ("2:2:mse:-1", r"match: got '2:2:mse:-1'; expected a weight above 0, or auto"),
         ("2:2:hint:1", r"match: got '2:2:hint:1'; feature 2 is of states; expected one of maps, or a loss of states"),
-        ("2:2:attention:1", r"match: got '2:2:attention:1', and feature 2 was captured without the weights"),
+        ("2:2:attention:1", r"match: got '2:2:attention:1', and feature 2 comes without the weights"),
     ],
 )
 def test_refused_before_anything_is_written(cache: Cache, tmp_path: Path, match: str, problem: str) -> None:

@@ -131,7 +131,7 @@ def test_auto() -> None:
         ("5:5:mse:1", r"thin has 4 layers; expected a number from 0 to 4 \(what enters the final norm\)"),
         ("5:4:attention:1", "thin has 4 layers; expected a number from 0 to 3, or"),
         ("5:-6:mse:1", "thin has 4 layers"),
-        ("2:1:attention:1", "feature 2 was captured without the weights .* --feature-block"),
+        ("2:1:attention:1", "feature 2 comes without the weights .* --feature-block"),
         ("-1:1:relation:1", "no layer follows what enters the final norm"),
         ("5:1:mes:1", "expected a loss of at, attention, cosine"),
         ("5:mlp:mse:1", r"the name of a module of thin \(it has block.mlp, layers.0.mlp\)"),

@@ -323,6 +323,11 @@ def test_from_data_alone_and_beside_a_teacher(cache: Cache, tmp_path: Path) -> N
     assert report.complete
     assert report.students["a"].verdict is not None
     assert {"cross_entropy", "accuracy"} <= report.ensemble.keys()
+    again = fastkd.mutual(students, None, tmp_path / "data", data=documents(), control=True, **changes)
+    assert again.students["a"].verdict == report.students["a"].verdict
+    page = Path(make_report([tmp_path / "data"])["report"]).read_text()  # without a row of a teacher
+    assert ", a, control</" in page
+    assert "What its cache knows" not in page
     live = LiveSettings(**CAPTURE)
     fastkd.train(
         Tiny(seed=1), None, tmp_path / "alone", data=documents(), live=live, **{**SMALL, "steps": 6, "alpha": 1.0}

@@ -111,6 +111,7 @@ def test_again_it_stays_ended_and_without_the_option_it_goes_on(place: Path, tmp
     text = report_of(report)
     assert f"stopped after step {report.step} of {STEPS}: against control: hurt (cross_entropy +" in text
     assert f"95% for all {STEPS - FIRST} comparisons together" in text
+    assert f"student, step {report.step}  control, step {STEPS}  difference\n" in text
     report = fastkd.train("train_cases:tiny", place / "cache", run, **CHANGES | {"control": True})
     assert (report.step, report.stopped_worse) == (STEPS, None)
     assert list(report.verdicts) == ["control"]

@@ -119,7 +119,7 @@ def _heat_map(found: Verdict, evaluation: Evaluation) -> Table:
             f"All positions: intervals of 95% each; {found.measure} decides. Slices: {found.cells} cells, whose "
             f"intervals of 95% hold for all of them together (Bonferroni); slices in fewer than {LEAST_WINDOWS} "
             "windows are left out. Slices follow the teacher's cached targets: whether its best token is the label, "
-            "its entropy (nats), and its probability of the label, q(label). "
+            "its entropy (nats), and its probability of the label. "
         )
     caption += (
         "One training each: the intervals do not include the effect of another seed. Repeat a close one with others."
