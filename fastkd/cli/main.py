@@ -202,7 +202,7 @@ def train(command: Train, stop: Stop) -> Outcome:
         data=_training_data(command),
         live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
         write_cache=command.write_cache,
-        rollouts=RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)}),
+        rollouts=_rollouts(command),
         control=command.control,
         stop_if_worse=command.stop_if_worse,
         stop=stop,
@@ -211,6 +211,10 @@ def train(command: Train, stop: Stop) -> Outcome:
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+
+
+def _rollouts(command: Train) -> RolloutSettings:
+    return RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
 
 
 def _training_cache(place: str | None) -> Any:
@@ -224,6 +228,8 @@ def _training_cache(place: str | None) -> Any:
 
 def mutual(command: Mutual, stop: Stop) -> Outcome:
     """Train the students. Status 75: work remains."""
+    if len(command.student) < 2:
+        raise TrainError(f"student: got {', '.join(command.student) or 'none'}; expected two or more.")
     online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(MutualSettings)})
     return _together(command, command.student, online, stop, teacher=command.teacher)
 
@@ -231,8 +237,12 @@ def mutual(command: Mutual, stop: Stop) -> Outcome:
 def _with_teacher(command: Train, stop: Stop) -> Outcome:
     """Train the student and its teacher."""
     from ..train.mutual import check_trained_teacher, named
+    from ..train.unused import check_rollouts_used
 
-    check_trained_teacher(command.teacher, command.cache, command.write_cache, command.rollouts)
+    check_trained_teacher(
+        command.teacher, command.cache, command.write_cache, command.rollouts, stop_if_worse=command.stop_if_worse
+    )
+    check_rollouts_used(_rollouts(command))
     online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
     models = named([command.teacher, command.student])
     big, small = models

@@ -37,6 +37,8 @@ from ..sweep.result import check_finished, read_result
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
 from ..train.api import DEFAULTS, train
+from ..train.beside import check_exports
+from ..train.exits import with_exits
 from ..train.held_out import EVALUATION
 from ..train.result import STUDENT, describe_cache
 from ..train.settings_check import check_settings
@@ -336,7 +338,11 @@ def _check_student(
     check_settings(settings, spec)
     if isinstance(data, Examples) and not data.labelled:
         raise TrainError("data: got examples without labels; expected Examples(..., labels=...).")
-    made = make_student(student, spec, settings, data if isinstance(data, Examples) else None).student
+    examples = data if isinstance(data, Examples) else None
+    made = make_student(student, spec, settings, examples).student
+    check_exports(settings, made)
+    if settings.exits:
+        with_exits(settings, made, None, examples)
     if not alone and ensemble and made.vocab_size != teacher.vocab_size:
         raise TrainError(
             f"student: got a vocabulary of {made.vocab_size}; expected {teacher.vocab_size}, that of the teacher, as "

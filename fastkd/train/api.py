@@ -31,6 +31,7 @@ from .rollout_inputs import RolloutInputs, check_rollouts
 from .settings_check import check_settings
 from .student import make_student
 from .trainer import Evaluate, Pause, Trainer
+from .unused import check_live, check_rollouts_used
 from .verdict import judge
 from .watch import Watch, check_watch
 
@@ -109,6 +110,9 @@ def train(
     check_settings(settings, None, objective)
     check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
     check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)
+    beside = teacher is not None and not is_inside(teacher)
+    check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
+    check_rollouts_used(rollouts)
     cached = None if cache is None else inputs_of(cache, data)
     if cached is not None:
         check_settings(settings, cached.spec, objective)
@@ -129,10 +133,10 @@ def train(
         )
         stack.callback(inputs.close)
         if rollouts.rollouts:
-            beside = inputs.teacher if isinstance(inputs, LiveInputs) else None
-            if beside is None and teacher is not None:
-                beside = load_beside(teacher, None, settings, live, processes)
-            inputs = RolloutInputs(inputs, beside, rollouts, out, teacher_batch_tokens=live.teacher_batch_tokens)
+            scores = inputs.teacher if isinstance(inputs, LiveInputs) else None
+            if scores is None and teacher is not None:
+                scores = load_beside(teacher, None, settings, live, processes)
+            inputs = RolloutInputs(inputs, scores, rollouts, out, teacher_batch_tokens=live.teacher_batch_tokens)
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stop, mode = stop or Stop(), "lines" if progress == "bar" else progress

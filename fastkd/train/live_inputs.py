@@ -67,6 +67,10 @@ def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, setti
         raise TrainError(
             f"teacher: got none, and {what}; expected a teacher or a cache, or alpha=1 to train on labels alone."
         )
+    if is_inside(teacher) and not reads_answers(settings, objective):
+        raise TrainError(
+            f"teacher: got {teacher!r}, and alpha=1; expected none, as labels alone are learned, or a smaller alpha."
+        )
     if settings.match and is_inside(teacher):
         raise TrainError(
             f"match: got {', '.join(settings.match)}, and the teacher {teacher}; expected a cache, or a teacher beside "

@@ -35,6 +35,7 @@ from .result import RUN, TrainReport
 from .settings_check import check_settings
 from .student import LoadedStudent, Student, make_student
 from .trainer import Evaluate, Trainer
+from .unused import check_mutual
 from .verdict import Verdict, judge
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def mutual(
     check_folder(out, "run")
     check_settings(settings, None)
     check_arguments(cache, teacher, data, None, alone, None)
+    check_mutual(online, cached=cache is not None, teacher=teacher is not None)
     cached = None if cache is None else inputs_of(cache, data)
     if cached is not None and any(TEACHER in given for given in learns.values()):
         check_settings(settings, cached.spec)
@@ -379,8 +381,14 @@ def check(
         raise TrainError(f"every: got {online.every!r}; expected a number of steps, or 0 for targets of each step.")
 
 
-def check_trained_teacher(teacher: str | None, cache: Any, write_cache: Any, rollouts: float = 0.0) -> None:
+def check_trained_teacher(
+    teacher: str | None, cache: Any, write_cache: Any, rollouts: float = 0.0, *, stop_if_worse: bool = False
+) -> None:
     """Raise TrainError unless a training can train this teacher as well."""
+    if stop_if_worse:
+        raise TrainError(
+            "stop_if_worse: got it with train_teacher; expected one student that is trained. Leave one of them out."
+        )
     got = ""
     if teacher is None:
         got = "no teacher"

@@ -274,6 +274,8 @@ def short(*arguments: Any) -> Any:
         ({"live": LiveSettings(k=0, draws=0)}, "k: got 0 with draws=0"),
         ({"match": ("1:1:mse:1",)}, "match: got features; expected none"),
         ({"alpha": 2.0}, "alpha: got 2.0; expected a number from 0 to 1"),
+        ({"export_teacher": True}, "export_teacher: got it, and no teacher that is made of the student"),
+        ({"exits": (9,)}, "exits: got 9; expected numbers from 1 to"),
         ({"student": 5}, "student: got int; expected a folder"),
     ],
 )

@@ -185,7 +185,8 @@ def test_the_average_is_exported_on_request(tmp_path: Path) -> None:
         ({"teacher": "ema:"}, r"teacher: got 'ema:'"),
         ({"teacher": "ema:often"}, r"teacher: got 'ema:often'"),
         ({"match": ("9:1:mse:1",)}, r"match: got 9:1:mse:1, and the teacher ema:0.9"),
-        ({"alpha": 1.0, "export_teacher": True}, r"export_teacher: got it, and no teacher that is made of the student"),
+        ({"alpha": 1.0, "export_teacher": True}, r"teacher: got 'ema:0.9', and alpha=1; expected none"),
+        ({"alpha": 1.0, "teacher": None, "export_teacher": True}, r"export_teacher: got it, and no teacher that is"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
