@@ -332,8 +332,8 @@ def test_noise_between_seeds() -> None:
     # what an arm and what a seed does to all is no noise
     assert seed_noise([[1.0, 2.0, 4.0], [3.0, 4.0, 6.0]]) == pytest.approx(0.0, abs=1e-12)
     assert seed_noise([[1.0], [2.0]]) == math.inf
-    # of two arms: Student's t of the paired differences 1 and 3
-    assert seed_noise([[1.0, 2.0], [2.0, 5.0]]) == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))
+    # of two arms: Student's t, with one degree of freedom, of the paired differences 1 and 3
+    assert seed_noise([[1.0, 2.0], [2.0, 5.0]]) == pytest.approx(math.tan(0.475 * math.pi))
 
 
 def measured(values: list[float], scale: float = 0.0) -> Evaluation:
