@@ -35,7 +35,7 @@ $(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits]'
 	touch $@
 
-demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits: under a minute
+demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits, and live teachers: two minutes
 	$(BIN)/fastkd demo --task digits
 
 test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted without a GPU
