@@ -33,7 +33,7 @@ class LiveProblem:
 
 
 def few_digits(images: int = 50, *, width: int = 8, seed: int = 0) -> LiveProblem:
-    """So many digits with labels, in 8 augmented copies; a fifth of all 1797 is held out."""
+    """The first digits, with labels, in 8 augmented copies; a fifth of all 1797 is held out."""
     live = LiveSettings(k=CLASSES, draws=0, held_out=HELD_OUT, data_seed=seed, shard_positions=1024)
     changes = {"rate": 2e-2, "weight_decay": 0.01, "batch_size": 32, "max_positions": images * COPIES, "steps": STEPS}
     says = f"{images} digits, a network of width {width}"
@@ -41,7 +41,7 @@ def few_digits(images: int = 50, *, width: int = 8, seed: int = 0) -> LiveProble
 
 
 def few_bytes(documents: int = 512, *, width: int = 24, layers: int = 2, seed: int = 0) -> LiveProblem:
-    """So many documents of 64 bytes of CPython's language reference; a tenth of all of it is held out."""
+    """The first documents, of 64 bytes each, of CPython's language reference; a tenth of all of it is held out."""
     found, vocabulary = documents_of(next(language_reference()))
     live = LiveSettings(
         k=32, draws=8, context=LENGTH, packing="keep", held_out=0.1, data_seed=seed, shard_positions=2**15

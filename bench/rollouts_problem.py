@@ -2,7 +2,7 @@
 
     python -m fastkd.bench.rollouts_problem
 
-The teacher is the language itself: it knows the exact distribution after any prefix, and after an error goes on from
+The teacher is the language itself: it knows the exact distribution after any prefix, and after an error continues from
 what was said. A student of two narrow layers loses track of the stack. Where that leads is on no document; with
 rollouts, the student learns there too. All arms begin with the same student, trained off-policy, and make equally many
 further steps of equally many sequences. They are compared by what the student says by itself: the part of its words

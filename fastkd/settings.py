@@ -337,7 +337,7 @@ class TrainSettings:
     export_teacher: bool = False
     """Also write the teacher that is made of the student (--teacher ema:0.999), as student-ema: a whole model."""
     export_exit: int | None = None
-    """Also write the student cut at this one of its exits, as student-exitN: a whole model of so many layers."""
+    """Also write the student cut at this one of its exits, as student-exitN: a whole model of N layers."""
     max_positions: int | None = None
     """Maximum positions to train on: the first whole sequences of the cache up to this number."""
     skip: int = 0

@@ -9,7 +9,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from forked import SERVER
+from moments import Moments
 
 from fastkd.utils.signals import DONE, WORK_REMAINS
 
@@ -184,24 +186,13 @@ def die_at(moment: int) -> None:
     from fastkd.train.trainer import Trainer
     from fastkd.utils import atomic
 
-    left = moment
-
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **named)
-
-        return run
-
-    for owner, name in (
+    places: tuple[tuple[Any, str], ...] = (
         (os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (atomic.shutil, "rmtree"),
         (checkpoint, "_save"), (checkpoint.FileSystemWriter, "write_data"),
         (metrics.MetricsLog, "write"), (Trainer, "_make"),
-    ):  # fmt: skip
-        setattr(owner, name, dying(getattr(owner, name)))
+    )  # fmt: skip
+    # of this process, which ends
+    Moments(moment, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(places, pytest.MonkeyPatch())
 
 
 def train_slowly(student: Any, cache: Path, out: Path, changes: dict[str, Any]) -> None:

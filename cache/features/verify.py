@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CacheError, NotFound, StoreError
+from ..errors import CacheError, StoreError
 from ..manifest import read_manifest, runs, shard_key
 from ..shard.container import Damage
 from ..shard_checks import CheckedShards, Problem, check_shards
@@ -89,7 +89,7 @@ def check_feature(
         index, there = row["shard"], bases.get(row["shard"])
         if index not in base.indices:
             # a capture that is running may have written both since the cache's shards were listed
-            if not _is_there(store, shard_key(index)):
+            if not store.exists(shard_key(index)):
                 problems.append(Problem(index, None, "the cache has no shard of this number", name))
         elif there:  # else the cache's shard has a problem itself
             try:
@@ -117,14 +117,6 @@ def _parts(store: Store, spec: FeatureSpec, basis: Basis, deep: bool) -> list[st
     except CacheError as error:
         found.append(_plain(store, error))
     return found
-
-
-def _is_there(store: Store, key: str) -> bool:
-    try:
-        store.get_tail(key, 1)
-    except NotFound:
-        return False
-    return True
 
 
 def _plain(store: Store, error: Exception) -> str:

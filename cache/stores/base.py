@@ -109,6 +109,14 @@ class Store:
             raise ValueError(f"length: got {length}; expected at least one byte")
         return self._object(key, length)
 
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object. Reads its last byte."""
+        try:
+            self.get_tail(key, 1)
+        except NotFound:
+            return False
+        return True
+
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects whose key starts with `prefix` ("shards/"), in any order; without the store's own files."""
         folders = prefix.split("/")[:-1]

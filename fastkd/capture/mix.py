@@ -113,7 +113,7 @@ def mix_rows(
 
     parts: of each teacher ids, logprobs `[N, K]`, tail `[N, M]`, outcomes `[N]` and maybe draws `[N, K]`, as
         `Cache.read_shard` returns them. weights: of each, positive.
-    temperatures, draw_temperature: of all. k, draws: at most so many top-k entries and draws in a row of the result.
+    temperatures, draw_temperature: of all. k, draws: maximum numbers of top-k entries and draws per row of the result.
     uniform_N: a number in [0, 1) for each row, for the draws.
 
     Returns ids, logprobs, tail, outcomes and, if draws > 0, draws, as `CacheWriter.write_shard` takes them. Rows that

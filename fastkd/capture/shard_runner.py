@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..cache import CacheError, CacheWriter, Commit, FeatureWriter, NotFound, open_cache
+from ..cache import CacheError, CacheWriter, Commit, FeatureWriter, open_cache
 from ..cache.manifest import KEY as MANIFEST_KEY
 from ..cache.manifest import listed, shard_key
 from ..cache.stores import Store
@@ -123,7 +123,7 @@ class ShardRunner:
     def _committed_shards(self, name: str) -> set[int]:
         """The shards that the cache has, of a feature or of the targets. CacheError if none can be added."""
         folder = self._folder(name)
-        sealed = self._exists(f"{folder}{MANIFEST_KEY}")  # before the shards: another worker may be about to seal
+        sealed = self._store.exists(f"{folder}{MANIFEST_KEY}")  # before the shards: another worker may be about to seal
         committed = set(self._listed(name))
         where = f"{self._store.describe()}{f', feature {name}' if name else ''}"
         if unknown := sorted(committed - set(range(self._plan.shards))):
@@ -174,7 +174,7 @@ class ShardRunner:
         lacking = []
         for name, there in self._there.items():
             if index not in there:
-                if self._exists(shard_key(index, self._folder(name))):
+                if self._store.exists(shard_key(index, self._folder(name))):
                     there.add(index)
                 else:
                     lacking.append(name)
@@ -270,13 +270,6 @@ class ShardRunner:
         self._progress.add(positions, teacher_busy=seconds)
         if self._group.leader:
             self._claims.keep()
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._store.get_tail(key, 1)
-        except NotFound:
-            return False
-        return True
 
     def _positions(self, index: int) -> int:
         return int(self._plan.shard_rows[index + 1] - self._plan.shard_rows[index])

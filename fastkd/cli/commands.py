@@ -178,7 +178,7 @@ class Mutual(MutualSettings, TrainSettings):
 
     The students, of any architectures with one vocabulary, learn from the labels and from each other's outputs on the
     same batches. With --cache or --teacher they learn from that teacher as well. With --every, from copies of each
-    other that are made anew every so many steps.
+    other that are updated every N steps.
     Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
     Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
     """
@@ -270,7 +270,7 @@ class Sweep(_Training):
     auto: bool = False
     """Choose alpha, temperature and divergence by successive halving on the held-out split, with one seed, at the cost
     of three to four full runs, and up to one more for the default settings: of 16 arms (or the grid of the values
-    given), the better half of each rung goes on, up to half of the run with at least one arm of each temperature and
+    given), the better half of each rung continues, up to half of the run with at least one arm of each temperature and
     hard labels alone. The default settings are among the arms, and trained to the end for comparison. Writes
     chosen.json, with a command to train with, and auto.png."""
     seeds: int = 2

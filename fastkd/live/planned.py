@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..cache.errors import NotFound
 from ..cache.spec import CacheSpec
 from ..cache.stores import Store
 from ..capture.claims import Claims
@@ -126,14 +125,6 @@ def plan_shards(
     elif vocab_size not in (None, teacher.vocab_size):
         raise StreamError(f"vocab_size: got {vocab_size}; expected {teacher.vocab_size}, the teacher's.")
     # with claims, lengths would be written
-    claims = Claims(store, 0, 1) if store is not None and _has_lengths(store) else None
+    claims = Claims(store, 0, 1) if store is not None and store.exists(LENGTHS_KEY) else None
     plan, spec = prepare(teacher, data, settings, store, claims, progress=progress, notes=notes)
     return PlannedShards(plan, spec, data, settings)
-
-
-def _has_lengths(store: Store) -> bool:
-    try:
-        store.get_tail(LENGTHS_KEY, 1)
-    except NotFound:
-        return False
-    return True

@@ -178,9 +178,7 @@ def with_arms(out: Path, done: "Done", weights: Sequence[float], measure: str) -
         report, ours = done[STUDENT_ARM]
     found = {} if report.stopped_worse else {n: judge(n, ours, done[n][1], weights, measure) for n in arms}
     verdicts = {name: one for name in (WITHOUT_FEATURES, CONTROL) if (one := found.get(name)) is not None}
-    return replace(
-        report, control=arms.get(CONTROL), without_features=arms.get(WITHOUT_FEATURES), verdicts=verdicts
-    )  # fmt: skip
+    return replace(report, control=arms.get(CONTROL), without_features=arms.get(WITHOUT_FEATURES), verdicts=verdicts)
 
 
 def train_one(

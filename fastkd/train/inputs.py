@@ -59,9 +59,7 @@ class Inputs:
         objective: None for the `TokenKD` of the settings. Called for each arm. Raises TrainError.
         """
 
-    def matched(
-        self, settings: TrainSettings, student: "Student", objective: Objective | None
-    ) -> Objective | None:  # fmt: skip
+    def matched(self, settings: TrainSettings, student: "Student", objective: Objective | None) -> Objective | None:
         """The objective of a training with `settings.match`; without it, the one that is given. Raises TrainError."""
         if not settings.match:
             return objective

@@ -234,9 +234,7 @@ class LiveInputs(Inputs):
                 f"with a longer context, or context={most}."
             )
 
-    def matched(
-        self, settings: TrainSettings, student: Student, objective: Objective | None
-    ) -> Objective | None:  # fmt: skip
+    def matched(self, settings: TrainSettings, student: Student, objective: Objective | None) -> Objective | None:
         if not settings.match:
             return objective
         assert self._teacher is not None

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from moments import Killed, Moments
 from train_cases import SMALL, bits, documents, make_cache
 
 import fastkd
@@ -35,12 +35,7 @@ ARMS = {"alpha": [0, 0.2]}  # with the default and hard labels alone four
 NAMES = ("alpha=0", "alpha=0.2", "alpha=0.5", "alpha=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -194,31 +189,14 @@ def left(out: Path) -> dict[str, Any]:
     return found
 
 
-class Killed(BaseException):
-    """Ends the process, as far as a test can."""
-
-
 def die_at(cache: Cache, out: Path, moment: int) -> bool:
     """Die before a step, a checkpoint or the removal of one; and go on. Returns whether it came to that."""
-    remaining = moment
-
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal remaining
-            remaining -= 1
-            if remaining == 0:
-                raise Killed
-            return function(*arguments, **named)
-
-        return run
-
+    moments = Moments(moment)
     with pytest.MonkeyPatch.context() as patch, suppress(Killed):
-        for name in ("_make", "_save", "write_run"):
-            patch.setattr(Trainer, name, dying(getattr(Trainer, name)))
-        for name in ("remove_folder", "write_json"):
-            patch.setattr(f"fastkd.sweep.auto.{name}", dying(getattr(fastkd.sweep.auto, name)))
+        moments.watch([(Trainer, name) for name in ("_make", "_save", "write_run")], patch)
+        moments.watch([(fastkd.sweep.auto, name) for name in ("remove_folder", "write_json")], patch)
         choose(cache, out)
-    if remaining > 0:
+    if not moments.reached:
         return False
     choose(cache, out)
     return True

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,7 @@ ARMS: dict[str, Any] = {"alpha": [0, 0.5], "rate": [0.01, 0.003]}
 NAMES = [f"alpha={alpha},rate={rate}" for alpha in ("0", "0.5") for rate in ("0.01", "0.003")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is so small is slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

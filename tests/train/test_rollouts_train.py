@@ -12,6 +12,7 @@ import pytest
 import torch
 import train_jobs
 from hf_cases import VOCAB, saved, tokenizer_of
+from moments import Killed, Moments
 from rollout_cases import ROLLOUTS
 from train_cases import CAPTURE, SMALL, Tiny, bits, documents, make_cache
 
@@ -112,10 +113,6 @@ def test_no_rollouts_are_a_plain_run(place: Path, tmp_path: Path) -> None:
     assert result(tmp_path / "plain")["model.model.head"] != result(place / "one")["model.model.head"]
 
 
-class Killed(BaseException):
-    pass
-
-
 POINTS = (
     (rollouts, "find"), (Rounds, "commit"), (os, "link"), (CaptureRunner, "_seal"), (rollouts, "open_split"),
     (Trainer, "_make"),
@@ -125,21 +122,8 @@ POINTS = (
 def ended_at(place: Path, out: Path, moment: int) -> bool:
     """A run that is ended at the n-th moment, and gone on with: before a round is made, its tokens are committed, or
     appear under their name, its targets are complete, or read, and before each step. Whether there is this moment."""
-    left = moment
-
-    def dying(real: Any) -> Any:
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise Killed
-            return real(*arguments, **named)
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patched:
-        for owner, name in POINTS:
-            patched.setattr(owner, name, dying(getattr(owner, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        Moments(moment).watch(POINTS, patch)
         try:
             train(place, out)
             return False

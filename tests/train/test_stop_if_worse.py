@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import train_jobs
+from moments import Killed, Moments
 from report_cases import CONTROL, STUDENT, evaluation
 from train_cases import SMALL, Tiny, bits, documents, make_cache
 
@@ -37,12 +36,7 @@ CHANGES: dict[str, Any] = SMALL | {
 WATCHED = CHANGES | {"control": True, "stop_if_worse": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -120,36 +114,13 @@ def test_again_it_stays_ended_and_without_the_option_it_goes_on(place: Path, tmp
     assert fastkd.train("train_cases:tiny", place / "cache", run, **WATCHED).step == STEPS
 
 
-class Killed(BaseException):
-    """Ends the process, as far as a test can."""
-
-
-def killing(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], bool]:
-    """Die before a step, or a file of a trainer, counted over all arms; whether it came to that."""
-    left = moment
-
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Killed
-            return function(*arguments, **named)
-
-        return run
-
-    for name in ("_make", "_save", "_look", "write_run"):
-        monkeypatch.setattr(Trainer, name, dying(getattr(Trainer, name)))
-    return lambda: left <= 0
-
-
 def die_at(place: Path, out: Path, moment: int) -> bool:
-    """Die at a moment, and go on; whether it came to that."""
-    with pytest.MonkeyPatch.context() as patch:
-        died = killing(patch, moment)
-        with suppress(Killed):
-            fastkd.train("train_cases:tiny", place / "cache", out, **WATCHED)
-    if not died():
+    """Die before a step, or a file of a trainer, counted over all arms, and resume; whether it came to that."""
+    moments = Moments(moment)
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        moments.watch([(Trainer, name) for name in ("_make", "_save", "_look", "write_run")], patch)
+        fastkd.train("train_cases:tiny", place / "cache", out, **WATCHED)
+    if not moments.reached:
         return False
     fastkd.train("train_cases:tiny", place / "cache", out, **WATCHED)
     return True
