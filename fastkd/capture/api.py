@@ -4,23 +4,22 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
 
-from ..cache import CacheWriter, FeatureWriter, create_cache, create_feature
-from ..cache.features.objects import read_block
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
-from ..teachers.tensor_parallel import ParallelGroup, led, rank_and_world_size
+from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
 from ..utils.progress import MODES, Progress
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
+from .begin import begin_cache
 from .claims import Claims
 from .feature_places import find_places
 from .feature_settings import check_feature_settings
-from .features.prepare import check_existing, check_sizes, prepare_features
-from .prepare import prepare, write_window_plan
+from .features.prepare import check_existing, check_sizes
+from .prepare import prepare
 from .runner import CaptureReport, CaptureRunner
 from .teacher_pass import TeacherPass
 from .window_plan import plan_text
@@ -104,35 +103,21 @@ def capture(
         tell(line)
     group = group or ParallelGroup()
     teacher_pass = TeacherPass(model, settings)
-
-    writers: dict[str, FeatureWriter] = {}
     with ExitStack() as stack:
-
-        def begin() -> None:
-            # before the spec: if two workers start with different settings, the plan names the differences
-            write_window_plan(store, plan)
-            opened.append(stack.enter_context(create_cache(store, spec, threads=threads, queue=1)))
-
-        def open_features() -> None:
-            for feature in features:
-                made = create_feature(store, feature.spec, feature.basis, read_block(store, feature.spec), queue=1)
-                writers[feature.name] = stack.enter_context(made)
-
-        opened: list[CacheWriter] = []
-        led(group, begin)
-        features = prepare_features(teacher_pass, data, plan, spec, places, store, claims, group, tell)
+        begun = begin_cache(
+            teacher_pass, data, plan, spec, places, store, claims, stack, group=group, threads=threads, say=tell
+        )
         runner = CaptureRunner(
             teacher_pass,
             data,
             plan,
             store,
             claims,
-            features=features,
+            features=begun.features,
             rank=rank,
             world_size=world_size,
             group=group,
             stop=stop,
             progress_mode=progress,
         )
-        led(group, open_features)
-        return runner.run(opened[0] if opened else None, writers)
+        return runner.run(begun.targets, begun.writers)

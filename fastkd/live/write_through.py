@@ -7,18 +7,17 @@ the device, and while it waits it has something to do. Writers encode and commit
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 
-from ..cache import CacheWriter, FeatureWriter, create_cache, create_feature, open_cache
-from ..cache.features.objects import read_block
+from ..cache import open_cache
 from ..cache.reader import Cache
 from ..cache.stores import Store
+from ..capture.begin import Begun, begin_cache
 from ..capture.claims import Claims
 from ..capture.feature_places import find_places
-from ..capture.features.prepare import Feature, check_existing, check_sizes, prepare_features
-from ..capture.prepare import write_window_plan
+from ..capture.features.prepare import Feature, check_existing, check_sizes
 from ..capture.rows import ShardRows, read_shard_rows
 from ..capture.runner import CaptureReport, CaptureRunner
 from ..capture.shard_runner import ShardRunner, ShardTask
@@ -32,10 +31,9 @@ from ..utils.signals import Stop
 from .planned import PlannedShards
 
 _PAUSE = 0.2  # seconds between two looks at the claims of others
-Writers = Mapping[str, CacheWriter | FeatureWriter]
 
 
-def begin_cache(
+def begin_planned(
     planned: PlannedShards,
     teacher_pass: TeacherPass,
     store: Store,
@@ -43,25 +41,17 @@ def begin_cache(
     stack: ExitStack,
     features: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Feature], Writers]:
-    """Begin or continue a cache: write its lengths, plan and spec, and the basis, step and spec of its features.
-
-    stack: ends the writers. Returns the features, and the writers by feature, "" for the targets.
-    """
-    plan, teacher = planned.plan, teacher_pass.teacher
-    places = find_places(teacher, planned.data, features)
+) -> Begun:
+    """Begin or continue the cache of planned shards, as a capture does. features: names of hidden states. stack: ends
+    the writers."""
+    plan, data = planned.plan, planned.data
+    places = find_places(teacher_pass.teacher, data, features)
     check_sizes(places, plan)
     check_existing(store, planned.spec, places, teacher_pass.settings)
     store.create(LENGTHS_KEY, lengths_to_npz(plan.lengths, plan.dataset))
-    write_window_plan(store, plan)
-    writers: dict[str, CacheWriter | FeatureWriter] = {}
-    writers[""] = stack.enter_context(create_cache(store, planned.spec, queue=1))
-    group = ParallelGroup()
-    prepared = prepare_features(teacher_pass, planned.data, plan, planned.spec, places, store, claims, group, say)
-    for one in prepared:
-        made = create_feature(store, one.spec, one.basis, read_block(store, one.spec), queue=1)
-        writers[one.name] = stack.enter_context(made)
-    return prepared, writers
+    return begin_cache(
+        teacher_pass, data, plan, planned.spec, places, store, claims, stack, group=ParallelGroup(), say=say
+    )
 
 
 class WriteThrough(ShardRunner):
@@ -76,15 +66,16 @@ class WriteThrough(ShardRunner):
         teacher_pass: TeacherPass,
         store: Store,
         claims: Claims,
-        features: Sequence[Feature],
-        writers: Writers,
+        begun: Begun,
         stack: ExitStack,
         rank: int,
         world_size: int,
     ) -> None:
-        super().__init__(teacher_pass, planned.data, planned.plan, store, claims, features)
-        self._writers = writers
-        self._there = {name: set() for name in writers}
+        super().__init__(teacher_pass, planned.data, planned.plan, store, claims, begun.features)
+        assert begun.targets is not None, "this process is its whole group"
+        self._begun = begun
+        self._writers = {"": begun.targets, **begun.writers}
+        self._there = {name: set() for name in self._writers}
         self._teacher_pass, self._stack, self._rank, self._world_size = teacher_pass, stack, rank, world_size
         self.cache: Cache = open_cache(store)
         self.written = 0
@@ -109,14 +100,14 @@ class WriteThrough(ShardRunner):
         claims, teacher_pass = Claims(store, rank, world_size), TeacherPass(teacher, planned.settings)
         prepare_topk(teacher.device)
         with ExitStack() as stack:
-            prepared, writers = begin_cache(planned, teacher_pass, store, claims, stack, features, say)
+            begun = begin_planned(planned, teacher_pass, store, claims, stack, features, say)
             kept = stack.pop_all()
-        return cls(planned, teacher_pass, store, claims, prepared, writers, kept, rank, world_size)
+        return cls(planned, teacher_pass, store, claims, begun, kept, rank, world_size)
 
     @property
     def features(self) -> list[Feature]:
         """The hidden states that are captured as well."""
-        return list(self._features.values())
+        return self._begun.features
 
     def requests(self, wake: Callable[[], None]) -> "Requests":
         """The requests of one iteration over a source; see `prefetch.Helper`."""
@@ -187,10 +178,7 @@ class WriteThrough(ShardRunner):
             world_size=self._world_size,
             stop=stop,
         )
-        targets = self._writers[""]
-        assert isinstance(targets, CacheWriter)
-        others = {name: w for name, w in self._writers.items() if isinstance(w, FeatureWriter)}
-        return runner.run(targets, others)
+        return runner.run(self._begun.targets, self._begun.writers)
 
     def close(self) -> None:
         """Wait for what is being written, and give up the claims."""

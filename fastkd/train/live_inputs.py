@@ -20,7 +20,7 @@ from ..data.examples import Examples
 from ..errors import DataError, TeacherError, TrainError
 from ..live.planned import NoTeacher, PlannedShards, plan_shards
 from ..live.source import LiveSource
-from ..live.write_through import WriteThrough, begin_cache
+from ..live.write_through import WriteThrough, begin_planned
 from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
@@ -245,7 +245,8 @@ class LiveInputs(Inputs):
             claims = Claims(place, self._processes.rank, self._processes.world_size)
             with ExitStack() as stack:
                 teacher_pass = TeacherPass(self._teacher, self.planned.settings)
-                self._features, _ = begin_cache(self.planned, teacher_pass, place, claims, stack, self._names)
+                begun = begin_planned(self.planned, teacher_pass, place, claims, stack, self._names)
+            self._features = begun.features
         caches = [open_cache(place)]
         return matched_objective(settings, caches, student, objective=objective, data=self.data)
 

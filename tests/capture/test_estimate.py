@@ -172,6 +172,10 @@ class Counting:
         self.asked["GET"] += 1
         return self.inner.get_tail(key, length)
 
+    def exists(self, key: str) -> bool:
+        self.asked["GET"] += 1
+        return self.inner.exists(key)
+
     def list(self, prefix: str) -> Any:
         self.asked["LIST"] += 1
         return self.inner.list(prefix)
