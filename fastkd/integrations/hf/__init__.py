@@ -1,0 +1,15 @@
+"""Hugging Face: a cache and the fused loss in transformers' Trainer, TRL's SFTTrainer and accelerate (extra `hf`).
+
+`DistillTrainer` is a Trainer whose data is a cache; `attach`, `DistillDataset` and `DistillMixin` are the parts of it,
+for a training script that exists already.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from .attach import attach as attach
+    from .attach import detach as detach
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"attach": ["attach", "detach"]})
