@@ -109,6 +109,7 @@ class LiveSource(ShardSource):
             layout=chosen.layout,
             tokens=chosen.micro_tokens,
             rows=chosen.micro_batch_size,
+            micro_batches=chosen.micro_batches,
             spec=self.spec,
             width=self.spec.width if written else 0,
             draws=written and self.spec.draws > 0,

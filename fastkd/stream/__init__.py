@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .cached import DistillLoader as DistillLoader
     from .epoch_order import Epoch as Epoch
     from .epoch_order import order as order
+    from .tensors import batch_of_tensors as batch_of_tensors
+    from .tensors import batch_to_tensors as batch_to_tensors
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -26,5 +28,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "batch": ["BatchSource", "ExampleBatch", "MicroBatch", "Step"],
         "cached": ["CachedSource", "DistillLoader", "StreamError", "summed_over"],
         "epoch_order": ["Epoch", "order"],
+        "tensors": ["batch_of_tensors", "batch_to_tensors"],
     },
 )

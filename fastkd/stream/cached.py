@@ -27,6 +27,8 @@ class CachedSource(ShardSource):
         `step_plan.step_end`); exactly one of the two. The last step of an epoch has what is left.
     micro_tokens: maximum positions per micro-batch, pads included (a longer row is alone). micro_batch_size: maximum
         rows. None: no limit. layout: "padded", a row for each segment, or "packed"; see `MicroBatch`.
+    micro_batches: exactly so many micro-batches in every step of every rank, about equal in positions, instead of
+        micro_tokens; those at the end are empty if there are too few sequences.
     seed, shuffle, shards_open: the order; see `epoch_order.py`. The number of open shards bounds `memory`.
     rank, world_size: this process's share of every step. reduce: sums lists of integers over all ranks (a `Reduce`;
         `summed_over` makes one from a process group); required for several ranks. It is called by the thread that
@@ -57,6 +59,7 @@ class CachedSource(ShardSource):
         batch_tokens: int | None = None,
         micro_tokens: int | None = 8192,
         micro_batch_size: int | None = None,
+        micro_batches: int | None = None,
         layout: str = "padded",
         seed: int = 0,
         shuffle: bool = True,
@@ -88,6 +91,7 @@ class CachedSource(ShardSource):
             batch_tokens=batch_tokens,
             micro_tokens=micro_tokens,
             micro_batch_size=micro_batch_size,
+            micro_batches=micro_batches,
             layout=layout,
             seed=seed,
             shuffle=shuffle,
@@ -117,6 +121,7 @@ class CachedSource(ShardSource):
             layout=layout,
             tokens=micro_tokens,
             rows=micro_batch_size,
+            micro_batches=micro_batches,
             spec=caches[0].spec,
             width=max(c.spec.width for c in caches),
             draws=any(c.spec.draws > 0 for c in caches),

@@ -1,6 +1,6 @@
 """From shards to micro-batches: a rank's sequences of a step, divided, and their rows copied together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -157,7 +157,8 @@ class BatchFormat:
     """How micro-batches are made.
 
     layout: see `MicroBatch`. tokens: maximum positions, pads included (a longer row is alone). rows: maximum rows, or
-    windows of "packed". None: no limit.
+    windows of "packed". None: no limit. micro_batches: their number in a step, instead of the limits; None: what these
+    make.
     spec: of any of the caches. width: entries per row of the targets, and draws: whether there are any, of all caches.
     device: of the student; host memory is page-locked if it is a GPU. data: of a cache of examples. signals: of the
     loader.
@@ -172,6 +173,7 @@ class BatchFormat:
     device: torch.device
     data: Examples | None
     signals: tuple[Signal, ...] = ()
+    micro_batches: int | None = None
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """An array as a tensor on the host; unless page-locked, it shares the memory."""
@@ -260,12 +262,12 @@ def gather(sequences: ShardRows, form: BatchFormat) -> list[MicroBatch]:
         done += len(some)
     segments = Segments(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     if form.layout == "padded":
-        micro_batches = padded_micro_batches(segments.length, form.tokens, form.rows)
+        micro_batches = _divided(padded_micro_batches, segments.length, form)
     else:  # windows stay whole
         counts = np.concatenate(segments_of_sequence)
         begins = np.cumsum(counts) - counts
         lengths = np.add.reduceat(segments.length, begins)
-        windows = packed_micro_batches(lengths, form.tokens, form.rows)
+        windows = _divided(packed_micro_batches, lengths, form)
         micro_batches = [ranges(begins[some], counts[some]) for some in windows]
     shards = [shard for shard, _ in sequences]
     return [_micro_batch(shards, Segments(*(column[some] for column in segments)), form) for some in micro_batches]
@@ -316,7 +318,7 @@ def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatc
     lengths = np.concatenate([shard.inputs.first_row[some + 1] for shard, some in sequences]) - first
     shard_of = np.repeat(np.arange(len(sequences)), [len(some) for _, some in sequences])
     found = []
-    for some in packed_micro_batches(lengths, form.tokens, form.rows):
+    for some in _divided(packed_micro_batches, lengths, form):
         bounds = np.searchsorted(shard_of[some], np.arange(len(sequences) + 1))
         rows = [
             (shard, ranges(first[some[a:b]], lengths[some[a:b]]))
@@ -370,3 +372,21 @@ def packed_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) ->
         found.append(np.arange(begin, end))
         begin, done = end, int(ends[end - 1])
     return found
+
+
+def _divided(
+    divide: Callable[[Ints, int | None, int | None], list[Ints]], lengths: Ints, form: BatchFormat
+) -> list[Ints]:
+    """The indices of the rows of each micro-batch. With `form.micro_batches`, of at most so many: those with the lowest
+    maximum of positions, pads included."""
+    if form.micro_batches is None:
+        return divide(lengths, form.tokens, form.rows)
+    # a higher maximum never makes more of them
+    low, high = int(lengths.max()), int(lengths.max()) * len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if len(divide(lengths, middle, None)) <= form.micro_batches:
+            high = middle
+        else:
+            low = middle + 1
+    return divide(lengths, low, None)

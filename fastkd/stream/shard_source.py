@@ -76,7 +76,7 @@ class LoaderPass:
             current.wait_event(copied)
             for tensor in (tensor for batch in batches for tensor in batch.tensors()):
                 tensor.record_stream(current)
-        if missing := max(numbers) - len(batches):
+        if (missing := max(*numbers, self._source._form.micro_batches or 0) - len(batches)) > 0:
             batches = [*batches, *[self._source._form.empty()] * missing]
         by_name = dict(zip(names, counts, strict=True))
         batches = [replace(batch, counts=by_name) for batch in batches]
@@ -143,6 +143,7 @@ class SourceOptions:
     batch_tokens: int | None = None
     micro_tokens: int | None = 8192
     micro_batch_size: int | None = None
+    micro_batches: int | None = None
     layout: str = "padded"
     seed: int = 0
     shuffle: bool = True
@@ -161,7 +162,9 @@ class SourceOptions:
         least = {1: ("shards_open", "world_size", "threads", "prefetch"), 0: ("seed", "skip", "rank")}
         for lowest, names in least.items():
             check_integers(lowest, **{name: getattr(self, name) for name in names})
-        limits = ("micro_tokens", "micro_batch_size", "max_positions", "batch_size", "batch_tokens")
+        limits = (
+            "micro_tokens", "micro_batch_size", "micro_batches", "max_positions", "batch_size", "batch_tokens",
+        )  # fmt: skip
         check_integers(1, **{name: value for name in limits if (value := getattr(self, name)) is not None})
         if self.layout not in LAYOUTS:
             raise StreamError(f"layout: got {self.layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -169,6 +172,11 @@ class SourceOptions:
             raise StreamError(
                 f"batch_size, batch_tokens: got {self.batch_size} and {self.batch_tokens}; expected exactly one of the "
                 "two."
+            )
+        if self.micro_batches is not None and self.micro_batch_size is not None:
+            raise StreamError(
+                f"micro_batches, micro_batch_size: got {self.micro_batches} and {self.micro_batch_size}; expected at "
+                "most one of the two."
             )
         if self.rank >= self.world_size:
             raise StreamError(
