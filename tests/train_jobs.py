@@ -285,13 +285,23 @@ def train_within(
     sys.exit(report.status)
 
 
-def train_live(student: Any, cache: Any, out: Path, changes: dict[str, Any]) -> None:
-    """Train beside a teacher."""
+def train_live(student: Any, cache: Any, out: Path, changes: dict[str, Any], stop_at: int = 0) -> None:
+    """Train beside a teacher. stop_at: the forward of the last rank's teacher before which that rank is asked to stop;
+    exits with the report's status."""
+    import sys
+
     import train_cases
 
+    import fastkd
     from fastkd.settings import LiveSettings
     from fastkd.teachers.module import ModuleTeacher
+    from fastkd.utils.signals import Stop
 
-    by = ModuleTeacher(train_cases.Tiny(seed=7), vocab_size=train_cases.VOCAB, fingerprint="the same")
-    given = {"teacher": by, "data": train_cases.documents(), "live": LiveSettings(**train_cases.CAPTURE)}
-    train(train_cases.Tiny(seed=1) if student is None else student, cache, out, given | changes)
+    stop, model = Stop(), train_cases.Tiny(seed=7)
+    if stop_at and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        calls = iter(range(stop_at))
+        model.register_forward_pre_hook(lambda *_: None if next(calls, None) is not None else stop())
+    by = ModuleTeacher(model, vocab_size=train_cases.VOCAB, fingerprint="the same")
+    given = {"teacher": by, "data": train_cases.documents(), "live": LiveSettings(**train_cases.CAPTURE), "stop": stop}
+    student = train_cases.Tiny(seed=1) if student is None else student
+    sys.exit(fastkd.train(student, cache, out, **given | changes).status)

@@ -79,25 +79,24 @@ class CaptureRunner(ShardRunner):
         writer: None unless this is the leader. features: the writer of each feature. Raises DataError, TeacherError,
         CacheError, or StoreError.
         """
-        self._stop.gentle = True
         report: CaptureReport | None = None
         try:
-            if writer is None:
-                return self._follow()
-            self._writers = {"": writer, **(features or {})}
-            started = time.perf_counter()
-            self._capture_shards()
-            seconds = time.perf_counter() - started
-            missing = set(range(self._plan.shards))
-            missing -= missing.intersection(*map(self._listed, self._writers))
-            if not missing:
-                self._seal()
-            busy = self._busy / seconds if seconds else 0.0
-            report = replace(self._report, seconds=seconds, teacher_busy=busy)
-            report = replace(report, complete=not missing, missing=runs(missing))
-            return report
+            with self._stop.gently():
+                if writer is None:
+                    return self._follow()
+                self._writers = {"": writer, **(features or {})}
+                started = time.perf_counter()
+                self._capture_shards()
+                seconds = time.perf_counter() - started
+                missing = set(range(self._plan.shards))
+                missing -= missing.intersection(*map(self._listed, self._writers))
+                if not missing:
+                    self._seal()
+                busy = self._busy / seconds if seconds else 0.0
+                report = replace(self._report, seconds=seconds, teacher_busy=busy)
+                report = replace(report, complete=not missing, missing=runs(missing))
+                return report
         finally:
-            self._stop.gentle = False
             self._progress.close()
             if writer is not None and not self._group_busy:  # if the teacher failed, it failed in the whole group
                 self._group.share(report)

@@ -32,6 +32,7 @@ from ..stream.shard_source import ShardSource
 from ..stream.split import open_split
 from ..stream.step_plan import split_over_ranks
 from ..utils.distributed import ALONE, Processes
+from ..utils.signals import Stop, Stopped
 from .generators import Sampling, SamplingStudent, find
 from .prompts import PromptRule, chosen
 from .rounds import Rollouts, Rounds, scoring_command, scoring_settings, text_settings_of
@@ -79,8 +80,9 @@ class RolloutSource:
 
     base: of text; it is not used elsewhere. folder: where the rounds are kept. seed: of the choices and samples. limit:
     the most positions that the teacher takes. score: makes the targets of a round, on all processes together; None:
-    others make them, and the steps wait for `wait_minutes`. steps: of the training, beyond which nothing is continued.
-    run: what the rounds of another run would differ in, beside what the source knows.
+    others make them, and the steps wait for `wait_minutes`, or until a `stop` is requested, which `score` has to heed,
+    too. steps: of the training, beyond which nothing is continued. run: what the rounds of another run would differ in,
+    beside what the source knows.
     Raises StreamError for invalid settings, and while iterating for rounds that are missing or of another run;
     WorkRemains if the targets of a round are not there in time.
     """
@@ -97,12 +99,14 @@ class RolloutSource:
         teacher_batch_tokens: int = 8192,
         wait_minutes: float = 0.0,
         processes: Processes = ALONE,
+        stop: Stop | None = None,
         steps: int | None = None,
         run: Mapping[str, Any] = _NOTHING,
     ) -> None:
         self._base, self._folder, self._settings, self._run = base, folder, settings, dict(run)
         self._seed, self._limit, self._score, self._processes = seed, limit, score, processes
         self._batch_tokens, self._wait, self._steps = teacher_batch_tokens, wait_minutes, steps
+        self._stop = stop or Stop()
         base.leave_out(self._chosen)
         # tokens of shards that are open for longer than a round are read once
         self._inputs = lru_cache(KEPT_SHARDS)(base.text_inputs)
@@ -221,7 +225,7 @@ class RolloutSource:
         if not self._processes.agree(int(self._rounds.scored(number) is not None)):
             if self._score is not None:
                 self._score(self._rounds.tokens(number), self._rounds.cache(number), settings)
-                self._processes.wait()
+                self._stop_here()
             else:
                 while not self._processes.agree(int((cache := self._rounds.scored(number)) is not None)):
                     if self._processes.agree(int(time.monotonic() > waits)):
@@ -230,6 +234,7 @@ class RolloutSource:
                             f"{place}: round {number} has no targets yet. Make them with: "
                             f"{scoring_command(settings, tokens, place)}; then run the same command again to resume."
                         )
+                    self._stop_here()
                     time.sleep(_POLL_SECONDS)
         cache = self._rounds.scored(number)
         if cache is None:
@@ -245,6 +250,11 @@ class RolloutSource:
         if (count := sum(cache.manifest.column("sequences").to_pylist())) != len(made):
             raise StreamError(f"{cache!r}: got {count} sequences; expected the {len(made)} of the round. Delete it.")
         return cache
+
+    def _stop_here(self) -> None:
+        """Raise Stopped on all processes if one of them was asked to stop."""
+        if self._processes.begin_sum([int(self._stop.asked)])()[0]:
+            raise Stopped
 
     def _make(self, number: int, student: SamplingStudent) -> Rollouts:
         """Continue the prompts of a round, on all processes together."""

@@ -150,7 +150,9 @@ class LiveSource(ShardSource):
         return replace(opened, signals=(*opened.signals, *masks), workspaces=workspaces)
 
     def _helper(self, wake: Callable[[], None]) -> Requests | None:
-        self._requests = None if self._written is None else self._written.requests(wake)
+        self._requests = None
+        if self._written is not None:
+            self._requests = self._written.requests(wake, may_stop=self.fingerprint["split"] == "train")
         return self._requests
 
     def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:

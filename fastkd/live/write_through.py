@@ -3,7 +3,8 @@
 Shards are captured whole, as `fastkd.capture` does it (the same teacher batches, claims, and bytes), when the order of
 the training first opens them; what is trained on is read back from them. A thread of the loader that needs a shard asks
 for it, and the thread that trains runs the teacher, between two steps: so the teacher and the student never compete for
-the device, and while it waits it has something to do. Writers encode and commit on threads of their own.
+the device, and while it waits it has something to do. Writers encode and commit on threads of their own. When a stop is
+requested, no further batch of the teacher is run, and the step that waits for the shard is not made.
 """
 
 import threading
@@ -27,7 +28,7 @@ from ..errors import StreamError
 from ..kernels import prepare_topk
 from ..teachers.protocol import Teacher
 from ..teachers.tensor_parallel import ParallelGroup
-from ..utils.signals import Stop
+from ..utils.signals import Stop, Stopped
 from .planned import PlannedShards
 
 _PAUSE = 0.2  # seconds between two looks at the claims of others
@@ -57,7 +58,8 @@ def begin_planned(
 class WriteThrough(ShardRunner):
     """Captures shards when they are asked for. `open` makes one, and writes plan, spec and the specs of features.
 
-    rank, world_size: of this process, among those that train. cache: to read from. written: shards that it captured.
+    rank, world_size: of this process, among those that train. stop: ends the capture of a shard, if those who wait for
+    it may do without. cache: to read from. written: shards that it captured.
     """
 
     def __init__(
@@ -70,8 +72,13 @@ class WriteThrough(ShardRunner):
         stack: ExitStack,
         rank: int,
         world_size: int,
+        stop: Stop | None = None,
     ) -> None:
-        super().__init__(teacher_pass, planned.data, planned.plan, store, claims, begun.features)
+        self.stop, self._may_stop = stop or Stop(), False
+        super().__init__(
+            teacher_pass, planned.data, planned.plan, store, claims, begun.features,
+            should_stop=lambda: self._may_stop and self.stop.asked,
+        )  # fmt: skip
         assert begun.targets is not None, "this process is its whole group"
         self._begun = begun
         self._writers = {"": begun.targets, **begun.writers}
@@ -93,6 +100,7 @@ class WriteThrough(ShardRunner):
         features: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
+        stop: Stop | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> "WriteThrough":
         """Begin or continue a cache. features: hidden states to capture as well. Raises CacheError if the store holds
@@ -102,16 +110,16 @@ class WriteThrough(ShardRunner):
         with ExitStack() as stack:
             begun = begin_planned(planned, teacher_pass, store, claims, stack, features, say)
             kept = stack.pop_all()
-        return cls(planned, teacher_pass, store, claims, begun, kept, rank, world_size)
+        return cls(planned, teacher_pass, store, claims, begun, kept, rank, world_size, stop)
 
     @property
     def features(self) -> list[Feature]:
         """The hidden states that are captured as well."""
         return self._begun.features
 
-    def requests(self, wake: Callable[[], None]) -> "Requests":
-        """The requests of one iteration over a source; see `prefetch.Helper`."""
-        made = Requests(self, wake)
+    def requests(self, wake: Callable[[], None], *, may_stop: bool = False) -> "Requests":
+        """The requests of one iteration over a source; see `prefetch.Helper`. may_stop: whether a stop ends it."""
+        made = Requests(self, wake, may_stop)
         with self._lock:
             self._requests = [one for one in self._requests if not one.closed] + [made]
         return made
@@ -128,9 +136,9 @@ class WriteThrough(ShardRunner):
         """Drop the rows of a shard that is there."""
         self._rows.pop(index, None)
 
-    def capture(self, index: int) -> float:
+    def capture(self, index: int, *, may_stop: bool = False) -> float:
         """Capture a shard, and hand it to the writers, unless it is there or another process does it: then the seconds
-        after which to look again. On the thread that trains."""
+        after which to look again. On the thread that trains. may_stop: whether a stop ends it, with `Stopped`."""
         self._collect(wait=False)
         self._claims.keep()
         if index in self._submitted:
@@ -142,7 +150,13 @@ class WriteThrough(ShardRunner):
         task = ShardTask(index, "" in lacking, tuple(name for name in lacking if name))
         if (rows := self._rows.pop(index, None)) is None:
             rows = read_shard_rows(self._plan, self._data, index)
-        self._submit(task, rows, *self._run(task, rows))
+        self._may_stop = may_stop
+        try:
+            made = self._run(task, rows)
+        except Stopped:
+            self._claims.drop(str(index))
+            raise
+        self._submit(task, rows, *made)
         self.written += 1
         futures = self._submitted[index]
         for future in futures.values():
@@ -161,7 +175,7 @@ class WriteThrough(ShardRunner):
         there = set(range(self._plan.shards)).intersection(*map(self._listed, self._writers))
         return set(range(self._plan.shards)) - there
 
-    def finish(self, stop: Stop | None = None) -> CaptureReport | None:
+    def finish(self) -> CaptureReport | None:
         """Once the training is complete: if all of the training split is there, capture the held-out shards that are
         not, and seal the cache. None if shards of the training split are missing, which this training did not need."""
         self._collect(wait=True)
@@ -176,7 +190,7 @@ class WriteThrough(ShardRunner):
             features=self.features,
             rank=self._rank,
             world_size=self._world_size,
-            stop=stop,
+            stop=self.stop,
         )
         return runner.run(self._begun.targets, self._begun.writers)
 
@@ -193,8 +207,8 @@ class WriteThrough(ShardRunner):
 class Requests:
     """The shards that the threads of one iteration wait for; see `prefetch.Helper`."""
 
-    def __init__(self, cache: WriteThrough, wake: Callable[[], None]) -> None:
-        self._cache, self._wake = cache, wake
+    def __init__(self, cache: WriteThrough, wake: Callable[[], None], may_stop: bool) -> None:
+        self._cache, self._wake, self._may_stop = cache, wake, may_stop
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[None]] = {}
         self.closed = False
@@ -227,8 +241,12 @@ class Requests:
         with self._lock:
             waiting = list(self._waiting)
         pauses = []
+        if waiting and self._may_stop and self._cache.stop.asked:
+            if idle:
+                raise Stopped
+            return None
         for index in waiting:
-            if not (pause := self._cache.capture(index)):
+            if not (pause := self._cache.capture(index, may_stop=self._may_stop)):
                 return 0.0
             pauses.append(pause)
         return min(pauses, default=None)

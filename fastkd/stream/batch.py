@@ -207,6 +207,7 @@ class BatchSource(Protocol):
         """The steps from the current position on, epoch after epoch without end.
 
         The position advances as steps are handed out. Only one iterator is active: a new one ends the one before.
+        Raises `Stopped` instead of waiting long for a step, if a stop was requested: on all ranks, before the same one.
         """
 
     def state_dict(self) -> dict[str, Any]:

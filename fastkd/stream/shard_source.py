@@ -13,6 +13,7 @@ import torch
 from ..cache.workspace import Workspace
 from ..errors import StreamError
 from ..utils.distributed import Reduce
+from ..utils.signals import Stopped
 from .batch import LAYOUTS, AnyBatch, Step
 from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
 from .mixture import MixedSequences, SequenceStream
@@ -31,7 +32,8 @@ class _RankStep(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-# waits for the sums over ranks: positions, targets and vectors of each signal, and the micro-batches of each rank
+# waits for the sums over ranks: how many have stopped, positions, targets and vectors of each signal, and the
+# micro-batches of each rank
 Total = Callable[[], list[int]]
 
 
@@ -52,10 +54,11 @@ class LoaderPass:
             shares, self._read, self._assemble, self._release, shards=source._max_shards, steps=source._prefetch,
             threads=source._threads, helper=source._helper(self._wake),
         )  # fmt: skip
-        self._fetched: deque[tuple[_RankStep, Total] | Exception | None] = deque()
+        self._fetched: deque[tuple[_RankStep | None, Total] | Exception | None] = deque()
 
     def next(self) -> tuple[Step, LoaderProgress] | None:
-        """The next step, and the progress once it is taken; None after the last."""
+        """The next step, and the progress once it is taken; None after the last. Raises Stopped on all ranks if one has
+        no step since it was asked to stop."""
         if not self._fetched:
             self._fetched.append(self._fetch())
         item = self._fetched[0]
@@ -67,10 +70,13 @@ class LoaderPass:
         if self._source._reduce is not None:
             # the sums of the next step are computed while this one is trained on
             self._fetched.append(self._fetch())
-        (share, batches, copied), total = item
+        step, total = item
         names = self._source.counted
-        found = total()
-        positions, counts, numbers = found[0], found[1 : 1 + len(names)], found[1 + len(names) :]
+        stopped, positions, *found = total()
+        if stopped or step is None:
+            raise Stopped
+        share, batches, copied = step
+        counts, numbers = found[: len(names)], found[len(names) :]
         if copied is not None:
             current = torch.cuda.current_stream(self._source._form.device)
             current.wait_event(copied)
@@ -93,19 +99,22 @@ class LoaderPass:
         self._prefetcher.close()
         self._fetched.clear()
 
-    def _fetch(self) -> tuple[_RankStep, Total] | Exception | None:
+    def _fetch(self) -> tuple[_RankStep | None, Total] | Exception | None:
         """The next step of this rank, its sums begun; or the error that prevented it, to be raised when it is due."""
+        names, numbers = self._source.counted, [0] * self._source._world_size
         try:
             step = self._prefetcher.next()
         except Exception as error:
             return error
-        if step is None:
-            return None
-        numbers = [0] * self._source._world_size
-        numbers[self._source._rank] = len(step.batches)
-        own = [batch.own_counts() for batch in step.batches]
-        counts = [sum(one[name] for one in own) for name in self._source.counted]
-        mine = [sum(b.positions for b in step.batches), *counts, *numbers]
+        except Stopped:  # the others learn of it from the sums
+            step, mine = None, [1, 0, *[0] * len(names), *numbers]
+        else:
+            if step is None:
+                return None
+            numbers[self._source._rank] = len(step.batches)
+            own = [batch.own_counts() for batch in step.batches]
+            counts = [sum(one[name] for one in own) for name in names]
+            mine = [0, sum(b.positions for b in step.batches), *counts, *numbers]
         return step, ((lambda: mine) if self._source._reduce is None else self._source._reduce(mine))
 
     def _read(self, key: ShardKey) -> OpenShard:

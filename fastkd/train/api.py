@@ -105,7 +105,7 @@ def train(
         raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
     if out is None:
         raise TypeError("train() got no folder for the run (out)")
-    settings, out = replace(settings, **changes), Path(out)
+    settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
     check_folder(out, "run")
     check_settings(settings, None, objective)
     check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
@@ -129,6 +129,7 @@ def train(
             write_cache=write_cache,
             folder=out / LIVE_FOLDER,
             processes=processes,
+            stop=stop,
             progress=progress == "bar" and processes.first,
         )
         stack.callback(inputs.close)
@@ -136,10 +137,11 @@ def train(
             scores = inputs.teacher if isinstance(inputs, LiveInputs) else None
             if scores is None and teacher is not None:
                 scores = load_beside(teacher, None, settings, live, processes)
-            inputs = RolloutInputs(inputs, scores, rollouts, out, teacher_batch_tokens=live.teacher_batch_tokens)
+            batch_tokens = live.teacher_batch_tokens
+            inputs = RolloutInputs(inputs, scores, rollouts, out, teacher_batch_tokens=batch_tokens, stop=stop)
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stop, mode = stop or Stop(), "lines" if progress == "bar" else progress
+        mode = "lines" if progress == "bar" else progress
         shared = (processes, evaluate, stop, progress)
         if stop_if_worse:
             by_window = evaluate is None and settings.evaluate_every != 0 and not inputs.nothing_held_out()
@@ -161,8 +163,12 @@ def train(
                 write_json(out / RUN, document)
             if not done[arm.folder][0].complete:
                 break
-        if report.complete and (text := inputs.finish(stop, processes)) and processes.first:
-            Progress(0, unit="step", mode=mode).event("note", text=text)
+        if report.complete:
+            finished = inputs.finish(processes)
+            if finished.text and processes.first:
+                Progress(0, unit="step", mode=mode).event("note", text=finished.text)
+            if not finished.complete:
+                report = replace(report, unfinished=finished.text)
         return report
 
 
@@ -226,22 +232,21 @@ def run_trainer(
     evaluation puts those by window, one for each cache: so runs can be compared pairwise."""
     try:
         trainer.resume()
-        stop.gentle = True
-        trainer.run(stop)
-        if trainer.complete:
-            # of a run that was complete already, there are no evaluations by window
-            trainer.evaluate_result(again=any(not found for found in evaluations.values()))
-        report = trainer.report()
-        if processes.first:
-            for name, found in evaluations.items():
-                documents = [sealed(one.to_json()) for one in found]
-                if len(documents) == 1:
-                    write_json(out / name, documents[0], indent=None)
-                elif documents:
-                    write_json(out / name.replace(EVALUATION, EVALUATIONS), documents, indent=None)
-            trainer.write_run(report, inputs.describe())  # last: the run is then complete
-        processes.wait()
+        with stop.gently():
+            trainer.run(stop)
+            if trainer.complete:
+                # of a run that was complete already, there are no evaluations by window
+                trainer.evaluate_result(again=any(not found for found in evaluations.values()))
+            report = trainer.report()
+            if processes.first:
+                for name, found in evaluations.items():
+                    documents = [sealed(one.to_json()) for one in found]
+                    if len(documents) == 1:
+                        write_json(out / name, documents[0], indent=None)
+                    elif documents:
+                        write_json(out / name.replace(EVALUATION, EVALUATIONS), documents, indent=None)
+                trainer.write_run(report, inputs.describe())  # last: the run is then complete
+            processes.wait()
         return report
     finally:
-        stop.gentle = False
         trainer.close()

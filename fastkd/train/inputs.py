@@ -6,7 +6,7 @@ A kind says which source of batches a training reads, what the student is evalua
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
@@ -18,7 +18,6 @@ from ..stream.batch import BatchSource
 from ..stream.cached import CachedSource
 from ..stream.split import check_data, has_held_out, open_sources, open_split
 from ..utils.distributed import ALONE, Processes
-from ..utils.signals import Stop
 from .held_out import HeldOut
 from .matched import matched_objective, signals_of
 from .objective import Objective
@@ -28,6 +27,13 @@ from .student import LoadedStudent
 if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
     from .student import Student
+
+
+class Finished(NamedTuple):
+    """What was done after the last step. text: for the user, or "". complete: whether no stop left some of it."""
+
+    text: str = ""
+    complete: bool = True
 
 
 class Inputs:
@@ -95,10 +101,9 @@ class Inputs:
         """For run.json: {"caches": [...]} and what else there is; None: the source's fingerprint."""
         return None
 
-    def finish(self, stop: Stop, processes: Processes) -> str:
-        """All steps of the training, and of its arms, are made. Returns a line for the user, or "". All processes call
-        it."""
-        return ""
+    def finish(self, processes: Processes) -> Finished:
+        """All steps of the training, and of its arms, are made. All processes call it."""
+        return Finished()
 
     def close(self) -> None:
         """End what the inputs hold open."""

@@ -31,7 +31,7 @@ from ..utils.distributed import ALONE, Processes
 from ..utils.output_guard import check_store
 from ..utils.signals import Stop
 from .held_out import HeldOut
-from .inputs import Inputs, source_options
+from .inputs import Finished, Inputs, source_options
 from .matched import matched_objective, signals_of
 from .matching import Match, parse
 from .objective import Objective, TokenKD, WeightedSum
@@ -122,7 +122,7 @@ class LiveInputs(Inputs):
     teacher: answers beside the student. make: makes a teacher of the student, which answers inside its forward. Neither
     of them: labels alone. data: what `as_data` takes. named: the teacher, for run.json. write_cache: where what the
     teacher answers is committed, and read from; notes: for that cache. features: hidden states of the teacher that are
-    matched; their bases are kept in the cache that is written, or in a folder.
+    matched; their bases are kept in the cache that is written, or in a folder. stop: ends the capture of a shard.
     """
 
     live = True
@@ -140,6 +140,7 @@ class LiveInputs(Inputs):
         features: Sequence[str] = (),
         folder: Path | None = None,
         processes: Processes = ALONE,
+        stop: Stop | None = None,
         tokenizer: Tokenizer | str | None = None,
         allow_other_tokenizer: bool = False,
         trust_remote_code: bool = False,
@@ -151,7 +152,7 @@ class LiveInputs(Inputs):
         self._tokenizer = tokenizer
         self.data = data if isinstance(data, Examples) else None
         self._store, self._notes = write_cache, notes
-        self._names, self._folder, self._processes = tuple(features), folder, processes
+        self._names, self._folder, self._processes, self._stop = tuple(features), folder, processes, stop
         self._planned: PlannedShards | None = None
         self._written: WriteThrough | None = None
         self._features: list[Feature] = []
@@ -272,6 +273,7 @@ class LiveInputs(Inputs):
                 features=self._names,
                 rank=processes.rank,
                 world_size=processes.world_size,
+                stop=self._stop,
             )
             self._features = self._written.features
         return self._written
@@ -305,21 +307,21 @@ class LiveInputs(Inputs):
             live["write_cache"] = self._store.describe()
         return {"caches": [], "live": live}
 
-    def finish(self, stop: Stop, processes: Processes) -> str:
+    def finish(self, processes: Processes) -> Finished:
         if self._written is None:
-            return ""
-        report = self._written.finish(stop)
+            return Finished()
+        report = self._written.finish()
         processes.wait()
         where = self._store.describe() if self._store is not None else ""
         if report is None:
             left = len(self._written.missing())
-            return (
+            return Finished(
                 f"{where}: {left} of {self.planned.plan.shards} shards are not written, as this training did not read "
                 "them; a longer one, or fastkd capture with the same settings, goes on."
             )
-        return (
-            f"{where}: the cache is complete and sealed" if report.complete else f"{where}: the cache is not complete"
-        )
+        if report.complete:
+            return Finished(f"{where}: the cache is complete and sealed")
+        return Finished(f"{where}: {len(self._written.missing())} shards are not written", complete=False)
 
     def close(self) -> None:
         if self._written is not None:
@@ -345,6 +347,7 @@ def load_inputs(
     write_cache: Any = None,
     folder: Path | None = None,
     processes: Processes = ALONE,
+    stop: Stop | None = None,
     progress: bool = False,
 ) -> LiveInputs:
     """The inputs of a training without a cache: loads the teacher, and plans the data.
@@ -352,7 +355,7 @@ def load_inputs(
     teacher: a `Teacher`, a torch module, a name (see `load_teacher`), KIND:TEXT of one that is made of the student (see
         `teacher_kinds`), or None for labels alone. data: `Documents`, `Examples`, files, a `Dataset` or documents.
     write_cache: a folder, a URL or a `Store`, to write what the teacher answers to. folder: for the bases
-    of features, if they are not in a cache that is written.
+    of features, if they are not in a cache that is written. stop: ends the capture of a shard for that cache.
     Raises TeacherError, DataError and TrainError.
     """
     store = None
@@ -380,6 +383,7 @@ def load_inputs(
         features=feature_names(settings),
         folder=folder,
         processes=processes,
+        stop=stop,
         notes=f"teacher {getattr(loaded, 'name', named)}" if isinstance(teacher, (str, Path)) else "",
         named=named if teacher is not None else "",
         tokenizer=settings.tokenizer,

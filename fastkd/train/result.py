@@ -44,7 +44,8 @@ class TrainReport:
     exported student, None while work remains; exported: of what else was exported, by name. control: the report of the
     control, trained on hard labels alone. without_features: that of the same student without the features that it
     matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window. stopped_worse: the
-    comparison that ended the training before its last step (`stop_if_worse`), None if there was none.
+    comparison that ended the training before its last step (`stop_if_worse`), None if there was none. unfinished: what
+    else the same call again has to do, as shards of a cache that is written; or "".
     """
 
     out: str
@@ -64,6 +65,7 @@ class TrainReport:
     without_features: "TrainReport | None" = None
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     stopped_worse: Verdict | None = None
+    unfinished: str = ""
 
     @property
     def arms(self) -> "dict[str, TrainReport]":
@@ -74,9 +76,9 @@ class TrainReport:
     @property
     def complete(self) -> bool:
         """Whether all steps are made, including those of the control, and of the arm without features; or the training
-        was ended since the student is worse."""
+        was ended since the student is worse. And whether nothing else is unfinished."""
         ended = self.step >= self.steps or self.stopped_worse is not None
-        return ended and all(arm.complete for arm in self.arms.values())
+        return ended and not self.unfinished and all(arm.complete for arm in self.arms.values())
 
     @property
     def status(self) -> int:
@@ -87,6 +89,8 @@ class TrainReport:
         features, and verdicts, are there if they were measured."""
         found = asdict(replace(self, control=None, without_features=None, verdicts={}, stopped_worse=None))
         del found["without_features"], found["verdicts"], found["stopped_worse"]
+        if not self.unfinished:
+            del found["unfinished"]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
@@ -99,6 +103,8 @@ class TrainReport:
 
 
 def report_of(report: TrainReport) -> str:
+    if report.unfinished:
+        return f"{report.out}: all steps are made. {report.unfinished}. Run the same command again to resume."
     if not report.complete:
         part = next((arm for arm in report.arms.values() if not arm.complete), report)
         return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."

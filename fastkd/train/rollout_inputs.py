@@ -19,7 +19,7 @@ from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.signals import Stop
 from .held_out import HeldOut
-from .inputs import Inputs
+from .inputs import Finished, Inputs
 from .objective import Objective
 from .on_policy import OnPolicyKD
 from .settings_check import stated
@@ -31,8 +31,8 @@ class RolloutInputs(Inputs):
 
     base: those (of caches, or of a live teacher) whose sequences are continued, and on which the student is evaluated.
     teacher: scores the continuations, unless others do; None if it is not known. out: the run's folder.
-    teacher_batch_tokens: of a forward of the teacher, at most. Raises TrainError for a teacher of another vocabulary or
-    tokenizer.
+    teacher_batch_tokens: of a forward of the teacher, at most. stop: ends the scoring of a round. Raises TrainError for
+    a teacher of another vocabulary or tokenizer.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class RolloutInputs(Inputs):
         out: Path,
         *,
         teacher_batch_tokens: int = 8192,
+        stop: Stop | None = None,
     ) -> None:
         if teacher is not None and base.spec is not None:
             check_teacher(teacher, base.spec)
         self._base, self._teacher, self._rollouts, self._folder = base, teacher, rollouts, out / FOLDER
-        self._batch_tokens = teacher_batch_tokens
+        self._batch_tokens, self._stop = teacher_batch_tokens, stop or Stop()
         self.caches, self.weights, self.data, self.live = base.caches, base.weights, base.data, base.live
 
     @property
@@ -76,7 +77,7 @@ class RolloutInputs(Inputs):
 
         def score(tokens: Path, cache: Path, how: CaptureSettings) -> None:
             rank, world_size = processes.rank, processes.world_size
-            capture(teacher, tokens, cache, how, rank=rank, world_size=world_size)
+            capture(teacher, tokens, cache, how, rank=rank, world_size=world_size, stop=self._stop)
 
         return RolloutSource(
             base,
@@ -88,6 +89,7 @@ class RolloutInputs(Inputs):
             teacher_batch_tokens=self._batch_tokens,
             wait_minutes=settings.timeout_minutes,
             processes=processes,
+            stop=self._stop,
             steps=settings.steps or max(1, math.ceil(settings.epochs * len(base))),
             run=stated(asdict(settings)),
         )
@@ -101,8 +103,8 @@ class RolloutInputs(Inputs):
     def describe(self) -> Mapping[str, Any]:
         return {**(self._base.describe() or {}), "rollouts": asdict(self._rollouts)}
 
-    def finish(self, stop: Stop, processes: Processes) -> str:
-        return self._base.finish(stop, processes)
+    def finish(self, processes: Processes) -> Finished:
+        return self._base.finish(processes)
 
     def close(self) -> None:
         self._base.close()

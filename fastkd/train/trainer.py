@@ -28,7 +28,7 @@ from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
 from ..utils.numbers import measure_text
 from ..utils.progress import Progress
-from ..utils.signals import Stop
+from ..utils.signals import Stop, Stopped
 from .auto_weight import AutoWeights
 from .beside import check_exports, folders_beside, write_beside
 from .checkpoint import (
@@ -199,10 +199,12 @@ class Trainer:
         while self.step < end and self.worse is None:
             try:
                 step = next(steps, None)
-            except WorkRemains:  # the source waits for others: what was trained is kept
+            except (WorkRemains, Stopped) as reason:  # the source waits, for others or its teacher: training is kept
                 if self.step > self._checkpointed:
                     self._flush_metrics()
                     self._save()
+                if isinstance(reason, Stopped):
+                    break
                 raise
             if not isinstance(step, Step):
                 raise TrainError(

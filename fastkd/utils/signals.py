@@ -44,6 +44,15 @@ class Stop:
     def __call__(self, *signal: Any) -> None:
         self.asked = True
 
+    @contextmanager
+    def gently(self) -> Iterator[None]:
+        """Around a job that stops by itself, which may be part of another one."""
+        before, self.gentle = self.gentle, True
+        try:
+            yield
+        finally:
+            self.gentle = before
+
 
 @contextmanager
 def stopping(out: str = "", err: str = "") -> Iterator[Stop]:

@@ -13,7 +13,7 @@ import torch
 import train_jobs
 from hf_cases import VOCAB, saved, tokenizer_of
 from moments import Killed, Moments
-from rollout_cases import ROLLOUTS
+from rollout_cases import ROLLOUTS, teacher
 from train_cases import CAPTURE, SMALL, Tiny, bits, documents, make_cache
 
 import fastkd
@@ -29,6 +29,7 @@ from fastkd.settings import LiveSettings, RolloutSettings
 from fastkd.train.checkpoint import newest
 from fastkd.train.metrics import read_metrics
 from fastkd.train.trainer import Trainer
+from fastkd.utils.signals import Stop
 
 TEACHER = "rollout_cases:teacher"
 CHANGES: dict[str, Any] = {
@@ -252,6 +253,27 @@ def test_others_score_the_rounds(place: Path, tmp_path: Path) -> None:
     ours, theirs = result(tmp_path / "run"), result(place / "one")
     for name in ("student", "loss", "rollout/soft"):
         assert ours[name] == theirs[name]
+
+
+def test_a_stop_ends_the_scoring_of_a_round(place: Path, tmp_path: Path) -> None:
+    """Between two of the teacher's batches, of which it has one for each shard of a round here."""
+    for step in (0, 2):
+        stop, by = Stop(), teacher()
+        handle = by.model.register_forward_pre_hook(lambda *_, stop=stop: stop())
+        report = train(place, tmp_path / "run", teacher=by, stop=stop)
+        handle.remove()
+        assert (report.step, report.status) == (step, 75)
+        train(place, tmp_path / "run", teacher=by, stop=stop)  # the round is there now, and the next one is not made
+    assert train(place, tmp_path / "run").complete
+    assert result(tmp_path / "run") == result(place / "one")
+
+
+def test_a_stop_ends_the_wait_for_others(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop()
+    monkeypatch.setattr(rollouts.time, "sleep", lambda seconds: stop())
+    settings = RolloutSettings(**{**ROLLOUTS, "rollout_every": 2, "rollout_scoring": "external"})
+    report = train(place, tmp_path / "run", teacher=None, rollouts=settings, timeout_minutes=600.0, stop=stop)
+    assert (report.step, report.status) == (0, 75)
 
 
 @pytest.mark.parametrize(
