@@ -1,6 +1,6 @@
 """Settings: one frozen dataclass per stage. The command line is built from them. Imports nothing heavy."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -381,9 +381,19 @@ class MutualSettings(LiveSettings):
     """Maximum number of exact top-k entries per target that a student gives the others."""
     draws: int = 0
     """Number of entries sampled from the tail per target that a student gives the others, anew at each step."""
+    teacher_k: int | None = None
+    """With a teacher: maximum number of exact top-k entries of its targets. Default: as for the students'."""
+    teacher_draws: int | None = None
+    """With a teacher: number of entries sampled from the tail of its targets. Default: as for the students'."""
     every: int = 0
     """Steps between exchanges: the students learn from copies of each other that are made anew so often
     (Codistillation). 0: from the outputs of the same step (Deep Mutual Learning)."""
     one_each: bool = False
     """Under torchrun: one student in each process, on the same batches. Default: all students in each process, on a
     part of each batch."""
+
+    def capture_settings(self, features: tuple[str, ...] = ()) -> CaptureSettings:
+        """As of `LiveSettings`, with the teacher's own numbers of entries."""
+        own = {"k": self.teacher_k, "draws": self.teacher_draws}
+        given = {name: number for name, number in own.items() if number is not None}
+        return replace(super().capture_settings(features), **given)

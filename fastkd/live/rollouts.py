@@ -96,6 +96,7 @@ class RolloutSource:
         seed: int = 0,
         limit: int | None = None,
         score: Score | None = None,
+        teacher: str = "",
         teacher_batch_tokens: int = 8192,
         wait_minutes: float = 0.0,
         processes: Processes = ALONE,
@@ -106,6 +107,7 @@ class RolloutSource:
         self._base, self._folder, self._settings, self._run = base, folder, settings, dict(run)
         self._seed, self._limit, self._score, self._processes = seed, limit, score, processes
         self._batch_tokens, self._wait, self._steps = teacher_batch_tokens, wait_minutes, steps
+        self._teacher = teacher
         self._stop = stop or Stop()
         base.leave_out(self._chosen)
         # tokens of shards that are open for longer than a round are read once
@@ -122,8 +124,10 @@ class RolloutSource:
         settings, spec = self._settings, self._base.form.spec
         limits = [limit for limit in (self._limit, student.max_positions) if limit is not None]
         limit = min(limits, default=None)
-        eos = [settings.rollout_eos] if settings.rollout_eos is not None else ends_of(student.model)
-        eos = sorted(i for i in eos if i < spec.vocab_size)
+        if settings.rollout_eos is not None:
+            eos = [settings.rollout_eos]
+        else:
+            eos = sorted(i for i in ends_of(student.model) if i < spec.vocab_size)
         self._student = student
         self._sampling = Sampling(settings.rollout_tokens, settings.rollout_temperature, spec.vocab_size, tuple(eos))
         self._rule = PromptRule(
@@ -229,10 +233,9 @@ class RolloutSource:
             else:
                 while not self._processes.agree(int((cache := self._rounds.scored(number)) is not None)):
                     if self._processes.agree(int(time.monotonic() > waits)):
-                        tokens, place = self._rounds.tokens(number), self._rounds.cache(number)
                         raise WorkRemains(
-                            f"{place}: round {number} has no targets yet. Make them with: "
-                            f"{scoring_command(settings, tokens, place)}; then run the same command again to resume."
+                            f"{self._rounds.cache(number)}: round {number} has no targets yet. Make them with: "
+                            f"{self._command(settings, number)}; then run the same command again to resume."
                         )
                     self._stop_here()
                     time.sleep(_POLL_SECONDS)
@@ -242,14 +245,17 @@ class RolloutSource:
         spec, base = cache.spec, self._base.form.spec
         for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
             if (ours := getattr(spec, name)) != (theirs := getattr(base, name)):
-                command = scoring_command(settings, self._rounds.tokens(number), self._rounds.cache(number))
                 raise StreamError(
                     f"{cache!r}: got {name} {ours!r}; expected {theirs!r}, as in the data trained on. Delete it, and "
-                    f"capture it again: {command}"
+                    f"capture it again: {self._command(settings, number)}"
                 )
         if (count := sum(cache.manifest.column("sequences").to_pylist())) != len(made):
             raise StreamError(f"{cache!r}: got {count} sequences; expected the {len(made)} of the round. Delete it.")
         return cache
+
+    def _command(self, settings: CaptureSettings, number: int) -> str:
+        """The command that makes the targets of a round."""
+        return scoring_command(settings, self._rounds.tokens(number), self._rounds.cache(number), self._teacher)
 
     def _stop_here(self) -> None:
         """Raise Stopped on all processes if one of them was asked to stop."""

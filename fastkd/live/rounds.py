@@ -9,6 +9,7 @@ rollouts.json has the settings that the rounds were made with.
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,13 +191,13 @@ def scoring_settings(spec: CacheSpec, number: int, longest: int, batch_tokens: i
     )  # fmt: skip
 
 
-def scoring_command(settings: CaptureSettings, tokens: Path, cache: Path) -> str:
-    """The command that captures a round; the teacher is left open."""
+def scoring_command(settings: CaptureSettings, tokens: Path, cache: Path, teacher: str = "") -> str:
+    """The command that captures a round. teacher: its name; "" leaves it open."""
     names = (
         "k", "draws", "draw_temperature", "mass", "temperatures", "codec", "context", "packing", "on_long", "held_out",
         "batch_tokens", "seed",
     )  # fmt: skip
-    words = ["fastkd", "capture", "--teacher", "TEACHER", "--data", str(tokens), "--out", str(cache)]
+    words = ["fastkd", "capture", "--teacher", teacher or "TEACHER", "--data", str(tokens), "--out", str(cache)]
     for name in names:
         value: Any = getattr(settings, name)
         if name == "codec":  # None for one without a name
@@ -204,7 +205,7 @@ def scoring_command(settings: CaptureSettings, tokens: Path, cache: Path) -> str
         if value is not None:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def rounds_in(folder: Any) -> list[tuple[Path, float]] | None:

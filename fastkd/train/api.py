@@ -138,7 +138,10 @@ def train(
             if scores is None and teacher is not None:
                 scores = load_beside(teacher, None, settings, live, processes)
             batch_tokens = live.teacher_batch_tokens
-            inputs = RolloutInputs(inputs, scores, rollouts, out, teacher_batch_tokens=batch_tokens, stop=stop)
+            name = str(teacher) if isinstance(teacher, (str, Path)) else ""
+            inputs = RolloutInputs(
+                inputs, scores, rollouts, out, teacher_batch_tokens=batch_tokens, stop=stop, named=name
+            )
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         mode = "lines" if progress == "bar" else progress

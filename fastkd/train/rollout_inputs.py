@@ -31,8 +31,9 @@ class RolloutInputs(Inputs):
 
     base: those (of caches, or of a live teacher) whose sequences are continued, and on which the student is evaluated.
     teacher: scores the continuations, unless others do; None if it is not known. out: the run's folder.
-    teacher_batch_tokens: of a forward of the teacher, at most. stop: ends the scoring of a round. Raises TrainError for
-    a teacher of another vocabulary or tokenizer.
+    named: the teacher, for the command with which others score; "" if it has no name. teacher_batch_tokens: of a
+    forward of the teacher, at most. stop: ends the scoring of a round. Raises TrainError for a teacher of another
+    vocabulary or tokenizer.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class RolloutInputs(Inputs):
         *,
         teacher_batch_tokens: int = 8192,
         stop: Stop | None = None,
+        named: str = "",
     ) -> None:
         if teacher is not None and base.spec is not None:
             check_teacher(teacher, base.spec)
         self._base, self._teacher, self._rollouts, self._folder = base, teacher, rollouts, out / FOLDER
-        self._batch_tokens, self._stop = teacher_batch_tokens, stop or Stop()
+        self._batch_tokens, self._stop, self._named = teacher_batch_tokens, stop or Stop(), named
         self.caches, self.weights, self.data, self.live = base.caches, base.weights, base.data, base.live
 
     @property
@@ -61,6 +63,13 @@ class RolloutInputs(Inputs):
 
     def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
         self._base.meet(made, settings, objective)
+        spec, eos = self._base.spec, self._rollouts.rollout_eos
+        vocab_size = made.student.vocab_size if spec is None else spec.vocab_size
+        if eos is not None and eos >= vocab_size:
+            raise TrainError(
+                f"rollout_eos: got {eos}; expected a token of the vocabulary, from 0 to {vocab_size - 1}. Use the end "
+                "of a sequence in the student's tokenizer."
+            )
 
     def matched(self, settings: TrainSettings, student: Student, objective: Objective | None) -> Objective:
         return OnPolicyKD.from_settings(settings)
@@ -86,6 +95,7 @@ class RolloutInputs(Inputs):
             seed=settings.seed,
             limit=None if teacher is None else teacher.max_positions,
             score=score if self._rollouts.rollout_scoring == "here" else None,
+            teacher=self._named,
             teacher_batch_tokens=self._batch_tokens,
             wait_minutes=settings.timeout_minutes,
             processes=processes,

@@ -1,7 +1,7 @@
 """Checks of training settings: before anything is loaded, and when a run is resumed with other ones."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -85,11 +85,24 @@ def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found
 
 
-def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
-    """Raise TrainError, naming them, if settings differ from those that a run was begun with."""
-    names = sorted(theirs.keys() | ours.keys())
-    if others := [name for name in names if theirs.get(name) != ours.get(name)]:
-        listed = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in others)
+def check_same(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str, *, sources: Sequence[Mapping[str, Any]] = ({}, {})
+) -> None:
+    """Raise TrainError, naming them, if settings differ from those that a run was begun with.
+
+    sources: what decides the steps of its source and of this one, which has its own check: named as well if settings
+    differ, so that a user learns of all at once.
+    """
+    found = differences(theirs, ours)
+    if found:
+        found |= differences(*sources)
         raise TrainError(
-            f"{where}: it was begun with other settings ({listed}). Resume with those, or train into another folder."
+            f"{where}: it was begun with other settings ({'; '.join(found.values())}). Resume with those, or train "
+            "into another folder."
         )
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, by name, in words."""
+    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    return {name: f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names}

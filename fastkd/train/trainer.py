@@ -492,7 +492,8 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        check_same(state["settings"], self._fingerprint, str(checkpoint.folder))
+        loaders = [state["loader"].get("fingerprint") or {}, self._source.fingerprint]
+        check_same(state["settings"], self._fingerprint, str(checkpoint.folder), sources=loaders)
         load_model(checkpoint, self.student, self._processes)
         load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
         self._source.load_state_dict(state["loader"])

@@ -11,6 +11,7 @@ _OF_MODEL = ("teacher_dtype", "teacher_attention", "teacher_revision")
 OF_TEACHER = {*_OF_MODEL, "teacher_batch_tokens"}
 """How a teacher is loaded and run."""
 _OF_STUDENTS = {"k", "draws"}  # what students keep of each other's outputs
+_OF_THEIR_TEACHER = {"teacher_k", "teacher_draws"}
 _OF_FEATURES = {field.name for field in fields(FeatureSettings)}
 _OF_TARGETS = {field.name for field in fields(TargetSettings)} - _OF_STUDENTS
 
@@ -46,7 +47,7 @@ def check_mutual(online: MutualSettings, *, cached: bool, teacher: bool) -> None
     trained runs beside them."""
     check_used(online, _OF_FEATURES, "for students that learn from each other, which match no features")
     if cached:
-        unused = {field.name for field in fields(LiveSettings)} - _OF_STUDENTS
+        unused = {field.name for field in fields(LiveSettings)} - _OF_STUDENTS | _OF_THEIR_TEACHER
         check_used(online, unused, "with a cache, which has windows and targets")
     elif not teacher:
-        check_used(online, OF_TEACHER | _OF_TARGETS, "without a teacher that is not trained")
+        check_used(online, OF_TEACHER | _OF_TARGETS | _OF_THEIR_TEACHER, "without a teacher that is not trained")

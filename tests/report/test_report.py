@@ -307,7 +307,7 @@ def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
     found = page(*runs).text
     assert "against a" not in found.replace("against its control", "")
     # each has its own teacher's row
-    assert found.count("from its cached rows") == 2
+    assert found.count("from its targets") == 2
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -318,14 +318,14 @@ def test_students_without_a_teacher(tmp_path: Path) -> None:
     found = written(tmp_path / "mutual")
     assert found.count("against its control") == 2
     assert "cached outputs" not in found
-    assert "from its cached rows" not in found
-    assert "What its cache knows" not in found
+    assert "from its targets" not in found
+    assert "What its targets know" not in found
     # beside one that has a teacher, whichever comes first
     other = write_run(tmp_path / "other", control=None)
     for runs in ((tmp_path / "mutual", other), (other, tmp_path / "mutual")):
         found = written(*runs)
-        assert found.count("from its cached rows") == 1
-        assert "What its cache knows" in found
+        assert found.count("from its targets") == 1
+        assert "What its targets know" in found
 
 
 @pytest.mark.usefixtures("undrawn")

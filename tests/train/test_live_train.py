@@ -136,11 +136,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], mess
         ({"live": replace(LIVE, data_seed=1)}, "data_seed: 0 there, 1 here"),
         ({"teacher": Tiny(seed=8)}, "teacher: 'Tiny, state sha256"),
         ({"data": documents(seed=1)}, "data: '"),
+        # those of settings and of data at once
+        ({"steps": 12, "live": replace(LIVE, k=5)}, r"\(steps: 10 there, 12 here; k: 6 there, 5 here\)"),
     ],
 )
 def test_a_changed_setting_is_refused_on_resuming(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     train(tmp_path / "run", stop=stopped())
-    with pytest.raises(StreamError, match=named):
+    with pytest.raises((StreamError, TrainError), match=named):
         train(tmp_path / "run", **changes)
 
 

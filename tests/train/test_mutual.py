@@ -327,7 +327,7 @@ def test_from_data_alone_and_beside_a_teacher(cache: Cache, tmp_path: Path) -> N
     assert again.students["a"].verdict == report.students["a"].verdict
     page = Path(make_report([tmp_path / "data"])["report"]).read_text()  # without a row of a teacher
     assert ", a, control</" in page
-    assert "What its cache knows" not in page
+    assert "What its targets know" not in page
     live = LiveSettings(**CAPTURE)
     fastkd.train(
         Tiny(seed=1), None, tmp_path / "alone", data=documents(), live=live, **{**SMALL, "steps": 6, "alpha": 1.0}
@@ -341,9 +341,12 @@ def test_from_data_alone_and_beside_a_teacher(cache: Cache, tmp_path: Path) -> N
     fastkd.mutual(students, None, tmp_path / "parts", data=documents(), checkpoint_every=1, **changes)
     assert bits(tmp_path / "parts", 6) == whole
     # a third source: a teacher that is not trained
-    taught = fastkd.mutual(students, None, tmp_path / "taught", data=documents(), teacher=Tiny(seed=7), **changes)
+    own = {"teacher": Tiny(seed=7), "teacher_k": 3, "teacher_draws": 1}
+    taught = fastkd.mutual(students, None, tmp_path / "taught", data=documents(), **own, **changes)
     assert taught.complete
     assert bits(tmp_path / "taught", 6) != whole
+    identity = json.loads((tmp_path / "taught" / "run.json").read_text())["live"]["identity"]
+    assert (identity["k"], identity["draws"]) == (3, 1)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_a_model_of_transformers_by_the_command(tmp_path: Path, capsys: pytest.C
 def test_others_score_the_rounds(place: Path, tmp_path: Path) -> None:
     """The training ends with its work kept when targets are missing, and goes on when they are there."""
     settings = RolloutSettings(**{**ROLLOUTS, "rollout_every": 2, "rollout_scoring": "external"})
-    changes = {"teacher": None, "rollouts": settings, "timeout_minutes": 0.0, "checkpoint_every": None}
+    changes = {"rollouts": settings, "timeout_minutes": 0.0, "checkpoint_every": None}
     for number in range(3):
         with pytest.raises(
             WorkRemains, match=f"round {number} has no targets yet. Make them with: fastkd capture "
@@ -247,7 +247,6 @@ def test_others_score_the_rounds(place: Path, tmp_path: Path) -> None:
         found = newest(tmp_path / "run")
         assert (0 if found is None else found.step) == 2 * number
         words = str(e.value).partition("fastkd ")[2].partition(";")[0].split()
-        words[words.index("TEACHER")] = TEACHER
         assert main(words) == 0
     assert train(place, tmp_path / "run", **changes).complete
     ours, theirs = result(tmp_path / "run"), result(place / "one")
@@ -280,6 +279,7 @@ def test_a_stop_ends_the_wait_for_others(place: Path, tmp_path: Path, monkeypatc
     ("changes", "message"),
     [
         ({"rollouts": 1.5}, "rollouts: got 1.5; expected a number from 0 to 1"),
+        ({"rollout_eos": VOCAB}, f"rollout_eos: got {VOCAB}; expected a token of the vocabulary, from 0 to"),
         ({"rollout_tokens": 0}, "rollout_tokens: got 0; expected an integer from 1 on"),
         ({"rollout_temperature": -1.0}, "rollout_temperature: got -1.0"),
         ({"rollout_scoring": "there"}, "rollout_scoring: got 'there'; expected here or external"),

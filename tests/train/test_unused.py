@@ -16,6 +16,7 @@ from fastkd.train.unused import OF_TEACHER, check_live, check_mutual, check_roll
 LIVE = {field.name for field in fields(LiveSettings)}
 FEATURES = {field.name for field in fields(FeatureSettings)}
 TARGETS = {field.name for field in fields(TargetSettings)} - {"k", "draws"}
+OF_THEIR_TEACHER = {"teacher_k", "teacher_draws"}
 
 
 def refused(settings: Any, check: Any, **mode: bool) -> set[str]:
@@ -44,9 +45,11 @@ def test_every_setting_in_every_mode() -> None:
         if field.name != "rollouts" and refused_rollouts(**{field.name: 0.625})
     }  # fmt: skip
     assert not refused_rollouts(rollouts=0.5, rollout_tokens=3)
-    assert refused(replace(online, k=9), check_mutual, cached=True, teacher=False) == LIVE - {"k", "draws"}
-    assert refused(replace(online, k=9), check_mutual, cached=False, teacher=True) == FEATURES
-    assert refused(online, check_mutual, cached=False, teacher=False) == FEATURES | TARGETS | OF_TEACHER
+    some = replace(online, k=9)
+    assert refused(some, check_mutual, cached=True, teacher=False) == LIVE - {"k", "draws"} | OF_THEIR_TEACHER
+    assert refused(some, check_mutual, cached=False, teacher=True) == FEATURES
+    own = FEATURES | TARGETS | OF_TEACHER | OF_THEIR_TEACHER
+    assert refused(online, check_mutual, cached=False, teacher=False) == own
 
 
 def refused_rollouts(**changes: Any) -> bool:

@@ -61,7 +61,7 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
         cells = _size(run, "teacher", run.number("teacher", "positions_per_second"))
         cells += [fixed.get(m.name) or cell(m, found) for m in known]
         cells.append(Cell(f"≥{THIN}{figures(math.exp(min(least.mean, 700.0)))}"))
-        yield Row("teacher", cells, note="from its cached rows", series=Series("teacher", None))
+        yield Row("teacher", cells, note="from its targets", series=Series("teacher", None))
 
 
 def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | None:
@@ -98,7 +98,7 @@ def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, 
     if not found:
         return [*notes, speed]
     text = (
-        f"What its cache knows. {percent(found['label_known'].mean)} of the labels are among the cached entries, with "
+        f"What its targets know. {percent(found['label_known'].mean)} of the labels are among their entries, with "
         "their exact probability; any other label has at most the mass outside the entries, so the cross-entropy is a "
         "lower bound (≥). Its divergence from itself is 0."
     )
