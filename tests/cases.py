@@ -6,7 +6,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -171,3 +171,23 @@ def gradient_scale(case: Case, temperature: float) -> Tensor:
     at = case.targets.at(temperature, "bucket" if case.targets.ids.shape[1] > 1 else "auto", dtype=torch.float64)
     q = torch.cat([at.log_q.exp(), at.log_q_tail.exp()[:, None]], 1).norm(dim=1)
     return z.div(temperature).softmax(1).norm(dim=1) + q
+
+
+def peak_bytes(device: str, function: Callable[[], object]) -> int:
+    """What torch allocates on a device while a function runs, at its peak."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - base
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    results = trace.profiler
+    assert results is not None
+    live = peak = 0
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

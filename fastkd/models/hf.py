@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
+from .adapters import check_adapters
 from .hub import ModelFiles, brief, load_transformers
 from .lm_head import LMHeadMatch, find_lm_head
 
@@ -63,6 +64,7 @@ def probe_causal_lm(model: Any, name: str, notes: list[str]) -> ProbedModel:
 
     Raises TeacherError if it fails on the batch, or is not causal.
     """
+    check_adapters(model, name)
     longest = max_positions(model.config, notes)
     # the same tokens in every process
     generator = torch.Generator().manual_seed(0)

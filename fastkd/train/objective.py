@@ -18,7 +18,7 @@ from ..errors import TrainError
 from ..kernels import KDError, LMHead, LossConfig, kd_loss, linear_kd_loss, resolve_treatment
 from ..kernels.loss.config import SCHEDULED
 from ..kernels.tail import check_temperature
-from ..models.lm_head import logits_of
+from ..models.lm_head import LowRankHead, logits_of
 from ..models.protocol import Logits, Output
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch
@@ -209,6 +209,8 @@ class TokenKD:
         if isinstance(output, Logits):
             return kd_loss(output.values.flatten(0, -2), targets, labels, **options)._asdict()
         states, lm_head = output.states.flatten(0, -2), output.lm_head
+        if isinstance(lm_head, LowRankHead):
+            states, lm_head = lm_head.widened(states)
         if isinstance(lm_head, LMHead):
             # only hidden states at targets.index go through the LM head, in chunks
             return linear_kd_loss(states, lm_head, targets, labels, **options)._asdict()

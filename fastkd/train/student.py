@@ -15,6 +15,7 @@ from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels import LMHead
+from ..models.adapters import base_of
 from ..models.hf import load_causal_lm, probe_causal_lm
 from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.lm_head import LMHeadMatch
@@ -253,7 +254,7 @@ def of_transformers(model: Any, name: str) -> Student:
     with torch.no_grad():
         packs = separates_documents(lambda **inputs: model(use_cache=False, **inputs).logits, probed.tokens)
     model.train()
-    if probed.lm_head is None or not isinstance(probed.lm_head.lm_head, LMHead):
+    if probed.lm_head is None or not probed.lm_head.fusable:
         notes.append(
             f"{type(model).__name__}: its LM head is not one matrix with a use that its config tells, so full logits "
             "[positions, V] are materialized for every micro-batch, which costs memory and time."
@@ -312,15 +313,8 @@ def _run_transformers(match: LMHeadMatch | None, width: int) -> Callable[[Any, M
         inputs = {"input_ids": batch.input_ids, "use_cache": False, **_position_ids(batch)}
         if match is None:
             return Logits(model(**inputs).logits)
-        states = model.base_model(**inputs).last_hidden_state
-        if not isinstance(match.lm_head, LMHead):
-            return Hidden(states, match.lm_head)
-        # read anew in each forward: FSDP2 replaces the parameters
-        module = model.get_output_embeddings()
-        weight, bias = module.weight, module.bias
-        if len(weight) != width:
-            weight, bias = weight[:width], None if bias is None else bias[:width]
-        return Hidden(states, LMHead(weight, bias, match.lm_head.softcap, match.lm_head.logit_scale))
+        states = base_of(model).base_model(**inputs).last_hidden_state
+        return Hidden(states, match.read(model, width))
 
     return run
 

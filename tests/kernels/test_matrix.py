@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import CELLS, KINDS, Case, case, dense_loss
+from cases import CELLS, KINDS, Case, case, dense_loss, peak_bytes
 
 from fastkd import KDError, SparseTargets, kd_loss, linear_kd_loss
 from fastkd.kernels.treatment import SAMPLED_REACH
@@ -459,24 +459,6 @@ def test_bitwise_deterministic(on) -> None:
     for _ in range(3):
         again = run(c, on, temperature=3.3)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-def peak_bytes(device: str, function) -> int:
-    """What torch allocates on a device while a function runs, at its peak."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - base
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-        function()
-    live = peak = 0
-    for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 @DEVICE_ON
