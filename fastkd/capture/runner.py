@@ -4,14 +4,16 @@ A shard is one object with its targets, and one for each feature, which is writt
 any of them is missing; existing objects are not changed.
 
 Each worker starts with its own share (shard i belongs to worker i mod world_size), then takes shards that others have
-not done. Claims prevent duplicate work; if two workers still capture the same shard, the first commit wins.
+not done. Claims prevent duplicate work; if two workers still capture the same shard, the first commit wins. A worker
+that is given its shards, by a scheduler that keeps account of them, needs no claims.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Integral
 
 from ..cache import CacheError, CacheWriter, FeatureWriter
 from ..cache.manifest import runs
@@ -20,13 +22,13 @@ from ..data.documents import Documents
 from ..data.examples import Examples
 from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.numbers import duration, size_text
-from ..utils.progress import Progress
+from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop, Stopped
 from ..utils.text import printable, ranges
 from .claims import Claims
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
-from .shard_runner import CaptureReport, FeatureReport, ShardRunner, ShardTask
+from .shard_runner import CaptureReport, FeatureReport, ShardRunner, ShardTask, missing_shards
 from .teacher_pass import TeacherPass
 from .window_plan import WindowPlan
 
@@ -37,6 +39,8 @@ _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each 
 class CaptureRunner(ShardRunner):
     """Captures one worker's part of a cache whose spec and plan, and those of its features, are written. For one `run`.
 
+    shards: the numbers of those to capture, in this order; they are taken one or two ahead of the teacher, and the next
+        one may have to be waited for. None: all, by claims.
     progress_mode: see `Progress`. sleep: waits for a number of seconds.
     """
 
@@ -49,11 +53,12 @@ class CaptureRunner(ShardRunner):
         claims: Claims,
         *,
         features: Sequence[Feature] = (),
+        shards: Iterable[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
         group: ParallelGroup | None = None,
         stop: Stop | None = None,
-        progress_mode: str = "none",
+        progress_mode: Mode = "none",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._stop, self._sleep = stop or Stop(), sleep
@@ -68,6 +73,7 @@ class CaptureRunner(ShardRunner):
             should_stop=lambda: self._group.share(self._stop.asked),
         )
         self._rank, self._world_size, self._progress_mode = rank, world_size, progress_mode
+        self._given = shards
         self._group_busy = False  # whether the group runs a shard; otherwise it waits for the leader to share one
         self._todo: list[int] = []
         self._next: int | None = None  # probably the next one of them
@@ -88,8 +94,7 @@ class CaptureRunner(ShardRunner):
                 started = time.perf_counter()
                 self._capture_shards()
                 seconds = time.perf_counter() - started
-                missing = set(range(self._plan.shards))
-                missing -= missing.intersection(*map(self._listed, self._writers))
+                missing = missing_shards(self._store, self._plan, self._features.values())
                 if not missing:
                     self._seal()
                 busy = self._busy / seconds if seconds else 0.0
@@ -102,14 +107,18 @@ class CaptureRunner(ShardRunner):
                 self._group.share(report)
 
     def _capture_shards(self) -> None:
-        self._there = {name: self._committed_shards(name) for name in self._writers}
+        self._there = {name: self._committed_shards(name, listing=self._given is None) for name in self._writers}
         committed = set(range(self._plan.shards)).intersection(*self._there.values())
+        total, workers = self._plan.totals["positions"], self._world_size
+        if isinstance(self._given, Sequence):
+            mine = {self._checked(index) for index in self._given}
+            total, committed, workers = sum(map(self._positions, mine)), committed & mine, 1
         self._progress = Progress(
-            self._plan.totals["positions"],
+            total,
             unit="position",
             already=sum(map(self._positions, committed)),
             shares=("teacher_busy",),
-            workers=self._world_size,
+            workers=workers,
             mode=self._progress_mode,
         )
         # its own shards in order, then those of the others in reverse: the others get to those last
@@ -118,8 +127,11 @@ class CaptureRunner(ShardRunner):
         self._todo = [i for i in order if i not in committed]
         pool = ThreadPoolExecutor(1, "fastkd-rows")
         try:
-            for shard in self._claimed_shards():
-                rows = self._read_rows(shard.index, pool)
+            if self._given is None:
+                tasks = ((shard, self._read_rows(shard.index, pool)) for shard in self._claimed_shards())
+            else:
+                tasks = self._given_shards(self._given, pool)
+            for shard, rows in tasks:
                 self._collect(wait=False)
                 self._group_busy = True
                 self._group.share(shard)
@@ -134,6 +146,40 @@ class CaptureRunner(ShardRunner):
             pool.shutdown(cancel_futures=True)
             for name in self._claims.held:
                 self._claims.drop(name)
+
+    def _given_shards(self, shards: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[tuple[ShardTask, ShardRows]]:
+        """The given shards that are not there, with their rows: the next one is waited for, and read, on the pool's
+        thread while the teacher runs."""
+        numbers = iter(shards)
+
+        def read() -> tuple[ShardTask, ShardRows] | None:
+            for index in numbers:
+                if lacking := self._lacking(self._checked(index)):
+                    task = ShardTask(index, "" in lacking, tuple(name for name in lacking if name))
+                    return task, read_shard_rows(self._plan, self._data, index)
+                there.append(index)
+            return None
+
+        there: list[int] = []
+        future = pool.submit(read)
+        while True:
+            while not wait([future], _FIRST_PAUSE).done:
+                self._collect(wait=False)
+                if self._stop.asked:
+                    raise Stopped
+            found = future.result()
+            while there:
+                self._progress.event("there", shard=(index := there.pop()), positions=self._positions(index))
+            if found is None:
+                return
+            future = pool.submit(read)
+            yield found
+
+    def _checked(self, index: int) -> int:
+        """The number of a shard that is given. CacheError if the plan has none of that number."""
+        if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < self._plan.shards:
+            raise CacheError(f"shards: got {index!r}; expected numbers from 0 to {self._plan.shards - 1}.")
+        return int(index)
 
     def _follow(self) -> CaptureReport:
         """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""

@@ -1,6 +1,6 @@
 """Capturing one shard: its targets and features, submitted to writers, and the account of what was written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -70,6 +70,12 @@ class CaptureReport:
         return {**asdict(self), "status": self.status}
 
 
+def missing_shards(store: Store, plan: WindowPlan, features: Iterable[Feature]) -> set[int]:
+    """The shards of a plan that a cache lacks, of its targets or of one of these features."""
+    folders = ["", *(feature.spec.folder for feature in features)]
+    return set(range(plan.shards)) - set.intersection(*(set(listed(store, folder)) for folder in folders))
+
+
 @dataclass(frozen=True)
 class ShardTask:
     """A shard to capture: whether its targets are missing, and the names of the features that are."""
@@ -116,15 +122,14 @@ class ShardRunner:
         """Where the objects of a feature are; of the targets, "" for both."""
         return self._features[name].spec.folder if name else ""
 
-    def _listed(self, name: str) -> list[int]:
-        """The shards there are of a feature, or of the targets."""
-        return list(listed(self._store, self._folder(name)))
+    def _committed_shards(self, name: str, *, listing: bool = True) -> set[int]:
+        """The shards that the cache has, of a feature or of the targets. CacheError if none can be added.
 
-    def _committed_shards(self, name: str) -> set[int]:
-        """The shards that the cache has, of a feature or of the targets. CacheError if none can be added."""
+        listing: without, only a sealed cache is listed, and of another one no shard is reported.
+        """
         folder = self._folder(name)
         sealed = self._store.exists(f"{folder}{MANIFEST_KEY}")  # before the shards: another worker may be about to seal
-        committed = set(self._listed(name))
+        committed = set(listed(self._store, folder)) if sealed or listing else set()
         where = f"{self._store.describe()}{f', feature {name}' if name else ''}"
         if unknown := sorted(committed - set(range(self._plan.shards))):
             raise CacheError(
@@ -232,10 +237,11 @@ class ShardRunner:
             self._account_features(sizes, stored)
             if "" in sizes:
                 self._account(index, sizes)
-            elif "" in commits:
-                self._progress.say(f"shard {index}: another worker committed it first")
-            elif sizes:
+            elif sizes and "" not in commits:
                 self._progress.event("shard", shard=index, positions=self._positions(index), features=sizes)
+            else:
+                text = f"shard {index}: another worker committed it first"
+                self._progress.event("there", shard=index, positions=self._positions(index), text=text)
 
     def _account(self, index: int, sizes: dict[str, int]) -> None:
         """Account for a shard whose targets this worker has committed. sizes: in bytes, by feature."""

@@ -21,7 +21,7 @@ from ..capture.feature_places import find_places
 from ..capture.features.prepare import Feature, check_existing, check_sizes
 from ..capture.rows import ShardRows, read_shard_rows
 from ..capture.runner import CaptureReport, CaptureRunner
-from ..capture.shard_runner import ShardRunner, ShardTask
+from ..capture.shard_runner import ShardRunner, ShardTask, missing_shards
 from ..capture.teacher_pass import TeacherPass
 from ..data.lengths import LENGTHS_KEY, lengths_to_npz
 from ..errors import StreamError
@@ -172,8 +172,7 @@ class WriteThrough(ShardRunner):
 
     def missing(self) -> set[int]:
         """The shards that are not there, of the targets or of a feature."""
-        there = set(range(self._plan.shards)).intersection(*map(self._listed, self._writers))
-        return set(range(self._plan.shards)) - there
+        return missing_shards(self._store, self._plan, self.features)
 
     def finish(self) -> CaptureReport | None:
         """Once the training is complete: if all of the training split is there, capture the held-out shards that are

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any, TextIO
 
@@ -20,8 +20,11 @@ from .secrets import masked
 from .text import printable
 
 MODES = ("none", "bar", "lines", "events")
+Mode = str | Callable[[Mapping[str, Any]], object]
+"""One of MODES, or a function that is called with each event, such as {"event": "shard", "shard": 3}."""
 LINE_SECONDS = 60.0  # between lines, without a bar
 EVENT_SECONDS = 5.0
+CALL_SECONDS = 0.5  # between calls of a function with what is done
 _WINDOW_SECONDS = 60.0  # over which rates are averaged
 
 
@@ -30,7 +33,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     total: units in all. already: units done before this job. shares: names of time shares, passed to `add` in seconds
     and reported as fractions of the elapsed time. workers: how many workers share the remaining work.
-    mode: "bar", "lines", "events" (one JSON object per line) or "none"; see `mode_for`.
+    mode: "bar", "lines", "events" (one JSON object per line), "none" (see `mode_for`), or a function for the events.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Progress(AbstractContextManager["Progress"]):
         already: int = 0,
         shares: tuple[str, ...] = (),
         workers: int = 1,
-        mode: str = "none",
+        mode: Mode = "none",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -49,7 +52,9 @@ class Progress(AbstractContextManager["Progress"]):
         self._mine = 0
         self._shares = dict.fromkeys(shares, 0.0)
         self._figures: dict[str, tuple[float, str]] = {}
-        self._workers, self._mode, self._clock = workers, mode, clock
+        self._workers, self._clock = workers, clock
+        self._call = mode if callable(mode) else None
+        self._mode = mode = "called" if callable(mode) else mode
         self._stream: Any = Lenient(stream or (sys.stdout if mode == "events" else sys.stderr))
         self._begun = self._said = clock()
         self._marks: deque[tuple[float, int, dict[str, float]]] = deque([(self._begun, 0, dict(self._shares))])
@@ -84,7 +89,9 @@ class Progress(AbstractContextManager["Progress"]):
 
     def event(self, name: str, **fields: Any) -> None:
         """Report an event; outside mode "events", its text as a line. NaN and infinities become null in JSON."""
-        if self._mode == "events":
+        if self._call is not None:
+            self._call({"event": name, **fields})
+        elif self._mode == "events":
             known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
             self._write(json.dumps({"event": name, **known}, allow_nan=False))
         elif text := fields.get("text"):
@@ -123,12 +130,12 @@ class Progress(AbstractContextManager["Progress"]):
         return shares + [text for _, text in self._figures.values()]
 
     def _say_now_and_then(self, now: float) -> None:
-        wait = {"lines": LINE_SECONDS, "events": EVENT_SECONDS}.get(self._mode)
+        wait = {"lines": LINE_SECONDS, "events": EVENT_SECONDS, "called": CALL_SECONDS}.get(self._mode)
         if wait is None or now - self._said < wait:
             return
         self._said = now
         at = self.now()
-        if self._mode == "events":
+        if self._mode in ("events", "called"):
             self.event("progress", **{name: round(value, 4) for name, value in at.items()})
             return
         left = f", {duration(at['seconds_left'])} left" if "seconds_left" in at else ""

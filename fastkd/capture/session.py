@@ -1,0 +1,131 @@
+"""A cache that is open for capture: its teacher, data, window plan and writers, for one or several runs."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import Any, Self
+
+from ..cache.stores import open_store
+from ..data.documents import Documents, describe_documents
+from ..kernels import prepare_topk
+from ..settings import CaptureSettings
+from ..teachers.load import as_data, as_teacher
+from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
+from ..utils.output_guard import check_store
+from ..utils.progress import MODES, Mode, Progress
+from ..utils.signals import Stop
+from .answers import check_limits, large_k_text
+from .begin import begin_cache
+from .claims import Claims
+from .feature_places import find_places
+from .feature_settings import check_feature_settings
+from .features.prepare import check_existing, check_sizes
+from .prepare import prepare
+from .runner import CaptureRunner
+from .shard_runner import CaptureReport, missing_shards
+from .teacher_pass import TeacherPass
+from .window_plan import plan_text
+
+DEFAULTS = CaptureSettings()
+
+
+class CaptureSession(AbstractContextManager["CaptureSession"]):
+    """A cache that is begun, or continued, and can be written to. Use as a context manager.
+
+    The arguments are those of `capture`, which is one `run` of a session; a worker that gets its shards in several
+    parts loads its teacher, and measures its data, once. Raises what `capture` raises before its first shard.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        data: Any,
+        out: Any,
+        settings: CaptureSettings = DEFAULTS,
+        *,
+        fingerprint: str = "",
+        vocab_size: int | None = None,
+        column: str | None = None,
+        text_documents: str = "line",
+        tokenizer: Any = None,
+        loss_on: str = "all",
+        rank: int | None = None,
+        world_size: int | None = None,
+        group: ParallelGroup | None = None,
+        threads: int = 1,
+        progress: Mode = "none",
+        notes: str = "",
+        **changes: Any,
+    ) -> None:
+        if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
+            raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
+        if not callable(progress) and progress not in MODES:
+            raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
+        settings = replace(settings, **changes)
+        self._rank, self._world_size = rank_and_world_size(rank, world_size)
+        model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
+        data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
+        store = open_store(out, create=True)
+        check_store(store)
+        claims = Claims(store, self._rank, self._world_size)
+        mode = progress if group is None or group.leader else "none"
+        reporter = Progress(0, unit="position", mode="lines" if mode == "bar" else mode)
+
+        def tell(text: str) -> None:
+            reporter.event("note", text=text)
+
+        for note in getattr(model, "notes", []):
+            tell(f"teacher: {note}")
+        for line in large_k_text(settings.k, settings.draws, model.vocab_size):
+            tell(line)
+        check_limits(model, settings)
+        check_feature_settings(settings)
+        places = find_places(model, data, settings.features)
+        plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+        check_sizes(places, plan)
+        check_existing(store, spec, places, settings)
+        if isinstance(data, Documents):
+            for line in describe_documents(data, plan.lengths):
+                tell(line)
+        reporter.event("plan", text=plan_text(plan.totals, plan.settings.context, plan.settings.on_long), **plan.totals)
+        if line := prepare_topk(model.device):
+            tell(line)
+        self._group, self._progress = group or ParallelGroup(), progress
+        self._data, self._store, self._claims, self.plan = data, store, claims, plan
+        self._pass = TeacherPass(model, settings)
+        with ExitStack() as stack:
+            self._begun = begin_cache(
+                self._pass, data, plan, spec, places, store, claims, stack, group=self._group, threads=threads, say=tell
+            )
+            self._stack = stack.pop_all()
+
+    def missing(self) -> list[int]:
+        """The shards that the cache lacks, of its targets or of the features of these settings."""
+        return sorted(missing_shards(self._store, self.plan, self._begun.features))
+
+    def run(self, shards: Iterable[int] | None = None, *, stop: Stop | None = None) -> CaptureReport:
+        """Capture these shards, or all, and seal the cache if it then has every shard. See `capture`."""
+        runner = CaptureRunner(
+            self._pass,
+            self._data,
+            self.plan,
+            self._store,
+            self._claims,
+            features=self._begun.features,
+            shards=shards,
+            rank=self._rank,
+            world_size=self._world_size,
+            group=self._group,
+            stop=stop,
+            progress_mode=self._progress,
+        )
+        return runner.run(self._begun.targets, self._begun.writers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
