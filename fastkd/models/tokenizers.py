@@ -40,6 +40,11 @@ class Tokenizer:
         self._template_file = template
         self._end: int | None = backend.eos_token_id if append_eos else None
 
+    @property
+    def backend(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._backend
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest token id."""

@@ -358,8 +358,16 @@ def make_student(
         tokenizer = _tokenizer(files, settings)
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
-    if spec is None:
-        return LoadedStudent(student, tokenizer)
+    if spec is not None:
+        check_fits(student, tokenizer, spec, allow_other_tokenizer=settings.allow_other_tokenizer)
+    return LoadedStudent(student, tokenizer)
+
+
+def check_fits(
+    student: Student, tokenizer: Tokenizer | None, spec: CacheSpec, *, allow_other_tokenizer: bool = False
+) -> None:
+    """Raise TrainError if a student does not fit a cache: fewer logits than the teacher, or another tokenizer.
+    tokenizer: the student's; None if it is not known."""
     if student.vocab_size < spec.vocab_size:  # more is fine: a padded vocabulary
         raise TrainError(
             f"{student.name}: got a vocabulary of {student.vocab_size}; expected at least {spec.vocab_size}, that of "
@@ -367,13 +375,12 @@ def make_student(
             "vocabulary."
         )
     known = spec.provenance.tokenizer and spec.provenance.tokenizer.sha256
-    if tokenizer and known and tokenizer.identity != known and not settings.allow_other_tokenizer:
+    if tokenizer and known and tokenizer.identity != known and not allow_other_tokenizer:
         raise TrainError(
             f"tokenizer {tokenizer.name} (sha256 {tokenizer.identity[:12]}…) is not the one of the cache (sha256 "
             f"{known[:12]}…): the student would be trained with other tokens than it is used with. Use the cache's "
             "tokenizer (--tokenizer), or --allow-other-tokenizer if both give the same ids."
         )
-    return LoadedStudent(student, tokenizer)
 
 
 def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:

@@ -11,5 +11,17 @@ import lazy_loader
 if TYPE_CHECKING:
     from .attach import attach as attach
     from .attach import detach as detach
+    from .dataset import DistillDataset as DistillDataset
+    from .dataset import DistillSampler as DistillSampler
+    from .mixin import DistillMixin as DistillMixin
+    from .trainer import DistillTrainer as DistillTrainer
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"attach": ["attach", "detach"]})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "attach": ["attach", "detach"],
+        "dataset": ["DistillDataset", "DistillSampler"],
+        "mixin": ["DistillMixin"],
+        "trainer": ["DistillTrainer"],
+    },
+)

@@ -1,0 +1,77 @@
+"""What a DistillTrainer refuses before the first step, each in one sentence."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import TrainError
+from ...train.settings_check import check_same
+from ...utils.atomic import unsealed, write_json
+
+STATE = "fastkd.json"
+"""Beside trainer_state.json in a checkpoint: what the run was begun with."""
+FORMAT = "fastkd-trainer"
+
+
+def check_arguments(args: Any) -> None:
+    """Raise TrainError for TrainingArguments that a training from a cache cannot follow."""
+    sharded = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    if getattr(args, "fp16", False) and sharded:
+        raise TrainError(
+            "fp16: got it with FSDP, whose gradients a loss scaler does not reach; expected bf16=True, which needs no "
+            "scaling of the loss, or fp16 without FSDP."
+        )
+    if getattr(args, "label_smoothing_factor", 0):
+        raise TrainError(
+            f"label_smoothing_factor: got {args.label_smoothing_factor}; expected 0, as the soft targets of the cache "
+            "smooth the labels. Leave it out, or choose alpha."
+        )
+    accelerator = getattr(args, "accelerator_config", None)
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(accelerator, name, None):
+            raise TrainError(
+                f"accelerator_config: got {name}=True; expected False, as every process reads its own share of a step "
+                "from the cache."
+            )
+    if (parallel := getattr(args, "parallelism_config", None)) is not None:
+        for name in ("tp_size", "cp_size", "sp_size"):
+            if (size := getattr(parallel, name, 1)) > 1:
+                raise TrainError(
+                    f"parallelism_config: got {name}={size}; expected 1: DistillTrainer divides steps over processes "
+                    "(DDP, FSDP2, DeepSpeed), not sequences or layers."
+                )
+
+
+def check_processes(n_gpu: int) -> None:
+    """Raise TrainError for DataParallel, which divides the tensors of a micro-batch."""
+    if n_gpu > 1:
+        raise TrainError(
+            f"DistillTrainer: got {n_gpu} GPUs in one process, which transformers would use by DataParallel; expected "
+            "one. Start it with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+        )
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write what a run was begun with into a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STATE, {"format": FORMAT, "version": 1, "state": dict(state)})
+
+
+def check_resume(folder: Path, ours: Mapping[str, Any]) -> None:
+    """Raise TrainError if a checkpoint is not of a run with the same data and loss, naming what differs."""
+    import json
+
+    path = folder / STATE
+    try:
+        document = unsealed(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise TrainError(
+            f"{folder}: got a checkpoint without {STATE}, so not of a DistillTrainer; expected one that knows its "
+            "cache. Train into another folder, or leave resume_from_checkpoint out."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{path}: cannot be read ({error}). Resume from an older checkpoint.") from error
+    if document.get("format") != FORMAT or document.get("version") != 1:
+        raise TrainError(f"{path}: got something else; expected what a DistillTrainer wrote. Resume from an older one.")
+    check_same(document["state"], json.loads(json.dumps(dict(ours))), str(folder))

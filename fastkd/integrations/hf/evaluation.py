@@ -1,0 +1,78 @@
+"""The held-out split of a cache as the evaluation of a Trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...evaluate.measures import MEASURES
+from ...settings import TrainSettings
+from ...stream.batch import AnyBatch
+from ...stream.tensors import batch_to_tensors
+from ...train.held_out import means
+from ...train.inputs import CacheInputs
+from ...utils.distributed import Processes
+
+
+class HeldOutSplit:
+    """What stands for the held-out split of a cache where a Trainer wants an `eval_dataset`.
+
+    measures: `fastkd.evaluate` of a student on each cache of a mixture. weights: their shares. It has as many items as
+    the split has sequences, which are read by `DistillMixin.evaluate` alone.
+    """
+
+    def __init__(self, measures: Sequence[Any], weights: Sequence[float], sequences: int) -> None:
+        self.measures, self.weights, self._sequences = measures, weights, sequences
+
+    def __len__(self) -> int:
+        return self._sequences
+
+    def __getitem__(self, index: int) -> Any:
+        raise TypeError("HeldOutSplit: got a request for an item; expected Trainer.evaluate of a DistillMixin.")
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measures by name. All processes call it, with an attached model, in whose forward parameters are complete.
+
+        loss: the cross-entropy, as of a causal model of transformers; kl: from the teacher at T = 1, by the draws of
+        the cache, if it has some, or with all tokens outside the top-k entries as one outcome.
+        """
+        student = _Evaluated(model)
+        found = means([measure(student) for measure in self.measures], self.weights)
+        kl = found.get("kl_sampled", found.get("kl_bucket"))
+        first = {"loss": found["cross_entropy"], **({} if kl is None else {"kl": kl})}
+        return first | {name: found[name] for name in MEASURES if name in found}
+
+
+def held_out_split(
+    inputs: CacheInputs, processes: Processes, *, batch_tokens: int, max_positions: int | None, allow_partial: bool
+) -> HeldOutSplit | None:
+    """The evaluation on the held-out split of the caches; None if nothing was held out. Raises StreamError."""
+    if inputs.nothing_held_out():
+        return None
+    settings = TrainSettings(
+        micro_tokens=batch_tokens, evaluate_positions=max_positions, allow_partial=allow_partial
+    )  # fmt: skip
+    held = inputs.held_out(settings, processes)
+    from ...stream.split import open_split
+
+    tables = [open_split(cache, "held_out", max_positions=max_positions, allow_partial=allow_partial)
+              for cache in inputs.caches]  # fmt: skip
+    return HeldOutSplit(held.measures, held.weights, sum(int(table.sequences.sum()) for table in tables))
+
+
+class _Evaluated(nn.Module):
+    """An attached model, as `fastkd.evaluate` takes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def logits(self, batch: AnyBatch, rows: Tensor) -> Tensor:
+        """Logits `[m, V]` at the positions that count, which are all that an evaluation asks for."""
+        assert rows is batch.targets.index
+        device = next(self.model.parameters()).device
+        tensors = {name: value.to(device) for name, value in batch_to_tensors(batch).items()}
+        with torch.no_grad():
+            logits: Tensor = self.model(**tensors, kd_logits=True).logits
+        return logits
