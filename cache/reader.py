@@ -20,6 +20,8 @@ from .target_shards import TargetShards
 from .workspace import Workspace
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .features.reader import Features
     from .verify import Report
 
@@ -151,6 +153,27 @@ class Cache(ShardReader):
                     "them one by one, with read_shard."
                 )
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def last_rows(self, number: int) -> Ints:
+        """The last row of each document within a sequence, or of the part of it that is there; from the sequence's
+        first row. A document is the whole sequence if documents are not known."""
+        (number,) = _numbers([number])
+        shard, first, _ = self._by_sequence()
+        place = int(np.searchsorted(first, number, side="right")) - 1
+        arrays = self._kept(int(shard[place]))
+        ends = [arrays[name].cumsum(dtype=np.int64) for name in _LENGTHS if name in arrays]
+        stop = int(ends[0][number - first[place]])
+        begin = stop - int(arrays["sequence_lengths"][number - first[place]])
+        inside = np.unique(np.concatenate(ends))
+        last: Ints = inside[(inside > begin) & (inside <= stop)] - begin - 1
+        return last
+
+    def to_pandas(self, sequence: int, tokenizer: Any = None) -> "pd.DataFrame":
+        """A look at one sequence: a row a position, with its token, label, the teacher's top tokens with their
+        probabilities, the mass of all others, and draws. tokenizer: decodes the tokens. See `table.sequence_table`."""
+        from .table import sequence_table
+
+        return sequence_table(self, sequence, tokenizer)
 
     def verify(self, deep: bool = True, progress: bool = False) -> "Report":
         """Check every shard against its hash and the manifest; deep: its decoded arrays, too. See `verify.verify`."""

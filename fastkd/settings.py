@@ -232,6 +232,19 @@ class LiveSettings(ReadingSettings, FeatureSettings, WindowSettings, TargetSetti
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShareSettings:
+    """How a trained student is described to others, and where it is uploaded to."""
+
+    push: str | None = None
+    """Repository on the Hugging Face Hub, OWNER/NAME or NAME, to upload the student's folder to when training is
+    complete. It is created if it does not exist. Needs a token that may write (`hf auth login`, or HF_TOKEN)."""
+    push_private: bool = False
+    """With --push: create the repository as a private one."""
+    card_teacher: str | None = None
+    """Name of the teacher for the student's model card. Default: the card does not name it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a student is trained from a cache."""
 

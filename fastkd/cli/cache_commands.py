@@ -162,7 +162,7 @@ def export_cache(command: ExportCache, stop: Stop) -> Outcome:
 
     report = run(
         open_cache(store_of(command.cache)), command.out, to=command.to, features=command.features,
-        dtype=command.state_dtype, teacher=command.teacher, settings=command, stop=stop,
+        dtype=command.state_dtype, columns=command.columns, teacher=command.teacher, settings=command, stop=stop,
         progress=mode_for(events=command.json),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, printable(str(report)), report.status)

@@ -17,6 +17,7 @@ from ..settings import (
     ModelSettings,
     MutualSettings,
     RolloutSettings,
+    ShareSettings,
     TeacherSettings,
     TrainSettings,
 )
@@ -137,7 +138,7 @@ class _Training(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(RolloutSettings, LiveSettings, _Training):
+class Train(ShareSettings, RolloutSettings, LiveSettings, _Training):
     """Train a student from a cache, or beside its teacher.
 
     With --cache, targets are read from a cache. With --data and --teacher there is no cache: the teacher runs on each
@@ -145,7 +146,8 @@ class Train(RolloutSettings, LiveSettings, _Training):
     for later trainings. With --data and --alpha 1, training is on labels alone. With --rollouts, the student continues
     a part of the sequences itself, and the teacher scores what it says.
     Running the same command again resumes from the last checkpoint; under torchrun, on all processes.
-    Exit status 0: training is complete. 75: work remains (after SIGTERM, with a checkpoint written): requeue it.
+    Exit status 0: training is complete. 1: it is, and only the upload of --push failed. 75: work remains (after
+    SIGTERM, with a checkpoint written): requeue it.
     """
 
     cache: str | None = None
@@ -309,18 +311,21 @@ class Generations(LiveSettings, _Training):
 class ExportCache(ModelSettings):
     """Write a cache in another program's format.
 
-    Tokens and hidden states, to train draft heads there.
-    safetensors-features: for speculators (vLLM); needs at least one layer and -1. specforge: for SpecForge's EAGLE-3;
-    needs three layers, -1, and the teacher, whose final norm it applies.
+    parquet: tokens and targets as columns, for datasets, pandas and people.
+    safetensors-features, specforge: tokens and hidden states, to train draft heads in speculators (vLLM; needs at least
+    one layer and -1) or in SpecForge (EAGLE-3; needs three layers, -1, and the teacher, whose final norm it applies).
     Running the same command again resumes. Exit status 75: work remains (after SIGTERM, or with a full disk).
     """
 
     cache: Place
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
     to: str
-    """Format: safetensors-features or specforge."""
+    """Format: parquet, safetensors-features or specforge."""
     out: Path
     """Output folder."""
+    columns: str | None = None
+    """With --to parquet: fastkd (sequence, input_ids, labels, top_ids, top_logprobs, tail, draws) or axolotl
+    (input_ids, attention_mask, labels, target_token_ids, target_logprobs, target_mask). Default: fastkd."""
     features: tuple[str, ...] = ()
     """Numbers of layers whose input is written, in order, such as 2,15,27. -1, the input of the final norm, is always
     the last. Default: all hidden states in the cache."""

@@ -26,7 +26,7 @@ from ..errors import (
     TrainError,
     WorkRemains,
 )
-from ..settings import CaptureSettings, LiveSettings, MutualSettings, RolloutSettings, TrainSettings
+from ..settings import CaptureSettings, LiveSettings, MutualSettings, RolloutSettings, ShareSettings, TrainSettings
 from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -206,11 +206,13 @@ def train(command: Train, stop: Stop) -> Outcome:
         control=command.control,
         stop_if_worse=command.stop_if_worse,
         stop=stop,
+        share=ShareSettings(**{f.name: getattr(command, f.name) for f in fields(ShareSettings)}),
         progress=mode_for(events=command.json),
     )
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
-    return Outcome({"event": "done", **report.to_json()}, report_of(report), report.status)
+    done = {"event": "done", **report.to_json()}
+    return Outcome(done, report_of(report), report.status, in_flags(report.push_failed or "", flags(command)))
 
 
 def _rollouts(command: Train) -> RolloutSettings:
@@ -243,6 +245,8 @@ def _with_teacher(command: Train, stop: Stop) -> Outcome:
         command.teacher, command.cache, command.write_cache, command.rollouts, stop_if_worse=command.stop_if_worse
     )
     check_rollouts_used(_rollouts(command))
+    if command.push or command.push_private or command.card_teacher:
+        raise TrainError("push, card_teacher: got one with train_teacher; expected one student that is trained.")
     online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
     models = named([command.teacher, command.student])
     big, small = models

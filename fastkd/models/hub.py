@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..errors import TeacherError
 
 INSTALL = "pip install 'fastkd[hf]'"
 # The files to download; not the same weights in another format, nor subfolders.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "README.md"]
+LICENSES = ["LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"]
+"""Files of a model that go with every copy of it."""
 _PICKLED = ["*.bin"]
 _UNWANTED = ["*/*", "consolidated*", "training_args*"]
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -26,11 +28,13 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder, its name for messages, and for a GGUF model the name of the file in the folder."""
+    """A model's folder, its name for messages, and for a GGUF model the name of the file in the folder. hub: the id of
+    its repository on the Hub, if it was named by that."""
 
     folder: Path
     name: str
     gguf: str | None = None
+    hub: str | None = None
 
     @property
     def path(self) -> Path:
@@ -41,6 +45,28 @@ class ModelFiles:
     def arguments(self) -> dict[str, str]:
         """Keyword arguments for `from_pretrained(folder, ...)`."""
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+    @property
+    def kept(self) -> list[Path]:
+        """Its files that a model made from it has as well: licenses, and the generation config."""
+        found = [path for pattern in LICENSES for path in sorted(self.folder.glob(pattern)) if path.is_file()]
+        config = self.folder / "generation_config.json"
+        return found + ([config] if config.is_file() and not self.gguf else [])
+
+    @cached_property
+    def license(self) -> dict[str, str]:
+        """license, license_name and license_link in the metadata of its card (README.md), those that are there."""
+        card = self.folder / "README.md"
+        if not card.is_file():
+            return {}
+        from huggingface_hub import metadata_load
+
+        try:
+            found = metadata_load(card)
+        except Exception:  # a card that cannot be read says nothing of a license
+            return {}
+        names = ("license", "license_name", "license_link")
+        return {n: str(found[n])[:200] for n in names if found and isinstance(found.get(n), str) and found[n]}
 
 
 def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
@@ -64,12 +90,12 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
     name, _, file = str(source).rpartition("/") if str(source).endswith(".gguf") else (str(source), "", "")
     if isinstance(source, Path) or not _NAME.fullmatch(name):
         raise TeacherError(f"{source}: there is no such file or folder.")
-    folder = _snapshot(name, revision, [file] if file else _WANTED)
+    folder = _snapshot(name, revision, [file] if file else _WANTED + LICENSES)
     if not file and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(name, revision, _WANTED + _PICKLED)
+        folder = _snapshot(name, revision, _WANTED + LICENSES + _PICKLED)
     if file and not (folder / file).exists():
         raise TeacherError(f"{source}: there is no file {file} in {name} on the Hugging Face Hub.")
-    return ModelFiles(folder, Path(file).stem or name.rpartition("/")[2], file or None)
+    return ModelFiles(folder, Path(file).stem or name.rpartition("/")[2], file or None, name)
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:

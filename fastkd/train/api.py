@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..settings import LiveSettings, RolloutSettings, TrainSettings
+from ..errors import TrainError
+from ..models.upload import Upload, check_upload, upload
+from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
 from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
+from .cards import SHARE, write_cards
 from .checkpoint import steps_of
 from .exits import with_exits
 from .held_out import EVALUATION, EVALUATIONS
@@ -31,7 +34,7 @@ from .rollout_inputs import RolloutInputs, check_rollouts
 from .settings_check import check_settings
 from .student import make_student
 from .trainer import Evaluate, Pause, Trainer
-from .unused import check_live, check_rollouts_used
+from .unused import check_live, check_rollouts_used, check_share
 from .verdict import judge
 from .watch import Watch, check_watch
 
@@ -63,6 +66,7 @@ def train(
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
     pause: Pause | None = None,
+    share: ShareSettings = SHARE,
     progress: str = "none",
     **changes: Any,
 ) -> TrainReport:
@@ -94,6 +98,9 @@ def train(
         held-out split of the caches.
     stop: stops the training when called, for example by a signal handler; a checkpoint is written.
     pause: evaluates after other steps, and pauses after one of them, for a later call.
+    share: what the model card says of the teacher, and the repository on the Hugging Face Hub that the student is
+        uploaded to when training is complete. Whether that is possible is checked first. The report says if the upload
+        failed; its status is then 1.
     progress: "none", "bar", "lines" or "events".
 
     Under torchrun, or in an initialized process group, all processes make the same call; the first one writes the log.
@@ -113,6 +120,7 @@ def train(
     beside = teacher is not None and not is_inside(teacher)
     check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
     check_rollouts_used(rollouts)
+    check_share(share)
     cached = None if cache is None else inputs_of(cache, data)
     if cached is not None:
         check_settings(settings, cached.spec, objective)
@@ -121,6 +129,7 @@ def train(
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
         ExitStack() as stack,
     ):
+        target = _upload_target(share, processes)
         inputs: Inputs = cached or load_inputs(
             teacher,
             data,
@@ -172,7 +181,36 @@ def train(
                 Progress(0, unit="step", mode=mode).event("note", text=finished.text)
             if not finished.complete:
                 report = replace(report, unfinished=finished.text)
-        return report
+        if report.complete and processes.first:
+            named = share if target is None else replace(share, push=target.repo)
+            write_cards(out, text=inputs.data is None, share=named)
+    return report if target is None or report.student is None or not report.complete else _pushed(report, target, mode)
+
+
+def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
+    """Where the first process uploads the student to; None for the others, and if nowhere. Raises TrainError on all
+    processes if it cannot."""
+    target, problem = None, None
+    if share.push is None:
+        return None
+    if processes.first:
+        try:
+            target = check_upload(share.push, private=share.push_private)
+        except TrainError as error:
+            problem = str(error)
+    if problem := processes.gather(problem)[0]:
+        raise TrainError(problem)
+    return target
+
+
+def _pushed(report: TrainReport, target: Upload, mode: str) -> TrainReport:
+    """The report of a complete training, after the upload of its student."""
+    assert report.student is not None
+    Progress(0, unit="step", mode=mode).event("note", text=f"uploading {report.student} to {target.repo}")
+    try:
+        return replace(report, pushed=upload(target, Path(report.student), quiet=mode != "lines"))
+    except TrainError as error:
+        return replace(report, push_failed=str(error))
 
 
 def with_arms(out: Path, done: "Done", weights: Sequence[float], measure: str) -> TrainReport:

@@ -46,6 +46,6 @@ def write_beside(
         assert isinstance(student.live, AveragedTeacher)
         prefix = "live.model."
         plain = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        write_model(folders[KIND], student.live.model, plain, tokenizer)
+        write_model(folders[KIND], student.live.model, plain, tokenizer, student.source)
     if (layers := settings.export_exit) is not None:
         write_exit(folders[f"exit{layers}"], student, layers, tensors, tokenizer)

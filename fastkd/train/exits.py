@@ -201,4 +201,4 @@ def write_exit(
     model = cut(student.model, layers)
     names = model.state_dict().keys()
     plain = {name: tensors[f"model.{name}"] for name in names if f"model.{name}" in tensors}
-    write_model(folder, model, plain, tokenizer)
+    write_model(folder, model, plain, tokenizer, student.source)

@@ -26,12 +26,13 @@ from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.text import format_table
 from .api import run_trainer, train_one
 from .arms import CONTROL
+from .cards import write_peer_cards
 from .exchange import TEACHER, Exchange, Learns, everyone
 from .held_out import EVALUATION, HeldOut
 from .inputs import Inputs, inputs_of
 from .live_inputs import check_arguments, is_inside, load_inputs
 from .peers import Peers, PeerView, check_vocabularies
-from .result import RUN, TrainReport
+from .result import RUN, TrainReport, describe_student
 from .settings_check import check_settings
 from .student import LoadedStudent, Student, make_student
 from .trainer import Evaluate, Trainer
@@ -201,6 +202,8 @@ def mutual(
         if processes.first and (out / RUN).exists():
             document = json.loads((out / RUN).read_text())
             write_json(out / RUN, document | {"students": job.about, "report": whole.to_json()})
+            if whole.complete:
+                write_peer_cards(out, text=inputs.data is None)
         return whole
 
 
@@ -244,9 +247,10 @@ class _Job:
             name: (one.student.vocab_size, one.student.max_positions, one.tokenizer and one.tokenizer.identity)
             for name, one in made.items()
         }
-        sizes = {name: one.student.parameters_and_bytes for name, one in made.items()}
-        for part in self.processes.gather(sizes):
-            self.about |= {name: {"name": name, "parameters": n, "bytes": size} for name, (n, size) in part.items()}
+        students = {name: one.student for name, one in made.items()}
+        about = {name: describe_student(one, one.parameters_and_bytes) for name, one in students.items()}
+        for part in self.processes.gather(about):
+            self.about |= {name: one | {"name": name} for name, one in part.items()}
         every = {name: one for part in self.processes.gather(known) for name, one in part.items()}
         check_vocabularies({name: size for name, (size, _, _) in every.items()})
         identities = {name: identity for name, (_, _, identity) in every.items() if identity}

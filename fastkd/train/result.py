@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,16 +19,19 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache.reader import Cache
+from ..models.hub import ModelFiles
 from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
 from ..utils.numbers import measure_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 from .arms import CONTROL, WITHOUT_FEATURES
+from .card import written_by_fastkd
 from .student import Student
 from .verdict import Verdict
 
 STUDENT = "student"
+CARD = "README.md"
 STUDENTS = "students"  # a folder of each, by name
 RUN = "run.json"
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "zarr", "triton")
@@ -45,7 +49,8 @@ class TrainReport:
     control, trained on hard labels alone. without_features: that of the same student without the features that it
     matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window. stopped_worse: the
     comparison that ended the training before its last step (`stop_if_worse`), None if there was none. unfinished: what
-    else the same call again has to do, as shards of a cache that is written; or "".
+    else the same call again has to do, as shards of a cache that is written; or "". pushed: the URL that the student was
+    uploaded to; push_failed: why it was not; None if it was not to be, or not yet.
     """
 
     out: str
@@ -66,6 +71,8 @@ class TrainReport:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     stopped_worse: Verdict | None = None
     unfinished: str = ""
+    pushed: str | None = None
+    push_failed: str | None = None
 
     @property
     def arms(self) -> "dict[str, TrainReport]":
@@ -82,15 +89,18 @@ class TrainReport:
 
     @property
     def status(self) -> int:
-        return DONE if self.complete else WORK_REMAINS
+        """Exit status: 1 if only the upload failed."""
+        done = 1 if self.push_failed else DONE
+        return done if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; with a control, `difference` has each measure of the student minus the control's. The arm without
         features, and verdicts, are there if they were measured."""
         found = asdict(replace(self, control=None, without_features=None, verdicts={}, stopped_worse=None))
         del found["without_features"], found["verdicts"], found["stopped_worse"]
-        if not self.unfinished:
-            del found["unfinished"]
+        for name in ("unfinished", "pushed", "push_failed"):
+            if not found[name]:
+                del found[name]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
@@ -128,6 +138,8 @@ def report_of(report: TrainReport) -> str:
     for one in report.verdicts.values():
         lines += one.lines
     lines.append(f"student: {report.student}")
+    if report.pushed:
+        lines.append(f"uploaded to {report.pushed}")
     return "\n".join(lines + [f"{name}: {folder}" for name, folder in report.exported.items()])
 
 
@@ -148,11 +160,24 @@ def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor],
     """
     prefix = "model."  # an objective's own tensors are not part of the model
     plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    write_model(folder, student.model, plain, tokenizer)
+    write_model(folder, student.model, plain, tokenizer, student.source)
 
 
-def write_model(folder: Path, model: Any, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
-    """Write a model with these weights, by the names of its own; see `write_student`. Its own may be meta tensors."""
+def write_model(
+    folder: Path,
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    source: ModelFiles | None = None,
+) -> None:
+    """Write a model with these weights, by the names of its own; see `write_student`. Its own may be meta tensors.
+
+    source: the files that it was made from; its licenses and generation config are kept. A card in the folder that a
+    person wrote is kept as well.
+    """
+    card = folder / CARD
+    written = card.read_bytes() if card.is_file() else None
+    kept = None if written is None or written_by_fastkd(written.decode(errors="replace")) else written
 
     def fill(place: Path) -> None:
         try:
@@ -169,6 +194,11 @@ def write_model(folder: Path, model: Any, tensors: Mapping[str, Tensor], tokeniz
             )
         if tokenizer is not None:
             tokenizer.save(place)
+        for path in source.kept if source is not None else ():
+            shutil.copyfile(path, place / path.name)
+        (place / CARD).unlink(missing_ok=True)  # of a library, which knows less than ours
+        if kept is not None:
+            (place / CARD).write_bytes(kept)
 
     write_folder(folder, fill)
 
@@ -180,14 +210,27 @@ def run_document(
 
     inputs: describes the data; {"caches": [`describe_cache`, ...]} for caches.
     """
-    described = {"name": student.name, "parameters": size[0], "bytes": size[1], "notes": student.notes}
+    described = describe_student(student, size) | {"notes": student.notes, "vocab_size": student.vocab_size}
     return {
         "format": "fastkd-run",
         "version": 1,
-        "student": described | {"vocab_size": student.vocab_size},
+        "student": described,
         **inputs,
         "machine": machine(device, world_size),
     }
+
+
+def describe_student(student: Student, size: tuple[int, int]) -> dict[str, Any]:
+    """Name, parameters and bytes, class, and where they are known the id on the Hub of the model that it began as, and
+    its license."""
+    kind = type(student.model)
+    found: dict[str, Any] = {"name": student.name, "parameters": size[0], "bytes": size[1]}
+    found["class"] = f"{kind.__module__}.{kind.__qualname__}"
+    if student.base is not None:
+        found["base"] = student.base
+    if student.source is not None and student.source.license:
+        found["license"] = student.source.license
+    return found
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:

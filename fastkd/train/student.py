@@ -78,6 +78,10 @@ class Student(nn.Module):
         self._inner: InnerOutputs | None = None
         self.context: int | None = None
         """Positions in the longest segment of the data, if they are known."""
+        self.source: ModelFiles | None = None
+        """The files that it was made from, if it is a model of transformers from a folder or the Hub."""
+        self.base: str | None = None
+        """The id on the Hub of the model whose weights it began with, if they are from there."""
 
     def read(self, objective: Objective) -> None:
         """Compute this objective from now on. Raises TrainError if the model lacks an inner state that it reads."""
@@ -423,7 +427,9 @@ def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, M
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote)
         except Exception as error:
             raise TrainError(f"{source}: config.json cannot be read ({brief(error)}).") from error
-        return of_transformers(_new_model(config, settings), files.name), files
+        student = of_transformers(_new_model(config, settings), files.name)
+        student.source = files
+        return student, files
     notes: list[str] = []
     # float32: in half precision the change of a step would be lost in rounding
     model = load_causal_lm(
@@ -431,6 +437,7 @@ def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, M
     )
     student = of_transformers(model, files.name)
     student.notes[:0] = notes
+    student.source, student.base = files, files.hub
     return student, files
 
 

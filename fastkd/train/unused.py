@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import TrainError
-from ..settings import FeatureSettings, LiveSettings, MutualSettings, RolloutSettings, TargetSettings
+from ..settings import FeatureSettings, LiveSettings, MutualSettings, RolloutSettings, ShareSettings, TargetSettings
 
 _OF_MODEL = ("teacher_dtype", "teacher_attention", "teacher_revision")
 OF_TEACHER = {*_OF_MODEL, "teacher_batch_tokens"}
@@ -40,6 +40,12 @@ def check_rollouts_used(rollouts: RolloutSettings) -> None:
     """Raise TrainError for settings of rollouts without any."""
     if not rollouts.rollouts:
         check_used(rollouts, {field.name for field in fields(RolloutSettings)} - {"rollouts"}, "without rollouts")
+
+
+def check_share(share: ShareSettings) -> None:
+    """Raise TrainError for settings of an upload without one."""
+    if share.push is None:
+        check_used(share, {"push_private"}, "without push")
 
 
 def check_mutual(online: MutualSettings, *, cached: bool, teacher: bool) -> None:

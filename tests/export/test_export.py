@@ -240,7 +240,9 @@ class TestRefusals:
         self.refused("got 8 twice|got -1 twice", cache, out, features=["2", "8"])
         self.refused("got 4 twice", cache, out, features=["4", "4"])
         self.refused("expected a layer or more beside -1", cache, out, features=["-1"])
-        self.refused("--to: got 'eagle'; expected one of safetensors-features, specforge", cache, out, to="eagle")
+        self.refused(
+            "--to: got 'eagle'; expected one of parquet, safetensors-features, specforge", cache, out, to="eagle"
+        )
         self.refused("--state-dtype: got 'int8'", cache, out, dtype="int8")
 
     def test_a_cache_that_does_not_fit(self, tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ def test_the_command(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert cli.main([*args, "--features", "7"]) == 1
     assert "has no states of 7" in capfd.readouterr().err
     assert cli.main(["export-cache", str(tmp_path), "--to", "specforge", "--out", str(out)]) == 2
-    assert names() == ["safetensors-features", "specforge"]
+    assert names() == ["parquet", "safetensors-features", "specforge"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,44 +1,75 @@
 """Formats of other programs, by name: `--to safetensors-features` is formats/safetensors_features.py.
 
-Belongs here: one module for each format, named after it, with a class `Format` (see `Format` in this file). Does not:
-what is the same for all of them: which samples there are, resuming, checks of the cache.
+Belongs here: one module for each format, named after it, with a class `Format` (see `Format` in this file); and what
+several of them share, in modules whose names begin with an underscore. Does not: resuming, and the loop over shards.
 """
 
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ...errors import ExportError
+from ...settings import ModelSettings
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from ...cache import Cache
+    from ...utils.signals import Stop
 
-    from ..samples import Sample
+DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a format may be asked for. A format names those that it takes in `OPTIONS`.
+
+    features: layers whose states are written, in order; () means all states of the cache, and "-1" (what enters the
+    final norm) is always the last. dtype: of the states on disk. columns: a name of a set of columns, None for the
+    format's own. teacher: a `Teacher` or its name, for formats that need its final norm; settings: how it is loaded.
+    """
+
+    features: tuple[str, ...] = ()
+    dtype: str = DTYPE
+    columns: str | None = None
+    teacher: Any = None
+    settings: ModelSettings = field(default_factory=ModelSettings)
+
+    def check(self, kind: "type[Format]", to: str) -> None:
+        """Raise ExportError, naming it, for an option that is given and that the format does not take."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in kind.OPTIONS and value != option.default and option.name != "settings":
+                name = {"dtype": "state-dtype"}.get(option.name, option.name)
+                raise ExportError(f"--{name}: got {value!r} with --to {to}, which takes none. Leave it out.")
+
+
+class Written(NamedTuple):
+    """What was written of a shard. whole: False if the export was stopped before its end."""
+
+    samples: int
+    tokens: int
+    bytes: int
+    whole: bool = True
 
 
 class Format(Protocol):
     """What a module of this folder defines: a class of this name.
 
-    NEEDS_TEACHER: whether it needs modules of the teacher that are not in the cache. It is made with the folder, the
-    features (names of layers in order, "-1" last), the dtype of the states on disk, and the teacher's final norm (None
-    unless needed), and raises ExportError, before it writes anything, for a selection that its readers do not take.
-    Every file that it writes appears whole or not at all.
+    It is made with the cache, the output folder and the options, and raises ExportError, before it writes anything, for
+    a cache or a selection that its readers do not take. settings: what decides its bytes, beside the cache, in JSON;
+    features: the layers that it writes. Every file that it writes appears whole or not at all.
     """
 
-    NEEDS_TEACHER: ClassVar[bool]
+    OPTIONS: ClassVar[frozenset[str]]
+    settings: Mapping[str, Any]
+    features: tuple[str, ...]
 
-    def __init__(
-        self, folder: Path, features: Sequence[str], dtype: "torch.dtype", norm: "nn.Module | None"
-    ) -> None: ...
+    def __init__(self, cache: "Cache", folder: Path, options: Options) -> None: ...
 
-    def write(self, number: int, sample: "Sample") -> int:
-        """Write a sample, unless its file is there. number: of the sample, from 0. Returns the bytes of its file."""
-
-    def finish_shard(self, shard: int, first: int, inputs: Mapping[str, Sequence[Any]]) -> None:
-        """After the samples of a shard. first: number of the first; inputs: tokens and loss masks of all of them."""
+    def write_shard(self, shard: int, first: int, stop: "Stop") -> Written:
+        """Write a shard, which may be there in part, until stop.asked. first: the number of its first sample."""
 
     def finish(self, shards: Sequence[int]) -> None:
         """After all shards, which are given in order. Called again by an export that is repeated."""

@@ -11,29 +11,28 @@ which it applies itself; token_ids and input_ids must be equal.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from ...errors import ExportError
 from ...utils.atomic import write_file, write_text
 from ..samples import Sample
+from ._samples import SampleFormat
 
 
-class Format:
+class Format(SampleFormat):
     """See `formats.Format`."""
 
-    NEEDS_TEACHER: ClassVar[bool] = False
+    NAME = "safetensors-features"
 
-    def __init__(self, folder: Path, features: Sequence[str], dtype: torch.dtype, norm: nn.Module | None) -> None:
+    def check(self, features: Sequence[str]) -> None:
         if len(features) < 2:
             raise ExportError(
                 f"--features: got {', '.join(features)}; expected a layer or more beside -1, as inputs of a draft."
             )
-        self._folder, self._dtype = folder, dtype
 
     def write(self, number: int, sample: Sample) -> int:
         path = self._folder / "hidden_states" / f"hs_{number}.safetensors"

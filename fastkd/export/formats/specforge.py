@@ -9,39 +9,38 @@ specforge/algorithms/eagle3/data.py, its writer scripts/prepare_hidden_states.py
 teacher's final norm: SpecForge multiplies it by the LM head alone (specforge/modeling/target/target_head.py).
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ...errors import ExportError
 from ...utils.atomic import write_file
 from ..samples import Sample
+from ._samples import SampleFormat
 
 FILES = 2000  # in a folder, as their writer has it
 LAYERS = 3  # that its EAGLE-3 drafts take
 
 
-class Format:
+class Format(SampleFormat):
     """See `formats.Format`."""
 
+    NAME = "specforge"
     NEEDS_TEACHER: ClassVar[bool] = True
 
-    def __init__(self, folder: Path, features: Sequence[str], dtype: torch.dtype, norm: nn.Module | None) -> None:
+    def check(self, features: Sequence[str]) -> None:
         if len(features) != LAYERS + 1:
             raise ExportError(
                 f"--features: got {', '.join(features)}; expected {LAYERS} layers and -1, as SpecForge's EAGLE-3 takes."
             )
-        assert norm is not None
-        self._folder, self._dtype, self._norm = folder, dtype, norm
 
     def write(self, number: int, sample: Sample) -> int:
         group = number // FILES * FILES
         path = self._folder / f"rows_{group}-{group + FILES}" / f"data_{number}.ckpt"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
+            assert self._norm is not None
             weight = next(self._norm.parameters(), None)
             last = sample.states[-1] if weight is None else sample.states[-1].to(weight.device, weight.dtype)
             with torch.no_grad():
@@ -54,9 +53,3 @@ class Format:
             }
             write_file(path, lambda temporary: torch.save(record, temporary), sync=False)
         return path.stat().st_size
-
-    def finish_shard(self, shard: int, first: int, inputs: Mapping[str, Sequence[Any]]) -> None:
-        pass
-
-    def finish(self, shards: Sequence[int]) -> None:
-        pass
