@@ -49,8 +49,8 @@ class TrainReport:
     control, trained on hard labels alone. without_features: that of the same student without the features that it
     matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window. stopped_worse: the
     comparison that ended the training before its last step (`stop_if_worse`), None if there was none. unfinished: what
-    else the same call again has to do, as shards of a cache that is written; or "". pushed: the URL that the student was
-    uploaded to; push_failed: why it was not; None if it was not to be, or not yet.
+    else the same call again has to do, as shards of a cache that is written; or "". pushed: the URL that the student
+    was uploaded to; push_failed: why it was not; None if it was not to be, or not yet.
     """
 
     out: str

@@ -36,6 +36,7 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_a_row_is_a_position(cache: Cache) -> None:
     """Documents are of 5, and of 10 in two parts: the label of the last row of each part is another sequence's."""
+    empty = 0
     for sequence, ends in ((0, [4, 11]), (1, [2, 27]), (2, [4, 11]), (3, [2, 27])):
         names, arrays = Names(), cache.sequences([sequence])
         table = cache.to_pandas(sequence, names)
@@ -47,7 +48,6 @@ def test_a_row_is_a_position(cache: Cache) -> None:
         labels = [None if i in ends else t for i, t in enumerate([*tokens[1:], 0])]
         assert [None if label is pd.NA else label for label in table["label"]] == labels
         assert len(names.calls) == len({tuple(ids) for ids in names.calls})
-        empty = 0
         for i, row in table.iterrows():
             used = arrays["logprobs"][i] > -np.inf
             head, drawn = used & (arrays["draws"][i] == 0), used & (arrays["draws"][i] > 0)
@@ -61,7 +61,7 @@ def test_a_row_is_a_position(cache: Cache) -> None:
             else:
                 assert (row["top"], np.isnan(row["tail"])) == ([], True)
                 empty += 1
-        assert empty
+    assert empty
     plain = cache.to_pandas(3)
     assert "text" not in plain
     assert all(isinstance(t, int) for top in plain["top"] for t, _ in top)

@@ -54,7 +54,7 @@ def load(folder: Path, tmp_path: Path, **more: Any) -> Any:
 def test_datasets_reads_exactly_what_the_cache_says(cache: Cache, exported: Path, tmp_path: Path) -> None:
     found = load(exported, tmp_path)
     assert list(found) == ["train", "held_out"]
-    columns = ["sequence", "input_ids", "labels", "top_ids", "top_logprobs", "draws", "tail"]
+    columns = ["sequence", "input_ids", "labels", "document", "top_ids", "top_logprobs", "draws", "tail"]
     plan = plan_of(cache)
     assert plan is not None
     packed = cut = 0
@@ -70,6 +70,7 @@ def test_datasets_reads_exactly_what_the_cache_says(cache: Cache, exported: Path
                 row = next(rows)
                 number = int(np.searchsorted(sequences, first, side="right")) - 1
                 assert row["sequence"] == number + arrays["first_sequence"]
+                assert row["document"] == arrays["document"][first:stop].tolist()
                 assert row["input_ids"] == arrays["tokens"][first:stop].tolist()
                 counts = arrays["logprobs"][first:stop, 0] > -np.inf
                 if "loss_mask" in arrays:
@@ -102,14 +103,14 @@ def test_datasets_reads_exactly_what_the_cache_says(cache: Cache, exported: Path
 
 def test_row_groups_are_bounded(cache: Cache, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whole rows, with at most GROUP positions, or one row; the contents are the same."""
-    monkeypatch.setattr(parquet, "GROUP", 10)
+    monkeypatch.setattr(parquet, "GROUP", 24)
     export_cache(cache, tmp_path / "out", to="parquet")
     for path in sorted((exported / "data").iterdir()):
         one, other = pq.ParquetFile(path), pq.ParquetFile(tmp_path / "out" / "data" / path.name)
         assert one.read().equals(other.read())
         sizes = [[len(ids) for ids in other.read_row_group(i)["input_ids"]] for i in range(other.num_row_groups)]
         assert len(sizes) > one.num_row_groups
-        assert all(sum(group) <= 10 or len(group) == 1 for group in sizes)
+        assert all(sum(group) <= 24 or len(group) == 1 for group in sizes)
         assert any(len(group) > 1 for group in sizes)
 
 
@@ -173,7 +174,7 @@ def test_a_cache_of_examples(tmp_path: Path) -> None:
     rows = load(tmp_path / "out", tmp_path)["train"]
     assert "labels" not in rows.column_names
     arrays = cache.read_shard(0)
-    for i, row in enumerate(rows.select(range(20))):
+    for i, row in enumerate(rows.select(range(len(arrays["ids"])))):
         used = arrays["logprobs"][i] > -np.inf
         assert (row["example"], row["augmentation_seed"]) == (arrays["example"][i], arrays["augmentation_seed"][i])
         assert row["top_ids"] == arrays["ids"][i][used].tolist()
