@@ -97,13 +97,14 @@ def reference(cache: Cache) -> dict[int, Row]:
 
 
 def segments(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """The tokens of each segment of a micro-batch, from its boundaries."""
+    """The tokens of each segment of a micro-batch but pads, from its boundaries."""
     bounds = batch.cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(bounds)]
     if batch.layout == "padded":
         return [tuple(row[:n].tolist()) for row, n in zip(batch.input_ids, lengths, strict=True)]
     flat = batch.input_ids.flatten().tolist()
-    return [tuple(flat[a:b]) for a, b in pairwise(bounds)]
+    each = zip(pairwise(bounds), batch.sequences.tolist(), strict=True)
+    return [tuple(flat[a:b]) for (a, b), sequence in each if sequence >= 0]
 
 
 def tokens(*steps: Step) -> list[int]:

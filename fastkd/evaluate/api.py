@@ -38,6 +38,7 @@ def evaluate(
     device: torch.device | str | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
+    buckets: Any = None,
 ) -> Evaluation:
     """Measure a student on a split of a cache, every window once, in the order of the data.
 
@@ -53,7 +54,7 @@ def evaluate(
     max_positions: only the first whole windows with at most this many positions. allow_partial: accept a split with
         missing shards. device: None, the student's.
     processes: the windows are divided over them; all call this function alike, and get the same result.
-    progress: show a bar on stderr.
+    progress: show a bar on stderr. buckets: of a student that is compiled, as of `CachedSource`.
 
     Raises StreamError if the split is empty or does not exist, and for logits of a wrong shape or that are not finite.
     """
@@ -79,6 +80,7 @@ def evaluate(
             **evaluation_sizes(cached_positions, cached_windows, cache.spec.vocab_size, batch_tokens),
             device=where,
             data=data,
+            buckets=buckets,
         )
     origin = source.origins[0]
     evaluated = source.described[0]

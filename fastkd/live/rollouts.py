@@ -26,7 +26,7 @@ from ..errors import StreamError, WorkRemains
 from ..models.module import state_sha256
 from ..settings import CaptureSettings, RolloutSettings
 from ..stream.batch import AnyBatch, MicroBatch, Step
-from ..stream.gather import BatchFormat, OpenShard, gather, open_shard, packed_micro_batches, padded_micro_batches
+from ..stream.gather import BatchFormat, OpenShard, gather, open_shard
 from ..stream.mixture import MixedSequences
 from ..stream.shard_source import ShardSource
 from ..stream.split import open_split
@@ -322,8 +322,7 @@ class RolloutSource:
         rank, world_size = self._processes.rank, self._processes.world_size
         counts = {"targets": step.count + count, "rollouts": count}
         more = current.micro_batches(which, rank, world_size) if len(which) else []
-        return replace(
-            step,
+        return step.replace(
             micro_batches=Joined(step.micro_batches, more, counts),
             count=step.count + count,
             positions=step.positions + int(lengths.sum()),
@@ -348,8 +347,7 @@ class _Round:
         """A rank's micro-batches of some rollouts; every rank has equally many. which: their numbers, ascending."""
         lengths = self.rollouts.lengths[which]
         parts = [np.sort(part) for part in split_over_ranks(np.arange(len(which)), lengths, world_size)]
-        divide = padded_micro_batches if self._form.layout == "padded" else packed_micro_batches
-        numbers = [len(divide(lengths[p], self._form.tokens, self._form.rows)) if len(p) else 0 for p in parts]
+        numbers = [len(self._form.divide(lengths[p])) if len(p) else 0 for p in parts]
         mine = which[parts[rank]]
         rows = np.searchsorted(self._first, mine, side="right") - 1
         sequences = [(self._shard(row), mine[rows == row] - self._first[row]) for row in np.unique(rows).tolist()]

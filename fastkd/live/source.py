@@ -116,6 +116,7 @@ class LiveSource(ShardSource):
             device=chosen.where,
             data=examples,
             signals=tuple(signals),
+            buckets=chosen.buckets,
         )
         described = {**data.describe(), "sequences": int(table.sequences.sum()), "content": table.content}
         super().__init__([table], [Fraction(1)], form, chosen, described)

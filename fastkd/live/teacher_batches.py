@@ -76,8 +76,8 @@ def with_forwards(batch: AnyBatch, tokens: int, *, all_rows: bool = False) -> An
         return batch
     inputs, index = inputs_of(batch).numpy(), batch.targets.index.numpy()  # type: ignore[union-attr]
     if isinstance(batch, MicroBatch) and batch.layout == "packed":
-        bounds = batch.cu_seqlens.numpy().astype(np.int64)
-        inputs, begins, lengths = inputs.reshape(-1), bounds[:-1], np.diff(bounds)
+        bounds, real = batch.cu_seqlens.numpy().astype(np.int64), batch.sequences.numpy() >= 0
+        inputs, begins, lengths = inputs.reshape(-1), bounds[:-1][real], np.diff(bounds)[real]
     elif isinstance(batch, MicroBatch):
         if inputs.size <= tokens or len(inputs) == 1:
             return batch

@@ -83,14 +83,14 @@ class MicroBatch(AnyBatch):
 
     layout="padded": a row for each segment, `[B, L]`, pads at the end. A causal model needs no attention mask.
     layout="packed": the segments one after another, `[1, n]`. The model must keep them apart, by `cu_seqlens`,
-        `position_ids` or `packing_mask()`.
+        `position_ids` or `packing_mask()`. Pads at the end, if there are any, are segments too.
 
     input_ids `[B, L]` int64; pads are 0.
     labels `[B, L]` int64: what the logits at each position predict, so they are already shifted. −100 at a segment's
         last position, at positions without a target, and at pads.
     position_ids `[B, L]` int64: positions in the segment (they continue through pads).
     cu_seqlens `[S + 1]` int32: the bounds of the segments when they lie one after another without pads.
-    sequences `[S]` int32: the number of each segment's sequence among this rank's sequences of the step.
+    sequences `[S]` int32: the number of each segment's sequence among this rank's sequences of the step; −1 for pads.
     max_seqlen: positions of the longest segment.
     targets: compact; `targets.index` ascends and holds the flattened positions of `[B, L]` that have a label.
     positions: without pads.
@@ -105,7 +105,7 @@ class MicroBatch(AnyBatch):
     def padding_mask(self) -> Tensor:
         """`[B, L]` bool: False at pads. A causal model does not need it."""
         if self.layout == "packed":
-            return torch.ones_like(self.input_ids, dtype=torch.bool)
+            return (self.sequences >= 0).repeat_interleave(self.cu_seqlens.diff())[None]
         return self.position_ids < self.cu_seqlens.diff()[:, None]
 
     def packing_mask(self) -> Tensor:
@@ -149,7 +149,29 @@ class ExampleBatch(AnyBatch):
         return self.sequences.long()[index]
 
 
-@dataclass(frozen=True, eq=False)
+class MappedBatches(Sequence[Any]):
+    """Micro-batches that are put through a function when they are taken, so that what their source makes of them then
+    is still made late. batches: any sequence of them. function: of one."""
+
+    def __init__(self, batches: Sequence[Any], function: Callable[[Any], Any]) -> None:
+        self._batches, self._function = batches, function
+
+    @property
+    def plain(self) -> list[Any]:
+        """See `Step.unanswered`."""
+        return [self._function(batch) for batch in getattr(self._batches, "plain", self._batches)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, at: Any) -> Any:
+        some = self._batches[at]
+        return MappedBatches(some, self._function) if isinstance(at, slice) else self._function(some)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._function, self._batches)
+
+
 class Step:
     """One rank's share of an optimizer step.
 
@@ -162,15 +184,34 @@ class Step:
     positions, sequences: of the whole step, on all ranks, without padding.
     epoch, number: the epoch, and the number of the step in it, both from 0.
     metrics: what the source has to log of the step, by names with a "/".
+
+    It is no dataclass: Lightning takes one apart to convert its tensors, and log-probabilities are not to be rounded.
     """
 
-    micro_batches: Sequence[Any]
-    count: int
-    positions: int
-    sequences: int
-    epoch: int
-    number: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    def __init__(
+        self,
+        micro_batches: Sequence[Any],
+        count: int,
+        positions: int,
+        sequences: int,
+        epoch: int,
+        number: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        self.micro_batches = micro_batches
+        self.count, self.positions, self.sequences = count, positions, sequences
+        self.epoch, self.number = epoch, number
+        self.metrics: Mapping[str, float] = {} if metrics is None else metrics
+
+    def __repr__(self) -> str:
+        return (
+            f"Step(epoch={self.epoch}, number={self.number}, micro_batches={len(self.micro_batches)}, "
+            f"count={self.count}, positions={self.positions}, sequences={self.sequences})"
+        )
+
+    def replace(self, **changes: Any) -> "Step":
+        """The step with other values of some attributes."""
+        return Step(**{**vars(self), **changes})
 
     @property
     def unanswered(self) -> Sequence[Any]:
@@ -179,11 +220,19 @@ class Step:
         return plain
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Step":
-        return replace(self, micro_batches=[b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
+        """The step on another device: what Lightning's and accelerate's transfers call."""
+        return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Step":
         """The step with its micro-batches in page-locked memory, so that `to(..., non_blocking=True)` can overlap."""
-        return replace(self, micro_batches=[b.pin_memory() for b in self.micro_batches])
+        return self._map(lambda batch: batch.pin_memory())
+
+    def _map(self, function: Callable[[Any], Any]) -> "Step":
+        """The step with a function of each micro-batch; of those that are made when they are taken, only then."""
+        batches = self.micro_batches
+        if isinstance(batches, (list, tuple)):
+            return self.replace(micro_batches=[function(batch) for batch in batches])
+        return self.replace(micro_batches=MappedBatches(batches, function))
 
 
 @runtime_checkable

@@ -29,6 +29,8 @@ class CachedSource(ShardSource):
         rows. None: no limit. layout: "padded", a row for each segment, or "packed"; see `MicroBatch`.
     micro_batches: exactly so many micro-batches in every step of every rank, about equal in positions, instead of
         micro_tokens; those at the end are empty if there are too few sequences.
+    buckets: lengths that micro-batches of text are padded to, for `torch.compile`: (128, 256, 512), and multiples of
+        the last one beyond it; or True for `fastkd.stream.buckets.BUCKETS`. Losses are the same. None: no padding.
     seed, shuffle, shards_open: the order; see `epoch_order.py`. The number of open shards bounds `memory`.
     rank, world_size: this process's share of every step. reduce: sums lists of integers over all ranks (a `Reduce`;
         `summed_over` makes one from a process group); required for several ranks. It is called by the thread that
@@ -77,6 +79,7 @@ class CachedSource(ShardSource):
         allow_partial: bool = False,
         data: Examples | None = None,
         features: Sequence[str] = (),
+        buckets: Any = None,
         ahead: int | None = None,
     ) -> None:
         if ahead is not None:
@@ -105,6 +108,7 @@ class CachedSource(ShardSource):
             device=device,
             threads=threads,
             prefetch=prefetch,
+            buckets=buckets,
         )
         caches, weights = open_sources(cache)
         if len(caches) > 1 and (skip or max_positions is not None):
@@ -128,6 +132,7 @@ class CachedSource(ShardSource):
             device=options.where,
             data=data,
             signals=signals,
+            buckets=options.buckets,
         )
         described = {"caches": [t.describe() for t in tables], "weights": [str(share) for share in shares]}
         super().__init__(tables, shares, form, options, described)

@@ -1,6 +1,6 @@
 """From shards to micro-batches: a rank's sequences of a step, divided, and their rows copied together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,10 +14,11 @@ from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
 from ..cache.workspace import Workspace
 from ..data.examples import EXAMPLE_COLUMNS, Examples
-from ..data.packing import batches
 from ..kernels import SparseTargets
 from ..kernels.targets import FIELDS
 from .batch import AnyBatch, ExampleBatch, MicroBatch
+from .buckets import bucket_of
+from .division import at_most, packed_micro_batches, padded_micro_batches
 from .signals import Signal
 
 Array = NDArray[Any]
@@ -161,7 +162,7 @@ class BatchFormat:
     make.
     spec: of any of the caches. width: entries per row of the targets, and draws: whether there are any, of all caches.
     device: of the student; host memory is page-locked if it is a GPU. data: of a cache of examples. signals: of the
-    loader.
+    loader. buckets: lengths that micro-batches of text are padded to; see `buckets.py`.
     """
 
     layout: str
@@ -174,6 +175,35 @@ class BatchFormat:
     data: Examples | None
     signals: tuple[Signal, ...] = ()
     micro_batches: int | None = None
+    buckets: tuple[int, ...] | None = None
+
+    @property
+    def _most(self) -> int | None:
+        """Positions of a micro-batch, at most."""
+        return self.tokens if self.micro_batches is None else None
+
+    def divide(self, lengths: Ints) -> list[Ints]:
+        """The indices of the rows of these lengths (of sequences, for packed windows and examples) in each
+        micro-batch."""
+        cut = packed_micro_batches
+        if self.layout == "padded" and self.data is None:
+            cut, lengths = padded_micro_batches, bucket_of(lengths, self.buckets, self._most)
+        if self.micro_batches is not None:
+            return at_most(self.micro_batches, cut, lengths)
+        return cut(lengths, self.tokens, self.rows)
+
+    def places(self, segments: Ints, sequence: Ints) -> "Places":
+        """Where the rows of segments of these lengths, `[s]`, are in a micro-batch of their own, with its pads."""
+        count, n, longest = len(segments), int(segments.sum()), int(segments.max())
+        padded = self.layout == "padded"
+        length = int(bucket_of(np.array([longest if padded else n]), self.buckets, self._most)[0])
+        if padded:
+            position_ids = np.broadcast_to(np.arange(length), (count, length)).copy()
+            return Places(ranges(np.arange(count) * length, segments), position_ids, segments, sequence)
+        # segments of pads that are no longer than the others
+        pads = np.diff(np.append(np.arange(n, length, longest), length)) if length > n else np.zeros(0, np.int64)
+        lengths, sequence = np.append(segments, pads), np.append(sequence, np.full(len(pads), -1))
+        return Places(np.arange(n), ranges(np.zeros(len(lengths), np.int64), lengths)[None], lengths, sequence)
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """An array as a tensor on the host; unless page-locked, it shares the memory."""
@@ -220,21 +250,37 @@ class BatchFormat:
     def empty(self) -> AnyBatch:
         """A micro-batch of one position that does not count, on the device."""
         targets = self.targets([], np.zeros(0, np.int64))
-        common: dict[str, Any] = {"sequences": torch.zeros(1, dtype=torch.int32), "targets": targets, "positions": 0}
-        common["signals"] = self.gather_signals([])
-        zero = torch.zeros(1, 1, dtype=torch.int64)
+        common: dict[str, Any] = {"targets": targets, "positions": 0, "signals": self.gather_signals([])}
         if self.data is not None:
-            inputs = torch.zeros_like(self.data.first())
-            return ExampleBatch(inputs=inputs, labels=zero[0] + IGNORED, **common).to(self.device)
+            inputs, label = torch.zeros_like(self.data.first()), torch.tensor([IGNORED])
+            sequences = torch.zeros(1, dtype=torch.int32)
+            return ExampleBatch(inputs=inputs, labels=label, sequences=sequences, **common).to(self.device)
+        places = self.places(np.ones(1, np.int64), np.zeros(1, np.int64))
         return MicroBatch(
-            input_ids=zero,
-            labels=zero + IGNORED,
-            position_ids=zero.clone(),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            input_ids=torch.from_numpy(np.zeros_like(places.position_ids)),
+            labels=torch.from_numpy(np.full_like(places.position_ids, IGNORED)),
+            position_ids=torch.from_numpy(places.position_ids),
+            cu_seqlens=torch.from_numpy(places.bounds),
+            sequences=torch.from_numpy(places.sequence.astype(np.int32)),
             max_seqlen=1,
             layout=self.layout,
             **common,
         ).to(self.device)
+
+
+class Places(NamedTuple):
+    """Where rows are in a micro-batch. at `[n]`: their flattened positions. position_ids `[B, L]`. lengths, sequence
+    `[S]`: of the segments; if packed, with those of pads, which are of the sequence −1."""
+
+    at: Ints
+    position_ids: Ints
+    lengths: Ints
+    sequence: Ints
+
+    @property
+    def bounds(self) -> NDArray[np.int32]:
+        """`[S + 1]`, see `MicroBatch.cu_seqlens`."""
+        return np.append(0, np.cumsum(self.lengths)).astype(np.int32)
 
 
 class Segments(NamedTuple):
@@ -262,30 +308,24 @@ def gather(sequences: ShardRows, form: BatchFormat) -> list[MicroBatch]:
         done += len(some)
     segments = Segments(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     if form.layout == "padded":
-        micro_batches = _divided(padded_micro_batches, segments.length, form)
+        micro_batches = form.divide(segments.length)
     else:  # windows stay whole
         counts = np.concatenate(segments_of_sequence)
         begins = np.cumsum(counts) - counts
         lengths = np.add.reduceat(segments.length, begins)
-        windows = _divided(packed_micro_batches, lengths, form)
-        micro_batches = [ranges(begins[some], counts[some]) for some in windows]
+        micro_batches = [ranges(begins[some], counts[some]) for some in form.divide(lengths)]
     shards = [shard for shard, _ in sequences]
     return [_micro_batch(shards, Segments(*(column[some] for column in segments)), form) for some in micro_batches]
 
 
 def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat) -> MicroBatch:
     ends = np.cumsum(segments.length)
-    count, n, longest = len(ends), int(ends[-1]), int(segments.length.max())
-    rows = ranges(segments.begin, segments.length)
-    if form.layout == "padded":
-        at = ranges(np.arange(count) * longest, segments.length)
-        position_ids = np.broadcast_to(np.arange(longest), (count, longest)).copy()
-    else:
-        at, position_ids = np.arange(n), ranges(np.zeros(count, np.int64), segments.length)[None]
-    tokens, labels = np.zeros(position_ids.shape, np.int64), np.full(position_ids.shape, IGNORED)
+    rows, places = ranges(segments.begin, segments.length), form.places(segments.length, segments.sequence)
+    shape, at = places.position_ids.shape, places.at
+    tokens, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
     index, kept, parts = [], [], []
     # stretches of rows of one shard
-    stops = [*(np.flatnonzero(np.diff(segments.shard)) + 1).tolist(), count]
+    stops = [*(np.flatnonzero(np.diff(segments.shard)) + 1).tolist(), len(ends)]
     bounds = [0, *ends[np.array(stops) - 1].tolist()]
     for stop, (a, b) in zip(stops, pairwise(bounds), strict=True):
         shard, here, there = shards[segments.shard[stop - 1]], rows[a:b], at[a:b]
@@ -299,13 +339,13 @@ def _micro_batch(shards: list[OpenShard], segments: Segments, form: BatchFormat)
     return MicroBatch(
         input_ids=form.tensor(tokens),
         labels=form.tensor(labels),
-        position_ids=form.tensor(position_ids),
-        cu_seqlens=form.tensor(np.append(0, ends).astype(np.int32)),
-        sequences=form.tensor(segments.sequence.astype(np.int32)),
+        position_ids=form.tensor(places.position_ids),
+        cu_seqlens=form.tensor(places.bounds),
+        sequences=form.tensor(places.sequence.astype(np.int32)),
         targets=form.targets(kept, np.concatenate(index)),
         signals=form.gather_signals(parts),
-        max_seqlen=longest,
-        positions=n,
+        max_seqlen=int(segments.length.max()),
+        positions=int(ends[-1]),
         layout=form.layout,
     )
 
@@ -318,7 +358,7 @@ def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatc
     lengths = np.concatenate([shard.inputs.first_row[some + 1] for shard, some in sequences]) - first
     shard_of = np.repeat(np.arange(len(sequences)), [len(some) for _, some in sequences])
     found = []
-    for some in _divided(packed_micro_batches, lengths, form):
+    for some in form.divide(lengths):
         bounds = np.searchsorted(shard_of[some], np.arange(len(sequences) + 1))
         rows = [
             (shard, ranges(first[some[a:b]], lengths[some[a:b]]))
@@ -341,52 +381,3 @@ def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatc
             )
         )
     return found
-
-
-def padded_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
-    """The indices of the rows of each micro-batch, rows of similar lengths together, the longest first.
-
-    A micro-batch, padded to its longest row, has at most `tokens` positions and `rows` rows (None: no limit); a longer
-    row is alone.
-    """
-    total = int(lengths.sum()) * len(lengths)
-    size = rows or len(lengths)
-    # ascending within: rows of one shard lie together
-    return [
-        np.sort(batch[i : i + size])
-        for batch in batches(lengths, total if tokens is None else tokens)
-        for i in range(0, len(batch), size)
-    ]
-
-
-def packed_micro_batches(lengths: Ints, tokens: int | None, rows: int | None) -> list[Ints]:
-    """The indices of the windows of each micro-batch, in order: at most `tokens` positions and `rows` windows."""
-    ends = np.cumsum(lengths)
-    found: list[Ints] = []
-    begin, done = 0, 0
-    while begin < len(lengths):
-        end = len(lengths) if tokens is None else int(np.searchsorted(ends, done + tokens, side="right"))
-        end = max(end, begin + 1)
-        if rows is not None:
-            end = min(end, begin + rows)
-        found.append(np.arange(begin, end))
-        begin, done = end, int(ends[end - 1])
-    return found
-
-
-def _divided(
-    divide: Callable[[Ints, int | None, int | None], list[Ints]], lengths: Ints, form: BatchFormat
-) -> list[Ints]:
-    """The indices of the rows of each micro-batch. With `form.micro_batches`, of at most so many: those with the lowest
-    maximum of positions, pads included."""
-    if form.micro_batches is None:
-        return divide(lengths, form.tokens, form.rows)
-    # a higher maximum never makes more of them
-    low, high = int(lengths.max()), int(lengths.max()) * len(lengths)
-    while low < high:
-        middle = (low + high) // 2
-        if len(divide(lengths, middle, None)) <= form.micro_batches:
-            high = middle
-        else:
-            low = middle + 1
-    return divide(lengths, low, None)

@@ -15,6 +15,7 @@ from ..errors import StreamError
 from ..utils.distributed import Reduce
 from ..utils.signals import Stopped
 from .batch import LAYOUTS, AnyBatch, Step
+from .buckets import as_buckets
 from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
 from .mixture import MixedSequences, SequenceStream
 from .prefetch import Helper, Prefetcher
@@ -166,6 +167,7 @@ class SourceOptions:
     device: torch.device | str | None = None
     threads: int = 2
     prefetch: int = 2
+    buckets: Any = None
 
     def __post_init__(self) -> None:
         least = {1: ("shards_open", "world_size", "threads", "prefetch"), 0: ("seed", "skip", "rank")}
@@ -175,6 +177,7 @@ class SourceOptions:
             "micro_tokens", "micro_batch_size", "micro_batches", "max_positions", "batch_size", "batch_tokens",
         )  # fmt: skip
         check_integers(1, **{name: value for name in limits if (value := getattr(self, name)) is not None})
+        object.__setattr__(self, "buckets", as_buckets(self.buckets))
         if self.layout not in LAYOUTS:
             raise StreamError(f"layout: got {self.layout!r}; expected one of {', '.join(LAYOUTS)}.")
         if (self.batch_size is None) == (self.batch_tokens is None):

@@ -15,6 +15,7 @@ from ..errors import StreamError, TrainError
 from ..live.rounds import rounds_in
 from ..settings import TrainSettings
 from ..stream.batch import BatchSource
+from ..stream.buckets import BUCKETS, up_to
 from ..stream.cached import CachedSource
 from ..stream.split import check_data, has_held_out, open_sources, open_split
 from ..utils.distributed import ALONE, Processes
@@ -41,12 +42,14 @@ class Inputs:
 
     caches: what is read, if that is caches; weights: their shares of the positions, or [1.0]. data: labelled examples;
     the student is then a module that maps them to logits. live: whether targets are made during the training.
+    buckets: lengths that micro-batches are padded to, of a student that is compiled.
     """
 
     caches: Sequence[Cache] = ()
     weights: Sequence[float] = (1.0,)
     data: Examples | None = None
     live: bool = False
+    buckets: tuple[int, ...] | None = None
 
     @property
     def spec(self) -> CacheSpec | None:
@@ -64,6 +67,7 @@ class Inputs:
 
         objective: None for the `TokenKD` of the settings. Called for each arm. Raises TrainError.
         """
+        self.buckets = up_to(BUCKETS, made.student.max_positions) if settings.compile else None
 
     def matched(self, settings: TrainSettings, student: "Student", objective: Objective | None) -> Objective | None:
         """The objective of a training with `settings.match`; without it, the one that is given. Raises TrainError."""
@@ -128,7 +132,8 @@ class CacheInputs(Inputs):
         mixture = list(zip(self.caches, self.weights, strict=True))
         signals = {} if objective is None else signals_of(objective)
         cache = self.caches[0] if len(mixture) == 1 else mixture
-        return make_source(cache, settings, processes, self.data, features=signals.get("features", ()))
+        features = signals.get("features", ())
+        return make_source(cache, settings, processes, self.data, features=features, buckets=self.buckets)
 
     def nothing_held_out(self) -> str:
         without = [cache for cache in self.caches if not has_held_out(cache)]
@@ -155,6 +160,7 @@ class CacheInputs(Inputs):
             max_positions=settings.evaluate_positions,
             allow_partial=settings.allow_partial,
             processes=processes,
+            buckets=self.buckets,
         )
 
     def describe(self) -> Mapping[str, Any]:
@@ -217,7 +223,8 @@ def make_source(
     data: Examples | None = None,
     *,
     features: Sequence[str] = (),
+    buckets: Any = None,
 ) -> CachedSource:
     """The source that a training with these settings reads. features: names. Raises StreamError and CacheError."""
-    options = source_options(settings, processes)
+    options = source_options(settings, processes) | {"buckets": buckets}
     return CachedSource(cache, **options, allow_partial=settings.allow_partial, data=data, features=features)

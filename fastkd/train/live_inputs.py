@@ -24,6 +24,7 @@ from ..live.write_through import WriteThrough, begin_planned
 from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
+from ..stream.buckets import up_to
 from ..teachers.hf import HFTeacher
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
@@ -193,7 +194,10 @@ class LiveInputs(Inputs):
         )  # fmt: skip
 
     def meet(self, made: LoadedStudent, settings: TrainSettings, objective: Objective | None) -> None:
+        super().meet(made, settings, objective)
         student = made.student
+        if self.buckets is not None and self._teacher is not None:
+            self.buckets = up_to(self.buckets, self._teacher.max_positions)
         if self._planned is None:
             if self._settings.template is not None and self._tokenizer is None:
                 raise DataError("template: got one without a teacher; expected the tokenizer that it is for as well.")
@@ -258,7 +262,7 @@ class LiveInputs(Inputs):
         teacher = self._teacher if written is not None or reads_answers(settings, objective) else None
         read = () if objective is None else signals_of(objective).get("features", ())
         features = [one for one in self._features if one.name in read]
-        options = source_options(settings, processes)
+        options = source_options(settings, processes) | {"buckets": self.buckets}
         return LiveSource(self.planned, teacher, write_cache=written, features=features, **options)
 
     def _cache(self) -> WriteThrough | None:
@@ -291,7 +295,7 @@ class LiveInputs(Inputs):
         sizes = evaluation_sizes(totals["positions"], totals["windows"], spec.vocab_size, settings.micro_tokens)
         source = LiveSource(
             self.planned, self._teacher, split="held_out", shuffle=False, max_positions=settings.evaluate_positions,
-            device=processes.device, write_cache=self._cache(), **sizes,
+            device=processes.device, write_cache=self._cache(), buckets=self.buckets, **sizes,
         )  # fmt: skip
         try:
             return evaluate(student, source, processes=processes)

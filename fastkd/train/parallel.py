@@ -99,10 +99,15 @@ def checkpoint_layers(student: Student) -> None:
 
 def compile_layers(student: Student) -> None:
     """torch.compile each layer, also of a teacher inside the student: equal layers share a compilation. Raises
-    TrainError without a list of layers."""
+    TrainError without a list of layers.
+
+    dynamic: else the first length and the first number of rows are compiled for themselves. What is left, with lengths
+    in buckets (see `stream/buckets.py`), is one case each of training and evaluating, of one row and more, of rows with
+    a mask and without.
+    """
     inside: list[nn.Module] = layers_of(student.live) if isinstance(student.live, nn.Module) else []
     for layer in [*_layers(student, "compile"), *inside]:
-        layer.compile()
+        layer.compile(dynamic=True)
 
 
 def _layers(student: Student, setting: str) -> list[nn.Module]:

@@ -54,13 +54,17 @@ def check(pairs: list[tuple[Any, Any]], expected: dict[int, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "hidden"),
-    [(name, "padded", False) for name in CASES]
-    + [("draws", "packed", False), ("overlap", "packed", False), ("draws", "packed", True), ("mass", "padded", True)],
+    ("name", "layout", "hidden", "buckets"),
+    [(name, "padded", False, None) for name in CASES]
+    + [("draws", "packed", False, None), ("overlap", "packed", False, (32,)), ("draws", "packed", True, None)]
+    + [("mass", "padded", True, (8, 16))],
 )
-def test_live_targets_are_those_of_a_capture(tmp_path: Path, name: str, layout: str, hidden: bool) -> None:
+def test_live_targets_are_those_of_a_capture(
+    tmp_path: Path, name: str, layout: str, hidden: bool, buckets: Any
+) -> None:
     teacher, data, settings = text_teacher(hidden=hidden), text_data(), replace(TEXT, **CASES[name])
-    live, cached = both(tmp_path, data, teacher, settings, layout=layout, batch_tokens=90, micro_tokens=45)
+    sizes: dict[str, Any] = {"layout": layout, "batch_tokens": 90, "micro_tokens": 45, "buckets": buckets}
+    live, cached = both(tmp_path, data, teacher, settings, **sizes)
     check(same_steps(live, cached, len(live) + 3), uncoded(live, teacher))
 
 

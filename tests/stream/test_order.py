@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fastkd.errors import StreamError
+from fastkd.stream.division import packed_micro_batches, padded_micro_batches
 from fastkd.stream.epoch_order import Epoch, order, permutation
-from fastkd.stream.gather import packed_micro_batches, padded_micro_batches
 from fastkd.stream.mixture import SequenceStream
 from fastkd.stream.step_plan import LoaderProgress, RankShare, StepPlan, split_over_ranks
 
