@@ -16,6 +16,11 @@ SIZE = 8  # sequences per step, of all processes
 LOSS: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0}
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
+USUAL: dict[str, Any] = {
+    "num_train_epochs": 2, "learning_rate": 0.01, "optim": "adamw_torch", "logging_steps": 1, "report_to": [],
+    "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "log_level": "error",
+}  # fmt: skip
+
 
 def student(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     return model_of("llama", seed=1, dtype=dtype, **changes)
@@ -26,10 +31,8 @@ def arguments(out: Path, *, accumulation: int = 1, **changes: Any) -> Any:
     from transformers import TrainingArguments
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    given: dict[str, Any] = {
+    given = USUAL | {
         "per_device_train_batch_size": SIZE // accumulation // processes, "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 2, "learning_rate": 0.01, "optim": "adamw_torch", "logging_steps": 1, "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "log_level": "error",
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .dataset import DistillDataset as DistillDataset
     from .dataset import DistillSampler as DistillSampler
     from .mixin import DistillMixin as DistillMixin
+    from .sft_trainer import DistillSFTTrainer as DistillSFTTrainer
     from .trainer import DistillTrainer as DistillTrainer
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -22,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "attach": ["attach", "detach"],
         "dataset": ["DistillDataset", "DistillSampler"],
         "mixin": ["DistillMixin"],
+        "sft_trainer": ["DistillSFTTrainer"],
         "trainer": ["DistillTrainer"],
     },
 )

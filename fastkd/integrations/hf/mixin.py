@@ -5,6 +5,7 @@ whatever the number of these: the source knows the count of the whole step, the 
 multiplied by the number of processes over which DDP, FSDP2 or DeepSpeed average.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -28,6 +29,7 @@ from .checks import check_arguments, check_processes, check_resume, write_state
 from .dataset import DistillDataset
 from .evaluation import HeldOutSplit, held_out_split
 from .output import parts_of
+from .sft import begin_sft
 
 _Base: Any = object  # Trainer, or a subclass of it, comes after the mixin
 _DATA = ("layout", "shards_open", "threads", "skip", "max_positions", "allow_partial")
@@ -108,13 +110,15 @@ class DistillMixin(_Base):
         problem = self._kd_inputs.nothing_held_out()
         if problem and settings.get("eval_dataset") is None and getattr(args, "eval_strategy", "no") != "no":
             raise TrainError(
-                f"eval_strategy: got {args.eval_strategy!s}, and {problem} Capture with held_out, or pass eval_dataset."
+                f"eval_strategy: got {getattr(args.eval_strategy, 'value', args.eval_strategy)!r}, and {problem} "
+                "Capture with held_out, or pass eval_dataset."
             )
-        settings.setdefault("eval_dataset", self._kd_placeholder())
+        held_out = None if problem else HeldOutSplit([], [], 1)
+        if (sft := sys.modules.get("trl.trainer.sft_trainer")) is not None and isinstance(self, sft.SFTTrainer):
+            begin_sft(super().__init__, self, model, args, settings, held_out)
+            return
+        settings.setdefault("eval_dataset", held_out)
         super().__init__(model, args, **settings)
-
-    def _kd_placeholder(self) -> Any:
-        return None if self._kd_inputs.nothing_held_out() else HeldOutSplit([], [], 1)
 
     def _kd_attach(self, model: Any) -> Any:
         if not is_attached(model):

@@ -1,0 +1,183 @@
+"""DistillTrainer as people use a Trainer: callbacks, the best model, the Hub, TRL; and what it refuses."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hf_cases import saved, tokenizer_of
+from hf_trainer_cases import SIZE, USUAL, arguments, losses, student, trainer, weights
+from train_cases import make_cache
+
+import fastkd
+from fastkd.cache import Cache
+from fastkd.errors import TrainError
+from fastkd.evaluate.api import evaluate
+from fastkd.integrations.hf import DistillMixin, DistillTrainer
+from fastkd.integrations.hf.checks import check_processes
+from fastkd.models.hub import load_transformers
+from fastkd.train.student import of_transformers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("use") / "cache")
+
+
+def test_evaluate(cache: Cache, tmp_path: Path) -> None:
+    """Before a training, the measures of fastkd.evaluate."""
+    made = trainer(cache, tmp_path)
+    found = made.evaluate(metric_key_prefix="test")
+    measured = evaluate(of_transformers(student(), "student"), cache).summary()
+    for name in ("cross_entropy", "kl_bucket", "kl_sampled", "agreement", "accuracy", "perplexity"):
+        assert found[f"test_{name}"] == pytest.approx(measured[name]["mean"], rel=1e-6)
+    assert found["test_loss"] == found["test_cross_entropy"]
+    assert found["test_kl"] == found["test_kl_sampled"]
+
+
+def test_the_best_model_callbacks_and_early_stopping(cache: Cache, tmp_path: Path) -> None:
+    transformers = load_transformers()
+    seen: list[str] = []
+
+    class Seen(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
+            seen.append(f"evaluate {state.global_step} {metrics['eval_kl'] > 0}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            seen.append(f"step {state.global_step}")
+
+    stopping = transformers.EarlyStoppingCallback(early_stopping_patience=2)
+    # a rate at which it gets worse after some steps
+    made = trainer(
+        cache, tmp_path, callbacks=[Seen(), stopping], eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="cross_entropy",
+        greater_is_better=False, learning_rate=0.1, num_train_epochs=3, lr_scheduler_type="constant",
+    )  # fmt: skip
+    made.train()
+    measured = [line["eval_cross_entropy"] for line in made.state.log_history if "eval_loss" in line]
+    best = measured.index(min(measured)) + 1
+    assert made.state.best_global_step == best
+    assert made.state.global_step == len(measured) == best + 2
+    assert made.evaluate()["eval_cross_entropy"] == pytest.approx(min(measured), rel=1e-6)
+    assert seen[:3] == ["step 1", "evaluate 1 True", "step 2"]
+    loaded = load_transformers().AutoModelForCausalLM.from_pretrained(made.state.best_model_checkpoint)
+    assert all(torch.equal(a, made.model.state_dict()[n]) for n, a in loaded.state_dict().items())
+
+
+def test_push_to_hub(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the Hub: the student's files and its tokenizer; no state of the training."""
+    uploaded: dict[str, list[str]] = {}
+
+    def upload(repo_id: str, folder_path: str, **more: Any) -> Any:
+        uploaded[repo_id] = sorted(os.listdir(folder_path))
+        return SimpleNamespace(commit_url="done")
+
+    api = SimpleNamespace(create_repo=lambda name, **more: SimpleNamespace(repo_id=name), upload_folder=upload)
+    module = __import__("transformers.trainer", fromlist=["trainer"])
+    monkeypatch.setattr(module, "hf_api", lambda *a, **k: api)
+    made = trainer(cache, tmp_path / "run", hub_model_id="someone/student", max_steps=1)
+    made.train()
+    made.push_to_hub()
+    assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded["someone/student"])
+
+
+@pytest.mark.parametrize("way", ["class", "mixin"])
+def test_sft_trainer(cache: Cache, tmp_path: Path, way: str) -> None:
+    """The numbers of a DistillTrainer, without a dataset of the user's."""
+    trl = pytest.importorskip("trl")
+    from fastkd.integrations.hf import DistillSFTTrainer
+
+    plain = trainer(cache, tmp_path / "plain", max_steps=3)
+    plain.train()
+    kind: Any = DistillSFTTrainer if way == "class" else type("Mine", (DistillMixin, trl.SFTTrainer), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own, of transformers' names
+        given = USUAL | {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "bf16": False}
+        args = trl.SFTConfig(str(tmp_path / "sft"), per_device_train_batch_size=SIZE, **given)
+    made = kind(student(), args, cache=cache, alpha=0.3, temperature=2.0, processing_class=tokenizer_of())
+    made.train(resume_from_checkpoint=True)
+    assert losses(made) == losses(plain)
+    assert [line["step"] for line in made.state.log_history if "eval_kl" in line] == [2, 3]
+    state = weights(plain.model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights(made.model).items())
+
+
+def refused(message: str, cache: Any, out: Path, model: Any = None, **changes: Any) -> None:
+    with pytest.raises((TrainError, fastkd.KDError), match=message):
+        trainer(cache, out, model, **changes).train(resume_from_checkpoint=True)
+
+
+def test_what_is_refused_before_the_first_step(cache: Cache, tmp_path: Path) -> None:
+    narrow = student(vocab_size=50)
+    refused(r"LlamaForCausalLM: got a vocabulary of 50; expected at least 96", cache, tmp_path, narrow)
+    refused("fp16: got it with FSDP", cache, tmp_path, fp16=True, fsdp=True)
+    refused("label_smoothing_factor: got 0.1", cache, tmp_path, label_smoothing_factor=0.1)
+    config = {"split_batches": True}
+    refused("accelerator_config: got split_batches=True", cache, tmp_path, accelerator_config=config)
+    refused("temperature: got 0.5", cache, tmp_path, loss={"temperature": 0.5})
+    with pytest.raises(TrainError, match="objective: got one and alpha; expected one of the two"):
+        DistillTrainer(student(), arguments(tmp_path), cache=cache, objective=fastkd.train, alpha=0.3)
+    with pytest.raises(TypeError, match="rate"):
+        DistillTrainer(student(), arguments(tmp_path), cache=cache, rate=0.1)
+    nothing = make_cache(tmp_path / "nothing", held_out=0.0)
+    refused("eval_strategy: got 'steps', and no documents of", nothing, tmp_path, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(TrainError, match="evaluate: no documents of"):
+        trainer(nothing, tmp_path).evaluate()
+    with pytest.raises(TrainError, match="got 2 GPUs in one process"):
+        check_processes(2)
+
+
+def test_columns_that_the_model_does_not_take(cache: Cache, tmp_path: Path) -> None:
+    """remove_unused_columns, which is on by default, has nothing to remove: items are micro-batches, no rows."""
+    for given in (True, False):
+        made = trainer(cache, tmp_path, remove_unused_columns=given, max_steps=1)
+        made.train()
+        assert losses(made)
+
+
+def test_another_tokenizer(tmp_path: Path) -> None:
+    """Than the cache's; a folder brings its own, and so does processing_class."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the quick brown fox {i}"}) + "\n" for i in range(20)))
+    teacher, ours = saved(tmp_path / "teacher", "llama", vocab_size=300), tokenizer_of()
+    ours.save_pretrained(teacher)
+    fastkd.capture(str(teacher), str(text), tmp_path / "cache", k=4, draws=2, context=16, held_out=0.2)
+    other = tokenizer_of(words="something else entirely " * 9)
+    model = student(torch.float32, vocab_size=300)
+    refused("is not the one of the cache", tmp_path / "cache", tmp_path / "run", model, processing_class=other)
+    made = trainer(tmp_path / "cache", tmp_path / "run", model, processing_class=ours, max_steps=1)
+    made.train()
+    theirs = saved(tmp_path / "student", "llama", vocab_size=300)
+    other.save_pretrained(theirs)
+    refused("is not the one of the cache", tmp_path / "cache", tmp_path / "run2", theirs)
+    loss = {"allow_other_tokenizer": True}
+    made = trainer(tmp_path / "cache", tmp_path / "run3", theirs, loss=loss, max_steps=1)
+    made.train()
+    assert made.processing_class is not None
+
+
+def test_a_resume_with_another_cache_or_loss(cache: Cache, tmp_path: Path) -> None:
+    made = trainer(cache, tmp_path / "run", save_strategy="steps", save_steps=1, max_steps=2)
+    made.train()
+    other = make_cache(tmp_path / "other", k=4)
+    refused("begun with other settings .*data", other, tmp_path / "run")
+    refused("begun with other settings .*objective", cache, tmp_path / "run", loss={"alpha": 0.4})
+    refused("begun with other settings .*data", cache, tmp_path / "run", per_device_train_batch_size=2)
+    (tmp_path / "run" / "checkpoint-2" / "fastkd.json").write_text("{")
+    refused("fastkd.json: cannot be read", cache, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "fastkd.json").unlink()
+    refused("without fastkd.json, so not of a DistillTrainer", cache, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    # the same steps, divided otherwise
+    again = trainer(cache, tmp_path / "run", accumulation=2, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    state = weights(made.model)
+    for name, tensor in weights(again.model).items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-9)
