@@ -170,7 +170,7 @@ class Cache(ShardReader):
 
     def to_pandas(self, sequence: int, tokenizer: Any = None) -> "pd.DataFrame":
         """A look at one sequence: a row a position, with its token, label, the teacher's top tokens with their
-        probabilities, the mass of all others, and draws. tokenizer: decodes the tokens. See `table.sequence_table`."""
+        probabilities, the mass of all others, and draws. tokenizer: decodes tokens. See `table.sequence_columns`."""
         from .table import sequence_table
 
         return sequence_table(self, sequence, tokenizer)

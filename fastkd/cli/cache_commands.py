@@ -12,6 +12,7 @@ from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
 from .outcome import Outcome, at_terminal, store_of
 
 if TYPE_CHECKING:
+    from ..cache import Cache
     from ..cache.stores import Store
     from ..cache.verify import Report as VerifyReport
 
@@ -20,8 +21,30 @@ def inspect(command: Inspect) -> Outcome:
     from ..cache import open_cache
     from ..cache.inspect import inspect_cache
 
-    report = inspect_cache(open_cache(store_of(command.cache)), progress=at_terminal())
-    return Outcome(report, report_text(report))
+    if command.sample < 0:
+        raise CacheError(f"sample: got {command.sample}; expected a number of positions.")
+    if command.tokenizer is not None and not command.sample:
+        raise CacheError(f"tokenizer: got {command.tokenizer!r} without --sample; expected both.")
+    cache = open_cache(store_of(command.cache))
+    report = inspect_cache(cache, progress=at_terminal())
+    if not command.sample:
+        return Outcome(report, report_text(report))
+    from .sample import sample_text, sampled
+
+    tokenizer, warning = _tokenizer_of(cache, command.tokenizer)
+    report["sample"] = sampled(cache, command.sample, tokenizer)
+    return Outcome(report, f"{report_text(report)}\n\n{sample_text(report['sample'])}", 0, warning)
+
+
+def _tokenizer_of(cache: "Cache", name: str | None) -> tuple[Any, str]:
+    """The tokenizer of transformers by this name, and a warning if the cache's is another one."""
+    if name is None:
+        return None, ""
+    from ..models.tokenizers import load_tokenizer
+
+    tokenizer, known = load_tokenizer(name), cache.spec.provenance.tokenizer
+    other = known is not None and known.sha256 not in (None, tokenizer.identity)
+    return tokenizer.backend, f"{name}: it is not the tokenizer of the cache; texts may be others." if other else ""
 
 
 def verify(command: Verify) -> Outcome:

@@ -31,6 +31,11 @@ class Inspect:
 
     cache: Place
     """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    sample: int = 0
+    """Also print this many positions, from all over the cache: what comes before, the next token, and the teacher's
+    most likely ones with their probabilities."""
+    tokenizer: str | None = None
+    """With --sample: tokenizer of the cache, a folder or a Hub name, to show text instead of token ids."""
     json: bool = False
     """Print one JSON object instead of text."""
 

@@ -1,0 +1,68 @@
+"""`fastkd inspect --sample`: what a teacher said at some positions of a cache."""
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache.table import sequence_columns
+from ..utils.text import printable
+
+if TYPE_CHECKING:
+    from ..cache import Cache
+
+_BEFORE = 24  # tokens shown before a position
+_SHOWN = 8  # entries
+_WIDTH = 80
+
+
+def sampled(cache: "Cache", count: int, tokenizer: Any = None) -> list[dict[str, Any]]:
+    """Positions from sequences all over the cache: each the middle one of those that count in its sequence, if any.
+
+    Each has sequence, position, before (texts or ids), next, top [(token, probability)], tail, and the other inputs.
+    """
+    first, many = (cache.manifest.column(name).to_numpy() for name in ("first_sequence", "sequences"))
+    order = np.argsort(first, kind="stable")
+    first, ends = first[order], many[order].cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    found = []
+    for place in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)).tolist():
+        shard = int(np.searchsorted(ends, place, side="right"))
+        number = int(first[shard] + place - (ends[shard] - many[order][shard]))
+        columns = sequence_columns(cache, number, tokenizer)
+        rows = [i for i, tail in enumerate(columns["tail"]) if not math.isnan(tail)]
+        if not rows:
+            continue
+        i = rows[len(rows) // 2]
+        one: dict[str, Any] = {"sequence": number, "position": i}
+        if "token" in columns:
+            shown = columns.get("text", columns["token"])
+            one["before"] = shown[max(0, i + 1 - _BEFORE) : i + 1]
+            one["next"] = None if columns["label"][i] is None else shown[i + 1]
+        one |= {name: columns[name][i] for name in cache.spec.inputs if name not in ("tokens", "loss_mask")}
+        one |= {name: columns[name][i] for name in ("top", "tail", "draws") if name in columns}
+        found.append(one)
+    return found
+
+
+def sample_text(sample: list[dict[str, Any]]) -> str:
+    """For a person: some lines a position, of at most 80 columns."""
+    lines = ["Sample: what comes before, the next token, and the teacher's most likely ones"]
+    for one in sample:
+        lines.append(f"  sequence {one['sequence']:,}, position {one['position']:,}")
+        if "before" in one:
+            texts = one["before"]
+            before = "".join(texts) if all(isinstance(text, str) for text in texts) else " ".join(map(str, texts))
+            lines.append("    " + "…" + printable(before)[-(_WIDTH - 5) :])
+        shown = [f"{_quoted(token)} {p:.3f}" for token, p in one["top"][:_SHOWN]]
+        label = [] if one.get("next") is None else [f"next {_quoted(one['next'])}"]
+        text = "; ".join(
+            [*label, ", ".join([*shown, f"others {one['tail'] + sum(p for _, p in one['top'][_SHOWN:]):.3f}"])]
+        )
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _quoted(token: Any) -> str:
+    return f"'{printable(token)}'" if isinstance(token, str) else str(token)

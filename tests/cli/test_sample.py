@@ -1,0 +1,73 @@
+"""`fastkd inspect --sample`: the positions that it shows, and how."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import vision_cases
+from hf_cases import WORDS, tokenizer_of
+
+import fastkd
+from fastkd.cache import open_cache
+from fastkd.cli.main import main
+from fastkd.models.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from train_cases import Tiny
+
+    place = tmp_path_factory.mktemp("sample")
+    tokenizer_of().save_pretrained(place / "tokenizer")
+    tokenizer = load_tokenizer(str(place / "tokenizer"))
+    documents = [tokenizer.encode(WORDS[i : i + 60]) for i in range(0, 60, 3)]
+    fastkd.capture(Tiny(seed=1, vocab=300), documents, place / "cache", k=4, context=32, shard_positions=64)
+    return place
+
+
+def said(capsys: Any, *args: object) -> str:
+    assert main([str(arg) for arg in ("inspect", *args)]) == 0
+    out: str = capsys.readouterr().out
+    return out
+
+
+def test_positions_from_all_over_the_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = open_cache(place / "cache")
+    text = said(capsys, place / "cache", "--sample", "3", "--tokenizer", place / "tokenizer")
+    assert all(len(line) <= 80 for line in text[text.index("Sample:") :].splitlines())
+    assert "others 0." in text
+    found = json.loads(said(capsys, place / "cache", "--sample", "3", "--tokenizer", place / "tokenizer", "--json"))
+    sequences = int(cache.manifest.column("sequences").to_numpy().sum())
+    assert [one["sequence"] for one in found["sample"]] == [0, round((sequences - 1) / 2), sequences - 1]
+    tokenizer = tokenizer_of()
+    for one in found["sample"]:
+        arrays, i = cache.sequences([one["sequence"]]), one["position"]
+        assert f"sequence {one['sequence']:,}, position {i:,}" in text
+        assert "".join(one["before"]) == tokenizer.decode(arrays["tokens"][max(0, i - 23) : i + 1])
+        assert one["top"][0] == [
+            tokenizer.decode([arrays["ids"][i, 0]]), pytest.approx(float(np.exp(arrays["logprobs"][i, 0])))
+        ]  # fmt: skip
+        assert f"{one['top'][0][1]:.3f}" in text
+    ids = json.loads(said(capsys, place / "cache", "--sample", "1000", "--json"))["sample"]
+    assert len(ids) == sequences
+    assert all(isinstance(token, int) for one in ids for token, _ in one["top"])
+    assert "sample" not in json.loads(said(capsys, place / "cache", "--json"))
+
+
+def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vision_cases.make_cache(tmp_path / "cache")
+    found = json.loads(said(capsys, tmp_path / "cache", "--sample", "2", "--json"))["sample"]
+    assert all({"example", "augmentation_seed", "top", "tail"} <= one.keys() for one in found)
+    assert "before" not in found[0]
+    assert "others" in said(capsys, tmp_path / "cache", "--sample", "2")
+
+
+def test_what_cannot_be(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(place / "cache"), "--tokenizer", "x"]) == 1
+    assert "--tokenizer: got 'x' without --sample; expected both" in capsys.readouterr().err
+    assert main(["inspect", str(place / "cache"), "--sample", "-1"]) == 1
+    assert "--sample -1: expected a number of positions" in capsys.readouterr().err
+    assert main(["inspect", str(place / "cache"), "--sample", "1", "--tokenizer", str(tmp_path / "none")]) == 1
+    assert "there is no such file or folder" in capsys.readouterr().err
