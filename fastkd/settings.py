@@ -308,6 +308,18 @@ class TrainSettings:
     """Weight of the exits' loss, which is the mean over exits, beside that of the last layer."""
     exit_alpha: float = 0.5
     """Weight of the labels in the loss of an exit: 0 trains it on the last layer's answers alone, 1 on labels alone."""
+    lora_rank: int | None = None
+    """Rank of LoRA: a new adapter of this rank is trained on the student, whose own weights stay as they are, and the
+    result is an adapter folder. Default: the student itself is trained."""
+    lora_alpha: float | None = None
+    """Alpha of LoRA: what an adapter adds is multiplied by alpha / rank. Default: twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get an adapter, by the ends of their names, such as q_proj,v_proj. Default: all linear layers but the
+    LM head."""
+    lora_dropout: float = 0.0
+    """Dropout of an adapter's inputs."""
+    lora_merge: bool = False
+    """Also write the student with its adapter merged into its weights, as student-merged: a whole model."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. Not applied to embeddings, biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -376,6 +388,8 @@ class TrainSettings:
         given = [part.strip() for one in self.exits for part in str(one).split(",")]
         # what is no number is refused when it is checked
         object.__setattr__(self, "exits", tuple(int(n) if n.isdecimal() else n for n in given if n))
+        names = [part.strip() for text in self.lora_targets for part in text.split(",")]
+        object.__setattr__(self, "lora_targets", tuple(name for name in names if name))
 
     def loss_config(self) -> "LossConfig":
         """The settings of the distillation loss. Raises KDError for values that are not possible."""

@@ -18,7 +18,9 @@ def adapted(kind: str = "LoraConfig", *, base: Any = None, seed: int = 1, traine
     if kind == "LoraConfig":
         given = {"r": 3, "lora_alpha": 6} | given
     torch.manual_seed(seed)
-    model = peft.get_peft_model(model_of("llama") if base is None else base, getattr(peft, kind)(**given))
+    base = model_of("llama") if base is None else base
+    base.name_or_path = base.name_or_path or "tiny"
+    model = peft.get_peft_model(base, getattr(peft, kind)(**given))
     return randomized(model, seed) if trained else model
 
 

@@ -14,8 +14,8 @@ from ..stream.batch import MicroBatch
 from ..train.api import make_source
 from ..train.objective import TokenKD
 from ..train.optimizer import clip_, make_optimizer
+from ..train.precision import autocast_of
 from ..train.student import make_student
-from ..train.trainer import autocast_of
 from ..utils.distributed import joined_processes
 
 ROUNDS = 3

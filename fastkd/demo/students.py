@@ -19,9 +19,9 @@ from ..settings import TrainSettings
 from ..train.api import EVALUATION, train
 from ..train.arms import CONTROL
 from ..train.checkpoint import FOLDER as CHECKPOINTS
+from ..train.precision import autocast_of
 from ..train.result import RUN, STUDENT, describe_cache, run_document
 from ..train.student import make_student
-from ..train.trainer import autocast_of
 from ..utils.atomic import write_folder, write_text
 from ..utils.distributed import joined_processes
 from ..utils.progress import mode_for

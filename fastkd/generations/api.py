@@ -30,6 +30,7 @@ from ..data.documents import Documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..errors import TeacherError, TrainError
 from ..evaluate.api import Evaluation, evaluate
+from ..models.adapters import CONFIG
 from ..models.trained import load_trained
 from ..settings import CaptureSettings, LiveSettings, ModelSettings, TrainSettings
 from ..stream.split import has_held_out
@@ -40,10 +41,11 @@ from ..train.api import DEFAULTS, train
 from ..train.beside import check_exports
 from ..train.exits import with_exits
 from ..train.held_out import EVALUATION
+from ..train.lora import without_lora
+from ..train.precision import autocast_of
 from ..train.result import STUDENT, describe_cache
 from ..train.settings_check import check_settings
 from ..train.student import Student, make_student
-from ..train.trainer import autocast_of
 from ..utils.atomic import lock, sealed, write_json, writing
 from ..utils.distributed import local_device
 from ..utils.output_guard import check_folder
@@ -239,7 +241,7 @@ class _Family:
         if there is not None and (found := Evaluation.from_json(there)).spec == first.spec.hash:
             return found
         source = self._trained(arm)
-        made = make_student(source, first.spec, arm.settings, self._examples).student
+        made = make_student(source, first.spec, without_lora(arm.settings), self._examples).student
         device = local_device(arm.settings.device, TrainError)
         made.to(device).autocast = autocast_of(arm.settings.precision, device)
         found = evaluate(
@@ -252,7 +254,7 @@ class _Family:
     def _trained(self, arm: _Arm) -> Any:
         """A trained student: the folder of one of transformers, otherwise a module."""
         folder = arm.folder / STUDENT
-        if (folder / "config.json").exists():
+        if any((folder / name).exists() for name in ("config.json", CONFIG)):
             return str(folder)
         made: Student = make_student(self._student, None, arm.settings, self._examples).student
         return load_trained(made.model, folder, TrainError)

@@ -7,12 +7,13 @@ imported it.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import TeacherError
 from .hub import INSTALL, ModelFiles, brief, load_transformers, resolve
@@ -87,6 +88,17 @@ def random_adapters(model: Any) -> Iterator[None]:
         with torch.no_grad():
             for p, value in zip(trained, kept, strict=True):
                 p.copy_(value)
+
+
+def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the active adapter of a PeftModel as a folder. tensors: its parameters, by the names of the model's."""
+    (name,) = model.active_adapters
+    # what is not in `tensors` is of the base, also embeddings
+    model.save_pretrained(str(folder), state_dict=dict(tensors), selected_adapters=[name], save_embedding_layers=False)
+    if (inner := folder / name).is_dir():  # of an adapter that is not named "default"
+        for path in inner.iterdir():
+            path.rename(folder / path.name)
+        inner.rmdir()
 
 
 class AdapterFiles(NamedTuple):

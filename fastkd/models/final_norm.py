@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
+from .adapters import base_of
 from .taps import Taps
 
 _TOKENS = 8
@@ -15,7 +16,7 @@ def find_final_norm(model: Any) -> nn.Module:
     """The module between the last layer and the LM head: the one that turns what the last layer returns into the
     model's last hidden states, on a probe. TeacherError if no module does.
     """
-    base = model.base_model
+    base = base_of(model).base_model
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=generator).to(model.device)

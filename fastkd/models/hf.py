@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from .adapters import check_adapters
+from .adapters import adapter_files, check_adapters, load_adapter
 from .hub import ModelFiles, brief, load_transformers
 from .lm_head import LMHeadMatch, find_lm_head
 
@@ -35,11 +35,20 @@ def load_causal_lm(
 
     source: what the person named, for messages. attention: an attention implementation of transformers; None: its
     default. notes: gets a line for weights that the model does not use. options: for `from_pretrained`.
-    Raises TeacherError for an adapter, a model that cannot be loaded, or files that lack some of the weights.
+    An adapter is merged into its base. Raises TeacherError for a model that cannot be loaded, or files that lack some
+    of the weights.
     """
     transformers = load_transformers()
-    if (files.folder / "adapter_config.json").exists() and not files.gguf:
-        raise TeacherError(f"{source}: got an adapter; expected a whole model. Merge it into its base model first.")
+    if (adapter := adapter_files(files)) is not None:
+        if "distributed_config" in options:
+            raise TeacherError(
+                f"{source}: got an adapter, and several processes for the layers of its base; expected a whole model. "
+                "Merge it into its base model first."
+            )
+        base = load_causal_lm(adapter.base, adapter.base_files, attention=attention, notes=notes, **options)
+        merged = load_adapter(base, adapter, trained=False).merge_and_unload()
+        notes.append(f"the adapter is merged into its base, {adapter.base}.")
+        return merged
     options |= files.arguments
     if files.gguf:
         # kept quantized, weights would be dequantized at every call, depending on which other packages are installed

@@ -1,7 +1,7 @@
 """A torch module's return value as an `Output`, and properties of a module, determined with a probe input."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +98,12 @@ def parameters_and_bytes(model: nn.Module) -> tuple[int, int]:
 
 def state_sha256(module: nn.Module) -> str:
     """sha256 of a module's parameters and buffers: names, types, shapes and bytes."""
+    return tensors_sha256({**dict(module.named_parameters()), **dict(module.named_buffers())})
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors: names, types, shapes and bytes."""
     digest = hashlib.sha256()
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())

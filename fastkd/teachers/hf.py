@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
+from ..models.adapters import CONFIG, WEIGHTS, adapter_files
 from ..models.hf import load_causal_lm, probe_causal_lm
 from ..models.hub import ModelFiles, resolve
 from ..models.protocol import Hidden, Logits, Output
@@ -23,8 +24,11 @@ from ..utils.hashing import files_sha256
 from .tensor_parallel import ParallelGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Keys of config.json that do not change the model's output, or that the fingerprint states separately.
-_VOLATILE = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+# Keys of config.json, and of an adapter's, that do not change the output, or that the fingerprint states separately.
+_VOLATILE = {
+    "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "base_model_name_or_path", "inference_mode", "peft_version",
+}  # fmt: skip
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -148,6 +152,10 @@ def _hashed_files(files: ModelFiles, with_code: bool) -> tuple[list[Path], Any]:
     """The files of a model's weights (and its code), sorted by name, and its config.json without volatile keys."""
     if files.gguf:
         return [files.path], None
+    if (adapter := adapter_files(files)) is not None:
+        base, config = _hashed_files(adapter.base_files, with_code)
+        own = _without_volatile(json.loads((files.folder / CONFIG).read_text()))
+        return [*base, files.folder / WEIGHTS], [config, own]
     config = json.loads((files.folder / "config.json").read_text())
     first = config.get("transformers_weights") or next((n for n in _WEIGHTS if (files.folder / n).exists()), None)
     if first is None:

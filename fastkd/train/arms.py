@@ -28,6 +28,7 @@ def control_arms(settings: TrainSettings, objective: Objective | None) -> list[A
     """What `control` adds to a training with these settings and objective (None: that of the settings)."""
     plain = replace(settings, match=())
     hard_labels = replace(plain, alpha=1.0, alpha_end=None, exits=(), export_exit=None, export_teacher=False)
+    hard_labels = replace(hard_labels, lora_merge=False)
     found = [Arm(CONTROL, "on hard labels alone", hard_labels)]
     without = None if objective is None else without_features(objective)
     if plain != settings or without is not None:

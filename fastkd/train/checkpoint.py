@@ -253,10 +253,12 @@ def _identity(path: Path) -> list[Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, shared ones once. They share memory with the model."""
+    """Parameters and persistent buffers by name, shared ones once, less those that a student leaves out (the frozen
+    base of adapters). They share memory with the model."""
     stored = model.state_dict().keys()  # without buffers that are not persistent
     named = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in stored}}
-    return {name: tensor.detach() for name, tensor in named.items()}
+    left_out = getattr(model, "left_out", frozenset())
+    return {name: tensor.detach() for name, tensor in named.items() if name not in left_out}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -273,7 +275,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_model(checkpoint: Checkpoint, model: nn.Module, processes: Processes = ALONE) -> None:
     """Load a checkpoint's weights. Raises TrainError if they are those of another student."""
     tensors = model_tensors(model)
-    _check(tensors, checkpoint, getattr(model, "absent", ()))
+    _check(tensors, checkpoint, getattr(model, "absent", ()), getattr(model, "left_out", frozenset()))
     checkpoint.load(MODEL, tensors, processes)
 
 
@@ -297,8 +299,9 @@ def load_optimizer(
     checkpoint.load(OPTIMIZER, optimizer_tensors(optimizer, model), processes)
 
 
-def _check(ours: dict[str, Tensor], checkpoint: Checkpoint, absent: tuple[str, ...] = ()) -> None:
-    theirs = {name: one for name, one in checkpoint.shapes(MODEL).items() if not name.startswith(absent)}
+def _check(ours: dict[str, Tensor], checkpoint: Checkpoint, absent: tuple[str, ...], left_out: frozenset[str]) -> None:
+    shapes = checkpoint.shapes(MODEL)
+    theirs = {name: one for name, one in shapes.items() if not name.startswith(absent) and name not in left_out}
     advice = "Train into another folder, or with the student the run began with."
     where = checkpoint.folder
     if names := sorted(ours.keys() ^ theirs.keys()):

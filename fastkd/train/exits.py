@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels import LossConfig, TopKConfig
+from ..models.adapters import has_adapters
 from ..models.final_norm import find_final_norm
 from ..models.protocol import Hidden, Logits, Output
 from ..models.pruned import truncated
@@ -74,7 +75,7 @@ def exits_of(settings: TrainSettings, student: Student) -> tuple[int, ...]:
 
 def output_name(student: Student, layers: int) -> str:
     """The output of a student's first layers, as objectives read it."""
-    module, modules = student.layers[layers - 1], dict(student.model.named_modules())
+    module, modules = student.layers[layers - 1], dict(student.network.named_modules())
     return f"module:{next(name for name, one in modules.items() if one is module)}"
 
 
@@ -84,7 +85,7 @@ def reader(student: Student, data: Examples | None = None) -> Read:
 
     It is proven on a probe, for the last layer. Raises TrainError if it does not hold.
     """
-    model: Any = student.model
+    model: Any = student.network
     name = output_name(student, len(student.layers))
     with _evaluating(model), torch.no_grad():
         try:
@@ -127,7 +128,7 @@ def _norm_and_lm_head(model: Any) -> Read:
 
 def _rest(student: Student) -> Read:
     layers = student.layers
-    (tap,) = resolve(student.model, [output_name(student, len(layers))], TrainError)
+    (tap,) = resolve(student.network, [output_name(student, len(layers))], TrainError)
 
     def read(batch: AnyBatch, state: Tensor, output: Output) -> Output:
         # once more from the beginning, with layers that do nothing, the last of which returns the state
@@ -183,6 +184,10 @@ def exit_students(student: Student) -> Mapping[str, ExitStudent]:
 
 def cut(model: Any, layers: int) -> Any:
     """A model of the first layers of another, with meta tensors as weights. Raises TrainError if it cannot be cut."""
+    if has_adapters(model):
+        raise TrainError(
+            f"export_exit: got {layers} for a student with an adapter; expected a whole model. Leave it out."
+        )
     if not hasattr(model, "save_pretrained"):
         raise TrainError(
             f"export_exit: got {layers}, and {type(model).__name__} is a module, whose code has to be cut; expected a "

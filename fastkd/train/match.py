@@ -11,6 +11,7 @@ from ..cache.reader import Cache
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels.features.losses import feature_loss_names
+from ..models.adapters import has_adapters
 from ..models.hf import load_causal_lm
 from ..models.hub import resolve as find_files
 from ..models.taps import layers_of
@@ -81,6 +82,8 @@ def match(
     if init is not None and init.exists() and (not init.is_dir() or any(init.iterdir())):
         raise TrainError(f"init: got {str(init)!r}, which has files; expected a new folder, or an empty one.")
     made = make_student(student, cache.spec, settings, data)
+    if init is not None and has_adapters(made.student.model):
+        raise TrainError("init: got a student with an adapter; expected a whole model, as its own weights are written.")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     made.student.to(device)
     found = similarity(

@@ -114,7 +114,7 @@ def _attention(match: Match, spec: Any, block: bytes | None) -> AttentionKD:
 
 def student_layers(student: Student) -> StudentLayers:
     """What a student can be matched at."""
-    modules = frozenset(name for name, _ in student.model.named_modules() if name)
+    modules = frozenset(name for name, _ in student.network.named_modules() if name)
     return StudentLayers(student.name, len(student.layers), modules, original_layers(student.model))
 
 

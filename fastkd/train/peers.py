@@ -71,6 +71,11 @@ class Peers(Student):
         return (*(f"model.{name}." for name in names), *here)
 
     @property
+    def left_out(self) -> frozenset[str]:
+        each = [(name, path) for name, one in self.students.items() for path in one.left_out]
+        return frozenset(f"{where}.{name}.{path}" for name, path in each for where in ("model", "live.copies"))
+
+    @property
     def layers(self) -> list[nn.Module]:
         return [layer for one in self.students.values() for layer in one.layers]
 

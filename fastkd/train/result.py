@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache.reader import Cache
+from ..models.adapters import is_wrapped, save_adapter
 from ..models.hub import ModelFiles
 from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
@@ -27,6 +28,7 @@ from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import written_by_fastkd
+from .lora import describe_adapters
 from .student import Student
 from .verdict import Verdict
 
@@ -34,7 +36,7 @@ STUDENT = "student"
 CARD = "README.md"
 STUDENTS = "students"  # a folder of each, by name
 RUN = "run.json"
-_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "zarr", "triton")
+_LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "zarr", "triton")
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def _by_part(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 def write_student(folder: Path, student: Student, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
     """Write the trained model: one of transformers with its config (and tokenizer), for
-    `AutoModelForCausalLM.from_pretrained`; any other module as model.safetensors, with the names of its state dict.
+    `AutoModelForCausalLM.from_pretrained`; of one with an adapter the adapter's folder, for
+    `PeftModel.from_pretrained`; any other module as model.safetensors, with the names of its state dict.
 
     tensors: of the whole `Student`, by name.
     """
@@ -181,7 +184,9 @@ def write_model(
 
     def fill(place: Path) -> None:
         try:
-            if hasattr(model, "save_pretrained"):
+            if is_wrapped(model):
+                save_adapter(model, place, tensors)
+            elif hasattr(model, "save_pretrained"):
                 model.save_pretrained(place, state_dict=dict(tensors))
             else:
                 save_file(dict(tensors), place / "model.safetensors")
@@ -223,14 +228,14 @@ def run_document(
 def describe_student(student: Student, size: tuple[int, int]) -> dict[str, Any]:
     """Name, parameters and bytes, class, and where they are known the id on the Hub of the model that it began as, and
     its license."""
-    kind = type(student.model)
+    kind = type(student.network)
     found: dict[str, Any] = {"name": student.name, "parameters": size[0], "bytes": size[1]}
     found["class"] = f"{kind.__module__}.{kind.__qualname__}"
     if student.base is not None:
         found["base"] = student.base
     if student.source is not None and student.source.license:
         found["license"] = student.source.license
-    return found
+    return found | describe_adapters(student.model)
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:

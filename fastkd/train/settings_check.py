@@ -11,16 +11,18 @@ from ..settings import TrainSettings
 from .matching import parse
 from .metrics import check_tracker
 from .objective import Objective, TokenKD, check_objective
+from .unused import check_used
 
 # Settings that may change when a run is resumed: they affect speed, memory, rounding or what is kept.
 RESUME_MAY_CHANGE = {
     "steps", "epochs", "micro_tokens", "layout", "parallel", "activation_checkpointing", "compile", "device",
     "timeout_minutes", "evaluate_every", "evaluate_positions", "log", "checkpoint_every", "checkpoint_minutes", "keep",
-    "export", "export_exit", "export_teacher",
+    "export", "export_exit", "export_teacher", "lora_merge",
     "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
 }  # fmt: skip
+_OF_LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 _RANGES = {
-    **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha"), (0.0, 1.0)),
+    **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha", "lora_dropout"), (0.0, 1.0)),
     **dict.fromkeys(
         ("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes", "match_rate", "exit_weight"),
         (0.0, math.inf),
@@ -43,12 +45,16 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         number = getattr(settings, name)
         if number is not None and not (low <= number <= high and math.isfinite(number)):
             raise TrainError(f"{name}: got {number!r}; expected a number from {low:g} to {high:g}.")
-    for name, least in (("steps", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
+    for name, least in (("steps", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1), ("lora_rank", 1)):
         count = getattr(settings, name)
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
     if settings.clip is not None and not settings.clip > 0:
         raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
+    if settings.lora_rank is None:
+        check_used(settings, _OF_LORA, "without lora_rank")
+    if settings.lora_alpha is not None and not (settings.lora_alpha > 0 and math.isfinite(settings.lora_alpha)):
+        raise TrainError(f"lora_alpha: got {settings.lora_alpha!r}; expected a positive number.")
     if isinstance(settings.match, str):
         raise TrainError(f"match: got {settings.match!r}; expected a tuple of entries.")
     for entry in settings.match:
@@ -78,9 +84,10 @@ def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> di
 def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with an effect on the trained student, as they were given. settings: as in run.json."""
     known = {field.name for field in fields(TrainSettings)} - RESUME_MAY_CHANGE
-    # runs from before there was matching, or exits, have none of their settings
+    # runs from before there was matching, or exits, or LoRA, have none of their settings
     known -= {"match", "match_projector", "match_init", "match_rate"} if not settings.get("match") else set()
     known -= {"exits", "exit_weight", "exit_alpha"} if not settings.get("exits") else set()
+    known -= set(_OF_LORA) if settings.get("lora_rank") is None else set()
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items() if name in known}
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found
 

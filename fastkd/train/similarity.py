@@ -209,7 +209,7 @@ def _places(student: Student, batch: AnyBatch, specs: Mapping[str, Any]) -> list
     named = {name.removesuffix(":at") for name in specs}
     modules = [
         name
-        for name, m in student.model.named_modules()
+        for name, m in student.network.named_modules()
         if name and (name in named or not any(True for _ in m.children()))
     ]
     shapes = _recorded(student, batch, modules)
@@ -227,7 +227,7 @@ def _inner(student: Student, batch: AnyBatch, places: Sequence[str]) -> dict[str
 @torch.no_grad()
 def _recorded(student: Student, batch: AnyBatch, places: Sequence[str]) -> dict[str, Tensor]:
     none = torch.zeros(0, dtype=torch.int64, device=batch.device)  # rows of logits
-    with Taps(student.model, places, TrainError) as taps:
+    with Taps(student.network, places, TrainError) as taps:
         student.logits(batch, rows=none)
     return taps.values
 

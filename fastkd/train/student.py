@@ -15,7 +15,7 @@ from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels import LMHead
-from ..models.adapters import base_of
+from ..models.adapters import adapter_files, base_of, load_adapter
 from ..models.hf import load_causal_lm, probe_causal_lm
 from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.lm_head import LMHeadMatch
@@ -36,6 +36,7 @@ from ..stream.batch import AnyBatch, MicroBatch
 from ..utils.factories import is_factory, made_by
 from .in_forward import InForward
 from .inner import InnerOutputs, inner_of
+from .lora import base_type, check_trainable, frozen_names, notes_on, with_lora
 from .objective import OUTPUTS, Objective, TokenKD, check_losses
 from .optimizer import clip_all_
 
@@ -89,14 +90,14 @@ class Student(nn.Module):
         names, context = inner_of(objective.outputs), self.context or self.max_positions
         if self._inner is not None:
             self._inner.close()
-        self._inner = InnerOutputs(self.model, names, context) if names else None
+        self._inner = InnerOutputs(self.network, names, context) if names else None
 
     def inner_shapes(self, names: Iterable[str], data: Examples | None = None) -> dict[str, tuple[int, ...]]:
         """The shapes of inner states, by name, for a probe of `PROBE` tokens. data: of a student of examples. Raises
         TrainError for a state that the model does not have."""
         if not (names := tuple(names)):
             return {}
-        inner, training = InnerOutputs(self.model, names), self.model.training
+        inner, training = InnerOutputs(self.network, names), self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
@@ -213,6 +214,19 @@ class Student(nn.Module):
     def absent(self) -> tuple[str, ...]:
         """How the names of tensors begin that only other processes have."""
         return ()
+
+    @property
+    def network(self) -> nn.Module:
+        """The model, as its parts are named: of a PeftModel, the one inside."""
+        found: nn.Module = base_of(self.model)
+        return found
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The names of parameters that checkpoints leave out: the frozen base of adapters, also in the copy of a model
+        that answers (`live.model`)."""
+        frozen = frozen_names(self.model)
+        return frozenset(f"{where}.{name}" for where in ("model", "live.model") for name in frozen)
 
     def clip_(self, most: float | None) -> dict[str, Tensor]:
         """Clip the gradients to the norm `most`, and return what is logged of them: "grad_norm", the norm before."""
@@ -344,9 +358,10 @@ def make_student(
 ) -> LoadedStudent:
     """The student of a training, on the CPU, with weights in float32 (a module's weights keep their types).
 
-    source: a folder or a name on the Hub with a model of transformers; a folder with a config.json and no weights, or a
-        config: the weights are then new, by the settings' seed; a torch module or a callable that returns one, which is
-        copied; or module:factory, which returns any of these.
+    source: a folder or a name on the Hub with a model of transformers, or with an adapter, whose config names its base;
+        a folder with a config.json and no weights, or a config: the weights are then new, by the settings' seed; a
+        torch module or a callable that returns one, which is copied; or module:factory, which returns any of these.
+        With lora_rank, a model of transformers becomes the frozen base of a new adapter.
     spec: of the cache; None for another source of batches. data: for a cache of examples, these; the student is then a
         module, or a callable that returns one. A `LoadedStudent` is returned as it is.
     Raises TrainError if it cannot be loaded, or does not fit the cache: fewer logits than the teacher, or another
@@ -389,10 +404,15 @@ def check_fits(
 
 def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:
     if isinstance(source, nn.Module):
-        model, name = copy.deepcopy(source), type(source).__name__
-        if data is not None:
-            return of_module(model, name, data.first()), None
-        return of_transformers(model, name) if hasattr(model, "get_output_embeddings") else of_module(model, name), None
+        model, name = copy.deepcopy(source), type(base_of(source)).__name__
+        if data is None and hasattr(model, "get_output_embeddings"):
+            return _of_model(model, name, settings, getattr(source, "name_or_path", "")), None
+        if settings.lora_rank is not None:
+            raise TrainError(
+                f"lora_rank: got {settings.lora_rank} for {name}, a torch module; expected a causal model of "
+                "transformers. Leave it out."
+            )
+        return of_module(model, name, None if data is None else data.first()), None
     if isinstance(source, (str, Path)) and is_factory(str(source)):
         return _student(made_by(str(source), TrainError), settings, data)
     if data is not None and not callable(source):
@@ -404,7 +424,7 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         return _from_files(source, settings)
     if hasattr(source, "get_text_config"):
         model = _new_model(source, settings)
-        return of_transformers(model, type(model).__name__), None
+        return _of_model(model, type(model).__name__, settings, None), None
     if callable(source):
         made = source()
         if not isinstance(made, nn.Module):
@@ -419,26 +439,43 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
 def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, ModelFiles]:
     transformers = load_transformers()
     files = resolve(source, settings.revision)
-    remote = settings.trust_remote_code
-    if not files.gguf and not any(next(files.folder.glob(kind), None) for kind in _WEIGHTS):
+    adapter, remote = adapter_files(files), settings.trust_remote_code
+    if adapter is None and not files.gguf and not any(next(files.folder.glob(kind), None) for kind in _WEIGHTS):
         if not (files.folder / "config.json").exists():
             raise TrainError(f"{source}: got neither a config.json nor weights; expected the folder of a model.")
         try:
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote)
         except Exception as error:
             raise TrainError(f"{source}: config.json cannot be read ({brief(error)}).") from error
-        student = of_transformers(_new_model(config, settings), files.name)
+        student = _of_model(_new_model(config, settings), files.name, settings, None)
         student.source = files
         return student, files
     notes: list[str] = []
-    # float32: in half precision the change of a step would be lost in rounding
-    model = load_causal_lm(
-        source, files, attention=settings.attention, notes=notes, trust_remote_code=remote, dtype=torch.float32
-    )
-    student = of_transformers(model, files.name)
+    options: dict[str, Any] = {"attention": settings.attention, "notes": notes, "trust_remote_code": remote}
+    if adapter is not None:
+        base = load_causal_lm(
+            adapter.base, adapter.base_files, dtype=base_type(adapter.base_files, settings), **options
+        )
+        model = load_adapter(base, adapter, trained=True)
+    else:
+        # float32: in half precision the change of a step would be lost in rounding
+        dtype = torch.float32 if settings.lora_rank is None else base_type(files, settings)
+        model = load_causal_lm(source, files, dtype=dtype, **options)
+    student = _of_model(model, files.name, settings, str(source))
     student.notes[:0] = notes
-    student.source, student.base = files, files.hub
+    student.source, student.base = files, (files if adapter is None else adapter.base_files).hub
     return student, files
+
+
+def _of_model(model: Any, name: str, settings: TrainSettings, base: str | None) -> Student:
+    """A causal model of transformers as a student, with the adapter of the settings. base: what the model was named by,
+    "" if that is unknown; None if its weights are new."""
+    if settings.lora_rank is not None:
+        model = with_lora(model, name, settings, base)
+    check_trainable(model, name)
+    student = of_transformers(model, name)
+    student.notes += notes_on(model)
+    return student
 
 
 def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
@@ -456,9 +493,14 @@ def _new_model(config: Any, settings: TrainSettings) -> nn.Module:
 
 
 def _tokenizer(files: ModelFiles | None, settings: TrainSettings) -> Tokenizer | None:
-    """The tokenizer of the settings; otherwise the one in the student's folder, if there is one."""
+    """The tokenizer of the settings; otherwise the one in the student's folder, or of an adapter in that of its base,
+    if there is one."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    if files is None or not (files.gguf or any(files.folder.glob("tokenizer*"))):
+    if files is None:
         return None
-    return load_tokenizer(files.path, trust_remote_code=settings.trust_remote_code)
+    adapter = adapter_files(files)
+    for one in [files] if adapter is None else [files, adapter.base_files]:
+        if one.gguf or any(one.folder.glob("tokenizer*")):
+            return load_tokenizer(one.path, trust_remote_code=settings.trust_remote_code)
+    return None

@@ -49,11 +49,13 @@ from .evaluations import drop_after as drop_evaluations_after
 from .evaluations import kept_steps
 from .evaluations import read as read_evaluations
 from .evaluations import write as write_evaluations
+from .lora import base_sha256, whole_tensors
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
 from .optimizer import clip_all_, make_optimizer, rate_at, set_rate
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
+from .precision import autocast_of
 from .result import RUN, STUDENT, STUDENTS, TrainReport, command_line, run_document, write_student
 from .settings_check import check_same, resume_fingerprint
 from .student import LoadedStudent, Student
@@ -118,6 +120,8 @@ class Trainer:
         self._auto: AutoWeights | None = None
         if isinstance(self._objective, WeightedSum) and self._objective.auto:
             self._auto = AutoWeights(self._objective)
+        self._left_out = self.student.left_out
+        self._base = base_sha256(self.student, self._left_out) if self._left_out else None
         device = processes.device
         self.student.to(device).train()
         self.student.autocast = autocast_of(settings.precision, device)
@@ -231,9 +235,11 @@ class Trainer:
         """What was done. Once all steps are made, it first writes the trained student."""
         folder = self._out / (STUDENTS if self.student.parts else STUDENT)
         beside = folders_beside(self._out, self._settings)
+        merge = self.complete and self._settings.lora_merge
+        frozen = whole_tensors(self.student, self._left_out, kept=self._processes.first) if merge else {}
         with self._processes.all_or_none():
             if self.complete and (self._processes.first or self.student.alone):
-                self._export(folder)
+                self._export(folder, frozen)
         return TrainReport(
             out=str(self._out),
             step=self.step,
@@ -275,6 +281,8 @@ class Trainer:
         document = run_document(self.student, self.size, described, self._processes.device, self._processes.world_size)
         if isinstance(self._objective, WeightedSum):
             document["weights"] = self._objective.weights
+        if self._base is not None:
+            document["student"]["base_sha256"] = self._base
         document |= {"settings": asdict(self._settings), "command": command_line(), "report": report.to_json()}
         write_json(self._out / RUN, document)
 
@@ -481,6 +489,8 @@ class Trainer:
         }
         if self._auto is not None:
             state["weights"] = self._auto.state_dict()
+        if self._base is not None:
+            state["base"] = self._base
         with writing(self._out, f"the checkpoint of step {self.step}"):
             with self._processes.all_or_none():
                 if self._lock is not None and not os.path.samestat(os.fstat(self._lock), os.stat(self._out)):
@@ -494,6 +504,12 @@ class Trainer:
         state = checkpoint.state
         loaders = [state["loader"].get("fingerprint") or {}, self._source.fingerprint]
         check_same(state["settings"], self._fingerprint, str(checkpoint.folder), sources=loaders)
+        if (began := state.get("base", self._base)) != self._base:
+            raise TrainError(
+                f"{checkpoint.folder}: got {self.student.name} with another base (sha256 {str(self._base)[:12]}…) than "
+                f"the run began with (sha256 {str(began)[:12]}…), to which its adapter belongs. Give it that one, or "
+                "train into another folder."
+            )
         load_model(checkpoint, self.student, self._processes)
         load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
         self._source.load_state_dict(state["loader"])
@@ -512,9 +528,9 @@ class Trainer:
             )
         return found
 
-    def _export(self, folder: Path) -> None:
-        """Write the trained student, or the students of which it is made."""
-        tensors = self._exported_checkpoint().tensors(MODEL)
+    def _export(self, folder: Path, frozen: Mapping[str, torch.Tensor]) -> None:
+        """Write the trained student, or the students of which it is made. frozen: the base of adapters, to merge."""
+        tensors = {**self._exported_checkpoint().tensors(MODEL), **frozen}
         if not self.student.parts:
             write_student(folder, self.student, tensors, self._tokenizer)
         write_beside(self._out, self._settings, self.student, tensors, self._tokenizer)
@@ -535,13 +551,6 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self._progress.event("note", text=text)
-
-
-def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of matrix products for a setting of `precision` on a device; None: that of the weights."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def _describe(step: Step) -> str:

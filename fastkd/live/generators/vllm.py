@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import StreamError
+from ...models.adapters import has_adapters
 from . import Ints, Sampling, SamplingStudent
 
 MEMORY = 0.4  # of the GPU, for the engine: the student and its optimizer are there too
@@ -28,6 +29,11 @@ class Generator:
         if not hasattr(student.model, "save_pretrained"):
             raise StreamError(
                 f"rollout_generator: got 'vllm', and {student.name} is no model of transformers. Use loop, or auto."
+            )
+        if has_adapters(student.model):
+            raise StreamError(
+                f"rollout_generator: got 'vllm' for {student.name}, which has an adapter; expected a whole model. Use "
+                "transformers, loop, or auto."
             )
         try:
             self._vllm: Any = import_module("vllm")
