@@ -27,6 +27,7 @@ from fastkd.train.trainer import Pause
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(12)[None]
+WIDE = {"vocab_size": 300}  # for the tokenizer, to whose length PEFT would make it
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA: dict[str, Any] = SMALL | {"steps": 6, "lora_rank": 3, "rate": 1e-2}
 
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache, a base with its tokenizer, and a student that was trained on it."""
     folder = tmp_path_factory.mktemp("lora")
     make_cache(folder / "cache")
-    model_of("llama", seed=5).save_pretrained(folder / "base")
+    model_of("llama", seed=5, **WIDE).save_pretrained(folder / "base")
     tokenizer_of().save_pretrained(folder / "base")
     assert fastkd.train(folder / "base", folder / "cache", folder / "run", **LORA, lora_merge=True).complete
     return folder
@@ -77,7 +78,7 @@ def test_checkpoints_have_no_base(place: Path) -> None:
     assert all("lora_" in name for name in found.tensors("model"))
     trained = sum(x.numel() for x in found.tensors("model").values())
     student = json.loads((place / "run" / "run.json").read_text())["student"]
-    whole = sum(p.numel() for p in model_of("llama").parameters())
+    whole = sum(p.numel() for p in model_of("llama", **WIDE).parameters())
     assert student["parameters"] == trained + whole
     assert student["adapter"] == {"kind": "LORA", "base": str(place / "base"), "trained_parameters": trained}
     assert student["base_sha256"] == found.state["base"]
@@ -189,7 +190,7 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "base", tmp_path / "base")
     arguments = (tmp_path / "base", place / "cache", tmp_path / "run")
     assert not fastkd.train(*arguments, **LORA, stop=stopped()).complete
-    model_of("llama", seed=6).save_pretrained(tmp_path / "base")
+    model_of("llama", seed=6, **WIDE).save_pretrained(tmp_path / "base")
     with pytest.raises(TrainError, match=r"got base with another base \(sha256 \w{12}…\) than the run began with"):
         fastkd.train(*arguments, **LORA)
 
@@ -248,7 +249,7 @@ def test_an_adapter_folder_as_a_teacher(place: Path, tmp_path: Path) -> None:
     output: Any = teacher(TOKENS)
     torch.testing.assert_close(output.states @ output.lm_head.weight.T, logits_of(student.model), rtol=1e-4, atol=1e-5)
     assert "merged into its base" in teacher.notes[0]
-    other = folder_of(adapted(base=model_of("llama", seed=5)), tmp_path / "other", place / "base")
+    other = folder_of(adapted(base=model_of("llama", seed=5, **WIDE)), tmp_path / "other", place / "base")
     assert len({load_hf(one).fingerprint for one in (place / "run" / "student", place / "base", other)}) == 3
 
 
