@@ -21,6 +21,10 @@ class TeacherError(_MaskedError):
     """A problem with a teacher or its tokenizer."""
 
 
+class TeacherUnavailable(TeacherError):
+    """A teacher that does not answer now, such as a server that is down: the same call goes on later."""
+
+
 class ExportError(_MaskedError):
     """A problem with an export of a cache: its selection, its folder, or what its format does not take."""
 

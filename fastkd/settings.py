@@ -137,6 +137,9 @@ class ModelSettings:
     """Device: cpu, cuda, cuda:1, ... Default: this worker's GPU, or the CPU if there is none."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with a model."""
+    teacher_options: tuple[str, ...] = ()
+    """Options of a teacher in vLLM or behind a server, each NAME=VALUE, such as tensor_parallel_size=2 or
+    concurrency=64; see docs/teachers.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,8 @@ class TeacherSettings(ModelSettings):
     teacher: str
     """Teacher model: a folder, a GGUF file, a name on the Hugging Face Hub, or module:factory (a function of yours that
     takes no arguments and returns a Teacher or a torch module). trained:module:factory@RUN/student is such a module
-    with the weights of a run."""
+    with the weights of a run. vllm:NAME runs a folder or Hub name in vLLM; http://HOST:PORT is a server of vLLM or
+    SGLang, which answers with top-k entries (use --draws 0 --temperatures 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +219,8 @@ class LiveSettings(ReadingSettings, FeatureSettings, WindowSettings, TargetSetti
     """Attention implementation of the teacher, of transformers: eager, sdpa, flash_attention_2, ..."""
     teacher_revision: str | None = None
     """Revision of a teacher on the Hub: a branch, tag or commit."""
+    teacher_options: tuple[str, ...] = ()
+    """Options of a teacher in vLLM or behind a server, each NAME=VALUE; see docs/teachers.md."""
     teacher_batch_tokens: int = 8192
     """Maximum positions per forward of the teacher, padding included."""
     data_seed: int = 0

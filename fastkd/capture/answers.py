@@ -27,9 +27,10 @@ def topk_config(settings: CaptureSettings | CacheSpec, **changes: Any) -> TopKCo
 def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
     """TeacherError if the teacher declares `tail_temperatures` or `max_k`, and the settings ask for more."""
     temperatures = getattr(teacher, "tail_temperatures", None)
-    max_k = getattr(teacher, "max_k", None)
-    if temperatures is not None or max_k is not None:
-        _check_topk(settings, settings.k if max_k is None else max_k, temperatures or (1.0,), teacher.vocab_size)
+    if temperatures is not None:  # first: a server is not asked for `max_k` in vain
+        _check_tails(settings, temperatures)
+    if (max_k := getattr(teacher, "max_k", None)) is not None:
+        _check_topk(settings, max_k, temperatures or (1.0,), teacher.vocab_size, getattr(teacher, "max_k_is", ""))
 
 
 def large_k_text(k: int, draws: int, vocab_size: int) -> list[str]:
@@ -114,20 +115,31 @@ def _targets_of_topk(
     )
 
 
-def _check_topk(settings: CaptureSettings, max_k: int, temperatures: tuple[float, ...], vocab_size: int) -> None:
-    """TeacherError if top-k entries with tails at these temperatures are not enough for the settings."""
+def _check_tails(settings: CaptureSettings, temperatures: tuple[float, ...]) -> None:
+    """TeacherError if top-k entries with tails at these temperatures are not enough for the settings, whatever k is."""
+    lacking = [t for t in settings.temperatures if t not in temperatures]
+    use = f"Use --draws 0 --temperatures {' '.join(f'{t:g}' for t in temperatures)}."
     if settings.draws:
         raise TeacherError(
             f"draws: got {settings.draws}; expected 0: this teacher answers with top-k entries, so there is nothing to "
-            "draw from. Use --draws 0."
+            f"draw from. {use if lacking else 'Use --draws 0.'}"
         )
-    if lacking := [t for t in settings.temperatures if t not in temperatures]:
+    if lacking:
         raise TeacherError(
             f"temperatures: got {', '.join(map(str, lacking))}; expected none but {', '.join(map(str, temperatures))}, "
-            "the temperatures of the tails that this teacher answers with."
+            f"the temperatures of the tails that this teacher answers with. {use}"
         )
+
+
+def _check_topk(
+    settings: CaptureSettings, max_k: int, temperatures: tuple[float, ...], vocab_size: int, max_k_is: str = ""
+) -> None:
+    """TeacherError if top-k entries with tails at these temperatures are not enough for the settings. max_k_is: what
+    limits the entries, and what to do about it."""
+    _check_tails(settings, temperatures)
     if min(settings.k, vocab_size) > max_k:
-        raise TeacherError(f"k: got {settings.k}; expected at most {max_k}, the entries of this teacher's answers.")
+        limit = max_k_is or "the entries of this teacher's answers."
+        raise TeacherError(f"k: got {settings.k}; expected at most {max_k}, {limit}")
 
 
 def _check_rows(ids_MK: Tensor, logprobs_MK: Tensor, used: Tensor, missing_M: Tensor, vocab_size: int) -> None:

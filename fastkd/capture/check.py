@@ -24,6 +24,7 @@ from ..utils.text import format_table, labelled, printable, without_credentials
 from .compare import Deviations, compare
 from .features.check import FeatureCheck, FeatureDifference, feature_checks, read_all
 from .prepare import read_window_plan
+from .probe import agree_on_probe
 from .rows import Ints, ShardRows
 from .teacher_pass import TeacherPass, device_name
 from .window_plan import WindowPlan
@@ -144,6 +145,7 @@ def check_teacher(
     a teacher; DataError without the examples; CorruptShard for a damaged shard.
     """
     spec, shards = cache.spec, cache.shards
+    agree_on_probe(teacher, cache.store, write=False)
     _check_fits(cache, shards, teacher, data)
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise CacheError(f"tolerance: got {tolerance}; expected a number of nats, from 0 on.")

@@ -16,6 +16,7 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable, without_credentials
+from .answers import check_limits
 from .claims import FIRST_SECONDS, LONGEST_SECONDS
 from .feature_places import find_places
 from .features.estimate import FeatureCost, estimate_features
@@ -114,16 +115,18 @@ def estimate(
     ):
         if not least <= value < math.inf:
             raise DataError(f"{name}: got {value}; expected a number from {least} on.")
+    check_limits(teacher, settings)
     places = find_places(teacher, data, settings.features)
     plan, spec = prepare(teacher, data, settings, progress=progress)
     check_sizes(places, plan)
+    most = min(spec.vocab_size, getattr(teacher, "max_k", spec.vocab_size))
     begun = time.perf_counter()
     sample = run_sample(
         teacher,
         data,
         plan,
         settings,
-        ks=sorted({settings.k, *(k for k in KS if k <= spec.vocab_size)}),
+        ks=sorted({settings.k, *(k for k in KS if k <= most)}),
         seconds=seconds,
         min_batches=min_batches,
         places=places,

@@ -20,6 +20,7 @@ from ..cache.manifest import runs
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
+from ..errors import TeacherUnavailable
 from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.numbers import duration, size_text
 from ..utils.progress import Mode, Progress
@@ -34,6 +35,7 @@ from .window_plan import WindowPlan
 
 __all__ = ["CaptureReport", "CaptureRunner", "FeatureReport", "capture_text"]
 _FIRST_PAUSE, _POLL_SECONDS = 0.1, 5.0  # while waiting for other workers; each pause is twice the last
+_MAX_FAILED = 3  # shards one after another, after which the teacher is given up
 
 
 class CaptureRunner(ShardRunner):
@@ -125,7 +127,7 @@ class CaptureRunner(ShardRunner):
         own, others = range(self._rank, self._plan.shards, self._world_size), reversed(range(self._plan.shards))
         order = [*own, *(i for i in others if i % self._world_size != self._rank)]
         self._todo = [i for i in order if i not in committed]
-        pool = ThreadPoolExecutor(1, "fastkd-rows")
+        pool, failed = ThreadPoolExecutor(1, "fastkd-rows"), 0
         try:
             if self._given is None:
                 tasks = ((shard, self._read_rows(shard.index, pool)) for shard in self._claimed_shards())
@@ -135,8 +137,19 @@ class CaptureRunner(ShardRunner):
                 self._collect(wait=False)
                 self._group_busy = True
                 self._group.share(shard)
-                made = self._run(shard, rows)
-                self._group_busy = False
+                try:
+                    made = self._run(shard, rows)
+                except TeacherUnavailable as error:
+                    self._group_busy = False
+                    self._leave(shard.index, error)
+                    failed += 1
+                    if failed == _MAX_FAILED:
+                        self._progress.say(f"{failed} shards failed one after another: giving up")
+                        if self._given is not None:  # which may be waiting for its next number
+                            self._stop()
+                        break
+                    continue
+                self._group_busy, failed = False, 0
                 self._submit(shard, rows, *made)
             self._collect(wait=True)
         except Stopped:
@@ -180,6 +193,13 @@ class CaptureRunner(ShardRunner):
         if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < self._plan.shards:
             raise CacheError(f"shards: got {index!r}; expected numbers from 0 to {self._plan.shards - 1}.")
         return int(index)
+
+    def _leave(self, index: int, error: TeacherUnavailable) -> None:
+        """Leave a shard to a later run: the teacher does not answer, and the others may be answered."""
+        self._progress.found(-self._run_positions)
+        self._report = replace(self._report, failed={**self._report.failed, index: str(error)})
+        self._progress.event("failed", shard=index, text=f"shard {index} is left to a later run: {error}")
+        self._claims.drop(str(index))
 
     def _follow(self) -> CaptureReport:
         """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
@@ -260,6 +280,8 @@ def capture_text(report: CaptureReport) -> str:
         )
     if report.batches_halved:
         lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; this is recorded")
+    for index, why in report.failed.items():
+        lines.append(f"shard {index} was left: {why}")
     if not report.complete:
         lines.append("Run the same command again to continue.")
     return "\n".join(printable(line) for line in lines)

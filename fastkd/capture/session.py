@@ -22,6 +22,7 @@ from .feature_places import find_places
 from .feature_settings import check_feature_settings
 from .features.prepare import check_existing, check_sizes
 from .prepare import prepare
+from .probe import agree_on_probe
 from .runner import CaptureRunner
 from .shard_runner import CaptureReport, missing_shards
 from .teacher_pass import TeacherPass
@@ -65,6 +66,7 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         settings = replace(settings, **changes)
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
+        check_limits(model, settings)
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
         store = open_store(out, create=True)
         check_store(store)
@@ -75,11 +77,12 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         def tell(text: str) -> None:
             reporter.event("note", text=text)
 
+        self._tell = tell
         for note in getattr(model, "notes", []):
             tell(f"teacher: {note}")
         for line in large_k_text(settings.k, settings.draws, model.vocab_size):
             tell(line)
-        check_limits(model, settings)
+        agree_on_probe(model, store)
         check_feature_settings(settings)
         places = find_places(model, data, settings.features)
         plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
@@ -120,7 +123,10 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
             stop=stop,
             progress_mode=self._progress,
         )
-        return runner.run(self._begun.targets, self._begun.writers)
+        report = runner.run(self._begun.targets, self._begun.writers)
+        if (summary := getattr(self._pass.teacher, "summary", None)) is not None:
+            self._tell(summary())
+        return report
 
     def __enter__(self) -> Self:
         return self

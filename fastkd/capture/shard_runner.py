@@ -44,7 +44,7 @@ class CaptureReport:
     plan: `WindowPlan.totals`. The rest is about this worker in this run: shards_written, positions_written and
     bytes_written of the targets, and features by name; positions_captured, including shards that another worker
     committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
-    did not fit into memory.
+    did not fit into memory; failed, shards that were left because the teacher did not answer, each with the reason.
     """
 
     cache: str
@@ -59,6 +59,7 @@ class CaptureReport:
     teacher_busy: float = 0.0
     batches_halved: int = 0
     features: dict[str, FeatureReport] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
 
     @property
     def status(self) -> int:
@@ -115,6 +116,7 @@ class ShardRunner:
         self._there: dict[str, set[int]] = {}  # shards that were seen
         self._stored: dict[int, dict[str, int]] = {}  # positions of the submitted features
         self._busy = 0.0
+        self._run_positions = 0  # of the shard that the teacher runs on
         reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
         self._report = CaptureReport(store.describe(), False, [], plan.totals, features=reports)
 
@@ -160,6 +162,7 @@ class ShardRunner:
     def _run(self, shard: ShardTask, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, Codes]]:
         """Run the teacher on a shard: its targets, the parts of halved batches, and the codes of its features."""
         codes = {}
+        self._run_positions = 0
         for name in shard.features:
             feature = self._features[name]
             mask = stored_rows(rows, feature.spec.positions, feature.spec.seed)
@@ -273,6 +276,9 @@ class ShardRunner:
 
     def _on_batch(self, positions: int, seconds: float) -> None:
         self._busy += seconds
+        self._run_positions += positions
+        for name, (value, text) in getattr(self._pass.teacher, "figures", dict[str, tuple[float, str]])().items():
+            self._progress.figure(name, value, text)
         self._progress.add(positions, teacher_busy=seconds)
         if self._group.leader:
             self._claims.keep()

@@ -6,7 +6,7 @@ While the device runs one batch, the host writes the targets of the batch before
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from ..errors import TeacherError
 from ..kernels import KDError, SparseTargets
 from ..models.taps import Taps
 from ..settings import CaptureSettings
-from ..teachers.protocol import Answer, Teacher
+from ..teachers.protocol import Answer, Teacher, for_targets
 from ..utils.signals import Stopped
+from .ahead import BatchesAhead, row_of
 from .answers import targets_of, topk_config
 from .feature_collect import Collector
 from .feature_places import network_of
@@ -90,6 +91,9 @@ class TeacherPass:
     should_stop: Callable[[], bool] = lambda: False
     _too_large: int | None = None
 
+    def __post_init__(self) -> None:
+        self.teacher = for_targets(self.teacher, self.settings)
+
     def run(
         self,
         rows: ShardRows,
@@ -114,10 +118,11 @@ class TeacherPass:
         taps = None
         if collectors:
             taps = Taps(network_of(self.teacher), [collector.place.tap for collector in collectors])
-        with nullcontext() if taps is None else taps:
+        with nullcontext() if taps is None else taps, self._ahead(source, batches) as ahead:
             for number, segments in enumerate(batches):
                 sizes = []
-                for size, submitted in self._submit_parts(source, segments, taps):
+                parts = self._submit_parts(source, segments, taps) if ahead is None else ahead(number, segments)
+                for size, submitted in parts:
                     sizes.append(size)
                     if pending is not None:
                         self._collect(pending, arrays, source)
@@ -138,6 +143,42 @@ class TeacherPass:
             draws=self.settings.draws > 0,
             device="cpu",
         ).arrays()
+
+    @contextmanager
+    def _ahead(self, source: _Shard, batches: list[Ints]) -> Iterator[Callable[[int, Ints], Any] | None]:
+        """For a teacher that answers several batches at a time, what `_submit_parts` does for others, by number."""
+        if not hasattr(self.teacher, "submit"):
+            yield None
+            return
+
+        def inputs(segments: Ints) -> tuple[Tensor, Ints] | None:
+            rows, _ = source.rows.placed(segments)
+            if not source.targets or not source.rows.counts[rows].any():
+                return None
+            lengths = source.rows.document_lengths[segments].astype(np.int64)
+            return teacher_inputs(source.rows, source.data, segments), lengths
+
+        def waiting() -> None:
+            if self.should_stop():
+                raise Stopped
+            self.on_batch(0, 0.0)
+
+        ahead = BatchesAhead(self.teacher, batches, inputs, waiting)
+
+        def submit(number: int, segments: Ints) -> list[tuple[int, _Pending]]:
+            if self.should_stop():
+                raise Stopped
+            try:
+                return [(len(segments), self._submit(source, segments, ask=lambda: ahead.take(number)))]
+            except TeacherError as error:
+                if (row := row_of(error)) is None:
+                    raise
+                raise type(error)(f"{source.where(int(source.rows.document[segments[row]]))}: {error}") from error
+
+        try:
+            yield submit
+        finally:
+            ahead.cancel()
 
     def _submit_parts(self, source: _Shard, segments: Ints, taps: Taps | None) -> Iterator[tuple[int, _Pending]]:
         """Submit a batch, or if it does not fit into memory its halves, their halves and so on: for each the number of
@@ -171,8 +212,11 @@ class TeacherPass:
         yield from self._submit_parts(source, segments[middle:], taps)
 
     @torch.inference_mode()
-    def _submit(self, source: _Shard, segments: Ints, taps: Taps | None = None) -> _Pending:
-        """Submit a batch to the device, and the copy of its targets and inner states to the host."""
+    def _submit(
+        self, source: _Shard, segments: Ints, taps: Taps | None = None, ask: Callable[[], Answer] | None = None
+    ) -> _Pending:
+        """Submit a batch to the device, and the copy of its targets and inner states to the host. ask: returns the
+        answer to a batch that was submitted before."""
         rows, flat = source.rows.placed(segments)
         counts = source.rows.counts[rows] if source.targets else np.zeros(len(rows), np.bool_)
         wanted = [collector.mask[rows] for collector in source.collectors]
@@ -180,15 +224,16 @@ class TeacherPass:
         if not any(mask.any() for mask in (counts, *wanted)):
             return pending
         device = self.teacher.device
-        inputs, flat_N = (
-            _to(tensor, device)
-            for tensor in (teacher_inputs(source.rows, source.data, segments), torch.from_numpy(flat))
-        )
+        flat_N = _to(torch.from_numpy(flat), device)
+        if ask is None:
+            inputs = _to(teacher_inputs(source.rows, source.data, segments), device)
+            shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
+        else:
+            shape = torch.Size([len(segments), int(source.rows.document_lengths[segments].max())])
         clock = time.perf_counter()
         pending.started = _event(device)
-        answer = self.teacher(inputs)
+        answer = self.teacher(inputs) if ask is None else ask()
         self.on_answer(answer)
-        shape = inputs.shape[: 2 if "tokens" in source.rows.inputs else 1]
         if taps is not None:
             self._submit_inner(source, taps, rows, flat_N, wanted, shape, pending)
         if counts.any():

@@ -23,6 +23,7 @@ from ..errors import (
     ReportError,
     StreamError,
     TeacherError,
+    TeacherUnavailable,
     TrainError,
     WorkRemains,
 )
@@ -106,6 +107,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     except StoreError as error:
         raise CacheError(str(error)) from error  # once the work has begun, the same error is one to try again after
     _note(f"loading {command.teacher}", events=command.json)
+    from ..capture.answers import check_limits
     from ..capture.api import capture as run
     from ..capture.runner import capture_text
     from ..teachers.load import load
@@ -118,6 +120,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         world_size=command.world_size,
         parallel=command.teacher_parallel,
         progress=at_terminal(),
+        check=lambda teacher: check_limits(teacher, _capture_settings(command)),
     )
     report = run(
         loaded.teacher,
@@ -141,12 +144,15 @@ def plan(command: Plan) -> Outcome:
 
     check_settings(_capture_settings(command))
     _note(f"loading {command.teacher}", events=False)
-    from ..capture.answers import large_k_text
+    from ..capture.answers import check_limits, large_k_text
     from ..capture.estimate import estimate, estimate_text
     from ..kernels import prepare_topk
     from ..teachers.load import load
 
-    loaded = load(command.teacher, command, command, rank=0, world_size=1, progress=at_terminal())
+    loaded = load(
+        command.teacher, command, command, rank=0, world_size=1, progress=at_terminal(),
+        check=lambda teacher: check_limits(teacher, _capture_settings(command)),
+    )  # fmt: skip
     assert loaded.data is not None
     prepared = prepare_topk(loaded.teacher.device)
     _note(
@@ -394,7 +400,9 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 def _failure(error: Exception, command: Any) -> Outcome:
     absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
     text = masked(in_flags(str(error), flags(command)))
-    transient = isinstance(error, (StoreError, WorkRemains)) and not isinstance(error, (Refused, NotFound))
+    transient = isinstance(error, (StoreError, TeacherUnavailable, WorkRemains)) and not isinstance(
+        error, (Refused, NotFound)
+    )
     if transient and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))

@@ -109,7 +109,7 @@ def generations(
     captured = live.capture_settings()
     loading = ModelSettings(
         revision=live.teacher_revision, dtype=live.teacher_dtype, attention=live.teacher_attention,
-        device=settings.device, trust_remote_code=settings.trust_remote_code,
+        teacher_options=live.teacher_options, device=settings.device, trust_remote_code=settings.trust_remote_code,
     )  # fmt: skip
     _check_arguments(count, settings, captured, out, ensemble=ensemble)
     if isinstance(teacher, (str, Path)):

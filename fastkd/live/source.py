@@ -25,11 +25,11 @@ from ..stream.rows import NUMBERS
 from ..stream.shard_source import ShardSource, SourceOptions
 from ..stream.signals import Signal, open_signals
 from ..stream.split import ShardTable
-from ..teachers.protocol import Answer, Teacher
+from ..teachers.protocol import Answer, Teacher, for_targets
 from .answer import no_targets, numbers_of, targets_at
 from .features import LiveFeatureSignal, States
 from .planned import PlannedShards, plan_shards
-from .teacher_batches import FORWARDS, AnsweredBatches, inputs_of, with_forwards
+from .teacher_batches import FORWARDS, AnsweredBatches, Forward, inputs_of, lengths_of, with_forwards
 from .write_through import Requests, WriteThrough
 
 DEFAULTS = CaptureSettings()
@@ -83,7 +83,7 @@ class LiveSource(ShardSource):
             write_cache = WriteThrough.open(data, teacher, store, rank=chosen.rank, world_size=chosen.world_size)
             weakref.finalize(self, write_cache.close)
         self._origin, self.capture, self._written = data, data.settings, write_cache
-        self._teacher = None if write_cache is not None else teacher
+        self._teacher = None if write_cache is not None or teacher is None else for_targets(teacher, data.settings)
         self._requests: Requests | None = None
         self._live_features: list[LiveFeatureSignal] = []
         self._bad: torch.Tensor | None = None  # on a GPU, whether any target was NaN
@@ -186,14 +186,14 @@ class LiveSource(ShardSource):
             if not batch.positions or not (batch.count or self._live_features):  # nothing to answer
                 targets, values = no_targets(batch, self.capture, index_M), {}
             elif forwards is None:
-                answer = self._call(inputs_of(batch))
+                answer = self._call(inputs_of(batch), batch)
                 targets = targets_at(batch, answer, self.capture, index_M, numbers_M, shape)
                 values = self._states.take(shape)
             else:
                 parts, values = [], {}
                 for one in forwards.parts:
                     part_shape = one.inputs.shape[: len(shape)]
-                    answer = self._call(one.inputs)
+                    answer = self._call(one.inputs, one)
                     parts.append(targets_at(batch, answer, self.capture, one.flat, numbers_M[one.rows], part_shape))
                     for name, value in self._states.take(part_shape).items():
                         rows = value.flatten(0, len(shape) - 1)
@@ -227,10 +227,14 @@ class LiveSource(ShardSource):
                 )
         return self._states.coded(values, places)
 
-    def _call(self, inputs: torch.Tensor) -> Answer:
+    def _call(self, inputs: torch.Tensor, of: AnyBatch | Forward) -> Answer:
+        """The teacher's answer. of: the micro-batch, or the forward, that the inputs are of."""
         assert self._teacher is not None
         try:
             with torch.inference_mode():
+                if (submit := getattr(self._teacher, "submit", None)) is not None and inputs.dim() == 2:
+                    answer: Answer = submit(inputs.to(self._teacher.device), lengths_of(of)).result()
+                    return answer
                 return self._teacher(inputs.to(self._teacher.device, non_blocking=True))
         except torch.OutOfMemoryError as error:
             raise TeacherError(

@@ -69,6 +69,18 @@ def inputs_of(batch: AnyBatch) -> Tensor:
     return batch.inputs if isinstance(batch, ExampleBatch) else batch.input_ids  # type: ignore[attr-defined]
 
 
+def lengths_of(of: AnyBatch | Forward) -> list[int]:
+    """The tokens of each row of a padded micro-batch or a forward of text, without padding. It waits for the device."""
+    if isinstance(of, Forward):
+        rows, width = of.inputs.shape
+        found = torch.bincount(of.there // width, minlength=rows)
+    else:
+        assert isinstance(of, MicroBatch)
+        found = of.cu_seqlens.diff()
+    lengths: list[int] = found.tolist()
+    return lengths
+
+
 def with_forwards(batch: AnyBatch, tokens: int, *, all_rows: bool = False) -> AnyBatch:
     """A micro-batch on the host with its forwards, unless it is one as it stands. tokens: positions of a forward, pads
     included, at most; a longer segment is alone. all_rows: also forwards without a row that counts."""

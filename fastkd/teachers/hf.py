@@ -85,13 +85,10 @@ class HFTeacher:
     @cached_property
     def fingerprint(self) -> str:
         """Architecture, number of parameters, sha256 of weights and config, dtype, attention, and whether GGUF."""
-        files, config = _hashed_files(self._files, self._trust_remote_code)
-        digests = [digest for digest, _ in files_sha256(files, progress=self._progress)]
-        whole = hashlib.sha256(json.dumps([digests, config], sort_keys=True).encode()).hexdigest()
         parts = [
             type(self.model).__name__,
             f"{sum(p.numel() for p in self.model.parameters())} parameters",
-            f"sha256 {whole}",
+            f"sha256 {weights_sha256(self._files, self._trust_remote_code, progress=self._progress)}",
             str(self.model.dtype).removeprefix("torch."),
             f"attention {self.model.config._attn_implementation}",
         ]
@@ -146,6 +143,13 @@ def load_hf(
         parallel.check(source, model)
     model.eval().requires_grad_(False)
     return HFTeacher(model, files, name=files.name, notes=notes, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def weights_sha256(files: ModelFiles, with_code: bool, *, progress: bool = False) -> str:
+    """The sha256 of a model's weights and config (and its code)."""
+    paths, config = _hashed_files(files, with_code)
+    digests = [digest for digest, _ in files_sha256(paths, progress=progress)]
+    return hashlib.sha256(json.dumps([digests, config], sort_keys=True).encode()).hexdigest()
 
 
 def _hashed_files(files: ModelFiles, with_code: bool) -> tuple[list[Path], Any]:

@@ -1,8 +1,10 @@
 """From names and objects that people give to a teacher, its data, and this process's part among the workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import getattr_static
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from ..settings import DataSettings, ModelSettings
 from ..utils.distributed import local_device
 from ..utils.factories import is_factory, made_by
-from .hf import HFTeacher, load_hf
+from .hf import load_hf
 from .module import ModuleTeacher
 from .protocol import Teacher
 from .registry import find_loader
@@ -42,11 +44,13 @@ def load(
     world_size: int | None = None,
     parallel: int = 1,
     progress: bool = False,
+    check: Callable[[Teacher], None] = lambda teacher: None,
 ) -> Loaded:
     """A teacher by name (see `TeacherSettings`), and the data that the settings name.
 
     rank, world_size: of this process, as `rank_and_world_size` takes them. parallel: processes per worker.
-    progress: a progress bar on stderr while weights are hashed.
+    progress: a progress bar on stderr while weights are hashed. check: called with the teacher, before anything is
+    asked of it.
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
@@ -57,6 +61,7 @@ def load(
     if parallel > 1:
         worker = join_group(rank, world_size, parallel, device=device.type)
     model = load_teacher(teacher, settings, source, parallel=worker if parallel > 1 else None, progress=progress)
+    check(model)
     if data is None:
         return Loaded(model, None, worker)
     documents = as_data(
@@ -86,7 +91,17 @@ def load_teacher(
     settings = replace(settings, device=str(local_device(settings.device, TeacherError)))
     if found := find_loader(str(source)):
         loader, name = found
+        if parallel is not None:
+            raise TeacherError(
+                f"teacher_parallel: got {parallel.size} processes for the teacher {source}; expected one, as it is not "
+                "divided by torchrun. In vLLM, use --teacher-options tensor_parallel_size."
+            )
         return as_teacher(loader(name, settings), data)
+    if settings.teacher_options:
+        raise TeacherError(
+            f"teacher_options: got {len(settings.teacher_options)} for the teacher {source}; expected none, as only "
+            "vllm:NAME and http://HOST:PORT have options."
+        )
     if is_factory(str(source)):
         made = made_by(str(source), TeacherError)
         if not callable(made):
@@ -112,7 +127,8 @@ def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_s
     """
     if isinstance(teacher, (str, Path)):
         return load_teacher(teacher)
-    if all(hasattr(teacher, name) for name in _MEMBERS):
+    # found without asking for them: a server would be asked, and weights be hashed
+    if all(getattr_static(teacher, name, None) is not None or hasattr(teacher, name) for name in _MEMBERS):
         return teacher  # type: ignore[no-any-return]
     probe = torch.zeros((1, 1), dtype=torch.int64)
     if isinstance(data, Examples) and len(data):
@@ -145,8 +161,11 @@ def as_data(
         named, own = tokenizer, None
         if named is not None and not isinstance(named, Tokenizer):
             named = load_tokenizer(named, template=template, trust_remote_code=trust_remote_code)
-        if isinstance(teacher, HFTeacher) and not (named is not None and allow_other_tokenizer):
-            own = teacher.tokenizer(template=template)
+        if not (named is not None and allow_other_tokenizer):
+            own = own_tokenizer(teacher, template=template)
+            check = getattr(teacher, "check_tokenizer", None)
+            if check is not None and named is not None:
+                check(named)
         return choose_tokenizer(named, own, allow_other_tokenizer=allow_other_tokenizer)
 
     return load_documents(
@@ -157,6 +176,13 @@ def as_data(
         loss_on=loss_on,
         vocab_size=teacher.vocab_size,
     )
+
+
+def own_tokenizer(teacher: Teacher, template: str | Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a teacher's model, if it has a method `tokenizer`. TeacherError if there are no files of one."""
+    method = getattr(teacher, "tokenizer", None)
+    # not a tokenizer of transformers, which some keep as an attribute, and which can be called, too
+    return method(template=template) if isinstance(method, MethodType) else None
 
 
 def open_data(names: Sequence[str], column: str | None = None, text_documents: str = "line") -> Any:

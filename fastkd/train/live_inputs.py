@@ -12,9 +12,11 @@ import torch
 from ..cache.reader import open_cache
 from ..cache.spec import CacheSpec
 from ..cache.stores import MemoryStore, Store, open_store
+from ..capture.answers import check_limits
 from ..capture.claims import Claims
 from ..capture.feature_settings import check_feature_settings
 from ..capture.features.prepare import Feature
+from ..capture.probe import agree_on_probe
 from ..capture.teacher_pass import TeacherPass
 from ..data.examples import Examples
 from ..errors import DataError, TeacherError, TrainError
@@ -25,8 +27,7 @@ from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.buckets import up_to
-from ..teachers.hf import HFTeacher
-from ..teachers.load import as_data, as_teacher, load_teacher
+from ..teachers.load import as_data, as_teacher, load_teacher, own_tokenizer
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.output_guard import check_store
@@ -262,6 +263,8 @@ class LiveInputs(Inputs):
         teacher = self._teacher if written is not None or reads_answers(settings, objective) else None
         read = () if objective is None else signals_of(objective).get("features", ())
         features = [one for one in self._features if one.name in read]
+        if hasattr(teacher, "probe") and written is None and self._folder is not None and processes.rank == 0:
+            agree_on_probe(teacher, open_store(self._folder, create=True))
         options = source_options(settings, processes) | {"buckets": self.buckets}
         return LiveSource(self.planned, teacher, write_cache=written, features=features, **options)
 
@@ -334,10 +337,8 @@ class LiveInputs(Inputs):
 
 def _tokenizer_of(teacher: Teacher) -> Tokenizer | None:
     """The tokenizer in a teacher's folder; None if it has none."""
-    if not isinstance(teacher, HFTeacher):
-        return None
     try:
-        return teacher.tokenizer()
+        return own_tokenizer(teacher)
     except (TeacherError, DataError):
         return None
 
@@ -376,6 +377,10 @@ def load_inputs(
             raise TrainError(
                 f"teacher: {named} does not fit into the memory of {processes.device}. {_INSTEAD}"
             ) from error
+        check_limits(loaded, live.capture_settings(feature_names(settings)))
+        place = store or (open_store(folder) if folder is not None and folder.is_dir() else None)
+        if place is not None:
+            agree_on_probe(loaded, place, write=store is not None)
         if not isinstance(teacher, (str, Path)):
             named = getattr(loaded, "name", named)
     return LiveInputs(
@@ -408,6 +413,7 @@ def load_beside(
         dtype=live.teacher_dtype,
         attention=live.teacher_attention,
         device=str(processes.device),
+        teacher_options=live.teacher_options,
         trust_remote_code=settings.trust_remote_code,
     )
     return load_teacher(teacher, how, data, progress=progress)

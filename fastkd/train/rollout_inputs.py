@@ -14,7 +14,7 @@ from ..live.rounds import FOLDER
 from ..settings import CaptureSettings, RolloutSettings, TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.shard_source import ShardSource
-from ..teachers.hf import HFTeacher
+from ..teachers.load import own_tokenizer
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.signals import Stop
@@ -164,10 +164,10 @@ def check_teacher(teacher: Teacher, spec: CacheSpec) -> None:
             "the cache. Use a teacher of the cache's tokenizer."
         )
     known = spec.provenance.tokenizer and spec.provenance.tokenizer.sha256
-    if not known or not isinstance(teacher, HFTeacher):
+    if not known:
         return
     try:
-        own = teacher.tokenizer()
+        own = own_tokenizer(teacher)
     except TeacherError:  # it has none, so nothing is known of it
         return
     if own is not None and own.identity != known:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import TrainError
 from ..settings import FeatureSettings, LiveSettings, MutualSettings, RolloutSettings, ShareSettings, TargetSettings
 
-_OF_MODEL = ("teacher_dtype", "teacher_attention", "teacher_revision")
+_OF_MODEL = ("teacher_dtype", "teacher_attention", "teacher_revision", "teacher_options")
 OF_TEACHER = {*_OF_MODEL, "teacher_batch_tokens"}
 """How a teacher is loaded and run."""
 _OF_STUDENTS = {"k", "draws"}  # what students keep of each other's outputs
