@@ -2,10 +2,10 @@
 
     python bench/bench_server.py [--k 64] [--documents N] [--server http://host:port] [--json PATH]
 
-Without a server: a process sends ready answers of vLLM's form (JSON), of SGLang's nested form (JSON) and of its flat one
-(base64) as fast as it can, so that the client is measured: core time a position of parsing alone (by msgspec, and by
-the standard library's json) and of the whole capture, encoding and writing included, and the positions/s at which that
-is a tenth of the wall time.
+Without a server: a process sends ready answers of vLLM's form (JSON), of SGLang's nested form (JSON) and of its flat
+one (base64) as fast as it can, so that the client is measured: core time a position of parsing alone (by msgspec, and
+by the standard library's json) and of the whole capture, encoding and writing included, and the positions/s at
+which that is a tenth of the wall time.
 With --server: a capture against bare requests of the same prompts, as many at a time, whose answers are thrown away.
 """
 
@@ -132,6 +132,14 @@ def bare(url: str, count: int, k: int, concurrency: int) -> float:
     return time.perf_counter() - begun
 
 
+def core_seconds(function: Any, *arguments: Any) -> float:
+    """Of a call, the mean of ten."""
+    begun = time.process_time()
+    for _ in range(10):
+        function(*arguments)
+    return (time.process_time() - begun) / 10
+
+
 def client_alone(count: int, k: int) -> list[dict[str, Any]]:
     """What the client takes, by the form of the answers."""
     found = []
@@ -140,12 +148,7 @@ def client_alone(count: int, k: int) -> list[dict[str, Any]]:
         bodies = {length: body_of(form, length, k if length == LENGTH else 16) for length in (LENGTH, 24)}
         body = bodies[LENGTH]
         api.parse(body, LENGTH, k)
-        seconds = {"parse": 0.0, "json": 0.0}
-        for name, function in (("parse", lambda: api.parse(body, LENGTH, k)), ("json", lambda: json.loads(body))):
-            begun = time.process_time()
-            for _ in range(10):
-                function()
-            seconds[name] = (time.process_time() - begun) / 10
+        seconds = {"parse": core_seconds(api.parse, body, LENGTH, k), "json": core_seconds(json.loads, body)}
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(target=replay, args=(form, bodies, theirs), daemon=True)
         process.start()
@@ -193,8 +196,8 @@ def with_server(url: str, count: int, k: int, concurrency: int) -> dict[str, flo
         "parse_share": parsed / wall,
     }
     print(
-        f"{positions:,} positions: bare requests {positions / alone:,.0f} positions/s; capture {wall / alone:.3f} times as "
-        f"long; core time of ours {core / wall:.1%} of the wall time, parsing {parsed / wall:.1%}"
+        f"{positions:,} positions: bare requests {positions / alone:,.0f} positions/s; capture takes "
+        f"{wall / alone:.3f} times as long; our core time is {core / wall:.1%} of it, parsing {parsed / wall:.1%}"
     )
     return found
 
