@@ -222,7 +222,6 @@ def _engine(source: str | Path, **arguments: Any) -> tuple[Any, Any]:
             enable_prefix_caching=False,  # states of a prefix in its cache would not be returned
             # in the model's own type: as float32, twice as many bytes would be copied, of the same values
             hf_overrides={"head_dtype": "model"},
-            skip_tokenizer_init=True,
             **arguments,
         )
     except Exception as error:
