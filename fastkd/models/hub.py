@@ -86,7 +86,7 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
     if path.is_dir():
         if not (path / "config.json").exists() and (found := sorted(path.glob("*.gguf"))):
             raise TeacherError(f"{source}: a folder of GGUF files. Name one of them: {', '.join(map(str, found[:9]))}.")
-        return ModelFiles(path, path.resolve().name)
+        return ModelFiles(path, path.resolve().name, hub=_repository_of(path.resolve()))
     name, _, file = str(source).rpartition("/") if str(source).endswith(".gguf") else (str(source), "", "")
     if isinstance(source, Path) or not _NAME.fullmatch(name):
         raise TeacherError(f"{source}: there is no such file or folder.")
@@ -96,6 +96,12 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
     if file and not (folder / file).exists():
         raise TeacherError(f"{source}: there is no file {file} in {name} on the Hugging Face Hub.")
     return ModelFiles(folder, Path(file).stem or name.rpartition("/")[2], file or None, name)
+
+
+def _repository_of(folder: Path) -> str | None:
+    """The id of the repository that a folder of the Hub's own cache is a snapshot of; None for any other folder."""
+    found = re.search(r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/[^/]+$", folder.as_posix())
+    return "/".join(part for part in found.groups() if part) if found else None
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:

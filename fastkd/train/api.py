@@ -183,6 +183,8 @@ def train(
                 report = replace(report, unfinished=finished.text)
         if report.complete and processes.first:
             named = share if target is None else replace(share, push=target.repo)
+            if is_inside(teacher) and share.card_teacher is None:
+                named = replace(named, card_teacher="its own average")
             write_cards(out, text=inputs.data is None, share=named)
     return report if target is None or report.student is None or not report.complete else _pushed(report, target, mode)
 

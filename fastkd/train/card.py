@@ -21,6 +21,7 @@ from .arms import CONTROL
 
 Document = Mapping[str, Any]
 TAGS = ("knowledge-distillation", "fastkd")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 TEACHER = "TEACHER"
 """What stands for the teacher in a command, unless the person named it."""
 _ABOUT_SHARING = {"--push": 1, "--push-private": 0, "--card-teacher": 1}  # options, and how many values they have
@@ -47,9 +48,9 @@ def model_card(
     """The text of a card, sealed (see `written_by_fastkd`).
 
     run: what run.json holds. Of its members are read, as far as they are there: student (name, class, parameters,
-        base: the id on the Hub of the model that it began as, license: as in the metadata of that model's own card),
-        caches (each as of `describe_cache`), settings, command, machine, report (step, evaluation, control, verdicts),
-        and peers (the students that it was trained together with).
+        base: the model that it began as, by its id on the Hub or its name; license: as in the metadata of that model's
+        own card), caches (each as of `describe_cache`), settings, command, machine, report (step, evaluation, control,
+        verdicts), and peers (the students that it was trained together with).
     evaluations: the summaries of evaluation.json, {measure: {"mean", "low", "high"}}, of "student" and of "control",
         for their intervals.
     name: of the student. library: "transformers", "peft", or None for a torch module. teacher: its name, if the card
@@ -103,7 +104,7 @@ def shown_command(command: Sequence[str], *, base: str | None = None, teacher: s
                 continue
         else:
             flag, value = "", argument
-        if option == "--teacher":
+        if option == "--teacher" and not value.startswith("ema:"):
             value = teacher or TEACHER
         elif value != base and re.search(r"[/\\]", value):
             value = last_part(value)
@@ -158,7 +159,7 @@ def _metadata(
     if text and library is not None:
         metadata["pipeline_tag"] = "text-generation"
     if student.get("base"):
-        metadata["base_model"] = student["base"]
+        metadata["base_model"] = re.sub(r"[^\w./-]+|\s", "-", student["base"], flags=re.ASCII)
     metadata |= student.get("license") or {}
     metadata["tags"] = [*TAGS]
     if found.student:
@@ -196,7 +197,10 @@ def _about(run: Document, found: _Results, caches: Sequence[Document], teacher: 
         whose = f"**{_plain(teacher)}**" if teacher else "a teacher that is not named here"
         lines = [f"A student that fastkd distilled from {whose}."]
     if base := student.get("base"):
-        lines.append(f"It began as [{base}](https://huggingface.co/{base}).")
+        on_hub = _HUB_ID.fullmatch(base)
+        lines.append(
+            f"It began as [{base}](https://huggingface.co/{base})." if on_hub else f"It began as {_plain(base)}."
+        )
     if part:
         lines.append(f"This is its part `{_code(part)}`.")
     facts = [f"- Parameters: {size:,}"] if size else []

@@ -24,7 +24,10 @@ def write_cards(out: Path, *, text: bool, share: ShareSettings = SHARE) -> None:
     for arm in ("", WITHOUT_FEATURES, CONTROL):
         if (run := _read(out / arm / RUN)) is None:
             continue
-        name = share.push.rpartition("/")[2] if share.push else str(run["student"]["name"])
+        # a folder of the Hub's cache is named by a hash
+        base = run["student"].get("base", "")
+        known = share.push or (base if "/" in base else "")
+        name = known.rpartition("/")[2] or str(run["student"]["name"])
         evaluations = {STUDENT: _summary(out / arm / EVALUATION), CONTROL: control}
         common: dict[str, Any] = {"evaluations": evaluations, "teacher": share.card_teacher, "text": text}
         folder = out / arm / STUDENT

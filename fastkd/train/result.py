@@ -226,8 +226,8 @@ def run_document(
 
 
 def describe_student(student: Student, size: tuple[int, int]) -> dict[str, Any]:
-    """Name, parameters and bytes, class, and where they are known the id on the Hub of the model that it began as, and
-    its license."""
+    """Name, parameters and bytes, class, and where they are known the name of the model that it began as, and its
+    license."""
     kind = type(student.network)
     found: dict[str, Any] = {"name": student.name, "parameters": size[0], "bytes": size[1]}
     found["class"] = f"{kind.__module__}.{kind.__qualname__}"

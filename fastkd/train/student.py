@@ -82,7 +82,7 @@ class Student(nn.Module):
         self.source: ModelFiles | None = None
         """The files that it was made from, if it is a model of transformers from a folder or the Hub."""
         self.base: str | None = None
-        """The id on the Hub of the model whose weights it began with, if they are from there."""
+        """The model whose weights it began with: its id on the Hub if it is from there, or the name of its folder."""
 
     def read(self, objective: Objective) -> None:
         """Compute this objective from now on. Raises TrainError if the model lacks an inner state that it reads."""
@@ -463,7 +463,8 @@ def _from_files(source: str | Path, settings: TrainSettings) -> tuple[Student, M
         model = load_causal_lm(source, files, dtype=dtype, **options)
     student = _of_model(model, files.name, settings, str(source))
     student.notes[:0] = notes
-    student.source, student.base = files, (files if adapter is None else adapter.base_files).hub
+    began = files if adapter is None else adapter.base_files
+    student.source, student.base = files, began.hub or began.name
     return student, files
 
 

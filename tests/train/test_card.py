@@ -15,8 +15,11 @@ import fastkd
 from fastkd.cache import Cache
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
+from fastkd.models.hub import resolve
 from fastkd.settings import ShareSettings
 from fastkd.train.card import last_part, model_card, shown_command, written_by_fastkd
+from fastkd.train.result import describe_student
+from fastkd.train.student import make_student
 
 RUN: dict[str, Any] = {
     "student": {"name": "small", "parameters": 1_234_567, "base": "someone/small", "license": {"license": "mit"}},
@@ -137,6 +140,7 @@ def test_a_seal_tells_a_card_that_a_person_changed() -> None:
 def test_commands_name_no_places(command: list[str], shown: str) -> None:
     assert shown_command(command, base="o/m") == shown
     assert shown_command(["--teacher", "secret"], teacher="A B") == "--teacher 'A B'"
+    assert shown_command(["--teacher", "ema:0.99"]) == "--teacher ema:0.99"
     assert last_part("/") == "…"
 
 
@@ -170,7 +174,8 @@ def test_a_student_of_transformers_with_a_control(cache: Cache, tmp_path: Path) 
     assert first["generation_config.json"].decode() == generation
     text = first["README.md"].decode()
     data = checked(text)
-    assert (data.license, data.license_link, data.base_model) == ("apache-2.0", "LICENSE", None)
+    assert (data.license, data.license_link, data.base_model) == ("apache-2.0", "LICENSE", "llama")
+    assert "It began as llama." in text
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     values = {one.metric_type: one.metric_value for one in data.eval_results}
     assert values["cross_entropy"] == pytest.approx(report.evaluation["cross_entropy"], rel=1e-5)
@@ -221,6 +226,18 @@ def test_students_that_learn_from_each_other(cache: Cache, tmp_path: Path) -> No
         assert checked(text).model_name == name
         assert f"together with `{other}`" in text
         assert "| student - control |" in text
+
+
+def test_a_base_in_the_cache_of_the_hub_is_called_by_its_id(cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "models--someone--some-llama" / "snapshots"
+    saved(folder, "llama").rename(folder / ("0" * 40))
+    files = resolve(folder / ("0" * 40))
+    assert (files.hub, files.name) == ("someone/some-llama", "0" * 40)
+    assert resolve(tmp_path).hub is None
+    student = make_student(str(files.folder), cache.spec).student
+    assert describe_student(student, (1, 2))["base"] == "someone/some-llama"
+    text = model_card({"student": {"base": "someone/some-llama"}}, name="s")
+    assert "[someone/some-llama](https://huggingface.co/someone/some-llama)" in text
 
 
 def test_settings_without_a_meaning(cache: Cache, tmp_path: Path) -> None:
