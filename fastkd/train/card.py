@@ -161,7 +161,8 @@ def _metadata(
     if student.get("base"):
         metadata["base_model"] = re.sub(r"[^\w./-]+|\s", "-", student["base"], flags=re.ASCII)
     metadata |= student.get("license") or {}
-    metadata["tags"] = [*TAGS]
+    adapter = (student.get("adapter") or {}) if library == "peft" else {}
+    metadata["tags"] = [*TAGS, *([str(adapter["kind"]).lower()] if "kind" in adapter else [])]
     if found.student:
         task = {"type": "text-generation", "name": "next-token prediction"}
         dataset: dict[str, Any] = {"type": "fastkd-cache", "name": "held-out split"}
@@ -204,6 +205,8 @@ def _about(run: Document, found: _Results, caches: Sequence[Document], teacher: 
     if part:
         lines.append(f"This is its part `{_code(part)}`.")
     facts = [f"- Parameters: {size:,}"] if size else []
+    if (trained := (student.get("adapter") or {}).get("trained_parameters")) is not None:
+        facts.append(f"- Trained: an adapter ({_plain(str(student['adapter'].get('kind')))}) of {trained:,} parameters")
     for cache in caches:
         facts.append(f"- Cache of the teacher's targets: {_cache(cache)}")
     if found.step is not None:

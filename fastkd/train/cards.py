@@ -10,6 +10,7 @@ from ..utils.atomic import write_text
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import model_card, written_by_fastkd
 from .held_out import EVALUATION
+from .lora import MERGED
 from .result import CARD, RUN, STUDENT, STUDENTS
 
 SHARE = ShareSettings()
@@ -33,7 +34,8 @@ def write_cards(out: Path, *, text: bool, share: ShareSettings = SHARE) -> None:
         folder = out / arm / STUDENT
         write_card(folder, run, name=f"{name}-{arm}" if arm else name, repo=None if arm else share.push, **common)
         for part in (run.get("report") or {}).get("exported") or {}:
-            write_card(folder.with_name(f"{STUDENT}-{part}"), run, name=f"{name}-{part}", part=part, **common)
+            measured = "" if part == MERGED else part  # the same function as the student
+            write_card(folder.with_name(f"{STUDENT}-{part}"), run, name=f"{name}-{part}", part=measured, **common)
 
 
 def write_peer_cards(out: Path, *, text: bool) -> None:

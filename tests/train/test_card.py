@@ -93,8 +93,12 @@ def test_parts_of_it_may_be_missing() -> None:
     assert [one.metric_value for one in checked(ema).eval_results] == [2.9]
     assert "[2.9650" not in ema
     assert "| 2.9000 |" in ema
-    adapter = model_card(RUN, name="s", library="peft")
+    lora = {"kind": "LORA", "base": "/home/ann/base", "trained_parameters": 1234}
+    adapter = model_card({**RUN, "student": {"base": "base", "adapter": lora}}, name="s", library="peft")
     assert "from peft import AutoPeftModelForCausalLM" in adapter
+    assert "an adapter (LORA) of 1,234 parameters" in adapter
+    assert (checked(adapter).tags[-1], checked(adapter).base_model) == ("lora", "base")
+    assert "ann" not in adapter
     other = model_card(RUN, name="s", text=False)
     assert checked(other).eval_results[0].task_type == "other"
     assert checked(other).pipeline_tag is None
