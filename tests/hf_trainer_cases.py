@@ -40,7 +40,7 @@ def arguments(out: Path, *, accumulation: int = 1, **changes: Any) -> Any:
 
 
 def trainer(cache: Any, out: Path, model: Any = None, *, loss: dict[str, Any] = LOSS, **changes: Any) -> Any:
-    extra = {n: changes.pop(n) for n in ("callbacks", "processing_class") if n in changes}
+    extra = {n: changes.pop(n) for n in ("callbacks", "processing_class", "card_teacher") if n in changes}
     return DistillTrainer(
         student() if model is None else model, arguments(out, **changes), cache=cache, **loss, **extra
     )
@@ -85,6 +85,8 @@ def weights(model: Any) -> dict[str, Tensor]:
 def train(cache: Path, out: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Train by each of some arguments, in a process of several. The first one writes losses, measures and weights to
     OUT/NAME.pt."""
+    from accelerate.state import AcceleratorState
+
     warnings.simplefilter("ignore")
     for name, changes in runs.items():
         changes = dict(changes)
@@ -96,4 +98,5 @@ def train(cache: Path, out: Path, runs: dict[str, dict[str, Any]]) -> None:
         if made.is_world_process_zero():
             torch.save([losses(made), measures, state], out / f"{name}.pt")
         made.accelerator.free_memory()
+        AcceleratorState._reset_state()  # of DDP or FSDP2, for the whole process
     torch.distributed.destroy_process_group()

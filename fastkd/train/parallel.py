@@ -97,9 +97,9 @@ def checkpoint_layers(student: Student) -> None:
         layer.forward = lambda *args, _run=run, **kwargs: checkpoint(_run, *args, use_reentrant=False, **kwargs)
 
 
-def compile_layers(student: Student) -> None:
-    """torch.compile each layer, also of a teacher inside the student: equal layers share a compilation. Raises
-    TrainError without a list of layers.
+def compile_layers(student: Student, **options: Any) -> None:
+    """torch.compile each layer, also of a teacher inside the student: equal layers share a compilation. options: for
+    torch.compile. Raises TrainError without a list of layers.
 
     dynamic: else the first length and the first number of rows are compiled for themselves. What is left, with lengths
     in buckets (see `stream/buckets.py`), is one case each of training and evaluating, of one row and more, of rows with
@@ -107,7 +107,7 @@ def compile_layers(student: Student) -> None:
     """
     inside: list[nn.Module] = layers_of(student.live) if isinstance(student.live, nn.Module) else []
     for layer in [*_layers(student, "compile"), *inside]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, **options)
 
 
 def _layers(student: Student, setting: str) -> list[nn.Module]:

@@ -69,20 +69,43 @@ def test_a_schedule_of_alpha(cache: Cache, tmp_path: Path) -> None:
         )
 
 
-def test_two_processes(cache: Cache, hand: Any, tmp_path: Path) -> None:
-    """DDP and FSDP2 by accelerate; gradients, logged losses, and measures are of both processes."""
-    place = cache.store.describe()
-    train_jobs.run(train, place, tmp_path, {"ddp": {}, "ddp-2": {"accumulation": 2}}, ranks=2)
-    train_jobs.run(train, place, tmp_path, {"fsdp": FSDP, "fsdp-4": {**FSDP, "accumulation": 4}}, ranks=2)
-    one = trainer(cache, tmp_path)
+def check_two(cache: Cache, hand: Any, out: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Weights, logged losses and measures of two processes are those of the loop."""
+    train_jobs.run(train, cache.store.describe(), out, runs, ranks=2)
+    one = trainer(cache, out)
     one.model.load_state_dict(hand[1])
     other = ("runtime", "per_second", "epoch")
     expected = {name: value for name, value in one.evaluate().items() if not name.endswith(other)}
-    for name in ("ddp", "ddp-2", "fsdp", "fsdp-4"):
-        found, measures, state = torch.load(tmp_path / f"{name}.pt")
+    for name in runs:
+        found, measures, state = torch.load(out / f"{name}.pt")
         assert found == pytest.approx(hand[0], abs=1e-6), name
         assert_same({n: t.to(hand[1][n].dtype) for n, t in state.items()}, hand[1], 2e-6)
         assert {n: measures[n] for n in expected} == pytest.approx(expected, abs=1e-6), name
+
+
+def test_two_processes(cache: Cache, hand: Any, tmp_path: Path) -> None:
+    """DDP and FSDP2, by accelerate."""
+    check_two(cache, hand, tmp_path, {"ddp": {"accumulation": 2}, "fsdp": {**FSDP, "accumulation": 2}})
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_processes_however_steps_are_divided(cache: Cache, hand: Any, tmp_path: Path, accumulation: int) -> None:
+    check_two(cache, hand, tmp_path, {k: {**c, "accumulation": accumulation} for k, c in (("ddp", {}), ("fsdp", FSDP))})
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("step", [8, 11])
+def test_two_processes_resume(cache: Cache, tmp_path: Path, kind: str, step: int) -> None:
+    """With dropout, in the second epoch."""
+    given = {**(FSDP if kind == "fsdp" else {}), "dropout": 0.2, "save_strategy": "steps", "save_steps": 1}
+    place = cache.store.describe()
+    train_jobs.run(train, place, tmp_path, {"whole": given}, ranks=2)
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    train_jobs.run(train, place, tmp_path, {"again": {**given, "resume": True}}, ranks=2)
+    (_, _, whole), (_, _, again) = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "again"))
+    assert_same(again, whole, 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -82,9 +82,22 @@ def test_push_to_hub(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     api = SimpleNamespace(create_repo=lambda name, **more: SimpleNamespace(repo_id=name), upload_folder=upload)
     module = __import__("transformers.trainer", fromlist=["trainer"])
     monkeypatch.setattr(module, "hf_api", lambda *a, **k: api)
-    made = trainer(cache, tmp_path / "run", hub_model_id="someone/student", max_steps=1)
+    made = trainer(
+        cache, tmp_path / "run", hub_model_id="someone/student", max_steps=1, eval_strategy="steps", eval_steps=1,
+        card_teacher="Big Model",
+    )  # fmt: skip
     made.train()
     made.push_to_hub()
+    card = (tmp_path / "run" / "README.md").read_text()
+    for part in (
+        "library_name: transformers",
+        "type: kl_sampled",
+        "**Big Model**",
+        cache.spec.hash,
+        "alpha 0.3",
+        "1 step",
+    ):
+        assert part in card, part
     assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded["someone/student"])
 
 
@@ -132,6 +145,24 @@ def test_what_is_refused_before_the_first_step(cache: Cache, tmp_path: Path) -> 
         trainer(nothing, tmp_path).evaluate()
     with pytest.raises(TrainError, match="got 2 GPUs in one process"):
         check_processes(2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile hides its own, unless they are errors
+def test_compiled_layers(cache: Cache, tmp_path: Path) -> None:
+    """A handful of graphs for all lengths, in training and evaluation, and the numbers of the model as it is."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = trainer(cache, tmp_path / "plain", max_steps=10)
+    plain.train()
+    made = trainer(
+        cache, tmp_path / "run", torch_compile=True, torch_compile_backend="eager", max_steps=10, eval_strategy="steps",
+        eval_steps=5,
+    )  # fmt: skip
+    made.train()
+    assert losses(made) == pytest.approx(losses(plain), abs=1e-6)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert not hasattr(made.model, "_orig_mod")
+    torch._dynamo.reset()
 
 
 def test_columns_that_the_model_does_not_take(cache: Cache, tmp_path: Path) -> None:

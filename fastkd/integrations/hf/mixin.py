@@ -7,7 +7,9 @@ multiplied by the number of processes over which DDP, FSDP2 or DeepSpeed average
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...errors import TrainError
+from ...evaluate.measures import MEASURES
 from ...kernels import KDError
 from ...settings import TrainSettings
+from ...stream.buckets import BUCKETS, up_to
 from ...stream.tensors import FACTS
+from ...train.cards import write_card
 from ...train.inputs import CacheInputs
 from ...train.objective import Objective, TokenKD
+from ...train.parallel import compile_layers
+from ...train.result import command_line, describe_cache, machine
 from ...train.settings_check import check_settings
 from ...utils.distributed import ALONE, Processes
 from .attach import LOSS_SETTINGS, attach, is_attached
@@ -47,7 +54,8 @@ class DistillMixin(_Base):
         processes sequences of the cache, in the order of data_seed (or seed).
     cache: a `Cache`, what `open_cache` takes, or a mixture [(cache, weight), ...].
     objective: an `Objective`; default: `TokenKD` of the settings.
-    full_logits: accept a model whose LM head is not one matrix; see `attach`.
+    full_logits: accept a model whose LM head is not one matrix; see `attach`. card_teacher: the teacher's name, for the
+        model card, which does not name it otherwise.
     settings: the fields of TrainSettings that say what the loss is (alpha, temperature, divergence, treatment, beta,
         skew, and alpha_end, temperature_end with their schedules), how the cache is read (layout, shards_open, threads,
         skip, max_positions, allow_partial), evaluate_positions and allow_other_tokenizer. Everything else goes to the
@@ -67,6 +75,7 @@ class DistillMixin(_Base):
         cache: Any,
         objective: Objective | None = None,
         full_logits: bool = False,
+        card_teacher: str | None = None,
         **settings: Any,
     ) -> None:
         own = {name: settings.pop(name) for name in SETTINGS & settings.keys()}
@@ -78,9 +87,10 @@ class DistillMixin(_Base):
         self._kd_inputs = CacheInputs(cache)
         check_settings(self._kd_settings, self._kd_inputs.spec, objective)
         self._kd_objective = TokenKD.from_settings(self._kd_settings) if objective is None else objective
-        self._kd_full_logits = full_logits
+        self._kd_full_logits, self._kd_card_teacher = full_logits, card_teacher
         self._kd_dataset: DistillDataset | None = None
         self._kd_processes = ALONE
+        self._kd_buckets: tuple[int, ...] | None = None
         self._kd_parts: dict[str, Tensor] = {}
         self._kd_logged: dict[str, float] = {}
         if isinstance(model, (str, Path)):
@@ -97,10 +107,8 @@ class DistillMixin(_Base):
         """The model of a folder or a name, and the arguments of the Trainer, with its tokenizer."""
         from ...train.student import make_student
 
-        names = ("allow_other_tokenizer",)
         seed = 0 if args is None else int(args.seed)
-        changes: dict[str, Any] = {name: getattr(self._kd_settings, name) for name in names}
-        made = make_student(source, self._kd_inputs.spec, TrainSettings(seed=seed, **changes))
+        made = make_student(source, self._kd_inputs.spec, replace(self._kd_settings, seed=seed))
         if made.tokenizer is not None:
             settings.setdefault("processing_class", made.tokenizer.backend)
         return made.student.model, settings
@@ -114,6 +122,10 @@ class DistillMixin(_Base):
                 "Capture with held_out, or pass eval_dataset."
             )
         held_out = None if problem else HeldOutSplit([], [], 1)
+        with _whole(args):
+            self._kd_construct(model, args, settings, held_out)
+
+    def _kd_construct(self, model: Any, args: Any, settings: dict[str, Any], held_out: HeldOutSplit | None) -> None:
         if (sft := sys.modules.get("trl.trainer.sft_trainer")) is not None and isinstance(self, sft.SFTTrainer):
             begin_sft(super().__init__, self, model, args, settings, held_out)
             return
@@ -124,6 +136,9 @@ class DistillMixin(_Base):
         if not is_attached(model):
             attach(model, self._kd_objective, full_logits=self._kd_full_logits)
         self._kd_check_fits(model)
+        if self.args.torch_compile:  # the layers, which are then compiled once, not once for every shape
+            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            compile_layers(model._kd.student(model), **{name: o for name, o in options.items() if o is not None})
         return model
 
     def _kd_check_fits(self, model: Any) -> None:
@@ -135,9 +150,7 @@ class DistillMixin(_Base):
         if callable(processing) and hasattr(processing, "get_vocab"):
             tokenizer = load_tokenizer(processing)
         allowed = self._kd_settings.allow_other_tokenizer
-        check_fits(
-            model._kd.student(model), tokenizer, self._kd_inputs.spec, allow_other_tokenizer=allowed
-        )  # fmt: skip
+        check_fits(model._kd.student(model), tokenizer, self._kd_inputs.spec, allow_other_tokenizer=allowed)
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -156,6 +169,8 @@ class DistillMixin(_Base):
             self._kd_processes = Processes(args.process_index, args.world_size, args.device, group)
         else:
             self._kd_processes = Processes(0, 1, args.device)
+        if args.torch_compile:
+            self._kd_buckets = up_to(BUCKETS, self.model._kd.student(self.model).max_positions)
         self.train_dataset = self._kd_open(self._train_batch_size)
         if isinstance(self.eval_dataset, HeldOutSplit):
             most = self._kd_settings.evaluate_positions
@@ -182,6 +197,7 @@ class DistillMixin(_Base):
             reduce=processes.reduce,
             seed=args.seed if args.data_seed is None else args.data_seed,
             device=args.device,
+            buckets=self._kd_buckets,
             **{name: getattr(self._kd_settings, name) for name in _DATA},
         )
         return self._kd_dataset
@@ -327,3 +343,44 @@ class DistillMixin(_Base):
             run = self._get_output_dir(trial=kwargs.get("trial", args[1] if len(args) > 1 else None))
             write_state(Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self._kd_state())
         super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write README.md, as `fastkd train` does: what the student was distilled from, and its last evaluation. A card
+        that a person wrote or changed is left."""
+        if not self.is_world_process_zero():
+            return
+        folder, student = Path(self.args.output_dir), self.model._kd.student(self.model)
+        schedule = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        size = self.get_total_train_batch_size(self.args)
+        of_args = {"rate": self.args.learning_rate, "rate_schedule": schedule, "batch_size": size, "batch_tokens": None}
+        measured = {"step": self.state.global_step, "steps": self.state.max_steps, "evaluation": self._kd_measured()}
+        run = {
+            "student": {"name": model_name or folder.name, "parameters": student.parameters_and_bytes[0]},
+            "caches": [describe_cache(cache) for cache in self._kd_inputs.caches],
+            "settings": {**asdict(self._kd_settings), **of_args, "seed": self.args.seed},
+            "command": command_line(),
+            "machine": machine(self.args.device, self.args.world_size),
+            "report": measured,
+        }
+        write_card(folder, run, name=model_name or folder.name, repo=self.hub_model_id, teacher=self._kd_card_teacher)
+
+    def _kd_measured(self) -> dict[str, float]:
+        """The last evaluation on the held-out split."""
+        for line in reversed(self.state.log_history):
+            found = {name: line[f"eval_{name}"] for name in MEASURES if f"eval_{name}" in line}
+            if found:
+                return found
+        return {}
+
+
+@contextmanager
+def _whole(args: Any) -> Iterator[None]:
+    """While a Trainer is constructed: keep accelerate from compiling its model as a whole, as `torch_compile` says."""
+    backend = getattr(args, "torch_compile_backend", None)
+    if backend is not None:
+        args.torch_compile_backend = "no"
+    try:
+        yield
+    finally:
+        if backend is not None:
+            args.torch_compile_backend = backend
