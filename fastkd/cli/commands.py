@@ -136,8 +136,9 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
 @dataclass(frozen=True, kw_only=True)
 class _Training(TrainSettings):
     student: str
-    """Student model: a folder or Hub name of a causal model, a folder with a config.json and no weights (randomly
-    initialized), or module:factory (a function of yours that takes no arguments and returns a torch module)."""
+    """Student model: a folder or Hub name of a causal model or of an adapter, a folder with a config.json and no
+    weights (randomly initialized), or module:factory (a function of yours that takes no arguments and returns a torch
+    module)."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import TeacherError, TrainError
 from ...kernels import LMHead
+from ...models.lm_head import LowRankHead
 from ...models.protocol import Hidden
 from ...settings import TrainSettings
 from ...stream.batch import MicroBatch
@@ -122,7 +123,8 @@ class Attachment:
         finally:
             for module, mode in training:
                 module.training = mode
-        if not self.full_logits and not (isinstance(output, Hidden) and isinstance(output.lm_head, LMHead)):
+        fusable = isinstance(output, Hidden) and isinstance(output.lm_head, (LMHead, LowRankHead))
+        if not self.full_logits and not fusable:
             raise TrainError(
                 f"attach: got a {type(model).__name__} whose LM head is not found as one matrix that reproduces its "
                 "logits; expected one, so that logits [positions, V] need not be materialized. With full_logits=True "
