@@ -205,6 +205,9 @@ class Mutual(MutualSettings, TrainSettings):
     """Output folder of the run: run.json, metrics.jsonl, checkpoints, and students/NAME."""
     control: bool = False
     """Also train each student alone on hard labels, in the same order, for comparison."""
+    stop_if_worse: bool = False
+    """With --control: train the controls first, and end the students' training at an evaluation (from the third on) at
+    which each that learns from others is worse than its control, as in `fastkd train`."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
@@ -284,6 +287,10 @@ class Sweep(_Training):
     seeds: int = 2
     """Number of trainings per arm, with seeds from --seed on, used to judge differences between arms. Not with
     --auto."""
+    stop_if_worse: bool = False
+    """Train hard labels alone (alpha 1, among the arms) first with each seed, and end the training of another arm with
+    this seed at an evaluation (from the third on) at which it is worse than they are with the same rate, as in `fastkd
+    train`. Not with --auto."""
     at_once: int | None = None
     """Deprecated, without effect: arms are trained one after another."""
 

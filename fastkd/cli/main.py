@@ -247,9 +247,7 @@ def _with_teacher(command: Train, stop: Stop) -> Outcome:
     from ..train.mutual import check_trained_teacher, named
     from ..train.unused import check_rollouts_used
 
-    check_trained_teacher(
-        command.teacher, command.cache, command.write_cache, command.rollouts, stop_if_worse=command.stop_if_worse
-    )
+    check_trained_teacher(command.teacher, command.cache, command.write_cache, command.rollouts)
     check_rollouts_used(_rollouts(command))
     if command.push or command.push_private or command.card_teacher:
         raise TrainError("push, card_teacher: got one with train_teacher; expected one student that is trained.")
@@ -272,6 +270,7 @@ def _together(command: Train | Mutual, students: Any, online: MutualSettings, st
         online,
         data=_training_data(command),
         control=command.control,
+        stop_if_worse=command.stop_if_worse,
         stop=stop,
         progress=mode_for(events=command.json),
         **more,
@@ -299,6 +298,8 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
 
     arms = {name: getattr(command, name) for name in FIELDS}
     settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
+    if command.auto and command.stop_if_worse:
+        raise TrainError("stop_if_worse: got it with auto, whose rungs end arms already. Leave one of them out.")
     if command.auto:
         from ..sweep.auto import auto_sweep
         from ..sweep.auto_result import auto_text
@@ -311,7 +312,8 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
         return Outcome({"event": "done", **found.to_json()}, auto_text(found), found.status)
     report = run(
         command.student, store_of(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
-        at_once=command.at_once, stop=stop, data=_examples(command.data), progress=mode_for(events=command.json),
+        at_once=command.at_once, stop_if_worse=command.stop_if_worse, stop=stop, data=_examples(command.data),
+        progress=mode_for(events=command.json),
     )  # fmt: skip
     return Outcome({"event": "done", **report.to_json()}, sweep_text(report), report.status)
 

@@ -21,11 +21,12 @@ from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
 from ..train.student import make_student
 from ..train.trainer import Diverged
+from ..train.watch import Watch, check_watch
 from ..utils.atomic import lock, write_json, writing
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress
 from ..utils.signals import Stop
-from .arms import make_arms
+from .arms import Arm, is_hard, make_arms
 from .plot import plotted
 from .result import FAILED, SWEEP, SweepReport, check_finished, make_report, read_result
 
@@ -40,6 +41,7 @@ def sweep(
     data: Examples | None = None,
     seeds: int = 2,
     at_once: int | None = None,
+    stop_if_worse: bool = False,
     stop: Stop | None = None,
     progress: str = "none",
     **changes: Any,
@@ -53,6 +55,9 @@ def sweep(
         the settings in `arms.FIELDS`. See `make_arms`.
     seeds: trainings per arm, with seeds from `settings.seed` on: the noise that differences are compared with.
     at_once: deprecated, without effect.
+    stop_if_worse: with each seed, first train hard labels alone (alpha=1), and end the training of another arm with
+        this seed at an evaluation after which it is worse than they are with the same rate; see `fastkd.train.watch`.
+        Called again without, such trainings are continued.
     stop: stops the sweep when called; the current training writes a checkpoint. progress: "none", "bar", "lines" or
         "events".
 
@@ -78,6 +83,7 @@ def sweep(
     notes += [f"student: {note}" for note in probe.notes]
     del probe
     measured = inputs.evaluator(settings) is not None
+    controls = controls_of(chosen, settings, measured=measured) if stop_if_worse else {}
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
@@ -85,17 +91,25 @@ def sweep(
         for note in notes:
             say.event("note", text=note)
         numbers = range(settings.seed, settings.seed + seeds)
-        runs = [(arm, seed, out / arm.name / f"seed={seed}") for seed in numbers for arm in chosen]
+        order = sorted(chosen, key=lambda arm: arm in controls)  # those that others are compared with come first
+        runs = [(arm, seed, out / arm.name / f"seed={seed}") for seed in numbers for arm in order]
         reports: list[TrainReport] = []
         for number, (arm, seed, folder) in enumerate(runs, 1):
             own, done = arm.of(settings, seed), read_result(folder)
+            if done is not None and done.stopped and arm not in controls:
+                done = None  # it goes on
             if done is not None and not done.failed:
                 check_finished(folder, done, own, identity, [describe_cache(c) for c in inputs.caches])
             if stop.asked or (done is not None and (done.failed or done.evaluations or not measured)):
                 continue
             say.event("note", text=f"training {number} of {len(runs)}: {arm.name}, seed {seed}")
+            watch, control = None, controls.get(arm)
+            if stop_if_worse:
+                beside = {} if control is None else {control.name: out / control.name / f"seed={seed}"}
+                beside = {name: path for name, path in beside.items() if not (path / FAILED).exists()}
+                watch = Watch(beside, inputs.weights, settings.best)
             try:
-                reports.append(train(student, cache, folder, own, data=data, stop=stop, progress=progress))
+                reports.append(train(student, cache, folder, own, data=data, watch=watch, stop=stop, progress=progress))
             except Diverged as error:
                 write_json(folder / FAILED, {"step": error.step, "error": str(error)})
                 say.event("note", text=f"{arm.name}, seed {seed}: diverged; continuing with the next. {error}")
@@ -107,6 +121,25 @@ def sweep(
         report = plotted(report) if report.complete else report
         write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)})
         return report
+
+
+def controls_of(arms: Sequence[Arm], settings: TrainSettings, *, measured: bool) -> dict[Arm, Arm]:
+    """For each arm with a soft loss, the arm of hard labels alone with the same rate. Raises TrainError if it is not
+    there, and if arms cannot be compared. measured: whether they are evaluated."""
+    check_watch(control=True, by_window=measured, measure=settings.best)
+    own = {arm: arm.of(settings, settings.seed) for arm in arms}
+    hard = {one.rate: arm for arm, one in own.items() if is_hard(one)}
+    found = {}
+    for arm, one in own.items():
+        if is_hard(one):
+            continue
+        if one.rate not in hard:
+            raise TrainError(
+                f"stop_if_worse: got no arm of hard labels alone with rate {one.rate:g}; expected one, which "
+                f"{arm.name} is compared with. Add alpha=1."
+            )
+        found[arm] = hard[one.rate]
+    return found
 
 
 def check_alone() -> None:

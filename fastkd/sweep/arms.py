@@ -86,11 +86,15 @@ def auto_arms(arms: Any, settings: TrainSettings, spec: CacheSpec) -> tuple[list
     return list(first.values()), default, hard, notes
 
 
+def is_hard(settings: TrainSettings) -> bool:
+    """Whether a training is on hard labels alone."""
+    return settings.alpha == 1.0 and settings.alpha_end in (None, 1.0)
+
+
 def _effect(arm: Arm, settings: TrainSettings) -> Any:
     """Equal for arms of the same effect: without a soft loss only the rate has one."""
     own = arm.of(settings, settings.seed)
-    hard = own.alpha == 1.0 and own.alpha_end in (None, 1.0)
-    return ("hard", own.rate) if hard else own
+    return ("hard", own.rate) if is_hard(own) else own
 
 
 def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -> tuple[list[Arm], list[str]]:
@@ -108,7 +112,7 @@ def _grid(values: Mapping[str, Any], settings: TrainSettings, spec: CacheSpec) -
     first: dict[Any, Arm] = {}
     for arm in list(kept):
         own = arm.of(settings, settings.seed)
-        if own.alpha == 1.0 and own.alpha_end in (None, 1.0) and first.setdefault(own.rate, arm) is not arm:
+        if is_hard(own) and first.setdefault(own.rate, arm) is not arm:
             kept.remove(arm)
             notes.append(f"arm {arm.name} is left out: without a soft loss it is the same as {first[own.rate].name}")
     return kept, notes

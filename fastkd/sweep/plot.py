@@ -16,7 +16,7 @@ def plot(report: SweepReport, path: Path) -> None:
     """Write the PNG. Raises ModuleNotFoundError if matplotlib is not installed."""
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in report.arms if not arm.diverged]
+    arms = [arm for arm in report.arms if not arm.diverged and not arm.stopped]
     figure = Figure(figsize=(9.0, 2.0 + 0.34 * len(arms)), dpi=160, layout="constrained")
     ax = figure.subplots()
     for row, arm in enumerate(arms):

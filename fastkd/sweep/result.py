@@ -43,11 +43,12 @@ SWEEP, FAILED = "sweep.json", "diverged.json"
 @dataclass(frozen=True, eq=False)
 class Result:
     """A training that is finished. run: its run.json. evaluations: on the held-out split, one for each cache. failed:
-    why it has no result, or empty."""
+    why it has no result, or empty. stopped: the step after which it was stopped, as it was worse than another; or 0."""
 
     run: Mapping[str, Any]
     evaluations: Sequence[Evaluation] = ()
     failed: str = ""
+    stopped: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Behind:
 class ArmResult:
     """The results of an arm. changes: its settings. folders: its runs, one per seed. values: of each measure, one per
     finished seed. diverged: error messages by seed. behind: its distance to the best arm, None for the best itself and
-    without a ranking."""
+    without a ranking. stopped: by seed, the step after which it was stopped, as it was worse than hard labels alone."""
 
     name: str
     changes: dict[str, float | str]
@@ -85,6 +86,7 @@ class ArmResult:
     values: dict[str, list[float]] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)
     behind: Behind | None = None
+    stopped: dict[str, int] = field(default_factory=dict)
 
     def mean(self, measure: str) -> float:
         """Mean over the seeds; NaN if the measure is missing."""
@@ -97,7 +99,10 @@ class ArmResult:
 
     def to_json(self) -> dict[str, Any]:
         measures = {n: {"mean": self.mean(n), "spread": self.spread(n)} for n in self.values}
-        return asdict(self) | {"measures": measures, "behind": self.behind and self.behind.to_json()}
+        found = asdict(self) | {"measures": measures, "behind": self.behind and self.behind.to_json()}
+        if not self.stopped:
+            del found["stopped"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,9 @@ def read_result(folder: Path) -> Result | None:
         if (document := read_document(folder / RUN)) is None or not document["report"]["complete"]:
             return None
         one, several = read_document(folder / EVALUATION), read_document(folder / EVALUATIONS)
-        return Result(document, [Evaluation.from_json(found) for found in several or ([one] if one else [])])
+        stopped = document["report"]["step"] if "stopped_worse" in document["report"] else 0
+        found = [Evaluation.from_json(found) for found in several or ([one] if one else [])]
+        return Result(document, found, stopped=stopped)
     except (KeyError, TypeError, StreamError) as error:
         raise TrainError(f"{folder}: {error!r}. Its results are damaged: delete it, and sweep again.") from error
 
@@ -193,7 +200,9 @@ def make_report(
     results, evaluations = [], {}
     for arm in arms:
         mine = [(seed, result) for seed in seeds if (result := found[arm, seed]) is not None]
-        evaluations[arm.name] = done = [result.evaluations for _, result in mine if result.evaluations]
+        # of a part of the steps, there is nothing to compare
+        done = [result.evaluations for _, result in mine if result.evaluations and not result.stopped]
+        evaluations[arm.name] = done
         each = [means(one, weights) for one in done]
         results.append(
             ArmResult(
@@ -202,6 +211,7 @@ def make_report(
                 [str(out / arm.name / f"seed={seed}") for seed in seeds],
                 {name: [values[name] for values in each] for name in (each[0] if each else ())},
                 {str(seed): result.failed for seed, result in mine if result.failed},
+                stopped={str(seed): result.stopped for seed, result in mine if result.stopped},
             )
         )
     complete = None not in found.values()
@@ -215,9 +225,10 @@ def make_report(
 def ranked(
     report: SweepReport, evaluations: Mapping[str, Sequence[Sequence[Evaluation]]], weights: Sequence[float]
 ) -> SweepReport:
-    """The arms of a complete sweep, the best first, compared with it. Arms that diverged with any seed come last."""
+    """The arms of a complete sweep, the best first, compared with it. Arms that were stopped with any seed, and then
+    those that diverged, come last."""
     measure = report.measure
-    whole = [arm for arm in report.arms if not arm.diverged]
+    whole = [arm for arm in report.arms if not arm.diverged and not arm.stopped]
     if missing := [arm for arm in whole if measure not in arm.values]:
         raise TrainError(f"best: got {measure!r}; expected one of {', '.join(missing[0].values)}.")
     whole.sort(key=lambda arm: sign_of(measure) * arm.mean(measure))
@@ -232,7 +243,7 @@ def ranked(
         held.append(replace(arm, behind=behind))
     return replace(
         report,
-        arms=held + [arm for arm in report.arms if arm.diverged],
+        arms=held + sorted((arm for arm in report.arms if arm.diverged or arm.stopped), key=lambda a: bool(a.diverged)),
         best=best.name,
         margin=held[1].behind if len(held) > 1 else None,
         alike=[arm.name for arm in held if arm.behind is not None and not arm.behind.told_apart],
@@ -275,6 +286,9 @@ def sweep_text(report: SweepReport) -> str:
             behind = f"{arm.behind.distance:.4f}{' ' if arm.behind.told_apart else '?'}"
         if arm.diverged:
             cells, behind = [""] * len(names), f"diverged with seed {', '.join(arm.diverged)}"
+        elif arm.stopped:
+            steps = ", ".join(f"step {step} (seed {seed})" for seed, step in arm.stopped.items())
+            cells, behind = [""] * len(names), f"worse than hard labels, stopped after {steps}"
         rows.append([arm.name, *cells, behind])
     lines = [f"note: {note}" for note in report.notes]
     lines += [f"held out: mean over {len(report.seeds)} seeds ± standard deviation"] * bool(names)

@@ -66,6 +66,7 @@ def train(
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
     pause: Pause | None = None,
+    watch: Watch | None = None,
     share: ShareSettings = SHARE,
     progress: str = "none",
     **changes: Any,
@@ -98,6 +99,7 @@ def train(
         held-out split of the caches.
     stop: stops the training when called, for example by a signal handler; a checkpoint is written.
     pause: evaluates after other steps, and pauses after one of them, for a later call.
+    watch: instead of stop_if_worse, the other runs that the student is compared with; see `watch.py`.
     share: what the model card says of the teacher, and the repository on the Hugging Face Hub that the student is
         uploaded to when training is complete. Whether that is possible is checked first. The report says if the upload
         failed; its status is then 1.
@@ -165,7 +167,8 @@ def train(
             if done and processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
                 Progress(0, unit="step", mode=mode).event("note", text=text)
-            watch = Watch({name: out / name for name in done}, inputs.weights, settings.best) if stop_if_worse else None
+            if stop_if_worse:
+                watch = Watch({name: out / name for name in done}, inputs.weights, settings.best)
             trained_on = inputs if arm.folder == STUDENT_ARM else inputs.control
             given = (student, out / arm.folder, arm.settings, arm.objective, trained_on, *shared)
             done[arm.folder] = train_one(*given, watch=watch, pause=pause)

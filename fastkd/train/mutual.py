@@ -27,6 +27,7 @@ from ..utils.text import format_table
 from .api import run_trainer, train_one
 from .arms import CONTROL
 from .cards import write_peer_cards
+from .checkpoint import steps_of
 from .exchange import TEACHER, Exchange, Learns, everyone
 from .held_out import EVALUATION, HeldOut
 from .inputs import Inputs, inputs_of
@@ -38,6 +39,7 @@ from .student import LoadedStudent, Student, make_student
 from .trainer import Evaluate, Trainer
 from .unused import check_mutual
 from .verdict import Verdict, judge
+from .watch import PeersWatch, Watch, check_watch
 
 if TYPE_CHECKING:
     from ..evaluate.api import Evaluation
@@ -90,10 +92,15 @@ class MutualReport:
     def text(self) -> str:
         """For the command line."""
         if not self.complete:
-            runs = [self.run, *(one.control for one in self.students.values() if one.control is not None)]
+            runs = [*(one.control for one in self.students.values() if one.control is not None), self.run]
             part = next(run for run in runs if not run.complete)
             return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
         run = self.run
+        if run.stopped_worse is not None:
+            return (
+                f"{run.out}: stopped after step {run.step} of {run.steps}, as no student is served: "
+                f"{run.stopped_worse.sentence()}\nstudents: {run.student}"
+            )
         speed = f"{run.positions / run.seconds:,.0f} positions/s, " if run.seconds else ""
         lines = [f"{run.out}: {run.steps} steps ({speed}{run.waiting:.1%} of the time waiting for data)"]
         lines += [f"note: {note}" for note in run.notes]
@@ -125,6 +132,7 @@ def mutual(
     teacher: Any = None,
     learns: Learns | None = None,
     control: bool = False,
+    stop_if_worse: bool = False,
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
     progress: str = "none",
@@ -143,6 +151,8 @@ def mutual(
         any learns from labels alone. Default: from all others, and the teacher. So a teacher that is trained too is
         learns={"big": (), "small": ("big",)}.
     control: afterwards train each student on hard labels alone (alpha=1), in the same order, into out/control/NAME.
+    stop_if_worse: train the controls first, and end the training of the students at an evaluation after which each that
+        learns from others is worse than its control, as of `fastkd.train`.
     evaluate, stop, progress: as of `fastkd.train`; evaluate is called with each student, and with their ensemble.
 
     Returns the report; its `status` is 75 if work remains. Raises the errors of `fastkd.train`.
@@ -183,21 +193,46 @@ def mutual(
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         job = _Job(sources, inputs, learns, settings, online, processes)
-        report, each = job.train(out, evaluate, stop, progress)
+        looked: Watch | None = None
+        watch: PeersWatch | None = None
+        if stop_if_worse:
+            by_window = evaluate is None and settings.evaluate_every != 0 and not inputs.nothing_held_out()
+            check_watch(control=control, by_window=by_window, measure=settings.best)
+            if not any(learns.values()):
+                raise TrainError("stop_if_worse: got no student that learns from another; expected at least one.")
+            looked = Watch({}, inputs.weights, settings.best)
+            watch = PeersWatch(
+                {name: replace(looked, arms={f"{CONTROL}/{name}": out / CONTROL / name})
+                 for name, given in learns.items() if given},
+                list(sources),
+            )  # fmt: skip
+
+        def train_controls() -> "dict[str, tuple[TrainReport, list[Evaluation]]]":
+            """One after the other, until one is not complete. Divided over all processes, whatever the students are."""
+            done = {}
+            for name in sources:
+                if processes.first:
+                    text = f"now {name} on hard labels alone: {out / CONTROL / name}"
+                    Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
+                given = (job.make(name), out / CONTROL / name, alone, None, inputs.control)
+                done[name] = train_one(*given, processes, evaluate, stop, progress, watch=looked)
+                if not done[name][0].complete:
+                    break
+            return done
+
+        controls = train_controls() if stop_if_worse else {}
+        if all(arm.complete for arm, _ in controls.values()):
+            report, each = job.train(out, evaluate, stop, progress, watch=watch)
+        else:  # the students wait where they are
+            steps = next(iter(controls.values()))[0].steps
+            report, each = TrainReport(str(out), max(steps_of(out), default=0), steps, 0, {}, {}, {}), None
+        if control and report.complete and not controls:
+            controls = train_controls()
         found = {name: PeerReport(each.measures.get(name, {}) if each else {}) for name in sources}
-        for name in sources if control and report.complete else ():
-            if processes.first:
-                text = f"now {name} on hard labels alone: {out / CONTROL / name}"
-                Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
-            # divided over all processes, whatever the students were
-            arm, theirs = train_one(
-                job.make(name), out / CONTROL / name, alone, None, inputs.control, processes, evaluate, stop, progress
-            )
-            mine = each.by_name.get(name, []) if each else []
+        for name, (arm, theirs) in controls.items():
+            mine = each.by_name.get(name, []) if each and report.stopped_worse is None else []
             judged = judge(CONTROL, mine, theirs, inputs.weights, settings.best)
             found[name] = replace(found[name], control=arm, verdict=judged)
-            if not arm.complete:
-                break
         whole = MutualReport(report, found, each.measures.get(ENSEMBLE, {}) if each else {})
         if processes.first and (out / RUN).exists():
             document = json.loads((out / RUN).read_text())
@@ -269,9 +304,9 @@ class _Job:
         return peers
 
     def train(
-        self, out: Path, evaluate: Evaluate | None, stop: Stop, progress: str
+        self, out: Path, evaluate: Evaluate | None, stop: Stop, progress: str, *, watch: PeersWatch | None = None
     ) -> "tuple[TrainReport, EvaluateEach | None]":
-        """Train, or resume. Returns the report, and the evaluation, with its last results."""
+        """Train, or resume. Returns the report, and the evaluation, with its last results. watch: see `Trainer`."""
         processes, settings, inputs = self.processes, self.settings, self.inputs
         peers = self.peers()
         tokenizers = (made.tokenizer for made in peers.parts.values())
@@ -283,9 +318,9 @@ class _Job:
         # with one student each, every process reads whole batches
         sharing = replace(processes, rank=0, world_size=1, group=None) if self.online.one_each else processes
         one = evaluate or inputs.evaluator(settings, sharing)
-        each = None if one is None else EvaluateEach(one, processes)
+        each = None if one is None else EvaluateEach(one, processes, list(self.sources) if watch else [])
         source = inputs.open(read, sharing)
-        trainer = Trainer(made, source, processes, settings, out, evaluate=each, progress=progress)
+        trainer = Trainer(made, source, processes, settings, out, evaluate=each, watch=watch, progress=progress)
         evaluations: dict[str, list[Evaluation]] = {}
         if each is not None and each.by_window:
             evaluations = {evaluation_file(name): each.by_name[name] for name in (*self.sources, ENSEMBLE)}
@@ -296,12 +331,13 @@ class EvaluateEach:
     """Evaluates each student of `Peers`, and their ensemble.
 
     of: evaluates one. processes: where each has one student, these. by_name: the last evaluations by window, one for
-    each cache; measures: the means.
+    each cache; measures: the means. watched: students whose evaluations by window are kept at each step, one after the
+    other.
     Returns NAME/MEASURE for each student, ensemble/MEASURE, and MEASURE, the mean over students.
     """
 
-    def __init__(self, of: Evaluate, processes: Processes) -> None:
-        self.of, self._processes = of, processes
+    def __init__(self, of: Evaluate, processes: Processes, watched: Sequence[str] = ()) -> None:
+        self.of, self._processes, self._watched = of, processes, watched
         self.by_name: dict[str, list[Evaluation]] = defaultdict(list)
         self.measures: dict[str, dict[str, float]] = {}
 
@@ -318,6 +354,11 @@ class EvaluateEach:
         students = [one for name, one in self.measures.items() if name != ENSEMBLE]
         shared = [key for key in students[0] if all(key in one for one in students)]
         return {key: sum(one[key] for one in students) / len(students) for key in shared} | found
+
+    @property
+    def evaluations(self) -> "list[Evaluation]":
+        """The last ones by window of the students that are watched."""
+        return [one for name in self._watched for one in self.by_name[name]]
 
     @property
     def by_window(self) -> bool:
@@ -385,14 +426,8 @@ def check(
         raise TrainError(f"every: got {online.every!r}; expected a number of steps, or 0 for targets of each step.")
 
 
-def check_trained_teacher(
-    teacher: str | None, cache: Any, write_cache: Any, rollouts: float = 0.0, *, stop_if_worse: bool = False
-) -> None:
+def check_trained_teacher(teacher: str | None, cache: Any, write_cache: Any, rollouts: float = 0.0) -> None:
     """Raise TrainError unless a training can train this teacher as well."""
-    if stop_if_worse:
-        raise TrainError(
-            "stop_if_worse: got it with train_teacher; expected one student that is trained. Leave one of them out."
-        )
     got = ""
     if teacher is None:
         got = "no teacher"

@@ -60,7 +60,7 @@ from .result import RUN, STUDENT, STUDENTS, TrainReport, command_line, run_docum
 from .settings_check import check_same, resume_fingerprint
 from .student import LoadedStudent, Student
 from .verdict import Verdict
-from .watch import Watch
+from .watch import PeersWatch, Watch
 
 if TYPE_CHECKING:
     from ..evaluate.result import Evaluation
@@ -105,7 +105,7 @@ class Trainer:
         *,
         objective: Objective | None = None,
         evaluate: Evaluate | None = None,
-        watch: Watch | None = None,
+        watch: Watch | PeersWatch | None = None,
         pause: Pause | None = None,
         progress: str = "none",
     ) -> None:

@@ -59,6 +59,31 @@ class Watch:
         return None
 
 
+@dataclass(frozen=True)
+class PeersWatch:
+    """Students that learn from each other, in one training: it ends if, at one evaluation, each that learns from others
+    is worse than its own arm, so that none would be served by going on. watches: of these, by name. students: the names
+    of all, in the order of their evaluations."""
+
+    watches: Mapping[str, Watch]
+    students: Sequence[str]
+
+    def looks(self, steps: int, every: int) -> list[int]:
+        """As of a single student: for all of them to be worse by chance is less likely than for one."""
+        return next(iter(self.watches.values())).looks(steps, every)
+
+    def look(self, step: int, ours: "Sequence[Evaluation]", looks: Sequence[int]) -> Verdict | None:
+        """The verdict after a step of the student that is least worse, if all are. ours: those of one student after the
+        other."""
+        each = len(ours) // len(self.students)
+        parts = {name: ours[i * each : (i + 1) * each] for i, name in enumerate(self.students)}
+        found = [watch.look(step, parts[name], looks) for name, watch in self.watches.items()]
+        worse = [one for one in found if one is not None]
+        if len(worse) < len(found):
+            return None
+        return min(worse, key=lambda one: abs(one.difference[one.measure].mean))
+
+
 def check_watch(*, control: bool, by_window: bool, measure: str) -> None:
     """Raise TrainError if a student cannot be compared with its control. by_window: whether the evaluations are."""
     if not control:

@@ -34,7 +34,10 @@ def check_folder(folder: Path, kind: str) -> None:
         inner = (f"{path.parent.name}/{path.name}" for path in folder.glob("*/seed=*"))
         names = sorted(path.name for path in folder.iterdir())
         if kind == "run" and "run.json" not in names and (control := folder / CONTROL).is_dir():
-            check_folder(control, kind)  # which is trained first with stop_if_worse
+            # which is trained first with stop_if_worse: of a student, or of each of several
+            each = [path for path in control.iterdir() if any((path / name).exists() for name in _KINDS[kind][0])]
+            for run in each or [control]:
+                check_folder(run, kind)
             names.remove(CONTROL)
         _check([*inner, *names], kind, str(folder))
 

@@ -18,6 +18,7 @@ import fastkd
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.evaluate.api import Evaluation, compare
+from fastkd.sweep.result import sweep_text
 from fastkd.train import evaluations as kept
 from fastkd.train.evaluations import MOST, kept_steps, read
 from fastkd.train.metrics import read_metrics
@@ -138,6 +139,65 @@ def test_killed_at_every_step(place: Path, tmp_path: Path, every: int) -> None:
         assert result(out) == wanted, f"killed at moment {moment}"
         shutil.rmtree(out)
     assert moment > 2 * document(place / "stopped")["step"]
+
+
+def mutual(place: Path, out: Path, **changes: Any) -> Any:
+    students = {"a": "train_cases:tiny", "b": "train_cases:seeded"}
+    learns = dict.fromkeys(students, ("teacher",))  # each other they would help
+    return fastkd.mutual(students, place / "cache", out, **WATCHED | {"learns": learns} | changes)
+
+
+def test_students_that_learn_from_each_other(place: Path, tmp_path: Path) -> None:
+    """Ended when both are worse."""
+    report = mutual(place, tmp_path / "run")
+    worse = report.run.stopped_worse
+    assert report.complete
+    assert worse is not None
+    assert FIRST <= worse.step == report.run.step < STEPS
+    assert worse.against in ("control/a", "control/b")
+    assert f"stopped after step {worse.step} of {STEPS}, as no student is served: against control/" in report.text
+    assert {one.control.step for one in report.students.values()} == {STEPS}
+    assert sorted(path.name for path in (tmp_path / "run" / "students").iterdir()) == ["a", "b"]
+    with pytest.raises(TrainError, match="stop_if_worse: got no student that learns from another"):
+        mutual(place, tmp_path / "other", learns={"a": (), "b": ()})
+
+
+@pytest.mark.soak
+def test_students_that_learn_from_each_other_are_stopped_and_go_on(place: Path, tmp_path: Path) -> None:
+    stop = Stop()
+    stop()
+    assert mutual(place, tmp_path / "run", stop=stop).run.step == 0  # first the controls
+    step = mutual(place, tmp_path / "run").run.step
+    shutil.copytree(tmp_path / "run" / "control", tmp_path / "parts" / "control")
+    assert mutual(place, tmp_path / "parts", stop=stop).run.step == 1
+    assert mutual(place, tmp_path / "parts").complete
+    assert bits(tmp_path / "parts", step) == bits(tmp_path / "run", step)
+    went_on = mutual(place, tmp_path / "run", stop_if_worse=False)
+    assert (went_on.run.step, went_on.run.stopped_worse) == (STEPS, None)
+    assert went_on.students["a"].verdict.overall == HURT
+
+
+def test_the_arms_of_a_sweep(place: Path, tmp_path: Path) -> None:
+    given = ("train_cases:tiny", place / "cache", tmp_path / "sweep", {"alpha": [0.0, 1.0]})
+    changes = {name: value for name, value in CHANGES.items() if name != "alpha"} | {"seeds": 1}
+    report = fastkd.sweep(*given, **changes, stop_if_worse=True)
+    assert report.complete
+    assert report.best == "alpha=1"
+    one = report.arms[1]
+    step = document(place / "stopped")["step"]
+    assert (one.name, one.stopped, one.values) == ("alpha=0", {"0": step}, {})
+    assert bits(tmp_path / "sweep" / "alpha=0" / "seed=0", step) == bits(place / "stopped", step)
+    assert f"worse than hard labels, stopped after step {step} (seed 0)" in sweep_text(report)
+    assert fastkd.sweep(*given, **changes, stop_if_worse=True).trainings == 0
+    again = fastkd.sweep(*given, **changes)
+    assert (again.trainings, again.arms[1].stopped) == (1, {})
+    assert bits(tmp_path / "sweep" / "alpha=0" / "seed=0", STEPS) == bits(place / "whole", STEPS)
+    for arms, message in (
+        ({"alpha": [0.0, 0.5]}, "stop_if_worse: got no arm of hard labels alone with rate 0.3; expected one, which"),
+        ([{"rate": 0.1}, {"alpha": 1.0}], "got no arm of hard labels alone with rate 0.1"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            fastkd.sweep(*given[:2], tmp_path / "other", arms, **changes, stop_if_worse=True)
 
 
 @pytest.mark.soak

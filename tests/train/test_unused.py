@@ -91,7 +91,6 @@ def test_one_student_has_nobody_to_learn_from(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--control", "--stop-if-worse"], "--stop-if-worse: got it with --train-teacher"),
         (["--rollout-tokens", "4"], "--rollout-tokens: got 4 without rollouts"),
         (["--teacher-revision", "main"], "--teacher-revision: got 'main' without a teacher that is not trained"),
     ],
