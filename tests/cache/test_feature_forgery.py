@@ -16,7 +16,7 @@ from fastkd.cache.stores import MemoryStore
 
 @pytest.mark.parametrize("name", ["map"])
 def test_typed_forgeries_of_features(name: str) -> None:
-    assert sum(run_script(feature_forgery.__file__, name, "300").values()) >= 300
+    assert sum(run_script(feature_forgery.__file__, name, "100").values()) >= 100
 
 
 @pytest.mark.soak
