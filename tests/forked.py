@@ -20,6 +20,8 @@ SERVER.set_forkserver_preload(
         "cache_cases",
         "cache_writer",
         "transformers.models.llama.modeling_llama",
+        "fastkd.train.mutual",
+        "pandas",  # which Arrow imports where it is there
     ]
 )
 

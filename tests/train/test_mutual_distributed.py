@@ -17,8 +17,9 @@ from fastkd.train.metrics import read_metrics
 
 STUDENTS = {"a": "train_cases:double", "b": "train_cases:other_double"}
 THREE = STUDENTS | {"c": "train_cases:third_double"}
-CHANGES: dict[str, Any] = SMALL | {"k": 6, "evaluate_every": 5, "clip": 0.5, "batch_tokens": 90}
-EVERY = CHANGES | {"every": 3}
+STEPS = 6
+CHANGES: dict[str, Any] = SMALL | {"k": 6, "steps": STEPS, "evaluate_every": STEPS, "clip": 0.5, "batch_tokens": 90}
+EVERY = CHANGES | {"every": 2}
 PAIR = {"learns": {"a": ("b", TEACHER), "b": ("a",)}}
 RING = {"learns": {"a": ("b", "c"), "b": ("c",), "c": ()}}
 
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(run: Path) -> dict[str, Tensor]:
     found = newest(run)
     assert found is not None
-    assert found.step == SMALL["steps"]
+    assert found.step == STEPS
     return found.tensors("model")
 
 
@@ -55,29 +56,46 @@ def assert_same(ours: Path, theirs: Path, students: dict[str, str]) -> None:
         assert (ours / f"evaluation-{name}.json").exists()
 
 
-def test_all_on_each_by_ddp_and_fsdp(place: Path) -> None:
-    for every, changes in (("now", CHANGES | PAIR), ("later", EVERY | PAIR)):
-        one = place / f"one-{every}"
-        train_jobs.train(STUDENTS, place / "cache", one, changes)
-        runs = [
-            (STUDENTS, place / "cache", place / f"{kind}-{every}", changes | {"parallel": kind})
-            for kind in ("ddp", "fsdp")
-        ]
-        train_jobs.run(train_jobs.train_all, runs, ranks=2)
-        for kind in ("ddp", "fsdp"):
-            assert_same(place / f"{kind}-{every}", one, STUDENTS)
+WAYS: dict[str, dict[str, Any]] = {"now": CHANGES | PAIR, "later": EVERY | PAIR}
 
 
-def test_one_on_each(place: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, Path]:
+    """Runs of one process."""
+    for way, changes in WAYS.items():
+        train_jobs.train(STUDENTS, place / "cache", place / way, changes)
+    return {way: place / way for way in WAYS}
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param({"now": "ddp", "later": "fsdp"}, id="now: ddp, later: fsdp"),
+        pytest.param({"now": "fsdp", "later": "ddp"}, id="now: fsdp, later: ddp", marks=pytest.mark.soak),
+    ],
+)
+def test_all_on_each_by_ddp_and_fsdp(ways: dict[str, str], place: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+    runs = [
+        (STUDENTS, place / "cache", tmp_path / way, WAYS[way] | {"parallel": parallel})
+        for way, parallel in ways.items()
+    ]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    for way in ways:
+        assert_same(tmp_path / way, alone[way], STUDENTS)
+
+
+def test_one_on_each(place: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
     """What travels is targets; with `every`, weights. Each process reads whole steps."""
-    for every, changes in (("now", CHANGES | PAIR), ("later", EVERY | PAIR)):
-        one = place / f"whole-{every}"
-        train_jobs.train(STUDENTS, place / "cache", one, changes)
-        each = [(STUDENTS, place / "cache", place / f"each-{every}", changes | {"one_each": True, "control": True})]
-        train_jobs.run(train_jobs.train_all, each, ranks=2)
-        assert_same(place / f"each-{every}", one, STUDENTS)
-        for name in STUDENTS:
-            assert (place / f"each-{every}" / "control" / name / "run.json").exists()
+    one = {"one_each": True}
+    runs = [
+        (STUDENTS, place / "cache", tmp_path / "now", WAYS["now"] | one | {"control": True}),
+        (STUDENTS, place / "cache", tmp_path / "later", WAYS["later"] | one),
+    ]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    for way in WAYS:
+        assert_same(tmp_path / way, alone[way], STUDENTS)
+    for name in STUDENTS:
+        assert (tmp_path / "now" / "control" / name / "run.json").exists()
 
 
 def test_three_of_which_one_returns_logits(place: Path) -> None:
@@ -103,9 +121,8 @@ _SOAK = pytest.mark.soak
     ],
 )
 def test_a_run_goes_on_in_another_way(
-    before: str, after: str, changes: dict[str, Any], place: Path, tmp_path: Path
+    before: str, after: str, changes: dict[str, Any], place: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:
-    train_jobs.train(STUDENTS, place / "cache", tmp_path / "whole", changes)
     ways: dict[str, dict[str, Any]] = {"one": {}, "each": {"one_each": True}, "fsdp": {"parallel": "fsdp"}}
     ranks = {"one": 1, "each": 2, "fsdp": 2}
     out, stopping = tmp_path / "run", changes | {"checkpoint_every": 2}
@@ -115,9 +132,9 @@ def test_a_run_goes_on_in_another_way(
     assert train_jobs.finish(dying)[0] == -signal.SIGKILL
     found = newest(out)
     assert found is not None
-    assert 0 < found.step < 10
+    assert 0 < found.step < STEPS
     train_jobs.run(train_jobs.train, STUDENTS, place / "cache", out, stopping | ways[after], ranks=ranks[after])
-    assert_same(out, tmp_path / "whole", STUDENTS)
+    assert_same(out, alone["later" if "every" in changes else "now"], STUDENTS)
 
 
 def result(run: Path, steps: int) -> dict[str, Any]:
