@@ -180,9 +180,10 @@ def killed(out: Path, moment: int) -> bool:
     return status != [0]
 
 
-def test_killed_twice(done: Any, tmp_path: Path) -> None:
-    assert killed(tmp_path / "out", 130)
-    assert killed(tmp_path / "out", 75)
+@pytest.mark.parametrize("moments", [(130,), pytest.param((130, 75), marks=pytest.mark.soak)])
+def test_killed(done: Any, tmp_path: Path, moments: tuple[int, ...]) -> None:
+    for moment in moments:
+        assert killed(tmp_path / "out", moment)
     assert not killed(tmp_path / "out", 0)
     assert left(tmp_path / "out") == left(done[0])
 

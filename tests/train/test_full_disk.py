@@ -73,7 +73,11 @@ CALLS = ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir")
 @pytest.mark.parametrize(
     ("begin", "every"), [(1, 83), pytest.param(1, 1, marks=pytest.mark.soak)], ids=["few", "every one"]
 )
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=["ENOSPC", "EIO", "EACCES"])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.soak), errno.EACCES],
+    ids=["ENOSPC", "EIO", "EACCES"],
+)
 def test_the_nth_call_fails(
     number: int, begin: int, every: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

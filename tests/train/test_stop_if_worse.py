@@ -127,7 +127,7 @@ def die_at(place: Path, out: Path, moment: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.soak)])
 def test_killed_at_every_step(place: Path, tmp_path: Path, every: int) -> None:
     """Of the student; its control is trained already."""
     wanted, moment, lived = result(place / "stopped"), 6 - every, True

@@ -20,10 +20,10 @@ TINY = "train_cases:double"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache; and what one process makes of it in ten steps, each of one micro-batch, and stops halfway."""
+    """A cache; and what one process makes of it in ten steps, each of one micro-batch, with two evaluations."""
     folder = tmp_path_factory.mktemp("distributed")
     make_cache(folder / "cache")
-    train_jobs.run(train_jobs.train, TINY, folder / "cache", folder / "one", SMALL | {"micro_tokens": 1000})
+    train_jobs.train(TINY, folder / "cache", folder / "one", SMALL | {"micro_tokens": 1000, "evaluate_every": 5})
     return folder
 
 
@@ -42,31 +42,23 @@ def assert_same(ours: Path, theirs: Path, tolerance: float) -> None:
 
 
 def test_accumulation(place: Path) -> None:
-    train_jobs.run(train_jobs.train, TINY, place / "cache", place / "parts", SMALL | {"micro_tokens": 16})
+    train_jobs.train(TINY, place / "cache", place / "parts", SMALL | {"micro_tokens": 16})
     assert_same(place / "parts", place / "one", 1e-9)
 
 
 def test_ddp_and_fsdp(place: Path) -> None:
-    """Of two processes that have unequal parts of each step, and several micro-batches."""
-    runs = [(TINY, place / "cache", place / kind, SMALL | {"parallel": kind}) for kind in ("ddp", "fsdp")]
+    """Of two processes that have unequal parts of each step, and several micro-batches; FSDP2's processes evaluate
+    together what each has a part of."""
+    changes = SMALL | {"evaluate_every": 5}
+    runs = [(TINY, place / "cache", place / kind, changes | {"parallel": kind}) for kind in ("ddp", "fsdp")]
     train_jobs.run(train_jobs.train_all, runs, ranks=2)
     train_jobs.run(train_jobs.count, place / "cache", place, SMALL, ranks=2)
     counts = [(place / f"counts-{rank}").read_text().split() for rank in range(2)]
     assert sum(a != b for a, b in zip(*counts, strict=True)) > 5
     for kind in ("ddp", "fsdp"):
         assert_same(place / kind, place / "one", 1e-9)
-
-
-def test_evaluations_of_parts(place: Path) -> None:
-    """FSDP2's processes evaluate together what each has a part of."""
-    changes = SMALL | {"evaluate_every": 5}
-    train_jobs.run(train_jobs.train, TINY, place / "cache", place / "one-measured", changes)
-    runs = [
-        (TINY, place / "cache", place / f"{kind}-measured", changes | {"parallel": kind}) for kind in ("ddp", "fsdp")
-    ]
-    train_jobs.run(train_jobs.train_all, runs, ranks=2)
     ours, *others = (
-        [line["evaluation"] for line in read_metrics(place / f"{kind}-measured") if "evaluation" in line]
+        [line["evaluation"] for line in read_metrics(place / kind) if "evaluation" in line]
         for kind in ("one", "ddp", "fsdp")
     )
     assert len(ours) == 2
@@ -74,7 +66,7 @@ def test_evaluations_of_parts(place: Path) -> None:
         assert [pytest.approx(line, rel=1e-6) for line in ours] == theirs
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_an_evaluation_is_divided_and_comes_to_the_same(place: Path, tmp_path: Path, ranks: int) -> None:
     """Bit by bit, as each process makes micro-batches that one alone would make; and each makes its part of them."""
     for count in (1, ranks):
@@ -98,24 +90,30 @@ def test_fewer_steps_than_processes_are_made_by_each(place: Path, tmp_path: Path
     assert ours[1]["student"] == theirs[1]["student"]
 
 
-def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path) -> None:
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp"])
+def test_a_model_of_transformers_whose_head_is_its_embedding(place: Path, tmp_path: Path, kind: str) -> None:
     """Head and embedding are in one part of FSDP2's, and layers in others; the loss reads the head within forward."""
     changes: dict[str, Any] = SMALL | {"rate": 1e-3}
     student = "train_cases:tied_llama"
-    train_jobs.train(student, place / "cache", place / "llama", changes)  # here, where transformers is imported
-    runs = [(student, place / "cache", place / f"llama-{k}", changes | {"parallel": k}) for k in ("ddp", "fsdp")]
-    train_jobs.run(train_jobs.train_all, runs, ranks=2)
-    for kind in ("ddp", "fsdp"):
-        assert_same(place / f"llama-{kind}", place / "llama", 2e-5)
-    loaded = load_transformers().AutoModelForCausalLM.from_pretrained(place / "llama-fsdp" / "student")
-    ours = weights(place / "llama-fsdp")
+    train_jobs.train(student, place / "cache", tmp_path / "one", changes)  # here, where transformers is imported
+    train_jobs.run(train_jobs.train, student, place / "cache", tmp_path / "two", changes | {"parallel": kind}, ranks=2)
+    assert_same(tmp_path / "two", tmp_path / "one", 2e-5)
+    loaded = load_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "student")
+    ours = weights(tmp_path / "two")
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, ours[f"model.{name}"]), name
 
 
 @pytest.mark.parametrize(
     ("parallel", "before", "after"),
-    [("ddp", 2, 1), ("ddp", 2, 4), ("fsdp", 2, 1), ("fsdp", 2, 4), ("fsdp", 1, 2)],
+    [
+        ("ddp", 2, 1),
+        ("fsdp", 2, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in (("ddp", 2, 4), ("fsdp", 2, 1), ("fsdp", 2, 4), ("fsdp", 1, 2))
+        ),
+    ],
 )
 def test_another_number_of_processes_resumes(
     place: Path, tmp_path: Path, parallel: str, before: int, after: int
