@@ -48,8 +48,7 @@ def same(pair) -> None:
 
 
 @DEVICE_ON
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("inplace", "dtype"), [(False, torch.float32), (True, torch.float16)])
 def test_logits(inplace: bool, dtype: torch.dtype, on) -> None:
     impl, device = on
     c = case("plain", 5, 48, 4, 3)
