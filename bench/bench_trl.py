@@ -109,7 +109,12 @@ def teacher_of(factor: int, device: str) -> Any:
 
 def capture(teacher: Any, windows: Sequence[Sequence[int]], folder: Path, **changes: Any) -> float:
     """The cache of a teacher. Milliseconds a position, without what is done once for a model."""
-    given = {"context": LENGTH, "packing": "keep", "held_out": 0, "batch_tokens": ROWS * LENGTH} | changes
+    given: dict[str, Any] = {
+        "context": LENGTH,
+        "packing": "keep",
+        "held_out": 0,
+        "batch_tokens": ROWS * LENGTH,
+    } | changes
     clock = time.process_time if next(teacher.parameters()).device.type == "cpu" else time.perf_counter
     begun = clock()
     fastkd.capture(teacher, windows, folder, **given)

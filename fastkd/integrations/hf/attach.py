@@ -77,7 +77,7 @@ def attach(model: Any, objective: Objective | None = None, *, full_logits: bool 
     attachment = Attachment(objective, full_logits)
     attachment.probe(model)
     model.__class__ = _attached_class(type(model))
-    model._kd = attachment
+    vars(model)["_kd"] = attachment
     return model
 
 
@@ -195,8 +195,8 @@ class _Attached(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (type(self).attached_to,), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self).attached_to,), *reduced[2:])
 
 
 def _forward_of(base: type) -> Any:
@@ -232,5 +232,5 @@ def _attached_class(base: type) -> type:
 
 def _new(base: type) -> Any:
     """An attached model without contents, to be filled by a copy or a pickle."""
-    cls = _attached_class(base)
+    cls: Any = _attached_class(base)
     return cls.__new__(cls)

@@ -45,7 +45,7 @@ SETTINGS = LOSS_SETTINGS | {*_DATA, *_OTHER}
 """The fields of TrainSettings that a DistillTrainer takes; the rest is said by its TrainingArguments."""
 
 
-class DistillMixin(_Base):
+class DistillMixin(_Base):  # type: ignore[misc]
     """Before Trainer, or a subclass of it, among the bases of a class: `class Mine(DistillMixin, SFTTrainer)`.
 
     model: a causal model of transformers (or one with adapters of PEFT), a folder or a name on the Hub (loaded in
@@ -65,6 +65,10 @@ class DistillMixin(_Base):
     CacheError, before anything is trained, for a model, settings or arguments that do not fit the cache.
     """
 
+    model: Any
+    model_wrapped: Any
+    eval_dataset: Any
+    control: Any
     loss_is_scaled_for_ga = True  # the loss is divided by the count of the whole step, not by a micro-batch's
 
     def __init__(
@@ -277,7 +281,8 @@ class DistillMixin(_Base):
                 f"evaluate: {self._kd_inputs.nothing_held_out()} Capture with held_out, or pass eval_dataset."
             )
         if not isinstance(split, HeldOutSplit):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            theirs: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return theirs
         begun, training = time.time(), self.model.training
         if len(self.accelerator._models) == 0:  # before a training, nothing is prepared
             prepare = self.accelerator.prepare if self.is_fsdp_enabled else self.accelerator.prepare_model
