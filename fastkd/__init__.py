@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .train.api import train as train
     from .train.mutual import MutualReport as MutualReport
     from .train.mutual import mutual as mutual
+    from .train.own_loop import backward as backward
+    from .train.own_loop import distill_module as distill_module
     from .train.result import TrainReport as TrainReport
 
 __version__ = "0.1.0.dev0"
@@ -69,6 +71,7 @@ __getattr__, _, _names = lazy_loader.attach(
         "stream.decode": ["targets_from_arrays", "targets_from_raw"],
         "sweep.result": ["SweepReport"],
         "train.mutual": ["MutualReport", "mutual"],
+        "train.own_loop": ["backward", "distill_module"],
         "train.result": ["TrainReport"],
     },
 )

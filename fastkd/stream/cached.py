@@ -10,7 +10,7 @@ from ..cache.spec import CacheSpec
 from ..cache.workspace import Workspace
 from ..data.examples import Examples
 from ..errors import StreamError
-from ..utils.distributed import Reduce, summed_over  # noqa: F401  part of the public `fastkd.stream`
+from ..utils.distributed import Reduce, in_group, summed_over  # noqa: F401  part of the public `fastkd.stream`
 from .gather import BatchFormat, OpenShard, open_shard
 from .shard_source import LoaderPass, ShardSource, SourceOptions  # noqa: F401  LoaderPass was here
 from .signals import open_signals
@@ -32,9 +32,10 @@ class CachedSource(ShardSource):
     buckets: lengths that micro-batches of text are padded to, for `torch.compile`: (128, 256, 512), and multiples of
         the last one beyond it; or True for `fastkd.stream.buckets.BUCKETS`. Losses are the same. None: no padding.
     seed, shuffle, shards_open: the order; see `epoch_order.py`. The number of open shards bounds `memory`.
-    rank, world_size: this process's share of every step. reduce: sums lists of integers over all ranks (a `Reduce`;
-        `summed_over` makes one from a process group); required for several ranks. It is called by the thread that
-        iterates, once per step, in the same order on all ranks, one step ahead.
+    rank, world_size: this process's share of every step; both None: as torch.distributed says, if it is initialized
+        (all processes then make the source at the same point). reduce: sums lists of integers over all ranks (a
+        `Reduce`; `summed_over` makes one from a process group); required for several ranks that are given. It is called
+        by the thread that iterates, once per step, in the same order on all ranks, one step ahead.
     split: "train" or "held_out", as fixed at capture. skip, max_positions: for one cache, leave out the first
         sequences, and then take the first whole sequences with at most this many positions.
     device: of the micro-batches. threads: for reading and decoding. prefetch: steps assembled ahead of time.
@@ -66,8 +67,8 @@ class CachedSource(ShardSource):
         seed: int = 0,
         shuffle: bool = True,
         shards_open: int = 8,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = 0,
+        world_size: int | None = 1,
         reduce: Reduce | None = None,
         split: str = "train",
         skip: int = 0,
@@ -89,6 +90,10 @@ class CachedSource(ShardSource):
             raise StreamError(f"decode: got {decode!r}; expected no value. Targets are always decoded on the host now.")
         if decode is not None:
             warnings.warn("decode: targets are always decoded on the host now.", DeprecationWarning, stacklevel=2)
+        if rank is None or world_size is None:
+            if (rank, world_size) != (None, None):
+                raise StreamError(f"rank, world_size: got {rank} and {world_size}; expected both, or None for both.")
+            rank, world_size, reduce = in_group(reduce)
         options = SourceOptions(
             batch_size=batch_size,
             batch_tokens=batch_tokens,

@@ -308,9 +308,13 @@ class ShardSource(ABC):
     def steps(self, epochs: int | None = None) -> Iterator[Step]:
         """The steps from the current position to the end of its epoch, and of epochs − 1 more (None: without end).
 
-        Only one iterator is active: a new one ends the one before.
+        Only one iterator is active: a new one ends the one before. If that has handed out the last step of an epoch,
+        the new one begins the next epoch, whether or not the one before was asked for more.
         """
+        ended = self._pass is not None and self._progress.sequences >= len(self._plan.stream)
         self.close()
+        if ended:
+            self._progress = LoaderProgress(self._progress.epoch + 1)
         current = self._pass = LoaderPass(self, self._progress, epochs)
         try:
             while (item := current.next()) is not None:
@@ -334,6 +338,11 @@ class ShardSource(ABC):
         if epoch != self._progress.epoch:
             self.close()
             self._progress = LoaderProgress(int(epoch))
+
+    @property
+    def sampler(self) -> "ShardSource":
+        """Itself: Lightning calls `set_epoch` of a loader's sampler."""
+        return self
 
     def seek(self, epoch: int, step: int) -> None:
         """Go to the position before a step of an epoch, both counted from 0; the same steps follow as if the loader had

@@ -53,15 +53,7 @@ class ParallelStudent:
     def forward_backward(self, batch: AnyBatch, *, last: bool, **arguments: Any) -> dict[str, Tensor]:
         """The student's losses for a micro-batch, detached; their gradients are accumulated. last: of the step, after
         which gradients are summed over processes."""
-        module = self._module
-        if isinstance(module, FSDPModule):
-            module.set_is_last_backward(last)
-            module.set_requires_gradient_sync(last)
-        with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
-            losses: dict[str, Tensor] = module(batch, **arguments)
-            loss = losses["loss"]
-            (loss * self._world if self._world > 1 else loss).backward()  # type: ignore[no-untyped-call]
-        return {name: value.detach() for name, value in losses.items()}
+        return forward_backward(self._module, batch, self._world, last=last, **arguments)
 
     def forward(self, batch: AnyBatch, **arguments: Any) -> None:
         """Compute the student's losses for a micro-batch, without gradients, for what the objective notes meanwhile."""
@@ -73,6 +65,21 @@ class ParallelStudent:
         for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def forward_backward(
+    module: nn.Module, batch: AnyBatch, processes: int, *, last: bool, **arguments: Any
+) -> dict[str, Tensor]:
+    """See `ParallelStudent.forward_backward`. module: a student, or what wraps it. processes: over which gradients are
+    averaged."""
+    if isinstance(module, FSDPModule):
+        module.set_is_last_backward(last)
+        module.set_requires_gradient_sync(last)
+    with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
+        losses: dict[str, Tensor] = module(batch, **arguments)
+        loss = losses["loss"]
+        (loss * processes if processes > 1 else loss).backward()  # type: ignore[no-untyped-call]
+    return {name: value.detach() for name, value in losses.items()}
 
 
 def checkpoint_layers(student: Student) -> None:

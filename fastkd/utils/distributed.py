@@ -46,6 +46,14 @@ def summed_over(group: Any = None) -> Reduce:
     return begin
 
 
+def in_group(reduce: Reduce | None = None) -> tuple[int, int, Reduce | None]:
+    """This process's rank, the number of processes, and a `Reduce` over them (or the given one), of torch.distributed's
+    default group; 0, 1 and None without one. All processes call it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return 0, 1, reduce
+    return dist.get_rank(), dist.get_world_size(), reduce or summed_over(dist.new_group(backend="gloo"))
+
+
 # Both modules take a second to import, and whoever made such an object has imported them.
 def is_dtensor(tensor: Any) -> TypeGuard["DTensor"]:
     """Whether a tensor is divided over processes."""

@@ -21,6 +21,7 @@ from . import ops  # noqa: F401  registers the operators
 from .call import Call
 from .config import SCHEDULED, LossConfig, LossSettings
 from .linear import default_chunk, weight_gradient_type
+from .unreduced import check_reduced
 
 
 class KDLoss(NamedTuple):
@@ -80,6 +81,7 @@ def kd_loss(
     tensors see `set_debug`.
     """
     _check_student("logits", logits)
+    check_reduced("logits", logits)
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     config, width, parallel = loss_config(config, settings), logits.shape[-1], _parallel(group, vocab_start)
     call = make_call("logits", logits, width, logits.dtype, targets, config, rows, parallel)
@@ -150,6 +152,7 @@ def linear_kd_loss(
     for name, number in (("softcap", lm_head.softcap), ("logit_scale", lm_head.logit_scale)):
         if number is not None and not (isinstance(number, Real) and 0 < number < inf):
             raise KDError(f"{name}: got {number!r}; expected a positive, finite number.")
+    check_reduced("hidden", hidden, weight)
     width, dtype = weight.shape[0], hidden.dtype if autocast is None else autocast
     rows = {"labels": labels, "mask": mask, "weights": weights, "num_items": num_items}
     call = make_call(
