@@ -15,7 +15,7 @@ Every value has `to(device)`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -27,7 +27,7 @@ from ..kernels.targets import FIELDS
 from .batch import AnyBatch, MicroBatch
 from .gather import IGNORED
 
-PREFIX, FACTS, SIGNAL = "kd_", "kd_facts", "kd_signal:"
+PREFIX, FACTS, SIGNAL, ITEMS = "kd_", "kd_facts", "kd_signal:", "kd_num_items"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,27 @@ def batch_to_tensors(batch: AnyBatch) -> dict[str, Any]:
     )  # fmt: skip
     found |= {"kd_index": targets.index, "kd_cu_seqlens": batch.cu_seqlens, "kd_sequences": batch.sequences}
     return {**found, FACTS: facts, **{SIGNAL + name: one for name, one in batch.signals.items()}}
+
+
+def for_compiled(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a model that `torch.compile` compiles as a whole, so that it is not compiled anew for each batch:
+    what changes from batch to batch is in tensors, whose dimensions are marked as dynamic. "kd_num_items" is the count
+    of the whole step, if it is known.
+    """
+    import torch._dynamo
+
+    facts, device = tensors[FACTS], tensors["input_ids"].device
+    counts = tuple((name, count) for name, count in facts.counts if name != "targets")
+    found = {**tensors, FACTS: replace(facts, max_seqlen=0, positions=0, counts=counts)}
+    if facts.count is not None:
+        found[ITEMS] = torch.full((), facts.count, dtype=torch.int64, device=device)
+    by_position = ("input_ids", "labels", "shift_labels", "position_ids")
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            for dimension in range(min(value.ndim, 2 if name in by_position else 1)):
+                if value.shape[dimension] > 1:  # 0 and 1 are cases of their own
+                    torch._dynamo.maybe_mark_dynamic(value, dimension)
+    return found
 
 
 def batch_of_tensors(tensors: Mapping[str, Any]) -> MicroBatch:

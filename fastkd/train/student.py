@@ -244,9 +244,10 @@ class Student(nn.Module):
         return output
 
     def _check(self, batch: MicroBatch) -> None:
-        if self.max_positions is not None and batch.max_seqlen > self.max_positions:
+        longest = batch.max_seqlen if batch.layout == "packed" else batch.input_ids.shape[1]
+        if self.max_positions is not None and longest > self.max_positions:
             raise TrainError(
-                f"{self.name}: got a sequence of {batch.max_seqlen} tokens from the cache; this student takes "
+                f"{self.name}: got a sequence of {longest} tokens from the cache; this student takes "
                 f"{self.max_positions}. Use a student with a longer context, or capture with "
                 f"context={self.max_positions} or less."
             )

@@ -1,6 +1,7 @@
 """Loops of one's own, accelerate and Lightning: one process, two, and resumed."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,24 @@ def test_a_loss_outside_of_the_wrapper_is_refused(two: list[Any]) -> None:
         assert re.match(r"backward: got a Model in one of 2 processes; expected it in", said["not exchanged"])
 
 
+@pytest.mark.parametrize("name", ["plain_loop_ddp", "accelerate_loop", "lightning_module"])
+def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As a person runs them; that of Lightning again, when there is nothing left to do."""
+    loop_cases.example(name)
+    monkeypatch.setattr("sys.argv", [name, str(tmp_path)])
+    for _ in range(2 if name == "lightning_module" else 1):
+        runpy.run_path(str(loop_cases.EXAMPLES / f"{name}.py"), run_name="__main__")
+    written = torch.load(tmp_path / ("last.ckpt" if name == "lightning_module" else "student.pt"), weights_only=False)
+    state = written.get("state_dict", written)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert written.get("global_step", 18) == 18
+
+
 def test_lightning_resumes_at_every_step_of_the_second_epoch(cache: Path, alone: Any, tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     steps = len(DistillLoader(cache, batch_size=8))
-    limits = [({"max_epochs": 3}, (0, 1, 3, steps - 1, steps)), ({"max_epochs": -1, "max_steps": 3 * steps}, (0, 2))]
+    limits = [({"max_epochs": 3}, (0, 1, 3, steps - 1, steps)), ({"max_epochs": -1, "max_steps": 3 * steps}, (2,))]
     for number, (limit, steps_of_second) in enumerate(limits):
         out = tmp_path / str(number)
         every = ModelCheckpoint(out, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)

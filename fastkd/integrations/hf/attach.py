@@ -19,7 +19,7 @@ from ...models.lm_head import LowRankHead
 from ...models.protocol import Hidden
 from ...settings import TrainSettings
 from ...stream.batch import MicroBatch
-from ...stream.tensors import PREFIX, batch_of_tensors
+from ...stream.tensors import ITEMS, PREFIX, batch_of_tensors
 from ...train.objective import Objective, TokenKD, check_losses, check_objective
 from ...train.student import Student, of_transformers
 
@@ -162,14 +162,14 @@ class Attachment:
         finally:
             self.inside = False
         scheduled = given.get("kd_scheduled") or self.objective.schedule(0, 1)
-        losses = self._losses(student, model, batch, output, scheduled)
-        return output_of(losses)
+        items = given.get(ITEMS, batch.counts.get("targets"))
+        return output_of(self._losses(student, batch, output, items, scheduled))
 
     def _losses(
-        self, student: Student, model: Any, batch: MicroBatch, output: Any, scheduled: Mapping[str, Any]
+        self, student: Student, batch: MicroBatch, output: Any, items: Any, scheduled: Mapping[str, Any]
     ) -> dict[str, Any]:
         outputs = student.outputs(batch, output)
-        found = self.objective.losses(batch, outputs, num_items=batch.counts.get("targets"), **scheduled)
+        found = self.objective.losses(batch, outputs, num_items=items, **scheduled)
         return dict(check_losses(self.objective, found))
 
     def close(self) -> None:
