@@ -17,7 +17,7 @@ from fastkd.stream.tensors import ITEMS, for_compiled
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")  # of torch itself, as it compiles
 def test_one_graph_for_all_batches(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "cache", documents(40, 60), context=48, shard_positions=200)
+    cache = make_cache(tmp_path / "cache", documents(30, 60), context=48, shard_positions=200)
     torch._dynamo.reset()
     graphs: list[Any] = []
 
@@ -25,9 +25,9 @@ def test_one_graph_for_all_batches(tmp_path: Path) -> None:
         graphs.append(graph)
         return graph
 
-    model = attach(student(num_hidden_layers=4), alpha=0.3, temperature=2.0)
+    model = attach(student(num_hidden_layers=1), alpha=0.3, temperature=2.0)
     compiled, shapes = torch.compile(model, backend=noting, fullgraph=True), set()
-    for step in DistillLoader(cache, batch_tokens=250, micro_tokens=128, buckets=True):
+    for step in DistillLoader(cache, batch_tokens=250, micro_tokens=160, buckets=True):
         for batch in step.micro_batches:
             if len(batch.input_ids) == 1:  # a case of its own
                 continue
@@ -41,7 +41,7 @@ def test_one_graph_for_all_batches(tmp_path: Path) -> None:
                 found.append([loss.detach(), *(p.grad for p in model.parameters())])
             assert tensors[ITEMS] == step.count
             torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
-    assert len({rows for rows, _, _ in shapes}) > 2
-    assert len({length for _, length, _ in shapes}) > 2
+    assert len({rows for rows, _, _ in shapes}) > 1
+    assert len({length for _, length, _ in shapes}) > 1
     assert len(graphs) == 1
     torch._dynamo.reset()
