@@ -1,6 +1,8 @@
 """`--write-cache`: bit for bit a capture and then a training, by several processes too, and after every kill."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from train_cases import CAPTURE, SMALL, Tiny, bits, documents
 
 import fastkd
 from fastkd.cache import open_cache
-from fastkd.cache.errors import CacheError
+from fastkd.cache.errors import CacheError, StoreError
+from fastkd.cache.stores.local import LocalStore
+from fastkd.errors import WorkRemains
 from fastkd.settings import LiveSettings
 from fastkd.train.checkpoint import newest
 
@@ -182,6 +186,45 @@ def test_another_captures_cache_is_refused(place: Path, tmp_path: Path) -> None:
             live=LiveSettings(**CAPTURE | {"k": 5}), write_cache=place / "cache", **CHANGES,
         )  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+def test_two_trainings_at_once(place: Path, tmp_path: Path) -> None:
+    """Each captures what the other has not claimed, and reads the rest; both are as if alone."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    given = CHANGES | {"write_cache": tmp_path / "cache"}
+    jobs = [train_jobs.start(train_jobs.train_live, None, None, run, given) for run in runs]
+    assert [train_jobs.finish(job) for job in jobs] == [[0], [0]]
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+    assert open_cache(tmp_path / "cache").verify().ok
+    for run in runs:
+        assert result(run) == result(place / "run")
+
+
+def full_disk(cache: Path, moment: int, patch: pytest.MonkeyPatch) -> None:
+    """From the n-th object on, nothing can be written to a cache."""
+    put, left = LocalStore._put, [moment]
+
+    def putting(self: Any, key: str, data: Any) -> bool:
+        if self.describe() == str(cache):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return put(self, key, data)
+
+    patch.setattr(LocalStore, "_put", putting)
+
+
+@pytest.mark.parametrize("moment", [1, 9, pytest.param(16, marks=pytest.mark.soak)])
+def test_a_full_disk(place: Path, tmp_path: Path, moment: int) -> None:
+    """Before the first object, and at shards: one sentence, and the same call goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(tmp_path / "cache", moment, patch)
+        with pytest.raises((StoreError, WorkRemains), match="No space left") as caught:
+            train(tmp_path / "run", tmp_path / "cache", checkpoint_every=2)
+    assert "\n" not in str(caught.value)
+    train(tmp_path / "run", tmp_path / "cache", checkpoint_every=2)
+    assert objects(tmp_path / "cache") == objects(place / "cache")
+    assert result(tmp_path / "run") == result(place / "run")
 
 
 def test_two_processes(place: Path, tmp_path: Path) -> None:
