@@ -25,6 +25,7 @@ from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
 from .cards import SHARE, write_cards
 from .checkpoint import steps_of
 from .exits import with_exits
+from .finished import finished_report
 from .held_out import EVALUATION, EVALUATIONS
 from .inputs import Inputs, inputs_of, make_source
 from .live_inputs import LiveInputs, check_arguments, is_inside, load_beside, load_inputs
@@ -132,6 +133,12 @@ def train(
         ExitStack() as stack,
     ):
         target = _upload_target(share, processes)
+        plain = teacher is None and not rollouts.rollouts and not stop_if_worse and not (objective or evaluate or pause)
+        before = finished_report(out, student, settings, cached, control=control) if plain and processes.first else None
+        if (before := processes.gather(before)[0]) is not None:
+            if processes.first:
+                write_cards(out, text=True, share=share if target is None else replace(share, push=target.repo))
+            return _after(before, target, progress)
         inputs: Inputs = cached or load_inputs(
             teacher,
             data,
@@ -189,7 +196,7 @@ def train(
             if is_inside(teacher) and share.card_teacher is None:
                 named = replace(named, card_teacher="its own average")
             write_cards(out, text=inputs.data is None, share=named)
-    return report if target is None or report.student is None or not report.complete else _pushed(report, target, mode)
+    return _after(report, target, progress)
 
 
 def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
@@ -208,12 +215,14 @@ def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
     return target
 
 
-def _pushed(report: TrainReport, target: Upload, mode: str) -> TrainReport:
-    """The report of a complete training, after the upload of its student."""
-    assert report.student is not None
-    Progress(0, unit="step", mode=mode).event("note", text=f"uploading {report.student} to {target.repo}")
+def _after(report: TrainReport, target: Upload | None, progress: str) -> TrainReport:
+    """The report of a training, after the upload of its student, if it is complete and to be uploaded."""
+    if target is None or not report.complete or report.student is None:
+        return report
+    text, mode = f"uploading {report.student} to {target.repo}", "lines" if progress == "bar" else progress
+    Progress(0, unit="step", mode=mode).event("note", text=text)
     try:
-        return replace(report, pushed=upload(target, Path(report.student), quiet=mode != "lines"))
+        return replace(report, pushed=upload(target, Path(report.student), quiet=progress != "bar"))
     except TrainError as error:
         return replace(report, push_failed=str(error))
 

@@ -215,7 +215,8 @@ def run_document(
 
     inputs: describes the data; {"caches": [`describe_cache`, ...]} for caches.
     """
-    described = describe_student(student, size) | {"notes": student.notes, "vocab_size": student.vocab_size}
+    described = describe_student(student, size) | ({} if student.given is None else {"given": student.given})
+    described |= {"notes": student.notes, "vocab_size": student.vocab_size}
     return {
         "format": "fastkd-run",
         "version": 1,

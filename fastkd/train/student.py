@@ -81,6 +81,8 @@ class Student(nn.Module):
         """Positions in the longest segment of the data, if they are known."""
         self.source: ModelFiles | None = None
         """The files that it was made from, if it is a model of transformers from a folder or the Hub."""
+        self.given: str | None = None
+        """What it was named by, if that was a text."""
         self.base: str | None = None
         """The model whose weights it began with: its id on the Hub if it is from there, or the name of its folder."""
 
@@ -378,6 +380,8 @@ def make_student(
         tokenizer = _tokenizer(files, settings)
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
+    if isinstance(source, (str, Path)):
+        student.given = given_name(source)
     if spec is not None:
         check_fits(student, tokenizer, spec, allow_other_tokenizer=settings.allow_other_tokenizer)
     return LoadedStudent(student, tokenizer)
@@ -401,6 +405,11 @@ def check_fits(
             f"{known[:12]}…): the student would be trained with other tokens than it is used with. Use the cache's "
             "tokenizer (--tokenizer), or --allow-other-tokenizer if both give the same ids."
         )
+
+
+def given_name(source: str | Path) -> str:
+    """What names a student, wherever it is said: a text, or the whole path of a folder or file."""
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:

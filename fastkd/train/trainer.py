@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Returns measures of a student by name. All processes call it, in the same order."""
+_BEYOND = {"objective": "objective", "live": "inner_teacher"}  # names in a fingerprint, and in run.json
 _EVALUATIONS = 10  # per run, if the settings do not say
 
 
@@ -283,6 +284,8 @@ class Trainer:
             document["weights"] = self._objective.weights
         if self._base is not None:
             document["student"]["base_sha256"] = self._base
+        # beyond the settings: what else decides the training
+        document |= {n: self._fingerprint[k] for k, n in _BEYOND.items() if k in self._fingerprint}
         document |= {"settings": asdict(self._settings), "command": command_line(), "report": report.to_json()}
         write_json(self._out / RUN, document)
 
