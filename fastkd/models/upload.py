@@ -3,7 +3,9 @@
 The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` stored. It is in no message.
 """
 
+import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +55,22 @@ def check_upload(repo: str, *, private: bool = False) -> Upload:
         known = ", ".join((name, *groups))
         raise TrainError(f"push: got {repo!r} with a token of {name}; expected a repository of {known}.")
     return Upload(f"{namespace or name}/{own}", private)
+
+
+def check_base(source: Any, *, adapter: bool) -> None:
+    """Raise TrainError for a student that is an adapter of a folder: others cannot load it, and its config names that
+    place. source: of the student. adapter: whether it gets a new one."""
+    if not isinstance(source, (str, Path)) or not Path(source).is_dir():
+        return
+    base, config = str(source) if adapter else None, Path(source) / "adapter_config.json"
+    if config.exists():
+        with suppress(ValueError, AttributeError):  # it is refused when it is loaded
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base is not None and Path(base).exists():
+        raise TrainError(
+            f"push: got an adapter of the folder {base}; expected a base that is named by its id on the Hub, which "
+            "others can load. Name it so, or leave --push out and upload the merged student (--lora-merge) later."
+        )
 
 
 def upload(target: Upload, folder: Path, *, quiet: bool) -> str:

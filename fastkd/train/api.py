@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import TrainError
-from ..models.upload import Upload, check_upload, upload
+from ..models.upload import Upload, check_base, check_upload, upload
 from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
@@ -124,6 +124,8 @@ def train(
     check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
     check_rollouts_used(rollouts)
     check_share(share)
+    if share.push is not None:
+        check_base(student, adapter=settings.lora_rank is not None)
     cached = None if cache is None else inputs_of(cache, data)
     if cached is not None:
         check_settings(settings, cached.spec, objective)

@@ -15,7 +15,7 @@ from train_cases import SMALL, make_cache
 from fastkd.cache import Cache
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
-from fastkd.models.upload import Upload, check_upload
+from fastkd.models.upload import Upload, check_base, check_upload
 
 TOKEN = "hf_Canary0123456789Secret"
 
@@ -198,3 +198,21 @@ def test_the_repository_is_of_the_owner(hub: type[Hub]) -> None:
     assert Upload("a/b", True).command(Path("x y")) == "hf upload a/b 'x y' --private"
     with pytest.raises(TrainError, match="expected OWNER/NAME"):
         check_upload("--x")
+
+
+def test_an_adapter_of_a_folder_is_not_shared(
+    hub: type[Hub], cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others could not load it, and its config would name the folder."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    place = cache.store.describe().removeprefix("file://")
+    args = ["train", "--cache", place, "--out", str(tmp_path / "run"), "--push", "me/student"]
+    for more in (["--student", str(base), "--lora-rank", "2"], ["--student", str(adapter)]):
+        assert main([*args, *more]) == 1
+        assert f"--push: got an adapter of the folder {base}; expected a base that is" in capsys.readouterr().err
+    assert not hub.calls
+    check_base(str(adapter / "none"), adapter=True)
+    check_base(str(base), adapter=False)
