@@ -192,3 +192,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "draws: 16 there, 3 here" in capsys.readouterr().err
     assert main([*args[:5], "--cache", str(tmp_path), "--out", str(tmp_path / "other")]) != 0
     assert "--cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        (["--teacher", "train_cases:tiny", "--write-cache", "CACHE"], "the cache is complete and sealed"),
+        (["--teacher", "ema:0.9"], ""),
+        (["--teacher", "train_cases:tiny", "--rollouts", "0.5", "--rollout-tokens", "3", "--rollout-eos", "5"], ""),
+        (["--teacher", "train_cases:double", "--train-teacher", "--control"], "now tiny on hard labels alone"),
+    ],
+    ids=["write-cache", "ema", "rollouts", "train-teacher"],
+)
+def test_the_commands_events(mode: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json every line is an event, and the last one is the report, of which a program reads the status."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in documents()))
+    args = ["train", "--student", "train_cases:tiny", "--data", str(tmp_path / "data.jsonl"), "--json"]
+    args += ["--out", str(tmp_path / "run"), "--steps", "2", "--batch-tokens", "60", "--context", "16", "--k", "6"]
+    assert main([*args, *(str(tmp_path / "cache") if word == "CACHE" else word for word in mode)]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(isinstance(event["event"], str) for event in events)
+    assert [event["event"] for event in events].count("done") == 1
+    last = events[-1]
+    assert (last["event"], last["complete"], last["step"]) == ("done", True, 2)
+    assert any(says in event.get("text", "") for event in events)

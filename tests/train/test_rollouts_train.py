@@ -1,5 +1,6 @@
 """Training with rollouts: what a step does, what a run leaves, how it goes on after a kill, and what it refuses."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from train_cases import CAPTURE, SMALL, Tiny, bits, documents, make_cache
 
 import fastkd
 from fastkd import kd_loss
-from fastkd.cache import open_cache
+from fastkd.cache import StoreError, open_cache
+from fastkd.cache.stores.local import LocalStore
 from fastkd.capture.runner import CaptureRunner
 from fastkd.cli.main import main
 from fastkd.errors import StreamError, TrainError, WorkRemains
@@ -252,6 +254,26 @@ def test_others_score_the_rounds(place: Path, tmp_path: Path) -> None:
     ours, theirs = result(tmp_path / "run"), result(place / "one")
     for name in ("student", "loss", "rollout/soft"):
         assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize("what", ["tokens", "targets"])
+def test_a_full_disk_in_a_round(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """One sentence, nothing half made, and the same call goes on."""
+
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if what == "tokens":
+            patch.setattr(os, "link", full)
+        else:
+            patch.setattr(LocalStore, "_put", full)
+        with pytest.raises((StoreError, WorkRemains), match="No space left") as caught:
+            train(place, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run" / "rollouts").rglob(".*"))
+    assert train(place, tmp_path / "run").complete
+    assert result(tmp_path / "run") == result(place / "one")
 
 
 def test_a_stop_ends_the_scoring_of_a_round(place: Path, tmp_path: Path) -> None:
