@@ -110,6 +110,15 @@ def notes_on(model: Any) -> list[str]:
     return notes
 
 
+def check_sharded(settings: TrainSettings, model: Any, name: str, processes: int) -> None:
+    """Raise TrainError for a quantised base that FSDP2 would have to divide."""
+    if processes > 1 and settings.parallel == "fsdp" and is_quantised(model):
+        raise TrainError(
+            f"parallel: got 'fsdp' for {name}, whose base is quantised: its codes cannot be divided over processes; "
+            "expected 'ddp'."
+        )
+
+
 def is_quantised(model: Any) -> bool:
     """Whether weights of a model are codes: no floating-point numbers, or held by a quantizer of transformers."""
     held = getattr(base_of(model), "hf_quantizer", None)

@@ -49,7 +49,7 @@ from .evaluations import drop_after as drop_evaluations_after
 from .evaluations import kept_steps
 from .evaluations import read as read_evaluations
 from .evaluations import write as write_evaluations
-from .lora import base_sha256, whole_tensors
+from .lora import base_sha256, check_sharded, whole_tensors
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
@@ -118,6 +118,7 @@ class Trainer:
         check_objective(self._objective)
         self.student.read(self._objective)
         check_exports(settings, self.student)
+        check_sharded(settings, self.student.model, self.student.name, processes.world_size)
         self._auto: AutoWeights | None = None
         if isinstance(self._objective, WeightedSum) and self._objective.auto:
             self._auto = AutoWeights(self._objective)

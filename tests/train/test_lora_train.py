@@ -321,3 +321,19 @@ def test_two_processes(place: Path, tmp_path: Path) -> None:
         merged = load_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / kind / "student-merged")
         student = make_student(tmp_path / kind / "student", None).student
         torch.testing.assert_close(logits_of(merged), logits_of(student.model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.soak
+def test_two_processes_with_a_base_in_bfloat16(place: Path, tmp_path: Path) -> None:
+    """Adapters in float32 are sharded beside it; a merged copy is in the base's type."""
+    model_of("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    changes = LORA | {"precision": "bfloat16", "lora_merge": True, "rate": 1e-3}
+    base, kinds = str(tmp_path / "base"), ("ddp", "fsdp")
+    runs = [(base, place / "cache", tmp_path / kind, changes | {"parallel": kind}) for kind in kinds]
+    train_jobs.run(train_jobs.train_all, runs, ranks=2)
+    found = [newest(tmp_path / kind) for kind in kinds]
+    assert found[0] is not None
+    assert found[1] is not None
+    ours, theirs = (one.tensors("model") for one in found if one is not None)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
