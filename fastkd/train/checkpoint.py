@@ -257,7 +257,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     base of adapters). They share memory with the model."""
     stored = model.state_dict().keys()  # without buffers that are not persistent
     named = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in stored}}
-    left_out = getattr(model, "left_out", frozenset())
+    left_out: frozenset[str] = getattr(model, "left_out", frozenset())
     return {name: tensor.detach() for name, tensor in named.items() if name not in left_out}
 
 

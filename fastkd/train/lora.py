@@ -194,9 +194,9 @@ def whole_tensors(student: nn.Module, names: frozenset[str], *, kept: bool) -> d
     found = {}
     for name, p in student.named_parameters():
         if name in names:
-            whole = p.detach().full_tensor() if is_dtensor(p) else p.detach()
+            whole = p.full_tensor() if is_dtensor(p) else p
             if kept:
-                found[name] = whole.cpu()
+                found[name] = whole.detach().cpu()
     return found
 
 
