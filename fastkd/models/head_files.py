@@ -109,7 +109,7 @@ def _read(source: str | Path, files: ModelFiles, names: list[str]) -> Tensor:
     else:
         raise TeacherError(f"{source}: got a folder without {_SINGLE}; expected weights as safetensors.")
     # a file may have the text model within another one, or without its prefix
-    ends = [f".{name}" for name in names] + [f".{name.partition('.')[2]}" for name in names if "." in name]
+    ends = [f".{name}" for name in names] + [f".{name.partition('.')[2]}" for name in names if name.count(".") > 1]
     found = [name for name in names if name in places]
     found += [place for end in ends for place in places if f".{place}".endswith(end)]
     if not found:
