@@ -1,12 +1,13 @@
 """A server as a teacher: what our side of it takes.
 
-    python bench/bench_server.py [--k 64] [--documents N] [--server http://host:port] [--json PATH]
+    python bench/bench_server.py [--k 64] [--documents N] [--rate R] [--server http://host:port] [--json PATH]
 
 Without a server: a process sends ready answers of vLLM's form (JSON), of SGLang's nested form (JSON) and of its flat
 one (base64) as fast as it can, so that the client is measured: core time a position of parsing alone (by msgspec, and
 by the standard library's json) and of the whole capture, encoding and writing included, and the positions/s at
-which that is a tenth of the wall time.
-With --server: a capture against bare requests of the same prompts, as many at a time, whose answers are thrown away.
+which that is a tenth of the wall time. Then it is a server of R positions/s (2,000), and captures are compared with
+bare requests, whose answers are thrown away.
+With --server: the same comparison with a real one.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import json
 import multiprocessing
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +67,9 @@ def body_of(form: str, positions: int, k: int) -> bytes:
     return json.dumps({"text": "x", "meta_info": meta}).encode()
 
 
-def replay(form: str, bodies: dict[int, bytes], port: Any) -> None:
-    """A server that sends these answers, by the tokens of the prompt."""
+def replay(form: str, bodies: dict[int, bytes], port: Any, rate: float) -> None:
+    """A server that sends these answers, by the tokens of the prompt. rate: positions/s, at most."""
+    busy = threading.Lock()
     kind = form.partition(" ")[0]
     about = {"/v1/models": {"data": [{"id": "m", "owned_by": kind, "max_model_len": 4096}]}}
     about |= {path: {"version": "0", "model_path": "m"} for path in ("/version", "/model_info", "/server_info")}
@@ -79,6 +83,8 @@ def replay(form: str, bodies: dict[int, bytes], port: Any) -> None:
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = asked.get("prompt") or asked["input_ids"]
+            with busy:
+                time.sleep((len(prompt) - 1) / rate)
             self.send(bodies.get(len(prompt) - 1, b"{}"))
 
         def send(self, data: bytes) -> None:
@@ -140,7 +146,21 @@ def core_seconds(function: Any, *arguments: Any) -> float:
     return (time.process_time() - begun) / 10
 
 
-def client_alone(count: int, k: int) -> list[dict[str, Any]]:
+@contextmanager
+def replayed(form: str, bodies: dict[int, bytes], rate: float) -> Iterator[str]:
+    """The URL of such a server, in a process of its own."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=replay, args=(form, bodies, theirs, rate), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}"
+    finally:
+        process.terminate()
+        process.join()
+
+
+def client_alone(count: int, k: int, rate: float) -> list[dict[str, Any]]:
     """What the client takes, by the form of the answers."""
     found = []
     for form in FORMS:
@@ -149,14 +169,12 @@ def client_alone(count: int, k: int) -> list[dict[str, Any]]:
         body = bodies[LENGTH]
         api.parse(body, LENGTH, k)
         seconds = {"parse": core_seconds(api.parse, body, LENGTH, k), "json": core_seconds(json.loads, body)}
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=replay, args=(form, bodies, theirs), daemon=True)
-        process.start()
-        url = f"http://127.0.0.1:{ours.recv()}"
-        capture(url, 4, k, concurrency=4, vocab_size=VOCAB)
-        wall, core, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
-        process.terminate()
-        process.join()
+        with replayed(form, bodies, 1e9) as url:
+            capture(url, 4, k, concurrency=4, vocab_size=VOCAB)
+            wall, core, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
+        with replayed(form, bodies, rate) as url:
+            alone = bare(url, count, k, 4)
+            limited, _, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
         positions = count * LENGTH
         found.append(
             {
@@ -167,12 +185,15 @@ def client_alone(count: int, k: int) -> list[dict[str, Any]]:
                 "capture_core_us": 1e6 * core / positions,
                 "positions_per_second": positions / wall,
                 "a_tenth_at": 0.1 * positions / core,
+                "rate": rate,
+                "capture_to_bare": limited / alone,
             }
         )
         print(
             "{form:14} {bytes_per_position:7,.0f} B a position; core time a position: parsing {parse_us:5.1f} us "
             "(json.loads alone {json_loads_us:5.1f}), capture {capture_core_us:5.1f} us; a tenth of the wall time at "
-            "{a_tenth_at:7,.0f} positions/s".format(**found[-1]),
+            "{a_tenth_at:7,.0f} positions/s; at {rate:,.0f} positions/s, {capture_to_bare:.3f} times the bare requests"
+            "".format(**found[-1]),
             flush=True,
         )
     return found
@@ -207,13 +228,14 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2000.0)
     parser.add_argument("--server")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.server:
         found: Any = with_server(args.server, args.documents, args.k, args.concurrency)
     else:
-        found = client_alone(args.documents, args.k)
+        found = client_alone(args.documents, args.k, args.rate)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=2) + "\n")

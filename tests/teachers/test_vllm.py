@@ -294,7 +294,7 @@ def test_a_real_server_of_vllm(smollm2: Path, tmp_path: Path) -> None:
         json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 6}) + "\n"
     )
     how: dict[str, Any] = {"k": 16, "draws": 0, "temperatures": (1.0,), "context": 64, "held_out": 0.0}
-    with vllm_server(smollm2, "--max-model-len", "256", "--max-logprobs", "16") as url:
+    with vllm_server(smollm2, "--max-model-len", "256", "--max-logprobs", "16", "--dtype", "float32") as url:
         report = fastkd.capture(
             load_teacher(url, ModelSettings(device="cpu")), tmp_path / "data.jsonl", tmp_path / "served",
             tokenizer=str(smollm2), **how,
