@@ -71,7 +71,7 @@ def replay(form: str, bodies: dict[int, bytes], port: Any, rate: float) -> None:
     """A server that sends these answers, by the tokens of the prompt. rate: positions/s, at most."""
     busy = threading.Lock()
     kind = form.partition(" ")[0]
-    about = {"/v1/models": {"data": [{"id": "m", "owned_by": kind, "max_model_len": 4096}]}}
+    about: dict[str, Any] = {"/v1/models": {"data": [{"id": "m", "owned_by": kind, "max_model_len": 4096}]}}
     about |= {path: {"version": "0", "model_path": "m"} for path in ("/version", "/model_info", "/server_info")}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -162,7 +162,7 @@ def replayed(form: str, bodies: dict[int, bytes], rate: float) -> Iterator[str]:
 
 def client_alone(count: int, k: int, rate: float) -> list[dict[str, Any]]:
     """What the client takes, by the form of the answers."""
-    found = []
+    found: list[dict[str, Any]] = []
     for form in FORMS:
         api: Any = vllm if form == "vllm" else sglang
         bodies = {length: body_of(form, length, k if length == LENGTH else 16) for length in (LENGTH, 24)}

@@ -129,6 +129,7 @@ class CaptureRunner(ShardRunner):
         self._todo = [i for i in order if i not in committed]
         pool, failed = ThreadPoolExecutor(1, "fastkd-rows"), 0
         try:
+            tasks: Iterator[tuple[ShardTask, ShardRows]]
             if self._given is None:
                 tasks = ((shard, self._read_rows(shard.index, pool)) for shard in self._claimed_shards())
             else:

@@ -147,7 +147,8 @@ class TeacherPass:
     @contextmanager
     def _ahead(self, source: _Shard, batches: list[Ints]) -> Iterator[Callable[[int, Ints], Any] | None]:
         """For a teacher that answers several batches at a time, what `_submit_parts` does for others, by number."""
-        if not hasattr(self.teacher, "submit"):
+        teacher: Any = self.teacher
+        if not hasattr(teacher, "submit"):
             yield None
             return
 
@@ -163,7 +164,7 @@ class TeacherPass:
                 raise Stopped
             self.on_batch(0, 0.0)
 
-        ahead = BatchesAhead(self.teacher, batches, inputs, waiting)
+        ahead = BatchesAhead(teacher, batches, inputs, waiting)
 
         def submit(number: int, segments: Ints) -> list[tuple[int, _Pending]]:
             if self.should_stop():

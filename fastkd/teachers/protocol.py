@@ -90,5 +90,5 @@ Some = TypeVar("Some", bound=Teacher)
 
 def for_targets(teacher: Some, settings: Any) -> Some:
     """The teacher that answers with what a `TargetSettings` (or an object with its fields) keeps."""
-    method = getattr(teacher, "for_targets", None)
-    return teacher if method is None else method(settings)  # type: ignore[no-any-return]
+    method: Any = getattr(teacher, "for_targets", None)
+    return teacher if method is None else method(settings)

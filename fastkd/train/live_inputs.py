@@ -263,7 +263,8 @@ class LiveInputs(Inputs):
         teacher = self._teacher if written is not None or reads_answers(settings, objective) else None
         read = () if objective is None else signals_of(objective).get("features", ())
         features = [one for one in self._features if one.name in read]
-        if hasattr(teacher, "probe") and written is None and self._folder is not None and processes.rank == 0:
+        alone = written is None and self._folder is not None and processes.rank == 0
+        if teacher is not None and hasattr(teacher, "probe") and alone:
             agree_on_probe(teacher, open_store(self._folder, create=True))
         options = source_options(settings, processes) | {"buckets": self.buckets}
         return LiveSource(self.planned, teacher, write_cache=written, features=features, **options)

@@ -1,4 +1,4 @@
-"""What a server of a kind is asked, and what its answers mean: the interface, and which kind a server is."""
+"""What a server of a kind is asked, and what its answers mean: the interface, and what the kinds share."""
 
 import json
 from collections.abc import Callable
@@ -8,9 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import TeacherError
 from .client import BadAnswer, ServerClient
-from .options import ServerOptions
 
 OUT_OF_VOCABULARY = 2**31 - 1  # a token id that no model has
 UNUSED = -9999.0  # and below: how servers write log 0, which JSON lacks
@@ -70,34 +68,6 @@ class Api(Protocol):
         ...
 
 
-def find_api(client: ServerClient, options: ServerOptions) -> tuple[Any, Served]:
-    """Which kind of server this is, and what it says. TeacherError if it is none that is known, serves several models
-    of which none was named, or does not serve the one that was."""
-    from . import sglang, vllm
-
-    modules: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
-    models = client.ask("/v1/models", _models)
-    names = [str(model.get("id")) for model in models]
-    if options.model is None and len(models) != 1:
-        raise TeacherError(
-            f"{client.shown}: got a server of {len(models)} models ({', '.join(names[:6])}); expected the name of one: "
-            "--teacher-options model=NAME."
-        )
-    if options.model is not None and options.model not in names:
-        raise TeacherError(
-            f"{client.shown}: got a server of {', '.join(names[:6]) or 'no model'}; expected {options.model}. "
-            "Start it with that model, or name one that it serves."
-        )
-    model = models[0 if options.model is None else names.index(options.model)]
-    kind = options.api or str(model.get("owned_by", "")).lower()
-    if kind not in modules:
-        raise TeacherError(
-            f"{client.shown}: got a server of {kind or 'an unknown kind'}; expected vLLM or SGLang, which return the "
-            "log-probabilities of prompts. If it is one of them behind a proxy, use --teacher-options api=vllm."
-        )
-    return modules[kind], modules[kind].describe(client, model)
-
-
 def whole_number(value: Any) -> int | None:
     """The value if it is a positive integer."""
     return value if type(value) is int and value > 0 else None
@@ -119,13 +89,6 @@ def token_ids(body: bytes) -> list[int]:
     found = json_object(body).get("tokens")
     if not isinstance(found, list) or not all(type(one) is int for one in found):
         raise BadAnswer("an answer without token ids")
-    return found
-
-
-def _models(body: bytes) -> list[dict[str, Any]]:
-    found = json_object(body).get("data")
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise BadAnswer("no list of models")
     return found
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from .apis import (
     OUT_OF_VOCABULARY,
     UNUSED,
-    BadAnswer,
     Entries,
     Served,
     check_count,
@@ -24,7 +23,7 @@ from .apis import (
     to_json,
     whole_number,
 )
-from .client import ServerClient
+from .client import BadAnswer, ServerClient
 
 PATH = "/generate"
 BYTES = 256

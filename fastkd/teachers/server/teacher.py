@@ -19,8 +19,9 @@ from ...errors import TeacherError
 from ...models.protocol import TopK
 from ...models.tokenizers import Tokenizer
 from ...utils.numbers import size_text
-from .apis import Entries, Served, find_api, token_ids
+from .apis import Entries, Served, token_ids
 from .client import ServerClient
+from .kinds import find_api
 from .options import ServerOptions
 
 _PROBE_TOKENS, _PROBE_K = 24, 16
@@ -245,7 +246,7 @@ class BegunBatch:
             entries = future.result()
             length, width = entries.ids.shape
             ids[row, :length, :width], logprobs[row, :length, :width] = entries
-        return TopK(*(torch.from_numpy(array).to(self._device) for array in (ids, logprobs)))
+        return TopK(torch.from_numpy(ids).to(self._device), torch.from_numpy(logprobs).to(self._device))
 
     def cancel(self) -> None:
         """See `Begun`."""

@@ -13,7 +13,6 @@ import numpy as np
 from .apis import (
     OUT_OF_VOCABULARY,
     UNUSED,
-    BadAnswer,
     Entries,
     Served,
     check_count,
@@ -22,7 +21,7 @@ from .apis import (
     to_json,
     whole_number,
 )
-from .client import ServerClient
+from .client import BadAnswer, ServerClient
 
 PATH = "/v1/completions"
 BYTES = 256
