@@ -117,7 +117,9 @@ def saved(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, weights(made.model)
 
 
-@pytest.mark.parametrize("step", range(7, 14))
+@pytest.mark.parametrize(
+    "step", [pytest.param(n, marks=[] if n in (7, 10) else pytest.mark.soak) for n in range(7, 14)]
+)
 def test_a_resume_at_any_step_of_the_second_epoch(
     cache: Cache, saved: tuple[Path, dict[str, Any]], tmp_path: Path, step: int
 ) -> None:

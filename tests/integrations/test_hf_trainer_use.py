@@ -101,7 +101,7 @@ def test_push_to_hub(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded["someone/student"])
 
 
-@pytest.mark.parametrize("way", ["class", "mixin"])
+@pytest.mark.parametrize("way", ["class", pytest.param("mixin", marks=pytest.mark.soak)])
 def test_sft_trainer(cache: Cache, tmp_path: Path, way: str) -> None:
     """The numbers of a DistillTrainer, without a dataset of the user's."""
     trl = pytest.importorskip("trl")
