@@ -100,6 +100,13 @@ _ALL = (
         ("cpu",),
     ),
     Suite("live", "bench_live", "steps with a live teacher, with the student's average, and of two students at once"),
+    Suite(
+        "cluster",
+        "bench_cluster",
+        "many workers on one cache in an S3 that is slow and fails, some killed, some late",
+        ("cpu",),
+        named_only=True,
+    ),
     Suite("cost", "bench_cost", "cost of n students from one cache, against n with a live teacher"),
 )
 SUITES = {suite.name: suite for suite in _ALL}

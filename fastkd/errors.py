@@ -41,6 +41,10 @@ class WorkRemains(TrainError):
     """A recoverable problem, such as a full disk: the same call resumes afterwards."""
 
 
+class ClusterError(_MaskedError):
+    """A problem with a cluster that runs a job: it is not there, or its workers die."""
+
+
 class ReportError(Exception):
     """A problem with the files that a report is made of."""
 

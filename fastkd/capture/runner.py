@@ -183,7 +183,8 @@ class CaptureRunner(ShardRunner):
                     raise Stopped
             found = future.result()
             while there:
-                self._progress.event("there", shard=(index := there.pop()), positions=self._positions(index))
+                index = there.pop()
+                self._progress.event("there", shard=index, positions=self._positions(index), captured=False)
             if found is None:
                 return
             future = pool.submit(read)

@@ -244,7 +244,7 @@ class ShardRunner:
                 self._progress.event("shard", shard=index, positions=self._positions(index), features=sizes)
             else:
                 text = f"shard {index}: another worker committed it first"
-                self._progress.event("there", shard=index, positions=self._positions(index), text=text)
+                self._progress.event("there", shard=index, positions=self._positions(index), captured=True, text=text)
 
     def _account(self, index: int, sizes: dict[str, int]) -> None:
         """Account for a shard whose targets this worker has committed. sizes: in bytes, by feature."""

@@ -111,6 +111,14 @@ class Capture(CaptureSettings, DataSettings, TeacherSettings):
     """Tensor-parallel ranks per worker, for a teacher larger than one device."""
     threads: int = 1
     """Number of threads that encode and write shards."""
+    ray: bool = False
+    """Capture on a Ray cluster: the one at RAY_ADDRESS, or the one that runs on this machine."""
+    workers: int | None = None
+    """With --ray: number of workers. Default: as many as the cluster has room for."""
+    gpus_per_worker: float | None = None
+    """With --ray: GPUs of a worker. Default: one if the cluster has any."""
+    cpus_per_worker: float = 1.0
+    """With --ray: CPUs of a worker."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
@@ -293,6 +301,15 @@ class Sweep(_Training):
     train`. Not with --auto."""
     at_once: int | None = None
     """Deprecated, without effect: arms are trained one after another."""
+    ray: bool = False
+    """Train the arms as trials of Ray Tune, as many at once as fit: on the cluster at RAY_ADDRESS, or the one that runs
+    on this machine. Not with --auto."""
+    asha: bool = False
+    """With --ray: stop trainings early that are behind the others after as many evaluations (ASHA)."""
+    gpus_per_worker: float | None = None
+    """With --ray: GPUs of a training. Default: one if the cluster has any."""
+    cpus_per_worker: float = 1.0
+    """With --ray: CPUs of a training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .. import __version__
 from ..cache.errors import CacheError, NotFound, Refused, StoreError
 from ..errors import (
     BenchError,
+    ClusterError,
     DataError,
     ExportError,
     NoRun,
@@ -57,7 +59,8 @@ from .outcome import NoStore, Outcome, at_terminal, store_of
 from .parse import completion_script, discard, flags, in_flags, parse
 
 _ERRORS = (
-    BenchError, CacheError, DataError, ExportError, OSError, ReportError, StreamError, TeacherError, TrainError,
+    BenchError, CacheError, ClusterError, DataError, ExportError, OSError, ReportError, StreamError, TeacherError,
+    TrainError,
 )  # fmt: skip
 
 
@@ -106,6 +109,10 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         check_store(store)
     except StoreError as error:
         raise CacheError(str(error)) from error  # once the work has begun, the same error is one to try again after
+    if command.ray:
+        return _on_ray(command, stop)
+    if command.workers is not None or command.gpus_per_worker is not None or command.cpus_per_worker != 1.0:
+        raise ClusterError("--workers, --gpus-per-worker and --cpus-per-worker: they need --ray.")
     _note(f"loading {command.teacher}", events=command.json)
     from ..capture.answers import check_limits
     from ..capture.api import capture as run
@@ -137,6 +144,29 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     )
     loaded.worker.leave()
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
+
+
+def _on_ray(command: Capture, stop: Stop) -> Outcome:
+    """Fill the cache by the workers of a Ray cluster."""
+    from ..integrations.ray.capture_driver import run_work
+    from ..integrations.ray.capture_report import ray_capture_text
+    from ..integrations.ray.capture_worker import Work, load_named
+    from ..utils.progress import mode_for
+
+    if command.rank is not None or command.world_size is not None or command.teacher_parallel != 1:
+        raise ClusterError(
+            "ray: got --rank, --world-size or --teacher-parallel; expected none of them, as Ray places the workers."
+        )
+    notes = f"teacher {command.teacher}"
+    work = Work(
+        partial(load_named, command), command.out, _capture_settings(command),
+        {"threads": command.threads, "notes": notes}, os.getcwd(),
+    )  # fmt: skip
+    report = run_work(
+        work, workers=command.workers, gpus_per_worker=command.gpus_per_worker,
+        cpus_per_worker=command.cpus_per_worker, stop=stop, progress=mode_for(events=command.json),
+    )  # fmt: skip
+    return Outcome({"event": "done", **report.to_json()}, ray_capture_text(report), report.status)
 
 
 def plan(command: Plan) -> Outcome:
@@ -296,10 +326,16 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
     from ..sweep.result import sweep_text
     from ..utils.progress import mode_for
 
+    if not command.ray and (command.asha or command.gpus_per_worker is not None or command.cpus_per_worker != 1.0):
+        raise ClusterError("--asha, --gpus-per-worker and --cpus-per-worker: they need --ray.")
     arms = {name: getattr(command, name) for name in FIELDS}
     settings = {f.name: getattr(command, f.name) for f in fields(TrainSettings) if f.name not in FIELDS}
     if command.auto and command.stop_if_worse:
         raise TrainError("stop_if_worse: got it with auto, whose rungs end arms already. Leave one of them out.")
+    if command.stop_if_worse and command.ray:
+        raise ClusterError("--stop-if-worse with --ray: it needs hard labels to be trained first. Use --asha instead.")
+    if command.auto and command.ray:
+        raise ClusterError("--auto with --ray: its arms go on by turns. Use --asha, or leave out one of them.")
     if command.auto:
         from ..sweep.auto import auto_sweep
         from ..sweep.auto_result import auto_text
@@ -310,8 +346,17 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
             progress=mode_for(events=command.json),
         )  # fmt: skip
         return Outcome({"event": "done", **found.to_json()}, auto_text(found), found.status)
+    cache: Any = store_of(command.cache)
+    if command.ray:
+        from ..integrations.ray.tuning import sweep as run_trials
+
+        run = partial(
+            run_trials, asha=command.asha, gpus_per_worker=command.gpus_per_worker,
+            cpus_per_worker=command.cpus_per_worker,
+        )  # fmt: skip
+        cache = command.cache  # each trial opens it
     report = run(
-        command.student, store_of(command.cache), command.out, arms, TrainSettings(**settings), seeds=command.seeds,
+        command.student, cache, command.out, arms, TrainSettings(**settings), seeds=command.seeds,
         at_once=command.at_once, stop_if_worse=command.stop_if_worse, stop=stop, data=_examples(command.data),
         progress=mode_for(events=command.json),
     )  # fmt: skip

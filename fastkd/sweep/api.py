@@ -5,9 +5,10 @@ SWEEP/  sweep.json  sweep.png  ARM/seed=0/ (a run of `fastkd.train`)  ARM/seed=1
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,60 @@ from ..train.trainer import Diverged
 from ..train.watch import Watch, check_watch
 from ..utils.atomic import lock, write_json, writing
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress
+from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop
 from .arms import Arm, is_hard, make_arms
 from .plot import plotted
 from .result import FAILED, SWEEP, SweepReport, check_finished, make_report, read_result
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of a sweep. name: of its arm and its seed, for messages. settings: its own. watch: makes what it is
+    watched beside, when it begins."""
+
+    name: str
+    folder: Path
+    settings: TrainSettings
+    watch: Callable[[], Watch] | None = None
+
+    def run(self, student: Any, cache: Any, data: Any, stop: Stop, progress: Mode) -> TrainReport | None:
+        """Train, or resume. None if it diverged, which is then written in its folder."""
+        watch = None if self.watch is None else self.watch()
+        try:
+            return train(
+                student, cache, self.folder, self.settings, data=data, watch=watch, stop=stop, progress=progress
+            )
+        except Diverged as error:
+            write_json(self.folder / FAILED, {"step": error.step, "error": str(error)})
+            Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event(
+                "note", text=f"{self.name}: diverged; continuing with the next. {error}"
+            )
+            return None
+
+
+def watch_of(folders: Mapping[str, Path], weights: Sequence[float], measure: str) -> Watch:
+    """A watch beside the trainings in these folders that have not diverged."""
+    return Watch({n: path for n, path in folders.items() if not (path / FAILED).exists()}, weights, measure)
+
+
+Runner = Callable[[Sequence[Training], Any, Any, Any, Stop, Mode], Sequence[TrainReport]]
+"""Runs trainings: called with them, student, cache, data, stop and progress. Returns the reports that there are."""
+
+
+def one_by_one(
+    trainings: Sequence[Training], student: Any, cache: Any, data: Any, stop: Stop, progress: Mode
+) -> list[TrainReport]:
+    """Run trainings in this process, one after another."""
+    say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+    reports = []
+    for number, training in enumerate(trainings, 1):
+        if stop.asked:
+            break
+        say.event("note", text=f"training {number} of {len(trainings)}: {training.name}")
+        if (report := training.run(student, cache, data, stop, progress)) is not None:
+            reports.append(report)
+    return reports
 
 
 def sweep(
@@ -43,7 +93,8 @@ def sweep(
     at_once: int | None = None,
     stop_if_worse: bool = False,
     stop: Stop | None = None,
-    progress: str = "none",
+    progress: Mode = "none",
+    run: Runner = one_by_one,
     **changes: Any,
 ) -> SweepReport:
     """Train a student with several settings, a few seeds each, and rank the results.
@@ -58,8 +109,9 @@ def sweep(
     stop_if_worse: with each seed, first train hard labels alone (alpha=1), and end the training of another arm with
         this seed at an evaluation after which it is worse than they are with the same rate; see `fastkd.train.watch`.
         Called again without, such trainings are continued.
-    stop: stops the sweep when called; the current training writes a checkpoint. progress: "none", "bar", "lines" or
-        "events".
+    stop: stops the sweep when called; the current training writes a checkpoint. progress: "none", "bar", "lines",
+        "events", or a function that is called with each event.
+    run: runs the trainings that are not finished; see `Runner`.
 
     An arm that diverges is left as it is, and the sweep continues with the next one.
     Returns the report; its `status` is 75 if work remains. Raises TrainError for arms or settings that are not
@@ -93,26 +145,20 @@ def sweep(
         numbers = range(settings.seed, settings.seed + seeds)
         order = sorted(chosen, key=lambda arm: arm in controls)  # those that others are compared with come first
         runs = [(arm, seed, out / arm.name / f"seed={seed}") for seed in numbers for arm in order]
-        reports: list[TrainReport] = []
-        for number, (arm, seed, folder) in enumerate(runs, 1):
+        todo: list[Training] = []
+        for arm, seed, folder in runs:
             own, done = arm.of(settings, seed), read_result(folder)
             if done is not None and done.stopped and arm not in controls:
                 done = None  # it goes on
             if done is not None and not done.failed:
                 check_finished(folder, done, own, identity, [describe_cache(c) for c in inputs.caches])
-            if stop.asked or (done is not None and (done.failed or done.evaluations or not measured)):
-                continue
-            say.event("note", text=f"training {number} of {len(runs)}: {arm.name}, seed {seed}")
-            watch, control = None, controls.get(arm)
-            if stop_if_worse:
-                beside = {} if control is None else {control.name: out / control.name / f"seed={seed}"}
-                beside = {name: path for name, path in beside.items() if not (path / FAILED).exists()}
-                watch = Watch(beside, inputs.weights, settings.best)
-            try:
-                reports.append(train(student, cache, folder, own, data=data, watch=watch, stop=stop, progress=progress))
-            except Diverged as error:
-                write_json(folder / FAILED, {"step": error.step, "error": str(error)})
-                say.event("note", text=f"{arm.name}, seed {seed}: diverged; continuing with the next. {error}")
+            if done is None or not (done.failed or done.evaluations or not measured):
+                control, watch = controls.get(arm), None
+                if stop_if_worse:
+                    folders = {} if control is None else {control.name: out / control.name / f"seed={seed}"}
+                    watch = partial(watch_of, folders, inputs.weights, settings.best)
+                todo.append(Training(f"{arm.name}, seed {seed}", folder, own, watch))
+        reports = run(todo, student, cache, data, stop, progress) if todo and not stop.asked else []
         results = {(arm, seed): read_result(folder) for arm, seed, folder in runs}
         report = make_report(out, chosen, list(numbers), results, inputs.weights, measure=settings.best, notes=notes)
         seconds = sum(one.seconds for one in reports)

@@ -38,6 +38,7 @@ from ..utils.text import format_table
 from .arms import Arm
 
 SWEEP, FAILED = "sweep.json", "diverged.json"
+STOPPED = "stopped early"  # how the reason of a training begins that a scheduler stopped
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,9 @@ class Behind:
 @dataclass(frozen=True)
 class ArmResult:
     """The results of an arm. changes: its settings. folders: its runs, one per seed. values: of each measure, one per
-    finished seed. diverged: error messages by seed. behind: its distance to the best arm, None for the best itself and
-    without a ranking. stopped: by seed, the step after which it was stopped, as it was worse than hard labels alone."""
+    finished seed. diverged: by seed, the error message, or that a scheduler stopped it early. behind: its distance to
+    the best arm, None for the best itself and without a ranking. stopped: by seed, the step after which it was stopped,
+    as it was worse than hard labels alone."""
 
     name: str
     changes: dict[str, float | str]
@@ -285,7 +287,9 @@ def sweep_text(report: SweepReport) -> str:
         if arm.behind is not None:
             behind = f"{arm.behind.distance:.4f}{' ' if arm.behind.told_apart else '?'}"
         if arm.diverged:
-            cells, behind = [""] * len(names), f"diverged with seed {', '.join(arm.diverged)}"
+            early = all(text.startswith(STOPPED) for text in arm.diverged.values())
+            what = STOPPED if early else "diverged"
+            cells, behind = [""] * len(names), f"{what} with seed {', '.join(arm.diverged)}"
         elif arm.stopped:
             steps = ", ".join(f"step {step} (seed {seed})" for seed, step in arm.stopped.items())
             cells, behind = [""] * len(names), f"worse than hard labels, stopped after {steps}"

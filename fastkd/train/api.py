@@ -19,7 +19,7 @@ from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettin
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress
+from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop
 from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
 from .cards import SHARE, write_cards
@@ -69,7 +69,7 @@ def train(
     pause: Pause | None = None,
     watch: Watch | None = None,
     share: ShareSettings = SHARE,
-    progress: str = "none",
+    progress: Mode = "none",
     **changes: Any,
 ) -> TrainReport:
     """Train a student from a cache, or beside a teacher. Called again with the same arguments, it resumes from the last
@@ -104,7 +104,7 @@ def train(
     share: what the model card says of the teacher, and the repository on the Hugging Face Hub that the student is
         uploaded to when training is complete. Whether that is possible is checked first. The report says if the upload
         failed; its status is then 1.
-    progress: "none", "bar", "lines" or "events".
+    progress: "none", "bar", "lines", "events", or a function that is called with each event.
 
     Under torchrun, or in an initialized process group, all processes make the same call; the first one writes the log.
     Returns the report; its `status` is 75 if work remains. Raises TrainError for the student, the settings, a folder
@@ -253,7 +253,7 @@ def train_one(
     processes: Processes,
     evaluate: Evaluate | None,
     stop: Stop,
-    progress: str,
+    progress: Mode,
     *,
     watch: Watch | None = None,
     pause: Pause | None = None,

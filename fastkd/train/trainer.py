@@ -27,7 +27,7 @@ from ..stream.batch import BatchSource, Step
 from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
 from ..utils.numbers import measure_text
-from ..utils.progress import Progress
+from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop, Stopped
 from .auto_weight import AutoWeights
 from .beside import check_exports, folders_beside, write_beside
@@ -108,7 +108,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         watch: Watch | PeersWatch | None = None,
         pause: Pause | None = None,
-        progress: str = "none",
+        progress: Mode = "none",
     ) -> None:
         self.student, self._tokenizer = made
         self._source, self._processes, self._settings, self._out = source, processes, settings, out
@@ -451,6 +451,7 @@ class Trainer:
         shown = {key: value for key, value in found.items() if "/" not in key or key.endswith(f"/{name}")}
         measures = ", ".join(f"{key} {measure_text(value)}" for key, value in shown.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
+        self._progress.event("evaluation", step=self.step, measures=dict(found))
         by_window = getattr(self._evaluate, "evaluations", None)
         by_window = list(by_window) if isinstance(by_window, list) else []
         if by_window and self.step in self._kept_steps and self._processes.first:

@@ -24,7 +24,7 @@ Mode = str | Callable[[Mapping[str, Any]], object]
 """One of MODES, or a function that is called with each event, such as {"event": "shard", "shard": 3}."""
 LINE_SECONDS = 60.0  # between lines, without a bar
 EVENT_SECONDS = 5.0
-CALL_SECONDS = 0.5  # between calls of a function with what is done
+CALL_SECONDS = 0.0  # a function is told of every addition
 _WINDOW_SECONDS = 60.0  # over which rates are averaged
 
 
