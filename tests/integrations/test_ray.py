@@ -29,8 +29,8 @@ from fastkd.errors import ClusterError, TrainError
 from fastkd.integrations.ray.cluster import connected
 from fastkd.sweep.result import sweep_text
 
-# Ray Train opens Ray Data's settings, which read an old one of their own
-pytestmark = pytest.mark.filterwarnings("ignore:.use_push_based_shuffle. is deprecated:DeprecationWarning")
+# Ray Train copies Ray Data's settings, with all that are deprecated
+pytestmark = pytest.mark.filterwarnings(r"ignore:.use_\w+. is deprecated:DeprecationWarning")
 
 TESTS = Path(__file__).parents[1]
 SHARD, BATCH = SMALL["shard_positions"], SMALL["batch_tokens"]
@@ -213,7 +213,7 @@ def test_a_training_whose_worker_is_killed_resumes(ray: Any, cache: str, tmp_pat
 
 def test_errors_of_a_training_are_raised_here(ray: Any, cache: str, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="rate"):
-        on_ray.train("train_cases:tiny", cache, tmp_path / "run", rate=-1.0, gpus_per_worker=0, **CHANGES)
+        on_ray.train("train_cases:tiny", cache, tmp_path / "run", gpus_per_worker=0, **CHANGES | {"rate": -1.0})
 
 
 def test_a_sweep_on_tune_is_the_local_one(ray: Any, cache: str, tmp_path: Path) -> None:
