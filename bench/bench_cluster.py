@@ -34,7 +34,7 @@ from fastkd.bench.run import run_cases, to_stderr
 from fastkd.bench.s3_server import BUCKET, S3Server
 from fastkd.bench.suites import Case, RunConfig
 from fastkd.bench.table import Table
-from fastkd.cache import verify_cache
+from fastkd.cache import open_cache, verify_cache
 from fastkd.capture.claims import Claims
 from fastkd.kernels import prepare_topk
 from fastkd.utils.numbers import duration
@@ -114,6 +114,12 @@ def work(url: str, data: Sequence[Sequence[int]], rank: int, workers: int, ran: 
     os._exit(0 if report.complete else 75)
 
 
+def verify(url: str) -> None:
+    report = verify_cache(url, deep=True)
+    print(*report.problems, sep="\n", end="", file=sys.stderr)
+    os._exit(0 if report.ok and open_cache(url).sealed else 1)
+
+
 def run(workers: int, shards: int, kills: int, *, seed: int = 0) -> Found:
     """Fill a cache by so many workers."""
     fork, generator = multiprocessing.get_context("fork"), random.Random(seed)
@@ -156,8 +162,11 @@ def run(workers: int, shards: int, kills: int, *, seed: int = 0) -> Found:
     twice = [key for key, count in server.created.items() if count > 1]
     assert not twice, f"created twice: {twice}"
     server.rate = server.latency = 0
-    report = verify_cache(url, deep=True)
-    assert report.ok, report.problems
+    # in a process of its own: one that has used the store cannot be forked
+    check = fork.Process(target=verify, args=(url,))
+    check.start()
+    check.join()
+    assert check.exitcode == 0, f"{url}: the cache is not complete and whole"
     server.shutdown()
     server.server_close()
     return Found(workers, seconds, shards * SHARD, shards, requests, faults, ran.value, core.value, kills)

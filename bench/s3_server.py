@@ -101,7 +101,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{len(data)}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
         if given := self.headers.get("Range"):
             first, _, last = given.removeprefix("bytes=").partition("-")
-            start = int(first) if first else len(data) - int(last)
+            start = int(first) if first else max(0, len(data) - int(last))
             stop = min(int(last) + 1, len(data)) if first and last else len(data)
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             return 206, data[start:stop], headers

@@ -73,8 +73,10 @@ class CaptureReport:
 
 def missing_shards(store: Store, plan: WindowPlan, features: Iterable[Feature]) -> set[int]:
     """The shards of a plan that a cache lacks, of its targets or of one of these features."""
-    folders = ["", *(feature.spec.folder for feature in features)]
-    return set(range(plan.shards)) - set.intersection(*(set(listed(store, folder)) for folder in folders))
+    there = set(range(plan.shards))
+    for folder in ("", *(feature.spec.folder for feature in features)):
+        there &= listed(store, folder).keys()
+    return set(range(plan.shards)) - there
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
     return target
 
 
-def _after(report: TrainReport, target: Upload | None, progress: str) -> TrainReport:
+def _after(report: TrainReport, target: Upload | None, progress: Mode) -> TrainReport:
     """The report of a training, after the upload of its student, if it is complete and to be uploaded."""
     if target is None or not report.complete or report.student is None:
         return report

@@ -27,6 +27,7 @@ from fastkd.cache import verify_cache
 from fastkd.cli.main import main
 from fastkd.errors import ClusterError, TrainError
 from fastkd.integrations.ray.cluster import connected
+from fastkd.sweep.arms import FIELDS
 from fastkd.sweep.result import sweep_text
 
 # Ray Train copies Ray Data's settings, with all that are deprecated
@@ -217,16 +218,17 @@ def test_errors_of_a_training_are_raised_here(ray: Any, cache: str, tmp_path: Pa
 
 
 def test_a_sweep_on_tune_is_the_local_one(ray: Any, cache: str, tmp_path: Path) -> None:
-    arms = {"alpha": [0.0, 0.5]}
-    local = fastkd.sweep("train_cases:tiny", cache, tmp_path / "local", arms, seeds=1, **CHANGES)
+    shared = {name: value for name, value in CHANGES.items() if name not in FIELDS}
+    arms = {"alpha": [0.0, 0.5], "rate": [0.01]}
+    local = fastkd.sweep("train_cases:tiny", cache, tmp_path / "local", arms, seeds=1, **shared)
     out = tmp_path / "ray"
     command = ["sweep", "--ray", "--student", "train_cases:tiny", "--cache", cache, "--out", str(out), "--json"]
-    command += ["--alpha", "0", "0.5", "--seeds", "1"]
-    command += [word for k, v in CHANGES.items() for word in ("--" + k.replace("_", "-"), str(v))]
+    command += ["--alpha", "0", "0.5", "--rate", "0.01", "--seeds", "1"]
+    command += [word for k, v in shared.items() for word in ("--" + k.replace("_", "-"), str(v))]
     assert main(command) == 0
     theirs, ours = (json.loads((folder / "sweep.json").read_text()) for folder in (tmp_path / "local", out))
     for document in (theirs, ours):
-        for name in ("out", "seconds", "waiting", "plot"):
+        for name in ("out", "seconds", "waiting", "plot", "sha256"):  # the last is of all others
             document.pop(name)
         for arm in document["arms"]:
             arm.pop("folders")

@@ -55,7 +55,7 @@ def train(
     check_folder(out, "run")
     stop = stop or Stop()
     with connected() as ray:
-        import ray.train
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         each = resources_of(ray, cpus_per_worker, gpus_per_worker)
@@ -65,11 +65,11 @@ def train(
             _work,
             train_loop_config={**work, "board": board, "folder": os.getcwd()},
             torch_config=TorchConfig(backend="nccl" if each.gpus else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=each.gpus > 0, resources_per_worker={"CPU": each.cpus, "GPU": each.gpus}
             ),
-            run_config=ray.train.RunConfig(
-                name=FOLDER, storage_path=str(out), failure_config=ray.train.FailureConfig(max_failures=failures)
+            run_config=RunConfig(
+                name=FOLDER, storage_path=str(out), failure_config=FailureConfig(max_failures=failures)
             ),
         )
         why: Exception | None = None

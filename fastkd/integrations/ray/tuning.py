@@ -4,7 +4,9 @@ All trials read the same cache. Their runs, the ranking, sweep.json and the plot
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 from ...errors import ClusterError, TrainError
 from ...evaluate.measures import sign_of
 from ...settings import TrainSettings
-from ...sweep.api import DEFAULTS, Training
+from ...sweep.api import Training
 from ...sweep.api import sweep as sweep_here
 from ...sweep.result import FAILED, STOPPED, SweepReport, read_result
+from ...train.api import DEFAULTS
 from ...train.result import TrainReport
 from ...utils.atomic import remove_folder, write_json
 from ...utils.progress import Mode, Progress
@@ -100,7 +103,8 @@ def _run(
                 name=FOLDER, storage_path=str(out), failure_config=tune.FailureConfig(max_failures=tries), verbose=0
             ),
         )
-        with listening(ray, board, stop, Progress(0, unit="step", mode="lines" if progress == "bar" else progress)):
+        say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+        with listening(ray, board, stop, say), redirect_stdout(sys.stderr):  # stdout is for the report
             found = tuner.fit()
         _, errors = ray.get(board.ends.remote())
         ray.kill(board)
