@@ -40,6 +40,7 @@ class ModelServer:
         self.fault: Callable[[int, list[int]], str] = lambda number, tokens: ""
         self.asked, self.faults = Counter[str](), Counter[str]()
         self.tokens: list[list[int]] = []
+        self.hidden: set[str] = set()  # paths that are not there
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         for name, value in changes.items():
@@ -57,6 +58,8 @@ class ModelServer:
             self.asked[path] += 1
         if self.token and headers.get("Authorization") != f"Bearer {self.token}":
             return 401, {"error": "Unauthorized"}, ""
+        if path in self.hidden:
+            return 404, {"detail": "Not Found"}, ""
         if path == "/v1/models":
             model = {"id": self.name, "object": "model", "created": int(time.time()), "owned_by": self.kind}
             return 200, {"object": "list", "data": [model | {"root": self.root, "max_model_len": self.max_length}]}, ""

@@ -226,6 +226,11 @@ def test_a_tokenizer_that_differs(tmp_path: Path) -> None:
         server.ids = lambda text: [*tokenizer.encode_chat(text)[:-1], 7]
         with pytest.raises(TeacherError, match=r"tokenizer: got .*from the \d+\. on; expected those of the server's"):
             capture(tmp_path / "out", url, data, tokenizer=tokenizer)
+        # of a server that does not say, a person is told
+        server.hidden = {"/tokenize"}
+        teacher = teacher_of(url)
+        teacher.check_tokenizer(tokenizer)
+        assert "its tokenizer was not compared" in teacher.notes[0]
         # without one, text is not for it
         with pytest.raises(fastkd.errors.DataError, match="tokenizer"):
             capture(tmp_path / "out", url, data)

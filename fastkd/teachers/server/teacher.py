@@ -42,7 +42,6 @@ class ServerTeacher:
     """
 
     tail_temperatures = (1.0,)
-    notes: Sequence[str] = ()
 
     def __init__(
         self, url: str, options: ServerOptions = DEFAULTS, *, device: str | torch.device = "cpu", **client: Any
@@ -50,6 +49,7 @@ class ServerTeacher:
         self.device = torch.device(device)
         self._options = options
         self.client = ServerClient(url, options, **client)
+        self.notes: list[str] = []
         self._k: int | None = None
         self._begun = time.monotonic()
 
@@ -150,13 +150,16 @@ class ServerTeacher:
         return ", ".join([*parts, f"probe {hashlib.sha256(said.encode()).hexdigest()[:16]}"])
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """TeacherError if the server's tokenizer gives other ids to some texts. Nothing is known of a server that has
-        none."""
+        """TeacherError if the server's tokenizer gives other ids to some texts; a note if it does not say."""
         api, served = self._found
         for text in _TEXTS:
             path, body = api.tokenize(served, text)
             answered = self.client.send(path, body)
             if answered.status in (404, 405, 501):
+                self.notes.append(
+                    f"the server has no {path}, so its tokenizer was not compared with {tokenizer.name}: make sure "
+                    "that both give the same ids."
+                )
                 return
             theirs = self.client.ask(path, token_ids, body)
             if (ours := tokenizer.encode_chat(text)) != theirs:
