@@ -427,6 +427,7 @@ class MutualSettings(LiveSettings):
 
     def capture_settings(self, features: tuple[str, ...] = ()) -> CaptureSettings:
         """As of `LiveSettings`, with the teacher's own numbers of entries."""
-        own = {"k": self.teacher_k, "draws": self.teacher_draws}
-        given = {name: number for name, number in own.items() if number is not None}
-        return replace(super().capture_settings(features), **given)
+        found = super().capture_settings(features)
+        k = found.k if self.teacher_k is None else self.teacher_k
+        draws = found.draws if self.teacher_draws is None else self.teacher_draws
+        return replace(found, k=k, draws=draws)

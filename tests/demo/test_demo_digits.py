@@ -146,7 +146,17 @@ def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureF
     assert result(place) == before
 
 
-def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "runs",
+    [
+        ("without_features", "pair"),
+        pytest.param(("student", "without_features", "control", "live", "pair"), marks=pytest.mark.soak),
+    ],
+    ids=["some", "every"],
+)
+def test_interrupted_it_goes_on(
+    runs: tuple[str, ...], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the capture, and in each training; the bytes are those of a run that was not."""
     stop = Stop()
     stop()
@@ -154,7 +164,7 @@ def test_interrupted_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest
         demo.run(settings(tmp_path), stop, sizes=FEW)
     assert (tmp_path / "digits" / "teacher.safetensors").exists()
     take = Trainer._take
-    for run in ("student", "without_features", "control", "live", "pair"):
+    for run in runs:
         stop = Stop()
 
         def taken(self: Trainer, *given: Any, stop: Stop = stop, run: str = run, **more: Any) -> None:

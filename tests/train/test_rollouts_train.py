@@ -136,7 +136,9 @@ def ended_at(place: Path, out: Path, moment: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("moment", [4, 9, 14])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(4, marks=pytest.mark.soak), 9, pytest.param(14, marks=pytest.mark.soak)]
+)
 def test_ended_at_a_moment_it_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, moment: int) -> None:
     assert ended_at(place, tmp_path / "run", moment)
     assert result(tmp_path / "run") == result(place / "one")
