@@ -1,7 +1,7 @@
 """DistillTrainer beside the trainers that people would use otherwise: transformers' Trainer on cross-entropy alone, and
 TRL's GKD with a live teacher.
 
-    python bench/bench_trl.py         # --sections trainer gkd quality; extras peers and hf; ten minutes on one core
+    python bench/bench_trl.py         # --sections trainer gkd quality; extras peers and hf; ten minutes of core time
 
 All train the same student of 28M parameters (V = 49,152) in float32 on the same windows with the same batch size, AdamW
 and schedule. `trainer`: a step over one of the Trainer with the model's own cross-entropy. `gkd`: a step of GKDTrainer
@@ -41,7 +41,7 @@ from fastkd.evaluate.api import evaluate
 from fastkd.models.hub import load_transformers
 
 STUDENT = (384, 6, 6, 3, 1024)
-TEACHERS: dict[int, Any] = {1: STUDENT, 4: None, 10: (1024, 18, 16, 8, 2816)}
+TEACHERS: dict[int, Any] = {1: STUDENT, 4: None, 10: (1024, 20, 16, 8, 2816)}
 """By the factor over the student's size; None: SmolLM2-135M."""
 LENGTH, ROWS = 256, 2
 MEASURED = 4  # steps of a round, after one that warms up
