@@ -39,7 +39,9 @@ def load_peft() -> Any:
 
 def base_of(model: Any) -> Any:
     """The model of transformers inside a PeftModel, with its adapter's layers; any other model as it is."""
-    return model.get_base_model() if is_wrapped(model) else model
+    if not is_wrapped(model):
+        return model
+    return model.get_base_model() if hasattr(model, "peft_type") else model.base_model.model  # of mixed kinds
 
 
 def is_wrapped(model: Any) -> bool:

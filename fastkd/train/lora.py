@@ -196,12 +196,13 @@ def whole_tensors(student: nn.Module, names: frozenset[str], *, kept: bool) -> d
         if name in names:
             whole = p.full_tensor() if is_dtensor(p) else p
             if kept:
-                found[name] = whole.detach().cpu()
+                found[name] = whole.detach().to("cpu", copy=True)  # merging changes them in place
     return found
 
 
 def merged(model: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A model of transformers with the adapters of a PeftModel in its weights, on the CPU.
+    """A model of transformers with the adapters of a PeftModel in its weights, on the CPU, to be written: what is not
+    in a state dict is meta tensors.
 
     tensors: all parameters, by the names of the PeftModel, whose own may be divided over processes.
     """

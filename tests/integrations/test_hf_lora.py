@@ -34,12 +34,11 @@ def trained_of(model: Any) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_weights_are_those_of_a_loop(cache: Cache, tmp_path: Path, accumulation: int) -> None:
+def test_weights_are_those_of_a_loop(cache: Cache, tmp_path: Path) -> None:
     """The loop calls the model inside the PeftModel; the base stays as it is."""
     model = lora()
     theirs, state = by_hand(cache, model.get_base_model())
-    made = trainer(cache, tmp_path, lora(), accumulation=accumulation)
+    made = trainer(cache, tmp_path, lora(), accumulation=2)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters() if not p.requires_grad}
     made.train()
     assert losses(made) == pytest.approx(theirs, abs=1e-6)

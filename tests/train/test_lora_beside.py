@@ -77,6 +77,7 @@ def test_exits(place: Path, tmp_path: Path) -> None:
     resumed(place / "base", place / "cache", tmp_path, LORA | {"exits": (1,)})
 
 
+@pytest.mark.soak
 def test_students_that_learn_from_each_other(place: Path, tmp_path: Path) -> None:
     students = {"one": place / "base", "two": place / "base"}
     report = fastkd.mutual(students, place / "cache", tmp_path / "run", **LORA, every=2)

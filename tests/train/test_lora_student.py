@@ -117,6 +117,22 @@ def test_not_fused_and_said(kind: str, cache: Cache) -> None:
     check(student, student.model, cache)
 
 
+def test_a_wrapper_that_does_more_than_its_layers(cache: Cache) -> None:
+    """The head is compared with the wrapper's own logits, with other values in a new adapter, which does nothing."""
+    model = adapted(trained=False)
+
+    class WithoutItsAdapter(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with self.disable_adapter():
+                return super().forward(*args, **kwargs)
+
+    model.__class__ = WithoutItsAdapter
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    student = make_student(model, cache.spec).student
+    assert "full logits" in student.notes[0]
+    assert all(torch.equal(p, before[name]) for name, p in student.model.named_parameters())
+
+
 def test_packed_rows(cache: Cache) -> None:
     student = make_student(adapted(target_modules="all-linear"), cache.spec).student.eval()
     padded, packed = (student(batch_of(cache, layout), **SETTINGS) for layout in ("padded", "packed"))

@@ -20,7 +20,8 @@ from fastkd.models.hub import load_transformers
 from fastkd.report.make import make_report
 from fastkd.settings import TrainSettings
 from fastkd.teachers.hf import load_hf
-from fastkd.train.checkpoint import newest
+from fastkd.train.checkpoint import model_tensors, newest
+from fastkd.train.lora import merged, whole_tensors
 from fastkd.train.settings_check import stated
 from fastkd.train.student import make_student
 from fastkd.train.trainer import Pause
@@ -170,6 +171,16 @@ def test_a_model_with_an_adapter_of_ones_own(place: Path, tmp_path: Path) -> Non
     merged = load_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student-merged")
     torch.testing.assert_close(logits_of(merged), logits_of(loaded), rtol=1e-4, atol=1e-5)
     assert (logits_of(loaded) - logits_of(base)).abs().max() > 1e-2
+
+
+def test_merging_changes_no_student(place: Path) -> None:
+    student = make_student(place / "run" / "student", None).student
+    before, names = logits_of(student.model), student.left_out
+    tensors = {**model_tensors(student), **whole_tensors(student, names, kept=True)}
+    whole = merged(student.model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    weight = student.network.get_parameter("model.layers.0.self_attn.q_proj.base_layer.weight")
+    assert not torch.equal(whole.model.layers[0].self_attn.q_proj.weight, weight)
+    assert torch.equal(logits_of(student.model), before)
 
 
 def test_transformers_own_adapters(place: Path, tmp_path: Path) -> None:
