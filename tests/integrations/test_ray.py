@@ -160,6 +160,7 @@ def test_the_command_stops_and_resumes(ray: Any, tmp_path: Path, capsys: pytest.
     assert verify_cache(out, deep=True).ok
 
 
+@pytest.mark.soak
 def test_errors_of_a_worker_are_raised_here(ray: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [word.replace("ray_cases:data", str(tmp_path / "nothing.txt")) for word in COMMAND]
     assert main([*command, str(tmp_path / "cache")]) == 1
@@ -198,6 +199,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_cache(tmp_path_factory.mktemp("train") / "cache").store.describe()
 
 
+@pytest.mark.soak
 def test_a_training_whose_worker_is_killed_resumes(ray: Any, cache: str, tmp_path: Path) -> None:
     """Killed at its fourth step, once: the run that Ray begins again is the one that nobody interrupts, to the bit."""
     local = fastkd.train("train_cases:tiny", cache, tmp_path / "local", **CHANGES)
@@ -212,11 +214,13 @@ def test_a_training_whose_worker_is_killed_resumes(ray: Any, cache: str, tmp_pat
     assert not (tmp_path / "ray" / ".ray").exists()
 
 
+@pytest.mark.soak
 def test_errors_of_a_training_are_raised_here(ray: Any, cache: str, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="rate"):
         on_ray.train("train_cases:tiny", cache, tmp_path / "run", gpus_per_worker=0, **CHANGES | {"rate": -1.0})
 
 
+@pytest.mark.soak
 def test_a_sweep_on_tune_is_the_local_one(ray: Any, cache: str, tmp_path: Path) -> None:
     shared = {name: value for name, value in CHANGES.items() if name not in FIELDS}
     arms = {"alpha": [0.0, 0.5], "rate": [0.01]}
@@ -237,6 +241,7 @@ def test_a_sweep_on_tune_is_the_local_one(ray: Any, cache: str, tmp_path: Path) 
     assert local.best == ours["best"]
 
 
+@pytest.mark.soak
 def test_asha_stops_who_is_behind(ray: Any, cache: str, tmp_path: Path) -> None:
     """One trial at a time, the best first: the others are behind it at their first rung."""
     arms = [{"rate": 0.01}, {"rate": 1e-9}]
