@@ -73,7 +73,7 @@ def check_reduced(name: str, x: Tensor, weight: Tensor | None = None) -> None:
         return
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if DistributedDataParallel._active_ddp_module is not None:  # type: ignore[attr-defined]
+    if DistributedDataParallel._active_ddp_module is not None:
         return
     parameter = None if weight is None else _leaf_of(weight)
     if parameter is None and (parameter := _leaf_of(x)) is None:
@@ -95,7 +95,7 @@ def _leaf_of(x: Tensor) -> Tensor | None:
         return None
     if x.is_leaf:
         return x
-    nodes, seen = [x.grad_fn], set()
+    nodes, seen = [x.grad_fn], set[Any]()
     while nodes and len(seen) < _NODES:
         node = nodes.pop()
         if node is None or node in seen:
