@@ -49,7 +49,7 @@ def lightning(cache: Path, *, resume: Path | None = None, processes: int = 1, **
         torch.manual_seed(1)
         # in float64 from the beginning: the precision of the Trainer converts afterwards
         module = example("lightning_module").Distillation(example("plain_loop_ddp").Model(16, EXACT), cache)
-        trainer.fit(module, ckpt_path=resume, **({} if resume is None else {"weights_only": False}))
+        trainer.fit(module, ckpt_path=resume)
     return dict(module.loss.model.state_dict())
 
 
