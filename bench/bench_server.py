@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 import fastkd
+from fastkd.bench.suites import Case, RunConfig
+from fastkd.bench.table import Table
 from fastkd.cache.stores import MemoryStore
 from fastkd.teachers.server import sglang, vllm
 from fastkd.teachers.server.options import ServerOptions
@@ -160,43 +162,50 @@ def replayed(form: str, bodies: dict[int, bytes], rate: float) -> Iterator[str]:
         process.join()
 
 
-def client_alone(count: int, k: int, rate: float) -> list[dict[str, Any]]:
-    """What the client takes, by the form of the answers."""
-    found: list[dict[str, Any]] = []
-    for form in FORMS:
-        api: Any = vllm if form == "vllm" else sglang
-        bodies = {length: body_of(form, length, k if length == LENGTH else 16) for length in (LENGTH, 24)}
-        body = bodies[LENGTH]
-        api.parse(body, LENGTH, k)
-        seconds = {"parse": core_seconds(api.parse, body, LENGTH, k), "json": core_seconds(json.loads, body)}
-        with replayed(form, bodies, 1e9) as url:
-            capture(url, 4, k, concurrency=4, vocab_size=VOCAB)
-            wall, core, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
-        with replayed(form, bodies, rate) as url:
-            alone = bare(url, count, k, 4)
-            limited, _, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
-        positions = count * LENGTH
-        found.append(
-            {
-                "form": form,
-                "bytes_per_position": len(body) / LENGTH,
-                "parse_us": 1e6 * seconds["parse"] / LENGTH,
-                "json_loads_us": 1e6 * seconds["json"] / LENGTH,
-                "capture_core_us": 1e6 * core / positions,
-                "positions_per_second": positions / wall,
-                "a_tenth_at": 0.1 * positions / core,
-                "rate": rate,
-                "capture_to_bare": limited / alone,
-            }
-        )
-        print(
-            "{form:14} {bytes_per_position:7,.0f} B a position; core time a position: parsing {parse_us:5.1f} us "
-            "(json.loads alone {json_loads_us:5.1f}), capture {capture_core_us:5.1f} us; a tenth of the wall time at "
-            "{a_tenth_at:7,.0f} positions/s; at {rate:,.0f} positions/s, {capture_to_bare:.3f} times the bare requests"
-            "".format(**found[-1]),
-            flush=True,
-        )
-    return found
+def client_alone(form: str, count: int, k: int, rate: float) -> dict[str, Any]:
+    """What the client takes of answers of a form."""
+    api: Any = vllm if form == "vllm" else sglang
+    bodies = {length: body_of(form, length, k if length == LENGTH else 16) for length in (LENGTH, 24)}
+    body = bodies[LENGTH]
+    api.parse(body, LENGTH, k)
+    seconds = {"parse": core_seconds(api.parse, body, LENGTH, k), "json": core_seconds(json.loads, body)}
+    with replayed(form, bodies, 1e9) as url:
+        capture(url, 4, k, concurrency=4, vocab_size=VOCAB)
+        wall, core, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
+    with replayed(form, bodies, rate) as url:
+        alone = bare(url, count, k, 4)
+        limited, _, _ = capture(url, count, k, concurrency=4, vocab_size=VOCAB)
+    positions = count * LENGTH
+    return {
+        "form": form,
+        "bytes_per_position": len(body) / LENGTH,
+        "parse_us": 1e6 * seconds["parse"] / LENGTH,
+        "json_loads_us": 1e6 * seconds["json"] / LENGTH,
+        "capture_core_us": 1e6 * core / positions,
+        "positions_per_second": positions / wall,
+        "a_tenth_at": 0.1 * positions / core,
+        "rate": rate,
+        "capture_to_bare": limited / alone,
+    }
+
+
+def cases(ask: RunConfig) -> Sequence[Case]:
+    """A case for each form of the answers."""
+
+    def case(form: str) -> Callable[[Table], None]:
+        return lambda table: tabled(table, client_alone(form, ask.size(8, 64), 64, 2000.0))
+
+    return [Case(form, case(form)) for form in FORMS]
+
+
+def tabled(table: Table, found: dict[str, Any]) -> None:
+    """Add what `client_alone` found to a table."""
+    table.title(f"answers of {found['form']}, {found['bytes_per_position']:,.0f} bytes a position")
+    table.value("parsing, core time a position", found["parse_us"], "us")
+    table.value("json.loads alone", found["json_loads_us"], "us")
+    table.value("whole capture, core time a position", found["capture_core_us"], "us")
+    table.value("a tenth of the wall time at", found["a_tenth_at"], "positions/s")
+    table.ratio(f"capture at {found['rate']:,.0f} positions/s", found["capture_to_bare"], "bare requests", "<= 1.10")
 
 
 def with_server(url: str, count: int, k: int, concurrency: int) -> dict[str, float]:
@@ -233,12 +242,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.server:
-        found: Any = with_server(args.server, args.documents, args.k, args.concurrency)
-    else:
-        found = client_alone(args.documents, args.k, args.rate)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        found = with_server(args.server, args.documents, args.k, args.concurrency)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        return
+    table = Table("cpu", "server")
+    for form in FORMS:
+        tabled(table, client_alone(form, args.documents, args.k, args.rate))
+    table.save(args.json)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,19 @@ _ALL = (
         ("cpu",),
         named_only=True,
     ),
+    Suite(
+        "server",
+        "bench_server",
+        "the client of a teacher behind a server: parsing and capture",
+        ("cpu",),
+        named_only=True,
+    ),
+    Suite(
+        "trl",
+        "bench_trl",
+        "DistillTrainer against transformers' Trainer on cross-entropy alone, and against TRL's GKD",
+        named_only=True,
+    ),
     Suite("cost", "bench_cost", "cost of n students from one cache, against n with a live teacher"),
 )
 SUITES = {suite.name: suite for suite in _ALL}

@@ -133,8 +133,8 @@ class Plan(CaptureSettings, DataSettings, TeacherSettings):
 
     seconds: float = 20.0
     """Approximate seconds to run the sample, warm-up included. At least one batch is run."""
-    workers: int = 1
-    """Number of machines like this one that share the work."""
+    workers: int | None = None
+    """Number of machines like this one that share the work. Default: 1."""
     price_per_hour: float | None = None
     """Price of one machine per hour."""
     json: bool = False

@@ -195,7 +195,7 @@ def plan(command: Plan) -> Outcome:
         _capture_settings(command),
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
-        workers=command.workers,
+        workers=1 if command.workers is None else command.workers,
         progress=at_terminal(),
     )
     notes = [*getattr(loaded.teacher, "notes", []), *report.data[1:]]

