@@ -12,10 +12,10 @@ from ..utils.atomic import unsealed
 from ..utils.intervals import Interval
 from ..utils.secrets import masked
 from .arms import CONTROL
+from .given import given_files, given_name
 from .held_out import EVALUATION
 from .inputs import CacheInputs
 from .result import RUN, STUDENT, TrainReport
-from .student import given_name
 from .verdict import Verdict
 
 
@@ -23,9 +23,9 @@ def finished_report(
     out: Path, student: Any, settings: TrainSettings, inputs: Any, *, control: bool
 ) -> TrainReport | None:
     """The report of a training that is complete in a folder, if it is the one that is wanted: of a student named by a
-    text, on the loss of the settings, with equal settings, from the same cache of text; with its control, if that is
-    wanted; and all that it exported is there. Otherwise None: the training then resumes, and what differs is judged as
-    it always is."""
+    text, whose files have not changed, on the loss of the settings, with equal settings, from the same cache of text;
+    with its control, if that is wanted; and all that it exported is there. Otherwise None: the training then resumes,
+    and what differs is judged as it always is."""
     if not isinstance(student, (str, Path)) or not isinstance(inputs, CacheInputs):
         return None
     if len(inputs.caches) != 1 or inputs.data is not None or (run := _read(out / RUN)) is None:
@@ -36,7 +36,10 @@ def finished_report(
     if any(run.get(name) != json.loads(json.dumps(masked(value))) for name, value in wanted.items()):
         return None
     try:
-        if run["student"].get("given") != masked(given_name(student)):
+        began = run["student"]
+        if began.get("given") != masked(given_name(student)) or began.get("given_files") != given_files(student):
+            return None
+        if "base_sha256" in began:  # that of the base is compared when it is loaded
             return None
         report = _report(run["report"], out)
     except (KeyError, TypeError, ValueError):  # of another version

@@ -216,6 +216,8 @@ def run_document(
     inputs: describes the data; {"caches": [`describe_cache`, ...]} for caches.
     """
     described = describe_student(student, size) | ({} if student.given is None else {"given": student.given})
+    if student.given_files is not None:
+        described["given_files"] = student.given_files
     described |= {"notes": student.notes, "vocab_size": student.vocab_size}
     return {
         "format": "fastkd-run",

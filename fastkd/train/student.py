@@ -34,6 +34,7 @@ from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
 from ..utils.factories import is_factory, made_by
+from .given import given_files, given_name
 from .in_forward import InForward
 from .inner import InnerOutputs, inner_of
 from .lora import base_type, check_trainable, frozen_names, notes_on, with_lora
@@ -83,6 +84,8 @@ class Student(nn.Module):
         """The files that it was made from, if it is a model of transformers from a folder or the Hub."""
         self.given: str | None = None
         """What it was named by, if that was a text."""
+        self.given_files: str | None = None
+        """See `given.given_files`."""
         self.base: str | None = None
         """The model whose weights it began with: its id on the Hub if it is from there, or the name of its folder."""
 
@@ -373,6 +376,7 @@ def make_student(
     if isinstance(source, LoadedStudent):
         return source
     files: ModelFiles | None = None
+    files_before = given_files(source) if isinstance(source, (str, Path)) else None
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -381,7 +385,7 @@ def make_student(
     except TeacherError as error:
         raise TrainError(f"student: {error}") from error
     if isinstance(source, (str, Path)):
-        student.given = given_name(source)
+        student.given, student.given_files = given_name(source), files_before
     if spec is not None:
         check_fits(student, tokenizer, spec, allow_other_tokenizer=settings.allow_other_tokenizer)
     return LoadedStudent(student, tokenizer)
@@ -405,11 +409,6 @@ def check_fits(
             f"{known[:12]}…): the student would be trained with other tokens than it is used with. Use the cache's "
             "tokenizer (--tokenizer), or --allow-other-tokenizer if both give the same ids."
         )
-
-
-def given_name(source: str | Path) -> str:
-    """What names a student, wherever it is said: a text, or the whole path of a folder or file."""
-    return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tuple[Student, ModelFiles | None]:

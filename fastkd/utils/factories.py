@@ -1,6 +1,7 @@
 """module:factory names: whether a string is one, and what it returns."""
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -18,8 +19,7 @@ def is_factory(name: str) -> bool:
 def made_by(name: str, error: type[Exception]) -> Any:
     """What module:factory returns. Modules are looked for where this was started, too. Raises `error`."""
     module, _, function = name.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_here()
     try:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as problem:
@@ -32,3 +32,18 @@ def made_by(name: str, error: type[Exception]) -> Any:
         raise error(
             f"{name}: the function raised {type(problem).__name__}: {problem}. It is called without arguments."
         ) from (problem)
+
+
+def module_file(name: str) -> Path | None:
+    """The source file of the module in module:factory; None if it is not found. Imports none but its packages."""
+    _look_here()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and os.path.isfile(spec.origin) else None
+
+
+def _look_here() -> None:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())

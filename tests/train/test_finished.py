@@ -1,13 +1,15 @@
 """The same call on a run that is complete: it answers from run.json, and only if it is the same."""
 
+import importlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from train_cases import SMALL, documents, make_cache, toy_objective
+from train_cases import SMALL, VOCAB, documents, llama, make_cache, toy_objective
 
 import fastkd
 import fastkd.train.api as api
@@ -125,3 +127,28 @@ def test_a_damaged_run_is_no_answer(cache: Cache, run: Path, made: list[Any]) ->
     (run / "run.json").write_text(json.dumps(document))
     assert fastkd.train(STUDENT, cache, run, control=True, **CHANGES).evaluation["cross_entropy"] > 0
     assert made
+
+
+def test_a_student_whose_files_changed_is_looked_at_again(
+    cache: Cache, tmp_path: Path, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with another config, and another source of module:factory: both are refused, as when a run resumes."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    factory, folder = tmp_path / "my_students.py", tmp_path / "mine"
+    factory.write_text("import train_cases\n\n\ndef make():\n    return train_cases.Tiny(seed=1)\n")
+    folder.mkdir()
+    (folder / "config.json").write_text(llama(vocab_size=VOCAB).to_json_string())
+    for student in ("my_students:make", str(folder)):
+        out = tmp_path / f"run of {student[-4:]}"
+        fastkd.train(student, cache, out, **CHANGES)
+        made.clear()
+        fastkd.train(student, cache, out, **CHANGES)
+        assert not made
+        if student == str(folder):
+            (folder / "config.json").write_text(llama(vocab_size=VOCAB, num_hidden_layers=1).to_json_string())
+        else:
+            factory.write_text(factory.read_text().replace("seed=1", "seed=1, bias=True"))
+            sys.modules.pop("my_students")
+            importlib.invalidate_caches()
+        with pytest.raises(TrainError, match=r"is in (this|the checkpoint's) student"):
+            fastkd.train(student, cache, out, **CHANGES)
