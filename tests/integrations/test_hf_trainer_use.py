@@ -18,8 +18,9 @@ import fastkd
 from fastkd.cache import Cache
 from fastkd.errors import TrainError
 from fastkd.evaluate.api import evaluate
-from fastkd.integrations.hf import DistillMixin, DistillTrainer
+from fastkd.integrations.hf import DistillMixin, DistillTrainer, attach
 from fastkd.integrations.hf.checks import check_processes
+from fastkd.integrations.hf.evaluation import less_is_better
 from fastkd.models.hub import load_transformers
 from fastkd.train.student import of_transformers
 
@@ -58,7 +59,7 @@ def test_the_best_model_callbacks_and_early_stopping(cache: Cache, tmp_path: Pat
     made = trainer(
         cache, tmp_path, callbacks=[Seen(), stopping], eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="cross_entropy",
-        greater_is_better=False, learning_rate=0.1, num_train_epochs=3, lr_scheduler_type="constant",
+        learning_rate=0.1, num_train_epochs=3, lr_scheduler_type="constant",
     )  # fmt: skip
     made.train()
     measured = [line["eval_cross_entropy"] for line in made.state.log_history if "eval_loss" in line]
@@ -69,6 +70,33 @@ def test_the_best_model_callbacks_and_early_stopping(cache: Cache, tmp_path: Pat
     assert seen[:3] == ["step 1", "evaluate 1 True", "step 2"]
     loaded = load_transformers().AutoModelForCausalLM.from_pretrained(made.state.best_model_checkpoint)
     assert all(torch.equal(a, made.model.state_dict()[n]) for n, a in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "greater"),
+    [("kl", False), ("eval_kl", False), ("eval_ece", False), ("perplexity", False), ("agreement", True), (None, None)],
+)
+def test_which_way_a_measure_is_better(name: str | None, greater: bool | None) -> None:
+    """transformers takes every measure for better the higher it is, unless its name ends in "loss"."""
+    from transformers import TrainingArguments
+
+    args = TrainingArguments("unused", use_cpu=True, metric_for_best_model=name)
+    less_is_better(args)
+    assert args.greater_is_better is greater
+
+
+def test_a_model_that_was_attached_before(cache: Cache, tmp_path: Path) -> None:
+    """By another trainer, of another loss: the new trainer's counts. By its user: that one, unless there is another."""
+    other = {"alpha": 0.0, "divergence": "reverse_kl"}
+    plain = trainer(cache, tmp_path, loss=other, max_steps=1)
+    plain.train()
+    model = student()
+    trainer(cache, tmp_path, model)  # not trained
+    again = trainer(cache, tmp_path, model, loss=other, max_steps=1)
+    again.train()
+    ours = trainer(cache, tmp_path, attach(student(), **other), loss={}, max_steps=1)
+    ours.train()
+    assert losses(again) == losses(ours) == losses(plain)
 
 
 def test_push_to_hub(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +150,28 @@ def test_sft_trainer(cache: Cache, tmp_path: Path, way: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights(made.model).items())
 
 
+def test_an_eval_dataset_of_ones_own(cache: Cache, tmp_path: Path) -> None:
+    """Of an SFTTrainer: with its own measures."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from fastkd.integrations.hf import DistillSFTTrainer
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 3, "labels": [[1, 2, 3, 4]] * 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own, of transformers' names
+        args = trl.SFTConfig(str(tmp_path), **(USUAL | {"max_steps": 1, "bf16": False}))
+    model = student(torch.float32)
+    made = DistillSFTTrainer(model, args, cache=cache, processing_class=tokenizer_of(), eval_dataset=rows)
+    made.train()
+    found = made.evaluate()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]])).loss
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "eval_mean_token_accuracy" in found
+    assert "forward" not in vars(model)
+
+
 def refused(message: str, cache: Any, out: Path, model: Any = None, **changes: Any) -> None:
     with pytest.raises((TrainError, fastkd.KDError), match=message):
         trainer(cache, out, model, **changes).train(resume_from_checkpoint=True)
@@ -139,6 +189,9 @@ def test_what_is_refused_before_the_first_step(cache: Cache, tmp_path: Path) -> 
         DistillTrainer(student(), arguments(tmp_path), cache=cache, objective=fastkd.train, alpha=0.3)
     with pytest.raises(TypeError, match="rate"):
         DistillTrainer(student(), arguments(tmp_path), cache=cache, rate=0.1)
+    for name, given in (("train_dataset", [1]), ("compute_loss_func", print)):
+        with pytest.raises(TrainError, match=f"{name}: got one; expected none"):
+            DistillTrainer(student(), arguments(tmp_path), cache=cache, **{name: given})
     nothing = make_cache(tmp_path / "nothing", held_out=0.0)
     refused("eval_strategy: got 'steps', and no documents of", nothing, tmp_path, eval_strategy="steps", eval_steps=1)
     with pytest.raises(TrainError, match="evaluate: no documents of"):

@@ -107,6 +107,8 @@ class Attachment:
     def __init__(self, objective: Objective, full_logits: bool) -> None:
         self.objective, self.full_logits = objective, full_logits
         self._student: Student | None = None
+        self.of_trainer = False
+        """Whether a DistillTrainer attached the model."""
         self.inside = False
         """Whether the model is called by its own forward, which is then not to compute a loss."""
 
@@ -133,6 +135,11 @@ class Attachment:
         student.read(self.objective)
         self._student = student
         return student
+
+    def use(self, model: Any, objective: Objective) -> None:
+        """Compute another objective from now on. Raises TrainError if the model lacks what it reads."""
+        self.student(model).read(objective)
+        self.objective = objective
 
     def student(self, model: Any) -> Student:
         """The student of the model that this belongs to."""

@@ -43,6 +43,20 @@ def check_arguments(args: Any) -> None:
                 )
 
 
+def check_given(given: Mapping[str, Any]) -> None:
+    """Raise TrainError for arguments of a Trainer that say what its data or its loss is."""
+    if given.get("train_dataset") is not None:
+        raise TrainError(
+            "train_dataset: got one; expected none, as a DistillTrainer trains on the sequences of its cache. Leave it "
+            "out, or capture a cache from it (fastkd.capture)."
+        )
+    if given.get("compute_loss_func") is not None:
+        raise TrainError(
+            "compute_loss_func: got one; expected none, as the loss is computed inside the forward of the model. Give "
+            "the loss as settings (alpha, temperature, divergence) or as an objective."
+        )
+
+
 def check_processes(n_gpu: int) -> None:
     """Raise TrainError for DataParallel, which divides the tensors of a micro-batch."""
     if n_gpu > 1:

@@ -61,6 +61,14 @@ def held_out_split(
     return HeldOutSplit(held.measures, held.weights, sum(int(table.sequences.sum()) for table in tables))
 
 
+def less_is_better(args: Any) -> None:
+    """Of TrainingArguments whose metric_for_best_model is a measure that is better the lower it is: greater_is_better
+    is False. transformers takes every name that does not end in "loss" for better the higher it is."""
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    if name == "kl" or (name in MEASURES and MEASURES[name].better == "lower"):
+        args.greater_is_better = False
+
+
 class _Evaluated(nn.Module):
     """An attached model, as `fastkd.evaluate` takes it."""
 

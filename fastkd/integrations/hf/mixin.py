@@ -32,11 +32,11 @@ from ...train.result import command_line, describe_cache, machine
 from ...train.settings_check import check_settings
 from ...utils.distributed import ALONE, Processes
 from .attach import LOSS_SETTINGS, attach, is_attached
-from .checks import check_arguments, check_processes, check_resume, write_state
+from .checks import check_arguments, check_given, check_processes, check_resume, write_state
 from .dataset import DistillDataset
-from .evaluation import HeldOutSplit, held_out_split
+from .evaluation import HeldOutSplit, held_out_split, less_is_better
 from .output import parts_of
-from .sft import begin_sft
+from .sft import begin_sft, forward_of_trl
 
 _Base: Any = object  # Trainer, or a subclass of it, comes after the mixin
 _DATA = ("layout", "shards_open", "threads", "skip", "max_positions", "allow_partial")
@@ -53,7 +53,7 @@ class DistillMixin(_Base):  # type: ignore[misc]
     args: TrainingArguments. An optimizer step has per_device_train_batch_size · gradient_accumulation_steps ·
         processes sequences of the cache, in the order of data_seed (or seed).
     cache: a `Cache`, what `open_cache` takes, or a mixture [(cache, weight), ...].
-    objective: an `Objective`; default: `TokenKD` of the settings.
+    objective: an `Objective`; default: `TokenKD` of the settings, or, without any, that of a model which you attached.
     full_logits: accept a model whose LM head is not one matrix; see `attach`. card_teacher: the teacher's name, for the
         model card, which does not name it otherwise.
     settings: the fields of TrainSettings that say what the loss is (alpha, temperature, divergence, treatment, beta,
@@ -85,9 +85,12 @@ class DistillMixin(_Base):  # type: ignore[misc]
         own = {name: settings.pop(name) for name in SETTINGS & settings.keys()}
         if args is not None:
             check_arguments(args)
+        check_given(settings)
         self._kd_settings = TrainSettings(**own)
         if objective is not None and (lost := sorted(own.keys() & LOSS_SETTINGS)):
             raise TrainError(f"objective: got one and {', '.join(lost)}; expected one of the two.")
+        if objective is None and not own.keys() & LOSS_SETTINGS and is_attached(model) and not model._kd.of_trainer:
+            objective = model._kd.objective
         self._kd_inputs = CacheInputs(cache)
         check_settings(self._kd_settings, self._kd_inputs.spec, objective)
         self._kd_objective = TokenKD.from_settings(self._kd_settings) if objective is None else objective
@@ -137,8 +140,11 @@ class DistillMixin(_Base):  # type: ignore[misc]
         super().__init__(model, args, **settings)
 
     def _kd_attach(self, model: Any) -> Any:
-        if not is_attached(model):
+        if is_attached(model):  # by its user, or by another trainer, of another loss
+            model._kd.use(model, self._kd_objective)
+        else:
             attach(model, self._kd_objective, full_logits=self._kd_full_logits)
+            model._kd.of_trainer = True
         self._kd_check_fits(model)
         if self.args.torch_compile:  # the layers, which are then compiled once, not once for every shape
             options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
@@ -177,6 +183,7 @@ class DistillMixin(_Base):  # type: ignore[misc]
             self._kd_buckets = up_to(BUCKETS, self.model._kd.student(self.model).max_positions)
         self.train_dataset = self._kd_open(self._train_batch_size)
         if isinstance(self.eval_dataset, HeldOutSplit):
+            less_is_better(args)
             most = self._kd_settings.evaluate_positions
             self.eval_dataset = held_out_split(
                 self._kd_inputs, self._kd_processes, batch_tokens=self._kd_settings.micro_tokens, max_positions=most,
@@ -223,9 +230,10 @@ class DistillMixin(_Base):  # type: ignore[misc]
     ) -> Any:
         """The loss of a micro-batch of a cache; of other inputs, as of a user's own eval_dataset, the Trainer's."""
         if FACTS not in inputs:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            with forward_of_trl(self):
+                return super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
         scheduled = self._kd_objective.schedule(self.state.global_step, self.state.max_steps)
         try:
             outputs = model(**inputs, kd_scheduled=scheduled)
@@ -283,6 +291,12 @@ class DistillMixin(_Base):  # type: ignore[misc]
         if not isinstance(split, HeldOutSplit):
             theirs: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return theirs
+        if self.compute_metrics is not None:
+            from transformers.utils import logging
+
+            logging.get_logger("transformers.trainer").warning_once(
+                "compute_metrics is not called for the held-out split of a cache, only for an eval_dataset of your own."
+            )
         begun, training = time.time(), self.model.training
         if len(self.accelerator._models) == 0:  # before a training, nothing is prepared
             prepare = self.accelerator.prepare if self.is_fsdp_enabled else self.accelerator.prepare_model

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer on a cache: what its constructor wants, and a training from a cache does not have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .evaluation import HeldOutSplit
@@ -25,4 +26,22 @@ def begin_sft(
     if given is None:
         trainer.eval_dataset = held_out
     # the fused LM head that TRL puts before the model's forward is of its own loss
-    vars(trainer.model).pop("forward", None)
+    trainer._kd_trl_forward = vars(trainer.model).pop("forward", None)
+
+
+@contextmanager
+def forward_of_trl(trainer: Any) -> Iterator[None]:
+    """While an SFTTrainer computes the loss of rows, as of its user's own eval_dataset: with the forward that it put
+    before the model's. Other trainers have none."""
+    forward = getattr(trainer, "_kd_trl_forward", None)
+    if forward is None:
+        yield
+        return
+    held = vars(trainer.model)
+    before = {name: held[name] for name in ("forward",) if name in held}
+    held["forward"] = forward
+    try:
+        yield
+    finally:
+        del held["forward"]
+        held.update(before)
