@@ -25,12 +25,16 @@ def topk_config(settings: CaptureSettings | CacheSpec, **changes: Any) -> TopKCo
 
 
 def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
-    """TeacherError if the teacher declares `tail_temperatures` or `max_k`, and the settings ask for more."""
+    """TeacherError if the teacher declares `tail_temperatures`, `max_k` or `max_positions`, and the settings ask for
+    more."""
     temperatures = getattr(teacher, "tail_temperatures", None)
     if temperatures is not None:  # first: a server is not asked for `max_k` in vain
         _check_tails(settings, temperatures)
     if (max_k := getattr(teacher, "max_k", None)) is not None:
         _check_topk(settings, max_k, temperatures or (1.0,), teacher.vocab_size, getattr(teacher, "max_k_is", ""))
+    longest: int | None = getattr(teacher, "max_positions", None)
+    if longest is not None and settings.context is not None and settings.context > longest:
+        raise TeacherError(f"context: got {settings.context}; expected at most {longest}, the limit of this teacher.")
 
 
 def large_k_text(k: int, draws: int, vocab_size: int) -> list[str]:

@@ -68,6 +68,8 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
         check_limits(model, settings)
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
+        check_feature_settings(settings)
+        places = find_places(model, data, settings.features)
         store = open_store(out, create=True)
         check_store(store)
         claims = Claims(store, self._rank, self._world_size)
@@ -83,8 +85,6 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         for line in large_k_text(settings.k, settings.draws, model.vocab_size):
             tell(line)
         agree_on_probe(model, store)
-        check_feature_settings(settings)
-        places = find_places(model, data, settings.features)
         plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
         check_sizes(places, plan)
         check_existing(store, spec, places, settings)

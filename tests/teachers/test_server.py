@@ -1,5 +1,6 @@
 """Servers of vLLM and SGLang as teachers: what they answer, what is refused, and what becomes of failures."""
 
+import http.server
 import json
 import random
 import socket
@@ -7,11 +8,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from capture_cases import SMALL, VOCAB, contents, documents
+from http_server import http_server
 from model_server import FAULTS, ModelServer, array_of, serving
 
 import fastkd
@@ -265,6 +268,96 @@ def test_nobody_there() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(TeacherError, match=r"cannot be reached \(ConnectError.*Start it, and check host and port"):
         _ = teacher_of(url).vocab_size
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, b"<html>Welcome</html>", {}), r"/v1/models answered with '<html>Welcome.*expected a list of models"),
+        ((200, b'{"data": 3}', {}), "expected a list of models"),
+        ((404, b"not here", {}), r"404 \(not here\)\. Is it the address of a server of vLLM"),
+        (
+            (307, b"", {"Location": "http://a:canary@there/x?canary"}),
+            r"on to http://…@there/x\?… \(status 307\).*Use the",
+        ),
+    ],
+)
+def test_something_else_at_the_address(answer: tuple[int, bytes, dict[str, str]], message: str) -> None:
+    """Said at once: it is not asked again."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(answer[0])
+            for name, value in answer[2].items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        def log_message(self, *text: Any) -> None:
+            """No log."""
+
+    with http_server(Handler) as url, pytest.raises(TeacherError, match=message) as error:
+        _ = teacher_of(url).vocab_size
+    assert "canary" not in str(error.value)
+    assert not isinstance(error.value, TeacherUnavailable)
+    assert asked == ["/v1/models"]
+
+
+def test_a_certificate_that_is_not_trusted(monkeypatch: Any) -> None:
+    teacher = teacher_of("https://host:1")
+    error = teacher.client._httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    monkeypatch.setattr(teacher.client, "_http", Mock(stream=Mock(side_effect=error)))
+    with pytest.raises(TeacherError, match=r"is not trusted \(.*Set the environment variable SSL_CERT_FILE"):
+        _ = teacher.vocab_size
+
+
+def test_a_context_that_is_too_long_and_features_leave_nothing_behind(tmp_path: Path) -> None:
+    with serving(ModelServer()) as url:
+        for changes, message in (
+            ({"context": 63}, "context: got 63; expected at most 62"),
+            ({"features": ("-1",)}, "lay"),
+        ):
+            with pytest.raises(TeacherError, match=message):
+                capture(tmp_path / "out", url, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_server_that_comes_back_with_another_model(tmp_path: Path, seed: int, clean: dict[int, str]) -> None:
+    """In the middle of a capture. Nothing of the other model is kept."""
+    server = ModelServer()
+    with serving(server) as url:
+        teacher = teacher_of(url)
+
+        def fault(number: int, tokens: list[int]) -> str:
+            if number == 12:
+                server.model = type(server.model)(seed=seed).eval()
+                teacher.client.absences += 1  # as if it had not been there
+            return ""
+
+        server.fault = fault
+        if seed == 0:  # the same one
+            assert fastkd.capture(teacher, documents(), tmp_path / "out", **SERVED).complete
+        else:
+            with pytest.raises(TeacherError, match=r"came back with another model: .*nats.*Start it with the model"):
+                fastkd.capture(teacher, documents(), tmp_path / "out", **SERVED)
+            server.model, server.fault = type(server.model)().eval(), lambda number, tokens: ""
+            assert capture(tmp_path / "out", url).complete
+    assert contents(tmp_path / "out") == clean
+
+
+def test_absences_are_counted() -> None:
+    with serving(ModelServer()) as url:
+        teacher = teacher_of(url, retries=1)
+        assert teacher.vocab_size == VOCAB
+    teacher.client._http.close()
+    teacher = teacher_of(url, retries=1)
+    teacher.client._reached = True  # it had answered
+    with pytest.raises(TeacherUnavailable, match="failed 2 times"):
+        teacher.client.ask("/version", bytes)
+    assert teacher.client.absences == 2
 
 
 def test_settings_that_a_server_does_not_have() -> None:

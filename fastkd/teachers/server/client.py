@@ -48,7 +48,8 @@ class ServerClient:
     """The client of one server. Thread-safe.
 
     url: http(s)://host:port, with or without /v1 at the end. pause: waits for a number of seconds, or until an event.
-    figures: requests, retries, bytes and parse_seconds so far. in_flight: requests, and tokens in them.
+    figures: requests, retries, bytes and parse_seconds so far. in_flight: requests, and tokens in them. absences: how
+    often a server that had answered could not be reached.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ServerClient:
         weakref.finalize(self, self._http.close)
         self.figures = {"requests": 0.0, "retries": 0.0, "bytes": 0.0, "parse_seconds": 0.0}
         self.in_flight = [0, 0]
+        self.absences = 0
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
         self._threads = 0
@@ -122,6 +124,9 @@ class ServerClient:
                     raise self._refusal(answered.status, problem)
                 pause = pause if answered.retry_after is None else answered.retry_after
             except self._httpx.TransportError as error:
+                if isinstance(error, self._httpx.ConnectError):
+                    with self._lock:
+                        self.absences += 1
                 problem = self._masked(brief(error))
             except BadAnswer as error:
                 problem = self._masked(str(error))
@@ -178,15 +183,27 @@ class ServerClient:
                         raise BadAnswer(f"a body of more than {limit:,} bytes")
                     if time.monotonic() > end:
                         raise self._httpx.ReadTimeout(f"a body that took more than {self._options.timeout:g} s")
+                if 300 <= response.status_code < 400:
+                    there = without_credentials(response.headers.get("location", "another place"))
+                    raise TeacherError(
+                        f"{self.shown}: the server sends requests for {path} on to {self._masked(there)} (status "
+                        f"{response.status_code}), and a token is not sent to where it was not meant for. Use the "
+                        "address that it names."
+                    )
                 after = _retry_after(response.headers.get("retry-after"))
                 self._reached = True
                 return Answered(response.status_code, b"".join(parts), after)
         except self._httpx.ConnectError as error:
             if self._reached:
                 raise
+            told = self._masked(brief(error))
+            if "CERTIFICATE_VERIFY_FAILED" in told:
+                raise TeacherError(
+                    f"{self.shown}: the server's certificate is not trusted ({told}). Set the environment variable "
+                    "SSL_CERT_FILE to a file with the certificate of who signed it."
+                ) from error
             raise TeacherError(
-                f"{self.shown}: the server cannot be reached ({self._masked(brief(error))}). Start it, and check host "
-                "and port."
+                f"{self.shown}: the server cannot be reached ({told}). Start it, and check host and port."
             ) from error
 
     def message(self, answered: Answered) -> str:
@@ -209,7 +226,8 @@ class ServerClient:
                 f"{self.shown}: {problem}; expected {what}. Set an environment variable to it, and give its name: "
                 "--teacher-options token_env=NAME."
             )
-        return TeacherError(f"{self.shown}: the server refused a request: {problem}.")
+        advice = " Is it the address of a server of vLLM or SGLang, http(s)://HOST:PORT?" if status == 404 else ""
+        return TeacherError(f"{self.shown}: the server refused a request: {problem}.{advice}")
 
     def _masked(self, text: str) -> str:
         return text.replace(self._token, "…") if self._token else text

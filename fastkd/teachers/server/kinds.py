@@ -15,7 +15,7 @@ KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
 def find_api(client: ServerClient, options: ServerOptions) -> tuple[Any, Served]:
     """Which kind of server this is, and what it says. TeacherError if it is none that is known, serves several models
     of which none was named, or does not serve the one that was."""
-    models = client.ask("/v1/models", _models)
+    models = client.ask("/v1/models", lambda body: _models(client, body))
     names = [str(model.get("id")) for model in models]
     if options.model is None and len(models) != 1:
         raise TeacherError(
@@ -37,8 +37,15 @@ def find_api(client: ServerClient, options: ServerOptions) -> tuple[Any, Served]
     return KINDS[kind], KINDS[kind].describe(client, model)
 
 
-def _models(body: bytes) -> list[dict[str, Any]]:
-    found = json_object(body).get("data")
+def _models(client: ServerClient, body: bytes) -> list[dict[str, Any]]:
+    try:
+        found = json_object(body).get("data")
+    except BadAnswer:
+        found = None
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise BadAnswer("no list of models")
+        start = " ".join(body[:40].decode("utf-8", "replace").split())
+        raise TeacherError(
+            f"{client.shown}: /v1/models answered with {start!r}…; expected a list of models, as a server of vLLM or "
+            "SGLang has it. Check host and port."
+        )
     return found

@@ -5,9 +5,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePath
 from typing import Any
 
@@ -52,6 +52,8 @@ class ServerTeacher:
         self.notes: list[str] = []
         self._k: int | None = None
         self._begun = time.monotonic()
+        self._absences = 0
+        self._asked_again: Future[Entries] | None = None
 
     @cached_property
     def _found(self) -> tuple[Any, Served]:
@@ -107,12 +109,11 @@ class ServerTeacher:
 
     @cached_property
     def _probe(self) -> list[dict[str, float]]:
+        return _rows(self._ask_probe(threading.Event()).result())
+
+    def _ask_probe(self, stop: threading.Event) -> Future[Entries]:
         tokens = [(7919 * i * i + 104729 * i) % self.vocab_size for i in range(_PROBE_TOKENS)]
-        entries = self._ask(tokens, min(_PROBE_K, self.max_k), threading.Event()).result()
-        return [
-            {str(token): round(float(logprob), 4) for token, logprob in zip(*row, strict=True) if logprob > -np.inf}
-            for row in zip(entries.ids, entries.logprobs, strict=True)
-        ]
+        return self._ask(tokens, min(_PROBE_K, self.max_k), stop)
 
     def probe(self) -> list[dict[str, float]]:
         """What it says on fixed tokens: for each, the log-probabilities of the likely next ones, by id."""
@@ -122,21 +123,40 @@ class ServerTeacher:
         """In a sentence, what makes a probe one of another model; "" if it is this model's, as far as one can tell, and
         then it is taken as its own: batches and hardware change the last digits."""
         try:
-            theirs = [max(row.items(), key=lambda entry: entry[1]) for row in value]
-            lost = [
-                abs(ours.get(token, logprob - _LOST) - logprob)
-                for (token, logprob), ours in zip(theirs, self._probe, strict=True)
-            ]
+            mean = _difference(value, self._probe)
         except (AttributeError, TypeError, ValueError):
             return "its record of the teacher cannot be read"
-        if (mean := float(np.mean(lost))) <= _SAME:
+        if mean <= _SAME:
             self._probe = value
             self.__dict__.pop("fingerprint", None)
             return ""
         return (
-            f"the server's model is another one: its log-probabilities of {len(lost)} tokens differ by {mean:.2g} nats "
-            f"on average from those that the cache was begun with; expected at most {_SAME:g}"
+            f"the server's model is another one: its log-probabilities of {len(value)} tokens differ by {mean:.2g} "
+            f"nats on average from those that the cache was begun with; expected at most {_SAME:g}"
         )
+
+    def check_returned(self, stop: threading.Event, timeout: float | None) -> None:
+        """If the server was away for a while: TeacherError if another model came back. TimeoutError if it has not
+        answered within the seconds."""
+        if self._asked_again is None:
+            if "_probe" not in self.__dict__ or self._absences == self.client.absences:
+                return
+            self._absences, self._asked_again = self.client.absences, self._ask_probe(stop)
+        asked = self._asked_again
+        if wait([asked], timeout).not_done:
+            raise TimeoutError
+        self._asked_again = None
+        try:
+            mean = _difference(self._probe, _rows(asked.result()))
+        except BaseException:
+            self._absences = -1  # it is asked again
+            raise
+        if mean > _SAME:
+            raise TeacherError(
+                f"{self.client.shown}: the server was away and came back with another model: its log-probabilities of "
+                f"{_PROBE_TOKENS} tokens differ by {mean:.2g} nats on average from those before; expected at most "
+                f"{_SAME:g}. Start it with the model that it had, and run the same command again."
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +211,7 @@ class ServerTeacher:
                 )
         stop = threading.Event()
         asked = [self._ask(tokens[:length], k, stop) for tokens, length in zip(rows, lengths, strict=True)]
-        return BegunBatch(asked, stop, inputs.shape[1], k, self.device)
+        return BegunBatch(asked, stop, inputs.shape[1], k, self.device, partial(self.check_returned, stop))
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """Requests and tokens in flight, and retries so far."""
@@ -223,12 +243,34 @@ class ServerTeacher:
         )
 
 
+def _rows(entries: Entries) -> list[dict[str, float]]:
+    """Of each position, the log-probabilities by id."""
+    return [
+        {str(token): round(float(logprob), 4) for token, logprob in zip(*row, strict=True) if logprob > -np.inf}
+        for row in zip(entries.ids, entries.logprobs, strict=True)
+    ]
+
+
+def _difference(before: Any, now: list[dict[str, float]]) -> float:
+    """By how many nats the log-probability of each position's likeliest token has changed, on average."""
+    best = [max(row.items(), key=lambda entry: entry[1]) for row in before]
+    lost = [abs(row.get(token, logprob - _LOST) - logprob) for (token, logprob), row in zip(best, now, strict=True)]
+    return float(np.mean(lost))
+
+
 class BegunBatch:
     """The requests of a batch; see `teachers.protocol.Begun`."""
 
     def __init__(
-        self, rows: list[Future[Entries]], stop: threading.Event, length: int, k: int, device: torch.device
+        self,
+        rows: list[Future[Entries]],
+        stop: threading.Event,
+        length: int,
+        k: int,
+        device: torch.device,
+        check: Callable[[float | None], None],
     ) -> None:
+        self._check = check
         self._rows, self._stop, self._shape, self._device = rows, stop, (len(rows), length, k), device
 
     def result(self, timeout: float | None = None) -> TopK:
@@ -243,6 +285,7 @@ class BegunBatch:
             raise error
         if waiting:
             raise TimeoutError
+        self._check(timeout)
         ids = np.zeros(self._shape, np.int64)
         logprobs = np.full(self._shape, -np.inf, np.float32)
         for row, future in enumerate(self._rows):
