@@ -79,6 +79,11 @@ def written_by_fastkd(text: str) -> bool:
     return seal is not None and hashlib.sha256(text[: seal.start()].encode()).hexdigest() == seal[1]
 
 
+def is_template(text: str) -> bool:
+    """Whether a card is the Hub's template, as PEFT saves it with an adapter, with nothing filled in."""
+    return "\n# Model Card for Model ID\n" in text
+
+
 def last_part(place: str) -> str:
     """The last part of a path or a URL: its name, without where it lies."""
     return re.split(r"[/\\]", place.partition("?")[0].rstrip("/\\"))[-1] or "…"

@@ -8,7 +8,7 @@ from typing import Any
 from ..settings import ShareSettings
 from ..utils.atomic import write_text
 from .arms import CONTROL, WITHOUT_FEATURES
-from .card import model_card, written_by_fastkd
+from .card import is_template, model_card, written_by_fastkd
 from .held_out import EVALUATION
 from .lora import MERGED
 from .result import CARD, RUN, STUDENT, STUDENTS
@@ -64,7 +64,7 @@ def write_card(folder: Path, run: Mapping[str, Any], **about: Any) -> None:
     library = next((name for file, name in _LIBRARIES.items() if (folder / file).exists()), None)
     text, path = model_card(run, library=library, **about), folder / CARD
     there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if there is None or (there != text and written_by_fastkd(there)):
+    if there is None or is_template(there) or (there != text and written_by_fastkd(there)):
         write_text(path, text)
 
 

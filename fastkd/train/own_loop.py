@@ -49,7 +49,14 @@ def backward(module: nn.Module, step: Step, **scheduled: Any) -> dict[str, Tenso
     the last micro-batch. DDP and FSDP2 average them over processes, and a step's loss is divided by its positions on
     all of them: so the loss is multiplied by the number of processes. scheduled: numbers that change during the
     training, as 0-d tensors (alpha, temperature).
+
+    Raises TrainError for a model that is not in `distill_module`, or something else than a `Step`.
     """
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    if hasattr(inner, "get_output_embeddings"):
+        raise TrainError(f"backward: got a {type(inner).__name__}; expected distill_module(model), which has its loss.")
+    if not isinstance(step, Step):
+        raise TrainError(f"backward: got a {type(step).__name__}; expected a Step, which a DistillLoader yields.")
     if isinstance(module, DistributedDataParallel):
         processes = dist.get_world_size(module.process_group)
     else:

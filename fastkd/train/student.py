@@ -132,12 +132,22 @@ class Student(nn.Module):
                 f"objective: {type(objective).__name__} needs the signal {missing[0]!r}, which the source's "
                 f"{type(batch).__name__} lacks."
             )
+        self.check_width(batch)
         with self._autocast(batch.device):
             output = self.run(batch)
             if self.live is not None:
                 batch = self.live.answer(batch, output, self)
             outputs = self.outputs(batch, output)
             return dict(check_losses(objective, objective.losses(batch, outputs, num_items=num_items, **scheduled)))
+
+    def check_width(self, batch: AnyBatch) -> None:
+        """Raise TrainError for a micro-batch of a teacher with more logits than the student."""
+        targets = getattr(batch, "targets", None)
+        if targets is not None and targets.vocab_size > self.vocab_size:
+            raise TrainError(
+                f"{self.name}: got a vocabulary of {self.vocab_size}; expected at least {targets.vocab_size}, that of "
+                "the teacher, whose targets the micro-batch has."
+            )
 
     @torch.no_grad()
     def answered(self, batch: AnyBatch) -> AnyBatch:

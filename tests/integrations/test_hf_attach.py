@@ -13,7 +13,7 @@ from hf_cases import model_of
 from torch.utils.data import DataLoader
 from train_cases import Tiny, Toy, make_cache
 
-from fastkd import DistillLoader, linear_kd_loss
+from fastkd import DistillLoader, backward, distill_module, linear_kd_loss
 from fastkd.cache import Cache
 from fastkd.errors import StreamError, TrainError
 from fastkd.integrations.hf import DistillDataset, attach, detach
@@ -114,6 +114,20 @@ class Twice(torch.nn.Module):
 
     def forward(self, states: Any) -> Any:
         return 2 * self.head(states) + 1
+
+
+def test_what_a_step_is_refused_for(step: Any) -> None:
+    """A vocabulary that does not fit, which is seen without the cache; and what is mixed up in a loop of one's own."""
+    narrow = "LlamaForCausalLM: got a vocabulary of 50; expected at least 96"
+    with pytest.raises(TrainError, match=narrow):
+        attach(model_of("llama", vocab_size=50))(**batch_to_tensors(step.micro_batches[0]))
+    with pytest.raises(TrainError, match=narrow):
+        backward(distill_module(model_of("llama", vocab_size=50)), step)
+    model = model_of("llama")
+    with pytest.raises(TrainError, match=r"got a LlamaForCausalLM; expected distill_module\(model\)"):
+        backward(model, step)
+    with pytest.raises(TrainError, match="got a MicroBatch; expected a Step"):
+        backward(distill_module(model), step.micro_batches[0])
 
 
 def test_what_is_refused(step: Any) -> None:

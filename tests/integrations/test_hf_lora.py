@@ -61,6 +61,16 @@ def test_what_is_saved_is_an_adapter_folder(cache: Cache, tmp_path: Path) -> Non
     folder = tmp_path / "run"
     assert not (folder / "model.safetensors").exists()
     assert (folder / "checkpoint-5" / "adapter_model.safetensors").exists()
+    # PEFT saves an empty template as the card; ours takes its place, and what a person wrote stays
+    made.create_model_card()
+    card = (folder / "README.md").read_text()
+    assert cache.spec.hash in card
+    made.save_model()
+    assert (folder / "README.md").read_text() == card
+    (folder / "README.md").write_text("mine")
+    made.save_model()
+    made.create_model_card()
+    assert (folder / "README.md").read_text() == "mine"
     tokens = torch.arange(9)[None]
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():

@@ -158,6 +158,7 @@ class Attachment:
 
         student = self.student(model)
         batch = batch_of_tensors({name: one for name, one in given.items() if name not in _SWITCHES})
+        student.check_width(batch)
         device = batch.device.type
         student.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.inside = True

@@ -28,8 +28,9 @@ from ...train.cards import write_card
 from ...train.inputs import CacheInputs
 from ...train.objective import Objective, TokenKD
 from ...train.parallel import compile_layers
-from ...train.result import command_line, describe_cache, machine
+from ...train.result import CARD, command_line, describe_cache, machine
 from ...train.settings_check import check_settings
+from ...utils.atomic import write_text
 from ...utils.distributed import ALONE, Processes
 from .attach import LOSS_SETTINGS, attach, is_attached
 from .checks import check_arguments, check_given, check_processes, check_resume, write_state
@@ -362,6 +363,13 @@ class DistillMixin(_Base):  # type: ignore[misc]
             run = self._get_output_dir(trial=kwargs.get("trial", args[1] if len(args) > 1 else None))
             write_state(Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self._kd_state())
         super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        path = Path(output_dir or self.args.output_dir) / CARD
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+        super()._save(output_dir, state_dict)
+        if before is not None:  # PEFT adds lines to a card that is there, which would then pass for a person's
+            write_text(path, before)
 
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """Write README.md, as `fastkd train` does: what the student was distilled from, and its last evaluation. A card
