@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray_cases
@@ -178,6 +179,12 @@ def test_no_ray_and_no_cluster_are_one_sentence(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setenv("RAY_ADDRESS", address)
             with pytest.raises(ClusterError, match=words), connected():
                 pass
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", Mock(side_effect=ConnectionError("Failed to connect to 10.0.0.1:1")))
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it wants a token, which Ray says in its log alone
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ClusterError, match=r"to 10\.0\.0\.1:1\. Start one.*set RAY_AUTH_MODE=token"), connected():
+            pass
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ClusterError, match=r"not installed.*pip install 'fastkd\[ray\]'"), connected():
         pass

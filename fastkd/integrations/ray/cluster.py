@@ -62,11 +62,19 @@ def _connect(ray: Any, address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise ClusterError(f"ray: no cluster at {masked(address)!r}: {why} {_START}") from error
+        raise ClusterError(_no_cluster(address, error)) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _no_cluster(address: str, error: Exception) -> str:
+    """In a sentence or two, that there is no cluster, and what to do."""
+    text = f"ray: no cluster at {masked(address)!r}: {str(error).partition(chr(10))[0].rstrip('. ')}. {_START}"
+    # Ray says that a token is missing in its log alone, and does not send one to an address that is named
+    if type(error) is ConnectionError and address != "auto" and os.environ.get("RAY_AUTH_MODE") != "token":
+        text += " If the cluster was started with a token (~/.ray/auth_token), set RAY_AUTH_MODE=token here."
+    return text
 
 
 def _check_reachable(address: str) -> None:
@@ -83,7 +91,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(f"ray: no cluster at {masked(address)!r}: {error}. {_START}") from error
+        raise ClusterError(_no_cluster(address, error)) from error
 
 
 def resources_of(ray: Any, cpus: float, gpus: float | None) -> Resources:
