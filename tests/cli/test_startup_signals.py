@@ -29,7 +29,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Pa
     train = ["--student", "train_cases:tiny", "--cache", str(cache), "--steps", "100000", "--out"]
     capture = ["--teacher", "train_cases:tiny", "--data", "test_startup_signals:data", "--out"]
     return {
-        "capture": lambda out: ["capture", *capture, str(out), "--shard-positions", "64"],
+        "capture": lambda out: ["capture", *capture, str(out), "--context", "64", "--shard-positions", "64"],
         "train": lambda out: ["train", *train, str(out)],
         "sweep": lambda out: ["sweep", *train, str(out), "--alpha", "0", "1"],
     }
