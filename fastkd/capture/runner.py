@@ -258,6 +258,10 @@ class CaptureRunner(ShardRunner):
 def capture_text(report: CaptureReport) -> str:
     """What a capture did, and what remains to be done."""
     totals = report.plan
+    if not totals["shards"] and not report.complete:  # of workers elsewhere, of which none has told its plan
+        return (
+            printable(f"{report.cache}: stopped before the first shard") + "\nRun the same command again to continue."
+        )
     lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
     lines[0] += (
         ", complete and sealed" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"

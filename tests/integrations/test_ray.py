@@ -25,6 +25,7 @@ from train_cases import make_cache
 import fastkd
 import fastkd.integrations.ray as on_ray
 from fastkd.cache import verify_cache
+from fastkd.capture.runner import capture_text
 from fastkd.cli.main import main
 from fastkd.errors import ClusterError, TrainError
 from fastkd.integrations.ray.cluster import connected
@@ -166,6 +167,11 @@ def test_errors_of_a_worker_are_raised_here(ray: Any, tmp_path: Path, capsys: py
     command = [word.replace("ray_cases:data", str(tmp_path / "nothing.txt")) for word in COMMAND]
     assert main([*command, str(tmp_path / "cache")]) == 1
     assert "nothing.txt" in capsys.readouterr().err
+
+
+def test_the_text_of_a_run_that_was_stopped_before_its_plan() -> None:
+    report = Mock(cache="a-cache", complete=False, missing=[], plan={"positions": 0, "shards": 0})
+    assert capture_text(report) == "a-cache: stopped before the first shard\nRun the same command again to continue."
 
 
 def test_no_ray_and_no_cluster_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
