@@ -372,7 +372,7 @@ def test_places_that_hold_no_teacher(tmp_path: Path) -> None:
         (tmp_path / "model.bin", "expected a .gguf file"),
         (tmp_path / "ggufs", r"Name one of them: .*a\.gguf"),
         (tmp_path / "ggufs" / "a.gguf", "transformers cannot load it"),
-        (adapter, "an adapter"),
+        (adapter, "got no base_model_name_or_path"),
     ):
         with pytest.raises(TeacherError, match=message) as error:
             load_hf(place)
