@@ -65,7 +65,7 @@ class Teacher(torch.nn.Module):
 
 
 def documents(shards: int) -> list[list[int]]:
-    """Documents of whole windows, for so many shards."""
+    """Documents of whole windows, that fill this number of shards."""
     numbers = np.random.default_rng(0).integers(0, VOCAB, (shards * SHARD // CONTEXT, CONTEXT))
     return [row.tolist() for row in numbers]
 
@@ -121,7 +121,7 @@ def verify(url: str) -> None:
 
 
 def run(workers: int, shards: int, kills: int, *, seed: int = 0) -> Found:
-    """Fill a cache by so many workers."""
+    """Fill a cache with this number of workers."""
     fork, generator = multiprocessing.get_context("fork"), random.Random(seed)
     server = S3Server(LATENCY, RATE, seed)
     os.environ.update(server.environment())

@@ -1,4 +1,4 @@
-"""A cache in TRL's SFTTrainer: what is yours in a subclass of it stays, and no dataset of text is needed.
+"""A cache in TRL's SFTTrainer: your own subclass of it keeps working, and no dataset of text is needed.
 
     pip install 'fastkd[hf,trl]'
     fastkd capture --teacher HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --loss-on assistant --out my-cache

@@ -3,8 +3,8 @@
     python examples/lightning_module.py build/lightning
     torchrun --nproc-per-node 2 examples/lightning_module.py build/lightning-2
 
-Lightning saves the loader's position with its checkpoints and restores it: `trainer.fit(module, ckpt_path=...)` goes on
-with the next step, also in the middle of an epoch. Run it again, and it resumes.
+Lightning saves the loader's position with its checkpoints and restores it: `trainer.fit(module, ckpt_path=...)`
+continues with the next step, also in the middle of an epoch. Run it again, and it resumes.
 """
 
 import os

@@ -22,7 +22,7 @@ class TeacherError(_MaskedError):
 
 
 class TeacherUnavailable(TeacherError):
-    """A teacher that does not answer now, such as a server that is down: the same call goes on later."""
+    """A teacher that does not answer now, such as a server that is down: the same call resumes later."""
 
 
 class ExportError(_MaskedError):

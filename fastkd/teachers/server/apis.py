@@ -1,6 +1,7 @@
 """What a server of a kind is asked, and what its answers mean: the interface, and what the kinds share."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from .client import BadAnswer, ServerClient
 
 OUT_OF_VOCABULARY = 2**31 - 1  # a token id that no model has
+TOKENIZE = "/tokenize"  # where token ids of a text are asked for, on all kinds
+ENTRY_BYTES = 256  # of an answer, for each entry, at most
 UNUSED = -9999.0  # and below: how servers write log 0, which JSON lacks
 
 
@@ -44,8 +47,6 @@ class Api(Protocol):
 
     PATH: str
     """Where log-probabilities are asked for."""
-    BYTES: int
-    """Of an answer, for each entry, at most."""
     MAX_K_IS: str
     """What limits the entries, and what to do about it."""
 
@@ -63,10 +64,6 @@ class Api(Protocol):
         there."""
         ...
 
-    def tokenize(self, served: Served, text: str) -> tuple[str, bytes]:
-        """The path and the body that ask for the token ids of a text, without special tokens."""
-        ...
-
 
 def whole_number(value: Any) -> int | None:
     """The value if it is a positive integer."""
@@ -82,6 +79,18 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadAnswer(f"a body with a {type(found).__name__}; expected a JSON object")
     return found
+
+
+def limit_in_refusal(client: ServerClient, path: str, body: Any, pattern: re.Pattern[str]) -> int | None:
+    """The number that a server names when it refuses this request, which no server grants; None if it names none."""
+    answered = client.send(path, to_json(body))
+    found = pattern.search(client.message(answered)) if answered.status == 400 else None
+    return int(found[1]) if found else None
+
+
+def tokenize_request(served: Served, text: str) -> bytes:
+    """The body that asks `TOKENIZE` for the token ids of a text, without special tokens."""
+    return to_json({"model": served.model, "prompt": text, "add_special_tokens": False})
 
 
 def token_ids(body: bytes) -> list[int]:

@@ -20,13 +20,13 @@ from .apis import (
     check_count,
     decoder,
     json_object,
+    limit_in_refusal,
     to_json,
     whole_number,
 )
 from .client import BadAnswer, ServerClient
 
 PATH = "/generate"
-BYTES = 256
 MAX_K_IS = "the entries of this server's answers."
 
 _VOCABULARY = re.compile(r"valid range is \[0, (\d+)\)")
@@ -67,23 +67,19 @@ def describe(client: ServerClient, model: dict[str, Any]) -> Served:
     """What the server says, some of it when it refuses what no server grants."""
     info = _first(client, "/model_info", "/get_model_info")
     server = _first(client, "/server_info", "/get_server_info")
-    body = to_json(
-        {
-            "input_ids": [0],
-            "sampling_params": {"max_new_tokens": 1},
-            "return_logprob": True,
-            "token_ids_logprob": [OUT_OF_VOCABULARY],
-        }
-    )
-    answered = client.send(PATH, body)
-    found = _VOCABULARY.search(client.message(answered)) if answered.status == 400 else None
+    body = {
+        "input_ids": [0],
+        "sampling_params": {"max_new_tokens": 1},
+        "return_logprob": True,
+        "token_ids_logprob": [OUT_OF_VOCABULARY],
+    }
     version = str(info.get("weight_version") or "")
     return Served(
         engine=f"SGLang {server.get('version', '')}".strip(),
         model=str(model["id"]),
         root=str(info.get("model_path") or ""),
         max_length=whole_number(model.get("max_model_len")),
-        vocab_size=int(found[1]) if found else None,
+        vocab_size=limit_in_refusal(client, PATH, body, _VOCABULARY),
         version="" if version == "default" else version,
     )
 
@@ -115,12 +111,6 @@ def parse(body: bytes, length: int, k: int) -> Entries:
     bad = np.isnan(logprobs[:, :k])
     kept = np.where(used | bad, logprobs[:, :k], -np.inf)
     return Entries(np.where(used, ids[:, :k], 0).astype(np.int32), kept.astype(np.float32))
-
-
-def tokenize(served: Served, text: str) -> tuple[str, bytes]:
-    """See `Api`."""
-    body = {"model": served.model, "prompt": text, "add_special_tokens": False}
-    return "/tokenize", to_json(body)
 
 
 def _flat(meta: Any, length: int) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from ...errors import TeacherError
 from ...models.protocol import TopK
 from ...models.tokenizers import Tokenizer
 from ...utils.numbers import size_text
-from .apis import Entries, Served, token_ids
+from .apis import ENTRY_BYTES, TOKENIZE, Entries, Served, token_ids, tokenize_request
 from .client import ServerClient
 from .kinds import find_api
 from .options import ServerOptions
@@ -171,17 +171,17 @@ class ServerTeacher:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """TeacherError if the server's tokenizer gives other ids to some texts; a note if it does not say."""
-        api, served = self._found
+        served = self.served
         for text in _TEXTS:
-            path, body = api.tokenize(served, text)
-            answered = self.client.send(path, body)
+            body = tokenize_request(served, text)
+            answered = self.client.send(TOKENIZE, body)
             if answered.status in (404, 405, 501):
                 self.notes.append(
-                    f"the server has no {path}, so its tokenizer was not compared with {tokenizer.name}: make sure "
+                    f"the server has no {TOKENIZE}, so its tokenizer was not compared with {tokenizer.name}: make sure "
                     "that both give the same ids."
                 )
                 return
-            theirs = self.client.ask(path, token_ids, body)
+            theirs = self.client.ask(TOKENIZE, token_ids, body)
             if (ours := tokenizer.encode_chat(text)) != theirs:
                 at = next(
                     (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
@@ -238,7 +238,7 @@ class ServerTeacher:
             # one token more: what follows the last one is asked for as all others are
             lambda: api.request(served, [*tokens, tokens[0]], k),
             tokens=length,
-            limit=(length + 2) * (k + 1) * api.BYTES + 2**20,
+            limit=(length + 2) * (k + 1) * ENTRY_BYTES + 2**20,
             stop=stop,
         )
 

@@ -18,13 +18,13 @@ from .apis import (
     check_count,
     decoder,
     json_object,
+    limit_in_refusal,
     to_json,
     whole_number,
 )
 from .client import BadAnswer, ServerClient
 
 PATH = "/v1/completions"
-BYTES = 256
 MAX_K_IS = "as the server was started with --max-logprobs of that. Start it with a larger one, or use a smaller --k."
 
 _VOCABULARY = re.compile(r"Vocabulary size:\s*(\d+)")
@@ -48,10 +48,7 @@ def describe(client: ServerClient, model: dict[str, Any]) -> Served:
     name = str(model["id"])
 
     def refused(pattern: re.Pattern[str], **options: Any) -> int | None:
-        body = to_json({"model": name, "prompt": [0], "max_tokens": 1, **options})
-        answered = client.send(PATH, body)
-        found = pattern.search(client.message(answered)) if answered.status == 400 else None
-        return int(found[1]) if found else None
+        return limit_in_refusal(client, PATH, {"model": name, "prompt": [0], "max_tokens": 1, **options}, pattern)
 
     return Served(
         engine=f"vLLM {version}".strip(),
@@ -109,9 +106,3 @@ def pack(ids: Any, logprobs: Any, row: Any, length: int, k: int) -> Entries:
     found.ids[row[used], place[used]] = ids[used]
     found.logprobs[row[used], place[used]] = logprobs[used]
     return found
-
-
-def tokenize(served: Served, text: str) -> tuple[str, bytes]:
-    """See `Api`."""
-    body = {"model": served.model, "prompt": text, "add_special_tokens": False}
-    return "/tokenize", to_json(body)
