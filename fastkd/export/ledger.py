@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from ..utils.atomic import unsealed, write_json
+from ..utils.atomic import read_sealed, write_json
 
 NAME = "fastkd-export.json"
 
@@ -36,7 +36,7 @@ class Ledger:
 
     def _read(self) -> None:
         try:
-            found = unsealed(json.loads(self._path.read_text()))
+            found = read_sealed(self._path)
             before, samples = found["settings"], {int(shard): int(n) for shard, n in found["samples"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExportError(f"{self._path}: it is damaged ({error}). Export into a new folder.") from error

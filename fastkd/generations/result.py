@@ -1,6 +1,5 @@
 """The results of several generations: each student against the control, and against the one before."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from ..errors import TrainError
 from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import LOG, MEASURES, printed_in
 from ..train.verdict import verdict
-from ..utils.atomic import unsealed
+from ..utils.atomic import read_sealed
 from ..utils.intervals import Interval, to_json
 from ..utils.numbers import difference_text
 from ..utils.signals import DONE, WORK_REMAINS
@@ -142,7 +141,7 @@ def generations_text(report: GenerationsReport) -> str:
 def read_json(path: Path) -> Any:
     """A JSON document, or None if there is no such file. TrainError if it is damaged."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+        return read_sealed(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -26,7 +26,7 @@ from ..cache.spec import CODECS, CacheSpec
 from ..data.columns import LOSS_MASK, TEXT_SETTINGS
 from ..errors import StreamError
 from ..settings import CaptureSettings
-from ..utils.atomic import PART, unsealed, write_json
+from ..utils.atomic import PART, read_sealed, write_json
 
 FOLDER, SETTINGS = "rollouts", "rollouts.json"
 _VERSION = 1
@@ -92,7 +92,7 @@ class Rounds:
             {"version": _VERSION, "student": student, **self._settings, "run": self._run},
         )
         try:
-            theirs = unsealed(json.loads(path.read_text(encoding="utf-8")))
+            theirs = read_sealed(path)
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)

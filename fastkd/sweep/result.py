@@ -11,7 +11,6 @@ An arm is distinguishable from the best if the difference is larger than both. E
 a correction for the number of arms: the best of many equal arms looks better than it is.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,7 @@ from ..settings import TrainSettings
 from ..train.held_out import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
 from ..train.settings_check import check_same, stated
-from ..utils.atomic import unsealed
+from ..utils.atomic import read_sealed
 from ..utils.intervals import t_quantile
 from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
@@ -317,7 +316,7 @@ def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
 def read_document(path: Path) -> Any:
     """A JSON document, or None if there is no such file."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+        return read_sealed(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -38,11 +38,11 @@ from ..utils.atomic import (
     PART,
     commit_folder,
     drop_folder,
+    read_sealed,
     remove_folder,
     sealed,
     start_folder,
     temporary_folder,
-    unsealed,
 )  # fmt: skip
 from ..utils.distributed import ALONE, Processes, is_dtensor
 
@@ -179,7 +179,7 @@ def read(run: Path, step: int, *, verify: bool = True) -> Checkpoint | str:
     """
     folder = run / FOLDER / f"step-{step:08d}"
     try:
-        document = unsealed(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        document = read_sealed(folder / STATE)
     except (OSError, ValueError, RecursionError) as error:
         return f"{STATE} cannot be read ({error})"
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import TrainSettings
-from ..utils.atomic import unsealed
+from ..utils.atomic import read_sealed
 from ..utils.intervals import Interval
 from ..utils.secrets import masked
 from .arms import CONTROL
@@ -60,7 +60,7 @@ def _all_there(out: Path, report: TrainReport) -> bool:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = unsealed(json.loads(path.read_text()))
+        found: dict[str, Any] = read_sealed(path)
     except (OSError, ValueError):
         return None
     return found

@@ -99,6 +99,12 @@ def write_json(final: Path, document: Any, *, indent: int | None = 1) -> None:
     write_text(final, json.dumps(document, indent=indent, allow_nan=False) + "\n")
 
 
+def read_sealed(path: Path) -> Any:
+    """A JSON document as it was given to `write_json`. Raises OSError, ValueError (also if it has changed since) and
+    RecursionError."""
+    return unsealed(json.loads(path.read_text(encoding="utf-8")))
+
+
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document as JSON returns it, with a sha256 of its contents, so that `unsealed` notices a changed bit."""
     plain: dict[str, Any] = json.loads(json.dumps({n: value for n, value in document.items() if n != _SHA256}))

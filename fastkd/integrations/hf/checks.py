@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import TrainError
 from ...train.settings_check import check_same
-from ...utils.atomic import unsealed, write_json
+from ...utils.atomic import read_sealed, write_json
 
 STATE = "fastkd.json"
 """Beside trainer_state.json in a checkpoint: what the run was begun with."""
@@ -78,7 +78,7 @@ def check_resume(folder: Path, ours: Mapping[str, Any]) -> None:
 
     path = folder / STATE
     try:
-        document = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        document = read_sealed(path)
     except FileNotFoundError as error:
         raise TrainError(
             f"{folder}: got a checkpoint without {STATE}, so not of a DistillTrainer; expected one that knows its "
