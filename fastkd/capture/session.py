@@ -13,7 +13,7 @@ from ..settings import CaptureSettings
 from ..teachers.load import as_data, as_teacher
 from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
-from ..utils.progress import MODES, Mode, Progress
+from ..utils.progress import MODES, Mode, notes_only
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
 from .begin import begin_cache
@@ -74,7 +74,7 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         check_store(store)
         claims = Claims(store, self._rank, self._world_size)
         mode = progress if group is None or group.leader else "none"
-        reporter = Progress(0, unit="position", mode="lines" if mode == "bar" else mode)
+        reporter = notes_only(mode, "position")
 
         def tell(text: str) -> None:
             reporter.event("note", text=text)

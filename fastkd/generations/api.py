@@ -49,7 +49,7 @@ from ..train.student import Student, make_student
 from ..utils.atomic import lock, sealed, write_json, writing
 from ..utils.distributed import local_device
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress
+from ..utils.progress import notes_only
 from ..utils.signals import Stop, Stopped
 from .plot import plotted
 from .result import GENERATIONS, GenerationsReport, Trained, make_report, read_json
@@ -183,7 +183,7 @@ class _Family:
         self._captured, self._loading, self._identity = captured, loading, identity
         self._stop, self._progress = stop, progress
         self._examples = data if isinstance(data, Examples) else None
-        self._say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+        self._say = notes_only(progress)
         self.notes: list[str] = []
 
     @property

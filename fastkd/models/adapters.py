@@ -61,15 +61,23 @@ def check_adapters(model: Any, name: str) -> None:
     if peft is not None and isinstance(model, peft.PeftMixedModel):
         raise TeacherError(f"{name}: got adapters of mixed kinds, which cannot be saved; expected one, such as LoRA.")
     for config in model.peft_config.values() if has_adapters(model) else ():
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        why = _VIRTUAL if config.is_prompt_learning else _REFUSED.get(kind)
-        if getattr(config, "alora_invocation_tokens", None):
-            kind, why = "activated LoRA", "is active behind certain tokens only"
-        if why is not None:
-            raise TeacherError(
-                f"{name}: got an adapter of the kind {kind}, which {why}; expected one that changes layers, such as "
-                "LoRA."
-            )
+        _check_kind(config, name)
+
+
+def _check_kind(config: Any, name: str) -> None:
+    kind = kind_of(config)
+    why = _VIRTUAL if config.is_prompt_learning else _REFUSED.get(kind)
+    if getattr(config, "alora_invocation_tokens", None):
+        kind, why = "activated LoRA", "is active behind certain tokens only"
+    if why is not None:
+        raise TeacherError(
+            f"{name}: got an adapter of the kind {kind}, which {why}; expected one that changes layers, such as LoRA."
+        )
+
+
+def kind_of(config: Any) -> str:
+    """The kind of adapter that a config of PEFT is of, such as "LORA"."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 @contextmanager
@@ -143,12 +151,7 @@ def load_adapter(base: Any, files: AdapterFiles, *, trained: bool) -> Any:
     peft = load_peft()
     name = files.folder.resolve().name
     try:
-        config = peft.PeftConfig.from_pretrained(str(files.folder))
-        if config.is_prompt_learning:
-            raise TeacherError(
-                f"{name}: got an adapter of the kind {config.peft_type.value}, which {_VIRTUAL}; expected one that "
-                "changes layers, such as LoRA."
-            )
+        _check_kind(peft.PeftConfig.from_pretrained(str(files.folder)), name)
         model = peft.PeftModel.from_pretrained(base, str(files.folder), is_trainable=trained)
     except TeacherError:
         raise

@@ -25,7 +25,7 @@ from ..train.trainer import Diverged
 from ..train.watch import Watch, check_watch
 from ..utils.atomic import lock, write_json, writing
 from ..utils.output_guard import check_folder
-from ..utils.progress import Mode, Progress
+from ..utils.progress import Mode, notes_only
 from ..utils.signals import Stop
 from .arms import Arm, is_hard, make_arms
 from .plot import plotted
@@ -51,9 +51,7 @@ class Training:
             )
         except Diverged as error:
             write_json(self.folder / FAILED, {"step": error.step, "error": str(error)})
-            Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event(
-                "note", text=f"{self.name}: diverged; continuing with the next. {error}"
-            )
+            notes_only(progress).event("note", text=f"{self.name}: diverged; continuing with the next. {error}")
             return None
 
 
@@ -70,7 +68,7 @@ def one_by_one(
     trainings: Sequence[Training], student: Any, cache: Any, data: Any, stop: Stop, progress: Mode
 ) -> list[TrainReport]:
     """Run trainings in this process, one after another."""
-    say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+    say = notes_only(progress)
     reports = []
     for number, training in enumerate(trainings, 1):
         if stop.asked:
@@ -139,7 +137,7 @@ def sweep(
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
-        say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+        say = notes_only(progress)
         for note in notes:
             say.event("note", text=note)
         numbers = range(settings.seed, settings.seed + seeds)

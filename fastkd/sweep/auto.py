@@ -34,7 +34,7 @@ from ..utils.atomic import lock, remove_folder, write_json, writing
 from ..utils.distributed import ALONE
 from ..utils.intervals import TAIL, Interval
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress
+from ..utils.progress import Progress, notes_only
 from ..utils.signals import Stop
 from .api import check_alone
 from .arms import Arm, auto_arms
@@ -99,7 +99,7 @@ def auto_sweep(
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
         check_plan(out / AUTO, plan)
-        say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+        say = notes_only(progress)
         for note in notes:
             say.event("note", text=note)
         given = {"data": data, "stop": stop, "progress": progress}

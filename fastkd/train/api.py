@@ -19,7 +19,7 @@ from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettin
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
-from ..utils.progress import Mode, Progress
+from ..utils.progress import Mode, notes_only
 from ..utils.signals import Stop
 from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
 from .cards import SHARE, write_cards
@@ -164,7 +164,6 @@ def train(
             )
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        mode = "lines" if progress == "bar" else progress
         shared = (processes, evaluate, stop, progress)
         if stop_if_worse:
             by_window = evaluate is None and settings.evaluate_every != 0 and not inputs.nothing_held_out()
@@ -175,7 +174,7 @@ def train(
         for arm in reversed(order) if stop_if_worse else order:
             if done and processes.first:
                 text = f"now the same student {arm.says}: {out / arm.folder}"
-                Progress(0, unit="step", mode=mode).event("note", text=text)
+                notes_only(progress).event("note", text=text)
             if stop_if_worse:
                 watch = Watch({name: out / name for name in done}, inputs.weights, settings.best)
             trained_on = inputs if arm.folder == STUDENT_ARM else inputs.control
@@ -190,7 +189,7 @@ def train(
         if report.complete:
             finished = inputs.finish(processes)
             if finished.text and processes.first:
-                Progress(0, unit="step", mode=mode).event("note", text=finished.text)
+                notes_only(progress).event("note", text=finished.text)
             if not finished.complete:
                 report = replace(report, unfinished=finished.text)
         if report.complete and processes.first:
@@ -221,8 +220,7 @@ def _after(report: TrainReport, target: Upload | None, progress: Mode) -> TrainR
     """The report of a training, after the upload of its student, if it is complete and to be uploaded."""
     if target is None or not report.complete or report.student is None:
         return report
-    text, mode = f"uploading {report.student} to {target.repo}", "lines" if progress == "bar" else progress
-    Progress(0, unit="step", mode=mode).event("note", text=text)
+    notes_only(progress).event("note", text=f"uploading {report.student} to {target.repo}")
     try:
         return replace(report, pushed=upload(target, Path(report.student), quiet=progress != "bar"))
     except TrainError as error:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainError
-from ..models.adapters import base_of, has_adapters, is_wrapped, load_peft
+from ..models.adapters import base_of, has_adapters, is_wrapped, kind_of, load_peft
 from ..models.hub import ModelFiles, brief
 from ..models.module import tensors_sha256
 from ..models.taps import layers_of
 from ..settings import TrainSettings
-from ..utils.distributed import is_dtensor
+from ..utils.distributed import is_dtensor, local_device
 from .precision import autocast_of
 
 MERGED = "merged"
@@ -105,7 +105,7 @@ def notes_on(model: Any) -> list[str]:
             "its base has no name, so its adapter folder will not say what it is for: load it as "
             "PeftModel.from_pretrained(base, folder), or set the model's name_or_path"
         )
-    if str(getattr(config.peft_type, "value", config.peft_type)) == "ADALORA":
+    if kind_of(config) == "ADALORA":
         notes.append("AdaLoRA is trained with the ranks it has now, and without its penalty for orthogonality")
     return notes
 
@@ -135,7 +135,7 @@ def base_type(files: ModelFiles, settings: TrainSettings) -> torch.dtype:
         return torch.float32
     config = json.loads(path.read_text(encoding="utf-8"))
     half = "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = local_device(settings.device, TrainError)
     return torch.bfloat16 if half and autocast_of(settings.precision, device) == torch.bfloat16 else torch.float32
 
 
@@ -158,8 +158,7 @@ def describe_adapters(model: Any) -> dict[str, Any]:
         return {}
     config = next(iter(model.peft_config.values()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    return {"adapter": {"kind": kind, "base": config.base_model_name_or_path, "trained_parameters": trained}}
+    return {"adapter": {"kind": kind_of(config), "base": config.base_model_name_or_path, "trained_parameters": trained}}
 
 
 def check_merge(model: Any, name: str) -> None:

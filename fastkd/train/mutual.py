@@ -21,7 +21,7 @@ from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.numbers import measure_text
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress
+from ..utils.progress import notes_only
 from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.text import format_table
 from .api import run_trainer, train_one
@@ -213,7 +213,7 @@ def mutual(
             for name in sources:
                 if processes.first:
                     text = f"now {name} on hard labels alone: {out / CONTROL / name}"
-                    Progress(0, unit="step", mode="lines" if progress == "bar" else progress).event("note", text=text)
+                    notes_only(progress).event("note", text=text)
                 given = (job.make(name), out / CONTROL / name, alone, None, inputs.control)
                 done[name] = train_one(*given, processes, evaluate, stop, progress, watch=looked)
                 if not done[name][0].complete:

@@ -27,7 +27,7 @@ from ..stream.batch import BatchSource, Step
 from ..utils.atomic import lock, write_json, writing
 from ..utils.distributed import Processes
 from ..utils.numbers import measure_text
-from ..utils.progress import Mode, Progress
+from ..utils.progress import Mode, Progress, notes_only
 from ..utils.signals import Stop, Stopped
 from .auto_weight import AutoWeights
 from .beside import check_exports, folders_beside, write_beside
@@ -162,7 +162,7 @@ class Trainer:
         self._positions, self._seconds, self._waited = 0, 0.0, 0.0
         self._mode = progress if processes.first else "none"
         # replaced when the work begins
-        self._progress = Progress(0, unit="step", mode="lines" if self._mode == "bar" else self._mode)
+        self._progress = notes_only(self._mode)
         self._log: MetricsLog | None = None
         self._lock: int | None = None
 

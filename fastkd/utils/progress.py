@@ -182,6 +182,11 @@ class Lenient:
             self._stream = None
 
 
+def notes_only(mode: Mode, unit: str = "step") -> Progress:
+    """A `Progress` for notes and other events, of something that is not counted: lines take the place of a bar."""
+    return Progress(0, unit=unit, mode="lines" if mode == "bar" else mode)
+
+
 def mode_for(*, events: bool = False, stream: TextIO | None = None) -> str:
     """ "events" if requested, "bar" on a terminal, else "lines"."""
     if events:

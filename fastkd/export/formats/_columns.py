@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...stream.gather import IGNORED
 from ...utils.front_matter import front_matter
 
 if TYPE_CHECKING:
     from ...cache import CacheSpec
 
 FASTKD, AXOLOTL = "fastkd", "axolotl"
-IGNORED = -100
 FILL = -1e9
 
 

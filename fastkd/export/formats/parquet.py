@@ -22,6 +22,7 @@ from ...cache.workspace import Workspace
 from ...errors import ExportError
 from ...stream.split import SPLITS, plan_of
 from ...utils.atomic import write_file, write_text
+from ...utils.signals import Stopped
 from ..samples import segments
 from . import Options, Written
 from ._columns import AXOLOTL, COLUMNS, FASTKD, Rows, dataset_card
@@ -70,12 +71,12 @@ class Format:
             with pq.ParquetWriter(place, schema, compression="zstd") as writer:
                 for begin, end in _groups(bounds):
                     if stop.asked:
-                        raise _Stopped
+                        raise Stopped
                     table = COLUMNS[self._columns](rows, begin, end)
                     writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=len(table))
             written = Written(len(bounds) - 1, positions, place.stat().st_size)
 
-        with suppress(_Stopped):
+        with suppress(Stopped):  # the file of a part of a shard is not kept
             write_file(path, write)
         return written
 
@@ -93,10 +94,6 @@ class Format:
         spec = self._cache.spec
         names = ("vocab_size", "k", "mass", "draws", "draw_temperature")
         return {"spec": spec.hash, **{n: getattr(spec, n) for n in names}, "temperatures": list(spec.temperatures)}
-
-
-class _Stopped(Exception):
-    """The export was stopped within a shard, whose file is then not kept."""
 
 
 def _groups(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ from ...cache.manifest import runs
 from ...capture.shard_runner import CaptureReport
 from ...errors import ClusterError, WorkRemains
 from ...settings import CaptureSettings
-from ...utils.progress import MODES, Mode, Progress
+from ...utils.progress import MODES, Mode, Progress, notes_only
 from ...utils.signals import Stop
 from .capture_report import RayCaptureReport, WorkerReport
 from .capture_worker import TALK, CaptureWorker, Heard, Survey, Work
@@ -134,7 +134,7 @@ class CaptureDriver:
         self._queue: deque[int] = deque()
         self._lost: dict[int, _Hand] = {}  # shards that were given to workers that died
         self._mode = progress
-        self._progress = Progress(0, unit="position", mode="lines" if progress == "bar" else progress)
+        self._progress = notes_only(progress, "position")
         self._closing: _Hand | None = None
         self._complete = False
 

@@ -4,7 +4,6 @@ Three methods run for long, one after another: `load`, `open` and `capture`. `ex
 Ray's concurrency group "talk".
 """
 
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ...capture.shard_runner import CaptureReport
 from ...settings import CaptureSettings
 from ...teachers.load import load
 from ...utils.signals import Stop
+from .cluster import enter_folder
 
 TALK = "talk"
 
@@ -70,8 +70,7 @@ class CaptureWorker:
 
     def load(self) -> str:
         """Load the teacher and the data. Returns the name of this machine."""
-        if os.path.isdir(self._work.folder):
-            os.chdir(self._work.folder)
+        enter_folder(self._work.folder)
         self._loaded = self._work.load()
         return socket.gethostname()
 

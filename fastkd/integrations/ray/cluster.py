@@ -94,6 +94,12 @@ def _check_reachable(address: str) -> None:
         raise ClusterError(_no_cluster(address, error)) from error
 
 
+def enter_folder(folder: str) -> None:
+    """On a worker: look for relative names where the driver does, if this machine has the folder."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def resources_of(ray: Any, cpus: float, gpus: float | None) -> Resources:
     """The resources of a worker. gpus: None for one if the cluster has any. ClusterError if they are not possible."""
     if gpus is None:

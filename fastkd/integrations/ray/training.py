@@ -15,10 +15,10 @@ from ...train.api import train as train_here
 from ...train.result import TrainReport
 from ...utils.atomic import remove_folder
 from ...utils.output_guard import check_folder
-from ...utils.progress import Progress
+from ...utils.progress import notes_only
 from ...utils.signals import Stop
 from .board import listening, make_board, stoppable
-from .cluster import connected, resources_of
+from .cluster import connected, enter_folder, resources_of
 
 FOLDER = ".ray"  # of Ray's own files, in the run's, while it trains
 
@@ -73,7 +73,7 @@ def train(
             ),
         )
         why: Exception | None = None
-        with listening(ray, board, stop, Progress(0, unit="step", mode="lines" if progress == "bar" else progress)):
+        with listening(ray, board, stop, notes_only(progress)):
             try:
                 trainer.fit()
             except Exception as error:  # Ray's errors have no common class
@@ -94,8 +94,7 @@ def _work(config: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    if os.path.isdir(config["folder"]):
-        os.chdir(config["folder"])
+    enter_folder(config["folder"])
     board, first = config["board"], ray.train.get_context().get_world_rank() == 0
 
     def listen(event: Any) -> None:

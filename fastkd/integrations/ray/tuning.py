@@ -21,10 +21,10 @@ from ...sweep.result import FAILED, STOPPED, SweepReport, read_result
 from ...train.api import DEFAULTS
 from ...train.result import TrainReport
 from ...utils.atomic import remove_folder, write_json
-from ...utils.progress import Mode, Progress
+from ...utils.progress import Mode, notes_only
 from ...utils.signals import Stop
 from .board import listening, make_board, stoppable
-from .cluster import connected, resources_of
+from .cluster import connected, enter_folder, resources_of
 
 FOLDER = ".ray"  # of Ray's own files, in the sweep's, while it runs
 REDUCTION = 2  # of ASHA: the part of the trials that goes on at a rung is 1/2
@@ -103,7 +103,7 @@ def _run(
                 name=FOLDER, storage_path=str(out), failure_config=tune.FailureConfig(max_failures=tries), verbose=0
             ),
         )
-        say = Progress(0, unit="step", mode="lines" if progress == "bar" else progress)
+        say = notes_only(progress)
         with listening(ray, board, stop, say), redirect_stdout(sys.stderr):  # stdout is for the report
             found = tuner.fit()
         _, errors = ray.get(board.ends.remote())
@@ -136,8 +136,7 @@ def _trial(
     import ray
     from ray import tune
 
-    if os.path.isdir(folder):
-        os.chdir(folder)
+    enter_folder(folder)
     training = trainings[config["number"]]
     measure = training.settings.best
 
