@@ -36,7 +36,8 @@ def as_buckets(value: Any) -> tuple[int, ...] | None:
 
 
 def up_to(buckets: tuple[int, ...], *limits: int | None) -> tuple[int, ...]:
-    """The buckets of models that take rows of at most so many positions (None: any): the last one is the least."""
+    """The buckets within the limits of models, the maximum positions of a row (None: no limit). The last
+    bucket is the smallest limit."""
     most = min((limit for limit in limits if limit is not None), default=None)
     return buckets if most is None else (*(n for n in buckets if n < most), most)
 

@@ -27,7 +27,7 @@ class CachedSource(ShardSource):
         `step_plan.step_end`); exactly one of the two. The last step of an epoch has what is left.
     micro_tokens: maximum positions per micro-batch, pads included (a longer row is alone). micro_batch_size: maximum
         rows. None: no limit. layout: "padded", a row for each segment, or "packed"; see `MicroBatch`.
-    micro_batches: exactly so many micro-batches in every step of every rank, about equal in positions, instead of
+    micro_batches: the exact number of micro-batches in every step of every rank, about equal in positions, instead of
         micro_tokens; those at the end are empty if there are too few sequences.
     buckets: lengths that micro-batches of text are padded to, for `torch.compile`: (128, 256, 512), and multiples of
         the last one beyond it; or True for `fastkd.stream.buckets.BUCKETS`. Losses are the same. None: no padding.

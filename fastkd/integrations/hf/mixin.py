@@ -192,7 +192,7 @@ class DistillMixin(_Base):  # type: ignore[misc]
             )  # fmt: skip
 
     def _kd_open(self, batch_size: int) -> DistillDataset:
-        """The dataset for so many sequences per micro-batch."""
+        """The dataset with `batch_size` sequences per micro-batch on each process."""
         args, processes = self.args, self._kd_processes
         size = batch_size * args.gradient_accumulation_steps * processes.world_size
         if self._kd_dataset is not None:

@@ -103,7 +103,7 @@ class CaptureWorker:
         return self._session.run(self._shards(), stop=self._stop)
 
     def exchange(self, shards: Sequence[int], seconds: float) -> Heard:
-        """Take some shards, and wait for events, for so many seconds at most."""
+        """Take some shards, and wait for events, at most this number of seconds."""
         with self._changed:
             self._given.extend(shards)
             self._changed.notify_all()

@@ -50,7 +50,7 @@ def sweep(
     student, cache, out, arms, settings, options: as for `fastkd.sweep`; the cache is a name that every machine can
         open, out a folder that all machines share.
     asha: stop trainings early that are behind the others, by the measure `best`: after 1, 2, 4, ... evaluations the
-        better half goes on (asynchronous successive halving, Li et al., MLSys 2020).
+        better half continues (asynchronous successive halving, Li et al., MLSys 2020).
     gpus_per_worker, cpus_per_worker: reserved for each training. None: one GPU if the cluster has any.
     failures: how often a training is resumed after the loss of its process.
 
