@@ -26,7 +26,7 @@ class TeacherUnavailable(TeacherError):
 
 
 class ExportError(_MaskedError):
-    """A problem with an export of a cache: its selection, its folder, or what its format does not take."""
+    """A problem with an export of a cache or a student: its selection, its folder, or what its format does not take."""
 
 
 class StreamError(ValueError):
