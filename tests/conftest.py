@@ -20,8 +20,9 @@ import pytest
 
 runpy.run_path(str(Path(__file__).parent.parent / "bench" / "bare.py"))["use_checkout"]()
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else None  # the workers share the cores
+if THREADS:
+    torch.set_num_threads(THREADS)
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -32,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    """Other libraries may change how many threads torch uses, on which the last bits of sums depend; some tests compare
+    them with those of another process."""
+    before = THREADS or torch.get_num_threads()
+    torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
