@@ -238,6 +238,33 @@ class LiveSettings(ReadingSettings, FeatureSettings, WindowSettings, TargetSetti
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeploySettings:
+    """How an exported student is measured."""
+
+    at_most: float | None = None
+    """Nats by which the KL divergence to the teacher may be higher than that of the unquantised student, on the
+    held-out split. Above it, the exit status is 1."""
+    positions: int | None = None
+    """Evaluate on the first held-out windows that have at most this many positions. Default: all."""
+    threads: int | None = None
+    """Number of threads of the runtimes, PyTorch's too. Default: PyTorch's own, the number of cores or
+    OMP_NUM_THREADS."""
+    allow_other_tokenizer: bool = False
+    """Allow a student whose tokenizer differs from the cache's."""
+    trust_remote_code: bool = False
+    """Allow running Python code that comes with a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(DeploySettings):
+    """How a student is exported."""
+
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Quantization of the weights. int8: one scale for each output channel. int4: one scale for 32 weights along the
+    input. Which formats have which: see docs/deploy.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShareSettings:
     """How a trained student is described to others, and where it is uploaded to."""
 

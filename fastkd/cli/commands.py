@@ -13,6 +13,8 @@ from ..settings import (
     CaptureSettings,
     DataSettings,
     DemoSettings,
+    DeploySettings,
+    ExportSettings,
     LiveSettings,
     ModelSettings,
     MutualSettings,
@@ -367,6 +369,61 @@ class ExportCache(ModelSettings):
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
+StudentPlace = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ExportSettings):
+    """Write a trained student as files of another runtime.
+
+    With --cache, the exported files are evaluated on the held-out split, in their own runtime: KL to the teacher,
+    agreement and cross-entropy, paired with the student in PyTorch.
+    Exit status 1: it could not be exported, or costs more than --at-most.
+    """
+
+    student: StudentPlace
+    """Student: the folder student/ of a run, or trained:module:factory@RUN/student for a module of yours whose run does
+    not know what made it."""
+    to: str
+    """Format: a module of fastkd.deploy.formats, such as onnx, executorch, gguf or safetensors."""
+    out: Path
+    """Output folder. It must not exist, and is there whole or not at all."""
+    cache: str | None = None
+    """Cache that the student was trained from: a folder, a .zip of one, or a URL. Formats choose scales of activations
+    by its training split."""
+    data: str | None = None
+    """module:factory that returns the labelled examples, for a classifier."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployReport(DeploySettings):
+    """Compare exports of a student on one page.
+
+    Size, latency, peak memory and quality against the teacher, side by side with the student in PyTorch.
+    Exit status 1: a problem was found, or an export costs more than --at-most.
+    """
+
+    student: StudentPlace
+    """Student, as in `fastkd export`."""
+    folders: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help_behavior_hint="(required)"),
+    ]
+    """Folders that `fastkd export` wrote."""
+    out: Path | None = None
+    """Output page. Default: deploy-report.html beside the first folder."""
+    cache: str | None = None
+    """Cache to evaluate all of them on: a folder, a .zip of one, or a URL. Default: what `fastkd export` has
+    evaluated is shown."""
+    data: str | None = None
+    """module:factory that returns the labelled examples, for a classifier."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixTargets:
     """Write the mean of several teachers' caches.
@@ -468,6 +525,8 @@ COMMANDS: dict[str, type] = {
     "generations": Generations,
     "mix-targets": MixTargets,
     "export-cache": ExportCache,
+    "export": Export,
+    "deploy-report": DeployReport,
     "report": Report,
     "bench": Bench,
     "demo": Demo,

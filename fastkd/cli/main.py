@@ -41,6 +41,8 @@ from .commands import (
     Capture,
     Completion,
     Demo,
+    DeployReport,
+    Export,
     ExportCache,
     Features,
     Generations,
@@ -55,6 +57,7 @@ from .commands import (
     Train,
     Verify,
 )
+from .deploy_commands import deploy_report, export
 from .outcome import NoStore, Outcome, at_terminal, store_of
 from .parse import completion_script, discard, flags, in_flags, parse
 
@@ -438,6 +441,8 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Seal: seal,
     Features: features,
     Match: match,
+    Export: export,
+    DeployReport: deploy_report,
     Report: report,
     Bench: bench,
     Completion: completion,

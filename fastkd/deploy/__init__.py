@@ -5,3 +5,13 @@
 Belongs here: formats, one file each in formats/; what is measured of an exported folder in its own runtime. Does not:
 a cache as other programs read it (export), how a student is made or trained (train), measures and pages themselves.
 """
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from .api import deploy_report as deploy_report
+    from .api import export as export
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"api": ["deploy_report", "export"]})

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import ExportError
 from .segments import segments_of
 
 Floats = NDArray[np.float32]
@@ -47,12 +48,13 @@ def greedy(runtime: Runtime, prompt: Sequence[int], tokens: int, *, end: int | N
     return found
 
 
-def logits_of(runtime: Runtime) -> Callable[[Any], Tensor]:
+def logits_of(runtime: Runtime, *, longest: int | None = None) -> Callable[[Any], Tensor]:
     """A function for `evaluate`, from a micro-batch to the logits `[m, V]` of the positions that count.
 
     Each document runs by itself and without pads, as it does in deployment: with activations quantised by their range,
     what else is in a batch would change its logits. Examples run as the batch they are in. In memory at a time: the
-    logits of the longest document, and those that are returned.
+    logits of the longest document, and those that are returned. longest: tokens that the model takes; the function
+    raises ExportError for a longer document.
     """
 
     def logits(batch: Any) -> Tensor:
@@ -62,6 +64,11 @@ def logits_of(runtime: Runtime) -> Callable[[Any], Tensor]:
             first, last = torch.searchsorted(index, torch.stack([positions[0], positions[-1] + 1])).tolist()
             if first == last:
                 continue
+            if longest is not None and inputs.dtype == torch.int64 and inputs.shape[1] > longest:
+                raise ExportError(
+                    f"cache: got a document of {inputs.shape[1]} tokens; expected at most {longest}, which the student "
+                    "takes. Use a cache that was captured with a shorter context."
+                )
             answer = torch.from_numpy(np.ascontiguousarray(runtime.logits(inputs.numpy()), np.float32))
             found.append(answer.flatten(0, -2)[index[first:last] - positions[0]])
         return torch.cat(found)

@@ -3,11 +3,12 @@
 `measures.py` says what is measured. Intervals are of 95%, with windows (a cache's sequences) as the independent units.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cache.reader import Cache, open_cache
@@ -19,7 +20,7 @@ from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import TAIL, Interval
 from .forward import EvalPartition, StudentForward, check_finite
 from .result import Evaluation, Windows
-from .rows import student_rows, teacher_rows
+from .rows import Rows, student_rows, teacher_rows
 from .slices import SLICES, slice_numbers
 
 __all__ = ["Evaluation", "compare", "evaluate"]
@@ -39,6 +40,7 @@ def evaluate(
     processes: Processes = ALONE,
     progress: bool = False,
     buckets: Any = None,
+    further: Callable[[Any, Tensor], Rows] | None = None,
 ) -> Evaluation:
     """Measure a student on a split of a cache, every window once, in the order of the data.
 
@@ -55,6 +57,8 @@ def evaluate(
         missing shards. device: None, the student's.
     processes: the windows are divided over them; all call this function alike, and get the same result.
     progress: show a bar on stderr. buckets: of a student that is compiled, as of `CachedSource`.
+    further: more measures by name, `[m]` each, of the positions that count, from the micro-batch and the logits. It is
+        called once for each micro-batch with such positions, in the order of the data. Not with several processes.
 
     Raises StreamError if the split is empty or does not exist, and for logits of a wrong shape or that are not finite.
     """
@@ -103,6 +107,7 @@ def evaluate(
                 labels = batch.labels.flatten()[batch.targets.index]
                 rows = student_rows(logits, batch.targets, labels)
                 check_finite(rows["cross_entropy"], window)
+                rows |= {} if further is None else further(batch, logits)
                 ours.add(window, rows)
                 teachers.add(window, teacher := teacher_rows(batch.targets, labels))
                 sliced.add_sliced(window, rows, slice_numbers(teacher))

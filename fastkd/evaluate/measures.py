@@ -52,6 +52,10 @@ _OF_STUDENT = (
         _EVERYWHERE, 1,
     ),
     Measure(
+        "student_agreement", "top-1 agreement with the unquantised student", "agreement with student", "%", "higher",
+        "Positions at which the best token of an exported student is that of the student in PyTorch.", (), 1,
+    ),
+    Measure(
         "accuracy", "accuracy on labels", "accuracy", "%", "higher",
         "Positions at which the best token is the label.", (LOG, CLASSIFIER_DEMO, SWEEP, REPORT), 1,
     ),

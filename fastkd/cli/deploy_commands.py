@@ -1,0 +1,45 @@
+"""The commands that take a student to another runtime: export, and the report on several exports."""
+
+from dataclasses import fields
+from typing import Any
+
+from ..errors import DataError
+from ..settings import DeploySettings, ExportSettings
+from ..utils.factories import is_factory, made_by
+from .commands import DeployReport, Export
+from .outcome import Outcome, at_terminal, store_of
+
+
+def export(command: Export) -> Outcome:
+    """Export the student. Status 1: it costs more than at_most."""
+    from ..deploy.api import export as run
+
+    settings = ExportSettings(**{f.name: getattr(command, f.name) for f in fields(ExportSettings)})
+    found = run(command.student, command.to, command.out, settings, **_evaluated_on(command))
+    return Outcome(found.to_json(), str(found), found.status)
+
+
+def deploy_report(command: DeployReport) -> Outcome:
+    """Measure and compare the exports. Status 1: one costs more than at_most."""
+    from ..deploy.api import deploy_report as run
+    from ..deploy.result import report_lines
+    from ..report.runs import in_lines
+
+    settings = DeploySettings(**{f.name: getattr(command, f.name) for f in fields(DeploySettings)})
+    given = {"cache": command.cache, "data": command.data, "at-most": command.at_most, "threads": command.threads}
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    typed = in_lines(["fastkd", "deploy-report", command.student, *map(str, command.folders), *words])
+    found = run(command.student, command.folders, command.out, settings, command=typed, **_evaluated_on(command))
+    return Outcome(found.to_json(), "\n".join(report_lines(found)), found.status)
+
+
+def _evaluated_on(command: Export | DeployReport) -> dict[str, Any]:
+    from ..cache import open_cache
+
+    if command.data is not None and not is_factory(command.data):
+        raise DataError(f"--data: got {command.data!r}; expected the module:factory that returns the examples.")
+    return {
+        "cache": None if command.cache is None else open_cache(store_of(command.cache)),
+        "data": None if command.data is None else made_by(command.data, DataError),
+        "progress": "bar" if at_terminal() else "none",
+    }

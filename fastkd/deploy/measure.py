@@ -1,0 +1,137 @@
+"""Latency and memory: the student in PyTorch and its exports, each in a process of its own, timed by turns.
+
+Turns: every model runs once, then every model runs again, so that a machine that slows down slows all of them. A ratio
+is the median over the turns of the export's time over PyTorch's in the same turn. Between turns a process waits for its
+input and uses no core. The first turn warms up and is not counted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import ExportError
+from .exported import Exported
+from .model import Deployable
+
+PROMPT = 128
+"""Tokens of a prefill."""
+TURNS, DECODED = 7, 8
+_ERRORS = 2000  # characters of a process's stderr that are looked at
+
+
+class Measured(NamedTuple):
+    """Medians over the turns. prefill: seconds of a prefill, or of one example. token: seconds of a decoded token; None
+    for examples. memory: bytes at its peak, above what the process had before it loaded the model; None where it is not
+    known. ratios: to the first model, of "prefill", "token" and "memory"."""
+
+    runtime: str
+    prefill: float
+    token: float | None
+    memory: int | None
+    ratios: dict[str, float]
+
+
+def measure(model: Deployable, exports: Sequence[Exported], threads: int, *, turns: int = TURNS) -> list[Measured]:
+    """Measure a student in PyTorch, and then its exports. Batch 1; a prefill of 128 tokens, or fewer if the student
+    does not take as many. Raises ExportError if a process ends early."""
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        inputs = _inputs(model, Path(place))
+        requests = [_of_student(model, Path(place)), *({"what": "exported", "place": str(e.folder)} for e in exports)]
+        common = {"threads": threads, "kind": model.kind, "inputs": inputs}
+        workers = [stack.enter_context(_worker(request | common, threads)) for request in requests]
+        table = [[worker.turn() for worker in workers] for _ in range(turns + 1)][1:]
+        return [_measured(worker.name, [row[i] for row in table], [row[0] for row in table])
+                for i, worker in enumerate(workers)]  # fmt: skip
+
+
+def _measured(name: str, turns: list[dict[str, Any]], firsts: list[dict[str, Any]]) -> Measured:
+    values: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for key in ("prefill", "token"):
+        known = turns[0][key] is not None
+        values[key] = median(turn[key] for turn in turns) if known else None
+        if known:
+            ratios[key] = median(turn[key] / first[key] for turn, first in zip(turns, firsts, strict=True))
+    memory, first_memory = (some[-1]["memory"] for some in (turns, firsts))
+    if memory is not None and first_memory:
+        ratios["memory"] = memory / first_memory
+    return Measured(name, values["prefill"], values["token"], memory, ratios)
+
+
+class _Worker:
+    """A process of `measure_worker`. name: of its runtime."""
+
+    def __init__(self, process: "subprocess.Popen[str]", errors: Any, what: str) -> None:
+        self._process, self._errors, self._what = process, errors, what
+        self.name = ""
+
+    def turn(self) -> dict[str, Any]:
+        return self.ask({"decode": DECODED})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError) as error:
+            self._process.wait()
+            self._errors.seek(0)
+            lines = self._errors.read()[-_ERRORS:].strip().splitlines() or ["no message"]
+            raise ExportError(
+                f"{self._what}: the process that measures it ended with status {self._process.returncode} "
+                f"({lines[-1]})."
+            ) from error
+        return answer
+
+
+@contextmanager
+def _worker(request: dict[str, Any], threads: int) -> Iterator[_Worker]:
+    path = os.pathsep.join([entry or os.getcwd() for entry in sys.path])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastkd.deploy.measure_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True, env=environment,
+        )  # fmt: skip
+        try:
+            worker = _Worker(process, errors, str(request["place"]))
+            worker.name = worker.ask(request)["name"]
+            yield worker
+        finally:
+            process.kill()  # it holds nothing that has to be finished
+            process.communicate()
+
+
+def _of_student(model: Deployable, place: Path) -> dict[str, Any]:
+    if model.folder is not None and (model.config is not None or model.factory is not None):
+        return {"what": "student", "place": str(model.folder), "factory": model.factory}
+    path = place / "module.pt"
+    torch.save(model.model, path)
+    return {"what": "module", "place": str(path)}
+
+
+def _inputs(model: Deployable, place: Path) -> Any:
+    if model.kind == "examples":
+        np.save(place / "example.npy", model.example[:1].numpy())
+        return str(place / "example.npy")
+    return prompt(model).tolist()
+
+
+def prompt(model: Deployable) -> NDArray[np.int64]:
+    """Token ids of a prefill `[128]`; fewer if the student takes fewer than these and the decoded tokens."""
+    most = PROMPT if model.max_positions is None else min(PROMPT, model.max_positions - DECODED)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, max(1, most))
+    found: NDArray[np.int64] = ids % int(model.example.max() + 1) if model.config is None else ids
+    return found
