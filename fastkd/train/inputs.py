@@ -140,12 +140,16 @@ class CacheInputs(Inputs):
         return f"no documents of {without[0]!r} were held out." if without else ""
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
-        for cache in self.caches:
-            open_split(cache, "held_out", allow_partial=settings.allow_partial)
+        tables = [
+            open_split(
+                cache, "held_out", max_positions=settings.evaluate_positions, allow_partial=settings.allow_partial
+            )
+            for cache in self.caches
+        ]
         measures = [
             partial(self._evaluate, cache=cache, settings=settings, processes=processes) for cache in self.caches
         ]
-        return HeldOut(measures, self.weights)
+        return HeldOut(measures, self.weights, sequences=sum(int(table.sequences.sum()) for table in tables))
 
     def _evaluate(
         self, student: "Student", *, cache: Cache, settings: TrainSettings, processes: Processes

@@ -51,7 +51,7 @@ def test_the_loss_is_the_fused_one(step: Any) -> None:
         out.loss.backward()
         expected.loss.backward()
         # a Trainer's collator and columns beside them change nothing
-        again = model(**batch_to_tensors(batch), num_items_in_batch=3, attention_mask=None)
+        again = model(**batch_to_tensors(batch), num_items_in_batch=torch.tensor(step.count), attention_mask=None)
         assert torch.equal(again.loss, out.loss)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
@@ -150,7 +150,9 @@ def test_what_is_refused(step: Any) -> None:
     with pytest.raises(TrainError, match="alpha: got 2"):
         attach(model_of("llama"), alpha=2)
     trained = WeightedSum({"a": TokenKD(), "b": HiddenKD("20", "state:1", projector=torch.nn.Linear(2, 2))})
-    with pytest.raises(TrainError, match="WeightedSum with parameters"):
+    with pytest.raises(
+        TrainError, match=r"WeightedSum with parameters.* Use `fastkd train --match 20:16:mse:0\.1`, or"
+    ):
         attach(model_of("llama"), trained)
     tensors = batch_to_tensors(step.micro_batches[0])
     with pytest.raises(TrainError, match="got output_attentions beside the tensors of a micro-batch"):

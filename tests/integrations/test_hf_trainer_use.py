@@ -1,5 +1,7 @@
 """DistillTrainer as people use a Trainer: callbacks, the best model, the Hub, TRL; and what it refuses."""
 
+import copy
+import inspect
 import json
 import os
 import shutil
@@ -16,12 +18,13 @@ from train_cases import make_cache
 
 import fastkd
 from fastkd.cache import Cache
-from fastkd.errors import TrainError
+from fastkd.errors import StreamError, TrainError
 from fastkd.evaluate.api import evaluate
-from fastkd.integrations.hf import DistillMixin, DistillTrainer, attach
+from fastkd.integrations.hf import DistillDataset, DistillMixin, DistillTrainer, attach, detach
 from fastkd.integrations.hf.checks import check_processes
 from fastkd.integrations.hf.evaluation import less_is_better
 from fastkd.models.hub import load_transformers
+from fastkd.stream.split import open_split
 from fastkd.train.student import of_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +44,8 @@ def test_evaluate(cache: Cache, tmp_path: Path) -> None:
         assert found[f"test_{name}"] == pytest.approx(measured[name]["mean"], rel=1e-6)
     assert found["test_loss"] == found["test_cross_entropy"]
     assert found["test_kl"] == found["test_kl_sampled"]
+    assert len(made.eval_dataset) == open_split(cache, "held_out").sequences.sum()
+    refused("skip, max_positions: got 0 and 1", cache, tmp_path, loss={"evaluate_positions": 1})
 
 
 def test_the_best_model_callbacks_and_early_stopping(cache: Cache, tmp_path: Path) -> None:
@@ -97,6 +102,100 @@ def test_a_model_that_was_attached_before(cache: Cache, tmp_path: Path) -> None:
     ours = trainer(cache, tmp_path, attach(student(), **other), loss={}, max_steps=1)
     ours.train()
     assert losses(again) == losses(ours) == losses(plain)
+
+
+def stock(cache: Cache, out: Path, micro_batches: int, model: Any = None, **changes: Any) -> Any:
+    """transformers' own Trainer on an attached model, by the parts of a DistillTrainer."""
+    transformers = load_transformers()
+    given = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "data_seed": 42} | changes
+    args = arguments(out, per_device_train_batch_size=1, per_device_eval_batch_size=1, **given)
+    model = attach(student() if model is None else model, alpha=0.3, temperature=2.0)
+    dataset = DistillDataset(cache, batch_size=SIZE, micro_batches=micro_batches, seed=42)
+    return transformers.Trainer(model, args, train_dataset=dataset, data_collator=dataset.collate)
+
+
+def test_a_trainer_of_ones_own(cache: Cache, tmp_path: Path) -> None:
+    """Whose steps are those of the dataset: the weights of a DistillTrainer, also of the last step of an epoch."""
+    ours = trainer(cache, tmp_path / "ours", num_train_epochs=1)
+    ours.train()
+    state = weights(ours.model)
+    for accumulation in (1, 2, 4):
+        made = stock(cache, tmp_path / "stock", accumulation, accumulation=accumulation, num_train_epochs=1)
+        made.train()
+        assert made.state.global_step == ours.state.global_step
+        for name, tensor in weights(made.model).items():
+            torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-9)
+
+
+def test_a_trainer_whose_steps_are_others(cache: Cache, tmp_path: Path) -> None:
+    """Their gradient would be scaled; and so would the loss of an evaluation on a part of a step."""
+    for micro_batches, accumulation in ((1, 2), (2, 1), (4, 2)):
+        made = stock(cache, tmp_path, micro_batches, accumulation=accumulation)
+        with pytest.raises(TrainError, match=r"a step of \d+ positions in a Trainer's step of \d+; expected the same"):
+            made.train()
+        assert made.state.global_step == 0
+    whole, divided = stock(cache, tmp_path, 1), stock(cache, tmp_path, 2)
+    assert whole.evaluate(whole.train_dataset)["eval_loss"] > 0
+    with pytest.raises(TrainError, match="with 1 for an eval_dataset"):
+        divided.evaluate(divided.train_dataset)
+
+
+def test_a_trainer_of_ones_own_and_an_adapter(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a model whose forward has no **kwargs: a Trainer would divide its loss by the accumulation."""
+    import peft
+
+    def of(base: Any) -> Any:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, config)
+
+    base = student()
+    kind = type(base)
+
+    def forward(self: Any, input_ids: Any = None, position_ids: Any = None, labels: Any = None, use_cache: Any = None,
+                logits_to_keep: Any = 0, **more: Any) -> Any:  # fmt: skip
+        return kind.forward(self, input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **more)
+
+    names = ("self", "input_ids", "position_ids", "labels", "use_cache", "logits_to_keep")
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kinds) for name in names])  # type: ignore[attr-defined]
+    base.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    found = []
+    for accumulation in (1, 2):
+        made = stock(cache, tmp_path, accumulation, of(copy.deepcopy(base)), accumulation=accumulation, max_steps=2)
+        made.train()
+        found.append(losses(made))
+        assert "accepts_loss_kwargs" not in vars(detach(made.model).get_base_model())
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+def test_attached_again_after_bfloat16(cache: Cache, tmp_path: Path) -> None:
+    """accelerate leaves a forward with autocast on the model."""
+    made = trainer(cache, tmp_path, student(torch.float32), bf16=True, max_steps=1)
+    made.train()
+    made.evaluate()
+    model = detach(made.model)
+    assert not {"forward", "_original_forward", "_kd"} & vars(model).keys()
+    tokens = torch.tensor([[1, 2, 3]])
+    fresh = student(torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(input_ids=tokens).logits, fresh(input_ids=tokens).logits)
+    again, theirs = (trainer(cache, tmp_path, attach(one), loss={}, max_steps=2) for one in (model, fresh))
+    again.train()
+    theirs.train()
+    assert losses(again) == losses(theirs)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_full_eval(cache: Cache, tmp_path: Path, name: str) -> None:
+    """The measures of the model in that type, which the evaluation then leaves as it was."""
+    made = trainer(cache, tmp_path, student(torch.float32), **{name: True})
+    before = weights(made.model)
+    found = made.evaluate()
+    dtype = getattr(torch, name[:2].replace("bf", "bfloat16").replace("fp", "float16"))
+    half = trainer(cache, tmp_path, student(torch.float32).to(dtype)).evaluate()
+    assert found["eval_kl"] == half["eval_kl"] != trainer(cache, tmp_path, student(torch.float32)).evaluate()["eval_kl"]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(made.model).items())
 
 
 def test_push_to_hub(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +272,7 @@ def test_an_eval_dataset_of_ones_own(cache: Cache, tmp_path: Path) -> None:
 
 
 def refused(message: str, cache: Any, out: Path, model: Any = None, **changes: Any) -> None:
-    with pytest.raises((TrainError, fastkd.KDError), match=message):
+    with pytest.raises((TrainError, StreamError, fastkd.KDError), match=message):
         trainer(cache, out, model, **changes).train(resume_from_checkpoint=True)
 
 
@@ -181,6 +280,7 @@ def test_what_is_refused_before_the_first_step(cache: Cache, tmp_path: Path) -> 
     narrow = student(vocab_size=50)
     refused(r"LlamaForCausalLM: got a vocabulary of 50; expected at least 96", cache, tmp_path, narrow)
     refused("fp16: got it with FSDP", cache, tmp_path, fp16=True, fsdp=True)
+    refused("bf16_full_eval: got it with FSDP", cache, tmp_path, bf16_full_eval=True, fsdp=True)
     refused("label_smoothing_factor: got 0.1", cache, tmp_path, label_smoothing_factor=0.1)
     config = {"split_batches": True}
     refused("accelerator_config: got split_batches=True", cache, tmp_path, accelerator_config=config)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import TeacherError, TrainError
 from ...kernels import LMHead
+from ...models.adapters import base_of
 from ...models.lm_head import LowRankHead
 from ...models.protocol import Hidden
 from ...settings import TrainSettings
@@ -71,24 +72,31 @@ def attach(model: Any, objective: Objective | None = None, *, full_logits: bool 
     check_objective(objective)
     if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
         raise TrainError(
-            f"attach: got a {type(objective).__name__} with parameters, which the model's checkpoints would not have; "
-            "expected an objective without. Use fastkd.train for objectives that are trained."
+            f"attach: got a {type(objective).__name__} with parameters, as of --match, which checkpoints of the model "
+            "would not have; expected an objective without. Use `fastkd train --match 20:16:mse:0.1`, or "
+            "fastkd.train(..., objective=...), whose checkpoints have them."
         )
     attachment = Attachment(objective, full_logits)
     attachment.probe(model)
     model.__class__ = _attached_class(type(model))
     vars(model)["_kd"] = attachment
+    if (base := base_of(model)) is not model:  # a Trainer reads there whether the count of a step is passed on
+        vars(base)["accepts_loss_kwargs"] = True
     return model
 
 
 def detach(model: Any) -> Any:
-    """The same model as it was before `attach`. Raises TrainError if it is not attached."""
+    """The same model as it was before `attach`, also after a training, for which accelerate replaces its forward by one
+    with autocast. Raises TrainError if it is not attached."""
     if not is_attached(model):
         raise TrainError(f"detach: got a {type(model).__name__} that is not attached.")
     if (base := getattr(type(model), "attached_to", None)) is None or base not in type(model).__bases__:
         raise TrainError(f"detach: got a {type(model).__name__} that is sharded by FSDP2; expected one that is not.")
     attachment = vars(model).pop("_kd")
     attachment.close()
+    for name in ("forward", "_original_forward"):  # of accelerate, around that of the attached model
+        vars(model).pop(name, None)
+    vars(base_of(model)).pop("accepts_loss_kwargs", None)
     model.__class__ = base
     return model
 
@@ -170,7 +178,10 @@ class Attachment:
         finally:
             self.inside = False
         scheduled = given.get("kd_scheduled") or self.objective.schedule(0, 1)
-        items = given.get(ITEMS, batch.counts.get("targets"))
+        count = batch.counts.get("targets")
+        if count is not None and (theirs := given.get("num_items_in_batch")) is not None:
+            _check_count(theirs, count)
+        items = given.get(ITEMS, count)
         return output_of(self._losses(student, batch, output, items, scheduled))
 
     def _losses(
@@ -188,6 +199,19 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_student": None, "inside": False}
+
+
+@torch.compiler.disable
+def _check_count(theirs: Any, ours: int) -> None:
+    """Raise TrainError if the step of a Trainer has other positions than the dataset's, by whose count the loss is
+    divided: the gradient would be scaled. theirs: a number, or a tensor of equal ones."""
+    number = int(torch.as_tensor(theirs).flatten()[0])
+    if number != ours:
+        raise TrainError(
+            f"forward: got a micro-batch of a step of {ours} positions in a Trainer's step of {number}; expected the "
+            "same step: give DistillDataset micro_batches=args.gradient_accumulation_steps, with 1 for an "
+            "eval_dataset, and leave average_tokens_across_devices on, or use DistillMixin, which does so."
+        )
 
 
 class _Attached(nn.Module):

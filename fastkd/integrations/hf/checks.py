@@ -22,6 +22,12 @@ def check_arguments(args: Any) -> None:
             "fp16: got it with FSDP, whose gradients a loss scaler does not reach; expected bf16=True, which needs no "
             "scaling of the loss, or fp16 without FSDP."
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name, False) and (sharded or getattr(args, "deepspeed", None)):
+            raise TrainError(
+                f"{name}: got it with {'FSDP' if sharded else 'DeepSpeed'}, whose weights keep their type; expected "
+                "False. Leave it out: evaluations run in the precision of the training."
+            )
     if getattr(args, "label_smoothing_factor", 0):
         raise TrainError(
             f"label_smoothing_factor: got {args.label_smoothing_factor}; expected 0, as the soft targets of the cache "

@@ -1,6 +1,7 @@
 """The held-out split of a cache as the evaluation of a Trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,11 +55,8 @@ def held_out_split(
         micro_tokens=batch_tokens, evaluate_positions=max_positions, allow_partial=allow_partial
     )  # fmt: skip
     held = inputs.held_out(settings, processes)
-    from ...stream.split import open_split
-
-    tables = [open_split(cache, "held_out", max_positions=max_positions, allow_partial=allow_partial)
-              for cache in inputs.caches]  # fmt: skip
-    return HeldOutSplit(held.measures, held.weights, sum(int(table.sequences.sum()) for table in tables))
+    assert held.sequences is not None
+    return HeldOutSplit(held.measures, held.weights, held.sequences)
 
 
 def less_is_better(args: Any) -> None:
@@ -67,6 +65,22 @@ def less_is_better(args: Any) -> None:
     name = (args.metric_for_best_model or "").removeprefix("eval_")
     if name == "kl" or (name in MEASURES and MEASURES[name].better == "lower"):
         args.greater_is_better = False
+
+
+@contextmanager
+def full_eval(args: Any, model: nn.Module) -> Iterator[None]:
+    """Context manager, for an evaluation outside of a training: with bf16_full_eval or fp16_full_eval, weights and
+    buffers are of that type. Afterwards they are what they were, which a Trainer's own evaluation leaves rounded."""
+    half = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
+    tensors = [] if half is None else [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(half)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 class _Evaluated(nn.Module):

@@ -8,7 +8,7 @@ multiplied by the number of processes over which DDP, FSDP2 or DeepSpeed average
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from ...utils.distributed import ALONE, Processes
 from .attach import LOSS_SETTINGS, attach, is_attached
 from .checks import check_arguments, check_given, check_processes, check_resume, write_state
 from .dataset import DistillDataset
-from .evaluation import HeldOutSplit, held_out_split, less_is_better
+from .evaluation import HeldOutSplit, full_eval, held_out_split, less_is_better
 from .output import parts_of
 from .sft import begin_sft, forward_of_trl
 
@@ -307,7 +307,8 @@ class DistillMixin(_Base):  # type: ignore[misc]
                 self.model = prepared
             self.model_wrapped = prepared
         try:
-            found = split.evaluate(self.model)
+            with nullcontext() if self.is_in_train else full_eval(self.args, self.model):
+                found = split.evaluate(self.model)
         finally:
             self.model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
