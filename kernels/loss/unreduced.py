@@ -41,11 +41,16 @@ class _Wrapper:
         return self._losses > _LOSSES and dist.get_world_size(wrapper.process_group) > 1
 
 
+_known: "dict[int, _Parameter]" = {}
+"""By the id of the parameter, as long as it lives."""
+
+
 class _Parameter:
     """A parameter that losses were computed of: how many, and its wrapper, once there is one."""
 
     def __init__(self, parameter: Tensor) -> None:
-        self.parameter = weakref.ref(parameter)
+        known, key = _known, id(parameter)
+        self.parameter = weakref.ref(parameter, lambda _: known.pop(key, None))
         self.wrapper: _Wrapper | None = None
         self._losses = 0
 
@@ -58,9 +63,6 @@ class _Parameter:
                 if any(one is parameter for one in wrapper.parameters()):
                     self.wrapper = _Wrapper(wrapper)
         return self.wrapper
-
-
-_known: dict[int, _Parameter] = {}
 
 
 def check_reduced(name: str, x: Tensor, weight: Tensor | None = None) -> None:
@@ -78,8 +80,7 @@ def check_reduced(name: str, x: Tensor, weight: Tensor | None = None) -> None:
     parameter = None if weight is None else _leaf_of(weight)
     if parameter is None and (parameter := _leaf_of(x)) is None:
         return
-    known = _known.get(id(parameter))
-    if known is None or known.parameter() is not parameter:  # another one had this id
+    if (known := _known.get(id(parameter))) is None:
         known = _known[id(parameter)] = _Parameter(parameter)
     if (wrapper := known.find()) is not None and wrapper.refuses():
         raise KDError(

@@ -1,0 +1,25 @@
+"""What is known of parameters, of which losses are computed in several processes. See also tests/integrations."""
+
+import gc
+
+import pytest
+import torch
+
+from fastkd.kernels.loss import unreduced
+
+
+def test_what_is_known_of_a_parameter_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop may make new leaves at every step, as of logits."""
+    monkeypatch.setattr(unreduced.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(unreduced.dist, "get_world_size", lambda: 2)
+    gc.collect()
+    before = set(unreduced._known)
+    kept = torch.zeros(2, 3, requires_grad=True)
+    for _ in range(3):
+        leaf = torch.zeros(2, 3, requires_grad=True)
+        unreduced.check_reduced("logits", leaf)
+        unreduced.check_reduced("hidden states", 2 * kept)
+        assert set(unreduced._known) == before | {id(kept), id(leaf)}
+        del leaf
+        gc.collect()
+        assert set(unreduced._known) == before | {id(kept)}
