@@ -2,6 +2,7 @@
 TRL's GKD with a live teacher.
 
     python bench/bench_trl.py         # --sections trainer gkd quality; extras peers and hf; ten minutes of core time
+    python bench/bench_trl.py --json bench/recorded/MACHINE-trl.json
 
 All train the same student of 28M parameters (V = 49,152) in float32 on the same windows with the same batch size, AdamW
 and schedule. `trainer`: a step over one of the Trainer with the model's own cross-entropy. `gkd`: a step of GKDTrainer
@@ -272,18 +273,18 @@ def _millions(size: tuple[int, ...]) -> int:
     return round(sum(p.numel() for p in model_of(size, "cpu").parameters()) / 1e6)
 
 
-def sections(rounds: int, steps: int) -> dict[str, list[Case]]:
+def sections(rounds: int, steps: int, teachers: Sequence[int] = tuple(TEACHERS)) -> dict[str, list[Case]]:
     """The cases by name."""
     return {
         "trainer": [Case("a step", partial(trainer, rounds=rounds))],
-        "gkd": [Case(f"a teacher of {n} times the size", partial(beside, factor=n)) for n in TEACHERS],
+        "gkd": [Case(f"a teacher of {n} times the size", partial(beside, factor=n)) for n in teachers],
         "quality": [Case("held-out measures", partial(quality, steps=steps))],
     }
 
 
 def cases(ask: RunConfig) -> Sequence[Case]:
-    """All sections."""
-    return [case for some in sections(ask.times(1, 3), ask.size(16, 48)).values() for case in some]
+    """All sections; the sizes of a small run are those of the script."""
+    return [case for some in sections(ask.times(2, 3), ask.size(32, 48)).values() for case in some]
 
 
 def main() -> None:
@@ -291,14 +292,17 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=["trainer", "gkd", "quality"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=32, help="of the quality section")
-    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--teachers", nargs="+", type=int, choices=TEACHERS, default=list(TEACHERS),
+                        help="of the gkd section, by their size over the student's")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="where to write the figures, after each case; a file of "
+                        "bench/recorded/ is part of the published record")  # fmt: skip
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     table = Table("cuda" if torch.cuda.is_available() else "cpu", "trl")
-    found = sections(args.rounds, args.steps)
-    run_cases([case for name in found if name in args.sections for case in found[name]], table, to_stderr)
-    table.save(args.json)
+    found = sections(args.rounds, args.steps, args.teachers)
+    chosen = [case for name in found if name in args.sections for case in found[name]]
+    run_cases(chosen, table, to_stderr, keep=lambda _: table.save(args.json))
 
 
 if __name__ == "__main__":
