@@ -21,13 +21,14 @@ import fastkd
 from fastkd.cache import CacheError, open_cache, verify_cache
 from fastkd.capture.check import check_teacher
 from fastkd.cli.main import main
-from fastkd.errors import TeacherError, TeacherUnavailable
+from fastkd.errors import StreamError, TeacherError, TeacherUnavailable
 from fastkd.models.protocol import TopK
 from fastkd.settings import ModelSettings
 from fastkd.teachers.load import load_teacher
 from fastkd.teachers.server.client import ServerClient
 from fastkd.teachers.server.options import ServerOptions
 from fastkd.teachers.server.teacher import ServerTeacher
+from fastkd.train.metrics import read_metrics
 
 pytest.importorskip("httpx2")
 pytest.importorskip("msgspec")
@@ -522,3 +523,36 @@ def test_live(tmp_path: Path) -> None:
         with pytest.raises(TeacherError, match="draws: got 16; expected 0"):
             fastkd.train(student, None, tmp_path / "other", teacher=url, data=documents(), **how)
         assert not (tmp_path / "other").exists()
+
+
+def test_a_live_run_resumes(tmp_path: Path) -> None:
+    """Beside the same model, also at another address: the bytes of a run that nobody stopped. Another model is refused,
+    and a server that is away leaves the run as its last checkpoint has it."""
+    from train_cases import Tiny, bits, stopped
+
+    live = fastkd.settings.LiveSettings(
+        k=5, draws=0, temperatures=(1.0,), context=16, held_out=0.2, shard_positions=64, teacher_batch_tokens=40
+    )
+    how: dict[str, Any] = {"steps": 3, "batch_tokens": 60, "device": "cpu", "alpha": 0.3, "checkpoint_every": 1}
+    how |= {"keep": 9, "evaluate_every": 2, "data": documents(), "live": live}
+
+    def train(name: str, url: str, **changes: Any) -> Any:
+        return fastkd.train(
+            Tiny(vocab=VOCAB, seed=1), None, tmp_path / name, teacher=teacher_of(url, retries=1), **how | changes
+        )
+
+    with serving(ModelServer()) as url:
+        assert train("whole", url).complete
+        assert not train("parts", url, stop=stopped()).complete
+    away = ModelServer(fault=lambda number, tokens: "503")
+    with serving(away) as url, pytest.raises(TeacherUnavailable, match="failed 2 times, the last time with status 503"):
+        train("parts", url)
+    other = r"of a loader with other settings: teacher: '.*toy-1.*' there, '.*toy-2.*' here"
+    with serving(ModelServer(root="/models/toy-2")) as url, pytest.raises(StreamError, match=other):
+        train("parts", url)
+    with serving(ModelServer()) as url:
+        report = train("parts", url)
+        assert (report.complete, report.resumed) == (True, 1)
+    for step in (1, 2, 3):
+        assert bits(tmp_path / "parts", step) == bits(tmp_path / "whole", step)
+    assert read_metrics(tmp_path / "parts")[-1]["step"] == 3

@@ -260,6 +260,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @real
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, of torch, which would end its start
 def test_real_vllm_is_transformers(smollm2: Path, tmp_path: Path) -> None:
     """KL of transformers' targets from vLLM's, at T = 1, and from their cache."""
     from pydoc_data.topics import topics
@@ -284,6 +285,7 @@ def test_real_vllm_is_transformers(smollm2: Path, tmp_path: Path) -> None:
 
 @real
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, of torch, which would end its start
 def test_a_real_server_of_vllm(smollm2: Path, tmp_path: Path) -> None:
     """Its cache is that of the same model in this process; and another model behind its name is noticed."""
     from real_server import vllm_server
