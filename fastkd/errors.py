@@ -1,6 +1,7 @@
 """Errors about user input. Each message names the thing, the evidence, and the next step."""
 
 from .cache.credentials import redact
+from .cache.errors import NotFound, Refused, StoreError
 
 
 class _MaskedError(Exception):
@@ -59,3 +60,10 @@ class BenchError(Exception):
 
 class NoSuite(BenchError):
     """Unknown benchmark suite, or no recording to compare with."""
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same call may succeed later, and continues then: a store or a teacher that does not answer, a full
+    disk. Commands then end with status 75, and workers of a cluster begin again."""
+    transient = isinstance(error, (StoreError, TeacherUnavailable, WorkRemains))
+    return transient and not isinstance(error, (Refused, NotFound))

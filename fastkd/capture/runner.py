@@ -200,7 +200,8 @@ class CaptureRunner(ShardRunner):
         """Leave a shard to a later run: the teacher does not answer, and the others may be answered."""
         self._progress.found(-self._run_positions)
         self._report = replace(self._report, failed={**self._report.failed, index: str(error)})
-        self._progress.event("failed", shard=index, text=f"shard {index} is left to a later run: {error}")
+        text = f"shard {index} is left to a later run: {error}"
+        self._progress.event("failed", shard=index, positions=self._run_positions, why=str(error), text=text)
         self._claims.drop(str(index))
 
     def _follow(self) -> CaptureReport:
@@ -276,6 +277,9 @@ def capture_text(report: CaptureReport) -> str:
             lines.append(f"this run: {report.shards_written:,} shards, {report.positions_written:,} positions in {run}")
         else:
             lines.append(f"this run: features of {report.positions_captured:,} positions in {run}")
+    elif report.positions_captured:
+        ran = f"{report.positions_captured:,} positions"
+        lines.append(f"this run: no shard; the teacher ran {ran} of shards that others wrote first, or that were left")
     elif report.complete:
         lines.append("this run: nothing to do, the teacher did not run")
     for name, feature in features.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cache.errors import CacheError, NotFound, Refused, StoreError
+from ..cache.errors import CacheError, NotFound, StoreError
 from ..errors import (
     BenchError,
     ClusterError,
@@ -25,9 +25,8 @@ from ..errors import (
     ReportError,
     StreamError,
     TeacherError,
-    TeacherUnavailable,
     TrainError,
-    WorkRemains,
+    passes,
 )
 from ..settings import CaptureSettings, LiveSettings, MutualSettings, RolloutSettings, ShareSettings, TrainSettings
 from ..utils.atomic import disk_is_full
@@ -452,10 +451,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 def _failure(error: Exception, command: Any) -> Outcome:
     absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
     text = masked(in_flags(str(error), flags(command)))
-    transient = isinstance(error, (StoreError, TeacherUnavailable, WorkRemains)) and not isinstance(
-        error, (Refused, NotFound)
-    )
-    if transient and type(command) in _LONG:
+    if passes(error) and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))
     if disk_is_full(error):

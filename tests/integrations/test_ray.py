@@ -11,14 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import ray_cases
+import torch
 from capture_cases import SMALL, contents, documents, uninterrupted
-from ray_cases import Slow
+from ray_cases import Away, Slow
+from safetensors.torch import load_file
 from train_cases import SMALL as TRAIN
 from train_cases import make_cache
 
@@ -27,7 +31,8 @@ import fastkd.integrations.ray as on_ray
 from fastkd.cache import verify_cache
 from fastkd.capture.runner import capture_text
 from fastkd.cli.main import main
-from fastkd.errors import ClusterError, TrainError
+from fastkd.errors import ClusterError, TeacherUnavailable, TrainError
+from fastkd.integrations.ray.capture_report import RayCaptureReport, WorkerReport, ray_capture_text
 from fastkd.integrations.ray.cluster import connected
 from fastkd.sweep.arms import FIELDS
 from fastkd.sweep.result import sweep_text
@@ -135,6 +140,54 @@ def test_three_kills_lose_three_shards_at_most(ray: Any, tmp_path: Path, seed: i
     killed_capture(ray.folder, tmp_path / "cache", kills=3, seed=1 + seed)
 
 
+def test_a_teacher_that_does_not_answer_for_a_while(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are left, and captured later; after three of them the worker begins again."""
+    monkeypatch.setattr("fastkd.integrations.ray.capture_driver._AGAIN_SECONDS", 0.01)
+    (folder := tmp_path / "away").mkdir()
+    events: list[Any] = []
+    report = on_ray.capture(
+        Away(folder, 4), documents(), tmp_path / "cache", workers=1, progress=events.append, **SMALL
+    )
+    assert report.complete
+    assert contents(tmp_path / "cache") == uninterrupted()
+    left = [event for event in events if event["event"] == "failed"]
+    assert "is left to a later run: a-server: nothing answers" in left[0]["text"]
+    assert any("worker 0 begins again: a-server" in str(event.get("text")) for event in events)
+    assert report.shards_written == len(uninterrupted())
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(TeacherUnavailable, match="a-server: nothing answers"):
+        on_ray.capture(Away(folder, 10_000), documents(), tmp_path / "other", workers=1, **SMALL)
+
+
+@pytest.mark.soak
+def test_two_drivers_on_one_cache(ray: Any, tmp_path: Path) -> None:
+    """Every shard is written once; who lost work does not say that there was nothing to do."""
+
+    def work(_: int) -> Any:
+        teacher = Slow(ray.folder, 0.1)
+        return on_ray.capture(teacher, documents(), tmp_path / "cache", workers=1, cpus_per_worker=1, **SMALL)
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(work, range(2)))
+    assert all(report.complete for report in reports)
+    assert sum(report.shards_written for report in reports) == len(uninterrupted())
+    assert contents(tmp_path / "cache") == uninterrupted()
+    for report in reports:
+        assert ("nothing to do" in ray_capture_text(report)) == (report.positions_captured == 0)
+
+
+def test_the_text_of_a_run_that_lost_its_work() -> None:
+    """To another driver, or because the teacher did not answer."""
+    mine = WorkerReport(0, starts=1, hosts=["here"], positions_lost=64)
+    plan = {"positions": 640, "shards": 10}
+    report = RayCaptureReport("a-cache", True, [], plan, positions_captured=64, seconds=1.0, workers=[mine])
+    text = ray_capture_text(report)
+    assert "nothing to do" not in text
+    assert "this run: no shard; the teacher ran 64 positions of shards that others wrote first" in text
+    assert "nothing to do" in ray_capture_text(replace(report, positions_captured=0))
+
+
 COMMAND = ["capture", "--ray", "--workers", "1", "--teacher", "ray_cases:slow", "--data", "ray_cases:data"]
 COMMAND += ["--k", "5", "--draws", "3", "--context", "16", "--shard-positions", "64", "--batch-tokens", "40"]
 COMMAND += ["--held-out", "0.2", "--json", "--out"]
@@ -225,6 +278,26 @@ def test_a_training_whose_worker_is_killed_resumes(ray: Any, cache: str, tmp_pat
     weights = [(tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("local", "ray")]
     assert weights[0] == weights[1]
     assert not (tmp_path / "ray" / ".ray").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_workers_of_a_training(ray: Any, cache: str, tmp_path: Path, killed: bool) -> None:
+    """They train what one process trains: in float64, the same but for the order of sums. With one killed on the way,
+    Ray begins both again, and they resume."""
+    local = fastkd.train("train_cases:double", cache, tmp_path / "local", **CHANGES)
+    student = functools.partial(ray_cases.killed_once, tmp_path / "killed", 6, torch.float64)
+    given = student if killed else "train_cases:double"
+    report = on_ray.train(given, cache, tmp_path / "ray", workers=2, gpus_per_worker=0, **CHANGES)
+    assert report.complete
+    assert (report.resumed > 0) == killed == (tmp_path / "killed").exists()
+    states = [load_file(tmp_path / run / "student" / "model.safetensors") for run in ("local", "ray")]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-9)
+    assert local.evaluation is not None
+    for name, value in local.evaluation.items():
+        assert report.evaluation[name] == pytest.approx(value, rel=1e-6), name
 
 
 @pytest.mark.soak

@@ -15,10 +15,9 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-from ...cache.errors import NotFound, Refused, StoreError
 from ...cache.manifest import runs
 from ...capture.shard_runner import CaptureReport
-from ...errors import ClusterError, WorkRemains
+from ...errors import ClusterError, TeacherUnavailable, passes
 from ...settings import CaptureSettings
 from ...utils.progress import MODES, Mode, Progress, notes_only
 from ...utils.signals import Stop
@@ -262,7 +261,11 @@ class CaptureDriver:
         self._talk(hand)
 
     def _ended(self, hand: _Hand, report: CaptureReport) -> None:
-        """A worker has ended: the one that seals, or, after a stop, any."""
+        """A worker has ended: the one that seals, one whose teacher does not answer, or, after a stop, any."""
+        if hand is not self._closing and not self._stop.asked:
+            why = next(reversed(report.failed.values()), "it ended")
+            self._failed(hand, TeacherUnavailable(why))
+            return
         hand.state = "ended"
         if hand is self._closing:
             self._complete = report.complete
@@ -276,6 +279,8 @@ class CaptureDriver:
         self._progress.add(heard.ran - hand.ran)
         hand.ran, hand.busy = heard.ran, heard.busy
         for event in heard.events:
+            if event["event"] == "failed":
+                self._left_by(hand, event)
             if event["event"] not in ("shard", "there"):
                 continue
             index, positions = int(event["shard"]), int(event["positions"])
@@ -305,6 +310,16 @@ class CaptureDriver:
         alive = sum(hand.state == "working" for hand in self._hands.values())
         self._progress.figure("workers", alive, f"{alive} of {self._workers} workers")
 
+    def _left_by(self, hand: _Hand, event: dict[str, Any]) -> None:
+        """A worker has left a shard, for which its teacher did not answer: it waits behind all others."""
+        index = int(event["shard"])
+        self._reports[hand.number].positions_lost += int(event["positions"])
+        if index in hand.given:
+            hand.given.remove(index)
+            self._queue.append(index)
+        self._progress.event("failed", **{k: v for k, v in event.items() if k != "event"}, worker=hand.number)
+        self._count_end(hand, lambda: TeacherUnavailable(event["why"]))
+
     def _put_back(self, hand: _Hand) -> None:
         """The shards of a worker that failed or died are to be captured by others, before those that wait."""
         self._queue.extendleft(index for index in reversed(hand.given) if index in self._left)
@@ -331,8 +346,7 @@ class CaptureDriver:
 
     def _failed(self, hand: _Hand, cause: BaseException) -> None:
         """A worker's method raised: what passes is tried again, anything else ends the capture."""
-        passes = isinstance(cause, (StoreError, WorkRemains)) and not isinstance(cause, (Refused, NotFound))
-        if not passes or hand.state in ("loading", "loaded"):
+        if not passes(cause) or hand.state in ("loading", "loaded"):
             raise cause
         self._put_back(hand)
         hand.state, hand.begun = "waiting", hand.begun + 1

@@ -81,6 +81,7 @@ class CaptureWorker:
                 self._session.__exit__(None, None, None)
             self._session = None
         assert self._loaded is not None
+        self._stop = Stop()  # a capture that gave its teacher up has used the last one
         with self._changed:
             self._given.clear()
             self._events, self._ran, self._busy = [], 0, 0.0
@@ -137,6 +138,8 @@ class CaptureWorker:
             if event["event"] == "progress":
                 self._ran, self._busy = int(event["positions"]), float(event.get("teacher_busy", 0.0))
             else:
+                if event["event"] == "failed":
+                    self._ran = max(0, self._ran - int(event["positions"]))
                 self._events.append(dict(event))
                 self._changed.notify_all()
 

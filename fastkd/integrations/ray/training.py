@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...errors import ClusterError
+from ...errors import ClusterError, passes
 from ...settings import TrainSettings
 from ...train.api import DEFAULTS
 from ...train.api import train as train_here
@@ -117,7 +117,5 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether another process of the training is gone, or work remains for another reason."""
-    from ...errors import WorkRemains
-
-    return isinstance(error, (WorkRemains, ConnectionError)) or type(error).__module__.startswith("torch.")
+    """Whether another process of the training is gone, or the error passes for another reason."""
+    return passes(error) or isinstance(error, ConnectionError) or type(error).__module__.startswith("torch.")
