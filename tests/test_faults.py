@@ -56,7 +56,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "report": ("run",),
 }  # fmt: skip
 NEEDS = {"capture": [], "seal": ["cache"], "train": ["cache"], "sweep": ["cache"], "report": ["cache", "run"]}
-SAMPLE = {"capture": 10, "seal": 5, "train": 5, "sweep": 1, "report": 1}  # cases in `make test`
+SAMPLE = {"capture": 6, "seal": 3, "train": 3, "sweep": 1, "report": 1}  # cases in `make test`
 SAY_EVERY = 25  # cases
 
 _PATHS = {"ids.parquet", "cache", "run", "sweep"}

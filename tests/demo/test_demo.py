@@ -351,7 +351,10 @@ def test_a_teacher_that_is_interrupted_later_is_asked_for_the_rest(
     assert contents(settings.out) == contents(whole)
 
 
-@pytest.mark.parametrize("run_of", ["healed", "healed/control", "soft"])
+@pytest.mark.parametrize(
+    "run_of",
+    [pytest.param("healed", marks=pytest.mark.soak), "healed/control", pytest.param("soft", marks=pytest.mark.soak)],
+)
 def test_a_training_that_is_stopped_goes_on(again: DemoSettings, whole: Path, run_of: str) -> None:
     for name in ("healed", "soft"):
         shutil.rmtree(again.out / name)

@@ -12,7 +12,7 @@ from forked import Forked
 from fastkd import KDError, linear_topk_targets
 
 
-@pytest.fixture(scope="module", params=sorted(topk_jobs.SPLITS))
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.soak)])
 def raised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank's jobs raised, by their names."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")

@@ -22,7 +22,7 @@ def run(ranks: int, folder: Path, *, everything: bool) -> None:
         assert list(raised) == names
 
 
-@RANKS
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_divided(ranks: int, tmp_path: Path) -> None:
     run(ranks, tmp_path, everything=False)
 
