@@ -201,7 +201,7 @@ class Attachment:
         return {**vars(self), "_student": None, "inside": False}
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _check_count(theirs: Any, ours: int) -> None:
     """Raise TrainError if the step of a Trainer has other positions than the dataset's, by whose count the loss is
     divided: the gradient would be scaled. theirs: a number, or a tensor of equal ones."""
