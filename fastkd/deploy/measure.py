@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,13 +31,13 @@ _ERRORS = 2000  # characters of a process's stderr that are looked at
 
 
 class Measured(NamedTuple):
-    """Medians over the turns. prefill: seconds of a prefill, or of one example. token: seconds of a decoded token; None
-    for examples. memory: bytes at its peak, above what the process had before it loaded the model; None where it is not
-    known. ratios: to the first model, of "prefill", "token" and "memory"."""
+    """Medians over the turns. prefill: seconds of a prefill, or of one example. decode: seconds of a decoded token;
+    None for examples. memory: bytes at its peak, above what the process had before it loaded the model; None where it
+    is not known. ratios: to the first model, of "prefill", "decode" and "memory"."""
 
     runtime: str
     prefill: float
-    token: float | None
+    decode: float | None
     memory: int | None
     ratios: dict[str, float]
 
@@ -50,6 +50,8 @@ def measure(model: Deployable, exports: Sequence[Exported], threads: int, *, tur
         requests = [_of_student(model, Path(place)), *({"what": "exported", "place": str(e.folder)} for e in exports)]
         common = {"threads": threads, "kind": model.kind, "inputs": inputs}
         workers = [stack.enter_context(_worker(request | common, threads)) for request in requests]
+        for worker in workers:  # all of them load at the same time
+            worker.name = worker.answer()["name"]
         table = [[worker.turn() for worker in workers] for _ in range(turns + 1)][1:]
         return [_measured(worker.name, [row[i] for row in table], [row[0] for row in table])
                 for i, worker in enumerate(workers)]  # fmt: skip
@@ -58,7 +60,7 @@ def measure(model: Deployable, exports: Sequence[Exported], threads: int, *, tur
 def _measured(name: str, turns: list[dict[str, Any]], firsts: list[dict[str, Any]]) -> Measured:
     values: dict[str, Any] = {}
     ratios: dict[str, float] = {}
-    for key in ("prefill", "token"):
+    for key in ("prefill", "decode"):
         known = turns[0][key] is not None
         values[key] = median(turn[key] for turn in turns) if known else None
         if known:
@@ -66,7 +68,7 @@ def _measured(name: str, turns: list[dict[str, Any]], firsts: list[dict[str, Any
     memory, first_memory = (some[-1]["memory"] for some in (turns, firsts))
     if memory is not None and first_memory:
         ratios["memory"] = memory / first_memory
-    return Measured(name, values["prefill"], values["token"], memory, ratios)
+    return Measured(name, values["prefill"], values["decode"], memory, ratios)
 
 
 class _Worker:
@@ -77,15 +79,20 @@ class _Worker:
         self.name = ""
 
     def turn(self) -> dict[str, Any]:
-        return self.ask({"decode": DECODED})
+        self.ask({"decode": DECODED})
+        return self.answer()
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer tells why
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer. Raises ExportError if the process has ended."""
         assert self._process.stdout is not None
         try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read()[-_ERRORS:].strip().splitlines() or ["no message"]
@@ -107,7 +114,7 @@ def _worker(request: dict[str, Any], threads: int) -> Iterator[_Worker]:
         )  # fmt: skip
         try:
             worker = _Worker(process, errors, str(request["place"]))
-            worker.name = worker.ask(request)["name"]
+            worker.ask(request)
             yield worker
         finally:
             process.kill()  # it holds nothing that has to be finished

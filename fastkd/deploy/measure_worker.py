@@ -68,7 +68,7 @@ def _turn(runtime: Any, inputs: Any, decoded: int, kind: str, before: int | None
         first = _seconds(lambda: runtime.prefill(inputs), 1)
         token = _seconds(lambda: runtime.decode(int(inputs[0, 0])), decoded)
     peak = _status("VmHWM")
-    return {"prefill": first, "token": token, "memory": None if peak is None or before is None else peak - before}
+    return {"prefill": first, "decode": token, "memory": None if peak is None or before is None else peak - before}
 
 
 def _seconds(call: Any, times: int) -> float:

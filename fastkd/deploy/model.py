@@ -1,5 +1,6 @@
 """`Deployable`: a trained student as the formats take it, and `load_deployable`, which reads one from its folder."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ def load_deployable(source: Any, *, examples: Tensor | None = None, trust_remote
     that transformers cannot load.
     """
     if isinstance(source, nn.Module):
+        source = copy.deepcopy(source)  # its mode and type are changed
         if hasattr(source, "get_output_embeddings") and examples is None:
             return _of_transformers(source, type(source).__name__, None)
         return _of_module(source, type(source).__name__, None, examples)
@@ -200,7 +202,11 @@ def _of_module(
     else:
         example = (examples if len(examples) > 1 else torch.cat([examples, examples]))[:2].cpu()
     with torch.no_grad():
-        output = run_probe(model, example, name, TEXT if examples is None else EXAMPLES, ExportError)
+        try:
+            output = run_probe(model, example, name, TEXT if examples is None else EXAMPLES, ExportError)
+        except ExportError as error:
+            hint = " A classifier needs its examples: --data module:factory." if examples is None else ""
+            raise ExportError(f"{error}{hint}") from error
     kind: Literal["text", "examples"] = "text" if examples is None else "examples"
     return Deployable(model, kind, logits_width(output), name, None, folder, None, example, None, factory)
 

@@ -65,7 +65,7 @@ def _cards(report: DeployReport) -> Cards:
         if row.quality is None:
             continue
         mean, half = with_half(*row.quality.cost, sign=True)
-        more = f"±{THIN}{half}{THIN}nats of KL; {figures(row.ratio, 2)} of the size" if half else "nats of KL"
+        more = f"{'±' * bool(half)}{THIN}{half} nats of KL to the teacher; {figures(row.ratio, 2)} of the size"
         cards.append(Card(row.name, mean, more, "bad" if row.above else ""))
     return Cards(cards)
 
@@ -81,7 +81,7 @@ def _table(report: DeployReport, series: Sequence[Series]) -> Table:
     for row, line in zip(report.rows, series, strict=True):
         m = row.measured
         cells = [_cell(prefixed(row.bytes, "B"), row.ratio), _time(m.prefill, m.ratios.get("prefill"))]
-        cells += [_time(m.token, m.ratios.get("token"))] if text else []
+        cells += [_time(m.decode, m.ratios.get("decode"))] if text else []
         cells.append(UNKNOWN if m.memory is None else _cell(prefixed(m.memory, "B"), m.ratios.get("memory")))
         rows.append(Row(row.name, [*cells, Cell(m.runtime)], series=line))
     caption = f"Ratios are to PyTorch's in the same run. Medians of {report.turns} turns."
@@ -122,7 +122,7 @@ def _charts(report: DeployReport, series: Sequence[Series]) -> list[Block]:
     """KL to the teacher against size, and against latency."""
     assert report.measure is not None
     text = report.prompt > 0
-    speed, label = ("token", "decoded token, ms") if text else ("prefill", "one example, ms")
+    speed, label = ("decode", "decoded token, ms") if text else ("prefill", "one example, ms")
     known = [(row, line) for row, line in zip(report.rows, series, strict=True) if report.measure in row.intervals]
 
     def lines(x: dict[str, float]) -> list[Line]:
@@ -153,7 +153,7 @@ def _notes(report: DeployReport) -> Notes:
         ("size", "The files of the format, without tokenizer and configs; of the student, its weights."),
         (
             "latency",
-            latency + f"Batch 1, {report.threads} threads, each model in a process of its own. They take turns, and a "
+            latency + "Batch 1, each model in a process of its own. They take turns, and a "
             "ratio is the median over the turns of the time over PyTorch's in the same turn.",
         ),
         (

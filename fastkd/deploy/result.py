@@ -132,7 +132,7 @@ class DeployRow:
             "bytes": self.bytes,
             "runtime": self.measured.runtime,
             "prefill_seconds": self.measured.prefill,
-            "token_seconds": self.measured.token,
+            "decode_seconds": self.measured.decode,
             "memory_bytes": self.measured.memory,
             "ratios": {"bytes": self.ratio, **self.measured.ratios},
             "quality": None if self.quality is None else quality_json(self.quality),
@@ -183,7 +183,7 @@ def report_lines(report: DeployReport) -> list[str]:
     for row in report.rows:
         m = row.measured
         cells = [row.name, size_text(row.bytes), f"{row.ratio:.2f}", _ms(m.prefill), _ratio(m, "prefill")]
-        cells += [_ms(m.token), _ratio(m, "token")] if text else []
+        cells += [_ms(m.decode), _ratio(m, "decode")] if text else []
         cells += ["" if m.memory is None else size_text(m.memory), _ratio(m, "memory")]
         cells += [_value(row, name) for name in shown]
         rows.append(cells)
