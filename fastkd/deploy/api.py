@@ -23,8 +23,8 @@ from ..utils.progress import Mode
 from .calibration import Calibration
 from .exported import Exported, read_exported, write_exported
 from .formats import check_quantize, find
-from .measure import TURNS, measure, prompt
-from .model import Deployable, load_deployable, source_json
+from .measure import TURNS, Subject, measure, prompt
+from .model import Deployable, find_student, load_deployable, source_json, weights_sha256
 from .page import page_of
 from .quality import Judge, Quality, load_quality, save_quality
 from .result import DeployReport, DeployRow, ExportReport
@@ -117,21 +117,30 @@ def deploy_report(
     stored = {} if opened is not None else {str(one.folder): load_quality(one.folder) for one in exports}
     if settings.at_most is not None and opened is None and (lack := [f for f, q in stored.items() if q is None]):
         raise ExportError(f"at_most: got {settings.at_most:g}, but {lack[0]} has not been evaluated. Give a cache.")
-    model = _loaded(student, data, settings)
-    source = source_json(model)
+    model = None
+    if opened is None and isinstance(student, (str, Path)) and exports[0].kind == "text":
+        # nothing of it is needed here but its name
+        folder, factory = find_student(str(student))
+        source = {"student": str(folder.resolve()), "sha256": weights_sha256(folder)}
+        vocab_size = exports[0].vocab_size if factory is None else 1
+        subject, size = Subject("text", vocab_size, exports[0].max_positions, folder, factory), weights_bytes(folder)
+    else:
+        model = _loaded(student, data, settings)
+        source, subject, size = source_json(model), Subject.of(model), student_bytes(model)
     for one in exports:
         one.check_source(source)
-    _check_cache(model, opened, settings)
+    if model is not None:
+        _check_cache(model, opened, settings)
     threads = settings.threads or torch.get_num_threads()
-    measured = measure(model, exports, threads, turns=turns)
-    if opened is None:
+    measured = measure(subject, exports, threads, turns=turns)
+    if opened is None or model is None:
         qualities = [stored[str(one.folder)] for one in exports]
         first = next((quality.student for quality in qualities if quality is not None), None)
     else:
         judge = Judge(model, opened, data, settings, progress=progress == "bar")
         qualities, first = [_judged(judge, one, settings)[0] for one in exports], judge.student
-    size = student_bytes(model)
-    rows = [DeployRow("PyTorch", source["student"], size, 1.0, measured[0], first and Quality(first, first))]
+    itself = None if first is None else Quality(first, first)
+    rows = [DeployRow("PyTorch", source["student"], size, 1.0, measured[0], itself)]
     rows += [
         DeployRow(
             name, str(one.folder), one.bytes, one.bytes / size, latency, quality,
@@ -141,7 +150,7 @@ def deploy_report(
     ]  # fmt: skip
     page = Path(out) if out is not None else Path(folders[0]).parent / PAGE
     report = DeployReport(
-        source["student"], str(page), rows, 0 if model.kind == "examples" else len(prompt(model)), threads, turns,
+        source["student"], str(page), rows, 0 if subject.kind == "examples" else len(prompt(subject)), threads, turns,
         settings.at_most, [f"{row.name} was not evaluated: give a cache." for row in rows[1:] if row.quality is None],
     )  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +160,12 @@ def deploy_report(
 
 def student_bytes(model: Deployable) -> int:
     """Bytes of a student's weights as they are on disk; of a module that was given, in memory."""
-    kinds = ("*.safetensors", "*.bin")
-    paths = [] if model.folder is None else [path for kind in kinds for path in model.folder.glob(kind)]
-    return sum(path.stat().st_size for path in paths) or parameters_and_bytes(model.model)[1]
+    return parameters_and_bytes(model.model)[1] if model.folder is None else weights_bytes(model.folder)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the files of weights in a student's folder."""
+    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
 
 
 def _changed(settings: _Settings, changes: dict[str, Any]) -> _Settings:

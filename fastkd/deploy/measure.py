@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ..errors import ExportError
 from .exported import Exported
@@ -42,7 +43,27 @@ class Measured(NamedTuple):
     ratios: dict[str, float]
 
 
-def measure(model: Deployable, exports: Sequence[Exported], threads: int, *, turns: int = TURNS) -> list[Measured]:
+class Subject(NamedTuple):
+    """A student to run in PyTorch. ids: token ids that it takes are below this. module: the module itself, and example
+    an input batch, where they are needed: for one that nothing can load again, and for a classifier."""
+
+    kind: str
+    ids: int
+    max_positions: int | None
+    folder: Path | None = None
+    factory: str | None = None
+    module: nn.Module | None = None
+    example: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Deployable) -> "Subject":
+        again = model.folder is not None and (model.config is not None or model.factory is not None)
+        ids = model.vocab_size if model.config is not None else int(model.example.max()) + 1
+        module = None if again else model.model
+        return cls(model.kind, ids, model.max_positions, model.folder, model.factory, module, model.example)
+
+
+def measure(model: Subject, exports: Sequence[Exported], threads: int, *, turns: int = TURNS) -> list[Measured]:
     """Measure a student in PyTorch, and then its exports. Batch 1; a prefill of 128 tokens, or fewer if the student
     does not take as many. Raises ExportError if a process ends early."""
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
@@ -121,24 +142,23 @@ def _worker(request: dict[str, Any], threads: int) -> Iterator[_Worker]:
             process.communicate()
 
 
-def _of_student(model: Deployable, place: Path) -> dict[str, Any]:
-    if model.folder is not None and (model.config is not None or model.factory is not None):
+def _of_student(model: Subject, place: Path) -> dict[str, Any]:
+    if model.module is None:
         return {"what": "student", "place": str(model.folder), "factory": model.factory}
     path = place / "module.pt"
-    torch.save(model.model, path)
+    torch.save(model.module, path)
     return {"what": "module", "place": str(path)}
 
 
-def _inputs(model: Deployable, place: Path) -> Any:
-    if model.kind == "examples":
-        np.save(place / "example.npy", model.example[:1].numpy())
-        return str(place / "example.npy")
-    return prompt(model).tolist()
+def _inputs(model: Subject, place: Path) -> Any:
+    if model.kind == "text":
+        return prompt(model).tolist()
+    assert model.example is not None
+    np.save(place / "example.npy", model.example[:1].numpy())
+    return str(place / "example.npy")
 
 
-def prompt(model: Deployable) -> NDArray[np.int64]:
+def prompt(model: Subject) -> NDArray[np.int64]:
     """Token ids of a prefill `[128]`; fewer if the student takes fewer than these and the decoded tokens."""
     most = PROMPT if model.max_positions is None else min(PROMPT, model.max_positions - DECODED)
-    ids = np.random.default_rng(0).integers(0, model.vocab_size, max(1, most))
-    found: NDArray[np.int64] = ids % int(model.example.max() + 1) if model.config is None else ids
-    return found
+    return np.random.default_rng(0).integers(0, model.ids, max(1, most))

@@ -24,7 +24,7 @@ from fastkd.deploy import deploy_report, export
 from fastkd.deploy.calibration import Calibration
 from fastkd.deploy.exported import FILE, read_exported
 from fastkd.deploy.formats import find, names
-from fastkd.deploy.measure import Measured, measure
+from fastkd.deploy.measure import Measured, Subject, measure
 from fastkd.deploy.model import load_deployable
 from fastkd.deploy.quality import FILE as EVALUATION
 from fastkd.deploy.quality import load_quality
@@ -213,7 +213,7 @@ def test_latency_and_memory_are_of_processes_of_their_own(
         folder = tmp_path / "out"
         export(digits[0], "safetensors", folder, data=data)
         model = load_deployable(load_deployable(digits[0], examples=data.first()).model, examples=data.first())
-    first, second = measure(model, [read_exported(folder)], 1, turns=1)
+    first, second = measure(Subject.of(model), [read_exported(folder)], 1, turns=1)
     assert first.runtime == second.runtime == f"PyTorch {torch.__version__}"
     assert first.ratios == dict.fromkeys(first.ratios, 1.0)
     assert second.ratios["prefill"] == second.prefill / first.prefill
@@ -226,7 +226,7 @@ def test_latency_and_memory_are_of_processes_of_their_own(
 def test_a_process_that_ends_early_is_named(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:
     gone = replace(read_exported(exported), folder=tmp_path / "gone")
     with pytest.raises(ExportError, match=r"gone: the process that measures it ended with status 1 .*got no"):
-        measure(load_deployable(text[0]), [gone], 1, turns=1)
+        measure(Subject.of(load_deployable(text[0])), [gone], 1, turns=1)
 
 
 class Worse:
