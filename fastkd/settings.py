@@ -278,6 +278,38 @@ class ShareSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """How a student is made from a teacher."""
+
+    at_most: str | None = None
+    """Size of the student, at most: a number of parameters, such as 80M, or of bytes on disk, such as 60MB."""
+    drop_every: int | None = None
+    """Instead of a size: remove the middle one of each N layers, and nothing else. Needs no cache."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights that are written, and of the bytes of at-most."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """With at-most in bytes: count those of the student once it is quantised so. The weights that are written are
+    not."""
+    positions: int = 2048
+    """Number of positions of the cache's training split on which parts and candidates are measured; the order of
+    layers on a quarter of them."""
+    seed: int = 0
+    """Seed of the choice of these positions."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, ... Default: a GPU if there is one."""
+    revision: str | None = None
+    """Revision of a teacher on the Hub: a branch, tag or commit."""
+    tokenizer: str | None = None
+    """Tokenizer to save with the student: a folder or a Hub name. Default: the teacher's own, if it has one."""
+    allow_partial: bool = False
+    """Allow a cache with missing shards."""
+    allow_other_tokenizer: bool = False
+    """Allow a teacher whose tokenizer differs from the cache's."""
+    trust_remote_code: bool = False
+    """Allow running Python code that comes with a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a student is trained from a cache."""
 

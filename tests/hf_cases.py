@@ -23,6 +23,11 @@ USUAL = {
 }  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", USUAL),
+    "mistral": ("Mistral", {**USUAL, "sliding_window": 4}),
+    "qwen2": ("Qwen2", USUAL),
+    "qwen3": ("Qwen3", USUAL),
+    "smollm3": ("SmolLM3", {**USUAL, "no_rope_layers": [1, 0]}),
+    "gemma": ("Gemma", {**USUAL, "head_dim": 8}),
     "gpt2": ("GPT2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     # with windows and caps that the few tokens and the small weights of a test exceed
     "gemma2": ("Gemma2", {**USUAL, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.5}),

@@ -20,6 +20,7 @@ from ..settings import (
     MutualSettings,
     RolloutSettings,
     ShareSettings,
+    StudentSettings,
     TeacherSettings,
     TrainSettings,
 )
@@ -261,6 +262,26 @@ class Match:
     """Allow running Python code that comes with a model."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(StudentSettings):
+    """Make a student from its teacher, of a given size.
+
+    With --cache: a copy of the teacher without what matters least by its answers in the cache. Layers, MLP units,
+    key-value heads and hidden channels are removed; some shapes that fit are compared by their KL divergence from the
+    teacher, untrained, and the best one is written. Without --cache: a config of this size, for new weights.
+    With --drop-every N, a copy without one layer in N.
+    """
+
+    teacher: str
+    """Teacher model: a folder, a GGUF file, or a name on the Hugging Face Hub."""
+    cache: str | None = None
+    """Cache of this teacher: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    out: Path
+    """Output folder of the student, for `fastkd train --student`."""
+    json: bool = False
+    """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,6 +540,7 @@ COMMANDS: dict[str, type] = {
     "seal": Seal,
     "features": Features,
     "match": Match,
+    "student": Student,
     "train": Train,
     "mutual": Mutual,
     "sweep": Sweep,

@@ -28,7 +28,15 @@ from ..errors import (
     TrainError,
     passes,
 )
-from ..settings import CaptureSettings, LiveSettings, MutualSettings, RolloutSettings, ShareSettings, TrainSettings
+from ..settings import (
+    CaptureSettings,
+    LiveSettings,
+    MutualSettings,
+    RolloutSettings,
+    ShareSettings,
+    StudentSettings,
+    TrainSettings,
+)
 from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
@@ -52,6 +60,7 @@ from .commands import (
     Plan,
     Report,
     Seal,
+    Student,
     Sweep,
     Train,
     Verify,
@@ -220,6 +229,16 @@ def match(command: Match) -> Outcome:
         settings=settings,
     )  # fmt: skip
     return Outcome(found.to_json(), found.text, 0, "; ".join(found.notes))
+
+
+def student(command: Student) -> Outcome:
+    from ..students.api import student as run
+    from ..utils.progress import mode_for
+
+    settings = StudentSettings(**{f.name: getattr(command, f.name) for f in fields(StudentSettings)})
+    cache = None if command.cache is None else store_of(command.cache)
+    found = run(command.teacher, command.out, settings, cache=cache, progress=mode_for(events=command.json))
+    return Outcome({"event": "done", **found.to_json()}, found.text, 0, "; ".join(found.notes))
 
 
 def train(command: Train, stop: Stop) -> Outcome:
@@ -440,6 +459,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Seal: seal,
     Features: features,
     Match: match,
+    Student: student,
     Export: export,
     DeployReport: deploy_report,
     Report: report,

@@ -61,7 +61,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
     page = job.out / "report.html"
     with job.stages.stage("report", str(page)):
         flip = f"In a copy of the cache, one bit of {flipped} was flipped. `fastkd verify` names the shard:"
-        hand = "The demo as commands. The student is the teacher's folder with layers removed."
+        hand = "The demo as commands."
         more = [
             completions_section({"teacher": teacher["answers"]} | answers),
             costs(runs[0], positions=inspected["positions"], overhead=teacher["overhead"]),

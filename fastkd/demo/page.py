@@ -87,6 +87,7 @@ def commands(job: Job) -> list[list[str]]:
     """The command line of each stage."""
     cache, teacher, model = str(job.cache), ["--teacher", str(job.teacher)], options(job.model)
     places = ["--data", str(job.windows), "--out", cache]
+    pruned = ["--drop-every", str(job.settings.cut), "--out", str(job.pruned)]
     students = ["fastkd", "train", "--student", str(job.pruned), "--cache", cache, "--out"]
     trainings = (
         [*students, str(job.out / name), *["--control"] * control, *options(how)]
@@ -96,6 +97,7 @@ def commands(job: Job) -> list[list[str]]:
         ["fastkd", "capture", *teacher, *places, *model, *options(job.capture)],
         ["fastkd", "inspect", cache],
         ["fastkd", "verify", cache, *teacher, *model],
+        ["fastkd", "student", *teacher, *pruned],
         *trainings,
         ["fastkd", "report", *map(str, job.runs)],
     ]

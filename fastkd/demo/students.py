@@ -5,24 +5,18 @@ import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from ..cache import Cache
 from ..evaluate.api import evaluate
-from ..models.hub import load_transformers
-from ..models.pruned import note_original_layers
-from ..models.tokenizers import load_tokenizer
-from ..settings import TrainSettings
+from ..settings import StudentSettings, TrainSettings
+from ..students.api import student as make_student_of
 from ..train.api import EVALUATION, train
 from ..train.arms import CONTROL
 from ..train.checkpoint import FOLDER as CHECKPOINTS
 from ..train.precision import autocast_of
 from ..train.result import RUN, STUDENT, describe_cache, run_document
 from ..train.student import make_student
-from ..utils.atomic import write_folder, write_text
+from ..utils.atomic import remove_folder, write_text
 from ..utils.distributed import joined_processes
 from ..utils.progress import mode_for
 from ..utils.signals import Stopped
@@ -69,34 +63,10 @@ def make_students(job: Job, cache: Cache) -> tuple[dict[str, Json], dict[str, fl
     return answers, step
 
 
-def kept_layers(count: int, every: int) -> list[int]:
-    """The layers that stay when the middle one of each `every` is removed: the first and the last matter too much."""
-    return [i for i in range(count) if i % every != every // 2]
-
-
-def keep_layers(model: Any, numbers: list[int]) -> None:
-    """Remove all other layers from a decoder of transformers. Its config keeps the numbers that they had."""
-    note_original_layers(model, numbers, len(model.base_model.layers))
-    kept = nn.ModuleList(model.base_model.layers[i] for i in numbers)
-    model.base_model.layers = kept
-    for index, layer in enumerate(kept):
-        attention: Any = layer.self_attn
-        attention.layer_idx = index  # its index in a key-value cache
-    model.config.num_hidden_layers = len(numbers)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in numbers]
-
-
 def prune(teacher: Path, folder: Path, every: int) -> None:
     """Write a folder with the teacher, less one layer in `every`, and its tokenizer."""
-    model: Any = load_transformers().AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    keep_layers(model, kept_layers(len(model.base_model.layers), every))
-
-    def fill(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        load_tokenizer(teacher).save(temporary)
-
-    write_folder(folder, fill)
+    remove_folder(folder)  # of a run that was stopped before it was complete
+    make_student_of(teacher, folder, StudentSettings(drop_every=every))
 
 
 def evaluate_untrained(student: Path, cache: Cache, out: Path, settings: TrainSettings) -> None:

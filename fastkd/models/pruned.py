@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .taps import layers_of
 
@@ -49,6 +50,40 @@ def note_original_layers(model: Any, kept: Sequence[int], count: int) -> None:
     setattr(model.config, _COUNT, count if before is None else before.count)
 
 
+def kept_layers(count: int, every: int) -> list[int]:
+    """The layers that stay when the middle one of each `every` is removed: the first and the last matter too much."""
+    return [i for i in range(count) if i % every != every // 2]
+
+
+def keep_layers(model: Any, numbers: Sequence[int]) -> None:
+    """Remove all other layers from a causal model of transformers. Its config keeps the numbers that they had.
+
+    Raises ValueError if its base model has no list of layers.
+    """
+    base, layers = model.base_model, layers_of(model)
+    lists = {name: list(child) for name, child in base.named_children() if isinstance(child, nn.ModuleList)}
+    if not layers or layers not in lists.values():
+        raise ValueError(f"{type(model).__name__} has no list of layers")
+    note_original_layers(model, numbers, len(layers))
+    kept = nn.ModuleList(layers[i] for i in numbers)
+    setattr(base, next(name for name, found in lists.items() if found == layers), kept)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # its index in a key-value cache
+    text = model.config.get_text_config()
+    text.num_hidden_layers = len(numbers)
+    cut_layer_lists(text, numbers, len(layers))
+
+
+def cut_layer_lists(config: Any, kept: Sequence[int], count: int) -> None:
+    """Keep the entries of these layers in the lists of a config that have one for each, such as layer_types. count: of
+    layers before."""
+    for name, value in list(vars(config).items()):
+        if "layer" in name and name != _LAYERS and isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[n] for n in kept])
+
+
 def truncated(model: Any, count: int) -> Any:
     """A model of transformers that consists of the first layers of another: its config, with meta tensors as weights.
 
@@ -59,9 +94,7 @@ def truncated(model: Any, count: int) -> Any:
     text = config.get_text_config()
     before = text.num_hidden_layers
     note_original_layers(SimpleNamespace(config=config), range(count), before)
-    for name, value in list(vars(text).items()):
-        if "layer" in name and name != _LAYERS and isinstance(value, list) and len(value) == before:
-            setattr(text, name, value[:count])  # such as layer_types
+    cut_layer_lists(text, range(count), before)
     text.num_hidden_layers = count
     with torch.device("meta"):
         made = type(model)(config)

@@ -30,9 +30,9 @@ from fastkd.demo.job import PRESETS, Job
 from fastkd.demo.page import commands, options
 from fastkd.demo.results import Target, targets_text
 from fastkd.demo.stages import Stages, flip_a_bit
-from fastkd.demo.students import keep_layers, kept_layers
 from fastkd.errors import DataError
 from fastkd.models.hub import load_transformers
+from fastkd.models.pruned import keep_layers, kept_layers
 from fastkd.models.tokenizers import load_tokenizer
 from fastkd.report import render
 from fastkd.settings import CaptureSettings, DemoSettings
@@ -435,8 +435,14 @@ def test_training_settings_leave_the_cache_alone(again: DemoSettings) -> None:
     assert [json.loads(line)["step"] for line in metrics if "loss" in line] == [1, 2, 3]
 
 
-def test_the_commands_do_what_the_demo_did(again: DemoSettings, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    capture, *_, soft, report = commands(Job(again, Stages()))
+def test_the_commands_do_what_the_demo_did(
+    again: DemoSettings, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capture, *_, soft, report = made = commands(Job(again, Stages()))
+    pruned = next(command for command in made if command[1] == "student")
+    assert cli.main([*pruned[1:-1], str(tmp_path / "pruned")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "pruned" / name).read_bytes() == (whole / "cut-5" / name).read_bytes(), name
     assert cli.main([*capture[1:], "--json"]) == 0
     done = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert (done["complete"], done["positions_captured"]) == (True, 0)

@@ -8,9 +8,8 @@ from hf_cases import VOCAB, model_of
 from torch import nn
 from train_cases import Tiny
 
-from fastkd.demo.students import keep_layers
 from fastkd.errors import TrainError
-from fastkd.models.pruned import OriginalLayers, original_layers
+from fastkd.models.pruned import OriginalLayers, keep_layers, original_layers
 from fastkd.stream.batch import MicroBatch
 from fastkd.train.layer_init import RIDGE, initialise, sources
 from fastkd.train.matching import StudentLayers

@@ -18,11 +18,10 @@ from vision_cases import make_cache as make_image_cache
 import fastkd
 from fastkd.cache import Cache, open_cache
 from fastkd.cli.main import main
-from fastkd.demo.students import keep_layers
 from fastkd.errors import StreamError, TrainError
 from fastkd.evaluate.api import evaluate
 from fastkd.models.hub import load_transformers
-from fastkd.models.pruned import OriginalLayers, original_layers
+from fastkd.models.pruned import OriginalLayers, keep_layers, original_layers
 from fastkd.models.taps import Taps
 from fastkd.train.match import match
 from fastkd.train.similarity import Hsic, similarity

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 from hf_cases import model_of
 
-from fastkd.demo.students import keep_layers, kept_layers
 from fastkd.errors import TrainError
 from fastkd.models.hub import load_transformers
-from fastkd.models.pruned import OriginalLayers, note_original_layers, original_layers
+from fastkd.models.pruned import (
+    OriginalLayers,
+    keep_layers,
+    kept_layers,
+    note_original_layers,
+    original_layers,
+)
 from fastkd.train.matching import Auto, Match, StudentLayers, attention_at, feature_named, parse, resolve, state_at
 
 LOSSES = ("mse", "cosine", "attention", "relation", "hint", "at")
