@@ -181,9 +181,9 @@ def _check_settings(settings: DeploySettings, cache: Any, *, stored: bool = Fals
     for name, value in (("threads", settings.threads), ("positions", settings.positions)):
         if value is not None and value < 1:
             raise ExportError(f"{name}: got {value!r}; expected an integer from 1 on.")
-    for name, value in (("at_most", settings.at_most), ("positions", settings.positions)):
-        if value is not None and cache is None and not (stored and name == "at_most"):
-            raise ExportError(f"{name}: got {value!r} without a cache; expected one, to evaluate on.")
+    for name in ("positions",) if stored else ("at_most", "positions"):
+        if (given := getattr(settings, name)) is not None and cache is None:
+            raise ExportError(f"{name}: got {given!r} without a cache; expected one, to evaluate on.")
 
 
 def _opened(cache: Any, data: Examples | None) -> Cache | None:

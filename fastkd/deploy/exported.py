@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import ExportError
-from ..models.hub import LICENSES
+from ..models.hub import LICENSES, brief
 from ..utils.atomic import read_sealed, write_folder, write_json
 from .calibration import Calibration
 from .formats import Format, find
@@ -73,7 +73,15 @@ def write_exported(
     notes: list[str] = []
 
     def fill(temporary: Path) -> None:
-        written = dict(found.write(model, temporary, quantize, calibration))
+        try:
+            written = dict(found.write(model, temporary, quantize, calibration))
+        except (ExportError, OSError):
+            raise
+        except Exception as error:  # exporters raise all kinds, with pages of text
+            raise ExportError(
+                f"{model.name}: the format {to} cannot write {type(model.model).__name__} ({brief(error)}). Nothing "
+                "was written. Choose another format."
+            ) from error
         notes.extend(written.pop("notes", []))
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         record = Exported(

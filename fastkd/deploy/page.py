@@ -102,7 +102,12 @@ def _quality(report: DeployReport, series: Sequence[Series]) -> Table:
     kl, ce = MEASURES[report.measure], MEASURES["cross_entropy"]
     shown = [kl, MEASURES["agreement"], MEASURES[AGREEMENT], ce]
     shown = [m for m in shown if any(m.name in row.intervals for row in report.rows)]
-    columns = [column(kl), Column("cost in KL", "nats ↓"), *(column(m) for m in shown[1:]), Column("cost", "nats ↓")]
+    columns = [
+        column(kl),
+        Column("cost in KL", "nats ↓"),
+        *(column(m) for m in shown[1:]),
+        Column("cost in cross-entropy", "nats ↓"),
+    ]
     rows = []
     for row, line in zip(report.rows, series, strict=True):
         values = row.intervals

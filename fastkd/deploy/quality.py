@@ -24,7 +24,8 @@ from .runtime import Runtime, logits_of
 
 FILE = "evaluation.json"
 AGREEMENT = "student_agreement"
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
+"""Positions of a micro-batch, whose logits are in memory at a time."""
 
 
 class Quality(NamedTuple):

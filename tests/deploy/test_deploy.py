@@ -351,6 +351,20 @@ def test_a_changed_export_is_not_measured(text: tuple[Path, Cache], exported: Pa
         (tmp_path / "kept").rename(exported / EVALUATION)
 
 
+def test_what_an_exporter_raises_is_one_sentence(
+    text: tuple[Path, Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*given: Any) -> Any:
+        (given[1] / "half").touch()
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setattr(safetensors, "write", write)
+    said = r"the format safetensors cannot write LlamaForCausalLM \(RuntimeError: no such operator\)\. Nothing was"
+    with pytest.raises(ExportError, match=said):
+        export(text[0], "safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "PACKAGES", ("no_such_package",))
     monkeypatch.setattr(safetensors, "EXTRA", "edge")

@@ -4,6 +4,7 @@ Of a causal model of transformers, the folder that `from_pretrained` loads; of a
 function that makes it is called again.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,14 +56,16 @@ def load(folder: Path, written: dict[str, Any], threads: int) -> "TorchRuntime":
 
 
 class TorchRuntime:
-    """See `Runtime`. model: of transformers, which has a KV cache; or any module, whose sequence is run again for each
-    token. threads: of PyTorch in this process."""
+    """See `Runtime`. model: of transformers, most of which have a KV cache; or any module, whose sequence is run again
+    for each token. threads: of PyTorch in this process."""
 
     def __init__(self, model: nn.Module, threads: int) -> None:
         torch.set_num_threads(threads)
         self.name = f"PyTorch {torch.__version__}"
         self._model = model.eval()
-        self._causal = hasattr(model, "get_output_embeddings")
+        takes = signature(model.forward).parameters
+        self._cached = hasattr(model, "get_output_embeddings") and "past_key_values" in takes
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._keys_and_values: Any = None
         self._sequence = torch.zeros((1, 0), dtype=torch.int64)
 
@@ -83,12 +86,12 @@ class TorchRuntime:
         self._keys_and_values = None
 
     def _continued(self, ids: Tensor) -> Floats:
-        if self._causal:
-            output = self._model(input_ids=ids, past_key_values=self._keys_and_values, use_cache=True, logits_to_keep=1)
+        if self._cached:
+            output = self._model(input_ids=ids, past_key_values=self._keys_and_values, use_cache=True, **self._last)
             self._keys_and_values = output.past_key_values
-            return self._numpy(output.logits)[0, -1]
+            return self._numpy(output.logits[0, -1])
         self._sequence = torch.cat([self._sequence, ids], 1)
-        return self._numpy(plain_logits(self._model, self._sequence, TEXT))[0, -1]
+        return self._numpy(plain_logits(self._model, self._sequence, TEXT)[0, -1])
 
     @staticmethod
     def _numpy(logits: Tensor) -> Floats:
