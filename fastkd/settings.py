@@ -385,6 +385,12 @@ class TrainSettings:
     """Dropout of an adapter's inputs."""
     lora_merge: bool = False
     """Also write the student with its adapter merged into its weights, as student-merged: a whole model."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Train the student with quantised weights, as it will be deployed (quantisation-aware training): int8, or int4 in
+    groups of 32. Its own weights are saved, for `fastkd export` with the same scheme. Evaluations are of the quantised
+    student."""
+    quantize_after: int | None = None
+    """Steps that are made before weights are quantised. Default: 0."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. Not applied to embeddings, biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.95)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..errors import TeacherError
+from .torchao import drop_noise
 
 INSTALL = "pip install 'fastkd[hf]'"
 # The files to download; not the same weights in another format, nor subfolders.
@@ -141,6 +142,7 @@ def load_transformers() -> Any:
     spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
     if spec is not None and spec.origin == kernels.__file__:
         sys.modules["kernels"] = None  # type: ignore[assignment]
+    drop_noise()
     try:
         import accelerate  # noqa: F401  transformers imports it late
         import transformers

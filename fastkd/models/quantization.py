@@ -146,12 +146,11 @@ def quantised_weights(model: nn.Module, scheme: Scheme) -> dict[str, Weights]:
 def quantised_modules(model: nn.Module, scheme: Scheme) -> Iterator[tuple[Any, Weights]]:
     """The modules of a model whose weight is quantised, and how."""
     ends = {id(end) for end in ends_of(model)}
-    tied = {id(end.weight) for end in ends_of(model)}
     for module in model.modules():
         if id(module) in ends or isinstance(module, _CONVOLUTIONS):
             yield module, scheme.ends
         elif isinstance(module, nn.Linear):
-            yield module, scheme.ends if id(module.weight) in tied else scheme.linear
+            yield module, scheme.linear
 
 
 def ends_of(model: Any) -> list[nn.Module]:
@@ -165,9 +164,9 @@ def ends_of(model: Any) -> list[nn.Module]:
 def problem_of(model: nn.Module, scheme: Scheme) -> str | None:
     """Why a model cannot be quantised so, as "got ...; expected ...", or None if it can."""
     names = {id(module): name for name, module in model.named_modules()}
-    count = 0
+    ends, layers = {id(end) for end in ends_of(model)}, 0
     for module, how in quantised_modules(model, scheme):
-        count += 1
+        layers += id(module) not in ends
         inputs = module.weight[0].numel()
         if how.group is not None and inputs % how.group:
             return (
@@ -175,7 +174,7 @@ def problem_of(model: nn.Module, scheme: Scheme) -> str | None:
                 f"{how.group}, the group that shares a scale"
             )
     kind = type(model).__name__
-    return None if count else f"got {scheme.name} for {kind}; expected linear layers or convolutions, which it lacks"
+    return None if layers else f"got {scheme.name} for {kind}; expected linear layers or convolutions, which it lacks"
 
 
 def noted_scheme(folder: Path) -> str:

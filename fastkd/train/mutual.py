@@ -417,6 +417,11 @@ def check(
             raise TrainError(f"learns: got {unknown[0]!r} for {name}; expected some of {', '.join(known) or 'nobody'}.")
     if settings.exits:
         raise TrainError(f"exits: got {settings.exits} for students that learn from each other; expected none.")
+    if settings.quantize != "none":
+        raise TrainError(
+            f"quantize: got {settings.quantize!r} for students that learn from each other; expected none. Train one "
+            "of them with it afterwards."
+        )
     if settings.match:
         raise TrainError(
             f"match: got {settings.match[0]!r} for students that learn from each other; expected none: they have no "

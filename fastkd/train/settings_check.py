@@ -20,6 +20,7 @@ RESUME_MAY_CHANGE = {
     "export", "export_exit", "export_teacher", "lora_merge",
     "threads", "allow_partial", "tokenizer", "allow_other_tokenizer", "revision", "attention", "trust_remote_code",
 }  # fmt: skip
+_OF_QUANTIZE = ("quantize", "quantize_after")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 _RANGES = {
     **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha", "lora_dropout"), (0.0, 1.0)),
@@ -53,6 +54,7 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
     if settings.lora_rank is None:
         check_used(settings, _OF_LORA, "without lora_rank")
+    check_quantize(settings)
     if settings.lora_alpha is not None and not (settings.lora_alpha > 0 and math.isfinite(settings.lora_alpha)):
         raise TrainError(f"lora_alpha: got {settings.lora_alpha!r}; expected a positive number.")
     if isinstance(settings.match, str):
@@ -74,6 +76,25 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         objective.check_cache(spec)
 
 
+def check_quantize(settings: TrainSettings) -> None:
+    """Raise TrainError for settings of quantisation that are not possible, whatever the student."""
+    after = settings.quantize_after
+    if settings.quantize == "none":
+        check_used(settings, ("quantize_after",), "without quantize")
+    elif settings.lora_rank is not None:
+        raise TrainError(
+            f"quantize: got {settings.quantize!r} with lora_rank; expected one of them. Train the adapter first, with "
+            "lora_merge, and then the merged student with quantize."
+        )
+    if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 0):
+        raise TrainError(f"quantize_after: got {after!r}; expected a number of steps from 0 on.")
+    if after is not None and settings.steps is not None and after >= settings.steps:
+        raise TrainError(
+            f"quantize_after: got {after}; expected less than the {settings.steps} steps of the training, so that some "
+            "are made with quantised weights."
+        )
+
+
 def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> dict[str, Any]:
     """The settings with an effect on the trained student, as JSON. steps: in all. autocast: the type of matrix products
     on this machine, or None."""
@@ -84,9 +105,10 @@ def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> di
 def stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with an effect on the trained student, as they were given. settings: as in run.json."""
     known = {field.name for field in fields(TrainSettings)} - RESUME_MAY_CHANGE
-    # runs from before there was matching, or exits, or LoRA, have none of their settings
+    # runs from before there was matching, or exits, or LoRA, or quantisation, have none of their settings
     known -= {"match", "match_projector", "match_init", "match_rate"} if not settings.get("match") else set()
     known -= {"exits", "exit_weight", "exit_alpha"} if not settings.get("exits") else set()
+    known -= set(_OF_QUANTIZE) if settings.get("quantize", "none") == "none" else set()
     known -= set(_OF_LORA) if settings.get("lora_rank") is None else set()
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items() if name in known}
     return {"steps": settings["steps"] or f"{settings['epochs']} epochs"} | found

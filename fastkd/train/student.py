@@ -34,6 +34,7 @@ from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
 from ..utils.factories import is_factory, made_by
+from .fake_quantisation import FakeQuantisation
 from .given import given_files, given_name
 from .in_forward import InForward
 from .inner import InnerOutputs, inner_of
@@ -76,6 +77,8 @@ class Student(nn.Module):
         self.autocast: torch.dtype | None = None
         self.objective: Objective = TokenKD()
         self.live: InForward | None = None
+        self.fake: FakeQuantisation | None = None
+        """How its weights are quantised in the forward; None: they are not."""
         self._run, self._packs = run, packs
         self._inner: InnerOutputs | None = None
         self.context: int | None = None
@@ -200,7 +203,8 @@ class Student(nn.Module):
 
         self.model.eval()
         try:
-            with torch.no_grad(), self._autocast(device), self.paused():
+            held = nullcontext() if self.fake is None else self.fake.held()
+            with torch.no_grad(), self._autocast(device), self.paused(), held:
                 yield logits_of
         finally:
             self.model.train(training)
@@ -253,6 +257,8 @@ class Student(nn.Module):
         if isinstance(batch, MicroBatch):
             self._check(batch)
         output = self._run(self.model if model is None else model, batch)
+        if self.fake is not None and model is None:
+            output = self.fake.before_lm_head(output)
         if isinstance(output, Hidden) and isinstance(output.lm_head, LMHead) and self.autocast is None:
             # autocast would convert both
             return Hidden(output.states.to(output.lm_head.weight.dtype), output.lm_head)

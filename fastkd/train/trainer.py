@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,6 +50,7 @@ from .evaluations import drop_after as drop_evaluations_after
 from .evaluations import kept_steps
 from .evaluations import read as read_evaluations
 from .evaluations import write as write_evaluations
+from .fake_quantisation import fake_quantisation
 from .lora import base_sha256, check_sharded, whole_tensors
 from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
@@ -116,6 +118,9 @@ class Trainer:
         self.step = self.resumed = 0
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
+        self.student.fake = fake_quantisation(self.student.model, self.student.name, settings, self.steps)
+        self.student.notes += [] if self.student.fake is None else self.student.fake.notes
+        self._fake_quantise()
         self.student.read(self._objective)
         check_exports(settings, self.student)
         check_sharded(settings, self.student.model, self.student.name, processes.world_size)
@@ -183,6 +188,7 @@ class Trainer:
             mark = checkpoint.state.get("log")
             self._say(f"resuming from step {step} of {self.steps}")
         self.resumed = self._checkpointed = self.step
+        self._fake_quantise()
         if self._processes.first:
             tracker = tracker_of(self._settings.log, self._out, self.step, asdict(self._settings))
             self._log = MetricsLog(self._out, self.step, tracker, mark)
@@ -337,6 +343,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._fake_quantise()
         if self.student.live is not None:
             self.student.live.after_step(self.student, self.step)
         values = torch.cat([values, torch.stack([norm.float() for norm in norms.values()])])
@@ -344,6 +351,11 @@ class Trainer:
         if self._auto is not None:
             known |= {f"weight/{name}": self._auto.weights[name] for name in self._auto.weights}
         return StepMetrics(self.step, tuple(sums), tuple(norms), values, known, _describe(step))
+
+    def _fake_quantise(self) -> None:
+        """Before the next step: whether it is made with quantised weights."""
+        if self.student.fake is not None:
+            self.student.fake.enable(self.step >= self.student.fake.after)
 
     def _fit_projectors(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> None:
         """Before the first step: fit the projectors that want it to the step's batch."""
@@ -473,7 +485,9 @@ class Trainer:
         assert self._evaluate is not None
         self.student.eval()
         try:
-            found = dict(self._evaluate(self.student))
+            # in all of a run, so that its steps can be compared
+            with nullcontext() if self.student.fake is None else self.student.fake.always():
+                found = dict(self._evaluate(self.student))
         except NotFinite as error:
             raise self._diverged(str(error), self.step, "held out") from error
         self._parallel.reshard()
