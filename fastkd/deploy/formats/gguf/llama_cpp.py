@@ -50,6 +50,9 @@ class _Batch(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t, [ctypes.c_int, _pointer, _pointer, *[ctypes.c_int64] * 3, _pointer],
+    ),
     "llama_backend_init": (None, []),
     "llama_batch_init": (_Batch, [_int32, _int32, _int32]),
     "llama_batch_free": (None, [_Batch]),
@@ -105,11 +108,10 @@ def _refused(why: str) -> ExportError:
     )
 
 
-def _context_settings(library: Any, context: int, batch: int) -> _Settings:
+def _context_settings(library: Any, context: int, batch: int, *, exact: bool) -> _Settings:
     """Settings of a context of `context` positions, of which up to `batch` are computed at once.
 
-    Keys and values in float32, and attention that does not round them to float16 (flash attention does): what is
-    measured is the file.
+    exact: keys and values in float32, and attention that does not round them to float16, as it does by default.
     """
     settings = library.llama_context_default_params()
     words = settings.words
@@ -119,18 +121,33 @@ def _context_settings(library: Any, context: int, batch: int) -> _Settings:
     if known[:4] != [_DEFAULT_CONTEXT, _DEFAULT_BATCH, _DEFAULT_CONTEXT, 1] or len(types) != 1 or len(kinds) != 1:
         raise _refused("its settings have other members")
     words[0], words[1], words[2] = context, batch, batch
-    words[types[0]] = words[types[0] + 1] = _F32
-    words[kinds[0] + 3] = _NO_FLASH
+    if exact:
+        words[types[0]] = words[types[0] + 1] = _F32
+        words[kinds[0] + 3] = _NO_FLASH
     return settings  # type: ignore[no-any-return]
 
 
-class LlamaCpp:
-    """See `Runtime`. path: a GGUF file. Raises ExportError if llama.cpp cannot load it."""
+def quantize_rows(weight: Floats, kind: int, sizes: tuple[int, int]) -> NDArray[np.uint8]:
+    """A weight `[O, I]` in a type of ggml. sizes: values and bytes of a block."""
+    rows, inputs = weight.shape
+    weight = np.ascontiguousarray(weight, np.float32)
+    found = np.empty((rows, inputs // sizes[0] * sizes[1]), np.uint8)
+    size = _library().ggml_quantize_chunk(kind, weight.ctypes.data, found.ctypes.data, 0, rows, inputs, None)
+    if size != found.nbytes:
+        raise _refused(f"it made {size} bytes of a weight; expected {found.nbytes}")
+    return found
 
-    def __init__(self, path: Path, threads: int) -> None:
+
+class LlamaCpp:
+    """See `Runtime`. path: a GGUF file. exact: attention in float32, instead of llama.cpp's default.
+
+    Raises ExportError if llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, threads: int, *, exact: bool = False) -> None:
         self._library = _library()
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
-        self._threads = threads
+        self._threads, self._exact = threads, exact
         self._context, self._positions = None, 0
         self._next = 0
         self._sequence: list[int] = []
@@ -192,7 +209,7 @@ class LlamaCpp:
             if self._context:
                 self._library.llama_free(self._context)
             self._context = self._library.llama_init_from_model(
-                self._model, _context_settings(self._library, self._positions, self._batch)
+                self._model, _context_settings(self._library, self._positions, self._batch, exact=self._exact)
             )
             if self._context:
                 self._library.llama_set_n_threads(self._context, self._threads, self._threads)

@@ -4,8 +4,9 @@
 |---|---|---|
 | none | f16 | norms and biases f32 |
 | int8 | q8_0 | |
+| int4 | q4_0, ends q8_0 | of a student that was trained for int4 |
 | int4 | q4_K_M | by llama.cpp's `llama-quantize`, where it is on the PATH and 256 divides the widths |
-| int4 | q4_0, ends q8_0 | otherwise, and of a student that was trained for int4, whose codes it keeps |
+| int4 | iq4_nl, ends q8_0 | otherwise |
 """
 
 import shutil
@@ -30,8 +31,11 @@ PACKAGES = ("gguf", "transformers", "xllamacpp")
 QUANTIZE = ("none", "int8", "int4")
 
 FILE = "model.gguf"
-_TYPES = {"none": "f16", "int8": "q8_0", "int4": "q4_0"}
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+_TYPES = {"none": "f16", "int8": "q8_0", "int4": "iq4_nl"}
+_TRAINED_TYPE = "q4_0"
+_FILE_TYPES = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "iq4_nl": "MOSTLY_IQ4_NL",
+}  # fmt: skip
 _TOOL, _K_TYPE, _K_BLOCK = "llama-quantize", "Q4_K_M", 256
 # of the logits, relative to their norm: what else than rounding would make is far above
 _MAY_DIFFER = {"f32": 1e-3, "f16": 0.03, "q8_0": 0.3}
@@ -74,14 +78,15 @@ def write(
             _quantize(tool, plain, path)
             plain.unlink()
             return {"file": FILE, "type": _K_TYPE.lower()}
-        notes.append(f"4 bits are GGUF's q4_0 in groups of {BLOCK}{_why(trained, odd)}.")
-    _write(model, vocabulary, path, kind, trained=trained)
+        kind = _TRAINED_TYPE if trained else kind
+        notes.append(f"4 bits are GGUF's {kind}{_why(trained, odd)}.")
+    _write(model, vocabulary, path, kind)
     _compare(model, vocabulary, path, kind)
     return {"file": FILE, "type": kind, "notes": notes}
 
 
 def load(folder: Path, written: dict[str, Any], threads: int) -> LlamaCpp:
-    return LlamaCpp(folder / written["file"], threads)
+    return LlamaCpp(folder / written["file"], threads, exact=written["type"] == "f32")
 
 
 def _why(trained: bool, odd: int | None) -> str:
@@ -95,7 +100,7 @@ def _why(trained: bool, odd: int | None) -> str:
     )
 
 
-def _write(model: Deployable, vocabulary: Vocabulary, path: Path, kind: str, *, trained: bool = False) -> None:
+def _write(model: Deployable, vocabulary: Vocabulary, path: Path, kind: str) -> None:
     """The file, a weight in memory at a time beside the model."""
     import gguf
 
@@ -103,7 +108,7 @@ def _write(model: Deployable, vocabulary: Vocabulary, path: Path, kind: str, *, 
     try:
         writer.add_name(model.name)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
-        if kind.startswith("q"):
+        if "q" in kind:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_hyperparameters(writer, model)
         vocabulary.add_to(writer)
@@ -118,7 +123,7 @@ def _write(model: Deployable, vocabulary: Vocabulary, path: Path, kind: str, *, 
         writer.write_ti_data_to_file()
         for name, _, weight in tensors(model):
             stored = type_of(name, weight, kind)
-            writer.write_tensor_data(encode(name, weight, stored, model.name, trained=trained))
+            writer.write_tensor_data(encode(name, weight, stored, model.name))
     finally:
         writer.close()
 
@@ -132,7 +137,7 @@ def _quantize(tool: str, source: Path, path: Path) -> None:
 
 def _compare(model: Deployable, vocabulary: Vocabulary, path: Path, kind: str) -> None:
     """Raise ExportError if llama.cpp does not find the student's token ids, or not its logits, in a file."""
-    runtime = LlamaCpp(path, torch.get_num_threads())
+    runtime = LlamaCpp(path, torch.get_num_threads(), exact=kind == "f32")
     try:
         if vocabulary.backend is not None:
             for text in (*TEXTS, "".join(str(token) for token in vocabulary.backend.all_special_tokens)):
