@@ -518,6 +518,22 @@ class Demo(DemoSettings):
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """Check the installation and the machine.
+
+    Prints versions, extras, cores and their load, memory and disk, the GPU and its compiler, and compares the fused
+    loss with the reference on the device.
+    Exit status 1: a problem was found.
+    """
+
+    place: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CACHE]")] = None
+    """Also check a place for caches: a folder, or a URL (s3://, gs://, az://), where a probe of a few bytes is left:
+    whether it can be reached, and refuses to create an object twice."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """Print a shell completion script.
 
@@ -552,5 +568,6 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "bench": Bench,
     "demo": Demo,
+    "doctor": Doctor,
     "completion": Completion,
 }

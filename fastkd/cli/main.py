@@ -49,6 +49,7 @@ from .commands import (
     Completion,
     Demo,
     DeployReport,
+    Doctor,
     Export,
     ExportCache,
     Features,
@@ -424,6 +425,14 @@ def bench(command: Bench) -> Outcome:
     return Outcome({}, text, status)
 
 
+def doctor(command: Doctor) -> Outcome:
+    """Look at everything. Status 1: there is a problem."""
+    from ..doctor.api import doctor as run
+
+    found = run(command.place)
+    return Outcome(found.to_json(), str(found), found.status)
+
+
 def demo(command: Demo, stop: Stop) -> Outcome:
     """Run the demo, or the missing parts of it. Status 75: work remains."""
     from ..demo import run_demo
@@ -453,6 +462,7 @@ _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
     Demo: demo,
 }
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    Doctor: doctor,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
