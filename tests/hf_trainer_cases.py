@@ -10,7 +10,9 @@ from hf_cases import model_of
 from torch import Tensor, nn
 
 from fastkd import DistillLoader, linear_kd_loss
-from fastkd.integrations.hf import DistillTrainer
+from fastkd.errors import TrainError
+from fastkd.integrations.hf import DistillDataset, DistillTrainer, attach
+from fastkd.models.hub import load_transformers
 
 SIZE = 8  # sequences per step, of all processes
 LOSS: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0}
@@ -44,6 +46,25 @@ def trainer(cache: Any, out: Path, model: Any = None, *, loss: dict[str, Any] = 
     return DistillTrainer(
         student() if model is None else model, arguments(out, **changes), cache=cache, **loss, **extra
     )
+
+
+def stock(cache: Any, out: Path, micro_batches: int, model: Any = None, **changes: Any) -> Any:
+    """transformers' own Trainer on an attached model, by the parts of a DistillTrainer."""
+    given = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "data_seed": 42} | changes
+    args = arguments(out, per_device_train_batch_size=1, per_device_eval_batch_size=1, **given)
+    model = attach(student() if model is None else model, alpha=0.3, temperature=2.0)
+    dataset = DistillDataset(cache, batch_size=SIZE, micro_batches=micro_batches, seed=42)
+    return load_transformers().Trainer(model, args, train_dataset=dataset, data_collator=dataset.collate)
+
+
+def refused_stock(cache: Path, out: Path) -> None:
+    """In a process of several: a stock Trainer is refused. Each process writes why to OUT/RANK."""
+    warnings.simplefilter("ignore")
+    made = stock(cache, out / "run", 1)
+    try:
+        made.train()
+    except TrainError as error:
+        (out / os.environ["RANK"]).write_text(f"step {made.state.global_step}: {error}")
 
 
 def losses(trained: Any) -> list[float]:

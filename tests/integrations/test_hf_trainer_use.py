@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import train_jobs
 from hf_cases import saved, tokenizer_of
-from hf_trainer_cases import SIZE, USUAL, arguments, losses, student, trainer, weights
+from hf_trainer_cases import SIZE, USUAL, arguments, losses, refused_stock, stock, student, trainer, weights
 from train_cases import make_cache
 
 import fastkd
 from fastkd.cache import Cache
 from fastkd.errors import StreamError, TrainError
 from fastkd.evaluate.api import evaluate
-from fastkd.integrations.hf import DistillDataset, DistillMixin, DistillTrainer, attach, detach
+from fastkd.integrations.hf import DistillMixin, DistillTrainer, attach, detach
 from fastkd.integrations.hf.checks import check_processes
 from fastkd.integrations.hf.evaluation import less_is_better
 from fastkd.models.hub import load_transformers
@@ -104,16 +105,6 @@ def test_a_model_that_was_attached_before(cache: Cache, tmp_path: Path) -> None:
     assert losses(again) == losses(ours) == losses(plain)
 
 
-def stock(cache: Cache, out: Path, micro_batches: int, model: Any = None, **changes: Any) -> Any:
-    """transformers' own Trainer on an attached model, by the parts of a DistillTrainer."""
-    transformers = load_transformers()
-    given = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "data_seed": 42} | changes
-    args = arguments(out, per_device_train_batch_size=1, per_device_eval_batch_size=1, **given)
-    model = attach(student() if model is None else model, alpha=0.3, temperature=2.0)
-    dataset = DistillDataset(cache, batch_size=SIZE, micro_batches=micro_batches, seed=42)
-    return transformers.Trainer(model, args, train_dataset=dataset, data_collator=dataset.collate)
-
-
 def test_a_trainer_of_ones_own(cache: Cache, tmp_path: Path) -> None:
     """Whose steps are those of the dataset: the weights of a DistillTrainer, also of the last step of an epoch."""
     ours = trainer(cache, tmp_path / "ours", num_train_epochs=1)
@@ -138,6 +129,16 @@ def test_a_trainer_whose_steps_are_others(cache: Cache, tmp_path: Path) -> None:
     assert whole.evaluate(whole.train_dataset)["eval_loss"] > 0
     with pytest.raises(TrainError, match="with 1 for an eval_dataset"):
         divided.evaluate(divided.train_dataset)
+
+
+@pytest.mark.soak
+def test_a_trainer_of_ones_own_on_two_processes(cache: Cache, tmp_path: Path) -> None:
+    """It would give each process another step."""
+    train_jobs.run(refused_stock, cache.store.describe(), tmp_path, ranks=2)
+    for rank in "01":
+        why = (tmp_path / rank).read_text()
+        assert why.startswith("step 0: forward: got a micro-batch of a step of")
+        assert why.endswith("on several processes, use DistillMixin.")
 
 
 def test_a_trainer_of_ones_own_and_an_adapter(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

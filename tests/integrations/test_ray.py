@@ -32,6 +32,7 @@ from fastkd.cache import verify_cache
 from fastkd.capture.runner import capture_text
 from fastkd.cli.main import main
 from fastkd.errors import ClusterError, TeacherUnavailable, TrainError
+from fastkd.integrations.ray.capture_driver import ENDS
 from fastkd.integrations.ray.capture_report import RayCaptureReport, WorkerReport, ray_capture_text
 from fastkd.integrations.ray.cluster import connected
 from fastkd.sweep.arms import FIELDS
@@ -154,10 +155,15 @@ def test_a_teacher_that_does_not_answer_for_a_while(ray: Any, tmp_path: Path, mo
     assert "is left to a later run: a-server: nothing answers" in left[0]["text"]
     assert any("worker 0 begins again: a-server" in str(event.get("text")) for event in events)
     assert report.shards_written == len(uninterrupted())
-    for path in folder.iterdir():
-        path.unlink()
+
+
+@pytest.mark.soak
+def test_a_teacher_that_does_not_answer_any_more(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.integrations.ray.capture_driver._AGAIN_SECONDS", 0.01)
+    (folder := tmp_path / "away").mkdir()
     with pytest.raises(TeacherUnavailable, match="a-server: nothing answers"):
-        on_ray.capture(Away(folder, 10_000), documents(), tmp_path / "other", workers=1, **SMALL)
+        on_ray.capture(Away(folder, 10_000), documents(), tmp_path / "cache", workers=1, **SMALL)
+    assert len(list(folder.iterdir())) <= ENDS
 
 
 @pytest.mark.soak

@@ -210,7 +210,7 @@ def _check_count(theirs: Any, ours: int) -> None:
         raise TrainError(
             f"forward: got a micro-batch of a step of {ours} positions in a Trainer's step of {number}; expected the "
             "same step: give DistillDataset micro_batches=args.gradient_accumulation_steps, with 1 for an "
-            "eval_dataset, and leave average_tokens_across_devices on, or use DistillMixin, which does so."
+            "eval_dataset; on several processes, use DistillMixin."
         )
 
 
