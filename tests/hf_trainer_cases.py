@@ -10,7 +10,7 @@ from hf_cases import model_of
 from torch import Tensor, nn
 
 from fastkd import DistillLoader, linear_kd_loss
-from fastkd.errors import TrainError
+from fastkd.errors import StreamError
 from fastkd.integrations.hf import DistillDataset, DistillTrainer, attach
 from fastkd.models.hub import load_transformers
 
@@ -63,7 +63,7 @@ def refused_stock(cache: Path, out: Path) -> None:
     made = stock(cache, out / "run", 1)
     try:
         made.train()
-    except TrainError as error:
+    except StreamError as error:
         (out / os.environ["RANK"]).write_text(f"step {made.state.global_step}: {error}")
 
 

@@ -204,6 +204,22 @@ def test_a_dataset_is_the_source_in_order(cache: Cache) -> None:
     dataset.close()
 
 
+def test_steps_that_are_dealt_out_to_ranks(cache: Cache) -> None:
+    """As rows are, by a Trainer with a sampler of its own: each rank would have its share of other steps. A resume, of
+    its own sampler, begins at any step."""
+    dataset = DistillDataset(
+        cache, batch_size=6, rank=0, world_size=2, reduce=lambda counts: lambda: [2 * count for count in counts]
+    )
+    assert dataset[0].sequences.numel()
+    with pytest.raises(StreamError, match=r"got micro-batch 0 of step 2 after \(0, 0\), which is not the order"):
+        dataset[2]
+    loader: Any = DataLoader(dataset, batch_size=1, sampler=dataset.sampler(1), collate_fn=dataset.collate)
+    iter(loader.sampler)
+    assert dataset[3].sequences.numel()
+    assert dataset[4].sequences.numel()
+    dataset.close()
+
+
 def test_skipping_decodes_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import skip_first_batches
 

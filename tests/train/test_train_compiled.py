@@ -59,7 +59,7 @@ def test_a_run_is_compiled_a_handful_of_times(
     dynamic shapes it was five times for padded micro-batches."""
     cache = make_cache(tmp_path / "cache", documents(60, 60), context=48, shard_positions=200)
     changes = {"batch_tokens": 300, "micro_tokens": 128, "steps": 7, "rate": 1e-3, "evaluate_every": 4}
-    student = saved(tmp_path, "llama", num_hidden_layers=LAYERS)
+    student = saved(tmp_path, "llama", num_hidden_layers=2 if lora else LAYERS)
     weights, evaluations = [], []
     for compiled in (False, True):
         out = tmp_path / str(compiled)

@@ -79,7 +79,8 @@ class DistillDataset(Dataset[MicroBatch]):
             allowed: tuple[int, ...] = (before[2], before[2] + 1)
         else:
             allowed = (0,)
-        if micro not in allowed:
+        skipped = self.world_size > 1 and before is not None and before[0] == at[0] and number > before[1] + 1
+        if micro not in allowed or skipped:  # of several ranks, each would have its share of another step
             raise StreamError(
                 f"DistillDataset: got micro-batch {micro} of step {number} after {before and before[1:]}, which is not "
                 "the order of its sampler; expected the micro-batches of a step one after another. Use DataLoader("
@@ -94,6 +95,10 @@ class DistillDataset(Dataset[MicroBatch]):
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch."""
         self.epoch = int(epoch)
+
+    def begin(self) -> None:
+        """The next micro-batch may be of any step, as after a resume. Its sampler calls it."""
+        self._at = None
 
     def sampler(self, repeat: int | None = None) -> "DistillSampler":
         """A sampler of all micro-batches, in order. repeat: how often each comes; default: once for each rank, as
@@ -138,6 +143,7 @@ class DistillSampler(Sampler[int]):
         return len(self._dataset) * self._repeat
 
     def __iter__(self) -> Iterator[int]:
+        self._dataset.begin()
         return (index for index in range(len(self._dataset)) for _ in range(self._repeat))
 
     def set_epoch(self, epoch: int) -> None:
