@@ -44,12 +44,12 @@ class Weights:
     @property
     def low(self) -> int:
         """The lowest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def text(self) -> str:
@@ -96,7 +96,7 @@ def quantize(weight: Tensor, how: Weights) -> Codes:
     group = how.group or inputs
     if inputs % group:
         raise ValueError(f"got {inputs} inputs; expected a multiple of {group}")
-    groups = rows.unflatten(1, (-1, group))
+    groups = rows.reshape(len(rows), -1, group)
     largest = groups.abs().amax(2, keepdim=True)
     scales = (largest / ((how.high - how.low) / 2)).clamp(min=torch.finfo(torch.float32).smallest_normal)
     codes = (groups * (1.0 / scales)).round().clamp(how.low, how.high)  # as torchao: not a division by the scale
@@ -106,7 +106,7 @@ def quantize(weight: Tensor, how: Weights) -> Codes:
 def dequantize(quantized: Codes) -> Tensor:
     """The weight `[O, I]`, float32, that codes and scales stand for."""
     codes, scales = quantized
-    groups = codes.float().unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]
+    groups: Tensor = codes.float().reshape(*scales.shape, -1) * scales[:, :, None]
     return groups.flatten(1)
 
 
@@ -121,13 +121,14 @@ def fake_quantize(weight: Tensor, how: Weights) -> Tensor:
 def fake_quantize_rows(inputs: Tensor, bits: int = 8) -> Tensor:
     """Inputs `[..., I]` of a linear layer as they are once quantised, each row by its own smallest and largest value
     (0 included): dynamic, asymmetric. torchao's int8 per token."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = Weights(bits).low, Weights(bits).high
     rows = inputs.detach().float()
     least, most = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
     scale = ((most - least) / (high - low)).clamp(min=torch.finfo(torch.float32).smallest_normal)
     zero = (low - (least / scale).round()).clamp(low, high)
     codes = ((rows * (1.0 / scale)).round() + zero).clamp(low, high)
-    return ((codes - zero) * scale).to(inputs.dtype)
+    found: Tensor = ((codes - zero) * scale).to(inputs.dtype)
+    return found
 
 
 def quantised_weights(model: nn.Module, scheme: Scheme) -> dict[str, Weights]:

@@ -56,7 +56,8 @@ class FakeQuantisation:
         for module, how in list(quantised_modules(model, scheme)):
             weight = _FakeWeight(_quantizer_of(qat, how))
             self._weights.append(weight)
-            module.__class__ = _class_of(type(module))
+            kind: Any = type(module)
+            module.__class__ = _class_of(kind)
             module.fake_weight = weight
             module.fake_inputs = self._inputs if isinstance(module, nn.Linear) else None
         if (config := getattr(model, "config", None)) is not None:
