@@ -70,7 +70,8 @@ def keep_layers(model: Any, numbers: Sequence[int]) -> None:
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # its index in a key-value cache
+                numbered: Any = module
+                numbered.layer_idx = index  # its index in a key-value cache
     text = model.config.get_text_config()
     text.num_hidden_layers = len(numbers)
     cut_layer_lists(text, numbers, len(layers))

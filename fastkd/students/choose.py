@@ -96,7 +96,7 @@ def choose(
 
 def _order(teacher: Student, most: int, sample: Sample, mode: Mode) -> tuple[list[int], list[float]]:
     count = len(layers_of(teacher.model))
-    # each layer once, and some again for each that is removed
-    with Progress((count + 2 * most) * sample.counted, unit="position", mode=mode) as bar:
+    # each layer once, and a few again for each that is removed
+    with Progress((count + 3 * most) * sample.counted, unit="position", mode=mode) as bar:
         bar.event("note", text=f"the order in which up to {most} layers are removed")
         return removal_order(count, most, Skipping(teacher.model, sample, logits_of(teacher), bar.add))

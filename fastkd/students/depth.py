@@ -3,8 +3,8 @@ answers, in the cache, is least.
 
 As in SLEB (Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
 Blocks"), layers are judged together with those that are already gone: of two that do much the same, either can go, but
-not both. Of a model with one more layer removed, the KL is hardly ever lower than before, so a layer is tried again
-only while its last KL is the lowest (lazy greedy, Minoux 1978), which takes a few trials per layer removed.
+not both. What a layer's removal adds to the KL hardly ever becomes less as others go, so a layer is tried again only
+while what it added when it was last tried is the least of all (lazy greedy, Minoux 1978).
 """
 
 import heapq
@@ -28,15 +28,17 @@ def removal_order(
     """
     removed: list[int] = []
     after: list[float] = []
-    queue = [(kl_without(frozenset([n])), n, 0) for n in range(layers)]  # KL, layer, layers removed when it was tried
+    # what it adds, layer, KL, and how many were removed when it was tried
+    queue = [(kl := kl_without(frozenset([n])), n, kl, 0) for n in range(layers)]
     heapq.heapify(queue)
     while len(removed) < count:
-        value, layer, tried = heapq.heappop(queue)
+        _, layer, kl, tried = heapq.heappop(queue)
         if tried == len(removed):
             removed.append(layer)
-            after.append(value)
+            after.append(kl)
         else:
-            heapq.heappush(queue, (kl_without(frozenset([*removed, layer])), layer, len(removed)))
+            kl = kl_without(frozenset([*removed, layer]))
+            heapq.heappush(queue, (kl - after[-1], layer, kl, len(removed)))
     return removed, after
 
 

@@ -13,6 +13,7 @@ where it is read, so that a large weight counts as a large activation does:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,15 +83,15 @@ class Tally:
         ]
         self._last = torch.zeros(shape.hidden, dtype=torch.float64, device=device)
         for n in range(count):
-            self._on(self._out[n], lambda x, n=n: self._add_heads(n, x))
-            self._on(self._down[n], lambda x, n=n: self._squares[n].add_(x.square().sum(0)))
+            self._on(self._out[n], partial(self._add_heads, self._moments[n]))
+            self._on(self._down[n], partial(_add_squares, self._squares[n]))
             for total, readers in zip(self._states[n], self._read[n], strict=True):
-                self._on(readers[0], lambda x, total=total: total.add_(x.square().sum(0)))
+                self._on(readers[0], partial(_add_squares, total))
         final = next(m for n, m in model.base_model.named_children() if n in ("norm", "ln_f"))
 
         def last(module: nn.Module, given: Any, result: Tensor) -> None:
             if self._real is not None:
-                self._last.add_(result[self._real].float().square().sum(0))
+                _add_squares(self._last, result[self._real].float())
 
         self._handles.append(final.register_forward_hook(last))
 
@@ -101,9 +102,13 @@ class Tally:
 
         self._handles.append(module.register_forward_pre_hook(record))
 
-    def _add_heads(self, layer: int, x: Tensor) -> None:
-        blocks = x.unflatten(1, (self._axes.shape.groups, -1)).transpose(0, 1)
-        self._moments[layer] += blocks.transpose(1, 2) @ blocks
+    def _add_heads(self, moments: Tensor, x: Tensor) -> None:
+        blocks = self._blocks(x)
+        moments += blocks.transpose(1, 2) @ blocks
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """`[N, Q]` as `[G, N, Q / G]`, by key-value head."""
+        return x.reshape(len(x), self._axes.shape.groups, -1).transpose(0, 1)
 
     def of(self, run: Callable[[MicroBatch], Tensor]) -> Callable[[MicroBatch], Tensor]:
         """A function that runs the model on a micro-batch, and is recorded."""
@@ -129,7 +134,7 @@ class Tally:
         """The scores, of what was recorded."""
         groups, mlp = [], []
         for n in range(len(self._layers)):
-            blocks = inputs_last(self._out[n]).unflatten(1, (self._axes.shape.groups, -1)).transpose(0, 1)
+            blocks = self._blocks(inputs_last(self._out[n]))
             groups.append(((blocks @ self._moments[n]) * blocks).sum((1, 2)).double())
             mlp.append(self._squares[n] * column_squares(self._down[n]))
         hidden = [
@@ -140,6 +145,11 @@ class Tally:
         hidden.append(self._last * column_squares(self._model.get_output_embeddings()))
         shares = torch.stack([one / one.sum() for one in hidden])
         return Importance(torch.stack(groups), torch.stack(mlp), shares.mean(0))
+
+
+def _add_squares(total: Tensor, x: Tensor) -> None:
+    """Add the sum of squares over positions. total `[D]`, x `[N, D]`."""
+    total += x.square().sum(0)
 
 
 def inputs_last(module: Any) -> Tensor:
