@@ -1,0 +1,197 @@
+"""The weights of an exported graph: as they are, or quantised by the scheme of `fastkd.models.quantization`.
+
+| weight | int8 | int4 |
+|---|---|---|
+| linear layers | MatMulNBits, 8 bits, a scale per output channel | MatMulNBits, 4 bits, a scale per 32 inputs |
+| embedding, LM head | one copy where they are tied: rows of 8-bit codes, a scale per token; MatMulNBits, 8 bits | the same |
+| convolutions | 8-bit codes, a scale per output channel, DequantizeLinear | the same |
+
+MatMulNBits is an operator of ONNX Runtime. With accuracy level 4 it also quantises its input to 8 bits, anew in each
+block of inputs, and multiplies integers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...models.quantization import SCHEMES, Weights, quantised_weights, quantize
+from ._onnx_ops import DOMAIN
+
+MICROSOFT = "com.microsoft"
+INTEGER_INPUTS = 4  # accuracy_level: 8-bit inputs
+BLOCKS = (128, 64, 32)  # of inputs; a last one that is shorter is filled up
+
+
+def place_weights(graph: Any, model: nn.Module, quantize: str) -> None:
+    """Replace what reads weights in an `onnx_ir.Model` of a model (in place): linear layers by products of matrices,
+    and where weights are quantised all that reads them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    chosen = quantised_weights(model, SCHEMES[quantize]) if quantize in SCHEMES else {}
+    quantised: dict[str, tuple[Tensor, Weights]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (how := chosen.get(names[id(parameter)])) is not None:
+            quantised[name] = (parameter, how)
+    _Weights(graph, quantised).replace()
+
+
+class _Weights:
+    """quantised: by the name of a parameter, its value and how it is quantised."""
+
+    def __init__(self, model: Any, quantised: Mapping[str, tuple[Tensor, Weights]]) -> None:
+        self._model, self._graph = model, model.graph
+        self._given, self._quantised = quantised, {}
+        self._made: dict[Any, Any] = {}
+
+    def replace(self) -> None:
+        for node in list(self._graph.all_nodes()):
+            for value in node.inputs:
+                if value is not None and value.is_initializer() and (found := self._find(value.name)) is not None:
+                    self._quantised[value] = found
+        for node in list(self._graph.all_nodes()):
+            if node.domain == DOMAIN:
+                self._linear(node)
+            elif node.op_type in ("Gather", "Conv") and (weight := self._weight(node)) in self._quantised:
+                (self._embedding if node.op_type == "Gather" else self._convolution)(node, weight)
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_input():
+                del self._graph.initializers[name]
+        self._model.opset_imports.pop(DOMAIN, None)
+        if any(node.domain == MICROSOFT for node in self._graph.all_nodes()):
+            self._model.opset_imports[MICROSOFT] = 1
+
+    def _find(self, name: str) -> tuple[Tensor, Weights] | None:
+        """The parameter of an initializer: its name follows those of the modules around the model."""
+        for begin in ("model.model.", "model."):
+            if name.startswith(begin) and (found := self._given.get(name.removeprefix(begin))) is not None:
+                return found
+        return None
+
+    @staticmethod
+    def _weight(node: Any) -> Any:
+        return node.inputs[0 if node.op_type == "Gather" else 1]
+
+    def _linear(self, node: Any) -> None:
+        import onnx_ir as ir
+
+        inputs, weight, *bias = node.inputs
+        tape = ir.tape.Tape()
+        if weight in self._quantised:
+            parameter, how = self._quantised[weight]
+            codes, scales, block = self._blocks(weight)
+            found = tape.op(
+                "MatMulNBits", [inputs, codes, scales], domain=MICROSOFT,
+                attributes={"K": parameter.shape[1], "N": parameter.shape[0], "bits": how.bits, "block_size": block,
+                            "accuracy_level": INTEGER_INPUTS},
+            )  # fmt: skip
+        else:
+            found = tape.op("MatMul", [inputs, self._transposed(weight, tape)])
+        for one in bias:
+            found = tape.op("Add", [found, one])
+        self._put(node, tape, found)
+
+    def _transposed(self, weight: Any, tape: Any) -> Any:
+        """The weight `[O, I]` as `[I, O]`: kept so in the file, but for one that is also read otherwise, which is kept
+        once and transposed by the runtime."""
+        import onnx_ir as ir
+
+        alone = all(node.domain == DOMAIN and index == 1 for node, index in weight.uses())
+        if not weight.is_initializer() or not (alone or (weight, "transposed") in self._made):
+            return tape.op("Transpose", [weight], attributes={"perm": [1, 0]})
+        if (weight, "transposed") not in self._made:
+            stored, name = weight.const_value, f"{weight.name}.transposed"
+            turned = ir.LazyTensor(
+                lambda: ir.tensor(np.ascontiguousarray(stored.numpy().T), name=name),
+                dtype=stored.dtype, shape=ir.Shape(tuple(stored.shape)[::-1]), name=name,
+            )  # fmt: skip
+            self._made[weight, "transposed"] = self._initializer(name, turned)
+        return self._made[weight, "transposed"]
+
+    def _embedding(self, node: Any, weight: Any) -> None:
+        """Rows of codes, times their scales."""
+        import onnx_ir as ir
+
+        tape, rank = ir.tape.Tape(), len(node.inputs[1].shape)
+        width = self._quantised[weight][0].shape[1]
+        codes, scales, block = self._blocks(weight)
+        rows = tape.op("Cast", [tape.op("Gather", [codes, node.inputs[1]])], attributes={"to": ir.DataType.FLOAT})
+        rows = tape.op("Sub", [rows, self._constant("zero", np.float32(128))])
+        scale = tape.op("Unsqueeze", [tape.op("Gather", [scales, node.inputs[1]]), self._constant("last", np.int64(-1))])
+        found = tape.op("Reshape", [tape.op("Mul", [rows, scale]), self._constant("flat", np.int64([0] * rank + [-1]))])
+        if width % block:
+            begin, axis = self._constant("begin", np.int64([0])), self._constant("axis", np.int64([rank]))
+            found = tape.op("Slice", [found, begin, self._constant(f"width{width}", np.int64([width])), axis])
+        self._put(node, tape, found)
+
+    def _convolution(self, node: Any, weight: Any) -> None:
+        import onnx_ir as ir
+
+        if (weight, "codes") not in self._made:
+            parameter, how = self._quantised[weight]
+            codes, scales = quantize(parameter, how)
+            stored = (codes.view(parameter.shape).numpy(), scales[:, 0].contiguous().numpy())
+            self._made[weight, "codes"] = [
+                self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))
+                for kind, array in zip(("codes", "scales"), stored, strict=True)
+            ]
+        tape = ir.tape.Tape()
+        plain = tape.op("DequantizeLinear", self._made[weight, "codes"], attributes={"axis": 0})
+        self._graph.insert_before(node, tape.nodes)
+        node.replace_input_with(1, plain)
+
+    def _blocks(self, weight: Any) -> tuple[Any, Any, int]:
+        """Codes uint8 `[O, blocks, bytes of a block]`, scales float32 `[O, blocks]`, and inputs per block."""
+        import onnx_ir as ir
+
+        if (weight, "blocks") not in self._made:
+            parameter, how = self._quantised[weight]
+            block = how.group or next((size for size in BLOCKS if parameter.shape[1] % size == 0), BLOCKS[-1])
+            arrays = packed(parameter, how, block)
+            self._made[weight, "blocks"] = (
+                *(
+                    self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))
+                    for kind, array in zip(("codes", "scales"), arrays, strict=True)
+                ),
+                block,
+            )
+        codes, scales, block = self._made[weight, "blocks"]
+        return codes, scales, block
+
+    def _constant(self, name: str, value: Any) -> Any:
+        import onnx_ir as ir
+
+        name = f"fastkd.{name}"
+        found = self._graph.initializers.get(name)
+        return self._initializer(name, ir.tensor(np.asarray(value), name=name)) if found is None else found
+
+    def _initializer(self, name: str, tensor: Any) -> Any:
+        import onnx_ir as ir
+
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+    def _put(self, node: Any, tape: Any, found: Any) -> None:
+        """Nodes in the place of a node with one output."""
+        before = node.outputs[0]
+        found.shape, found.type = before.shape, before.type
+        name = before.name
+        self._graph.insert_before(node, tape.nodes)
+        before.replace_all_uses_with(found, replace_graph_outputs=True)
+        self._graph.remove(node, safe=True)
+        found.name = name
+
+
+def packed(weight: Tensor, how: Weights, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A weight `[O, I]` as MatMulNBits reads it: codes `[O, blocks, block * bits / 8]`, the zero added, of 4 bits two in
+    a byte, the lower half first; scales `[O, blocks]`. A last block that is shorter is filled up with zeros."""
+    codes, scales = quantize(weight, how)
+    outputs, inputs = codes.shape
+    count = -(-inputs // block)
+    stored = nn.functional.pad(codes.int() - how.low, (0, count * block - inputs), value=-how.low)
+    blocks = stored.view(outputs, count, block).numpy().astype(np.uint8)
+    if how.bits == 4:
+        blocks = blocks[..., ::2] | (blocks[..., 1::2] << 4)
+    return blocks, np.ascontiguousarray(scales.expand(outputs, count).numpy(), dtype=np.float32)
