@@ -2,46 +2,51 @@
 
 | weight | int8 | int4 |
 |---|---|---|
-| linear layers | MatMulNBits, 8 bits, a scale per output channel | MatMulNBits, 4 bits, a scale per 32 inputs |
-| embedding, LM head | one copy where they are tied: rows of 8-bit codes, a scale per token; MatMulNBits, 8 bits | the same |
+| linear layers | MatMulNBits, 8 bits, a scale per block of an output channel | MatMulNBits, 4 bits, a scale per 32 inputs |
+| embedding, LM head | one copy where they are tied: rows of 8-bit codes, a scale per block of a token; MatMulNBits | the same |
 | convolutions | 8-bit codes, a scale per output channel, DequantizeLinear | the same |
 
-MatMulNBits is an operator of ONNX Runtime. With accuracy level 4 it also quantises its input to 8 bits, anew in each
+MatMulNBits is an operator of ONNX Runtime. It reads a scale for each block of 32 to 128 inputs, so that each has its own:
+finer than the scale per output channel of the scheme, for the same bytes. With accuracy level 4 it also quantises its input to 8 bits, anew in each
 block of inputs, and multiplies integers.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...models.quantization import SCHEMES, Weights, quantised_weights, quantize
-from ._onnx_ops import DOMAIN
+from ....models.quantization import SCHEMES, Weights, quantised_weights, quantize
+from .ops import DOMAIN
 
 MICROSOFT = "com.microsoft"
 INTEGER_INPUTS = 4  # accuracy_level: 8-bit inputs
 BLOCKS = (128, 64, 32)  # of inputs; a last one that is shorter is filled up
 
 
-def place_weights(graph: Any, model: nn.Module, quantize: str) -> None:
+def place_weights(graph: Any, model: nn.Module, quantize: str, *, convolutions: bool = True) -> None:
     """Replace what reads weights in an `onnx_ir.Model` of a model (in place): linear layers by products of matrices,
-    and where weights are quantised all that reads them."""
+    and where weights are quantised all that reads them. convolutions: whether theirs are."""
     names = {id(p): name for name, p in model.named_parameters()}
     chosen = quantised_weights(model, SCHEMES[quantize]) if quantize in SCHEMES else {}
     quantised: dict[str, tuple[Tensor, Weights]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (how := chosen.get(names[id(parameter)])) is not None:
             quantised[name] = (parameter, how)
-    _Weights(graph, quantised).replace()
+    ends = SCHEMES[quantize].ends if convolutions and quantize in SCHEMES else None
+    _Weights(graph, quantised, ends).replace()
 
 
 class _Weights:
-    """quantised: by the name of a parameter, its value and how it is quantised."""
+    """quantised: by the name of a parameter, its value and how it is quantised. convolutions: how theirs are, if at
+    all: by value, as the exporter may have changed them by a normalization that follows."""
 
-    def __init__(self, model: Any, quantised: Mapping[str, tuple[Tensor, Weights]]) -> None:
-        self._model, self._graph = model, model.graph
+    def __init__(self, model: Any, quantised: Mapping[str, tuple[Tensor, Weights]], convolutions: Weights | None) -> None:
+        self._model, self._graph, self._convolutions = model, model.graph, convolutions
         self._given, self._quantised = quantised, {}
         self._made: dict[Any, Any] = {}
 
@@ -53,8 +58,10 @@ class _Weights:
         for node in list(self._graph.all_nodes()):
             if node.domain == DOMAIN:
                 self._linear(node)
-            elif node.op_type in ("Gather", "Conv") and (weight := self._weight(node)) in self._quantised:
-                (self._embedding if node.op_type == "Gather" else self._convolution)(node, weight)
+            elif node.op_type == "Gather" and node.inputs[0] in self._quantised:
+                self._embedding(node, node.inputs[0])
+            elif node.op_type == "Conv" and self._convolutions is not None and node.inputs[1].is_initializer():
+                self._convolution(node, node.inputs[1], self._convolutions)
         for name, value in list(self._graph.initializers.items()):
             if not value.uses() and not value.is_graph_input():
                 del self._graph.initializers[name]
@@ -68,10 +75,6 @@ class _Weights:
             if name.startswith(begin) and (found := self._given.get(name.removeprefix(begin))) is not None:
                 return found
         return None
-
-    @staticmethod
-    def _weight(node: Any) -> Any:
-        return node.inputs[0 if node.op_type == "Gather" else 1]
 
     def _linear(self, node: Any) -> None:
         import onnx_ir as ir
@@ -125,13 +128,13 @@ class _Weights:
             found = tape.op("Slice", [found, begin, self._constant(f"width{width}", np.int64([width])), axis])
         self._put(node, tape, found)
 
-    def _convolution(self, node: Any, weight: Any) -> None:
+    def _convolution(self, node: Any, weight: Any, how: Weights) -> None:
         import onnx_ir as ir
 
         if (weight, "codes") not in self._made:
-            parameter, how = self._quantised[weight]
-            codes, scales = quantize(parameter, how)
-            stored = (codes.view(parameter.shape).numpy(), scales[:, 0].contiguous().numpy())
+            values = torch.from_numpy(np.array(weight.const_value.numpy()))
+            codes, scales = quantize(values, how)
+            stored = (codes.view(values.shape).numpy(), scales[:, 0].contiguous().numpy())
             self._made[weight, "codes"] = [
                 self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))
                 for kind, array in zip(("codes", "scales"), stored, strict=True)
@@ -148,7 +151,8 @@ class _Weights:
         if (weight, "blocks") not in self._made:
             parameter, how = self._quantised[weight]
             block = how.group or next((size for size in BLOCKS if parameter.shape[1] % size == 0), BLOCKS[-1])
-            arrays = packed(parameter, how, block)
+            finer = how if parameter.shape[1] % block else replace(how, group=block)
+            arrays = packed(parameter, finer, block)
             self._made[weight, "blocks"] = (
                 *(
                     self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))

@@ -3,7 +3,7 @@ would take most of the time of an export, and most of the nodes of its graph.
 
 `TABLE` translates attention to standard operators of ONNX: keys and values are not repeated for grouped queries, but
 the queries of a group become rows of one matrix. Linear layers become nodes `fastkd::Linear` (x, weight[, bias]), which
-`_onnx_weights.py` replaces: only there is it known how the weight is quantised.
+`weights.py` replaces: only there is it known how the weight is quantised.
 """
 
 from functools import cache

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ExportError
-from ...models.hub import brief
-from ..model import Deployable
-from ._onnx_ops import ATTENTION, OneOperation, register_attention, table
+from ....errors import ExportError
+from ....models.hub import brief
+from ...model import Deployable
+from .ops import ATTENTION, OneOperation, register_attention, table
 
 OPSET = 18
 PAST = (3, 5)  # tokens of the example that are in its cache, and that are not

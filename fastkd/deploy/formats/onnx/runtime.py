@@ -1,7 +1,4 @@
-"""`onnx`: a graph that ONNX Runtime runs, written by `torch.onnx.export`; weights in float32, or quantised.
-
-`_onnx_graph.py` says what the graphs take and return, `_onnx_weights.py` how weights are quantised.
-"""
+"""A graph of `graph.py` in ONNX Runtime."""
 
 from pathlib import Path
 from typing import Any
@@ -9,58 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ExportError
-from ...models.hub import brief
-from ...models.quantization import SCHEMES, problem_of
-from ..calibration import Calibration
-from ..model import Deployable
-from ..runtime import Floats
-from ._onnx_graph import KEEP, cached_graph, keys_and_values, plain_graph
-from ._onnx_weights import place_weights
-
-EXTRA = "onnx"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-QUANTIZE = ("none", "int8", "int4")
-FILE = "model.onnx"
-EXTERNAL = 2**27  # bytes of weights, from which on they are in a file beside the graph: a graph may have 2 GB
-
-
-def check(model: Deployable, quantize: str) -> None:
-    if quantize in SCHEMES and (problem := problem_of(model.model, SCHEMES[quantize])) is not None:
-        raise ExportError(f"quantize: {problem}.")
-
-
-def write(model: Deployable, folder: Path, quantize: str, calibration: Calibration | None) -> dict[str, Any]:
-    import onnx_ir as ir
-
-    graph, notes = _graph_of(model)
-    place_weights(graph, model.model, quantize)
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    graph.producer_name = "fastkd"
-    # what the exporter notes of each node would be most of a small file
-    for node in graph.graph.all_nodes():
-        node.metadata_props.clear()
-    ir.save(graph, folder / FILE, external_data=f"{FILE}.data" if weights >= EXTERNAL else None)
-    return {"file": FILE, "notes": notes}
-
-
-def load(folder: Path, written: dict[str, Any], threads: int) -> "OnnxRuntime":
-    return OnnxRuntime(folder / written["file"], threads)
-
-
-def _graph_of(model: Deployable) -> tuple[Any, list[str]]:
-    """The graph of a student, with a KV cache where that can be; and notes."""
-    if model.config is None:
-        return plain_graph(model), []
-    found = keys_and_values(model)
-    if isinstance(found, str):
-        reason = found
-    else:
-        try:
-            return cached_graph(model, found), []
-        except Exception as error:  # the graph without one may still be exported, which the note says
-            reason = brief(error)
-    return plain_graph(model), [f"the graph has no KV cache: each new token runs the sequence again ({reason})."]
+from ....errors import ExportError
+from ....models.hub import brief
+from ...runtime import Floats
+from .graph import KEEP
 
 
 class OnnxRuntime:
