@@ -117,7 +117,7 @@ def test_logits_and_completions_are_those_of_pytorch(llama: Deployable, tmp_path
 
 @pytest.mark.usefixtures("once")
 def test_a_batch_with_pads_and_a_past_is_that_of_its_rows(llama: Deployable, tmp_path: Path) -> None:
-    """The inputs that other programs give: an attention mask, positions, keys and values, without the number of rows."""
+    """The inputs that other programs give: an attention mask, positions, keys and values, but no number of rows."""
     runtime: Any = written(llama, tmp_path / "out")[0]
     session = runtime._session
     ids, pads = ids_of(2, 9), 4

@@ -1,10 +1,10 @@
 """A student as an ONNX graph with dynamic batch and length, by `torch.onnx.export(dynamo=True)`.
 
 A causal model of transformers gets one graph for prefill and decoding, with the names that Optimum and Transformers.js
-use: input_ids `[batch, length]`, attention_mask `[batch, past + length]`, position_ids `[batch, length]`,
-past_key_values.N.key and .value `[batch, heads, past, width]` (past may be 0) give logits `[batch, rows, V]` and
-present.N.key and .value. num_logits_to_keep, an optional scalar, is the number of last positions that get logits; 0, its
-default, means all. Any other model gets one from "input" to "logits".
+use: input_ids `[batch, length]`, attention_mask `[batch, past + length]`, position_ids `[batch, length]`, and
+past_key_values.N.key and .value `[batch, heads, past, width]` (past may be 0) give logits `[batch, rows, V]`, and
+present.N.key and .value. num_logits_to_keep, an optional scalar, is the number of last positions that get logits; 0,
+its default, means all. Any other model gets a graph from "input" to "logits".
 """
 
 import inspect

@@ -2,25 +2,28 @@
 
 | weight | int8 | int4 |
 |---|---|---|
-| linear layers | MatMulNBits, 8 bits, a scale per block of an output channel | MatMulNBits, 4 bits, a scale per 32 inputs |
-| embedding, LM head | one copy where they are tied: rows of 8-bit codes, a scale per block of a token; MatMulNBits | the same |
+| linear layers | DynamicQuantizeMatMul, a scale per output channel; MatMulNBits where I > O | MatMulNBits, 4 bits |
+| embedding, LM head | rows of 8-bit codes, MatMulNBits; one copy where they are tied | the same |
 | convolutions | 8-bit codes, a scale per output channel, DequantizeLinear | the same |
 
-MatMulNBits is an operator of ONNX Runtime. It reads a scale for each block of 32 to 128 inputs, so that each has its own:
-finer than the scale per output channel of the scheme, for the same bytes. With accuracy level 4 it also quantises its input to 8 bits, anew in each
-block of inputs, and multiplies integers.
+Both are operators of ONNX Runtime that quantise their inputs to 8 bits, anew for each call, and multiply integers.
+DynamicQuantizeMatMul has one range for all rows, so rows are divided by their largest value before it, and multiplied
+after: a scale per row. MatMulNBits has a scale per block of inputs, of weights too: more exact, but with 8 bits slower
+than float32 for many rows. So it is used where a layer has more inputs than outputs (the last of an MLP, whose inputs
+have outliers), and for the LM head, which is given a single row. Its weights have a scale per block of 32 to 128
+inputs, finer than the scheme's per output channel, for the same bytes.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ....models.quantization import SCHEMES, Weights, quantised_weights, quantize
+from ....models.quantization import SCHEMES, Weights, ends_of, quantised_weights, quantize
 from .ops import DOMAIN
 
 MICROSOFT = "com.microsoft"
@@ -28,26 +31,41 @@ INTEGER_INPUTS = 4  # accuracy_level: 8-bit inputs
 BLOCKS = (128, 64, 32)  # of inputs; a last one that is shorter is filled up
 
 
+class Quantised(NamedTuple):
+    """A parameter `[O, I]`, how it is quantised, and whether it is the token embedding or the LM head."""
+
+    values: Tensor
+    how: Weights
+    end: bool
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is for DynamicQuantizeMatMul."""
+        return not self.end and self.how == Weights(8) and self.values.shape[0] >= self.values.shape[1]
+
+
 def place_weights(graph: Any, model: nn.Module, quantize: str, *, convolutions: bool = True) -> None:
     """Replace what reads weights in an `onnx_ir.Model` of a model (in place): linear layers by products of matrices,
     and where weights are quantised all that reads them. convolutions: whether theirs are."""
     names = {id(p): name for name, p in model.named_parameters()}
     chosen = quantised_weights(model, SCHEMES[quantize]) if quantize in SCHEMES else {}
-    quantised: dict[str, tuple[Tensor, Weights]] = {}
+    ends = {id(end.weight) for end in ends_of(model)}
+    quantised: dict[str, Quantised] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (how := chosen.get(names[id(parameter)])) is not None:
-            quantised[name] = (parameter, how)
-    ends = SCHEMES[quantize].ends if convolutions and quantize in SCHEMES else None
-    _Weights(graph, quantised, ends).replace()
+            quantised[name] = Quantised(parameter, how, id(parameter) in ends)
+    others = SCHEMES[quantize].ends if convolutions and quantize in SCHEMES else None
+    _Weights(graph, quantised, others).replace()
 
 
 class _Weights:
-    """quantised: by the name of a parameter, its value and how it is quantised. convolutions: how theirs are, if at
+    """quantised: by the name of a parameter. convolutions: how theirs are, if at
     all: by value, as the exporter may have changed them by a normalization that follows."""
 
-    def __init__(self, model: Any, quantised: Mapping[str, tuple[Tensor, Weights]], convolutions: Weights | None) -> None:
+    def __init__(self, model: Any, quantised: Mapping[str, Quantised], convolutions: Weights | None) -> None:
         self._model, self._graph, self._convolutions = model, model.graph, convolutions
-        self._given, self._quantised = quantised, {}
+        self._given = quantised
+        self._quantised: dict[Any, Quantised] = {}
         self._made: dict[Any, Any] = {}
 
     def replace(self) -> None:
@@ -69,7 +87,7 @@ class _Weights:
         if any(node.domain == MICROSOFT for node in self._graph.all_nodes()):
             self._model.opset_imports[MICROSOFT] = 1
 
-    def _find(self, name: str) -> tuple[Tensor, Weights] | None:
+    def _find(self, name: str) -> Quantised | None:
         """The parameter of an initializer: its name follows those of the modules around the model."""
         for begin in ("model.model.", "model."):
             if name.startswith(begin) and (found := self._given.get(name.removeprefix(begin))) is not None:
@@ -81,8 +99,11 @@ class _Weights:
 
         inputs, weight, *bias = node.inputs
         tape = ir.tape.Tape()
-        if weight in self._quantised:
-            parameter, how = self._quantised[weight]
+        given = self._quantised.get(weight)
+        if given is not None and given.by_rows:
+            found = self._product_of_rows(inputs, weight, tape)
+        elif given is not None:
+            parameter, how = given.values, given.how
             codes, scales, block = self._blocks(weight)
             found = tape.op(
                 "MatMulNBits", [inputs, codes, scales], domain=MICROSOFT,
@@ -94,6 +115,30 @@ class _Weights:
         for one in bias:
             found = tape.op("Add", [found, one])
         self._put(node, tape, found)
+
+    def _product_of_rows(self, inputs: Any, weight: Any, tape: Any) -> Any:
+        """Inputs `[..., I]`, each row in 8 bits by its largest value, times a weight with a scale per channel."""
+        import onnx_ir as ir
+
+        if (weight, "columns") not in self._made:
+            codes, scales = quantize(self._quantised[weight].values, self._quantised[weight].how)
+            stored = np.ascontiguousarray((codes.int() + 128).numpy().astype(np.uint8).T)
+            zeros = np.full(len(codes), 128, np.uint8)
+            self._made[weight, "columns"] = [
+                self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))
+                for kind, array in (("codes", stored), ("scales", scales[:, 0].contiguous().numpy()), ("zeros", zeros))
+            ]
+        if (inputs, "rows") not in self._made:  # layers that read the same inputs share them
+            largest = tape.op(
+                "ReduceMax",
+                [tape.op("Abs", [inputs]), self._constant("last", np.int64([-1]))],
+                attributes={"keepdims": 1},
+            )
+            largest = tape.op("Max", [largest, self._constant("tiny", np.float32(1e-30))])
+            self._made[inputs, "rows"] = (tape.op("Div", [inputs, largest]), largest)
+        rows, largest = self._made[inputs, "rows"]
+        product = tape.op("DynamicQuantizeMatMul", [rows, *self._made[weight, "columns"]], domain=MICROSOFT)
+        return tape.op("Mul", [product, largest])
 
     def _transposed(self, weight: Any, tape: Any) -> Any:
         """The weight `[O, I]` as `[I, O]`: kept so in the file, but for one that is also read otherwise, which is kept
@@ -117,11 +162,13 @@ class _Weights:
         import onnx_ir as ir
 
         tape, rank = ir.tape.Tape(), len(node.inputs[1].shape)
-        width = self._quantised[weight][0].shape[1]
+        width = self._quantised[weight].values.shape[1]
         codes, scales, block = self._blocks(weight)
         rows = tape.op("Cast", [tape.op("Gather", [codes, node.inputs[1]])], attributes={"to": ir.DataType.FLOAT})
         rows = tape.op("Sub", [rows, self._constant("zero", np.float32(128))])
-        scale = tape.op("Unsqueeze", [tape.op("Gather", [scales, node.inputs[1]]), self._constant("last", np.int64(-1))])
+        scale = tape.op(
+            "Unsqueeze", [tape.op("Gather", [scales, node.inputs[1]]), self._constant("last", np.int64([-1]))]
+        )
         found = tape.op("Reshape", [tape.op("Mul", [rows, scale]), self._constant("flat", np.int64([0] * rank + [-1]))])
         if width % block:
             begin, axis = self._constant("begin", np.int64([0])), self._constant("axis", np.int64([rank]))
@@ -149,7 +196,7 @@ class _Weights:
         import onnx_ir as ir
 
         if (weight, "blocks") not in self._made:
-            parameter, how = self._quantised[weight]
+            parameter, how, _ = self._quantised[weight]
             block = how.group or next((size for size in BLOCKS if parameter.shape[1] % size == 0), BLOCKS[-1])
             finer = how if parameter.shape[1] % block else replace(how, group=block)
             arrays = packed(parameter, finer, block)
@@ -189,8 +236,8 @@ class _Weights:
 
 
 def packed(weight: Tensor, how: Weights, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """A weight `[O, I]` as MatMulNBits reads it: codes `[O, blocks, block * bits / 8]`, the zero added, of 4 bits two in
-    a byte, the lower half first; scales `[O, blocks]`. A last block that is shorter is filled up with zeros."""
+    """A weight `[O, I]` as MatMulNBits reads it: codes `[O, blocks, block * bits / 8]`, the zero added, of 4 bits two
+    in a byte, the lower half first; scales `[O, blocks]`. A last block that is shorter is filled up with zeros."""
     codes, scales = quantize(weight, how)
     outputs, inputs = codes.shape
     count = -(-inputs // block)
