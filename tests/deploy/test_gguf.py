@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from deploy_cases import text_run
 from hf_cases import SPECIAL, TEMPLATE, tokenizer_of
 
+from fastkd.deploy import export
 from fastkd.deploy.formats import gguf as exporter
 from fastkd.deploy.formats.gguf import llama_cpp
 from fastkd.deploy.formats.gguf.vocabulary import TEXTS
@@ -107,6 +110,25 @@ def test_a_completion_may_be_longer_than_expected(tmp_path: Path, monkeypatch: p
     with pytest.raises(ExportError, match=r"got tokens up to 320; expected 0 to 319"):
         runtime.decode(320)
     runtime.close()
+
+
+def test_an_export_is_evaluated_in_llama_cpp(tmp_path: Path) -> None:
+    """From a run's folder, by `fastkd.deploy.export`; the cost of 8 bits is small, and not nothing."""
+    student, cache = text_run(tmp_path / "run")
+    report = export(student, "gguf", tmp_path / "out", quantize="int8", cache=cache, threads=1)
+    assert report.quality is not None
+    assert report.runtime.startswith("llama.cpp (xllamacpp")
+    assert 0 < abs(report.quality.cost.mean) < 0.01
+    assert report.quality.exported.intervals()["student_agreement"].mean > 0.9
+
+
+def test_a_version_that_is_not_recognised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(llama_context_default_params=llama_cpp._Settings)
+    with pytest.raises(ExportError, match=r"cannot be called here, as its settings have other members; expected one"):
+        llama_cpp._context_settings(other, 512, 64, exact=False)
+    monkeypatch.setitem(llama_cpp._FUNCTIONS, "llama_no_such", (None, []))
+    with pytest.raises(ExportError, match="as it does not export llama_no_such"):
+        llama_cpp._library.__wrapped__()
 
 
 # Tokenizers

@@ -174,14 +174,14 @@ class LlamaCpp:
         self._begin(ids.shape[1] + _MOST_TOKENS)
         self._sequence = ids[0].tolist()
         for first in range(0, ids.shape[1], self._batch):
-            found = self._run(ids[0, first : first + self._batch], every=False)
-        return found[0]
+            logits_1V = self._run(ids[0, first : first + self._batch], every=False)
+        return logits_1V.reshape(-1)
 
     def decode(self, token: int) -> Floats:
         self._sequence.append(token)
         if self._next == self._positions:  # begun again, with more room
             return self.prefill(np.array([self._sequence], np.int64))
-        return self._run(np.array([token]), every=False)[0]
+        return self._run(np.array([token]), every=False).reshape(-1)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text with special tokens, both those in it and those that the tokenizer adds."""
