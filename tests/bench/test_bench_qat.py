@@ -18,4 +18,5 @@ def test_the_ratios_of_known_windows(capsys: pytest.CaptureFixture[str]) -> None
     show(*arms)
     said = capsys.readouterr().out
     assert "added +0.2000 ± 0.0000, paired" in said
+    assert "the latter minus the former        -0.1500 ± 0.0000, paired" in said
     assert "ratio of added KL                0.250 ± 0.000" in said
