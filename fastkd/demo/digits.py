@@ -3,7 +3,7 @@ a tenth of its size is trained from the cache: with those maps, without them, an
 teacher, without a cache, and with a second student in place of a teacher.
 
 OUT/digits/  teacher.safetensors  cache/  student/ (with without_features/ and control/)  report.html  report.json
-             live/ live-cache/ pair/ (see digits_live.py)
+             live/ live-cache/ pair/ (see digits_live.py)  onnx-int8/ deploy.html deploy.json (see deployed.py)
 """
 
 import json
@@ -23,18 +23,20 @@ from ..data.examples import Examples
 from ..errors import DataError
 from ..evaluate.measures import CLASSIFIER_DEMO, printed_in
 from ..models.module import parameters_and_bytes
+from ..models.trained import load_trained
 from ..report.make import make_report
 from ..report.runs import Run, read_runs
 from ..settings import DemoSettings, LiveSettings
 from ..train.api import train
 from ..train.arms import WITHOUT_FEATURES
-from ..train.result import RUN
+from ..train.result import RUN, STUDENT
 from ..utils import atomic
 from ..utils.intervals import Interval
 from ..utils.progress import mode_for
 from ..utils.signals import Stop, Stopped
 from . import DemoResult
 from .artifacts import write_json
+from .deployed import check_installed, deploy_student, deployed_section, deployed_text
 from .digits_inputs import CLASSES, HELD_OUT, Net, digits, new_net, train_teacher
 from .digits_live import FIRST, SECOND, train_live
 from .results import paired, scores_of, scores_table
@@ -70,6 +72,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
     for field in fields(DemoSettings):
         if field.name not in ("task", "out", "seed") and (value := getattr(settings, field.name)) != field.default:
             raise DataError(f"{field.name}: got {value!r}, but the task digits has no such setting. Leave it out.")
+    check_installed()
     sizes, stages, out, seed = sizes or Sizes(), Stages(), settings.out / "digits", settings.seed
     with stages.stage("digits", "from scikit-learn, rotated and shifted at random"):
         data = digits(seed, images=sizes.images, copies=sizes.copies)
@@ -106,8 +109,11 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         live = train_live(
             teacher, data, out, students, how, PAIR, stop=stop, epochs=float(sizes.epochs), seed=seed, **TRAINING
         )
+    student = load_trained(new_net(sizes.student_width, seed + 1), out / "student" / STUDENT, DataError)
+    deployed = deploy_student(student, out / "cache", out, stages, data=data)
     with stages.stage("report", str(out / "report.html")):
-        make_report([out / "student", out / "live", out / "pair"], out / "report.html")
+        folders = [out / "student", out / "live", out / "pair"]
+        make_report(folders, out / "report.html", more=[deployed_section(deployed)])
     runs = read_runs([out / "student"])
     evaluation = runs[0].evaluation
     assert evaluation is not None
@@ -133,6 +139,7 @@ def run(settings: DemoSettings, stop: Stop | None = None, *, sizes: Sizes | None
         "live_is_the_cached_student": live.same,
         "pair": {name: _to_json(found) for name, found in live.pair.items()},
         "pair_first_minus_control": _to_json(live.minus_control),
+        "deployed": deployed,
         "features": done.verdicts[WITHOUT_FEATURES].overall if WITHOUT_FEATURES in done.verdicts else None,
     }
     write_json(out / "report.json", report)
@@ -191,6 +198,8 @@ def text_of(report: dict[str, Any], runs: Sequence[Run]) -> str:
         "pair: two students that teach each other, without a teacher, have a cross-entropy of "
         + " and ".join(_figure(found["cross_entropy"]) for found in report["pair"].values())
         + f"; the first minus the control: {_figure(report['pair_first_minus_control']['cross_entropy'], '+')}",
+        "",
+        deployed_text(report["deployed"]),
         "",
         f"{report['settings']['out']}/digits/report.html shows the runs.",
     ])  # fmt: skip

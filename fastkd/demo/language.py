@@ -2,6 +2,7 @@
 
 OUT/  teacher/  windows.parquet  cache/  teacher.json (what stays known of the teacher)  cache-with-a-flipped-byte/
       cut-5/ (the pruned student)  damaged/ healed/ soft/ (runs)  report.html  report.json
+      onnx-int8/ (the student, exported)  deploy.html  deploy.json
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..report.make import make_report
 from ..report.page import Code, Paragraph, Section
 from ..report.runs import Run, in_lines, read_runs
 from ..settings import DemoSettings
+from ..train.result import STUDENT
 from ..utils.intervals import to_json
 from ..utils.signals import Stop
 from ..utils.text import report_text
@@ -26,6 +28,7 @@ from . import DemoResult, smollm2
 from .artifacts import Json, write_json
 from .completions import completions_section
 from .corpus import language_reference, package_sources, save_windows, token_windows
+from .deployed import WINDOWS, check_installed, deploy_student, deployed_section, deployed_text
 from .job import Job
 from .page import commands, costs, targets_section
 from .results import Target, paired, scores_table, targets_of, targets_text
@@ -40,6 +43,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
     Raises CacheError if the folder has a cache of other settings or a damaged one; DataError if the text is too short;
     `Stopped` if `stop` was called.
     """
+    check_installed()
     job = Job(settings, Stages(), stop)
     teacher = capture_teacher(job, prepare_data(job))
     verify_before_training(job.cache, job.stages)
@@ -51,6 +55,9 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
         flipped, problems = flip_a_bit(job.cache, copy)
         job.stages.log("\n         ".join([f"flipped a bit of {flipped}; `fastkd verify {copy}` reports:", *problems]))
     answers, step = make_students(job, cache)
+    deployed = deploy_student(
+        job.out / "healed" / STUDENT, job.cache, job.out, job.stages, positions=WINDOWS * job.sizes.window
+    )
     runs = read_runs(job.runs)
     targets = targets_of(
         overhead=teacher["overhead"]["ratio"],
@@ -66,6 +73,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
             completions_section({"teacher": teacher["answers"]} | answers),
             costs(runs[0], positions=inspected["positions"], overhead=teacher["overhead"]),
             targets_section(targets),
+            deployed_section(deployed),
             Section("Verification", [Paragraph(flip), Code("\n".join(problems))]),
             Section("The same by hand", [Paragraph(hand), Code("\n".join(map(in_lines, commands(job))))]),
         ]
@@ -88,6 +96,7 @@ def run(settings: DemoSettings, stop: Stop | None = None) -> DemoResult:
             name: {m: value._asdict() for m, value in found.items()}
             for name, found in paired(runs).items()
         },
+        "deployed": deployed,
         "figures": [target._asdict() | {"met": target.met} for target in targets],
         "seconds": job.stages.seconds,
     })  # fmt: skip
@@ -124,6 +133,8 @@ def text_of(report: Json, job: Job, runs: Sequence[Run], targets: Sequence[Targe
         "  healed: the student; control: the same student on hard labels alone; soft: on the teacher alone",
         "",
         *targets_text(targets),
+        "",
+        deployed_text(report["deployed"]),
         "",
         f"{job.out}/report.html shows it, with completions and costs; {job.out}/report.json has the numbers.",
     ])  # fmt: skip

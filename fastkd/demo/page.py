@@ -21,8 +21,10 @@ from ..report.page import (
     Table,
 )
 from ..report.runs import Run
+from ..train.result import STUDENT
 from ..utils.numbers import figures, seconds
 from .artifacts import Json
+from .deployed import FOLDER, QUANTIZE, TO, WINDOWS
 from .job import Job
 from .results import Target
 
@@ -93,6 +95,8 @@ def commands(job: Job) -> list[list[str]]:
         [*students, str(job.out / name), *["--control"] * control, *options(how)]
         for name, how, control in job.trainings
     )
+    student, exported = str(job.out / "healed" / STUDENT), str(job.out / FOLDER)
+    measured = ["--cache", cache, "--positions", str(WINDOWS * job.sizes.window)]
     return [
         ["fastkd", "capture", *teacher, *places, *model, *options(job.capture)],
         ["fastkd", "inspect", cache],
@@ -100,6 +104,8 @@ def commands(job: Job) -> list[list[str]]:
         ["fastkd", "student", *teacher, *pruned],
         *trainings,
         ["fastkd", "report", *map(str, job.runs)],
+        ["fastkd", "export", student, "--to", TO, "--quantize", QUANTIZE, "--out", exported, *measured],
+        ["fastkd", "deploy-report", student, exported],
     ]
 
 

@@ -298,6 +298,13 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     ):
         assert words in page
     assert page.count('class="prefix"') == HELD_OUT
+    assert "onnx int8" in page
+    row = report["deployed"]["rows"][1]
+    assert row["quality"]["windows"] == HELD_OUT
+    assert row["ratios"]["bytes"] < 0.7  # of a tiny model, much is the graph
+    assert abs(row["quality"]["cost"]["mean"]) < 0.1
+    assert f"deployed: onnx int8 in {row['runtime']}" in done.text
+    assert "onnx int8" in (out / "deploy.html").read_text()
     assert verify_cache(out / "cache").ok
 
 
@@ -310,10 +317,10 @@ def test_a_second_run_never_runs_the_teacher(
     capfd.readouterr()
     done = run_demo(again)
     said = capfd.readouterr().err
-    for words in ("the cache is complete, the teacher is not loaded", "healed is reused"):
+    for words in ("the cache is complete, the teacher is not loaded", "healed is reused", "onnx-int8 is reused"):
         assert words in said
     assert "the teacher did not run" in done.text
-    for same in ("students", "differences", "figures", "bytes"):
+    for same in ("students", "differences", "figures", "bytes", "deployed"):
         assert done.report[same] == first[same]
 
 
@@ -438,7 +445,7 @@ def test_training_settings_leave_the_cache_alone(again: DemoSettings) -> None:
 def test_the_commands_do_what_the_demo_did(
     again: DemoSettings, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    capture, *_, soft, report = made = commands(Job(again, Stages()))
+    capture, *_, soft, report, _, deployed = made = commands(Job(again, Stages()))
     pruned = next(command for command in made if command[1] == "student")
     assert cli.main([*pruned[1:-1], str(tmp_path / "pruned")]) == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -450,6 +457,7 @@ def test_the_commands_do_what_the_demo_did(
     assert cli.main(soft[1:]) == 0
     assert evaluations(again.out) == evaluations(whole)
     assert cli.main(report[1:]) == 0
+    assert cli.main(deployed[1:]) == 0
 
 
 def test_the_corpus_of_a_gpu(settings: DemoSettings) -> None:

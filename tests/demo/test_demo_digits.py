@@ -104,6 +104,10 @@ def test_what_it_leaves(place: Path) -> None:
     assert "student, without features" in page
     assert "Did the features help?" in page
     assert "of the split" not in page  # but held out
+    assert "onnx int8" in page
+    deployed = report["deployed"]["rows"][1]
+    assert deployed["quality"]["positions"] == 60 * 4
+    assert deployed["quality"]["exported"]["student_agreement"]["mean"] > 0.9
     text = demo.text_of(report, read_runs([place / "digits" / "student"]))
     assert "1,200 augmented digits cached" in text
     assert f"bytes each, and {report['feature_bytes'] / 1200:.0f} of feature maps" in text
@@ -140,6 +144,7 @@ def test_a_second_run_starts_from_the_cache(place: Path, capsys: pytest.CaptureF
     assert "teacher.safetensors is reused" in said
     assert "the cache is complete, the teacher did not run" in said
     assert "the students are reused" in said
+    assert "onnx-int8 is reused" in said
     assert not report["trained_now"]
     assert report["captured_now"] == 0
     assert "the teacher did not run" in text
