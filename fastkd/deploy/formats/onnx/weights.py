@@ -2,13 +2,14 @@
 
 | weight | int8 | int4 |
 |---|---|---|
-| linear layers | DynamicQuantizeMatMul, a scale per output channel; MatMulNBits where I > O | MatMulNBits, 4 bits |
+| linear layers | DynamicQuantizeMatMul, four scales per output channel; MatMulNBits where I > O | MatMulNBits, 4 bits |
 | embedding, LM head | rows of 8-bit codes, MatMulNBits; one copy where they are tied | the same |
 | convolutions | 8-bit codes, a scale per output channel, DequantizeLinear | the same |
 
 Both are operators of ONNX Runtime that quantise their inputs to 8 bits, anew for each call, and multiply integers.
 DynamicQuantizeMatMul has one range for all rows, so rows are divided by their largest value before it, and multiplied
-after: a scale per row. MatMulNBits has a scale per block of inputs, of weights too: more exact, but with 8 bits slower
+after: a scale per row, of each quarter of the inputs, as outliers are in few of them.
+MatMulNBits has a scale per block of inputs, of weights too: more exact, but with 8 bits slower
 than float32 for many rows. So it is used where a layer has more inputs than outputs (the last of an MLP, whose inputs
 have outliers), and for the LM head, which is given a single row. Its weights have a scale per block of 32 to 128
 inputs, finer than the scheme's per output channel, for the same bytes.
@@ -28,6 +29,7 @@ from .ops import DOMAIN
 
 MICROSOFT = "com.microsoft"
 INTEGER_INPUTS = 4  # accuracy_level: 8-bit inputs
+PARTS = 4  # of the inputs of a layer, each with its own scales
 BLOCKS = (128, 64, 32)  # of inputs; a last one that is shorter is filled up
 
 
@@ -117,28 +119,50 @@ class _Weights:
         self._put(node, tape, found)
 
     def _product_of_rows(self, inputs: Any, weight: Any, tape: Any) -> Any:
-        """Inputs `[..., I]`, each row in 8 bits by its largest value, times a weight with a scale per channel."""
-        import onnx_ir as ir
-
+        """Inputs `[..., I]` times a weight, as the sum over `PARTS` of I: in each, a row is in 8 bits by its largest
+        value, and an output channel by its own."""
+        values = self._quantised[weight].values
+        parts = 1 if values.shape[1] % PARTS else PARTS
         if (weight, "columns") not in self._made:
-            codes, scales = quantize(self._quantised[weight].values, self._quantised[weight].how)
-            stored = np.ascontiguousarray((codes.int() + 128).numpy().astype(np.uint8).T)
-            zeros = np.full(len(codes), 128, np.uint8)
             self._made[weight, "columns"] = [
-                self._initializer(f"{weight.name}.{kind}", ir.tensor(array, name=f"{weight.name}.{kind}"))
-                for kind, array in (("codes", stored), ("scales", scales[:, 0].contiguous().numpy()), ("zeros", zeros))
+                self._columns(some, f"{weight.name}.{part}") for part, some in enumerate(values.chunk(parts, 1))
             ]
         if (inputs, "rows") not in self._made:  # layers that read the same inputs share them
-            largest = tape.op(
-                "ReduceMax",
-                [tape.op("Abs", [inputs]), self._constant("last", np.int64([-1]))],
-                attributes={"keepdims": 1},
-            )
-            largest = tape.op("Max", [largest, self._constant("tiny", np.float32(1e-30))])
-            self._made[inputs, "rows"] = (tape.op("Div", [inputs, largest]), largest)
-        rows, largest = self._made[inputs, "rows"]
-        product = tape.op("DynamicQuantizeMatMul", [rows, *self._made[weight, "columns"]], domain=MICROSOFT)
-        return tape.op("Mul", [product, largest])
+            self._made[inputs, "rows"] = self._rows(inputs, values.shape[1], parts, tape)
+        products = [
+            tape.op("Mul", [tape.op("DynamicQuantizeMatMul", [rows, *columns], domain=MICROSOFT), largest])
+            for (rows, largest), columns in zip(self._made[inputs, "rows"], self._made[weight, "columns"], strict=True)
+        ]
+        return products[0] if parts == 1 else tape.op("Sum", products)
+
+    def _columns(self, values: Tensor, name: str) -> list[Any]:
+        """Codes uint8 `[I, O]`, scales `[O]` and zero points `[O]` of a weight `[O, I]`."""
+        import onnx_ir as ir
+
+        codes, scales = quantize(values, Weights(8))
+        stored = np.ascontiguousarray((codes.int() + 128).numpy().astype(np.uint8).T)
+        zeros = np.full(len(codes), 128, np.uint8)
+        return [
+            self._initializer(f"{name}.{kind}", ir.tensor(array, name=f"{name}.{kind}"))
+            for kind, array in (("codes", stored), ("scales", scales[:, 0].contiguous().numpy()), ("zeros", zeros))
+        ]
+
+    def _rows(self, inputs: Any, width: int, parts: int, tape: Any) -> list[tuple[Any, Any]]:
+        """For each part of the inputs: its rows divided by their largest value, and that."""
+        last, tiny = self._constant("last", np.array([-1], np.int64)), self._constant("tiny", np.float32(1e-30))
+        found = []
+        for part in range(parts):
+            some = inputs
+            if parts > 1:
+                begin, end = (
+                    self._constant(f"at{at}", np.array([at], np.int64))
+                    for at in (part * width // parts, (part + 1) * width // parts)
+                )
+                some = tape.op("Slice", [inputs, begin, end, last])
+            largest = tape.op("ReduceMax", [tape.op("Abs", [some]), last], attributes={"keepdims": 1})
+            largest = tape.op("Max", [largest, tiny])
+            found.append((tape.op("Div", [some, largest]), largest))
+        return found
 
     def _transposed(self, weight: Any, tape: Any) -> Any:
         """The weight `[O, I]` as `[I, O]`: kept so in the file, but for one that is also read otherwise, which is kept
@@ -167,12 +191,17 @@ class _Weights:
         rows = tape.op("Cast", [tape.op("Gather", [codes, node.inputs[1]])], attributes={"to": ir.DataType.FLOAT})
         rows = tape.op("Sub", [rows, self._constant("zero", np.float32(128))])
         scale = tape.op(
-            "Unsqueeze", [tape.op("Gather", [scales, node.inputs[1]]), self._constant("last", np.int64([-1]))]
+            "Unsqueeze", [tape.op("Gather", [scales, node.inputs[1]]), self._constant("last", np.array([-1], np.int64))]
         )
-        found = tape.op("Reshape", [tape.op("Mul", [rows, scale]), self._constant("flat", np.int64([0] * rank + [-1]))])
+        found = tape.op(
+            "Reshape", [tape.op("Mul", [rows, scale]), self._constant("flat", np.array([0] * rank + [-1], np.int64))]
+        )
         if width % block:
-            begin, axis = self._constant("begin", np.int64([0])), self._constant("axis", np.int64([rank]))
-            found = tape.op("Slice", [found, begin, self._constant(f"width{width}", np.int64([width])), axis])
+            begin, axis = (
+                self._constant("begin", np.array([0], np.int64)),
+                self._constant("axis", np.array([rank], np.int64)),
+            )
+            found = tape.op("Slice", [found, begin, self._constant(f"width{width}", np.array([width], np.int64)), axis])
         self._put(node, tape, found)
 
     def _convolution(self, node: Any, weight: Any, how: Weights) -> None:
@@ -242,7 +271,7 @@ def packed(weight: Tensor, how: Weights, block: int) -> tuple[NDArray[np.uint8],
     outputs, inputs = codes.shape
     count = -(-inputs // block)
     stored = nn.functional.pad(codes.int() - how.low, (0, count * block - inputs), value=-how.low)
-    blocks = stored.view(outputs, count, block).numpy().astype(np.uint8)
+    blocks: NDArray[Any] = stored.view(outputs, count, block).numpy().astype(np.uint8)
     if how.bits == 4:
         blocks = blocks[..., ::2] | (blocks[..., 1::2] << 4)
     return blocks, np.ascontiguousarray(scales.expand(outputs, count).numpy(), dtype=np.float32)
