@@ -36,7 +36,7 @@ def tiny(family: str = "Llama", **options: Any) -> Any:
         "tie_word_embeddings": True,
     }  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def exported(model: Deployable, folder: Path, quantize: str) -> Any:
@@ -191,10 +191,6 @@ class TestMore:
     @pytest.mark.parametrize("family", ["Qwen3", "Gemma3Text", "GPT2"])
     def test_other_families(self, family, tmp_path):
         options = {"sliding_window": 40, "layer_types": ["sliding_attention"]} if family == "Gemma3Text" else {}
-        if family == "Gemma3Text":
-            import transformers
-
-            transformers.Gemma3TextForCausalLM = transformers.Gemma3ForCausalLM
         model = load_deployable(tiny(family, **options))
         ids = torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
@@ -207,7 +203,10 @@ class TestMore:
         with torch.no_grad():
             # XNNPACK keeps the scales of groups in bfloat16
             expected = quantised_by_the_reference(model.model, scheme, torch.bfloat16)(ids).logits
-        assert relative(exported(model, tmp_path, scheme).logits(ids.numpy()), expected) < 0.01
+            unquantised = model.plain(ids)
+        found = exported(model, tmp_path, scheme).logits(ids.numpy())
+        assert relative(found, expected) < 0.05  # rounding of the inputs: alone, it costs 0.02 here
+        assert scheme == "int8" or relative(found, unquantised) > 0.2
 
     @pytest.mark.parametrize("quantize", ["none", "int8"])
     def test_a_classifier_of_any_batch(self, quantize, tmp_path):
