@@ -57,7 +57,7 @@ def loss_error(device: torch.device) -> float:
     for impl in ("auto", "reference"):
         x, w = (tensor.to(device, copy=True).requires_grad_() for tensor in (hidden, weight))
         loss = linear_kd_loss(x, w, targets.to(device), labels.to(device), temperature=1.0, impl=impl).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
         assert w.grad is not None
         found.append([tensor.double().cpu() for tensor in (loss.detach(), x.grad, w.grad)])

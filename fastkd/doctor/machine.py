@@ -43,8 +43,7 @@ def check_disk(folder: Path) -> Found:
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         return Found("disk", "problem", f"{there}: no permission to write. Choose another folder.")
-    state = "note" if free < SMALL_DISK else "ok"
-    return Found("disk", state, f"{size_text(free)} free at {there}")
+    return Found("disk", "note" if free < SMALL_DISK else "ok", f"{size_text(free)} free at {there}")
 
 
 def _cores() -> int:

@@ -27,7 +27,7 @@ def check_packages(requirements: Sequence[str] | None = None) -> Iterator[Found]
         yield Found("packages", "problem", f"{problem}. Install it: pip install --upgrade fastkd")
     complete, lacking = [], []
     for extra in _extras(parsed):
-        problems = [problem for one in _of_extra(parsed, extra) if (problem := _problem(one)) is not None]
+        problems = [text for one in _of_extra(parsed, extra) if (text := _problem(one)) is not None]
         complete += [] if problems else [extra]
         lacking += [f"{extra} ({'; '.join(problems)})"] if problems else []
     yield Found("extras", "ok", ", ".join(complete) or "none")
@@ -39,10 +39,8 @@ def check_packages(requirements: Sequence[str] | None = None) -> Iterator[Found]
 
 def _extras(parsed: Sequence[Requirement]) -> list[str]:
     """The names of extras, in the order of the metadata."""
-    names: dict[str, None] = {}
-    for one in parsed:
-        words = str(one.marker or "").replace("'", '"').split('extra == "')[1:]
-        names |= dict.fromkeys(word.partition('"')[0] for word in words)
+    texts = [str(one.marker or "").replace("'", '"') for one in parsed]
+    names = dict.fromkeys(part.partition('"')[0] for text in texts for part in text.split('extra == "')[1:])
     return [name for name in names if name not in OWN]
 
 

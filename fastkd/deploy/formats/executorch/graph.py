@@ -131,9 +131,9 @@ class CachedLM(nn.Module):
 
     def forward(self, ids: Tensor, start: Tensor, rows: Tensor) -> Tensor:
         first: Any = start.item()
-        torch._check(first >= 0)
-        torch._check(first < self.length)
-        torch._check(first + ids.shape[1] <= self.length)
+        torch._check(first >= 0)  # type: ignore[no-untyped-call]
+        torch._check(first < self.length)  # type: ignore[no-untyped-call]
+        torch._check(first + ids.shape[1] <= self.length)  # type: ignore[no-untyped-call]
         self._layers.start = first
         positions = (torch.arange(ids.shape[1]) + start)[None]
         options = {"logits_to_keep": rows} if self._keeps else {}

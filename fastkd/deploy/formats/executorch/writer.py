@@ -47,8 +47,8 @@ def write(model: Deployable, folder: Path, quantize: str, calibration: Calibrati
         chunk = min(CHUNK, graph.length)
         written = {"length": graph.length, "chunk": chunk, "rows": None, "files": [FILE, WEIGHTS]}
         notes.append(f"sequences of at most {graph.length} tokens, one at a time: the size of its KV cache.")
-        inputs = (model.example[:1], torch.tensor([0]), torch.arange(model.example.shape[1]))
-        dims = ({1: _upto("tokens", chunk)}, None, {0: _upto("rows", chunk)})
+        inputs: tuple[Tensor, ...] = (model.example[:1], torch.tensor([0]), torch.arange(model.example.shape[1]))
+        dims: Any = ({1: _upto("tokens", chunk)}, None, {0: _upto("rows", chunk)})
     elif model.kind == "text":
         length = min(MAX_LENGTH, model.max_positions or MAX_LENGTH)
         written = {"length": length, "chunk": None, "rows": 1, "files": [FILE]}

@@ -111,9 +111,8 @@ def head_dim(config: Any) -> int:
 def _is_27b(config: Any) -> bool:
     """Gemma 2 and 3 of 27 billion, of which llama.cpp knows, by their layers, that they scale by the width."""
     layers = {"gemma2": 46, "gemma3_text": 62}.get(config.model_type)
-    return config.num_hidden_layers == layers and (
-        config.query_pre_attn_scalar == config.hidden_size // config.num_attention_heads
-    )
+    by_width = config.query_pre_attn_scalar == config.hidden_size // config.num_attention_heads
+    return bool(config.num_hidden_layers == layers and by_width)
 
 
 def _rope(config: Any) -> list[dict[str, Any]]:
@@ -192,5 +191,5 @@ def tensors(model: Deployable) -> Iterator[tuple[str, str, Tensor]]:
 def _neighbours(rows: Tensor, heads: int) -> Tensor:
     """Rows of q or k `[heads · d, ...]` such that the two that RoPE rotates together, n and n + d/2 of a head, are
     neighbours."""
-    halves = rows.unflatten(0, (heads, 2, -1))
+    halves: Tensor = rows.unflatten(0, (heads, 2, -1))  # type: ignore[no-untyped-call]
     return halves.transpose(1, 2).flatten(0, 2).contiguous()

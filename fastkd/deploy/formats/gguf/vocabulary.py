@@ -102,11 +102,11 @@ def read_vocabulary(folder: Path | None, size: int) -> Vocabulary:
     except TeacherError as error:
         raise ExportError(f"tokenizer: {error}") from error
     rust = getattr(backend, "backend_tokenizer", None)
-    parts = json.loads(rust.to_str()) if rust is not None else {"model": {"type": type(backend).__name__}}
+    parts: Any = json.loads(rust.to_str()) if rust is not None else {"model": {"type": type(backend).__name__}}
     model, added = parts["model"], parts.get("added_tokens", [])
     if model["type"] != "BPE":
         raise _cannot(folder, f"a tokenizer of type {model['type']}; expected BPE")
-    ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
+    ids: dict[str, int] = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
     if (highest := max(ids.values())) >= size:
         raise ExportError(
             f"tokenizer: got ids up to {highest} in {folder}; expected less than {size}, the tokens of the model."
@@ -119,9 +119,9 @@ def read_vocabulary(folder: Path | None, size: int) -> Vocabulary:
     pairs = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"]]
     text, bare = (list(backend("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     special = {
-        role: int(number)
+        role: int(named)
         for role in ("bos", "eos", "unk", "pad")
-        if (number := getattr(backend, f"{role}_token_id", None)) is not None and number < size
+        if (named := getattr(backend, f"{role}_token_id", None)) is not None and named < size
     }
     adds = {"bos": text[:1] != bare[:1], "eos": text[-1:] != bare[-1:], "space": tokens[bare[0]].startswith("▁")}
     common = {"special": special, "adds": adds, "template": _template(backend), "backend": backend}

@@ -78,7 +78,7 @@ def cached_graph(model: Deployable, past: list[Tensor]) -> Any:
     }
     both = {0: dim, 1: dim}
     shapes = {"input_ids": both, "attention_mask": both, "position_ids": both, "rows": {0: dim}}
-    config = model.model.config
+    config: Any = model.model.config
     register_attention()
     kept = config._attn_implementation
     config._attn_implementation = ATTENTION

@@ -1,9 +1,9 @@
 """What 4 bits cost a student of the demo: trained with quantised weights (`--quantize`), and quantised afterwards.
 
     fastkd demo --out demo && fastkd demo --task digits --out demo
-    python bench/bench_qat.py --demo demo                        # one training of the language demo's length
-    python bench/bench_qat.py --demo demo --digits --after 338   # six short trainings of the digits' student
-    python bench/bench_qat.py --cost                             # a step with quantised weights, over one without
+    python bench/qat_trial.py --demo demo                        # one training of the language demo's length
+    python bench/qat_trial.py --demo demo --digits --after 338   # six short trainings of the digits' student
+    python bench/qat_trial.py --cost                             # a step with quantised weights, over one without
 
 Three students of the same steps, on the same batches: without quantisation; that one, quantised afterwards; and one
 that was trained with quantised weights from a step on. KL divergence to the teacher on the held-out windows, in

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastkd.bench.bench_qat import KL, ratios, show
+from fastkd.bench.qat_trial import KL, ratios, show
 from fastkd.evaluate.result import Windows
 
 
