@@ -128,7 +128,7 @@ def deploy_report(
         model = _loaded(student, data, settings)
         source, subject, size = source_json(model), Subject.of(model), student_bytes(model)
     for one in exports:
-        one.check_source(source)
+        one.check_source(source, subject.factory)
     if model is not None:
         _check_cache(model, opened, settings)
     threads = settings.threads or torch.get_num_threads()

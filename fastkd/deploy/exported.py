@@ -55,13 +55,19 @@ class Exported:
         """The files in the format's runtime. Raises ExportError."""
         return find(self.to).load(self.folder, dict(self.written), threads)
 
-    def check_source(self, student: Mapping[str, str]) -> None:
-        """Raise ExportError unless it was made from a student (`source_json`)."""
+    def check_source(self, student: Mapping[str, str], factory: str | None) -> None:
+        """Raise ExportError unless it was made from a student (`source_json`), and names no function but the one that
+        made the student: a folder of somebody else must not choose what is called."""
         if self.source.get("sha256") != student["sha256"]:
             raise ExportError(
                 f"{self.folder}: got an export of {self.source.get('student')} (sha256 "
                 f"{str(self.source.get('sha256'))[:12]}…); expected one of {student['student']} (sha256 "
                 f"{student['sha256'][:12]}…), with the weights that it has now. Export it again."
+            )
+        if (named := self.written.get("factory")) is not None and named != factory:
+            expected = "none, as of a model of transformers" if factory is None else factory
+            raise ExportError(
+                f"{self.folder}: got {named!r} as the function that makes its module; expected {expected}."
             )
 
 
@@ -107,6 +113,7 @@ def read_exported(folder: str | Path) -> Exported:
         if (given := (found.pop("format"), found.pop("version"))) != (_FORMAT, VERSION):
             raise ExportError(f"{folder / FILE}: got {given[0]!r}, version {given[1]!r}; expected {VERSION}.")
         exported = Exported(folder, **found)
+        _check(exported)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ExportError(f"{folder / FILE}: damaged ({error}). Export the student again.") from error
     for name, sha256 in exported.files.items():
@@ -115,6 +122,27 @@ def read_exported(folder: str | Path) -> Exported:
             what = "has changed since it was written" if path.is_file() else "is missing"
             raise ExportError(f"{folder}: damaged: {name} {what}. Export the student again.")
     return exported
+
+
+def _check(found: Exported) -> None:
+    """ValueError for a document that `write_exported` cannot have written, such as one with files of other folders."""
+    kinds = {"to": str, "quantize": str, "kind": str, "vocab_size": int, "bytes": int, "source": dict, "written": dict,
+             "files": dict, "versions": dict}  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(value := getattr(found, name), kind):
+            raise ValueError(f"{name}: got {value!r}; expected {kind.__name__}")
+    if found.kind not in ("text", "examples"):
+        raise ValueError(f"kind: got {found.kind!r}; expected text or examples")
+    if not (found.max_positions is None or (isinstance(found.max_positions, int) and found.max_positions > 0)):
+        raise ValueError(f"max_positions: got {found.max_positions!r}; expected a number from 1 on, or null")
+    if found.vocab_size < 1:
+        raise ValueError(f"vocab_size: got {found.vocab_size}; expected a number from 1 on")
+    if outside := [name for name in found.files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"files: got {outside[0]!r}; expected names in the folder")
+    # what a format's `load` opens: only files whose sha256 is known
+    opened = [found.written["file"]] if "file" in found.written else list(found.written.get("files", []))
+    if unknown := [name for name in opened if name not in found.files]:
+        raise ValueError(f"written: got {unknown[0]!r}; expected one of its files")
 
 
 def _copy_beside(source: Path | None, folder: Path) -> None:

@@ -321,6 +321,32 @@ def test_folders_that_cannot_be_used(text: tuple[Path, Cache], exported: Path, t
     assert cache.sealed
 
 
+def test_an_export_of_somebody_else(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:
+    """It names no files outside its folder, no function to call, and its values are of the types that are written."""
+    forged: dict[str, dict[str, Any]] = {
+        r"as the function that makes its module; expected none": {"written": {"factory": "deploy_cases:net"}},
+        r"files: got '../x'; expected names": {"files": {"../x": ""}},
+        r"files: got '/x'; expected names": {"files": {"/x": ""}},
+        r"written: got '../model.pte'; expected one": {"written": {"files": ["../model.pte"]}},
+        r"written: got '/model.onnx'; expected one": {"written": {"file": "/model.onnx"}},
+        r"files: got None; expected dict": {"files": None},
+        r"source: got \[1\]; expected dict": {"source": [1]},
+        r"vocab_size: got 'many'; expected int": {"vocab_size": "many"},
+        r"vocab_size: got 0; expected a number from 1": {"vocab_size": 0},
+        r"max_positions: got -5; expected a number": {"max_positions": -5},
+        r"kind: got 'x'; expected text": {"kind": "x"},
+        r"bytes: got 'x'; expected int": {"bytes": "x"},
+    }
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    document = json.loads((copy / FILE).read_text())
+    del document["sha256"]
+    for said, changes in forged.items():
+        (copy / FILE).write_text(json.dumps(document | changes))
+        with pytest.raises(ExportError, match=said):
+            deploy_report(text[0], [copy])
+
+
 def test_a_changed_export_is_not_measured(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:
     student, _ = text
     with pytest.raises(ExportError, match=f"got no {FILE}"):
