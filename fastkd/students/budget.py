@@ -11,8 +11,8 @@ from ..models.axes import ModelAxes, Shape
 from ..models.quantization import SCHEMES, Weights, quantised_weights
 from ..utils.text import size_text
 
-_TEXT = re.compile(r"(\d+(?:\.\d+)?)(|k|M|G)(B?)")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_TEXT = re.compile(r"(\d+(?:\.\d+)?) ?(|k|K|M|G|T)(B?)")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ENTRY = 120  # bytes of a tensor in the header of a safetensors file, beside its name, at most
 _SCALE = 4  # bytes of a scale

@@ -19,6 +19,7 @@ from fastkd.models.hub import load_transformers
 from fastkd.models.pruned import OriginalLayers, keep_layers, original_layers
 from fastkd.settings import StudentSettings
 from fastkd.students.api import student
+from fastkd.students.budget import read_budget
 from fastkd.students.result import NEW, PRUNED, StudentReport
 from fastkd.train.student import make_student
 
@@ -192,6 +193,16 @@ def test_the_command(idle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["candidates"][0]["shape"].keys() == {"layers", "hidden", "groups", "mlp"}
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert a == b
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "in_bytes"),
+    [("80M", 80_000_000, False), ("1.5G", 1_500_000_000, False), ("60k", 60_000, False), ("60K", 60_000, False),
+     ("60 MB", 60_000_000, True), ("900KB", 900_000, True), ("10TB", 10**13, True)],
+)  # fmt: skip
+def test_budgets_as_people_write_them(text: str, limit: int, in_bytes: bool) -> None:
+    budget = read_budget(text)
+    assert (budget.limit, budget.in_bytes) == (limit, in_bytes)
 
 
 @pytest.mark.parametrize(
