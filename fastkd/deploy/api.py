@@ -18,7 +18,7 @@ from ..models.module import parameters_and_bytes
 from ..models.tokenizers import load_tokenizer
 from ..report.render import to_html
 from ..settings import DeploySettings, ExportSettings
-from ..utils.atomic import write_text
+from ..utils.atomic import check_place, write_text
 from ..utils.progress import Mode
 from .calibration import Calibration
 from .exported import Exported, read_exported, write_exported
@@ -65,6 +65,7 @@ def export(
     check_quantize(to, found, settings.quantize)
     if out.exists():
         raise ExportError(f"out: got {out}, which exists; expected a new folder. Delete it, or choose another.")
+    check_place(out, "out", ExportError)
     _check_settings(settings, cache)
     opened = _opened(cache, data)
     model = _loaded(student, data, settings)
@@ -109,6 +110,10 @@ def deploy_report(
     settings = _changed(settings, changes)
     if not folders:
         raise ExportError("folders: got none; expected the folder of at least one export.")
+    page = Path(out) if out is not None else Path(folders[0]).parent / PAGE
+    if page.is_dir():
+        raise ExportError(f"out: got {page}, which is a folder; expected the name of a page, such as {page / PAGE}.")
+    check_place(page, "out", ExportError)
     _check_settings(settings, cache, stored=True)
     opened = _opened(cache, data)
     exports = [read_exported(folder) for folder in folders]
@@ -148,7 +153,6 @@ def deploy_report(
         )
         for name, one, latency, quality in zip(_names(exports), exports, measured[1:], qualities, strict=True)
     ]  # fmt: skip
-    page = Path(out) if out is not None else Path(folders[0]).parent / PAGE
     report = DeployReport(
         source["student"], str(page), rows, 0 if subject.kind == "examples" else len(prompt(subject)), threads, turns,
         settings.at_most, [f"{row.name} was not evaluated: give a cache." for row in rows[1:] if row.quality is None],

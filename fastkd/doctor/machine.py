@@ -40,6 +40,8 @@ def check_load(load: float | None, cores: int, threads: int) -> Found:
 def check_disk(folder: Path) -> Found:
     """Free bytes, and whether files can be made there."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return Found("disk", "problem", f"{there}: a file; expected a folder.")
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         return Found("disk", "problem", f"{there}: no permission to write. Choose another folder.")

@@ -20,7 +20,7 @@ from ..models.taps import layers_of
 from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import StudentSettings
 from ..train.student import Student, check_fits, of_transformers
-from ..utils.atomic import write_folder
+from ..utils.atomic import check_place, write_folder
 from ..utils.progress import Mode
 from .budget import Budget, Sizes, read_budget
 from .choose import choose, logits_of, teacher_on
@@ -87,6 +87,7 @@ def _check(settings: StudentSettings, out: Path) -> Budget | None:
     """The budget, or None with drop_every. Raises TrainError for settings that contradict each other."""
     if out.exists():
         raise TrainError(f"out: got {str(out)!r}, which exists; expected a new folder.")
+    check_place(out, "out", TrainError)
     if (settings.at_most is None) == (settings.drop_every is None):
         got = "neither" if settings.at_most is None else "both"
         raise TrainError(f"at_most, drop_every: got {got}; expected one of them.")

@@ -72,6 +72,16 @@ def writing(where: Path, what: str = "") -> Iterator[None]:
         raise TrainError(f"{problem}.{removed} Check the folder and its permissions, and run it again.") from error
 
 
+def check_place(final: Path, name: str, error: type[Exception]) -> None:
+    """Raise `error` if a new file or folder cannot be made, as something above it is no folder, or not writable. name:
+    of the setting that says where."""
+    above = next(path for path in final.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise error(f"{name}: got {final}, but {above} is no folder; expected a place in a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise error(f"{name}: got {final}, but {above} is not writable; expected a folder that is.")
+
+
 def write_file(final: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
     """Create or replace a file. `write` is given the temporary path to write to; sync: survive a power failure."""
     # processes that write the same file at the same time do not share a temporary one

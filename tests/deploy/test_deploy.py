@@ -347,6 +347,19 @@ def test_an_export_of_somebody_else(text: tuple[Path, Cache], exported: Path, tm
             deploy_report(text[0], [copy])
 
 
+def test_places_that_cannot_be_written(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:
+    """They are refused before anything is loaded or measured."""
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ExportError, match=r"out: got .*file/a/out, but .*file is no folder; expected"):
+        export(text[0], "safetensors", file / "a" / "out")
+    with pytest.raises(ExportError, match=r"out: got .*file/page.html, but .*file is no folder; expected"):
+        deploy_report(text[0], [exported], file / "page.html")
+    with pytest.raises(ExportError, match=r"out: got .*, which is a folder; expected the name of a page"):
+        deploy_report(text[0], [exported], tmp_path)
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
 def test_a_changed_export_is_not_measured(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:
     student, _ = text
     with pytest.raises(ExportError, match=f"got no {FILE}"):

@@ -74,6 +74,8 @@ def test_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_load(1.9, 2, 2).state == "note"
     assert check_load(None, 2, 2).state == "ok"
     assert check_disk(tmp_path / "a" / "b").text.endswith(f"free at {tmp_path}")
+    (tmp_path / "file").write_text("")
+    assert check_disk(tmp_path / "file" / "cache").text == f"{tmp_path / 'file'}: a file; expected a folder."
     monkeypatch.setattr("os.access", lambda path, how: False)
     assert check_disk(tmp_path).state == "problem"
 
