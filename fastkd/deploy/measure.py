@@ -28,6 +28,7 @@ from .model import Deployable
 PROMPT = 128
 """Tokens of a prefill."""
 TURNS, DECODED = 7, 8
+_OWN = "fastkd.errors.ExportError: "  # how the last line of a traceback begins
 _ERRORS = 2000  # characters of a process's stderr that are looked at
 
 
@@ -117,6 +118,8 @@ class _Worker:
             self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read()[-_ERRORS:].strip().splitlines() or ["no message"]
+            if lines[-1].startswith(_OWN):  # its own sentence is all that there is to say
+                raise ExportError(lines[-1].removeprefix(_OWN)) from error
             raise ExportError(
                 f"{self._what}: the process that measures it ended with status {self._process.returncode} "
                 f"({lines[-1]})."
