@@ -36,13 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before():
-    """Other libraries may change how many threads torch uses, on which the last bits of sums depend; some tests compare
-    them with those of another process."""
-    before = THREADS or torch.get_num_threads()
-    torch.set_num_threads(before)
+def _process_as_before():
+    """Each test leaves the environment and the number of torch's threads as they were. A LOCAL_RANK that is left makes
+    accelerate change the threads, on which the last bits of sums depend; some tests compare them with those of another
+    process."""
+    threads = THREADS or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    environment = dict(os.environ)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture(autouse=True)
