@@ -138,21 +138,21 @@ class Store:
             )
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")  # TypeError if it is not contiguous
-        if not self._exclusive:
-            self.prove_exclusive()
+        with self._probe_lock:  # one probe, however many threads begin at once
+            if not self._exclusive:
+                self.prove_exclusive()
         return self._created(key, view)
 
     def prove_exclusive(self) -> None:
         """Create a probe of a few bytes twice. Raises StoreError if it cannot be, and ReadOnly if it was created twice:
         a server that ignores the condition of a creation accepts a second one, too."""
-        with self._probe_lock:
-            if self._created(PROBE, PROBE_TEXT) and self._created(PROBE, PROBE_TEXT):
-                raise ReadOnly(
-                    f"{self.describe()}: the server, or its client, ignores `If-None-Match: *`, so two writers could "
-                    "overwrite each other's shards. Use a newer version or another store; reading from this one is "
-                    "safe."
-                )
-            self._exclusive = True
+        if self._created(PROBE, PROBE_TEXT) and self._created(PROBE, PROBE_TEXT):
+            raise ReadOnly(
+                f"{self.describe()}: the server, or its client, ignores `If-None-Match: *`, so two writers could "
+                "overwrite each other's shards. Use a newer version or another store; reading from this one is "
+                "safe."
+            )
+        self._exclusive = True
 
     def delete(self, key: str) -> bool:
         """Delete an object of a feature, below "features/". False if it is absent.

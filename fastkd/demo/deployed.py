@@ -14,6 +14,7 @@ from ..data.examples import Examples
 from ..deploy.api import deploy_report, export
 from ..deploy.formats import find
 from ..deploy.model import weights_sha256
+from ..deploy.page import ratio_cell
 from ..deploy.result import DeployReport
 from ..models.module import state_sha256
 from ..report.page import UNKNOWN, Cell, Column, Paragraph, Row, Section, Table
@@ -69,11 +70,11 @@ def deployed_section(found: Json) -> Section:
     rows = []
     for number, row in enumerate(found["rows"]):
         ratios, quality = row["ratios"], row["quality"]
-        cells = [_cell(prefixed(row["bytes"], "B"), ratios.get("bytes"))]
+        cells = [ratio_cell(prefixed(row["bytes"], "B"), ratios.get("bytes"))]
         for name in ("prefill", "decode") if text else ("prefill",):
-            cells.append(_cell(figures(1000 * row[f"{name}_seconds"]), ratios.get(name)))
+            cells.append(ratio_cell(figures(1000 * row[f"{name}_seconds"]), ratios.get(name)))
         memory = row["memory_bytes"]
-        cells.append(UNKNOWN if memory is None else _cell(prefixed(memory, "B"), ratios.get("memory")))
+        cells.append(UNKNOWN if memory is None else ratio_cell(prefixed(memory, "B"), ratios.get("memory")))
         cells.append(_measure(quality["exported"].get(kl)))
         cells.append(_measure(quality["cost"], sign=True) if number else UNKNOWN)
         cells.append(_measure(quality["exported"].get("student_agreement"), scale=100.0) if number else UNKNOWN)
@@ -103,10 +104,6 @@ def deployed_text(found: Json) -> str:
         f"{speed:.2f} of its latency;\n  KL to the teacher {quality['cost']['mean']:+.4f} nats, agreement with the "
         f"student in PyTorch {100 * quality['exported']['student_agreement']['mean']:.1f}%"
     )
-
-
-def _cell(text: str, ratio: float | None) -> Cell:
-    return Cell(text, "" if ratio is None else f"ratio {figures(ratio, 2)}")
 
 
 def _measure(value: Mapping[str, float | None] | None, *, scale: float = 1.0, sign: bool = False) -> Cell:

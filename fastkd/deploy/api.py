@@ -124,7 +124,7 @@ def deploy_report(
         raise ExportError(f"at_most: got {settings.at_most:g}, but {lack[0]} has not been evaluated. Give a cache.")
     model = None
     if opened is None and isinstance(student, (str, Path)) and exports[0].kind == "text":
-        # nothing of it is needed here but its name
+        # only its name and the hash of its weights are used
         folder, factory = find_student(str(student))
         source = {"student": str(folder.resolve()), "sha256": weights_sha256(folder)}
         vocab_size = exports[0].vocab_size if factory is None else 1

@@ -164,5 +164,6 @@ def _versions(found: Format) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
+    """Of the bytes as they are now: `file_sha256` may recall its earlier answer for a file that was damaged since."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

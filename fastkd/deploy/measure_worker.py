@@ -72,7 +72,7 @@ def _turn(runtime: Any, inputs: Any, decoded: int, kind: str, before: int | None
 
 
 def _seconds(call: Any, times: int) -> float:
-    """The median over so many calls."""
+    """The median over the calls."""
     found = []
     for _ in range(times):
         begun = time.perf_counter()

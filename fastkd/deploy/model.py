@@ -18,6 +18,7 @@ from ..models.protocol import Logits
 from ..models.trained import WEIGHTS, load_trained
 from ..utils.atomic import read_sealed
 from ..utils.factories import is_factory, made_by
+from ..utils.hashing import file_sha256
 
 TRAINED = "trained:"
 _RUN = "run.json"
@@ -163,8 +164,7 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     kinds = ("*.safetensors", "*.bin", "*.gguf", "config.json", "adapter_config.json")
     for path in sorted(path for kind in kinds for path in folder.glob(kind)):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name}\0{file_sha256(path)[0]}\n".encode())
     return digest.hexdigest()
 
 

@@ -80,20 +80,21 @@ def _table(report: DeployReport, series: Sequence[Series]) -> Table:
     rows = []
     for row, line in zip(report.rows, series, strict=True):
         m = row.measured
-        cells = [_cell(prefixed(row.bytes, "B"), row.ratio), _time(m.prefill, m.ratios.get("prefill"))]
+        cells = [ratio_cell(prefixed(row.bytes, "B"), row.ratio), _time(m.prefill, m.ratios.get("prefill"))]
         cells += [_time(m.decode, m.ratios.get("decode"))] if text else []
-        cells.append(UNKNOWN if m.memory is None else _cell(prefixed(m.memory, "B"), m.ratios.get("memory")))
+        cells.append(UNKNOWN if m.memory is None else ratio_cell(prefixed(m.memory, "B"), m.ratios.get("memory")))
         rows.append(Row(row.name, [*cells, Cell(m.runtime)], series=line))
     caption = f"Ratios are to PyTorch's in the same run. Medians of {report.turns} turns."
     return Table("", columns, rows, caption)
 
 
-def _cell(text: str, ratio: float | None) -> Cell:
+def ratio_cell(text: str, ratio: float | None) -> Cell:
+    """A number with its ratio to PyTorch's, if that is known."""
     return Cell(text, "" if ratio is None else f"ratio {figures(ratio, 2)}")
 
 
 def _time(seconds: float | None, ratio: float | None) -> Cell:
-    return UNKNOWN if seconds is None else _cell(figures(1000 * seconds), ratio)
+    return UNKNOWN if seconds is None else ratio_cell(figures(1000 * seconds), ratio)
 
 
 def _quality(report: DeployReport, series: Sequence[Series]) -> Table:

@@ -32,6 +32,7 @@ from ..models.quantization import (
 from ..models.torchao import load_qat
 from ..settings import TrainSettings
 from ..utils.distributed import is_dtensor
+from .settings_check import check_quantize_after
 
 _MUCH = 0.02  # of the parameters
 _MADE = "fastkd_fake_quantised"  # by `_class_of`
@@ -212,9 +213,5 @@ def fake_quantisation(model: Any, name: str, settings: TrainSettings, steps: int
             delattr(config, NOTE)
         return None
     after = settings.quantize_after or 0
-    if after >= steps:
-        raise TrainError(
-            f"quantize_after: got {after}; expected less than the {steps} steps of the training, so that some are made "
-            "with quantised weights."
-        )
+    check_quantize_after(after, steps)
     return FakeQuantisation(model, name, SCHEMES[settings.quantize], after)

@@ -88,10 +88,16 @@ def check_quantize(settings: TrainSettings) -> None:
         )
     if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 0):
         raise TrainError(f"quantize_after: got {after!r}; expected a number of steps from 0 on.")
-    if after is not None and settings.steps is not None and after >= settings.steps:
+    if after is not None and settings.steps is not None:
+        check_quantize_after(after, settings.steps)
+
+
+def check_quantize_after(after: int, steps: int) -> None:
+    """Raise TrainError if no step of the training would be made with quantised weights."""
+    if after >= steps:
         raise TrainError(
-            f"quantize_after: got {after}; expected less than the {settings.steps} steps of the training, so that some "
-            "are made with quantised weights."
+            f"quantize_after: got {after}; expected less than the {steps} steps of the training, so that some are made "
+            "with quantised weights."
         )
 
 

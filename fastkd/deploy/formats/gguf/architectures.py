@@ -26,8 +26,8 @@ _GELU = "gelu_pytorch_tanh"
 @dataclass(frozen=True)
 class Architecture:
     """name: in GGUF. permuted: rows of q and k are reordered. norm_offset: added to the weights of norms. activation:
-    the one that llama.cpp computes. every: each so many layers, one attends to all positions and the others to a window
-    of them; None: all layers attend to all. soft_caps: it caps attention scores and logits."""
+    the one that llama.cpp computes. every: the last of each `every` layers attends to all positions, the others to a
+    sliding window; None: all attend to all. soft_caps: it caps attention scores and logits."""
 
     name: str
     permuted: bool = False

@@ -199,7 +199,7 @@ class LlamaCpp:
         self._context = self._model = None
 
     def _begin(self, positions: int) -> None:
-        """An empty context with room for so many positions."""
+        """An empty context of at least this many positions."""
         self._next = 0
         if self._context and self._positions >= positions:
             self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)

@@ -8,11 +8,7 @@ its default, means all. Any other model gets a graph from "input" to "logits".
 """
 
 import inspect
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 from ....errors import ExportError
 from ....models.hub import brief
+from ....utils.quiet import quiet
 from ...model import Deployable
 from .ops import ATTENTION, OneOperation, register_attention, table
 
@@ -136,7 +133,7 @@ def keys_and_values(model: Deployable) -> list[Tensor] | str:
 def _exported(model: nn.Module, inputs: Any, shapes: Any, names: list[str], outputs: list[str]) -> Any:
     import onnxscript.optimizer
 
-    with _quietly(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(model.eval(), (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
         found = torch.onnx.export(
             program, (), kwargs=inputs, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
@@ -145,20 +142,6 @@ def _exported(model: nn.Module, inputs: Any, shapes: Any, names: list[str], outp
         assert found is not None
         onnxscript.optimizer.optimize_ir(found.model, num_iterations=1, onnx_shape_inference=False)
     return found.model
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what torch.onnx says of packages that it would also export, and of its own use of torch."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _name_dimensions(model: Any, names: dict[str, str]) -> None:
@@ -173,7 +156,7 @@ def _name_dimensions(model: Any, names: dict[str, str]) -> None:
 
 
 def _count_rows_from_the_end(model: Any) -> None:
-    """Replace the input "rows" by `KEEP`: the last so many positions of input_ids, by default all."""
+    """Replace the input "rows" by `KEEP`: the number of last positions of input_ids that get logits, by default all."""
     import numpy as np
     import onnx_ir as ir
 

@@ -3,11 +3,11 @@
 By onnxruntime's `quantize_static`, with a scale per output channel for weights and one for each input.
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ....utils.quiet import quiet
 from ...calibration import Calibration
 
 OPERATORS = ["Conv", "Relu", "Clip", "MaxPool"]  # Relu, Clip: their output is quantised, not what comes before it
@@ -30,13 +30,8 @@ def quantise_convolutions(source: Path, out: Path, calibration: Calibration) -> 
             batch = next(self._batches, None)
             return None if batch is None else {"input": batch.numpy()}
 
-    logger = logging.getLogger()
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # it advises to prepare the graph, which the exporter has done
-    try:
+    with quiet():  # it advises to prepare the graph, which the exporter has done
         quantize_static(
             str(source), str(out), Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=OPERATORS,
             per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
-    finally:
-        logger.setLevel(before)
