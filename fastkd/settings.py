@@ -158,14 +158,17 @@ class ReadingSettings:
     """How a dataset is read."""
 
     column: str | None = None
-    """Column to read. Default: the only column, or the only one among input_ids, tokens, text and messages. Integers
-    are used as token ids, text is tokenized, messages go through the chat template first."""
+    """Column to read. Default: the only column; the only one among input_ids, tokens, text and messages; conversations;
+    or those of Alpaca, or prompt and completion. Integers are used as token ids, text is tokenized, messages go through
+    the chat template first."""
     text_documents: Literal["line", "blank-line", "file"] = "line"
-    """Unit of a document in text files: one line, a paragraph (up to a blank line), or the whole file."""
+    """Unit of a document in text files: one line, a paragraph (up to a blank line), or the whole file. A source file
+    is one document."""
     template: Path | None = None
     """File with the chat template. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "all"] = "all"
-    """Positions of a conversation that get targets: those of the assistant, or all."""
+    """Positions of a conversation that get targets: those of the assistant, or all. Of a prompt with its completion,
+    the completion is the assistant's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +203,9 @@ class DataSettings(ReadingSettings):
     """The dataset, and how it becomes tokens."""
 
     data: tuple[str, ...]
-    """Dataset: files, folders or glob patterns of Parquet, Arrow or JSON lines (one document per row) or text (see
-    text-documents); or module:factory (a function of yours that returns Documents, Examples, a Dataset or a list)."""
+    """Dataset: files, folders or glob patterns of Parquet, Arrow, JSON or CSV (one document per row), text (see
+    text-documents) or source files; or module:factory (a function of yours that returns Documents, Examples, a Dataset
+    or a list)."""
     tokenizer: str | None = None
     """Tokenizer: a folder, a GGUF file or a Hub name. Default: the teacher's own."""
     allow_other_tokenizer: bool = False

@@ -9,6 +9,15 @@ Template = Callable[[list[dict[str, Any]], bool], str]
 """(messages, add_generation_prompt) to text, like `tokenizer.apply_chat_template(..., tokenize=False)`."""
 
 
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+"""Role by the sender of a message of ShareGPT."""
+
+
 class InvalidChat(ValueError):
     """A conversation that is malformed, or that its template cannot be used with."""
 
@@ -52,7 +61,18 @@ def chat_tokens(messages: Messages, template: Template, encode: Encode, loss_on:
 
 
 def _message(message: Any) -> dict[str, Any]:
+    if isinstance(message, Mapping) and message.get("role") is None and "from" in message:
+        return _from_sharegpt(message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidChat(f"got {type(message).__name__} without a role; expected messages with role and content.")
     # an Arrow struct has every key in every message, null if JSON has none; templates test for a key's presence
     return {key: value for key, value in message.items() if value is not None}
+
+
+def _from_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message {"from": ..., "value": ...} with role and content."""
+    sender, value = message["from"], message.get("value")
+    if sender not in ROLES or not isinstance(value, str):
+        got = f"a message from {sender!r}" if isinstance(value, str) else f"{type(value).__name__} as its value"
+        raise InvalidChat(f"got {got}; expected text, from one of {', '.join(ROLES)}.")
+    return {"role": ROLES[sender], "content": value}

@@ -1,7 +1,8 @@
 """One column of a dataset, read by row number. Columns of files never hold the whole column in memory.
 
 Columns of Parquet and Arrow files return Arrow arrays, other columns lists of Python values. The values are checked
-when they become tokens (token_ids.py). Text files: lines.py. A column must be used from one thread at a time.
+when they become tokens (token_ids.py). Text files: lines.py, json_files.py, csv_files.py. A column must be used from
+one thread at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,20 @@ from ..errors import DataError
 Values: TypeAlias = "pa.Array | list[Any]"
 
 DEFAULT_COLUMNS = ("input_ids", "tokens", "text", "messages")  # used without column= if a table has one of them
+CONVERSATIONS = "conversations"  # and this one if it has none of them
 READ_BYTES = 2**23  # read, or decoded, at a time
 LOSS_MASK, TEXT_SETTINGS = "fastkd.loss_mask", "fastkd.text_settings"
 """Keys of a Parquet file's metadata, for a column of token ids. The name of another column, of lists of booleans of the
 same lengths: whether the teacher's distribution after each token counts. And what made the ids of text (tokenizer,
 template, loss_on), as JSON; see `Documents.text_settings`."""
+
+
+class UnclearColumn(DataError):
+    """A table has several columns, and it is not clear which holds the documents. names: of the columns."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = list(names)
 
 
 class Column(Protocol):
@@ -213,16 +223,20 @@ def _sizes(values: pa.Array) -> NDArray[np.int64]:
 
 
 def choose_column(where: str, names: Sequence[str], column: str | None) -> str:
-    """The column of that name; without a name, the only column or the only one in DEFAULT_COLUMNS. Else DataError."""
+    """The column of that name; without a name, the only column, the only one in DEFAULT_COLUMNS, or CONVERSATIONS. Else
+    UnclearColumn, or DataError for a name that no column has."""
     listed = ", ".join(map(repr, names)) or "no columns"
     if column is not None:
         if column not in names:
             raise DataError(f"{where}: there is no column {column!r}. It has {listed}.")
         return column
-    for candidates in (names, [name for name in names if name in DEFAULT_COLUMNS]):
+    usual = [name for name in names if name in DEFAULT_COLUMNS]
+    for candidates in (names, usual, [] if usual else [name for name in names if name == CONVERSATIONS]):
         if len(candidates) == 1:
             return candidates[0]
-    raise DataError(f"{where}: which column holds the documents? It has {listed}. Name one with column=.")
+    raise UnclearColumn(
+        f"{where}: which column holds the documents? It has {listed}. Name one with column= (--column).", names
+    )
 
 
 def concat_arrays(parts: Sequence[pa.Array]) -> pa.Array:

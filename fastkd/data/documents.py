@@ -7,7 +7,7 @@ batch = docs.read([3, 4, 10])  # tokens, lengths, loss_mask
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..models.tokenizers import Tokenizer
 from ..utils.hashing import files_sha256
 from .chat import Encode, InvalidChat, Template, chat_tokens
 from .columns import TEXT_SETTINGS, Column, Values, concat_arrays
+from .records import Completion
 from .sources import Source, open_source
 from .token_ids import check_range, flat_ids, texts_or_chats
 
 LARGEST_ID = 2**31 - 1
 _LONG = 2**16  # tokens of a document that is worth keeping
-_INSPECTED_ROWS = 256  # of each file, until one shows the kind
 SHORT = 32  # tokens; a line of 80 to 120 columns has some 20
+EncodePair = Callable[[str, str], tuple[Sequence[int], int]]
+"""A prompt and its completion to token ids, and the number of the prompt's."""
 _PER_DOCUMENT = {"line": "one per line", "blank-line": "one per paragraph", "file": "one per file"}
 
 
@@ -56,20 +57,26 @@ def open_documents(
     tokenizer_fingerprint: str = "",
     template: Template | None = None,
     template_fingerprint: str = "",
+    completions: EncodePair | None = None,
     loss_on: str = "all",
     vocab_size: int | None = None,
 ) -> "Documents":
     """The documents of a source. Reads only metadata, and of text files the line ends.
 
-    source: a file, a folder, a pattern, or a list of `Path`s; Parquet, Arrow (file or stream), JSON lines, or plain
-        text, by suffix. Or a Hugging Face `Dataset`. Or in memory: a sequence of documents, a 2-d array, an Arrow table
-        or array. Rows are numbered from 0 through all files.
-    column: its name; may be left out if there is one column, or one of `input_ids`, `tokens`, `text`, `messages`.
-    text_documents: what a document of a text file is: a "line", a paragraph ("blank-line"), or a "file".
+    source: a file, a folder, a pattern, or a list of `Path`s; Parquet, Arrow (file or stream), JSON (lines, or an
+        array), CSV, plain text or source files, by suffix (see files.py). Or a Hugging Face `Dataset`. Or in memory: a
+        sequence of documents or of dictionaries, a 2-d array, an Arrow table or array. Rows are numbered from 0 through
+        all files.
+    column: its name; may be left out if there is one column, one of `input_ids`, `tokens`, `text`, `messages`, or if
+        the columns say what they are (see records.py).
+    text_documents: what a document of a text file is: a "line", a paragraph ("blank-line"), or a "file"; a source file
+        is one, unless it is divided by paragraph.
     tokenizer: text to ids (it appends the end-of-document token, if any), with tokenizer_fingerprint, which identifies
         it. Without a tokenizer, the column holds ids.
     template: messages to text, for a column of messages (see chat.py), with template_fingerprint.
-    loss_on: which positions count: "all", or with a template "assistant".
+    completions: beside a tokenizer, for documents of a prompt and its completion: both to ids, and how many of these
+        are the prompt's.
+    loss_on: which positions count: "all", or with a template or with completions "assistant".
     vocab_size: the width of the teacher's LM head; ids must be smaller.
 
     An empty document has length 0; a window plan counts it and leaves it out. A null, or anything else that is not a
@@ -88,7 +95,7 @@ def open_documents(
             )
     if loss_on not in ("all", "assistant"):
         raise DataError(f'loss_on: got {loss_on!r}; expected "all" or "assistant".')
-    if loss_on == "assistant" and template is None:
+    if loss_on == "assistant" and template is None and completions is None:
         raise DataError('loss_on: got "assistant" without a template; only messages have roles.')
     limit = LARGEST_ID if vocab_size is None else vocab_size
     if isinstance(limit, bool) or not hasattr(limit, "__index__") or not 1 <= int(limit) <= LARGEST_ID:
@@ -97,7 +104,7 @@ def open_documents(
     settings = {"tokenizer": tokenizer_fingerprint, "template": template_fingerprint, "loss_on": loss_on}
     if opened.text_documents not in (None, "line"):
         settings["text_documents"] = str(opened.text_documents)
-    return Documents(opened, tokenizer, template, settings, int(limit))
+    return Documents(opened, tokenizer, template, settings, int(limit), completions)
 
 
 class Documents:
@@ -110,15 +117,18 @@ class Documents:
         template: Template | None,
         settings: dict[str, str],
         vocab_size: int,
+        completions: EncodePair | None = None,
     ) -> None:
         self._columns = source.columns
         self._stated = {} if tokenizer else source.stated
         self._loss_masks = source.loss_masks() if self._stated else []
         self._files = source.files
+        self.left_out = source.left_out
+        """Files in its folders that are not read; see `files_of`."""
         self.text_documents = source.text_documents
         """What a document of its text files is, see `open_documents`; None without text files."""
         self._tokenizer = tokenizer
-        self._template = template
+        self._template, self._completions = template, completions
         self._settings = settings
         self._vocab_size = vocab_size
         self._starts = np.cumsum([0, *(len(column) for column in self._columns)])  # first document of each column
@@ -238,14 +248,14 @@ class Documents:
     def _range(self, start: int, stop: int) -> Iterator[Tokens]:
         """Documents start to stop, a few megabytes at a time."""
         for column, begin in zip(self._columns, self._starts.tolist(), strict=False):
-            for row, values in _pieces(column, max(start - begin, 0), min(stop - begin, len(column))):
+            for row, values in pieces(column, max(start - begin, 0), min(stop - begin, len(column))):
                 yield self._tokens(column, row, values)
 
     def _value_bytes(self) -> Iterator[bytes]:
         """The values as bytes, in blocks that do not depend on the container."""
         for column in self._columns:
             for first in range(0, len(column), 256):
-                values = _whole([part for _, part in _pieces(column, first, min(first + 256, len(column)))])
+                values = _whole([part for _, part in pieces(column, first, min(first + 256, len(column)))])
                 if self._tokenizer is None:
                     part = self._tokens(column, first, values)
                     yield part.lengths.astype("<i8").tobytes()
@@ -272,7 +282,7 @@ class Documents:
                 parts.append(part)
                 masks += mask
             ids, lengths = flat_ids(parts, lambda row: where(row) + "from the tokenizer: ")
-            loss_mask = masks if self._template else None
+            loss_mask = masks if self._template or self._completions else None
         check_range(ids, lengths, self._vocab_size, where)
         counts = np.ones(len(ids), bool) if loss_mask is None else np.array(loss_mask, bool)
         return Tokens(ids.astype(np.int32, copy=False), lengths, counts)
@@ -284,7 +294,7 @@ class Documents:
         if not self._loss_masks:
             return None
         beside = self._loss_masks[self._columns.index(column)]
-        parts: list[Any] = [part for _, part in _pieces(beside, first, first + len(lengths))]
+        parts: list[Any] = [part for _, part in pieces(beside, first, first + len(lengths))]
         lists = concat_arrays(parts)
         if parts and not (pa.types.is_list(lists.type) and pa.types.is_boolean(lists.type.value_type)):
             raise DataError(
@@ -305,14 +315,28 @@ class Documents:
         """The ids of a text or a conversation, and of the latter the loss mask."""
         assert self._tokenizer is not None
         try:
+            if isinstance(value, Completion):
+                return self._encode_pair(value)
             if self._template is None:
-                return self._tokenizer(value), []
+                ids = self._tokenizer(value)
+                return ids, [True] * len(ids) if self._completions else []
             return chat_tokens(value, self._template, self._tokenizer, self._settings["loss_on"])
         except InvalidChat as error:
             raise DataError(f"{where()}{error}") from error
         except Exception as error:
             failed = "template or tokenizer" if self._template else "tokenizer"
             raise DataError(f"{where()}the {failed} failed: {type(error).__name__}: {error}") from error
+
+    def _encode_pair(self, value: Completion) -> tuple[Sequence[int], list[bool]]:
+        """The ids of a prompt with its completion, and their loss mask."""
+        assert self._tokenizer is not None
+        if self._settings["loss_on"] == "all":
+            return (ids := self._tokenizer(value.prompt + value.completion)), [True] * len(ids)
+        if self._completions is None:
+            raise InvalidChat("got a prompt and its completion; expected completions= beside the tokenizer.")
+        ids, prompt = self._completions(*value)
+        # a position counts if the token that follows it is of the completion
+        return ids, [prompt <= i + 1 < len(ids) for i in range(len(ids))]
 
 
 def _file_state(path: Path) -> tuple[int, int]:
@@ -324,7 +348,7 @@ def _file_state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, Values]]:
+def pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, Values]]:
     """The values of rows start to stop, a few megabytes at a time, with the first row of each piece."""
     while start < stop:
         values = column.read(start, stop)
@@ -346,15 +370,19 @@ def _concatenate(parts: list[Tokens]) -> Tokens:
 
 
 def describe_documents(data: Documents, lengths: NDArray[np.int32]) -> list[str]:
-    """Number and median length of the documents, in one line; and a second line, a warning, if the lines of a text file
-    seem to belong to longer documents. lengths: in tokens, `[documents]`."""
+    """Number and median length of the documents, in one line; then files that are left out, and a warning if the lines
+    of a text file seem to belong to longer documents. lengths: in tokens, `[documents]`."""
     nonzero = lengths[lengths > 0]
     median = int(np.median(nonzero)) if len(nonzero) else 0
     documents, tokens = (f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((len(lengths), "document"), (median, "token")))
     line = f"{data.name}: {documents}, median length {tokens}"
-    if data.text_documents is None:
-        return [line]
-    lines = [f"{line}, {_PER_DOCUMENT[data.text_documents]}"]
+    lines = [line if data.text_documents is None else f"{line}, {_PER_DOCUMENT[data.text_documents]}"]
+    if data.left_out:
+        count, first = len(data.left_out), data.left_out[0]
+        lines.append(
+            f"note: {count:,} other file{'s' * (count > 1)} of {first.parent} {'are' if count > 1 else 'is'} not read "
+            f"({first.name}{', …' * (count > 1)}). Name files by a pattern to read those."
+        )
     if data.text_documents == "line" and len(nonzero) > 1 and median < SHORT:
         lines.append(
             f"warning: half of the lines of {data.name} have {median:,} tokens or fewer, and every line is a separate "
@@ -362,77 +390,3 @@ def describe_documents(data: Documents, lengths: NDArray[np.int32]) -> list[str]
             "blank-line (one document per paragraph) or file (one per file)."
         )
     return lines
-
-
-def load_documents(
-    source: Any,
-    *,
-    column: str | None = None,
-    text_documents: str = "line",
-    tokenizer: Tokenizer | Callable[[], Tokenizer | None] | None = None,
-    loss_on: str = "all",
-    vocab_size: int,
-) -> Documents:
-    """The documents of a source, whose column is found to hold ids, text or messages.
-
-    source, column, text_documents, loss_on: see `open_documents`.
-    tokenizer: for text and messages; token ids do not use it. Or a function that loads it, called only for these.
-    vocab_size: the width of the teacher's LM head.
-
-    Raises DataError if the column, the tokenizer and these settings do not fit together.
-    """
-    opened = open_source(source, column, text_documents)
-    kind = detect_kind(opened.columns)
-    where = opened.columns[0].where(0) if opened.columns and len(opened.columns[0]) else "the source"
-    if loss_on == "assistant" and kind in ("ids", "text"):
-        raise DataError(f'loss_on: got "assistant", but {where} has {kind}; only messages have roles.')
-    if kind in ("ids", None):
-        return open_documents(opened, vocab_size=vocab_size, loss_on="all")
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = tokenizer()
-    if tokenizer is None:
-        raise DataError(f"{where}: got {kind} without a tokenizer. Name one (--tokenizer).")
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"tokenizer {tokenizer.name}: got ids up to {tokenizer.vocab_size - 1}; expected up to {vocab_size - 1}, "
-            "those of the teacher's LM head. Is this the teacher's tokenizer?"
-        )
-    if kind == "text":
-        encode, fingerprint = tokenizer.encode, tokenizer.fingerprint
-        return open_documents(opened, tokenizer=encode, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
-    return open_documents(
-        opened,
-        tokenizer=tokenizer.encode_chat,
-        # without the end-of-document token, which is not appended to conversations
-        tokenizer_fingerprint=f"sha256 {tokenizer.identity}",
-        template=tokenizer.template,
-        template_fingerprint=tokenizer.template_fingerprint,
-        loss_on=loss_on,
-        vocab_size=vocab_size,
-    )
-
-
-def detect_kind(columns: Sequence[Column]) -> str | None:
-    """What the first rows hold: "ids", "text" or "messages"; None if they are all empty or null.
-
-    Anything else counts as "ids"; reading it names the error.
-    """
-    for column in columns:
-        for first, values in _pieces(column, 0, min(_INSPECTED_ROWS, len(column))):
-            for row, value in enumerate(values, first):
-                try:
-                    known = _kind_of_value(value.as_py() if isinstance(value, pa.Scalar) else value)
-                except (pa.ArrowException, ValueError) as error:
-                    raise DataError(f"{column.where(row)}: cannot be read ({error}).") from error
-                if known is not None:
-                    return known
-    return None
-
-
-def _kind_of_value(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    if value is None or not hasattr(value, "__len__") or not len(value):
-        return None
-    first = value[0] if not isinstance(value, Mapping) else None
-    return "messages" if isinstance(first, Mapping) else "ids"

@@ -1,33 +1,39 @@
 """From a source (files, a Hugging Face Dataset, or values in memory) to its columns."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ..errors import DataError
-from .columns import LOSS_MASK, ArrowColumn, Column, ParquetColumn, Values, checked_rows, choose_column, concat_arrays
-from .lines import TEXT_DOCUMENTS, JsonLinesColumn, TextColumn
+from .columns import (
+    LOSS_MASK,
+    Column,
+    ParquetColumn,
+    UnclearColumn,
+    Values,
+    checked_rows,
+    choose_column,
+    concat_arrays,
+)
+from .files import check_one_kind, files_of, kind_of, open_column
+from .lines import TEXT_DOCUMENTS, TextColumn
+from .records import JoinedColumn, shape_of
 
-_FORMATS: dict[str, Callable[[Path, str | None, str], Column]] = {
-    **dict.fromkeys((".parquet", ".pq"), lambda path, column, _: ParquetColumn(path, column)),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), lambda path, column, _: ArrowColumn(path, column)),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), lambda path, column, _: JsonLinesColumn(path, column)),
-    **dict.fromkeys((".txt", ".text"), TextColumn),
-}
-_URL = re.compile(r"(\w{2,}):/+(?!$)")
 _ROWS = 1024  # of values in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An opened source: its columns, one after the other, and its files (none for a Dataset or values in memory)."""
+    """An opened source: its columns, one after the other, and its files (none for a Dataset or values in memory).
+    left_out: files in its folders that are not read; see `files_of`."""
 
     columns: list[Column]
     files: list[Path]
+    left_out: list[Path] = field(default_factory=list)
 
     @property
     def text_documents(self) -> str | None:
@@ -72,6 +78,8 @@ class RowsColumn:
             part = self._values[start : min(stop, start + _ROWS)]
             if isinstance(part, (pa.Table, pa.RecordBatch)):
                 part = part.column(self.name)
+            elif self.name and part and isinstance(part[0], Mapping):
+                part = self._picked(part, start)
             if isinstance(part, pa.ChunkedArray):
                 part.validate(full=True)
                 part = concat_arrays(part.chunks)
@@ -81,6 +89,16 @@ class RowsColumn:
 
     def where(self, row: int) -> str:
         return f"{self._what} {row} (from 0)"
+
+    def _picked(self, rows: Sequence[Any], start: int) -> list[Any]:
+        """The column's values of rows that are dictionaries."""
+        for row, value in enumerate(rows, start):
+            if not isinstance(value, Mapping) or self.name not in value:
+                keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else type(value).__name__
+                raise DataError(
+                    f"{self.where(row)}: got {keys or 'no keys'}; expected a dictionary with {self.name!r}."
+                )
+        return [value[self.name] for value in rows]
 
 
 def open_source(source: Any, column: str | None, text_documents: str = "line") -> Source:
@@ -103,16 +121,11 @@ def open_source(source: Any, column: str | None, text_documents: str = "line") -
 
 
 def _open(source: Any, column: str | None, text_documents: str) -> Source:
-    names = [source] if isinstance(source, (str, Path)) else source
     if isinstance(source, (str, Path)) or (_is_list(source) and all(isinstance(name, Path) for name in source)):
-        paths = [path for name in names for path in _expand(name)]
-        if odd := [path for path in paths if path.exists() and not path.is_file()]:
-            raise DataError(
-                f"{odd[0]}: got a pipe or a device; expected a regular file, of which rows are read by number."
-            )
-        if unknown := [path for path in paths if path.suffix.lower() not in _FORMATS]:
-            raise DataError(f"{unknown[0]}: got an unknown suffix; expected one of {', '.join(_FORMATS)}.")
-        return Source([_FORMATS[path.suffix.lower()](path, column, text_documents) for path in paths], paths)
+        found = files_of([source] if isinstance(source, (str, Path)) else source)
+        check_one_kind(found.paths, text_documents)
+        columns = [_named(partial(open_column, path, text_documents=text_documents), column) for path in found.paths]
+        return Source(columns, found.paths, found.left_out)
     if _is_list(source) and isinstance(source[0], str) and _is_file(source[0]):
         # as a list of texts, the file names themselves would become tokens
         raise DataError(f"source: got a list of texts, and the first, {source[0]!r}, is a file; expected Paths.")
@@ -123,14 +136,30 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
         if not hasattr(source, "__len__"):
             raise DataError("source: got a streaming Dataset, which has no row numbers. Load it without streaming.")
         rows = source.with_format("arrow")
-        return Source([RowsColumn(rows, source.column_names, column, "the Dataset", "row")], [])
+        return _in_memory(rows, source.column_names, column, "the Dataset", "row")
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (dict, bytes)):
         names = source.schema.names if isinstance(source, (pa.Table, pa.RecordBatch)) else None
-        return Source([RowsColumn(source, names, column, "the data in memory", "document")], [])
+        if _is_list(source) and isinstance(source[0], Mapping):
+            names = list(source[0])
+        return _in_memory(source, names, column, "the data in memory", "document")
     raise DataError(
         f"source: got {type(source).__name__}; expected a file, a folder, a pattern, a list of Paths, a Dataset, or a "
         "sequence of documents."
     )
+
+
+def _named(open_one: Callable[[str | None], Column], column: str | None) -> Column:
+    """The documents of a table: a column of it, or several that are known to belong together (records.py)."""
+    try:
+        return open_one(column)
+    except UnclearColumn as error:
+        if (shape := shape_of(error.names)) is None:
+            raise
+        return JoinedColumn(shape, {name: open_one(name) for name in shape.columns if name in error.names})
+
+
+def _in_memory(values: Any, names: list[str] | None, column: str | None, what: str, unit: str) -> Source:
+    return Source([_named(lambda name: RowsColumn(values, names, name, what, unit), column)], [])
 
 
 def _is_list(source: Any) -> bool:
@@ -138,21 +167,4 @@ def _is_list(source: Any) -> bool:
 
 
 def _is_file(text: str) -> bool:
-    return len(text) < 1000 and Path(text).suffix.lower() in _FORMATS and "\0" not in text and Path(text).is_file()
-
-
-def _expand(name: str | Path) -> list[Path]:
-    """A file itself; of a folder, the files with a known suffix; of a pattern, its matches; both sorted by name."""
-    path = Path(name)
-    if _URL.match(str(name)):
-        whole = _URL.sub(r"\1://", str(name))  # Path makes one slash of two
-        raise DataError(f"{whole}: got a URL; expected a file, a folder or a pattern. Download the data first.")
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _FORMATS)
-    elif path.exists() or not any(mark in str(name) for mark in "*?["):
-        return [path]
-    else:
-        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-    if not found:
-        raise DataError(f"{name}: there are no files of {', '.join(_FORMATS)}.")
-    return found
+    return len(text) < 1000 and kind_of(Path(text)) is not None and "\0" not in text and Path(text).is_file()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .columns import Values
+from .records import Completion
 
 Where = Callable[[int], str]
 """The location of a value, ending in ": ", by its number among those given."""
@@ -31,7 +32,7 @@ def check_range(ids: NDArray[Any], lengths: NDArray[np.int64], vocab_size: int, 
 
 
 def texts_or_chats(values: Values, where: Where, *, chats: bool) -> list[Any]:
-    """A column of text as strings, or a column of conversations as lists of messages."""
+    """A column of text as strings (or `Completion`s), or a column of conversations as lists of messages."""
     if isinstance(values, pa.Array):
         try:
             values = values.to_pylist()
@@ -40,7 +41,8 @@ def texts_or_chats(values: Values, where: Where, *, chats: bool) -> list[Any]:
     for row, value in enumerate(values):
         if value is None:
             raise _null(where(row))
-        if not isinstance(value, (list, tuple) if chats else str):
+        parts = isinstance(value, Completion)  # which is a tuple
+        if not (isinstance(value, (list, tuple)) and not parts if chats else isinstance(value, str) or parts):
             kind = type(value).__name__
             hint = " (ids need no tokenizer: leave it out)" if kind == "list" else ""
             hint = " (with a template)" if kind == "str" else hint

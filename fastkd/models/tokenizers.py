@@ -62,6 +62,16 @@ class Tokenizer:
         """The token ids of a conversation as text, which already contains its special tokens."""
         return list(self._backend(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """The token ids of a document in two parts, each tokenized by itself, and the number of the first one's."""
+        first = list(self._backend(prompt, verbose=False)["input_ids"]) if prompt else []
+        if first and first[-1] == self._backend.eos_token_id:  # of tokenizers that add it to every text
+            del first[-1]
+        # an empty prompt still begins as a document does
+        rest = self.encode_chat(completion) if prompt else self.encode(completion)
+        end = [] if self._end is None or rest[-1:] == [self._end] else [self._end]
+        return [*first, *rest, *(end if first or rest else [])], len(first)
+
     def template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """A conversation as text, by the chat template. DataError if there is none, or if it takes too long."""
         with _time_limit(TEMPLATE_SECONDS, "the chat template"):

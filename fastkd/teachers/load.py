@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.documents import Documents, load_documents
+from ..data.documents import Documents
 from ..data.examples import Examples
+from ..data.load import load_documents
 from ..data.sources import open_source
 from ..errors import DataError, TeacherError
 from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer

@@ -22,7 +22,7 @@ from fastkd.capture.estimate import estimate, estimate_text
 from fastkd.capture.feature_settings import positions_text
 from fastkd.capture.features import prepare
 from fastkd.capture.runner import CaptureReport, capture_text
-from fastkd.data.documents import load_documents
+from fastkd.data.load import load_documents
 from fastkd.errors import DataError, TeacherError
 from fastkd.models.attention import from_bytes, read_attention
 from fastkd.models.taps import Taps

@@ -406,11 +406,12 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
         (pa.table({"a": [[1]]}), {"column": "b"}, "no column 'b'. It has 'a'"),
         (pa.table({"a": [[1]], "b": [[1]]}), {}, "which column holds the documents. It has 'a', 'b'"),
         (pa.table({"text": ["a"], "input_ids": [[1]]}), {}, "which column"),
+        ("nowhere.csv", {}, "nowhere.csv: there is no such file"),
         ([[1]], {"column": "a"}, "column: got 'a'; list in memory has no columns"),
         ("nowhere.parquet", {}, "nowhere.parquet: there is no such file"),
         ("nowhere.jsonl", {}, "nowhere.jsonl: there is no such file"),
         ("nowhere.arrow", {}, "nowhere.arrow: there is no such file"),
-        ("nowhere.csv", {}, "nowhere.csv: got an unknown suffix; expected one of .parquet"),
+        ("nowhere.xls", {}, "nowhere.xls: got an unknown suffix; expected one of .parquet"),
         (5, {}, "source: got int"),
         ({"a": [1]}, {}, "source: got dict"),
         ([[1]], {"vocab_size": 0}, "vocab_size: got 0"),
@@ -547,7 +548,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_data import CHAT, TEXT
-from fastkd.data.documents import load_documents, open_documents
+from fastkd.data.documents import open_documents
+from fastkd.data.load import load_documents
 from fastkd.errors import DataError
 path, good = Path(sys.argv[2]), Path(sys.argv[2]).read_bytes()
 noticed = tried = 0

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from hf_cases import SPECIAL, TEMPLATE, WORDS, saved, tokenizer_of
 
-from fastkd.data.documents import detect_kind, load_documents
+from fastkd.data.load import detect_kind, load_documents
 from fastkd.data.sources import open_source
 from fastkd.errors import DataError, TeacherError
 from fastkd.models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
@@ -242,7 +242,7 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
         (CHATS, {"tokenizer": None}, "got messages without a tokenizer"),
         (path, {"vocab_size": 289}, r"got ids up to 289; expected up to 288.*Is this the teacher's tokenizer\?"),
         (path, {"loss_on": "assistant"}, 'loss_on: got "assistant", but .*a.jsonl, line 1 has text'),
-        (IDS, {"loss_on": "assistant"}, "has ids; only messages have roles"),
+        (IDS, {"loss_on": "assistant"}, "has ids; expected messages, or prompts with completions"),
     ):
         with pytest.raises(DataError, match=message):
             load_documents(source, **({"tokenizer": tokenizer, "vocab_size": 290} | options))  # type: ignore[arg-type]
