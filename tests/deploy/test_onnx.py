@@ -1,6 +1,7 @@
 """ONNX: ONNX Runtime answers as PyTorch does, on other batches and lengths than the example's; and what is refused."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train_cases import Tiny
 
 from fastkd.deploy.formats import onnx as exporter
 from fastkd.deploy.formats.onnx import graph as graphs
+from fastkd.deploy.formats.onnx.layers import TRACED, Layers, LayersDiffer, alike_layers, first_layers, repeat_layers
 from fastkd.deploy.formats.onnx.weights import packed
 from fastkd.deploy.model import Deployable, load_deployable
 from fastkd.deploy.runtime import Runtime, greedy
@@ -77,7 +79,8 @@ def initializer_bytes(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def llama() -> Deployable:
-    return load_deployable(model_of("llama", tie_word_embeddings=True, hidden_size=64, initializer_range=0.2))
+    size = {"hidden_size": 64, "num_hidden_layers": 5}  # two layers are copies of the third
+    return load_deployable(model_of("llama", tie_word_embeddings=True, initializer_range=0.2, **size))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_a_batch_with_pads_and_a_past_is_that_of_its_rows(llama: Deployable, tmp
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantised_weights_are_those_of_the_scheme(llama: Deployable, tmp_path: Path, quantize: str) -> None:
     runtime, _ = written(llama, tmp_path / "out", quantize)
-    assert error_of(runtime, fake_quantised(llama.model, quantize)) < 0.1  # inputs of products are quantised, too
+    assert error_of(runtime, fake_quantised(llama.model, quantize)) < 0.15  # inputs of products are quantised, too
     assert greedy(runtime, [1, 2, 3], 8)
     # codes, the shared matrix once, scales (and zero points) of 16 or more inputs, and norms
     chosen = quantised_weights(llama.model, SCHEMES[quantize])
@@ -191,7 +194,9 @@ def test_large_weights_lie_in_a_file_of_their_own(
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "gpt2", "phi"])
 def test_architectures(name: str, tmp_path: Path) -> None:
-    model = load_deployable(model_of(name))
+    depth = {"num_hidden_layers": 5} if name not in ("gemma2", "gemma3") else {}  # those have layers of two kinds
+    model = load_deployable(model_of(name, **depth))
+    assert (alike_layers(model.model, 5) is not None) == bool(depth)
     runtime, record = written(model, tmp_path / "out")
     assert not record["notes"]
     assert error_of(runtime, model.model) < 1e-4
@@ -203,6 +208,72 @@ def test_architectures(name: str, tmp_path: Path) -> None:
         return
     quantised, _ = written(model, tmp_path / "int4", "int4")
     assert error_of(quantised, fake_quantised(model.model, "int4")) < 0.15
+
+
+def test_layers_are_alike_but_for_their_parameters(llama: Deployable) -> None:
+    model = copy.deepcopy(llama.model)
+    layers: Any = model.get_submodule("model.layers")
+    found = alike_layers(model, 5)
+    assert found is not None
+    assert found.name == "model.layers"
+    with first_layers(found):
+        assert len(model.get_submodule("model.layers")) == TRACED  # type: ignore[arg-type]
+    assert model.get_submodule("model.layers") is layers
+    assert alike_layers(model, 4) is None
+    for change in (
+        lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.5),
+        lambda layer: setattr(layer.self_attn, "scaling", 0.5),
+        lambda layer: setattr(layer.mlp, "act_fn", nn.ReLU()),
+        lambda layer: setattr(layer.mlp, "up_proj", nn.Linear(64, 3)),
+        lambda layer: layer.mlp.register_buffer("shift", torch.ones(1)),
+    ):
+        other = copy.deepcopy(llama.model)
+        change(other.get_submodule("model.layers.4"))
+        assert alike_layers(other, 5) is None
+    assert alike_layers(load_deployable(model_of("llama", num_hidden_layers=3)).model, 3) is None  # nothing is gained
+
+
+def test_copies_are_of_nodes_that_are_alike() -> None:
+    """The graph of a decoder in which the third layer has other nodes than the second is not repeated."""
+    import onnx_ir as ir
+
+    def graph_of(factor: float) -> Any:
+        x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+        nodes, value = [], x
+        for layer in range(TRACED):
+            scale = ir.node("Constant", [], {"value_float": factor if layer == 2 else 1.0})
+            nodes += [scale, ir.node("Mul", [value, scale.outputs[0]])]
+            for node in nodes[-2:]:
+                node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', 'model.layers.{layer}', 'mul']"
+            value = nodes[-1].outputs[0]
+        nodes.append(ir.node("Neg", [value]))
+        return ir.Graph([x], nodes[-1].outputs, nodes=nodes, opset_imports={"": 18})
+
+    layers = Layers(nn.Module(), "layers", "layers", nn.ModuleList(nn.Identity() for _ in range(5)))
+    graph = graph_of(1.0)
+    repeat_layers(graph, layers, "model.")
+    assert [node.op_type for node in graph] == ["Constant", "Mul"] * 5 + ["Neg"]
+    value = graph.outputs[0]
+    for _ in range(6):  # through five products to the input
+        value = value.producer().inputs[0]
+    assert value is graph.inputs[0]
+    with pytest.raises(LayersDiffer):
+        repeat_layers(graph_of(2.0), layers, "model.")
+
+
+@pytest.mark.soak
+def test_where_layers_differ_each_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "alike_layers", partial(_as_if_alike, graphs.alike_layers))
+    model = load_deployable(model_of("gpt2", num_hidden_layers=5, scale_attn_by_inverse_layer_idx=True))
+    runtime, _ = written(model, tmp_path / "out")
+    assert error_of(runtime, model.model) < 1e-4
+
+
+def _as_if_alike(find: Any, model: nn.Module, count: int) -> Any:
+    assert find(model, count) is None
+    name, modules = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    owner, _, attribute = name.rpartition(".")
+    return Layers(model.get_submodule(owner), attribute, name, modules)
 
 
 @pytest.mark.soak

@@ -9,6 +9,8 @@ its default, means all. Any other model gets a graph from "input" to "logits".
 
 import inspect
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ....errors import ExportError
 from ....models.hub import brief
 from ....utils.quiet import quiet
 from ...model import Deployable
+from .layers import TRACED, Layers, LayersDiffer, alike_layers, first_layers, repeat_layers
 from .ops import ATTENTION, OneOperation, register_attention, table
 
 OPSET = 18
@@ -63,7 +66,19 @@ class Plain(nn.Module):
 
 def cached_graph(model: Deployable, past: list[Tensor]) -> Any:
     """The graph with a KV cache, as an `onnx_ir.Model`. past: of `keys_and_values`. Raises whatever the export does."""
+    alike = alike_layers(model.model, len(past) // 2)
+    if alike is not None:
+        try:
+            return _cached_graph(model, past, alike)
+        except LayersDiffer:
+            pass  # each has nodes of its own
+    return _cached_graph(model, past, None)
+
+
+def _cached_graph(model: Deployable, past: list[Tensor], alike: Layers | None) -> Any:
+    """alike: layers of which the first are traced, and the others repeated."""
     before, length = PAST
+    past = past if alike is None else past[: 2 * TRACED]
     layers, dim = len(past) // 2, torch.export.Dim.DYNAMIC
     names = [f"{n}.{kind}" for n in range(layers) for kind in ("key", "value")]
     inputs = {
@@ -80,11 +95,13 @@ def cached_graph(model: Deployable, past: list[Tensor]) -> Any:
     kept = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
-        graph = _exported(
-            Cached(model.model), inputs, shapes | {"past": [{0: dim, 2: dim}] * len(past)},
-            [*list(shapes), *(f"past_key_values.{name}" for name in names)],
-            ["logits", *(f"present.{name}" for name in names)],
-        )  # fmt: skip
+        with nullcontext() if alike is None else first_layers(alike):
+            graph = _exported(
+                Cached(model.model), inputs, shapes | {"past": [{0: dim, 2: dim}] * len(past)},
+                [*list(shapes), *(f"past_key_values.{name}" for name in names)],
+                ["logits", *(f"present.{name}" for name in names)],
+                lambda graph: alike and repeat_layers(graph, alike, "model."),
+            )  # fmt: skip
     finally:
         config._attn_implementation = kept
     axes = {"input_ids": ("batch", "length"), "attention_mask": ("batch", "total"), "rows": ("rows",)}
@@ -102,7 +119,9 @@ def plain_graph(model: Deployable) -> Any:
     dim = torch.export.Dim.DYNAMIC
     shape = {0: dim, 1: dim} if model.kind == "text" else {0: dim}
     try:
-        graph = _exported(Plain(model.plain), {"inputs": model.example}, {"inputs": shape}, ["input"], ["logits"])
+        graph = _exported(
+            Plain(model.plain), {"inputs": model.example}, {"inputs": shape}, ["input"], ["logits"], lambda _: None
+        )
     except Exception as error:
         raise ExportError(
             f"{model.name}: got {type(model.model).__name__}, which torch.onnx.export cannot take ({brief(error)}); "
@@ -130,7 +149,10 @@ def keys_and_values(model: Deployable) -> list[Tensor] | str:
     return found if all(t is not None and t.ndim == 4 for t in found) else "some of its layers share keys and values"
 
 
-def _exported(model: nn.Module, inputs: Any, shapes: Any, names: list[str], outputs: list[str]) -> Any:
+def _exported(
+    model: nn.Module, inputs: Any, shapes: Any, names: list[str], outputs: list[str], complete: Callable[[Any], Any]
+) -> Any:
+    """complete: what is done to the graph before it is made smaller."""
     import onnxscript.optimizer
 
     with quiet(), torch.no_grad():
@@ -140,6 +162,7 @@ def _exported(model: nn.Module, inputs: Any, shapes: Any, names: list[str], outp
             input_names=names, output_names=outputs, custom_translation_table=table(),
         )  # fmt: skip
         assert found is not None
+        complete(found.model.graph)
         onnxscript.optimizer.optimize_ir(found.model, num_iterations=1, onnx_shape_inference=False)
     return found.model
 
