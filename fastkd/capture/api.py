@@ -1,9 +1,10 @@
 """`fastkd.capture`: run a teacher over a dataset and store its targets in a cache."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from ..settings import CaptureSettings
+from ..settings_changes import CaptureChanges
 from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.progress import Mode
 from ..utils.signals import Stop
@@ -31,7 +32,7 @@ def capture(
     stop: Stop | None = None,
     progress: Mode = "none",
     notes: str = "",
-    **changes: Any,
+    **changes: Unpack[CaptureChanges],
 ) -> CaptureReport:
     """Run a teacher once over a dataset, and store its targets in a cache. Calling it again continues it.
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import fields, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
+from ..settings_changes import CaptureChanges, changed
 from ..teachers.load import as_data, as_teacher
 from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
@@ -57,13 +57,11 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         threads: int = 1,
         progress: Mode = "none",
         notes: str = "",
-        **changes: Any,
+        **changes: Unpack[CaptureChanges],
     ) -> None:
-        if unknown := sorted(set(changes) - {f.name for f in fields(CaptureSettings)}):
-            raise TypeError(f"capture() got unexpected settings: {', '.join(unknown)}")
+        settings = changed("capture", settings, changes)
         if not callable(progress) and progress not in MODES:
             raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
-        settings = replace(settings, **changes)
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
         check_limits(model, settings)

@@ -7,6 +7,7 @@ and running the same command again resumes. Heavy imports happen inside the comm
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -41,6 +42,7 @@ from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
+from ..utils.similar import similar_path
 from ..utils.text import printable
 from .cache_commands import export_cache, features, inspect, mix_targets, seal, verify
 from .commands import (
@@ -66,9 +68,12 @@ from .commands import (
     Train,
     Verify,
 )
+from .config import config_text
 from .deploy_commands import deploy_report, export
-from .outcome import NoStore, Outcome, at_terminal, store_of
-from .parse import completion_script, discard, flags, in_flags, parse
+from .flags import flags, in_flags
+from .outcome import NoStore, Outcome, at_terminal, say, store_of
+from .parse import Parsed, completion_script, parsed
+from .run_config import leave_config
 
 _ERRORS = (
     BenchError, CacheError, ClusterError, DataError, ExportError, OSError, ReportError, StreamError, TeacherError,
@@ -79,34 +84,47 @@ _ERRORS = (
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
-        _say(f"fastkd {__version__}")
+        say(f"fastkd {__version__}")
         return 0
+    given: Parsed | None = None
     try:
-        command = parse(args)
+        given = parsed(args)
+        if given.print_config:
+            say(config_text(given.name, given.command).rstrip("\n"))
+            return 0
+        outcome = _run(given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
+    except KeyboardInterrupt:
+        say("fastkd: interrupted", sys.stderr)
+        return 130
+    except Exception as error:
+        outcome = _unexpected(error, given.name if given is not None else "")
+    if outcome.warning:
+        say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
+    if given is not None and given.command.json is True:
+        say(json.dumps(masked(outcome.report), allow_nan=False))
+    elif outcome.text:
+        say(outcome.text)
+    return outcome.status
+
+
+def _run(given: Parsed) -> Outcome:
+    """Run a command. Its own errors are outcomes."""
+    command = given.command
     try:
         if (long := _LONG.get(type(command))) is None:
-            outcome = _COMMANDS[type(command)](command)
-        else:
-            stopped = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
-            out = json.dumps(stopped.report) + "\n" if command.json else ""
-            with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
-                outcome = long(command, stop)
+            return _COMMANDS[type(command)](command)
+        stopped = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
+        out = json.dumps(stopped.report) + "\n" if command.json else ""
+        with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
+            outcome = long(command, stop)
+        leave_config(given.name, command)
+        return outcome
     except _ERRORS as error:
-        outcome = _failure(error, command)
+        return _failure(error, given)
     except Stopped:
-        outcome = stopped
-    except KeyboardInterrupt:
-        _say("fastkd: interrupted", sys.stderr)
-        return 130
-    if outcome.warning:
-        _say(printable(f"fastkd: {outcome.warning}"), sys.stderr)
-    if command.json is True:
-        _say(json.dumps(masked(outcome.report), allow_nan=False))
-    elif outcome.text:
-        _say(outcome.text)
-    return outcome.status
+        return stopped
 
 
 def capture(command: Capture, stop: Stop) -> Outcome:
@@ -270,7 +288,7 @@ def train(command: Train, stop: Stop) -> Outcome:
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     done = {"event": "done", **report.to_json()}
-    return Outcome(done, report_of(report), report.status, in_flags(report.push_failed or "", flags(command)))
+    return Outcome(done, report_of(report), report.status, in_flags(report.push_failed or "", flags("train")))
 
 
 def _rollouts(command: Train) -> RolloutSettings:
@@ -478,9 +496,10 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 }
 
 
-def _failure(error: Exception, command: Any) -> Outcome:
+def _failure(error: Exception, given: Parsed) -> Outcome:
+    command = given.command
     absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
-    text = masked(in_flags(str(error), flags(command)))
+    text = masked(in_flags(str(error), flags(given.name, given.typed))) + _meant(str(error), command)
     if passes(error) and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))
@@ -489,20 +508,33 @@ def _failure(error: Exception, command: Any) -> Outcome:
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 
+def _meant(text: str, command: Any) -> str:
+    """ " Did you mean PATH?" for the first path in an error that does not exist while one beside it is named alike."""
+    for one in fields(command):
+        value = getattr(command, one.name)
+        for place in value if isinstance(value, tuple) else (value,):
+            if isinstance(place, (str, Path)) and os.fspath(place) and os.fspath(place) in text:
+                beside = similar_path(os.fspath(place))
+                if beside is not None and beside not in text:
+                    return masked(f" Did you mean {beside}?")
+    return ""
+
+
+def _unexpected(error: Exception, name: str) -> Outcome:
+    """One sentence about an error that nobody expected; its traceback if FASTKD_TRACEBACK is set."""
+    trace = os.environ.get("FASTKD_TRACEBACK", "") not in ("", "0")
+    if trace:
+        say("".join(traceback.format_exception(error)).rstrip("\n"), sys.stderr)
+    command = f"fastkd {name}".rstrip()
+    said = " ".join(str(error).split()).rstrip(".")
+    text = f"`{command}` failed unexpectedly: {type(error).__name__}" + (f": {said}" if said else "") + "."
+    text = masked(text) + (" This is a fault in fastkd." if trace else " FASTKD_TRACEBACK=1 shows the traceback.")
+    return Outcome({"error": text}, "", 1, text)
+
+
 def _note(text: str, *, events: bool) -> None:
     """Announce a long operation: a line on stderr, or an event."""
     if events:
-        _say(json.dumps({"event": "note", "text": masked(text)}))
+        say(json.dumps({"event": "note", "text": masked(text)}))
     else:
-        _say(printable(f"fastkd: {text}"), sys.stderr)
-
-
-def _say(text: str, stream: Any = None) -> None:
-    """Print text without credentials and control characters. Characters that the stream cannot encode are escaped; a
-    closed pipe or a full disk is ignored."""
-    stream, text = stream or sys.stdout, printable(masked(text), keep="\n\t")
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        discard(stream)
+        say(printable(f"fastkd: {text}"), sys.stderr)

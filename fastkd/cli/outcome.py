@@ -1,9 +1,12 @@
 """What commands return, and what they share."""
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..cache.errors import CacheError, StoreError
+from ..utils.secrets import masked
+from ..utils.text import printable
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
@@ -37,3 +40,23 @@ def store_of(place: str) -> "Store":
 def at_terminal() -> bool:
     """Whether a person may look at progress bars."""
     return sys.stderr.isatty()
+
+
+def say(text: str, stream: TextIO | None = None, *, keep: str = "\n\t") -> None:
+    """Print text without credentials and control characters, but for those to keep. Characters that the stream cannot
+    encode are escaped; a closed pipe or a full disk is ignored."""
+    stream, text = stream or sys.stdout, printable(masked(text), keep=keep)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is printed to a stream nowhere from now on, if it cannot be written."""
+    try:
+        stream.flush()
+    except OSError:
+        # otherwise Python's flush at exit would raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

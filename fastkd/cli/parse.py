@@ -1,18 +1,19 @@
-"""Parse the command line into one of the commands, by tyro, with help and shell completion; name settings by flags."""
+"""Parse the command line into one of the commands, by tyro, with help in groups and shell completion."""
 
 import inspect
 import io
-import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
-from dataclasses import fields, replace
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TextIO, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import (
@@ -24,38 +25,71 @@ from tyro.constructors import (
 )
 
 from ..utils.secrets import masked
+from ..utils.similar import did_you_mean
 from .commands import COMMANDS
+from .config import read_config
+from .groups import COMMAND_GROUPS, MAIN, grouped, spellings
+from .options import CONFIG, PRINT_CONFIG, Given, HelpWanted, UsageError, arguments, scan
+from .outcome import say
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _ABOUT = (
-    "Knowledge distillation from a cached teacher: a teacher runs once and fills a cache, then students train from it. "
-    "`fastkd COMMAND --help` shows the options of a command, `fastkd --version` the version."
+    "Knowledge distillation from a cached teacher: a teacher runs once and fills a cache, then students train from it."
 )
+_MORE = (
+    "`fastkd COMMAND --help` shows the options of a command, `fastkd COMMAND -h` a line of each, `fastkd --version` "
+    "the version."
+)
+_CONFIG_HELP = "File of options in TOML or YAML, such as the config.toml of a run. Options that are typed replace its."
+_PRINT_HELP = "Print the options as TOML, for --config, and do nothing else."
+_GROUP = "group "  # before the name of a group: a field may be called the same
+_COLOURED = "\n\t\x1b"  # characters that help may have
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command as it was given. typed: the option that was typed for a setting, by the field's name."""
+
+    name: str
+    command: Any
+    typed: dict[str, str]
+    print_config: bool = False
 
 
 def parse(args: Sequence[str]) -> Any:
     """Parse arguments into one of `COMMANDS`. Raises SystemExit after printing help or a usage error."""
-    args = _repeated(args) if args else ["--help"]
-    try:
-        return _parse(args, aloud=False)
-    except SystemExit as stop:
-        if stop.code:
-            args = masked(args)  # the message quotes the arguments, and a URL may contain a password
-        try:
-            _parse(args, aloud=True)
-        except OSError:  # a closed pipe or a full disk: the status is what remains to say
-            for stream in (sys.stdout, sys.stderr):
-                discard(stream)
-        raise stop from None
+    return parsed(args).command
 
 
-def discard(stream: TextIO) -> None:
-    """Send what is printed to a stream nowhere from now on, if it cannot be written."""
+def parsed(args: Sequence[str]) -> Parsed:
+    """As `parse`, with what was typed."""
     try:
-        stream.flush()
-    except OSError:
-        # otherwise Python's flush at exit would raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _parsed(args)
+    except UsageError as error:
+        say(f"fastkd: {error}", sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parsed(args: Sequence[str]) -> Parsed:
+    if not args or args[0] in ("-h", "--help"):
+        say(_overview())
+        raise SystemExit(0)
+    name, *rest = args
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            raise UsageError(f"{name}: got an option; expected a command first. `fastkd --help` lists them.")
+        raise UsageError(f"{name}: no such command.{did_you_mean(name, COMMANDS)} `fastkd --help` lists them.")
+    try:
+        given = scan(name, rest)
+    except HelpWanted as wanted:
+        _show_help(name, brief=wanted.brief)
+    values = {} if given.config is None else read_config(given.config, name)
+    words = arguments(name, values | given.values)
+    try:
+        command = _parse([name, *words])
+    except SystemExit:
+        _refuse(name, words)
+    return Parsed(name, command, given.typed, given.print_config)
 
 
 def completion_script(shell: str) -> str:
@@ -66,47 +100,69 @@ def completion_script(shell: str) -> str:
     return printed.getvalue()
 
 
-def flags(command: Any) -> dict[str, str]:
-    """Flag of each setting of a command; positional arguments have none."""
-    hints = get_type_hints(type(command), include_extras=True)
-    return {
-        field.name: "--" + field.name.replace("_", "-")
-        for field in fields(command)
-        if tyro.conf.Positional not in getattr(hints[field.name], "__metadata__", ())
-    }
+def _overview() -> str:
+    """`fastkd --help`: the commands, by what they are for."""
+    lines = ["usage: fastkd COMMAND [OPTIONS]", "", *textwrap.wrap(_ABOUT, _width())]
+    for title, names in COMMAND_GROUPS.items():
+        lines += ["", title]
+        for name in names:
+            text = (inspect.getdoc(COMMANDS[name]) or "").split("\n\n")[0]
+            lines += textwrap.wrap(text, _width(), initial_indent=f"  {name:<15}", subsequent_indent=" " * 17)
+    return "\n".join([*lines, "", *textwrap.wrap(_MORE, _width())])
 
 
-def _repeated(args: Sequence[str]) -> list[str]:
-    """Arguments in which flags that take several values, and are repeated, stand once with all of them: the last would
-    replace the others. A value that begins with a dash follows an equals sign (`--match=-1:8:mse:1`)."""
-    hints = get_type_hints(COMMANDS[args[0]], include_extras=True) if args[0] in COMMANDS else {}
-    several = {"--" + name.replace("_", "-") for name, kind in hints.items() if get_args(kind)[1:] == (...,)}
-    values: dict[str, list[str]] = {}
-    kept: list[str] = []
-    latest: list[str] | None = None  # the values of the flag that is being read
-    for argument in args:
-        flag, equals, value = argument.partition("=")
-        if flag in several:
-            if flag not in values:
-                kept.append(flag)
-            latest = values.setdefault(flag, [])
-            latest += [value] if equals else []
-            latest = None if equals else latest
-        elif latest is None or re.match(r"--|-[^0-9]", argument):
-            kept.append(argument)
-            latest = None
-        else:
-            latest.append(argument)
-    return [one for argument in kept for one in (argument, *values.get(argument, ()))]
+def _show_help(name: str, *, brief: bool) -> NoReturn:
+    """Print the help of a command. brief: of each option the first sentence."""
+    printed = _Like(sys.stdout)
+    with redirect_stdout(printed), suppress(SystemExit):
+        _parse([name, "--help"], aloud=True, brief=brief)
+    say(_wrapped(printed.getvalue()).rstrip("\n"), keep=_COLOURED)
+    raise SystemExit(0)
 
 
-def _parse(args: Sequence[str], *, aloud: bool) -> Any:
-    # the first paragraph in the list of commands; the whole text in the help of one command
-    brief = not args or args[0].startswith("-")
+def _refuse(name: str, words: Sequence[str]) -> NoReturn:
+    """Print what tyro says of arguments that it does not take."""
+    printed = _Like(sys.stderr)
+    with redirect_stderr(printed), suppress(SystemExit):
+        _parse([name, *masked(words)], aloud=True, brief=True)
+    say(_wrapped(printed.getvalue()).rstrip("\n"), sys.stderr, keep=_COLOURED)
+    raise SystemExit(2)
+
+
+class _Like(io.StringIO):
+    """Text for a stream: with colours if it is a terminal, and lines if it can show them."""
+
+    encoding: Any = None
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__()
+        self.encoding = getattr(stream, "encoding", None)
+        self._terminal = stream is not None and stream.isatty()
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def _wrapped(text: str) -> str:
+    """Help with the names of groups alone as titles, and paragraphs, which tyro writes on one line each, wrapped."""
+    lines = []
+    text = re.sub(r"(?<=╭─ )([a-z ]+) options (?=─)", lambda found: f"{found[1]} ────────", text)
+    for line in text.split("\n"):
+        lines += [line] if len(line) <= _width() or line[:1] in "╭│╰|+" else textwrap.wrap(line, _width())
+    return "\n".join(lines)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _parse(args: Sequence[str], *, aloud: bool = False, brief: bool = False) -> Any:
+    # completion scripts have the first paragraph of each command; the help of one command the whole text
+    overview = args[0].startswith("-")
     commands: list[Any] = []
     for name, command in COMMANDS.items():
         text = inspect.getdoc(command) or ""
-        about = text.split("\n\n")[0] if brief else text
+        about = text.split("\n\n")[0] if overview or brief else text
         commands.append(Annotated[command, tyro.conf.subcommand(name, description=about)])
     return tyro.cli(
         reduce(or_, commands),
@@ -115,17 +171,21 @@ def _parse(args: Sequence[str], *, aloud: bool) -> Any:
         args=args,
         config=(tyro.conf.FlagCreatePairsOff,),
         console_outputs=aloud,
-        registry=_registry(),
+        registry=_registry(brief=brief),
     )
 
 
-def _registry() -> ConstructorRegistry:
-    """How fields are shown in the help: required ones first, optional ones without an uninformative default."""
+def _registry(*, brief: bool) -> ConstructorRegistry:
+    """How the fields of a command are shown in its help: in groups, and without uninformative defaults."""
     registry, inner = ConstructorRegistry(), False
+    groups: dict[type, tuple[StructFieldSpec, ...]] = {}
+    names = {command: name for name, command in COMMANDS.items()}
 
     def shown(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal inner
-        if inner or info.type not in COMMANDS.values():
+        if info.type in groups:
+            return StructConstructorSpec(instantiate=dict, fields=groups[info.type])
+        if inner or info.type not in names:
             return None
         inner = True
         try:
@@ -133,58 +193,64 @@ def _registry() -> ConstructorRegistry:
         finally:
             inner = False
         assert isinstance(spec, StructConstructorSpec)
-        order = sorted(map(_shown, spec.fields), key=lambda field: field.default is not MISSING_NONPROP)
-        return replace(spec, fields=tuple(order))
+        given = {one.name: _shown(one, brief=brief) for one in spec.fields}
+        ordered = {g: [given[name] for name in some] for g, some in grouped(names[info.type], given).items()}
+        main = sorted(ordered.pop(MAIN), key=lambda one: one.default is not MISSING_NONPROP)
+        nested = []
+        for group, members in ordered.items():
+            if members:
+                kind: Any = type(group, (), {})
+                groups[kind] = tuple(members)
+                shown_as: Any = Annotated[kind, tyro.conf.arg(name=group, help="")]
+                nested.append(StructFieldSpec(f"{_GROUP}{group}", shown_as, MISSING_NONPROP))
+
+        def instantiate(config: Any = None, print_config: Any = None, **values: Any) -> Any:
+            """tyro gives neither option: `parsed` has read them."""
+            for group in [one.name for one in nested]:
+                values |= values.pop(group)
+            return spec.instantiate(**values)
+
+        return replace(spec, fields=(*main, *_own(), *nested), instantiate=instantiate)
 
     registry.struct_rule(shown)
     return registry
 
 
-def _shown(field: StructFieldSpec) -> StructFieldSpec:
-    kind: Any = field.type
+def _own() -> tuple[StructFieldSpec, StructFieldSpec]:
+    """The options that all commands have; `parsed` reads them, tyro only shows them."""
+    config: Any = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+    switch: Any = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+    return (
+        StructFieldSpec(CONFIG[2:], config, None, _CONFIG_HELP, _call_argname="config"),
+        StructFieldSpec(PRINT_CONFIG[2:], switch, False, _PRINT_HELP, _call_argname="print_config"),
+    )
+
+
+def _shown(one: StructFieldSpec, *, brief: bool) -> StructFieldSpec:
+    kind: Any = one.type
     options: dict[str, Any] = {}
-    if field.default is None or field.default is False or field.default == ():
+    if one.default is None or one.default is False or one.default == ():
         options["help_behavior_hint"] = ""
     if get_origin(kind) in (Union, UnionType):
         (given,) = (option for option in get_args(kind) if option is not NoneType)
-        options["metavar"] = _METAVARS[given] + "|None" * (field.default is not None)
+        options["metavar"] = _METAVARS[given] + "|None" * (one.default is not None)
+    if get_origin(kind) is tuple and get_args(kind)[-1] is ... and get_args(kind)[0] in _METAVARS:
+        options["metavar"] = f"{_METAVARS[get_args(kind)[0]]} ..."
+    positional = get_origin(kind) is Annotated and tyro.conf.Positional in kind.__metadata__
+    if not positional:
+        options |= {"prefix_name": False, "name": spellings(one.name)[0].replace("-", "_")}
     if options:
         kind = Annotated[kind, tyro.conf.arg(**options)]
-    return replace(field, type=kind, helptext=partial(_one_line, field.helptext))
+    return replace(one, type=kind, helptext=partial(_one_line, one.helptext, brief=brief, name=one.name))
 
 
-def _one_line(text: str | Callable[[], str | None] | None) -> str:
-    """A docstring as one line. tyro passes a callable that reads the source lazily."""
-    found = text() if callable(text) else text
-    return " ".join((found or "").split())
+def _one_line(text: str | Callable[[], str | None] | None, *, brief: bool, name: str) -> str:
+    """A docstring as one line, or its first sentence. tyro passes a callable that reads the source lazily."""
+    found = " ".join(((text() if callable(text) else text) or "").split())
+    if brief:
+        return re.split(r"(?<=[.]) (?=[A-Z`])|(?<=[.])$", found)[0]
+    others = [f"--{one}" for one in spellings(name)[1:]]
+    return f"{found} Also {', '.join(others)}." if others else found
 
 
-_VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
-
-
-def in_flags(text: str, flags: Mapping[str, str]) -> str:
-    """Replace names of settings in a message by their flags. flags: from a setting's name to its flag.
-
-    `held_out: got 1.5; expected less` becomes `--held-out 1.5: expected less`, `Use export='last'` becomes `Use
-    --export last`, and a name with an underscore becomes its flag wherever it stands alone. Paths are not changed.
-    """
-    if not flags:
-        return text
-    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
-    words = "|".join(sorted((re.escape(name) for name in flags if "_" in name), key=len, reverse=True)) or r"(?!)"
-
-    def assigned(found: re.Match[str]) -> str:
-        value = _bare(found[2] or "")
-        return flags[found[1]] + (f" {value}" if value not in ("", "True") else "")
-
-    text = re.sub(rf"^({names}): got {_VALUE}; ", lambda m: f"{flags[m[1]]} {_bare(m[2])}: ", text)
-    listed = rf"^((?:{names})(?:, (?:{names}))*)(?=: )"
-    text = re.sub(listed, lambda m: ", ".join(flags[name] for name in m[1].split(", ")), text)
-    text = re.sub(rf"(?<=[ (])({names})={_VALUE}?(?![\w/=]|,\w)", assigned, text)
-    # lists of differences: (there, and now: k: 8 and 9; mass: None and 0.5)
-    text = re.sub(rf"(?:(?<=now: )|(?<=settings \()|(?<=; ))({names})(?=: )", lambda m: flags[m[1]], text)
-    return re.sub(rf"(?<![\w./'\"-])({words})(?![\w/'\"(=-]|\.\w)", lambda m: flags[m[1]], text)
-
-
-def _bare(value: str) -> str:
-    return value.strip("\"'")
+__all__ = ["Given", "Parsed", "completion_script", "parse", "parsed"]

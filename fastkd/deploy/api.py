@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..models.module import parameters_and_bytes
 from ..models.tokenizers import load_tokenizer
 from ..report.render import to_html
 from ..settings import DeploySettings, ExportSettings
+from ..settings_changes import DeployChanges, ExportChanges
 from ..utils.atomic import check_place, write_text
 from ..utils.progress import Mode
 from .calibration import Calibration
@@ -44,7 +45,7 @@ def export(
     cache: Any = None,
     data: Examples | None = None,
     progress: Mode = "none",
-    **changes: Any,
+    **changes: Unpack[ExportChanges],
 ) -> ExportReport:
     """Write a trained student as files of another runtime, and evaluate them there if a cache is given.
 
@@ -97,7 +98,7 @@ def deploy_report(
     turns: int = TURNS,
     command: str = "",
     progress: Mode = "none",
-    **changes: Any,
+    **changes: Unpack[DeployChanges],
 ) -> DeployReport:
     """Compare exports of a student with it in PyTorch, and write a page: size, latency, memory, and quality.
 
@@ -172,7 +173,7 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
 
 
-def _changed(settings: _Settings, changes: dict[str, Any]) -> _Settings:
+def _changed(settings: _Settings, changes: Mapping[str, Any]) -> _Settings:
     known = {field.name for field in fields(settings)}
     if unknown := sorted(changes.keys() - known):
         raise ExportError(f"settings: got {unknown[0]!r}; expected some of {', '.join(sorted(known))}.")

@@ -13,9 +13,9 @@ cache, and so on. At the end, one more student is trained from the mean of all t
 import os
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 
@@ -33,6 +33,7 @@ from ..evaluate.api import Evaluation, evaluate
 from ..models.adapters import CONFIG
 from ..models.trained import load_trained
 from ..settings import CaptureSettings, LiveSettings, ModelSettings, TrainSettings
+from ..settings_changes import TrainChanges, changed
 from ..stream.split import has_held_out
 from ..sweep.result import check_finished, read_result
 from ..teachers.load import as_data, as_teacher, load_teacher
@@ -81,7 +82,7 @@ def generations(
     ensemble: bool = True,
     stop: Stop | None = None,
     progress: str = "none",
-    **changes: Any,
+    **changes: Unpack[TrainChanges],
 ) -> GenerationsReport:
     """Train a student from a teacher, a new one from that student, and so on. Called again, it resumes.
 
@@ -103,9 +104,7 @@ def generations(
     Returns the report; its `status` is 75 if work remains. Raises TrainError, before anything is written, for settings
     that are not possible, and what `capture`, `mix_targets` and `train` raise.
     """
-    if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
-        raise TypeError(f"generations() got unexpected settings: {', '.join(unknown)}")
-    settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
+    settings, out, stop = changed("generations", settings, changes), Path(out), stop or Stop()
     captured = live.capture_settings()
     loading = ModelSettings(
         revision=live.teacher_revision, dtype=live.teacher_dtype, attention=live.teacher_attention,

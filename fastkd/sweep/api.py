@@ -7,16 +7,17 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..settings import TrainSettings
+from ..settings_changes import TrainChanges, changed
 from ..train.api import DEFAULTS, train
 from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
@@ -93,7 +94,7 @@ def sweep(
     stop: Stop | None = None,
     progress: Mode = "none",
     run: Runner = one_by_one,
-    **changes: Any,
+    **changes: Unpack[TrainChanges],
 ) -> SweepReport:
     """Train a student with several settings, a few seeds each, and rank the results.
 
@@ -115,13 +116,11 @@ def sweep(
     Returns the report; its `status` is 75 if work remains. Raises TrainError for arms or settings that are not
     possible, under torchrun, and if all arms diverge; otherwise what `train` raises.
     """
-    if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
-        raise TypeError(f"sweep() got unexpected settings: {', '.join(unknown)}")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise TrainError(f"seeds: got {seeds!r}; expected an integer from 1 on.")
     if at_once is not None:
         warnings.warn("at_once has no effect: arms are trained one after another", DeprecationWarning, stacklevel=2)
-    settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
+    settings, out, stop = changed("sweep", settings, changes), Path(out), stop or Stop()
     check_alone()
     check_folder(out, "sweep")
     inputs = inputs_of(cache, data)

@@ -13,14 +13,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ..data.examples import Examples
 from ..errors import TrainError
 from ..evaluate.measures import sign_of
 from ..settings import TrainSettings
+from ..settings_changes import TrainChanges, changed
 from ..train import evaluations as kept
 from ..train.api import DEFAULTS, train
 from ..train.checkpoint import FOLDER
@@ -57,7 +58,7 @@ def auto_sweep(
     data_name: str | None = None,
     stop: Stop | None = None,
     progress: str = "none",
-    **changes: Any,
+    **changes: Unpack[TrainChanges],
 ) -> AutoReport:
     """Choose settings by successive halving, and say why. Called again with the same arguments, it resumes.
 
@@ -70,9 +71,7 @@ def auto_sweep(
     without a held-out split, with fewer steps than the rungs need, and if all arms diverge; otherwise what `train`
     raises.
     """
-    if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
-        raise TypeError(f"auto_sweep() got unexpected settings: {', '.join(unknown)}")
-    settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
+    settings, out, stop = changed("auto_sweep", settings, changes), Path(out), stop or Stop()
     check_alone()
     check_folder(out, "sweep")
     inputs = inputs_of(cache, data)

@@ -7,15 +7,16 @@ RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from ..errors import TrainError
 from ..models.upload import Upload, check_base, check_upload, upload
 from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
+from ..settings_changes import TrainChanges, changed
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
@@ -70,7 +71,7 @@ def train(
     watch: Watch | None = None,
     share: ShareSettings = SHARE,
     progress: Mode = "none",
-    **changes: Any,
+    **changes: Unpack[TrainChanges],
 ) -> TrainReport:
     """Train a student from a cache, or beside a teacher. Called again with the same arguments, it resumes from the last
     checkpoint.
@@ -111,11 +112,9 @@ def train(
     with other files, damaged checkpoints, and for a loss or a gradient that is not finite (`Diverged`); StreamError and
     CacheError for the cache.
     """
-    if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)}):
-        raise TypeError(f"train() got unexpected settings: {', '.join(unknown)}")
     if out is None:
         raise TypeError("train() got no folder for the run (out)")
-    settings, out, stop = replace(settings, **changes), Path(out), stop or Stop()
+    settings, out, stop = changed("train", settings, changes), Path(out), stop or Stop()
     check_folder(out, "run")
     check_settings(settings, None, objective)
     check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))

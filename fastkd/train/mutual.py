@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from ..errors import TrainError
 from ..kernels import KDError, TopKConfig
 from ..settings import MutualSettings, TrainSettings
+from ..settings_changes import MutualTrainChanges, changed, check_names
 from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.numbers import measure_text
@@ -136,7 +137,7 @@ def mutual(
     evaluate: Evaluate | None = None,
     stop: Stop | None = None,
     progress: str = "none",
-    **changes: Any,
+    **changes: Unpack[MutualTrainChanges],
 ) -> MutualReport:
     """Train students at the same time, each from the labels and from the others' targets. Called again with the same
     arguments, it resumes.
@@ -160,10 +161,9 @@ def mutual(
     if out is None:
         raise TypeError("mutual() got no folder for the run (out)")
     ours = {f.name for f in fields(MutualSettings)}
-    if unknown := sorted(set(changes) - {f.name for f in fields(TrainSettings)} - ours):
-        raise TypeError(f"mutual() got unexpected settings: {', '.join(unknown)}")
-    settings = replace(settings, **{name: value for name, value in changes.items() if name not in ours})
-    online = replace(online, **{name: value for name, value in changes.items() if name in ours})
+    check_names("mutual", changes, [*ours, *(f.name for f in fields(TrainSettings))])
+    settings = changed("mutual", settings, {name: value for name, value in changes.items() if name not in ours})
+    online = changed("mutual", online, {name: value for name, value in changes.items() if name in ours})
     sources = dict(students) if isinstance(students, Mapping) else named(students)
     has_teacher = cache is not None or teacher is not None
     learns = everyone(list(sources), *([TEACHER] if has_teacher else [])) if learns is None else learns

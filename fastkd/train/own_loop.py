@@ -1,6 +1,6 @@
 """For training loops of one's own: a module whose forward is the loss, and the backward pass of a step."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainError
 from ..kernels import LossConfig
+from ..kernels.loss.config import LossSettings
 from ..stream.batch import Step
 from ..utils.distributed import is_fsdp
 from .objective import Objective, TokenKD, check_objective
@@ -16,7 +17,11 @@ from .student import Student, of_module, of_transformers
 
 
 def distill_module(
-    model: nn.Module, objective: Objective | None = None, *, example: Tensor | None = None, **settings: Any
+    model: nn.Module,
+    objective: Objective | None = None,
+    *,
+    example: Tensor | None = None,
+    **settings: Unpack[LossSettings],
 ) -> Student:
     """A module around a model, whose forward maps a micro-batch to its losses: `module(batch, num_items=step.count)`
     returns "loss", a sum over the micro-batch's positions divided by num_items, and its parts "hard" and "soft".

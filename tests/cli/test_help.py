@@ -11,6 +11,7 @@ import pytest
 from fastkd import __version__
 from fastkd.cli import main as cli
 from fastkd.cli.commands import COMMANDS
+from fastkd.cli.groups import COMMAND_GROUPS, GROUPS, SPELLINGS, group_of, grouped
 from fastkd.cli.parse import completion_script, parse
 
 ARMS = {"alpha", "temperature", "divergence", "treatment", "rate"}  # of which a sweep takes several
@@ -29,21 +30,59 @@ def said(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return said
 
 
-def test_a_line_for_each_command(said: Any) -> None:
+def test_a_line_for_each_command_by_what_it_is_for(said: Any) -> None:
     lines = said("--help").splitlines()
-    found = [line for line in lines if "•" in line]
-    assert [line.split()[2] for line in found] == list(COMMANDS)
-    assert all(line.rstrip(" │").endswith(".") for line in found)
-    # nothing between them
-    assert "".join(lines).count("•") == len(found) == lines.index(found[-1]) - lines.index(found[0]) + 1
-    assert said() == said("--help")
+    assert max(map(len, lines)) <= 80
+    found = [line for line in lines if re.match(r"  [a-z]", line)]
+    assert sorted(line.split()[0] for line in found) == sorted(COMMANDS)
+    assert all(line.endswith(".") for line in found)
+    titles = [line for line in lines if line in COMMAND_GROUPS]
+    assert titles == list(COMMAND_GROUPS)
+    assert said() == said("--help") == said("-h")
     assert "--version" in said("--help")
     assert said("--version") == f"fastkd {__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_in_groups(name: str) -> None:
+    """Put a new option into fastkd/cli/groups.py, where it is shown in its place."""
+    names = [field.name for field in fields(COMMANDS[name])]
+    assert [one for one in names if group_of(name, one) is None] == []
+    assert sorted(one for some in grouped(name, names).values() for one in some) == sorted(names)
+
+
+def test_groups_have_no_options_that_no_command_has() -> None:
+    known = {field.name for command in COMMANDS.values() for field in fields(command)}
+    listed = [name for names in GROUPS.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) | set(SPELLINGS) <= known
+
+
+def test_groups_are_titles_and_the_most_used_come_first(said: Any) -> None:
+    text = said("train", "--help")
+    titles = re.findall("╭─ ([a-z ]+) ─", text)
+    assert titles[0] == "options"
+    wanted = {"model", "data", "optimization", "loss", "evaluation", "checkpoints", "distributed"}
+    assert wanted <= set(titles) <= {"options", *GROUPS}
+    assert len(titles) == len(set(titles))
+    assert max(map(len, text.splitlines())) <= 80
+    at = [text.index(f"--{name} ") for name in ("student", "cache", "steps", "learning-rate", "weight-decay", "alpha")]
+    assert at == sorted(at)
+    assert "Also --rate, --lr." in " ".join(text.replace("│", " ").split())
+
+
+def test_a_short_help_has_a_sentence_for_each_option(said: Any) -> None:
+    long, short = said("train", "--help"), said("train", "-h")
+    for text in (long, short):
+        assert len(re.findall("│ --", text)) == len(fields(COMMANDS["train"])) + 2  # --config, --print-config
+    assert len(short.splitlines()) < 0.75 * len(long.splitlines())
+    assert "Early exits to train" in short
+    assert "What enters the next layer" not in short
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_what_is_needed_comes_first_and_nothing_is_noise(said: Any, name: str) -> None:
-    text = said(name, "--help")
+    text = re.sub(r"\n[╰╭].*", "", said(name, "--help"))  # groups
     assert not re.search(r"\{None\}|default: (None|False)?\)", text)
     options = re.split(r"│ --", text)[1:]
     required = ["(required)" in option for option in options]

@@ -8,7 +8,7 @@ accelerate see an ordinary model. It changes the class of the model, to a subcla
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ...models.adapters import base_of
 from ...models.lm_head import LowRankHead
 from ...models.protocol import Hidden
 from ...settings import TrainSettings
+from ...settings_changes import AttachChanges, check_names
 from ...stream.batch import MicroBatch
 from ...stream.tensors import ITEMS, PREFIX, batch_of_tensors
 from ...train.objective import Objective, TokenKD, check_losses, check_objective
@@ -36,7 +37,9 @@ _SWITCHES = ("kd_logits", "kd_scheduled")
 _BESIDE = {"labels", "attention_mask", "num_items_in_batch", "use_cache", "return_dict"}
 
 
-def attach(model: Any, objective: Objective | None = None, *, full_logits: bool = False, **settings: Any) -> Any:
+def attach(
+    model: Any, objective: Objective | None = None, *, full_logits: bool = False, **settings: Unpack[AttachChanges]
+) -> Any:
     """The same model, whose forward computes the loss when it is called with the tensors of a micro-batch
     (`fastkd.stream.batch_to_tensors`); called without them, it is the model's own forward.
 
@@ -54,8 +57,7 @@ def attach(model: Any, objective: Objective | None = None, *, full_logits: bool 
     """
     if objective is not None and settings:
         raise TrainError(f"attach: got an objective and {', '.join(settings)}; expected one of the two.")
-    if unknown := sorted(settings.keys() - LOSS_SETTINGS):
-        raise TypeError(f"attach() got unexpected settings: {', '.join(unknown)}")
+    check_names("attach", settings, sorted(LOSS_SETTINGS))
     if is_attached(model):
         raise TrainError(
             "attach: got a model that is attached already; detach it first (fastkd.integrations.hf.detach)."

@@ -1,0 +1,176 @@
+"""--config, --print-config, and the config.toml of a run."""
+
+import json
+import tomllib
+from dataclasses import MISSING, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from train_cases import make_cache
+
+from fastkd.cli import main as cli
+from fastkd.cli.commands import COMMANDS, Train
+from fastkd.cli.config import config_text, read_config
+from fastkd.cli.options import Option, UsageError, arguments, options_of
+from fastkd.cli.parse import parse
+from fastkd.utils.secrets import masked
+
+NEEDED: dict[str, Any] = {"student": "s", "cache": "c", "out": Path("o")}
+
+
+def train(**values: Any) -> Train:
+    return Train(**{**NEEDED, **values})
+
+
+def read(path: Path, text: str, command: str = "train") -> dict[str, list[str]]:
+    path.write_text(text, encoding="utf-8")
+    return read_config(str(path), command)
+
+
+def test_a_file_stands_for_options_and_what_is_typed_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'student = "s"\ncache = "c"\nout = "o"\nsteps = 5\ncontrol = true\nmatch = ["a", "b"]\nclip = "None"\n'
+        "[optimization]\nlearning-rate = 1\n[checkpoints]\nkeep = 3\n[live_teacher]\nteacher_dtype = 'float16'\n"
+    )
+    found = parse(["train", "--config", str(file)])
+    same = train(steps=5, control=True, match=("a", "b"), clip=None, rate=1.0, keep=3, teacher_dtype="float16")
+    assert found == same
+    typed = ["--steps", "7", "--no-control", "--match", "c", "--lr", "2", "--out", "p", "--clip", "1"]
+    assert parse(["train", *typed, "--config", str(file)]) == replace(
+        same, steps=7, control=False, match=("c",), rate=2.0, out=Path("p"), clip=1.0
+    )
+
+
+def test_yaml(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "student: s\ncache: c\nout: o\nclip: null\nsteps: null\noptimization:\n  rate: 1e-3\nexits: [1, 2]\n"
+    )
+    assert parse(["train", "--config", str(file)]) == train(clip=None, rate=1e-3, exits=(1, 2))
+    file.write_text("a: [")
+    with pytest.raises(UsageError, match="not YAML"):
+        read_config(str(file), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raet = 1", "raet: `fastkd train` has no such option. Did you mean rate?"),
+        ("[optimisation]\nrate = 1", "optimisation: got a table; .*Did you mean optimization?"),
+        ("[optimization]\n[optimization.x]\nrate = 1", "optimization.x: got a table; expected a value"),
+        ("rate = 1\nlr = 2", "lr: got it twice, also as rate; expected it once"),
+        ("steps = 1.5", "steps: got '1.5'; expected an integer"),
+        ("steps = true", "steps: got True; expected a number"),
+        ("control = 1", "control: got 1; expected true or false"),
+        ("rate = [1, 2]", "rate: got a list; expected one value"),
+        ("adam_betas = [0.9]", r"adam_betas: got \[0.9\]; expected a list of 2 values"),
+        ("rate_schedule = 'cosin'", "rate_schedule: got 'cosin'; expected one of .* Did you mean cosine?"),
+        ("student = 2026-01-01", "student: got datetime.date.*; expected text"),
+        ("rate = ", "not TOML"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / "run.toml", text)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").touch()
+    assert cli.main(["train", "--config", str(tmp_path / "run.tml")]) == 2
+    assert f"does not exist; expected TOML or YAML. Did you mean {tmp_path / 'run.toml'}?" in capfd.readouterr().err
+
+
+def needed(name: str) -> list[str]:
+    """Arguments of a command that has to have some."""
+    values = {
+        option.name: [option.choices[0] if option.choices else str(i) for i in range(2 if option.count is None else 1)]
+        for option in options_of(name)
+        if option.default is MISSING
+    }
+    return arguments(name, values)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_reproduces_itself(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, *needed(name), "--print-config"]) == 0
+    text, told = capfd.readouterr()
+    assert told == ""
+    tomllib.loads(text)
+    (tmp_path / "run.toml").write_text(text)
+    assert parse([name, "--config", str(tmp_path / "run.toml")]) == parse([name, *needed(name)])
+
+
+def words(option: Option, *, first: bool) -> st.SearchStrategy[Any]:
+    """Values of one word of an option. first: it stands behind `=`, and may begin with a dash."""
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if int in option.types:
+        return st.integers(-(10**9), 10**9)
+    if float in option.types:
+        return st.floats(allow_nan=False)
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+    text = text.filter(lambda one: masked(one) == one and one != "None" and (first or not one.startswith("-")))
+    return text.map(Path) if option.types == {Path} else text
+
+
+def values(option: Option) -> st.SearchStrategy[Any]:
+    if option.count == 0:
+        return st.booleans()
+    if option.count == 1:
+        one = words(option, first=True)
+        return st.none() | one if option.optional else one
+    most = 3 if option.count is None else option.count
+    return st.lists(words(option, first=False), min_size=option.count or 0, max_size=most).map(tuple)
+
+
+@given(st.sampled_from(["train", "capture", "verify", "bench"]), st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_values_survive_a_file(name: str, data: st.DataObject) -> None:
+    """Numbers, texts, paths, lists, switches and None, through TOML and the whole parser."""
+    options = [option for option in options_of(name) if option.name != "json"]
+    drawn = data.draw(st.lists(st.sampled_from(options), max_size=12, unique_by=lambda option: option.name))
+    required = [option for option in options if option.default is MISSING and option not in drawn]
+    command = COMMANDS[name](**{option.name: data.draw(values(option)) for option in [*required, *drawn]})
+    text = config_text(name, command)
+    with NamedTemporaryFile("w", suffix=".toml", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        assert parse([name, "--config", file.name]) == command, text
+
+
+def test_credentials_are_never_written(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
+    text = config_text("train", train(cache="s3://me:hunter2@bucket/x", data=("a", "b?hunter2hunter2"), best="m:n"))
+    assert "hunter2" not in text
+    assert "# cache: left out, since it has credentials. Give it on the command line." in text
+    assert "# data: left out" in text
+    assert tomllib.loads(text)["evaluation"]["best"] == "m:n"
+    assert cli.main(["train", "--student", "s", "--out", "o", "--cache", "s3://me:hunter2@b/x", "--print-config"]) == 0
+    assert "hunter2" not in "".join(capfd.readouterr())
+
+
+def test_text_that_is_not_unicode_is_left_out() -> None:
+    assert "# student: left out, since it is not Unicode." in config_text("train", train(student="a\udc80"))
+
+
+def test_a_run_leaves_a_file_that_reproduces_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_cache(tmp_path / "cache")
+    given = ["--student", "train_cases:tiny", "--cache", str(tmp_path / "cache"), "--steps", "2", "--lr", "0.003"]
+    assert cli.main(["train", *given, "--out", str(tmp_path / "run")]) == 0
+    file = tmp_path / "run" / "config.toml"
+    before = file.read_bytes()
+    assert parse(["train", "--config", str(file)]) == parse(["train", *given, "--out", str(tmp_path / "run")])
+    assert cli.main(["train", "--config", str(file), "--out", str(tmp_path / "again"), "--json"]) == 0
+    one, other = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "again"))
+    losses = [[json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)] for lines in (one, other)]
+    assert losses[0] == losses[1] != []
+    # a call that is refused leaves the file as it is
+    assert cli.main(["train", "--config", str(file), "--seed", "5"]) == 1
+    assert file.read_bytes() == before
+    capfd.readouterr()
