@@ -126,14 +126,15 @@ def scan(command: str, args: Sequence[str]) -> Given:
     by_flag = {flag: (option, False) for option in options for flag in option.flags}
     by_flag |= {f"--no-{flag[2:]}": (o, True) for o in options if o.count == 0 for flag in o.flags}
     given, words, i = Given(), [], 0
+    for word in args:
+        if word in ("-h", "--help"):
+            raise HelpWanted(brief=word == "-h")
     while i < len(args):
         flag, equals, inline = args[i].partition("=")
         i += 1
         if not _OPTION.match(flag):
             words.append(args[i - 1])
             continue
-        if args[i - 1] in ("-h", "--help"):
-            raise HelpWanted(brief=args[i - 1] == "-h")
         flag = flag.replace("_", "-")
         if flag == PRINT_CONFIG and not equals:
             given.print_config = True

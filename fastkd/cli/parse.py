@@ -112,7 +112,7 @@ def _overview() -> str:
 
 
 def _show_help(name: str, *, brief: bool) -> NoReturn:
-    """Print the help of a command. brief: of each option the first sentence."""
+    """Print the help of a command. brief: of each option the first clause."""
     printed = _Like(sys.stdout)
     with redirect_stdout(printed), suppress(SystemExit):
         _parse([name, "--help"], aloud=True, brief=brief)
@@ -245,10 +245,11 @@ def _shown(one: StructFieldSpec, *, brief: bool) -> StructFieldSpec:
 
 
 def _one_line(text: str | Callable[[], str | None] | None, *, brief: bool, name: str) -> str:
-    """A docstring as one line, or its first sentence. tyro passes a callable that reads the source lazily."""
+    """A docstring as one line, or its first clause. tyro passes a callable that reads the source lazily."""
     found = " ".join(((text() if callable(text) else text) or "").split())
     if brief:
-        return re.split(r"(?<=[.]) (?=[A-Z`])|(?<=[.])$", found)[0]
+        first = re.match(r"(With [^:]*: )?.*?(?=[.:;] |\.?$)", found)
+        return f"{first[0] if first else found}."
     others = [f"--{one}" for one in spellings(name)[1:]]
     return f"{found} Also {', '.join(others)}." if others else found
 

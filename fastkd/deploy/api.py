@@ -19,6 +19,7 @@ from ..models.tokenizers import load_tokenizer
 from ..report.render import to_html
 from ..settings import DeploySettings, ExportSettings
 from ..settings_changes import DeployChanges, ExportChanges
+from ..stream.split import has_held_out, open_split
 from ..utils.atomic import check_place, write_text
 from ..utils.progress import Mode
 from .calibration import Calibration
@@ -68,7 +69,7 @@ def export(
         raise ExportError(f"out: got {out}, which exists; expected a new folder. Delete it, or choose another.")
     check_place(out, "out", ExportError)
     _check_settings(settings, cache)
-    opened = _opened(cache, data)
+    opened = _opened(cache, data, settings)
     model = _loaded(student, data, settings)
     _check_cache(model, opened, settings)
     found.check(model, settings.quantize)
@@ -116,7 +117,7 @@ def deploy_report(
         raise ExportError(f"out: got {page}, which is a folder; expected the name of a page, such as {page / PAGE}.")
     check_place(page, "out", ExportError)
     _check_settings(settings, cache, stored=True)
-    opened = _opened(cache, data)
+    opened = _opened(cache, data, settings)
     exports = [read_exported(folder) for folder in folders]
     for one in exports:
         find(one.to)  # its packages are there
@@ -191,12 +192,14 @@ def _check_settings(settings: DeploySettings, cache: Any, *, stored: bool = Fals
             raise ExportError(f"{name}: got {given!r} without a cache; expected one, to evaluate on.")
 
 
-def _opened(cache: Any, data: Examples | None) -> Cache | None:
+def _opened(cache: Any, data: Examples | None, settings: DeploySettings) -> Cache | None:
     if cache is None:
         return None
     opened = cache if isinstance(cache, Cache) else open_cache(cache)
     if "tokens" not in opened.spec.inputs and data is None:
         raise ExportError(f"{opened!r}: got a cache of examples without data; expected its labelled Examples.")
+    if settings.positions is not None and has_held_out(opened):
+        open_split(opened, "held_out", max_positions=settings.positions, limit="positions")
     return opened
 
 

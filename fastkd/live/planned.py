@@ -20,7 +20,7 @@ from ..data.examples import Examples
 from ..data.lengths import LENGTHS_KEY
 from ..errors import StreamError
 from ..settings import CaptureSettings
-from ..stream.split import SPLITS, ShardTable
+from ..stream.split import SPLITS, ShardTable, nothing_left
 from ..teachers.protocol import Teacher
 
 Ints = NDArray[np.int64]
@@ -64,7 +64,9 @@ class PlannedShards:
         with self._reading:
             return read_shard_rows(self.plan, self.data, index)
 
-    def table(self, split: str, *, skip: int = 0, max_positions: int | None = None) -> ShardTable:
+    def table(
+        self, split: str, *, skip: int = 0, max_positions: int | None = None, limit: str = "max_positions"
+    ) -> ShardTable:
         """The sequences of a split, as `split.open_split` finds those of a cache. Raises StreamError."""
         if split not in SPLITS:
             raise StreamError(f"split: got {split!r}; expected one of {', '.join(SPLITS)}.")
@@ -74,12 +76,10 @@ class PlannedShards:
             raise StreamError("split: got 'held_out', but no documents are held out; expected held_out above 0.")
         shard = np.arange(begin, end)
         sequences, positions = (np.diff(ends)[begin:end] for ends in (plan.shard_windows, plan.shard_rows))
-        table = ShardTable(self, shard, np.zeros(len(shard), np.int64), sequences, positions).part(skip, max_positions)
+        whole = ShardTable(self, shard, np.zeros(len(shard), np.int64), sequences, positions)
+        table = whole.part(skip, max_positions)
         if not len(table.shard):
-            raise StreamError(
-                f"skip, max_positions: got {skip} and {max_positions}, which leave nothing of the "
-                f"{int(sequences.sum())} sequences ({int(positions.sum())} positions) of split {split!r}."
-            )
+            raise nothing_left(whole, split, skip, max_positions, limit)
         digest = hashlib.sha256(plan.hash.encode())
         for column in (table.shard, table.first, table.sequences, table.positions):
             digest.update(column.astype("<i8").tobytes())

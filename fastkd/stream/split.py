@@ -86,13 +86,32 @@ class ShardTable:
         return ShardTable(self.origin, *(column[kept] for column in (self.shard, first, sequences, positions)))
 
 
+def nothing_left(table: ShardTable, split: str, skip: int, max_positions: int | None, limit: str) -> StreamError:
+    """The error for a part of a split, `table`, in which there is nothing. limit: what the caller calls
+    `max_positions`."""
+    given = {name: value for name, value in (("skip", skip or None), (limit, max_positions)) if value is not None}
+    of = f"the {int(table.sequences.sum())} sequences ({int(table.positions.sum())} positions) of split {split!r}"
+    where = f" in {table.origin!r}" if isinstance(table.origin, Cache) else ""
+    expected = "less" if list(given) == ["skip"] else "more" if list(given) == [limit] else "at least one sequence"
+    leave = "leaves" if len(given) == 1 else "leave"
+    names, values = ", ".join(given), " and ".join(map(str, given.values()))
+    return StreamError(f"{names}: got {values}, which {leave} nothing of {of}{where}; expected {expected}.")
+
+
 def open_split(
-    cache: Cache, split: str, *, skip: int = 0, max_positions: int | None = None, allow_partial: bool = False
+    cache: Cache,
+    split: str,
+    *,
+    skip: int = 0,
+    max_positions: int | None = None,
+    allow_partial: bool = False,
+    limit: str = "max_positions",
 ) -> ShardTable:
     """The sequences of a split of a cache, in the order of the data.
 
     skip: leave out the first sequences. max_positions: then take the first whole sequences with at most that many
-    positions together. allow_partial: accept a cache with missing shards.
+    positions together. allow_partial: accept a cache with missing shards. limit: what the caller calls max_positions,
+    for errors.
 
     Raises StreamError if nothing is left, if shards are missing, and for the held-out split of a cache without one;
     CacheError if the cache cannot be read.
@@ -115,14 +134,10 @@ def open_split(
         raise StreamError(f"{cache!r}: got no shard of split {split!r}; expected at least one. Capture it first.")
     content = manifest.column("content_sha256").take(inside).to_pylist()
     shard = number[inside]
-    table = ShardTable(cache, shard, np.zeros(len(shard), np.int64), sequences[inside], positions[inside])
-    table = table.part(skip, max_positions)
+    whole = ShardTable(cache, shard, np.zeros(len(shard), np.int64), sequences[inside], positions[inside])
+    table = whole.part(skip, max_positions)
     if not len(table.shard):
-        raise StreamError(
-            f"skip, max_positions: got {skip} and {max_positions}, which leave nothing of the "
-            f"{int(sequences[inside].sum())} sequences ({int(positions[inside].sum())} positions) of split {split!r} "
-            f"in {cache!r}."
-        )
+        raise nothing_left(whole, split, skip, max_positions, limit)
     digest = hashlib.sha256()
     for column in (table.shard, table.first, table.sequences, table.positions):
         digest.update(column.astype("<i8").tobytes())

@@ -142,7 +142,11 @@ class CacheInputs(Inputs):
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
         tables = [
             open_split(
-                cache, "held_out", max_positions=settings.evaluate_positions, allow_partial=settings.allow_partial
+                cache,
+                "held_out",
+                max_positions=settings.evaluate_positions,
+                allow_partial=settings.allow_partial,
+                limit="evaluate_positions",
             )
             for cache in self.caches
         ]

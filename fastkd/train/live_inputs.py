@@ -290,6 +290,7 @@ class LiveInputs(Inputs):
         return "" if self.planned.has_held_out else "no documents are held out (held_out)."
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
+        self.planned.table("held_out", max_positions=settings.evaluate_positions, limit="evaluate_positions")
         return HeldOut([partial(self._evaluate, settings=settings, processes=processes)], [1.0])
 
     def _evaluate(self, student: Student, *, settings: TrainSettings, processes: Processes) -> "Evaluation":

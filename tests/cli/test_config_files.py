@@ -83,7 +83,10 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
 def test_a_file_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.toml").touch()
     assert cli.main(["train", "--config", str(tmp_path / "run.tml")]) == 2
-    assert f"does not exist; expected TOML or YAML. Did you mean {tmp_path / 'run.toml'}?" in capfd.readouterr().err
+    assert (
+        f"does not exist; expected a file of TOML or YAML. Did you mean {tmp_path / 'run.toml'}?"
+        in capfd.readouterr().err
+    )
 
 
 def needed(name: str) -> list[str]:

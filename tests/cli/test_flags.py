@@ -84,7 +84,8 @@ def test_commands_say_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         (["--rate", "-1"], "--rate -1.0: expected a number from 0 to inf."),
         (["--checkpoint-every", "0"], "--checkpoint-every 0: expected an integer from 1 on."),
         (["--treatment", "sampled", "--divergence", "jsd"], "--treatment: got 'sampled' with divergence 'jsd'"),
-        (["--skip", "9999"], "--skip, --max-positions: got 9999 and None"),
+        (["--evaluate-positions", "1"], "--evaluate-positions: got 1, which leaves nothing of the"),
+        (["--skip", "9999"], "--skip: got 9999, which leaves nothing of the"),
     ):
         assert cli.main([*train, *wrong]) == 1
         out, told = capfd.readouterr()

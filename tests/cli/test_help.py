@@ -66,7 +66,9 @@ def test_groups_are_titles_and_the_most_used_come_first(said: Any) -> None:
     assert wanted <= set(titles) <= {"options", *GROUPS}
     assert len(titles) == len(set(titles))
     assert max(map(len, text.splitlines())) <= 80
-    at = [text.index(f"--{name} ") for name in ("student", "cache", "steps", "learning-rate", "weight-decay", "alpha")]
+    at = [
+        text.index(f"│ --{name} ") for name in ("student", "cache", "steps", "learning-rate", "weight-decay", "alpha")
+    ]
     assert at == sorted(at)
     assert "Also --rate, --lr." in " ".join(text.replace("│", " ").split())
 

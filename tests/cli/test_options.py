@@ -19,7 +19,7 @@ NEEDED = ["train", "--student", "s", "--cache", "c", "--out", "o"]
     [
         (["--raet", "3"], "--raet: `fastkd train` has no such option. Did you mean --rate?"),
         (["--batch=3"], "--batch: `fastkd train` has no such option. Did you mean --batch-tokens or --batch-size?"),
-        (["--learning-rat", "3"], "Did you mean --learning-rate?"),
+        (["--learning-rat", "3"], "Did you mean --learning-rate or --learning-rate-schedule?"),
         (["--quantise", "int8"], "Did you mean --quantize"),
         (["--confg", "x.toml"], "Did you mean --config?"),
         (["--price-per-hour", "3"], "has no such option. It is one of `fastkd plan`."),

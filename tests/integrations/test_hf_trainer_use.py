@@ -46,7 +46,7 @@ def test_evaluate(cache: Cache, tmp_path: Path) -> None:
     assert found["test_loss"] == found["test_cross_entropy"]
     assert found["test_kl"] == found["test_kl_sampled"]
     assert len(made.eval_dataset) == open_split(cache, "held_out").sequences.sum()
-    refused("skip, max_positions: got 0 and 1", cache, tmp_path, loss={"evaluate_positions": 1})
+    refused("evaluate_positions: got 1, which leaves nothing", cache, tmp_path, loss={"evaluate_positions": 1})
 
 
 def test_the_best_model_callbacks_and_early_stopping(cache: Cache, tmp_path: Path) -> None:

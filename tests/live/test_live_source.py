@@ -183,7 +183,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         LiveSource(data, None, TEXT, batch_size=2)
     with pytest.raises(StreamError, match="no documents are held out"):
         LiveSource(data, teacher, replace(TEXT, held_out=0.0), batch_size=2, split="held_out")
-    with pytest.raises(StreamError, match="skip, max_positions: got 1000 and None"):
+    with pytest.raises(StreamError, match="skip: got 1000, which leaves nothing"):
         LiveSource(data, teacher, TEXT, batch_size=2, skip=1000)
     with pytest.raises(StreamError, match="data: got no labels"):
         LiveSource(examples(labels=None), image_teacher(), IMAGES, batch_size=2)

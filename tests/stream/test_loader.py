@@ -451,8 +451,8 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
             "world_size: got 3 ranks; expected at most 2, the sequences per step",
         ),
         ({"batch_tokens": 99, "world_size": 999, "reduce": print}, "world_size: got 999 ranks"),
-        ({"batch_size": 2, "skip": 10**6}, "skip, max_positions: got 1000000 and None, which leave nothing"),
-        ({"batch_size": 2, "max_positions": 1}, "skip, max_positions: got 0 and 1, which leave nothing"),
+        ({"batch_size": 2, "skip": 10**6}, "skip: got 1000000, which leaves nothing"),
+        ({"batch_size": 2, "max_positions": 1}, "max_positions: got 1, which leaves nothing"),
     ],
 )
 def test_bad_settings_are_named(cache: Cache, settings: Any, message: str) -> None:
