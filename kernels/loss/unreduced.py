@@ -59,10 +59,19 @@ class _Parameter:
         # it may be wrapped later. Going through all objects takes a moment, so it is done more and more rarely
         if self.wrapper is None and self._losses & (self._losses - 1) == 0:
             parameter = self.parameter()
-            for wrapper in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+            for wrapper in _wrappers():
                 if any(one is parameter for one in wrapper.parameters()):
                     self.wrapper = _Wrapper(wrapper)
         return self.wrapper
+
+
+def _wrappers() -> list[DistributedDataParallel]:
+    """Every one that lives. An object refers to its class, and what refers to one is found without Python code for each
+    object of the program."""
+    classes: list[type] = [DistributedDataParallel]
+    for one in classes:
+        classes += [new for new in one.__subclasses__() if new not in classes]
+    return [one for one in gc.get_referrers(*classes) if type(one) in classes]
 
 
 def check_reduced(name: str, x: Tensor, weight: Tensor | None = None) -> None:

@@ -10,7 +10,6 @@ def test_what_is_known_of_a_parameter_goes_with_it(monkeypatch: pytest.MonkeyPat
     """A loop may make new leaves at every step, as of logits."""
     monkeypatch.setattr(unreduced.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(unreduced.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(unreduced.gc, "get_objects", list)  # which takes a moment
     before = set(unreduced._known)
     kept = torch.zeros(2, 3, requires_grad=True)
     for _ in range(3):
@@ -20,3 +19,14 @@ def test_what_is_known_of_a_parameter_goes_with_it(monkeypatch: pytest.MonkeyPat
         assert set(unreduced._known) == before | {id(kept), id(leaf)}
         del leaf
         assert set(unreduced._known) == before | {id(kept)}
+
+
+def test_wrappers_of_every_class_are_found() -> None:
+    class Own(torch.nn.parallel.DistributedDataParallel):
+        pass
+
+    class Further(Own):
+        pass
+
+    living = [kind.__new__(kind) for kind in (torch.nn.parallel.DistributedDataParallel, Own, Further)]
+    assert {id(one) for one in living} <= {id(one) for one in unreduced._wrappers()}
