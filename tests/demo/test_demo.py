@@ -23,7 +23,7 @@ from torch import Tensor
 from fastkd.cache import CacheError, open_cache, verify_cache
 from fastkd.cache.manifest import shard_key
 from fastkd.cli import main as cli
-from fastkd.demo import language, run_demo, students, teacher
+from fastkd.demo import deployed, language, run_demo, students, teacher
 from fastkd.demo.artifacts import cached_result, load_result, save_result
 from fastkd.demo.corpus import language_reference, package_sources, save_windows, token_windows
 from fastkd.demo.job import PRESETS, Job
@@ -61,8 +61,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def text(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "language_reference", lambda: iter([TEXT]))
-    if request.node.name != "test_demo":  # it looks at the page; drawing takes as long as all the rest
-        monkeypatch.setattr(render, "svg", lambda chart: "<svg></svg>")
+    if request.node.name != "test_demo":  # it looks at what takes as long as all the rest
+        plain(monkeypatch)
+
+
+def plain(patch: pytest.MonkeyPatch) -> None:
+    """Pages without drawings, and the student deployed as the file that it is in."""
+    patch.setattr(render, "svg", lambda chart: "<svg></svg>")
+    patch.setattr(deployed, "TO", "safetensors")
+    patch.setattr(deployed, "QUANTIZE", "none")
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "language_reference", lambda: iter([TEXT]))
-        patch.setattr(render, "svg", lambda chart: "<svg></svg>")
+        plain(patch)
         run_demo(small(out, tiny))
     return out
 
@@ -445,7 +452,7 @@ def test_training_settings_leave_the_cache_alone(again: DemoSettings) -> None:
 def test_the_commands_do_what_the_demo_did(
     again: DemoSettings, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    capture, *_, soft, report, _, deployed = made = commands(Job(again, Stages()))
+    capture, *_, soft, report, _, deploy = made = commands(Job(again, Stages()))
     pruned = next(command for command in made if command[1] == "student")
     assert cli.main([*pruned[1:-1], str(tmp_path / "pruned")]) == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -457,7 +464,7 @@ def test_the_commands_do_what_the_demo_did(
     assert cli.main(soft[1:]) == 0
     assert evaluations(again.out) == evaluations(whole)
     assert cli.main(report[1:]) == 0
-    assert cli.main(deployed[1:]) == 0
+    assert cli.main(deploy[1:]) == 0
 
 
 def test_the_corpus_of_a_gpu(settings: DemoSettings) -> None:
