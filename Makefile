@@ -6,8 +6,9 @@ MADE := $(VENV)/.made
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DIGITS_STAMP := $(VENV)/.installed-digits
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help demo demo-digits test check soak bench bench-check bench-micro bench-loss bench-gpu bench-cache bench-capture bench-train clean
+.PHONY: help demo demo-digits docs test check soak bench bench-check bench-micro bench-loss bench-gpu bench-cache bench-capture bench-train clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -37,6 +38,17 @@ $(DIGITS_STAMP): pyproject.toml constraints.txt | $(MADE)
 
 demo-digits: $(DIGITS_STAMP)  ## the demo for a classifier of handwritten digits, and live teachers: two minutes
 	$(BIN)/fastkd demo --task digits
+
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)  ## the documentation site in build/site; executes the notebook; warnings are errors
+	$(BIN)/python docs/tools/notebook.py docs/tutorials/first.ipynb
+	$(BIN)/python docs/tools/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/tools/pages.py --check
+	@echo "open build/site/index.html"
 
 test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted without a GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"

@@ -15,7 +15,9 @@ from .fields import FLOATS
 class LMHead:
     """An LM head: logits z = softcap·tanh(s/softcap) of hidden states, with s = (hidden @ weight.T + bias)·logit_scale.
 
-    weight `[V, D]`, bias `[V]` or None. softcap, logit_scale: None for a model without one.
+    weight `[V, D]`: the matrix.
+    bias `[V]` or None: added to the products.
+    softcap, logit_scale: None for a model without one.
     """
 
     weight: Tensor

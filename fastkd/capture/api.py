@@ -41,8 +41,8 @@ def capture(
         it); or a name: a folder, a GGUF file, a name on the Hub, module:factory, or KIND:NAME of a registered kind.
     data: files, a Hugging Face `Dataset`, or documents in memory, with column and text_documents: see `open_documents`.
         Token ids are used as they are; text and conversations are tokenized by tokenizer (a name, a `Tokenizer`, or one
-        of transformers; None: the teacher's own). loss_on: "all", or for conversations "assistant". Or `Documents`, or
-        `Examples`.
+        of transformers; None: the teacher's own). Or `Documents`, or `Examples`.
+    loss_on: which positions of conversations get targets: "all", or "assistant".
     out: a folder, a URL (s3://, gs://, az://), or a `Store`.
     settings, changes: a `CaptureSettings`, and fields of it to replace: `capture(..., k=64, draws=0)`.
     shards: the numbers of the shards to capture, for a scheduler that keeps account of them: without claims, in this

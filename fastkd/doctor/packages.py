@@ -9,7 +9,7 @@ from .result import Found
 
 SHOWN = ("torch", "triton", "zarr", "numcodecs", "pyarrow", "numpy", "transformers")
 """Packages whose versions are printed."""
-OWN = ("test", "dev")
+OWN = ("test", "dev", "docs")
 """Extras of those who change fastkd."""
 
 
@@ -45,11 +45,14 @@ def _extras(parsed: Sequence[Requirement]) -> list[str]:
 
 
 def _of_extra(parsed: Sequence[Requirement], extra: str) -> list[Requirement]:
-    return [
+    """What an extra requires; of one that is made of others, what they require."""
+    own = [
         one
         for one in parsed
         if one.marker is not None and not one.marker.evaluate({"extra": ""}) and one.marker.evaluate({"extra": extra})
     ]
+    others = [name for one in own if one.name == "fastkd" for name in sorted(one.extras)]
+    return [one for one in own if one.name != "fastkd"] + [one for name in others for one in _of_extra(parsed, name)]
 
 
 def _problem(one: Requirement) -> str | None:

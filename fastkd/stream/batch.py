@@ -81,11 +81,10 @@ class AnyBatch(ABC):
 class MicroBatch(AnyBatch):
     """Segments of text for one forward. A segment is the part of a document in one window; none may attend to another.
 
-    layout="padded": a row for each segment, `[B, L]`, pads at the end. A causal model needs no attention mask.
-    layout="packed": the segments one after another, `[1, n]`. The model must keep them apart, by `cu_seqlens`,
-        `position_ids` or `packing_mask()`. Pads at the end, if there are any, are segments too.
-
-    input_ids `[B, L]` int64; pads are 0.
+    layout: "padded": a row for each segment, `[B, L]`, pads at the end; a causal model needs no attention mask.
+        "packed": the segments one after another, `[1, n]`; the model must keep them apart, by `cu_seqlens`,
+        `position_ids` or `packing_mask()`, and pads at the end, if there are any, are segments too.
+    input_ids `[B, L]` int64: tokens; pads are 0.
     labels `[B, L]` int64: what the logits at each position predict, so they are already shifted. −100 at a segment's
         last position, at positions without a target, and at pads.
     position_ids `[B, L]` int64: positions in the segment (they continue through pads).

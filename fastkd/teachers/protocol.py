@@ -25,15 +25,16 @@ class Teacher(Protocol):
 
     One outside this process may have more, each of them optional:
 
-    `for_targets(settings)`: the teacher that answers with what a `TargetSettings` keeps of it: a server is asked for no
-        more entries.
-    `submit(inputs, lengths)`: begin to answer a batch of text, whose rows have that many tokens without padding, and
-        return a `Begun`. A capture begins batches before it waits for earlier ones, up to `in_flight` positions.
-    `tokenizer(template=...)`: the tokenizer of its model. `check_tokenizer(tokenizer)`: TeacherError if another one is
-        given, and gives other ids than its own.
-    `probe()`: what it says on a fixed input, as JSON; `compare_probe(value)`: in a sentence, what makes such a value
-        one of another model; "" for nothing. A cache keeps it, and is continued only with the same.
-    `figures()`: its state by name, each a number and its text, for progress bars. `summary()`: what it did, in a line.
+    - `for_targets(settings)`: the teacher that answers with what a `TargetSettings` keeps of it: a server is asked for
+      no more entries.
+    - `submit(inputs, lengths)`: begin to answer a batch of text, whose rows have that many tokens without padding, and
+      return a `Begun`. A capture begins batches before it waits for earlier ones, up to `in_flight` positions.
+    - `tokenizer(template=...)`: the tokenizer of its model. `check_tokenizer(tokenizer)`: TeacherError if another one
+      is given, and gives other ids than its own.
+    - `probe()`: what it says on a fixed input, as JSON; `compare_probe(value)`: in a sentence, what makes such a value
+      one of another model; "" for nothing. A cache keeps it, and is continued only with the same.
+    - `figures()`: its state by name, each a number and its text, for progress bars. `summary()`: what it did, in a
+      line.
     """
 
     @property

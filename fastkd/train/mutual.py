@@ -69,8 +69,12 @@ class PeerReport:
 
 @dataclass(frozen=True)
 class MutualReport:
-    """What `fastkd.mutual` returns. run: of the training of all. students: by name. ensemble: the last measures of the
-    mean of all students' probabilities."""
+    """What `fastkd.mutual` returns.
+
+    run: the report of the training of all.
+    students: the report of each, by name.
+    ensemble: the last measures of the mean of all students' probabilities.
+    """
 
     run: TrainReport
     students: Mapping[str, PeerReport]

@@ -26,7 +26,7 @@ PROJECTIONS = ("query", "key", "value")
 class AttentionBlock(TensorFields):
     """The first half of an attention layer: norm, projections, q/k norms and rotary embedding.
 
-    query `[H d, D]`, key and value `[G d, D]`: weights of the projections. `query_bias` and so on, or None.
+    query `[H d, D]`: weight of the projection; `query_bias` or None. So are key and value, `[G d, D]`.
     heads, key_heads: H and G. Each of the G key heads serves H / G consecutive query heads.
     norm: of the state x. "rms": x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019); "layer": (x − mean) /
         sqrt(variance + eps) · weight + bias; "none". `norm_weight` `[D]` is the factor itself (of Gemma, 1 + its

@@ -30,7 +30,7 @@ class HiddenTargets(TensorFields):
     that x / scale = z @ basisᵀ is a rotation of z: losses that do not depend on a rotation compare a student with z,
     and the states are never rotated back.
 
-    codes `[N, W]` int16.
+    codes `[N, W]` int16: the coordinates.
     scale `[N]` float: the root mean square of each state.
     mean `[W]` float: the mean of x / rms(x).
     basis `[W, W]` float: its columns are the components.

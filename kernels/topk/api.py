@@ -41,7 +41,7 @@ def topk_targets(
 ) -> SparseTargets:
     """Sparse targets of a teacher's logits: top-k entries, the tail's log-partitions, and draws from the tail.
 
-    logits `[N, V]` or `[..., V]` (rows in row-major order), bfloat16, float16, float32 or float64, of any stride. −inf
+    logits `[N, V]` or `[..., V]`: rows in row-major order; bfloat16, float16, float32 or float64, of any stride. −inf
         marks a token that is no outcome.
     k, settings: fields of TopKConfig as keyword arguments (mass=0.9, draws=16, temperatures=(1.0, 2.0), ...), which
         win over the config's.

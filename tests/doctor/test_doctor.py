@@ -56,6 +56,7 @@ def test_requirements() -> None:
     given = [
         "torch>=2", "zarr>=99,<100", "a-package-of-nobody", "not-here>=1; platform_system == 'Nowhere'",
         "torch>=1; extra == 'cpu'", "absent>=1; extra == 'hf'", "numpy>=99; extra == 'hf'", "absent; extra == 'dev'",
+        "fastkd[cpu,hf]; extra == 'all'", "fastkd[cpu]; extra == 'some'",
     ]  # fmt: skip
     found = list(check_packages(given))
     problems = [one.text for one in found if one.state == "problem"]
@@ -64,8 +65,9 @@ def test_requirements() -> None:
     assert "not <100,>=99. Install it" in problems[0]
     assert problems[1].startswith("a-package-of-nobody is not installed.")
     extras = {one.name: one.text for one in found if one.name.startswith("extras")}
-    assert extras["extras"] == "cpu"
+    assert extras["extras"] == "cpu, some"
     assert extras["extras not there"].startswith("hf (absent is not installed; numpy ")
+    assert "), all (absent is not installed; numpy " in extras["extras not there"]
     assert extras["extras not there"].endswith("To add one: pip install 'fastkd[hf]'")
 
 
