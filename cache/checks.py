@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .encoding.grid import LOWEST
 from .encoding.ragged import BLOCK
 from .encoding.targets import HIGHEST_TAIL_CODE, Targets
-from .errors import CacheError, expect
+from .errors import CacheError, expect, type_name
 from .shard.container import LARGEST
 from .spec import CacheSpec
 
@@ -150,7 +150,7 @@ def _array(
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CacheError(f"{name}: got {type(value).__name__}; expected a NumPy array ({error}).") from error
+        raise CacheError(f"{name}: got {type_name(value)}; expected a NumPy array ({error}).") from error
     wanted = {"iu": "integers", "f": "floating-point numbers"}.get(kinds, "numbers")
     if array.dtype.kind not in kinds and array.size:
         raise CacheError(f"{name}: got {array.dtype}; expected {wanted}.")

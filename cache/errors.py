@@ -31,3 +31,14 @@ def expect(good: bool, name: str, got: Any, expected: str) -> None:
     """CacheError "name: got ...; expected ..." unless `good`."""
     if not good:
         raise CacheError(f"{name}: got {got!r}; expected {expected}.")
+
+
+def type_name(value: object) -> str:
+    """What a value is, for messages: its type, or None."""
+    return "None" if value is None else type(value).__name__
+
+
+def said(error: object) -> str:
+    """What an error says, for the middle of another sentence: on one line, without a full stop at its end."""
+    text = " ".join(str(error).split())
+    return text if text.endswith("...") else text.rstrip(".")

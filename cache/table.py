@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import CacheError
+from .errors import CacheError, said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +20,7 @@ def sequence_table(cache: "Cache", sequence: int, tokenizer: Any = None) -> "pd.
     try:
         import pandas as pd
     except ImportError as error:
-        raise CacheError(f"to_pandas: {error}. Use `pip install pandas`.") from error
+        raise CacheError(f"to_pandas: {said(error)}. Use `pip install pandas`.") from error
     columns = sequence_columns(cache, sequence, tokenizer)
     if "label" in columns:
         columns["label"] = pd.array(columns["label"], dtype="Int64")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .checks import check_inputs, check_lengths, check_record, check_sorted, check_targets
 from .encoding.ragged import BLOCK
 from .encoding.targets import Targets, encode_targets
-from .errors import CacheError, ReadOnly
+from .errors import CacheError, ReadOnly, type_name
 from .manifest import SPEC_KEY, read_spec, refuse_overlaps
 from .shard_writer import Commit as Commit
 from .shard_writer import ShardWriter
@@ -47,7 +47,7 @@ def create_cache(path_or_store: Any, spec: CacheSpec, *, threads: int = 1, queue
     Raises CacheError for an existing cache of other settings (of another teacher, for example), naming what differs.
     """
     if not isinstance(spec, CacheSpec):
-        raise CacheError(f"spec: got {type(spec).__name__}; expected a CacheSpec.")
+        raise CacheError(f"spec: got {type_name(spec)}; expected a CacheSpec.")
     threads, queue = integer("threads", threads, 1), integer("queue", queue, 0)
     store = open_store(path_or_store, create=True)
     if not store.create(SPEC_KEY, spec.to_json()):

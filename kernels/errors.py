@@ -1,4 +1,4 @@
-"""The one error class of the loss and its kernels."""
+"""The one error class of the loss and its kernels, and a word for its messages."""
 
 
 class KDError(ValueError):
@@ -10,3 +10,8 @@ class KDError(ValueError):
     def __init__(self, message: str, *, row: int | None = None) -> None:
         super().__init__(message)
         self.row = row
+
+
+def type_name(value: object) -> str:
+    """What a value is, for messages: its type, or None."""
+    return "None" if value is None else type(value).__name__

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import KDError
+from .errors import KDError, type_name
 from .fields import Field, TensorFields, on_device
 from .tail import check_temperature, tail_weights
 from .treatment import resolve_treatment
@@ -116,7 +116,7 @@ class SparseTargets(TensorFields):
     def take(self, rows: slice | Tensor) -> "SparseTargets":
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers. `targets[rows]` is the same."""
         if not isinstance(rows, (slice, Tensor)):
-            raise KDError(f"targets[...]: got {type(rows).__name__}; expected a slice, a mask or a tensor of rows.")
+            raise KDError(f"targets[...]: got {type_name(rows)}; expected a slice, a mask or a tensor of rows.")
         return self.map(lambda x: x if x.ndim == 0 else x[rows])
 
     __getitem__ = take

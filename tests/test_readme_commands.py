@@ -13,7 +13,7 @@ from hf_cases import WORDS, saved, tokenizer_of
 from fastkd.cli import main as cli
 from fastkd.cli.commands import COMMANDS
 from fastkd.cli.flags import flags
-from fastkd.cli.options import options_of
+from fastkd.cli.options import CONFIG, PRINT_CONFIG, options_of
 from fastkd.cli.parse import parse
 
 # Placeholders of the pages, and their values here.
@@ -28,11 +28,7 @@ def test_commands_that_are_spoken_of_are_there(page: str) -> None:
     for line in [*commands(page), *mentions(page)]:
         name, *words = words_of(line, VALUES)
         assert name in COMMANDS, line
-        known = {flag for option in options_of(name) for flag in option.flags} | {
-            "--help",
-            "--config",
-            "--print-config",
-        }
+        known = {flag for option in options_of(name) for flag in option.flags} | {"--help", CONFIG, PRINT_CONFIG}
         assert {word for word in words if word.startswith("--")} <= known, line
 
 

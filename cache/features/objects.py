@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from ..errors import CacheError, NotFound
+from ..errors import CacheError, NotFound, said
 from ..manifest import read_twice
 from ..shard.container import Damage
 from ..spec import MOST_JSON
@@ -40,7 +40,9 @@ def read_basis(store: Store, name: str) -> Basis | None:
         return None
     except Damage as damage:
         where = f', array "{damage.array}"' if damage.array else ""
-        raise CacheError(f"{store.describe()}: {key}{where}: {damage}. Restore it, or drop the feature.") from damage
+        raise CacheError(
+            f"{store.describe()}: {key}{where}: {said(damage)}. Restore it, or drop the feature."
+        ) from damage
 
 
 def listed_objects(store: Store) -> tuple[dict[str, dict[str, int]], list[str]]:

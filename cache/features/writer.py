@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..checks import check_record
-from ..errors import CacheError, NotFound
+from ..errors import CacheError, NotFound, type_name
 from ..manifest import read_spec
 from ..shard_reader import ShardReader
 from ..shard_writer import Commit, ShardWriter
@@ -56,9 +56,7 @@ def create_feature(
     naming what differs; before anything is written.
     """
     if not isinstance(spec, FeatureSpec) or not isinstance(basis, Basis):
-        raise CacheError(
-            f"spec: got {type(spec).__name__} and {type(basis).__name__}; expected a FeatureSpec and a Basis."
-        )
+        raise CacheError(f"spec: got {type_name(spec)} and {type_name(basis)}; expected a FeatureSpec and a Basis.")
     threads, queue = integer("threads", threads, 1), integer("queue", queue, 0)
     store = open_store(path_or_store)
     name = f"feature {spec.name} of {store.describe()}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn, cast
 
 from ..credentials import redact
-from ..errors import CacheError, NotFound, ReadOnly, Refused, StoreError
+from ..errors import CacheError, NotFound, ReadOnly, Refused, StoreError, type_name
 
 # The folder of a store's own objects: unfinished attempts, a probe. Never listed, never an object's key.
 ATTEMPTS = "attempts"
@@ -298,4 +298,4 @@ def open_store(path_or_store: object, *, create: bool = False) -> Store:
     for base in type(place).__mro__:  # by name, so that no library is imported for it
         if opener := _openers.get(f"{base.__module__}.{base.__qualname__}"):
             return opener(place, create)
-    raise CacheError(f"store: got {type(place).__name__}; {expected}")
+    raise CacheError(f"store: got {type_name(place)}; {expected}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import lazy_loader
 
 from ..credentials import redact
-from ..errors import CacheError, ReadOnly, Refused, StoreError
+from ..errors import CacheError, ReadOnly, Refused, StoreError, said
 from .base import Entry, Names, Store, harmless, open_store, refuse, register_store, words
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def open_url(url: str, create: bool) -> ObstoreStore:
         return ObstoreStore(obstore.store.from_url(url, client_options=options), url)
     except Exception as error:
         step = ObstoreStore.NEXT_STEP
-        raise CacheError(f"{redact(url)}: obstore cannot open it: {words(error)}. {step}") from harmless(error)
+        raise CacheError(f"{redact(url)}: obstore cannot open it: {said(words(error))}. {step}") from harmless(error)
 
 
 @register_store(*(f"obstore.store.{kind}Store" for kind in ("S3", "GCS", "Azure", "Memory", "HTTP", "Local")))

@@ -20,7 +20,7 @@ from ..utils.output_guard import check_store
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.splitmix import mixed
-from ..utils.text import printable, ranges
+from ..utils.text import are_missing, printable
 from .mix import mix_rows
 
 Array = NDArray[Any]
@@ -210,7 +210,7 @@ def _shards(caches: Sequence[Cache]) -> dict[int, int]:
         there = list(cache.shards)
         missing = gaps(np.asarray(there), end=0 if plan is None else plan.shards)
         if missing or not there or there != list(first.shards):
-            why = f"shards {ranges(missing)} are missing" if missing else f"it has {len(there)} shards"
+            why = are_missing(missing) if missing else f"it has {len(there)} shards"
             raise CacheError(
                 f"caches: {cache!r}: {why}; expected all {max(len(first.shards), 0 if plan is None else plan.shards)} "
                 "of the plan. Run its capture again, which writes only what is missing."
@@ -297,7 +297,7 @@ def _joined(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 
 def mix_text(report: MixReport) -> str:
     """What `mix_targets` did, and what remains to be done."""
-    state = "complete and sealed" if report.complete else f"work remains: shards {ranges(report.missing)} are missing"
+    state = "complete and sealed" if report.complete else f"work remains: {are_missing(report.missing)}"
     weights = ", ".join(f"{weight:.3g}" for weight in report.weights)
     lines = [
         f"{report.cache}: {report.positions:,} positions in {report.shards:,} shards, {state}",

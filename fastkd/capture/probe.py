@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..cache import CacheError, NotFound
+from ..cache.errors import said
 from ..cache.manifest import SPEC_KEY
 from ..cache.stores import Store
 from ..teachers.protocol import Teacher
@@ -30,7 +31,8 @@ def agree_on_probe(teacher: Teacher, store: Store, *, write: bool = True) -> Non
     compare: Any = teacher
     if problem := compare.compare_probe(known):
         raise CacheError(
-            f"{store.describe()}: {problem}. Start the server with the model of the cache, or write to another folder."
+            f"{store.describe()}: {said(problem)}. Start the server with the model of the cache, or write to another "
+            "folder."
         )
 
 

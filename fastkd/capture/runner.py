@@ -25,7 +25,7 @@ from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.numbers import duration, size_text
 from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop, Stopped
-from ..utils.text import printable, ranges
+from ..utils.text import are_missing, printable
 from .claims import Claims
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
@@ -264,9 +264,7 @@ def capture_text(report: CaptureReport) -> str:
             printable(f"{report.cache}: stopped before the first shard") + "\nRun the same command again to continue."
         )
     lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
-    lines[0] += (
-        ", complete and sealed" if report.complete else f"; work remains: shards {ranges(report.missing)} are missing"
-    )
+    lines[0] += ", complete and sealed" if report.complete else f"; work remains: {are_missing(report.missing)}"
     features = {name: feature for name, feature in report.features.items() if feature.shards_written}
     if report.shards_written or features:
         run = f"{duration(report.seconds)}, {report.positions_captured / report.seconds:,.0f} positions/s, "

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache.errors import said
 from ..data.documents import Documents
 from ..data.examples import Examples
 from ..errors import TeacherError
@@ -52,7 +53,7 @@ class _Shard:
         """The error for a row that gets no valid target."""
         number = int(self.rows.row_numbers(np.array([row]))[0])
         return TeacherError(
-            f"{self.where(number >> 31)}, position {number & (2**31 - 1)}: the teacher failed there: {problem}. "
+            f"{self.where(number >> 31)}, position {number & (2**31 - 1)}: the teacher failed there: {said(problem)}. "
             f"Nothing of shard {self.index} was written. Try a wider dtype (float16 overflows where bfloat16 and "
             "float32 do not), or leave the document out."
         )

@@ -7,7 +7,7 @@ from ..cache.errors import CacheError, StoreError
 from ..settings import DataSettings
 from ..utils.numbers import size_text
 from ..utils.signals import Stop
-from ..utils.text import features_lines, printable, ranges, report_text
+from ..utils.text import are_missing, features_lines, numbered, printable, report_text, them
 from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
 from .outcome import Outcome, at_terminal, store_of
 
@@ -64,7 +64,8 @@ def verify(command: Verify) -> Outcome:
         if not found.sealed:
             why, also = "not written yet?", ""
         lines.append(
-            f"missing ({why}): shards {ranges(found.missing)}. Run the same capture again{also} to write them."
+            f"missing ({why}): {numbered('shard', found.missing)}. Run the same capture again{also} to write "
+            f"{them(found.missing)}."
         )
     lines.append(f"{store.describe()}: {verdict} ({read} {'hashed and decoded' if found.deep else 'hashed'})")
     lines += [f"feature {name}: {counts}" for name, counts in _features_checked(found).items()]
@@ -123,7 +124,8 @@ def _features_checked(found: "VerifyReport") -> dict[str, str]:
         verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
         texts[name] = f"{verdict} ({feature.shards:,} shards, {feature.vectors:,} vectors, {size_text(feature.bytes)})"
         if feature.missing:
-            texts[name] += f"; missing: shards {ranges(feature.missing)}. Run the same capture again to write them."
+            texts[name] += f"; missing: {numbered('shard', feature.missing)}. "
+            texts[name] += f"Run the same capture again to write {them(feature.missing)}."
     return texts
 
 
@@ -145,7 +147,7 @@ def seal(command: Seal) -> Outcome:
     warnings = []
     if missing:
         warnings.append(
-            f"{name}: shards {ranges(missing)} are missing, and a sealed cache accepts no more. To write them, delete "
+            f"{name}: {are_missing(missing)}, and a sealed cache accepts no more. To write {them(missing)}, delete "
             "manifest.parquet and run the capture again."
         )
     report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
@@ -155,7 +157,7 @@ def seal(command: Seal) -> Outcome:
     report["features"] = seal_features(cache, progress=at_terminal())
     for feature, found in report["features"].items():
         if found["missing"]:
-            warnings.append(f"feature {feature} is not sealed: shards {ranges(found['missing'])} are missing.")
+            warnings.append(f"feature {feature} is not sealed: {are_missing(found['missing'])}.")
         else:
             lines.append(f"feature {feature}: {'already ' * found['already']}sealed, {found['shards']:,} shards")
     return Outcome(report, "\n".join(map(printable, lines)), 0, " ".join(warnings))

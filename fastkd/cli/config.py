@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..cache.errors import type_name
 from ..utils.secrets import masked
 from ..utils.similar import did_you_mean, similar_path
 from .groups import GROUPS, MAIN, grouped, spellings
@@ -93,7 +94,7 @@ def _document(place: str) -> Mapping[str, Any]:
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"{place}: not TOML: {error}") from error
     if not isinstance(document, dict):
-        raise UsageError(f"{place}: got {type(document).__name__}; expected options and their values.")
+        raise UsageError(f"{place}: got {type_name(document)}; expected options and their values.")
     return document
 
 

@@ -86,7 +86,7 @@ def _parsed(args: Sequence[str]) -> Parsed:
     values = {} if given.config is None else read_config(given.config, name)
     words = arguments(name, values | given.values)
     try:
-        command = _parse([name, *words])
+        command = _parse(name, words)
     except SystemExit:
         _refuse(name, words)
     return Parsed(name, command, given.typed, given.print_config)
@@ -94,9 +94,19 @@ def _parsed(args: Sequence[str]) -> Parsed:
 
 def completion_script(shell: str) -> str:
     """Completion script for a shell: "bash", "zsh" or "fish"."""
+    commands: list[Any] = []
+    for name, command in COMMANDS.items():
+        about = (inspect.getdoc(command) or "").split("\n\n")[0]
+        commands.append(Annotated[command, tyro.conf.subcommand(name, description=about)])
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
-        _parse(["--tyro-write-completion", shell, "-"], aloud=True)
+        tyro.cli(
+            reduce(or_, commands),
+            prog="fastkd",
+            args=["--tyro-write-completion", shell, "-"],
+            config=(tyro.conf.FlagCreatePairsOff,),
+            registry=_registry(brief=False),
+        )
     return printed.getvalue()
 
 
@@ -115,7 +125,7 @@ def _show_help(name: str, *, brief: bool) -> NoReturn:
     """Print the help of a command. brief: of each option the first clause."""
     printed = _Like(sys.stdout)
     with redirect_stdout(printed), suppress(SystemExit):
-        _parse([name, "--help"], aloud=True, brief=brief)
+        _parse(name, ["--help"], aloud=True, brief=brief)
     say(_wrapped(printed.getvalue()).rstrip("\n"), keep=_COLOURED)
     raise SystemExit(0)
 
@@ -124,7 +134,7 @@ def _refuse(name: str, words: Sequence[str]) -> NoReturn:
     """Print what tyro says of arguments that it does not take."""
     printed = _Like(sys.stderr)
     with redirect_stderr(printed), suppress(SystemExit):
-        _parse([name, *masked(words)], aloud=True, brief=True)
+        _parse(name, masked(words), aloud=True, brief=True)
     say(_wrapped(printed.getvalue()).rstrip("\n"), sys.stderr, keep=_COLOURED)
     raise SystemExit(2)
 
@@ -156,19 +166,13 @@ def _width() -> int:
     return shutil.get_terminal_size().columns
 
 
-def _parse(args: Sequence[str], *, aloud: bool = False, brief: bool = False) -> Any:
-    # completion scripts have the first paragraph of each command; the help of one command the whole text
-    overview = args[0].startswith("-")
-    commands: list[Any] = []
-    for name, command in COMMANDS.items():
-        text = inspect.getdoc(command) or ""
-        about = text.split("\n\n")[0] if overview or brief else text
-        commands.append(Annotated[command, tyro.conf.subcommand(name, description=about)])
+def _parse(name: str, words: Sequence[str], *, aloud: bool = False, brief: bool = False) -> Any:
+    text = inspect.getdoc(COMMANDS[name]) or ""
     return tyro.cli(
-        reduce(or_, commands),
-        prog="fastkd",
-        description=_ABOUT,
-        args=args,
+        COMMANDS[name],
+        prog=f"fastkd {name}",
+        description=text.split("\n\n")[0] if brief else text,
+        args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
         console_outputs=aloud,
         registry=_registry(brief=brief),

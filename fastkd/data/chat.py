@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..cache.errors import type_name
+
 Messages = Sequence[Mapping[str, Any]]
 Encode = Callable[[str], Sequence[int]]
 Template = Callable[[list[dict[str, Any]], bool], str]
@@ -64,7 +66,7 @@ def _message(message: Any) -> dict[str, Any]:
     if isinstance(message, Mapping) and message.get("role") is None and "from" in message:
         return _from_sharegpt(message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidChat(f"got {type(message).__name__} without a role; expected messages with role and content.")
+        raise InvalidChat(f"got {type_name(message)} without a role; expected messages with role and content.")
     # an Arrow struct has every key in every message, null if JSON has none; templates test for a key's presence
     return {key: value for key, value in message.items() if value is not None}
 

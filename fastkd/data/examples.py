@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..cache.errors import type_name
 from ..errors import DataError
 from ..utils.splitmix import mixed
 
@@ -43,7 +44,7 @@ class Examples:
         seed: int = 0,
     ) -> None:
         if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__") or isinstance(inputs, (str, dict)):
-            raise DataError(f"inputs: got {type(inputs).__name__}; expected a tensor, an array or a sequence.")
+            raise DataError(f"inputs: got {type_name(inputs)}; expected a tensor, an array or a sequence.")
         if (augment is None) != (not fingerprint):
             raise DataError(
                 f"fingerprint: got {fingerprint!r} {'with' if augment else 'without'} augment; expected one for "
@@ -117,7 +118,7 @@ class Examples:
         except Exception as error:
             raise DataError(f"{self.where(int(numbers[0]))} or after it: augment failed: {error!r}") from error
         if not isinstance(changed, Tensor) or len(changed) != len(examples):
-            raise DataError(f"augment: got {type(changed).__name__}; expected a tensor of {len(examples)} examples.")
+            raise DataError(f"augment: got {type_name(changed)}; expected a tensor of {len(examples)} examples.")
         return changed
 
     def first(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.errors import type_name
 from ..errors import DataError
 from .byte_files import ByteFile
 from .columns import choose_column
@@ -57,7 +58,7 @@ class JsonColumn(LinesColumn):
             got = f"invalid JSON ({error})" if line.strip() else "an empty line"
             raise DataError(f"{self.where(row)}: got {got}; expected a JSON object.") from error
         if not isinstance(value, dict):
-            raise DataError(f"{self.where(row)}: got {type(value).__name__}; expected a JSON object.")
+            raise DataError(f"{self.where(row)}: got {type_name(value)}; expected a JSON object.")
         return value
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from ..cache.errors import said
 from ..errors import DataError
 from .columns import Column
 
@@ -96,5 +97,5 @@ class JoinedColumn:
             try:
                 found.append(self._shape.join({name: values[row] for name, values in plain.items()}))
             except ValueError as error:
-                raise DataError(f"{self.where(start + row)}: {error}.") from error
+                raise DataError(f"{self.where(start + row)}: {said(error)}.") from error
         return found

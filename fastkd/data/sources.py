@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..cache.errors import type_name
 from ..errors import DataError
 from .columns import (
     LOSS_MASK,
@@ -143,7 +144,7 @@ def _open(source: Any, column: str | None, text_documents: str) -> Source:
             names = list(source[0])
         return _in_memory(source, names, column, "the data in memory", "document")
     raise DataError(
-        f"source: got {type(source).__name__}; expected a file, a folder, a pattern, a list of Paths, a Dataset, or a "
+        f"source: got {type_name(source)}; expected a file, a folder, a pattern, a list of Paths, a Dataset, or a "
         "sequence of documents."
     )
 

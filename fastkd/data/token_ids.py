@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..cache.errors import type_name
 from ..errors import DataError
 from .columns import Values
 from .records import Completion
@@ -76,13 +77,11 @@ def _list_ids(values: Sequence[Any], where: Where) -> tuple[NDArray[Any], NDArra
             raise _null(where(row))
         if isinstance(value, (str, bytes, dict)):
             hint = ", or a tokenizer" if isinstance(value, str) else ""
-            raise DataError(f"{where(row)}got {type(value).__name__}; expected a list of integers{hint}.")
+            raise DataError(f"{where(row)}got {type_name(value)}; expected a list of integers{hint}.")
         try:
             array = np.asarray(value)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise DataError(
-                f"{where(row)}got {type(value).__name__} ({error}); expected a list of integers."
-            ) from error
+            raise DataError(f"{where(row)}got {type_name(value)} ({error}); expected a list of integers.") from error
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             got = f"{array.dtype} of {array.ndim} dimensions" if array.ndim != 1 else _first_bad(value)
             raise DataError(f"{where(row)}got {got}; expected a list of integers.")

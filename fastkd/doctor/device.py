@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..cache.errors import said
 from ..kernels import SparseTargets, linear_kd_loss
 from ..utils.numbers import size_text
 from .result import Found
@@ -39,7 +40,7 @@ def check_loss(device: torch.device) -> Found:
     except Exception as failure:  # whatever a compiler or a driver raises is what is looked for here
         problem = f"{type(failure).__name__}: {failure}"
     if problem is not None:
-        return Found(f"loss on {device.type}", "problem", f"{problem}. Please report it, with the lines above.")
+        return Found(f"loss on {device.type}", "problem", f"{said(problem)}. Please report it, with the lines above.")
     return Found(f"loss on {device.type}", "ok", f"equals the float64 reference, to {error:.0e}")
 
 

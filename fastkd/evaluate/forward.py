@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..cache.errors import type_name
 from ..errors import StreamError
 from ..stream.batch import AnyBatch, Step
 from ..stream.shard_source import ShardSource
@@ -48,7 +49,7 @@ class StudentForward:
         elif callable(student):
             self.logits = student
         else:
-            raise StreamError(f"student: got {type(student).__name__}; expected a module with `logits`, or a function.")
+            raise StreamError(f"student: got {type_name(student)}; expected a module with `logits`, or a function.")
         self._answered = getattr(student, "answered", None)
 
     def answered(self, batch: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..cache.errors import type_name
 from ..errors import ExportError
 from ..models.final_norm import find_final_norm
 from ..settings import ModelSettings
@@ -36,8 +37,9 @@ def select(cache: Any, names: Sequence[str]) -> list[Any]:
         missing = sorted(set(cache.shards) - set(feature.shards))
         if missing:
             raise ExportError(
-                f"--features: {name}: {len(missing):,} of the {len(cache.shards):,} shards are missing (the first is "
-                f"{missing[0]}). Run the capture of the features again; it writes only what is missing."
+                f"--features: {name}: {len(missing):,} of the {len(cache.shards):,} shards "
+                f"{'is' if len(missing) == 1 else 'are'} missing (the first is {missing[0]}). Run the "
+                "capture of the features again; it writes only what is missing."
             )
         if feature.name in [other.name for other in found]:
             raise ExportError(f"--features: got {name} twice; expected different layers.")
@@ -54,7 +56,7 @@ def final_norm(cache: Any, teacher: Any, settings: ModelSettings | None, to: str
         )
     found = load_teacher(teacher, settings or ModelSettings()) if isinstance(teacher, (str, Path)) else teacher
     if not isinstance(found, HFTeacher):
-        raise ExportError(f"--teacher: got {type(found).__name__}; expected a causal model of transformers.")
+        raise ExportError(f"--teacher: got {type_name(found)}; expected a causal model of transformers.")
     _same_weights(cache.spec.teacher, found.fingerprint)
     return find_final_norm(found.model)
 

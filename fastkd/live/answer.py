@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..cache.errors import said
 from ..capture.answers import targets_of, topk_config
 from ..errors import StreamError, TeacherError
 from ..kernels import KDError, SparseTargets
@@ -49,8 +50,8 @@ def targets_at(
             raise TeacherError(f"teacher: no targets can be made of its answer ({error}).") from error
         number = int(numbers_M[error.row])
         raise TeacherError(
-            f"document {number >> 31}, position {number & (2**31 - 1)}: the teacher failed there: {error}. Try a wider "
-            "dtype (float16 overflows where bfloat16 and float32 do not), or leave the document out."
+            f"document {number >> 31}, position {number & (2**31 - 1)}: the teacher failed there: {said(error)}. Try a "
+            "wider dtype (float16 overflows where bfloat16 and float32 do not), or leave the document out."
         ) from error
     return replace(targets, index=flat_M)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache.errors import said
 from ..errors import TeacherError
 from .hub import INSTALL, ModelFiles, brief, load_transformers, resolve
 
@@ -33,7 +34,7 @@ def load_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise TeacherError(f"peft: {error}. Use `{INSTALL}`.") from error
+        raise TeacherError(f"peft: {said(error)}. Use `{INSTALL}`.") from error
     return peft
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import kernels
+from ..cache.errors import said
 from ..errors import TeacherError
+from ..utils.similar import similar_path
 from .torchao import drop_noise
 
 INSTALL = "pip install 'fastkd[hf]'"
@@ -89,14 +91,20 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
             raise TeacherError(f"{source}: a folder of GGUF files. Name one of them: {', '.join(map(str, found[:9]))}.")
         return ModelFiles(path, path.resolve().name, hub=_repository_of(path.resolve()))
     name, _, file = str(source).rpartition("/") if str(source).endswith(".gguf") else (str(source), "", "")
-    if isinstance(source, Path) or not _NAME.fullmatch(name):
-        raise TeacherError(f"{source}: there is no such file or folder.")
+    if isinstance(source, Path) or not _NAME.fullmatch(name) or name.startswith("."):
+        raise TeacherError(f"{source}: there is no such file or folder.{_beside(source)}")
     folder = _snapshot(name, revision, [file] if file else _WANTED + LICENSES)
     if not file and not any(folder.glob("*.safetensors")):
         folder = _snapshot(name, revision, _WANTED + LICENSES + _PICKLED)
     if file and not (folder / file).exists():
         raise TeacherError(f"{source}: there is no file {file} in {name} on the Hugging Face Hub.")
     return ModelFiles(folder, Path(file).stem or name.rpartition("/")[2], file or None, name)
+
+
+def _beside(source: str | Path) -> str:
+    """The question whether what is beside a path that does not exist was meant."""
+    found = similar_path(str(source))
+    return f" Did you mean {found}?" if found else ""
 
 
 def _repository_of(folder: Path) -> str | None:
@@ -124,14 +132,18 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
         else:
             why = brief(error)
         raise TeacherError(
-            f"{requested}: no file or folder here, and cannot be downloaded from the Hugging Face Hub ({why}). Check "
-            f"the name, log in if it is gated (`hf auth login`), or download it elsewhere (`hf download {name}`)."
+            f"{requested}: no file or folder here, and cannot be downloaded from the Hugging Face Hub ({why})."
+            + (
+                _beside(name)
+                or " Check the name, log in if it is gated (`hf auth login`), or download it elsewhere (`hf download "
+                f"{name}`)."
+            )
         ) from error
 
 
 def brief(error: BaseException, limit: int = 160) -> str:
     """A library's error in one line."""
-    text = " ".join(str(error).split()) or "no message"
+    text = said(error) or "no message"
     return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '…'}"
 
 
@@ -147,7 +159,7 @@ def load_transformers() -> Any:
         import accelerate  # noqa: F401  transformers imports it late
         import transformers
     except ImportError as error:
-        raise TeacherError(f"transformers: {error}. Use `{INSTALL}`.") from error
+        raise TeacherError(f"transformers and accelerate are needed here: {said(error)}. Use `{INSTALL}`.") from error
     transformers.utils.logging.disable_progress_bar()
     # reading GGUF files takes a while, and ignores disable_progress_bar
     loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.errors import type_name
 from ..kernels import LMHead
 from .hub import brief
 from .protocol import Hidden, Logits, Output
@@ -31,7 +32,7 @@ def output_of(value: Any, name: str, shape: str | None, error: type[Exception]) 
     expected = shape or f"{TEXT} or {EXAMPLES}"
     of_shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
     raise error(
-        f"{name}: got {type(value).__name__}{of_shape} from the model; expected logits {expected}, an object with "
+        f"{name}: got {type_name(value)}{of_shape} from the model; expected logits {expected}, an object with "
         "`logits`, or fastkd.teachers.Hidden."
     )
 

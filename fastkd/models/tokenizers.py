@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ..cache.errors import type_name
 from ..errors import DataError, TeacherError
 from .hub import brief, load_transformers, resolve
 
@@ -148,7 +149,7 @@ def load_tokenizer(
     """
     if not isinstance(source, (str, Path)):
         if not callable(source) or not hasattr(source, "get_vocab"):
-            raise TeacherError(f"tokenizer: got {type(source).__name__}; expected a name or a transformers tokenizer.")
+            raise TeacherError(f"tokenizer: got {type_name(source)}; expected a name or a transformers tokenizer.")
         name = Path(getattr(source, "name_or_path", "") or type(source).__name__).name
         return Tokenizer(source, name=name, append_eos=append_eos, template=template)
     transformers = load_transformers()

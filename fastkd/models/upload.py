@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cache.errors import said
 from ..errors import TrainError
 from .hub import INSTALL, brief
 
@@ -102,7 +103,7 @@ def _hub() -> Any:
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError as error:
-        raise TrainError(f"push: {error}. Use `{INSTALL}`.") from error
+        raise TrainError(f"push: {said(error)}. Use `{INSTALL}`.") from error
     return huggingface_hub
 
 

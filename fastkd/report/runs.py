@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cache.errors import said, type_name
 from ..errors import NoRun, ReportError, StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
 from ..train import evaluations as kept
@@ -250,11 +251,11 @@ def _document(path: Path) -> Json:
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not JSON ({error}). Restore it, or train again.") from error
     if not isinstance(found, dict):
-        raise ReportError(f"{path}: got {type(found).__name__}; expected a JSON object. Restore it, or train again.")
+        raise ReportError(f"{path}: got {type_name(found)}; expected a JSON object. Restore it, or train again.")
     try:
         unsealed(found)
     except ValueError as error:
-        raise ReportError(f"{path}: {error}. Restore it, or train again.") from error
+        raise ReportError(f"{path}: {said(error)}. Restore it, or train again.") from error
     return found
 
 

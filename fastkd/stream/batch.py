@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..errors import StreamError
 from ..kernels import HiddenTargets, SparseTargets
 
 LAYOUTS = ("padded", "packed")
@@ -15,20 +16,23 @@ LAYOUTS = ("padded", "packed")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnyBatch(ABC):
-    """Base class of `MicroBatch` and `ExampleBatch`.
-
-    signals: what the source was asked for beside labels and targets, by names KIND/NAME such as "features/20".
-    counts: how many there are in the whole step, in all micro-batches of all ranks: of "targets", and of each signal by
-        its name. Sums over a signal are divided by its count, as those over targets are by `num_items`. Empty in a
-        batch that is not of a step.
-    """
+    """Base class of `MicroBatch` and `ExampleBatch`."""
 
     labels: Tensor
+    """int64: what the logits at each position predict, so they are already shifted; -100 where nothing counts. `[B, L]`
+    of text, `[B]` of examples."""
     sequences: Tensor
+    """int32: the number of each sequence among this rank's sequences of the step."""
     targets: SparseTargets
+    """The teacher's targets of the positions that count; `targets.index` ascends and has their flattened positions."""
     positions: int
+    """Positions in the micro-batch, without pads."""
     signals: Mapping[str, Any] = field(default_factory=dict)
+    """What the source was asked for beside labels and targets, by names KIND/NAME such as "features/20"."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    """How many there are in the whole step, in all micro-batches of all ranks: of "targets", and of each signal by its
+    name. Sums over a signal are divided by its count, as those over targets are by `num_items`. Empty in a batch that
+    is not of a step."""
 
     @property
     def count(self) -> int:
@@ -81,25 +85,24 @@ class AnyBatch(ABC):
 class MicroBatch(AnyBatch):
     """Segments of text for one forward. A segment is the part of a document in one window; none may attend to another.
 
-    layout: "padded": a row for each segment, `[B, L]`, pads at the end; a causal model needs no attention mask.
-        "packed": the segments one after another, `[1, n]`; the model must keep them apart, by `cu_seqlens`,
-        `position_ids` or `packing_mask()`, and pads at the end, if there are any, are segments too.
-    input_ids `[B, L]` int64: tokens; pads are 0.
-    labels `[B, L]` int64: what the logits at each position predict, so they are already shifted. −100 at a segment's
-        last position, at positions without a target, and at pads.
-    position_ids `[B, L]` int64: positions in the segment (they continue through pads).
-    cu_seqlens `[S + 1]` int32: the bounds of the segments when they lie one after another without pads.
-    sequences `[S]` int32: the number of each segment's sequence among this rank's sequences of the step; −1 for pads.
-    max_seqlen: positions of the longest segment.
-    targets: compact; `targets.index` ascends and holds the flattened positions of `[B, L]` that have a label.
-    positions: without pads.
+    layout="padded": a row for each segment, `[B, L]`, pads at the end. A causal model needs no attention mask.
+    layout="packed": the segments one after another, `[1, n]`. The model must keep them apart, by `cu_seqlens`,
+        `position_ids` or `packing_mask()`. Pads at the end, if there are any, are segments too.
+
+    labels `[B, L]` are −100 at a segment's last position, at positions without a target, and at pads. sequences `[S]`
+    has a number for each segment, and −1 for pads.
     """
 
     input_ids: Tensor
+    """`[B, L]` int64; pads are 0."""
     position_ids: Tensor
+    """`[B, L]` int64: positions in the segment (they continue through pads)."""
     cu_seqlens: Tensor
+    """`[S + 1]` int32: the bounds of the segments when they lie one after another without pads."""
     max_seqlen: int
+    """Positions of the longest segment."""
     layout: str
+    """"padded" or "packed"."""
 
     def padding_mask(self) -> Tensor:
         """`[B, L]` bool: False at pads. A causal model does not need it."""
@@ -132,20 +135,19 @@ class MicroBatch(AnyBatch):
 class ExampleBatch(AnyBatch):
     """Examples for one forward, one position each, augmented by their stored seeds: as the teacher saw them.
 
-    inputs `[B, ...]`: what `Examples.read` returns for them.
-    labels `[B]` int64: the class of each; −100 without a target.
-    sequences `[B]` int32: the number of each one's sequence among this rank's sequences of the step; the copies of an
-        example are one sequence.
-    targets: compact; `targets.index` ascends and holds the positions that have a label.
-    positions: B.
+    labels `[B]` are the class of each. sequences `[B]`: the copies of an example are one sequence. positions: B.
     """
 
     inputs: Tensor
+    """`[B, ...]`: what `Examples.read` returns for them."""
 
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""
         index: Any = self.targets.index
         return self.sequences.long()[index]
+
+
+Batch = TypeVar("Batch", bound=AnyBatch)
 
 
 class MappedBatches(Sequence[Any]):
@@ -174,15 +176,7 @@ class MappedBatches(Sequence[Any]):
 class Step:
     """One rank's share of an optimizer step.
 
-    micro_batches: `MicroBatch`es, or `ExampleBatch`es from a cache of examples. Every rank has equally many, so that
-        all ranks run forward and backward equally often: a rank with fewer of its own has empty ones at the end, of one
-        position that does not count. A source may make parts of one only when it is taken, and again when it is taken
-        again, with the same values.
-    count: positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`). The
-        micro-batches have it too, with those of signals (`counts`).
-    positions, sequences: of the whole step, on all ranks, without padding.
-    epoch, number: the epoch, and the number of the step in it, both from 0.
-    metrics: what the source has to log of the step, by names with a "/".
+    From a cache of examples its micro-batches are `ExampleBatch`es: `step.of(ExampleBatch)` says so to type checkers.
 
     It is no dataclass: Lightning takes one apart to convert its tensors, and log-probabilities are not to be rounded.
     """
@@ -197,16 +191,38 @@ class Step:
         number: int,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        self.micro_batches = micro_batches
-        self.count, self.positions, self.sequences = count, positions, sequences
-        self.epoch, self.number = epoch, number
+        self.micro_batches: Sequence[MicroBatch] = micro_batches
+        """Every rank has equally many, so that all ranks run forward and backward equally often: a rank with fewer of
+        its own has empty ones at the end, of one position that does not count. A source may make parts of one only when
+        it is taken, and again when it is taken again, with the same values."""
+        self.count = count
+        """Positions that count in the whole step, on all ranks: the sum of losses is divided by it (`num_items`). The
+        micro-batches have it too, with those of signals (`counts`)."""
+        self.positions = positions
+        """Positions of the whole step, on all ranks, without padding."""
+        self.sequences = sequences
+        """Sequences of the whole step, on all ranks."""
+        self.epoch = epoch
+        """The epoch, from 0."""
+        self.number = number
+        """The number of the step in its epoch, from 0."""
         self.metrics: Mapping[str, float] = {} if metrics is None else metrics
+        """What the source has to log of the step, by names with a "/"."""
 
     def __repr__(self) -> str:
         return (
             f"Step(epoch={self.epoch}, number={self.number}, micro_batches={len(self.micro_batches)}, "
             f"count={self.count}, positions={self.positions}, sequences={self.sequences})"
         )
+
+    def of(self, kind: type[Batch]) -> Sequence[Batch]:
+        """The micro-batches as those of one kind, such as `ExampleBatch`. StreamError if the first one is another."""
+        batches: Any = self.micro_batches
+        first = self.unanswered[:1]
+        if len(first) and not isinstance(first[0], kind):
+            raise StreamError(f"of: got {kind.__name__}; expected {type(first[0]).__name__}, which the step has.")
+        found: Sequence[Batch] = batches
+        return found
 
     def replace(self, **changes: Any) -> "Step":
         """The step with other values of some attributes."""

@@ -161,8 +161,9 @@ def _check_shards(name: str, feature: Any, table: ShardTable) -> None:
     missing = np.setdiff1d(table.shard, np.array(feature.shards, np.int64))
     if len(missing):
         raise StreamError(
-            f"features: {len(missing)} of the {len(table.shard)} shards of {name!r} in {table.cache!r} are missing "
-            f"(the first is {missing[0]}). Run its capture again with --features {name}, which writes only "
+            f"features: {len(missing)} of the {len(table.shard)} shards of {name!r} in {table.cache!r} "
+            f"{'is' if len(missing) == 1 else 'are'} missing (the first is {missing[0]}). Run its capture again "
+            f"with --features {name}, which writes only "
             "what is missing."
         )
     manifest, base = feature.manifest, table.cache.manifest

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.capture_plan import PLAN_KEY, RESTORE_PLAN, CapturePlan, read_capture_plan
-from ..cache.errors import CacheError, NotFound
+from ..cache.errors import CacheError, NotFound, type_name
 from ..cache.manifest import gaps, overlaps
 from ..cache.reader import Cache, open_cache
 from ..cache.spec import CacheSpec
@@ -217,9 +217,10 @@ def _check_complete(cache: Cache, plan: CapturePlan | None, there: Ints, begin: 
         expected = len(there) + len(missing)
     if len(missing):
         raise StreamError(
-            f"{cache!r}: {len(missing)} of the {expected} shards of this split are missing "
-            f"({len(missing) / expected:.1%}; the first is {missing[0]}). Run the capture again, which writes only "
-            "what is missing, or read the shards that exist with allow_partial=True."
+            f"{cache!r}: {len(missing)} of the {expected} shards of this split "
+            f"{'is' if len(missing) == 1 else 'are'} missing ({len(missing) / expected:.1%}; the first is "
+            f"{missing[0]}). Run the capture again, which writes only what is missing, or read the shards that exist "
+            "with allow_partial=True."
         )
 
 
@@ -276,7 +277,7 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
         columns = cache.spec.inputs
         if "tokens" in columns:
             if data is not None:
-                raise StreamError(f"data: got {type(data).__name__} for {cache!r}, which is of text. Leave it out.")
+                raise StreamError(f"data: got {type_name(data)} for {cache!r}, which is of text. Leave it out.")
             continue
         if not set(EXAMPLE_COLUMNS) <= set(columns):
             raise StreamError(
@@ -285,7 +286,7 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
             )
         if not isinstance(data, Examples):
             raise StreamError(
-                f"data: got {type(data).__name__} for {cache!r}, a cache of examples that does not contain them. Give "
+                f"data: got {type_name(data)} for {cache!r}, a cache of examples that does not contain them. Give "
                 "the fastkd.data.examples.Examples that it was captured from (data=, or --data module:factory)."
             )
         _check_same(cache, data)

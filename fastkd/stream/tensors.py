@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..cache.errors import type_name
 from ..errors import StreamError
 from ..kernels import SparseTargets
 from ..kernels.targets import FIELDS
@@ -57,7 +58,7 @@ class Facts:
 def batch_to_tensors(batch: AnyBatch) -> dict[str, Any]:
     """A micro-batch as named tensors, which share its memory. Raises StreamError if it is not of text."""
     if not isinstance(batch, MicroBatch):
-        raise StreamError(f"batch: got {type(batch).__name__}; expected a MicroBatch, of a cache of text.")
+        raise StreamError(f"batch: got {type_name(batch)}; expected a MicroBatch, of a cache of text.")
     targets, ours = batch.targets, batch.labels
     labels = torch.full_like(ours, IGNORED)
     labels[:, 1:] = ours[:, :-1]

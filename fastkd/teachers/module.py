@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.errors import type_name
 from ..errors import TeacherError
 from ..models.module import logits_width, output_of, state_sha256
 from ..models.protocol import TopK
@@ -37,7 +38,7 @@ class ModuleTeacher:
         device: torch.device | str | None = None,
     ) -> None:
         if not callable(model):
-            raise TeacherError(f"teacher: got {type(model).__name__}; expected a module or a callable.")
+            raise TeacherError(f"teacher: got {type_name(model)}; expected a module or a callable.")
         if not fingerprint and not isinstance(model, nn.Module):
             raise TeacherError(
                 f"fingerprint: got none for {type(model).__name__}, which has no weights to hash. Give a text that "

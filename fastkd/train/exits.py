@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.errors import said
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels import LossConfig, TopKConfig
@@ -196,7 +197,7 @@ def cut(model: Any, layers: int) -> Any:
     try:
         return truncated(model, layers)
     except ValueError as error:
-        raise TrainError(f"export_exit: got {layers}; {error}. Leave it out.") from error
+        raise TrainError(f"export_exit: got {layers}; {said(error)}. Leave it out.") from error
 
 
 def write_exit(

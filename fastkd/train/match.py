@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cache.errors import type_name
 from ..cache.reader import Cache
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
@@ -137,7 +138,7 @@ def _teacher(teacher: Any, settings: TrainSettings) -> Any:
     if isinstance(teacher, torch.nn.Module):
         return teacher.float()
     if not isinstance(teacher, (str, Path)):
-        raise TrainError(f"teacher: got {type(teacher).__name__}; expected a folder, a name, or a torch module.")
+        raise TrainError(f"teacher: got {type_name(teacher)}; expected a folder, a name, or a torch module.")
     try:
         files = find_files(teacher)
         options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}

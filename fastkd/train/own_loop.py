@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..cache.errors import type_name
 from ..errors import TrainError
 from ..kernels import LossConfig
 from ..kernels.loss.config import LossSettings
@@ -59,9 +60,9 @@ def backward(module: nn.Module, step: Step, **scheduled: Any) -> dict[str, Tenso
     """
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     if hasattr(inner, "get_output_embeddings"):
-        raise TrainError(f"backward: got a {type(inner).__name__}; expected distill_module(model), which has its loss.")
+        raise TrainError(f"backward: got {type_name(inner)}; expected distill_module(model), which has its loss.")
     if not isinstance(step, Step):
-        raise TrainError(f"backward: got a {type(step).__name__}; expected a Step, which a DistillLoader yields.")
+        raise TrainError(f"backward: got {type_name(step)}; expected a Step, which a DistillLoader yields.")
     if isinstance(module, DistributedDataParallel):
         processes = dist.get_world_size(module.process_group)
     else:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..cache.errors import type_name
 from ..errors import TrainError
 from ..kernels import KDLoss, LMHead, SparseTargets, linear_kd_losses
 from ..kernels.loss.linear import default_chunk
@@ -82,7 +83,7 @@ class Peers(Student):
     def read(self, objective: Objective) -> None:
         if not isinstance(objective, TokenKD):
             raise TrainError(
-                f"objective: got {type(objective).__name__} for students that learn from each other; expected none "
+                f"objective: got {type_name(objective)} for students that learn from each other; expected none "
                 "beside the distillation loss of the settings."
             )
         self.objective = objective

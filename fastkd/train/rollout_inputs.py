@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..cache.errors import type_name
 from ..cache.spec import CacheSpec
 from ..capture.api import capture
 from ..errors import TeacherError, TrainError
@@ -79,7 +80,7 @@ class RolloutInputs(Inputs):
     ) -> BatchSource:
         base = self._base.open(settings, processes, objective)
         if not isinstance(base, ShardSource):
-            raise TrainError(f"rollouts: got {type(base).__name__}; expected a cache, or a teacher and data.")
+            raise TrainError(f"rollouts: got {type_name(base)}; expected a cache, or a teacher and data.")
         if "tokens" not in base.form.spec.inputs:
             raise TrainError("rollouts: got data of examples; expected text, which can be continued.")
         teacher = self._teacher

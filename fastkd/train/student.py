@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..cache.errors import type_name
 from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
@@ -453,10 +454,10 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
     if callable(source):
         made = source()
         if not isinstance(made, nn.Module):
-            raise TrainError(f"student: got {type(made).__name__} from {source!r}; expected a torch module.")
+            raise TrainError(f"student: got {type_name(made)} from {source!r}; expected a torch module.")
         return _student(made, settings, data)  # copied, since the callable may return the same module again
     raise TrainError(
-        f"student: got {type(source).__name__}; expected a folder, a name, a config of transformers, a torch "
+        f"student: got {type_name(source)}; expected a folder, a name, a config of transformers, a torch "
         "module, or a callable that returns one."
     )
 

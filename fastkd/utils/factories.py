@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..cache.errors import said
+
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -24,13 +26,13 @@ def made_by(name: str, error: type[Exception]) -> Any:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as problem:
         raise error(
-            f"{name}: {problem}. Expected a module that can be imported from here, and a function in it."
+            f"{name}: {said(problem)}. Expected a module that can be imported from here, and a function in it."
         ) from problem
     try:
         return factory()
     except Exception as problem:
         raise error(
-            f"{name}: the function raised {type(problem).__name__}: {problem}. It is called without arguments."
+            f"{name}: the function raised {type(problem).__name__}: {said(problem)}. It is called without arguments."
         ) from (problem)
 
 

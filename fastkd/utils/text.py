@@ -40,6 +40,27 @@ def ranges(pairs: Iterable[list[int]]) -> str:
     return ", ".join(shown[:_MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def numbered(word: str, pairs: Iterable[list[int]]) -> str:
+    """Shard 3, or shards 3 and 5 to 7: "shard 3", "shards 3, 5-7"."""
+    pairs = list(pairs)
+    return f"{word}{'' if _single(pairs) else 's'} {ranges(pairs)}"
+
+
+def are_missing(pairs: Iterable[list[int]]) -> str:
+    """That shards are missing: "shard 3 is missing", "shards 3, 5-7 are missing"."""
+    pairs = list(pairs)
+    return f"{numbered('shard', pairs)} {'is' if _single(pairs) else 'are'} missing"
+
+
+def them(pairs: Iterable[list[int]]) -> str:
+    """The pronoun for shards: "it" or "them"."""
+    return "it" if _single(list(pairs)) else "them"
+
+
+def _single(pairs: list[list[int]]) -> bool:
+    return sum(b - a + 1 for a, b in pairs) == 1
+
+
 def format_table(rows: Sequence[Sequence[str]], *, left: int = 1, gap: int = 2) -> list[str]:
     """Lines of a table, a row each: every column as wide as its widest cell, `gap` spaces apart; the first `left`
     columns are aligned to the left, the others to the right. Rows may be shorter than the widest."""
@@ -104,7 +125,7 @@ def features_lines(features: dict[str, dict[str, Any]]) -> list[str]:
             ]
         )
         if found["missing"]:
-            notes += labelled(f"  {name}", f"shards {ranges(found['missing'])} are missing")
+            notes += labelled(f"  {name}", are_missing(found["missing"]))
         elif not found["sealed"]:
             notes += labelled(f"  {name}", "not sealed")
     return [*format_table(rows), *notes] if features else []
@@ -145,7 +166,7 @@ def _missing(report: dict[str, Any]) -> list[str]:
         if pairs:
             lines += labelled(f"  {label}", f"{ranges(pairs)} ({sum(b - a + 1 for a, b in pairs):,} in all)")
     if gone := missing["objects"]:
-        lines += labelled("  objects", f"of shards {ranges(gone)}: in the manifest, but missing in the store")
+        lines += labelled("  objects", f"of {numbered('shard', gone)}: in the manifest, but missing in the store")
     if not report["shards"]:
         lines.append("  everything: there are no shards yet")
     if len(lines) == 1:
@@ -154,7 +175,7 @@ def _missing(report: dict[str, Any]) -> list[str]:
         lines.append("  The store cannot be listed: this is from the manifest, without features.")
     overlaps = [f"shards {one:,} and {other:,} hold some of the same sequences" for one, other in report["overlaps"]]
     if late := report["not_in_manifest"]:
-        lines += labelled("Not sealed in", f"shards {ranges(late)}: written after the cache was sealed")
+        lines += labelled("Not sealed in", f"{numbered('shard', late)}: written after the cache was sealed")
     foreign = [f"{key} is no shard's name" for key in report["foreign"]]
     for label, texts in (("Overlap", overlaps), ("Foreign", foreign)):
         shown = [*texts[:_MOST_LISTED], *([f"and {len(texts) - _MOST_LISTED:,} more"] * (len(texts) > _MOST_LISTED))]

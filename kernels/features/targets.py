@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import describe
 from ..autocast import without_autocast
-from ..errors import KDError
+from ..errors import KDError, type_name
 from ..fields import FLOATS, Field, TensorFields, on_device
 from .basis import center, is_sink, learn_basis, moved, rms, rms_of_any, unit_rows
 
@@ -124,9 +124,7 @@ class HiddenTargets(TensorFields):
     def take(self, rows: slice | Tensor) -> "HiddenTargets":
         """The targets of some rows: a slice, a boolean mask or a tensor of row numbers. `targets[rows]` is the same."""
         if not isinstance(rows, (slice, Tensor)):
-            raise KDError(
-                f"hidden targets[...]: got {type(rows).__name__}; expected a slice, a mask or a tensor of rows."
-            )
+            raise KDError(f"hidden targets[...]: got {type_name(rows)}; expected a slice, a mask or a tensor of rows.")
         exact_rows, exact = self.exact_rows, self.exact
         if len(exact_rows):
             number = torch.full((len(self),), -1, dtype=torch.int64, device=self.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..arguments import describe, is_number, refuse_dtensor, whole_number
-from ..errors import KDError
+from ..errors import KDError, type_name
 from ..fields import FLOATS, INTEGER_TYPE, INTEGERS
 from ..lm_head import LMHead, as_lm_head, check_floats, check_lm_head
 from ..tail import check_temperature
@@ -242,7 +242,7 @@ def loss_config(config: LossConfig | None, settings: LossSettings) -> LossConfig
     if config is None:
         return LossConfig(**settings)
     if not isinstance(config, LossConfig):
-        raise KDError(f"config: got {type(config).__name__}; expected a LossConfig.")
+        raise KDError(f"config: got {type_name(config)}; expected a LossConfig.")
     return replace(config, **settings) if settings else config
 
 
@@ -331,7 +331,7 @@ def make_call(
     what, x: the name of the logits or hidden states `[..., X]`, and them. parallel: group and vocab_start of a Call.
     """
     if not isinstance(targets, SparseTargets):
-        raise KDError(f"targets: got {type(targets).__name__}; expected SparseTargets.")
+        raise KDError(f"targets: got {type_name(targets)}; expected SparseTargets.")
     leading, index = tuple(x.shape[:-1]), targets.index
     # of a divided vocabulary the width is known where the ranks have exchanged theirs
     _check_targets(what, x, width if parallel[0] is None else targets.vocab_size, targets)
@@ -345,7 +345,7 @@ def make_call(
             continue
         refuse_dtensor(name, tensor)
         if not isinstance(tensor, Tensor):
-            raise KDError(f"{name}: got {type(tensor).__name__}; expected a tensor.")
+            raise KDError(f"{name}: got {type_name(tensor)}; expected a tensor.")
         if tuple(tensor.shape) != leading:
             raise KDError(f"{name}: got shape {tuple(tensor.shape)}; expected {leading}, as of {what}.")
         if tensor.device != x.device:

@@ -331,7 +331,7 @@ def unfinished() -> Any:
         (lambda caches: {"caches": caches, "weights": [1, -1]}, "expected 2 positive numbers"),
         (lambda caches: {"caches": caches, "k": 0}, "k: got 0; expected an integer from 1 on"),
         (lambda caches: {"caches": caches, "draws": 4}, "draws: got 4; expected an integer from 0 to 3"),
-        (lambda caches: {"caches": [caches[0], unfinished()]}, "shards 2 are missing; expected all"),
+        (lambda caches: {"caches": [caches[0], unfinished()]}, "shard 2 is missing; expected all"),
         (lambda caches: {"caches": caches, "out": caches[0]}, "a cache of other settings exists"),
     ],
 )

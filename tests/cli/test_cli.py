@@ -313,8 +313,8 @@ def test_inspect_compares_a_sealed_cache_with_what_is_there(cache: Path, run: An
     assert report["not_in_manifest"] == [[7, 7]]
     assert report["arrays"]["shards_read"] == 2
     out = run("inspect", cache)[1]
-    assert "of shards 1: in the manifest, but missing in the store" in out
-    assert "shards 7: written after the cache was sealed" in out
+    assert "of shard 1: in the manifest, but missing in the store" in out
+    assert "shard 7: written after the cache was sealed" in out
 
 
 def test_inspect_an_empty_cache(tmp_path: Path, run: Any, run_json: Any) -> None:
@@ -561,7 +561,7 @@ def test_seal_says_what_is_missing(cache: Path, run: Any, run_json: Any) -> None
     status, out, err = run("seal", cache)
     assert status == 0
     assert "sealed, 2 shards" in out
-    assert "shards 1 are missing, and a sealed cache accepts no more" in err
+    assert "shard 1 is missing, and a sealed cache accepts no more" in err
     assert run_json("seal", cache)[1]["missing"] == [[1, 1]]
 
 
@@ -701,7 +701,7 @@ def test_features_are_listed_sealed_verified_and_dropped(tmp_path: Path, run: An
     status, out, err = run("seal", tmp_path / "cache")
     assert status == 0
     assert "feature 20: sealed, 3 shards" in out
-    assert "feature -1 is not sealed: shards 2 are missing" in err
+    assert "feature -1 is not sealed: shard 2 is missing" in err
     assert (folder / "manifest.parquet").exists()
     status, out, _ = run("verify", tmp_path / "cache", "--deep")
     assert status == 0

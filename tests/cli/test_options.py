@@ -1,11 +1,14 @@
 """What is typed: spellings, values that cannot be, and what was meant."""
 
+import ast
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fastkd
 from fastkd.cli import main as cli
 from fastkd.cli.commands import COMMANDS
 from fastkd.cli.options import HelpWanted, UsageError, arguments, options_of, scan
@@ -121,3 +124,11 @@ def test_arguments_have_each_option_once_and_words_first() -> None:
     values = {"runs": ["a", "b"], "out": ["-x"], "png": ["true"], "fetch": ["false"]}
     assert arguments("report", values) == ["a", "b", "--out=-x", "--png"]
     assert arguments("train", {"match": ["-1:8:mse:1", "auto"]}) == ["--match", "-1:8:mse:1", "auto"]
+
+
+def test_the_entry_point_knows_the_commands_that_can_be_continued() -> None:
+    """It handles signals before anything is imported."""
+    text = (Path(fastkd.__file__).parent / "__main__.py").read_text()
+    (found,) = re.findall(r"^LONG = (\(.*\))$", text, re.M)
+    names = {kind: name for name, kind in COMMANDS.items()}
+    assert set(ast.literal_eval(found)) == {names[kind] for kind in cli._LONG}

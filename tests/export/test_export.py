@@ -258,7 +258,7 @@ class TestRefusals:
         spec = FeatureSpec(base.hash, "2", "state", 2, *common[2:], "all", 0, "float32", basis.sha256)
         create_feature(tmp_path / "cache", spec, basis).close()
         self.refused(
-            "2: 1 of the 1 shards are missing .the first is 0", tmp_path / "cache", tmp_path / "out", features=["2"]
+            "2: 1 of the 1 shards is missing .the first is 0", tmp_path / "cache", tmp_path / "out", features=["2"]
         )
 
     def test_specforge_needs_the_teacher(self, cache: Path, tmp_path: Path) -> None:

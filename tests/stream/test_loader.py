@@ -419,13 +419,13 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", leave_out=(2, 5, TRAIN_SHARDS), seal=False)
     with pytest.raises(StreamError, match=r"2 of the 13 shards of this split are missing \(15.4%; the first is 2\)"):
         DistillLoader(cache, batch_size=2)
-    with pytest.raises(StreamError, match="1 of the 3 shards of this split are missing"):
+    with pytest.raises(StreamError, match="1 of the 3 shards of this split is missing"):
         DistillLoader(cache, batch_size=2, split="held_out")
     loader = DistillLoader(cache, batch_size=2, allow_partial=True)
     there = [t for t, row in reference(cache).items() if row.sequence[0] < TRAIN_SHARDS]
     assert tokens(*loader) == there
     unplanned = make_cache(tmp_path / "u", leave_out=(2,), seal=False, planned=False)
-    with pytest.raises(StreamError, match="1 of the 16 shards of this split are missing"):
+    with pytest.raises(StreamError, match="1 of the 16 shards of this split is missing"):
         DistillLoader(unplanned, batch_size=2)
     sealed = make_cache(tmp_path / "s", leave_out=(2,), planned=False)
     assert tokens(*DistillLoader(sealed, batch_size=2)) == sorted(reference(sealed))

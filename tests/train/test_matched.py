@@ -480,7 +480,7 @@ def test_more_refusals(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"match: got 2:2:mse:1, and a batch source; expected a cache"):
         train(DistillLoader(cache, batch_size=4), tmp_path / "run", "2:2:mse:1")
     add_feature(bare, leave_out=(1,))
-    with pytest.raises(StreamError, match=r"features: 1 of the .* shards of '2' in .* are missing \(the first is 1\)"):
+    with pytest.raises(StreamError, match=r"features: 1 of the .* shards of '2' in .* is missing \(the first is 1\)"):
         train(open_cache(bare.store), tmp_path / "run", "2:2:mse:1")
     with pytest.raises(TrainError, match=r"WeightedSum: got the weight 'auto' for the first term; expected a number"):
         WeightedSum({"token": TokenKD()}, {"token": AUTO})

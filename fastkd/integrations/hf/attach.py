@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import nn
 
+from ...cache.errors import type_name
 from ...errors import TeacherError, TrainError
 from ...kernels import LMHead
 from ...models.adapters import base_of
@@ -63,7 +64,7 @@ def attach(
             "attach: got a model that is attached already; detach it first (fastkd.integrations.hf.detach)."
         )
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
-        raise TrainError(f"attach: got {type(model).__name__}; expected a causal model of transformers.")
+        raise TrainError(f"attach: got {type_name(model)}; expected a causal model of transformers.")
     if "forward" in vars(model):
         raise TrainError(
             f"attach: got a {type(model).__name__} whose forward was replaced, as Accelerator.prepare does; expected "

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from ...cache.credentials import without_credentials
+from ...cache.errors import said
 from ...errors import TeacherError, TeacherUnavailable
 from ...models.hub import brief
 from .options import ServerOptions
@@ -131,8 +132,8 @@ class ServerClient:
             except BadAnswer as error:
                 problem = self._masked(str(error))
         raise TeacherUnavailable(
-            f"{self.shown}: a request failed {self._options.retries + 1} times, the last time with {problem}. Look at "
-            "the log of the server; run the same command again once it answers."
+            f"{self.shown}: a request failed {self._options.retries + 1} times, the last time with {said(problem)}. "
+            "Look at the log of the server; run the same command again once it answers."
         )
 
     def submit(
@@ -227,7 +228,7 @@ class ServerClient:
                 "--teacher-options token_env=NAME."
             )
         advice = " Is it the address of a server of vLLM or SGLang, http(s)://HOST:PORT?" if status == 404 else ""
-        return TeacherError(f"{self.shown}: the server refused a request: {problem}.{advice}")
+        return TeacherError(f"{self.shown}: the server refused a request: {said(problem)}.{advice}")
 
     def _masked(self, text: str) -> str:
         return text.replace(self._token, "…") if self._token else text

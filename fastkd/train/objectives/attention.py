@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache.errors import type_name
 from ...errors import TrainError
 from ...kernels import AttentionBlock, KDError, QueriesKeysValues, find_feature_loss
 from ...stream.batch import AnyBatch, MicroBatch
@@ -43,7 +44,7 @@ class AttentionKD(nn.Module):
     ) -> dict[str, Tensor]:
         """num_items is that of the targets: the sum is divided by the feature's own count (`AnyBatch.counts`)."""
         if not isinstance(batch, MicroBatch):
-            raise TrainError(f"AttentionKD: got {type(batch).__name__}; expected micro-batches of text.")
+            raise TrainError(f"AttentionKD: got {type_name(batch)}; expected micro-batches of text.")
         targets, whole = batch.features[self.feature], outputs[self.output]
         assert isinstance(whole, QueriesKeysValues)
         index = targets.index

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....cache.errors import type_name
 from ....errors import ExportError
 from ....models.hub import brief
 from ....utils.quiet import quiet
@@ -124,7 +125,7 @@ def plain_graph(model: Deployable) -> Any:
         )
     except Exception as error:
         raise ExportError(
-            f"{model.name}: got {type(model.model).__name__}, which torch.onnx.export cannot take ({brief(error)}); "
+            f"{model.name}: got {type_name(model.model)}, which torch.onnx.export cannot take ({brief(error)}); "
             "expected a model without Python control flow that depends on its inputs."
         ) from error
     sizes = [str(size) for size in graph.graph.inputs[0].shape]
