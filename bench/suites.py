@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
 from fastkd.errors import NoSuite
+from fastkd.utils.similar import did_you_mean
 
 if TYPE_CHECKING:
     from fastkd.bench.table import Table
@@ -130,7 +131,8 @@ def named(names: Sequence[str]) -> list[Suite]:
     NoSuite."""
     unknown = [name for name in names if name not in SUITES]
     if unknown:
-        raise NoSuite(f"{', '.join(unknown)}: no such suite. There are: {', '.join(SUITES)}.")
+        hints = "".join(did_you_mean(name, SUITES) for name in unknown)
+        raise NoSuite(f"{', '.join(unknown)}: no such suite. There are: {', '.join(SUITES)}.{hints}")
     return [suite for suite in SUITES.values() if (suite.name in names if names else not suite.named_only)]
 
 

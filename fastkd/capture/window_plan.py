@@ -26,6 +26,7 @@ from ..cache.spec import CacheSpec
 from ..data.packing import DIVIDED_BY, batches, divide, pack
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
+from ..utils.similar import did_you_mean
 from .feature_settings import check_feature_settings
 
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
@@ -71,7 +72,8 @@ class WindowPlanSettings:
             object.__setattr__(self, name, int(value))
         for name, choices in (("packing", ("pack", "keep")), ("on_long", ("split", "truncate", "error"))):
             if getattr(self, name) not in choices:
-                raise DataError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+                hint = did_you_mean(str(getattr(self, name)), choices)
+                raise DataError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.{hint}")
         if self.overlap and (self.on_long != "split" or self.overlap >= self.context):
             raise DataError(
                 f'overlap: got {self.overlap}; expected less than the context ({self.context}), with on_long="split".'

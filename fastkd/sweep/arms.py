@@ -9,6 +9,7 @@ from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..settings import TrainSettings
 from ..train.settings_check import check_settings
+from ..utils.similar import did_you_mean
 
 FIELDS = ("alpha", "temperature", "divergence", "treatment", "rate")
 
@@ -122,6 +123,7 @@ def _arm(changes: Mapping[str, Any]) -> Arm:
     if unknown := [name for name in changes if name not in FIELDS]:
         raise TrainError(
             f"arms: got {unknown[0]!r}; expected some of {', '.join(FIELDS)}. Other settings are shared by all arms."
+            + did_you_mean(unknown[0], FIELDS)
         )
     return Arm(tuple((name, _value(name, changes[name])) for name in FIELDS if name in changes))
 

@@ -24,6 +24,7 @@ from ..utils.numbers import measure_text
 from ..utils.output_guard import check_folder
 from ..utils.progress import notes_only
 from ..utils.signals import DONE, WORK_REMAINS, Stop
+from ..utils.similar import did_you_mean
 from ..utils.text import format_table
 from .api import run_trainer, train_one
 from .arms import CONTROL
@@ -418,7 +419,10 @@ def check(
     for name, given in learns.items():
         known = [*(other for other in sources if other != name), *([TEACHER] if has_teacher else [])]
         if unknown := [one for one in given if one not in known]:
-            raise TrainError(f"learns: got {unknown[0]!r} for {name}; expected some of {', '.join(known) or 'nobody'}.")
+            hint = did_you_mean(unknown[0], known)
+            raise TrainError(
+                f"learns: got {unknown[0]!r} for {name}; expected some of {', '.join(known) or 'nobody'}.{hint}"
+            )
     if settings.exits:
         raise TrainError(f"exits: got {settings.exits} for students that learn from each other; expected none.")
     if settings.quantize != "none":

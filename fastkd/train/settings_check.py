@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
 from ..settings import TrainSettings
+from ..utils.similar import did_you_mean
 from .matching import parse
 from .metrics import check_tracker
 from .objective import Objective, TokenKD, check_objective
@@ -40,7 +41,8 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         if get_origin(field.type) is Literal and (value := getattr(settings, field.name)) not in get_args(field.type):
             why = " (float16 loses small gradients; bfloat16 needs no scaling of the loss)" * (value == "float16")
             expected = ", ".join(get_args(field.type))
-            raise TrainError(f"{field.name}: got {value!r}; expected one of {expected}{why}.")
+            hint = did_you_mean(str(value), get_args(field.type))
+            raise TrainError(f"{field.name}: got {value!r}; expected one of {expected}{why}.{hint}")
     check_tracker(settings.log)
     for name, (low, high) in _RANGES.items():
         number = getattr(settings, name)

@@ -30,6 +30,7 @@ from ..utils.distributed import Processes
 from ..utils.numbers import measure_text
 from ..utils.progress import Mode, Progress, notes_only
 from ..utils.signals import Stop, Stopped
+from ..utils.similar import did_you_mean
 from .auto_weight import AutoWeights
 from .beside import check_exports, folders_beside, write_beside
 from .checkpoint import (
@@ -449,7 +450,7 @@ class Trainer:
         found = self._measures()
         name, before = self._settings.best, self._best.get("value")
         if name not in found:
-            raise TrainError(f"best: got {name!r}; expected one of {', '.join(found)}.")
+            raise TrainError(f"best: got {name!r}; expected one of {', '.join(found)}.{did_you_mean(name, found)}")
         sign = sign_of(name)
         better = before is None or sign * found[name] < sign * before
         # the processes' values may differ in the last digit: the first one decides

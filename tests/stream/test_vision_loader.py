@@ -18,7 +18,7 @@ from fastkd import DistillLoader, kd_loss
 from fastkd.cache import Cache, create_cache
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, StreamError
-from fastkd.stream.batch import ExampleBatch
+from fastkd.stream.batch import ExampleBatch, MicroBatch
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +203,13 @@ def test_an_augmentation_that_fails_is_named(cache: Cache) -> None:
 def test_bad_labels(labels: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Examples(torch.zeros(3, 2), labels=labels)
+
+
+def test_the_kind_of_micro_batches_can_be_said(cache: Cache) -> None:
+    step = next(iter(loader_of(cache)))
+    assert [batch.inputs.shape[1:] for batch in step.of(ExampleBatch)] == [
+        batch.inputs.shape[1:] for batch in step.micro_batches
+    ]
+    assert step.of(ExampleBatch) is step.micro_batches
+    with pytest.raises(StreamError, match=r"of: got MicroBatch; expected ExampleBatch"):
+        step.of(MicroBatch)

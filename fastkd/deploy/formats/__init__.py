@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ...errors import ExportError
+from ...utils.similar import did_you_mean
 from ..calibration import Calibration
 from ..model import Deployable
 from ..runtime import Runtime
@@ -54,7 +55,7 @@ def names() -> list[str]:
 def find(name: str) -> Format:
     """The format of this name. ExportError if there is none, or a package that it needs is not installed."""
     if name not in names():
-        raise ExportError(f"to: got {name!r}; expected one of {', '.join(names())}.")
+        raise ExportError(f"to: got {name!r}; expected one of {', '.join(names())}.{did_you_mean(name, names())}")
     found = cast(Format, import_module(f".{name}", __name__))
     missing = [package for package in found.PACKAGES if not _installed(package)]
     if missing:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ...errors import ExportError
 from ...settings import ModelSettings
+from ...utils.similar import did_you_mean
 
 if TYPE_CHECKING:
     from ...cache import Cache
@@ -84,6 +85,6 @@ def names() -> list[str]:
 def find(name: str) -> type[Format]:
     """The format of this name. ExportError if there is none."""
     if name not in names():
-        raise ExportError(f"--to: got {name!r}; expected one of {', '.join(names())}.")
+        raise ExportError(f"--to: got {name!r}; expected one of {', '.join(names())}.{did_you_mean(name, names())}")
     found: type[Format] = import_module(f".{name.replace('-', '_')}", __name__).Format
     return found

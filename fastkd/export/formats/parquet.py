@@ -23,6 +23,7 @@ from ...errors import ExportError
 from ...stream.split import SPLITS, plan_of
 from ...utils.atomic import write_file, write_text
 from ...utils.signals import Stopped
+from ...utils.similar import did_you_mean
 from ..samples import segments
 from . import Options, Written
 from ._columns import AXOLOTL, COLUMNS, FASTKD, Rows, dataset_card
@@ -43,7 +44,9 @@ class Format:
     def __init__(self, cache: "Cache", folder: Path, options: Options) -> None:
         name = options.columns or FASTKD
         if name not in COLUMNS:
-            raise ExportError(f"--columns: got {name!r}; expected one of {', '.join(COLUMNS)}.")
+            raise ExportError(
+                f"--columns: got {name!r}; expected one of {', '.join(COLUMNS)}.{did_you_mean(name, COLUMNS)}"
+            )
         self._text = "tokens" in cache.spec.inputs
         if name == AXOLOTL and not (self._text and cache.spec.k):
             got = "without top-k entries" if self._text else "of examples"

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import StreamError
+from ...utils.similar import did_you_mean
 
 Ints = NDArray[np.int64]
 
@@ -81,6 +82,8 @@ def find(name: str, student: SamplingStudent) -> Generator:
         can_generate = getattr(student.model, "can_generate", None)
         name = "transformers" if can_generate is not None and can_generate() else "loop"
     if name not in names():
-        raise StreamError(f"rollout_generator: got {name!r}; expected one of auto, {', '.join(names())}.")
+        raise StreamError(
+            f"rollout_generator: got {name!r}; expected one of auto, {', '.join(names())}.{did_you_mean(name, names())}"
+        )
     generator: Generator = import_module(f".{name}", __name__).Generator(student)
     return generator
