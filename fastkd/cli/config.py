@@ -51,7 +51,7 @@ def config_text(command: str, values: Any) -> str:
     """
     lines = [
         f"# fastkd {command} --config FILE",
-        f"# Written by fastkd {__version__}. Options that are typed replace those here.",
+        f"# Written by fastkd {__version__}. Options on the command line win over those here.",
     ]
     options = {option.name: option for option in options_of(command)}
     kept = [field.name for field in fields(values) if field.name in options]
