@@ -515,7 +515,7 @@ def _meant(text: str, command: Any) -> str:
         for place in value if isinstance(value, tuple) else (value,):
             if isinstance(place, (str, Path)) and os.fspath(place) and os.fspath(place) in text:
                 beside = similar_path(os.fspath(place))
-                if beside is not None and beside not in text:
+                if beside is not None and "Did you mean" not in text:
                     return masked(f" Did you mean {beside}?")
     return ""
 

@@ -40,9 +40,7 @@ _MORE = (
     "`fastkd COMMAND --help` shows the options of a command, `fastkd COMMAND -h` a line of each, `fastkd --version` "
     "the version."
 )
-_CONFIG_HELP = "File of options, in TOML or YAML, such as the config.toml of a run. Options that are typed win over it."
-    "File of options, in TOML or YAML, such as the config.toml of a run. Options on the command line win over it."
-)
+_CONFIG_HELP = "File of options, in TOML or YAML, such as the config.toml of a run. Typed options win over it."
 _PRINT_HELP = "Print the options as TOML, for --config, and do nothing else."
 _GROUP = "group "  # before the name of a group: a field may be called the same
 _COLOURED = "\n\t\x1b"  # characters that help may have

@@ -80,7 +80,7 @@ def test_help_for_a_reader_that_has_gone(name: str, monkeypatch: pytest.MonkeyPa
         ["inspect", "cahce"],
         ["verify", "cahce"],
         ["train", "--student", "s", "--cache", "cahce", "--out", "o"],
-        ["capture", "--teacher", "../{here}/techer", "--data", "d", "--out", "o"],
+        ["capture", "--teacher", "../{here}/techer", "--data", "text.txt", "--out", "o"],
         ["capture", "--teacher", "teacher", "--data", "text.tx", "--out", "o"],
         ["report", "rn"],
     ],

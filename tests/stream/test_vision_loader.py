@@ -158,7 +158,7 @@ def test_another_data_set_is_refused_and_what_differs_named(cache: Cache) -> Non
     no(examples(inputs=images), values)
     no(examples(seed=1), values)
     no(examples(augment=brightened, fingerprint="brighter"), values)
-    no(None, "data: got NoneType for .* of examples that does not contain them")
+    no(None, "data: got None for .* of examples that does not contain them")
     no([1, 2], "data: got list for")
     no(examples(labels=None), r"data: got no labels, .* labels=")
     no(examples(labels=[CLASSES] * IMAGES), "data: got a label 7; expected classes from 0 to 6")
