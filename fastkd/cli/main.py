@@ -509,14 +509,15 @@ def _failure(error: Exception, given: Parsed) -> Outcome:
 
 
 def _meant(text: str, command: Any) -> str:
-    """ " Did you mean PATH?" for the first path in an error that does not exist while one beside it is named alike."""
+    """The question whether another path was meant, for the first one in an error that does not exist beside one like
+    it."""
     for one in fields(command):
         value = getattr(command, one.name)
         for place in value if isinstance(value, tuple) else (value,):
             if isinstance(place, (str, Path)) and os.fspath(place) and os.fspath(place) in text:
                 beside = similar_path(os.fspath(place))
                 if beside is not None and "Did you mean" not in text:
-                    return masked(f" Did you mean {beside}?")
+                    return str(masked(f" Did you mean {beside}?"))
     return ""
 
 

@@ -63,7 +63,7 @@ class Option:
         if self.choices and word not in self.choices:
             expected = ", ".join(self.choices)
             raise UsageError(f"{shown}: got {word!r}; expected one of {expected}.{did_you_mean(word, self.choices)}")
-        kind = int if self.types == {int} else float if self.types in ({float}, {int, float}) else None
+        kind: Any = {frozenset({int}): int, frozenset({float}): float, frozenset({int, float}): float}.get(self.types)
         if kind is not None:
             try:
                 kind(word)

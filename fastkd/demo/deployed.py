@@ -5,7 +5,7 @@ OUT/  onnx-int8/ (the export)  deploy.html (its page)  deploy.json (its numbers)
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
