@@ -24,7 +24,8 @@ from ..utils.numbers import THIN, figures, prefixed, with_half
 from .artifacts import Json, load_result, save_result
 from .stages import Stages
 
-TO, QUANTIZE = "onnx", "int8"
+TO: Final = "onnx"
+QUANTIZE: Final = "int8"
 TURNS = 3
 WINDOWS = 8
 """Held-out windows of text on which the export is evaluated."""
