@@ -164,8 +164,9 @@ def size(
         paper(table, n, d, v, rates, "this machine's rates")
     for name in list(runs)[1:]:
         table.ratio(
-            name, times.ratio(name, FLOOR), FLOOR, bounds.get(name, ""), value=work / times[name], unit="TFLOP/s",
-            line=name, at=problem.at, note=f"{times[name]:.2f} ms", better="lower" if name in ours else "",
+            name, times.ratio(name, FLOOR), FLOOR, bounds.get(name, ""), value=times.time(name).inverse(work),
+            unit="TFLOP/s", line=name, at=problem.at, note=f"{times[name]:.2f} ms",
+            better="lower" if name in ours else "",
         )  # fmt: skip
     peaks = {name: peak_bytes(run, table.device) for name, run in runs.items() if name != FLOOR}  # type: ignore[arg-type]
     for peer in others:

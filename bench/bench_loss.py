@@ -64,7 +64,7 @@ def size(table: Table, ask: RunConfig, n: int, v: int, k: int, *, compiled: bool
         if table.device == "cuda" and name == "kd_loss in place":
             limit = in_place_bound(v, t)
         table.ratio(
-            name, times.ratio(name, FLOOR), FLOOR, limit, value=moved / times[name], unit="GB/s", line=name,
+            name, times.ratio(name, FLOOR), FLOOR, limit, value=times.time(name).inverse(moved), unit="GB/s", line=name,
             at=problem.at, note=f"{times[name]:.2f} ms", better="lower" if name in ours else "",
         )  # fmt: skip
     for peer in others:
@@ -154,7 +154,7 @@ def student(table: Table, ask: RunConfig, n: int, v: int, *, certain: bool = Fal
     for name, (floor, bound) in over.items():
         moved = problem.bytes * (1 if floor == read else 2) / 1e6
         table.ratio(
-            name, times.ratio(name, floor), floor, bound, value=moved / times[name], unit="GB/s",
+            name, times.ratio(name, floor), floor, bound, value=times.time(name).inverse(moved), unit="GB/s",
             note=f"{times[name]:.3f} ms",
         )  # fmt: skip
 

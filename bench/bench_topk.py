@@ -103,8 +103,8 @@ def bench_logits(
     for name in list(runs)[1:]:
         table.ratio(
             name, times.ratio(name, floor), floor, f"<= {READ_LIMIT}" if gpu and name == "fastkd" else "",
-            value=moved / times[name], unit="GB/s", line=name, at=at, better="" if name == theirs else "lower",
-            note=f"{times[name]:.2f} ms",
+            value=times.time(name).inverse(moved), unit="GB/s", line=name, at=at,
+            better="" if name == theirs else "lower", note=f"{times[name]:.2f} ms",
         )  # fmt: skip
     table.ratio(f"fastkd against {theirs}", times.ratio("fastkd", theirs), theirs, f"<= {PEER_LIMIT}" if gpu else "")
     if k == K:
@@ -141,7 +141,7 @@ def bench_head(table: Table, rows: int, width: int, vocab: int, rounds: int) -> 
     table.title(f"head and targets in one: N={rows} D={width} V={vocab} k={K} {str(dtype)[6:]}")
     work = 2 * rows * width * vocab / 1e9
     table.value(floor, times.time(floor).inverse(work), "TFLOP/s")
-    table.ratio(ours, times.ratio(ours, floor), floor, value=work / times[ours], unit="TFLOP/s")
+    table.ratio(ours, times.ratio(ours, floor), floor, value=times.time(ours).inverse(work), unit="TFLOP/s")
     memory = peak_bytes(lambda: returned(linear_topk_targets(hidden, weight, K)), table.device)
     table.ratio(
         f"{ours}: peak memory beyond inputs and result", memory / buffer.nbytes, "the logits",

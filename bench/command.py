@@ -50,6 +50,8 @@ def bench(command: "BenchSettings") -> tuple[str, int]:
         save(found, command.json)
         lines.append(str(command.json))
     lines += _written(command, found)
+    if noisy := [recording.suite for recording in found if recording.load.get("quiet") is False]:
+        lines.append(f"not quiet: other processes worked during {', '.join(noisy)}; measure again on a quiet machine")
     lines += [f"failed: {', '.join(failed)}"] if failed else []
     return "\n".join(lines), 1 if failed or worse else 0
 

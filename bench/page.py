@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fastkd.bench.hardware import named
+from fastkd.bench.load import load_text
 from fastkd.bench.results import cases_of, figure_text, latest
 from fastkd.bench.suites import SUITES
 from fastkd.bench.table import Recording, Row
@@ -64,8 +65,17 @@ def _cards(recordings: Sequence[Recording]) -> Cards:
             Card("Limits met", f"{held} of {held + missed}", f"{missed} missed", "bad" if missed else "good"),
             Card("Rows", str(len(rows) - absent), f"in {len(recordings)} suites"),
             Card("Not run", str(absent), "peers that need a GPU or are not installed"),
+            *([_quiet(recordings)] if any(recording.load for recording in recordings) else []),
         ]
     )
+
+
+def _quiet(recordings: Sequence[Recording]) -> Card:
+    """During how many suites no other process worked."""
+    known = [recording.load for recording in recordings if recording.load]
+    quiet = sum(load["quiet"] is True for load in known)
+    more = "no other work meanwhile" if quiet == len(known) else "the others: times are not to be trusted"
+    return Card("Quiet machine", f"{quiet} of {len(known)}", more, "" if quiet == len(known) else "bad")
 
 
 def _section(recording: Recording) -> Section:
@@ -74,6 +84,7 @@ def _section(recording: Recording) -> Section:
     size = {"full": "Full sizes", "small": "Small sizes"}.get(recording.size, f"Sizes of gpu_day.py ({recording.size})")
     about = f"{says}{size}, {recording.seconds:.0f} s on {named(dict(recording.hardware))}."
     blocks: list[Block] = [Paragraph(about)]
+    blocks += [Paragraph(f"The machine: {load_text(recording.load)}.", aside=True)] if recording.load else []
     charts = charts_of(recording)
     blocks += [Charts(charts)] if charts else []
     limited = [row for row in recording.rows if row.limit]
@@ -95,14 +106,16 @@ def charts_of(recording: Recording) -> list[Chart]:
             some, fixed = varied([row for row in rows if row.unit == unit], axis)
             if some:
                 sizes = ", ".join(f"{n} = {v:g}" for n, v in fixed.items())
+                lines = _lines(some, axis, series)
+                bands = ["Bands: 20th to 80th percentile of the rounds"] if any(line.band for line in lines) else []
                 found.append(
                     Chart(
                         name=f"{recording.suite}-{unit.replace('/', '_')}-{axis}",
                         title=f"{what} against {label}",
-                        caption=". ".join([says, *([sizes] if sizes else [])]) + ".",
+                        caption=". ".join([says, *([sizes] if sizes else []), *bands]) + ".",
                         x_label=label,
                         y_label=unit,
-                        lines=_lines(some, axis, series),
+                        lines=lines,
                         log=True,
                     )
                 )
@@ -124,9 +137,12 @@ def varied(rows: Sequence[Row], axis: str) -> tuple[list[Row], Mapping[str, floa
 def _lines(rows: Sequence[Row], axis: str, series: Mapping[str, Series]) -> list[Line]:
     lines = []
     for name, who in series.items():
-        points = sorted((row.at[axis], row.value) for row in rows if row.line == name and row.value)
+        points = sorted((row for row in rows if row.line == name and row.value), key=lambda row: row.at[axis])
         if points:
-            lines.append(Line(who, [x for x, _ in points], [y for _, y in points], markers=True))
+            ranges = [found for row in points if (found := row.value_range) is not None]
+            low, high = ([found[end] for found in ranges] for end in (0, 1))
+            band = (low, high) if len(ranges) == len(points) else None
+            lines.append(Line(who, [row.at[axis] for row in points], [row.value or 0.0 for row in points], band, True))
     return lines
 
 

@@ -6,7 +6,7 @@ Each is measured with its defaults and with the best settings for these sizes. I
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +39,7 @@ HEAD_NAMES = (
     "Cut Cross-Entropy",
     "Cut Cross-Entropy, unfiltered",
 )
+_GPU = "needs a GPU"
 # by the first word of a name: the module, and the package that has it
 PACKAGES = {
     "Liger": ("liger_kernel", "liger-kernel"),
@@ -80,7 +81,7 @@ def why_not(name: str, device: str) -> str:
         return "" if hasattr(F, "linear_cross_entropy") else f"needs torch 2.13, this is {torch.__version__}"
     module, package = PACKAGES[who]
     if device != "cuda":
-        return "needs a GPU"
+        return _GPU
     if not find_spec(module):
         return f"needs {package}: pip install 'fastkd[peers]'"
     if who == "QuACK" and torch.cuda.get_device_capability() < (9, 0):
@@ -105,18 +106,28 @@ def of_logits(problem: "LogitsProblem") -> list[Peer]:
         "Liger JSD, dense": partial(_liger_dense, "liger_jsd"),
         "QuACK cross-entropy": _quack_cross_entropy,
     }
-    return [_peer(name, problem.device, partial(makers[name], problem)) for name in LOGITS_NAMES]
+    return _in_one([_peer(name, problem.device, partial(makers[name], problem)) for name in LOGITS_NAMES])
 
 
 def of_head(problem: "HeadProblem") -> list[Peer]:
     """Losses that are fused with the LM head."""
-    return [_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES]
+    return _in_one([_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES])
 
 
 def of_torch(problem: "HeadProblem") -> list[Peer]:
     """torch's own loss that is fused with the LM head. (Chunked by its own heuristic it takes 30 times as long as the
     products on a CPU: only among all peers.)"""
     return [_peer(name, problem.device, partial(_head_run, name, problem)) for name in HEAD_NAMES[:2]]
+
+
+def _in_one(found: Sequence[Peer]) -> list[Peer]:
+    """The peers, those that need a GPU as one."""
+    without = [peer for peer in found if peer.why == _GPU]
+    if not without:
+        return list(found)
+    packages = dict.fromkeys(PACKAGES[peer.name.split()[0]][1] for peer in without)
+    one = Peer(f"{len(without)} losses of {', '.join(packages)}", None, _GPU.replace("needs", "need"))
+    return [*(peer for peer in found if peer.why != _GPU), one]
 
 
 def _peer(name: str, device: str, make: Callable[[], Run]) -> Peer:

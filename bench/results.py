@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from fastkd.bench.hardware import named
+from fastkd.bench.load import load_text
 from fastkd.bench.suites import SUITES
 from fastkd.bench.table import Recording, Row
 
@@ -33,7 +34,8 @@ def markdown(recordings: Sequence[Recording]) -> str:
         suite = SUITES.get(recording.suite)
         versions = ", ".join(f"{name} {version}" for name, version in recording.versions.items())
         machine = f"{named(dict(recording.hardware))}; {versions}; {recording.size} sizes, {recording.seconds:.0f} s."
-        parts.append(f"\n## {recording.suite}\n\n{suite.title if suite else ''}.\n\n{machine}\n")
+        load = f"\nThe machine: {load_text(recording.load)}.\n" if recording.load else ""
+        parts.append(f"\n## {recording.suite}\n\n{suite.title if suite else ''}.\n\n{machine}\n{load}")
         for case, rows in cases_of(recording):
             parts.append(f"\n### {case}\n\n| | ratio or figure | limit | |\n|---|---|---|---|\n")
             parts += [f"| {' | '.join(map(_escaped, _cells(row)))} |\n" for row in rows]

@@ -50,6 +50,7 @@ def run_suite(suite: Suite, ask: RunConfig, say: Say, keep: Keep = lambda found:
     cases = suite.cases(ask)
     table = Table(device, suite.name, size=ask.size("small", "full"))
     run_cases(cases, table, say, keep)
+    table.say_load()
     return table.recording()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.bench.hardware import hardware, named, versions
+from fastkd.bench.load import LoadMeter, load_text
 from fastkd.bench.timing import Figure
 from fastkd.errors import ReportError
 from fastkd.utils.atomic import write_text
@@ -18,7 +19,8 @@ class Row:
     """A measurement. name: what was measured. case: at which sizes.
 
     ratio: the median ratio to `over`, a run in the same process; value: the absolute value in `unit`. Either may be
-    None; both are if a peer cannot run (`note` says why). p20, p80: percentiles of the ratio, or else of the value.
+    None; both are if a peer cannot run (`note` says why). p20, p80: percentiles of the ratio, or else of the value;
+    value_p20, value_p80: of the value beside a ratio.
     limit: "<= 1.10" or ">= 0.93" for the ratio, or else the value; or "". better: "lower", "higher", or "" if it is not
     compared between recordings (times, rates). at: the sizes as numbers, for plots; line: its line in them.
     """
@@ -31,6 +33,8 @@ class Row:
     unit: str = ""
     p20: float | None = None
     p80: float | None = None
+    value_p20: float | None = None
+    value_p80: float | None = None
     limit: str = ""
     better: str = ""
     note: str = ""
@@ -41,6 +45,12 @@ class Row:
     def figure(self) -> float | None:
         """The ratio, or else the value."""
         return self.value if self.ratio is None else self.ratio
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """The 20th and the 80th percentile of the value; None if it was measured once."""
+        low, high = (self.p20, self.p80) if self.ratio is None else (self.value_p20, self.value_p80)
+        return None if low is None or high is None else (low, high)
 
     @property
     def verdict(self) -> str:
@@ -69,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Recording:
-    """The rows of a suite. size: "small" or "full"."""
+    """The rows of a suite. size: "small" or "full". load: of the machine meanwhile (`bench.load`); empty if unknown."""
 
     suite: str
     size: str
@@ -77,10 +87,14 @@ class Recording:
     versions: Mapping[str, str]
     seconds: float
     rows: Sequence[Row]
+    load: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": [row.to_json() for row in self.rows]}
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"rows": [row.to_json() for row in self.rows]}
+        if not self.load:
+            del found["load"]
+        return found
 
 
 class Table:
@@ -90,7 +104,7 @@ class Table:
         self.device, self.suite, self.size = device, suite, size
         self.hardware, self.rows, self.case = hardware(device), list[Row](), ""
         self.limits: dict[str, float] = {}  # measured in this process, by unit
-        self._begun = time.monotonic()
+        self._begun, self._meter = time.monotonic(), LoadMeter()
         if not quiet:
             print(f"{named(self.hardware)}; " + ", ".join(f"{k} {v}" for k, v in versions().items()), flush=True)
 
@@ -107,11 +121,14 @@ class Table:
         limit: str = "",
         *,
         better: str = "lower",
-        value: float | None = None,
+        value: Figure | float | None = None,
         unit: str = "",
         **more: Any,
     ) -> None:
         """Add a ratio to another run in this process, and its absolute value."""
+        if isinstance(value, Figure):
+            more |= {"value_p20": value.p20, "value_p80": value.p80}
+            value = value.median
         self._add(name, found, ratio=True, over=over, limit=limit, better=better, value=value, unit=unit, **more)
 
     def value(self, name: str, found: Figure | float, unit: str, limit: str = "", **more: Any) -> None:
@@ -135,7 +152,13 @@ class Table:
     def recording(self) -> Recording:
         """All rows, with hardware and versions."""
         seconds = round(time.monotonic() - self._begun, 1)
-        return Recording(self.suite, self.size, self.hardware, versions(), seconds, tuple(self.rows))
+        return Recording(
+            self.suite, self.size, self.hardware, versions(), seconds, tuple(self.rows), self._meter.load()
+        )
+
+    def say_load(self) -> None:
+        """Print the load of the machine so far."""
+        print(f"\n{load_text(self._meter.load())}", flush=True)
 
     def save(self, path: Path | str | None) -> None:
         """Write the recording as JSON, if a path is given."""
@@ -186,4 +209,5 @@ def load(path: Path) -> list[Recording]:
 def _recording(found: Mapping[str, Any]) -> Recording:
     known = {f.name for f in fields(Row)}
     rows = tuple(Row(**{name: value for name, value in row.items() if name in known}) for row in found["rows"])
-    return Recording(**{**{f.name: found[f.name] for f in fields(Recording)}, "rows": rows})
+    needed = {f.name: found[f.name] for f in fields(Recording) if f.name != "load"}
+    return Recording(**{**needed, "rows": rows, "load": dict(found.get("load") or {})})

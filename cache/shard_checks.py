@@ -69,7 +69,7 @@ def check_shards(
     found.indices = sorted({index for index in numbers.values() if index is not None} | known.keys())
     found.foreign = sorted(key for key, index in numbers.items() if index is None)
     label = "verify" if feature is None else f"verify {feature}"
-    for index in tqdm(found.indices, unit="shard", disable=not progress, desc=label):
+    for index in tqdm(found.indices, unit="shard", disable=not progress, desc=label, leave=False):
         try:
             data = read_object(store, kind, index)
             found.bytes += len(data)

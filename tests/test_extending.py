@@ -124,6 +124,24 @@ def test_a_store_is_one_file(tmp_path: Path) -> None:
     assert run(package, STORE, tmp_path / "cache.db") == "True True"
 
 
+def test_a_loss_of_ones_own_is_in_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastkd.bench import logits_problem
+    from fastkd.bench.harness import Rotation
+    from fastkd.bench.table import load
+    from fastkd.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    # three inputs, however small they are
+    monkeypatch.setattr(logits_problem, "rotation", lambda make, size, device: Rotation([make() for _ in range(3)]))
+    exec(compile(example("Your own loss in the comparison"), "my_loss.py", "exec"), {"__name__": "__main__"})
+    (found,) = load(tmp_path / "mine.json")
+    rows = [(row.line, row.at["V"], row.ratio is None) for row in found.rows]
+    assert rows == [(name, v, name == "limit") for v in (2000, 4000) for name in ("limit", "kd_loss", "mine")]
+    assert all(row.value_range is not None for row in found.rows)
+    assert main(["bench", "--use", "mine.json", "--page", "mine.html"]) == 0
+    assert ">mine</li>" in (tmp_path / "mine.html").read_text(encoding="utf-8")
+
+
 def test_the_files_that_the_page_names_are_there() -> None:
     for folder in (
         "kernels/divergences",

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..cache import Cache, CacheError, Workspace
 from ..data.examples import EXAMPLE_COLUMNS, Examples
@@ -20,6 +19,7 @@ from ..data.packing import batches
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Hidden, Teacher, TopK
+from ..utils.progress import counting
 from ..utils.text import format_table, labelled, printable, without_credentials
 from .compare import Deviations, compare
 from .features.check import FeatureCheck, FeatureDifference, feature_checks, read_all
@@ -183,7 +183,7 @@ def check_teacher(
     teacher_pass = TeacherPass(teacher, settings, on_answer=on_answer)
     random, workspace = np.random.default_rng(seed), Workspace()
     share = positions / min(_SHARDS, len(shards))
-    with tqdm(total=positions, unit="position", desc="compare", disable=not progress) as bar:
+    with counting(positions, "position", "compare", shown=progress) as bar:
         for index in random.permutation(shards).tolist():
             shard = _Shard(cache, index, plan, teacher, workspace)
             report.captured_on = sorted({*report.captured_on, *shard.captured_on})
@@ -192,7 +192,7 @@ def check_teacher(
             before, here = report.positions, read_all(features, index)
             for number in random.permutation(len(shard.batches)).tolist():
                 shard.compare(shard.batches[number], teacher_pass, data, report, here)
-                bar.update(min(report.positions, positions) - bar.n)
+                bar.add(min(report.positions, positions) - bar.done)
                 if report.positions >= min(positions, before + share):
                     break
             report.problems += shard.problems(report.tolerance)

@@ -7,9 +7,10 @@ encoded separately: what the halves take beyond the whole does not grow. With th
 size, the result is an upper bound.
 """
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from typing import Any, cast
@@ -17,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..cache import CacheSpec, create_cache, open_cache
 from ..cache.manifest import listed
@@ -27,6 +27,7 @@ from ..data.examples import Examples
 from ..data.packing import pack
 from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Teacher
+from ..utils.progress import counting
 from .feature_collect import States
 from .feature_places import Place
 from .features.sample import eligible
@@ -40,6 +41,7 @@ _STATES = 2**14  # positions whose states are kept
 _PARTS = 4  # shards that are encoded at most, of a sample larger than a shard
 OTHER = "other"  # names, shapes and headers, as in `inspect`
 _ONCE = ("head/classes", "draws/classes", "head/grid", "draws/grid", OTHER)  # do not grow with a shard's positions
+_NEAR_ONE = (1 / 1.02, 1.0, 1 / 0.98)  # temperatures, for a derivative in 1/T
 _TABLE_POSITIONS = 1024  # run for every k, at most, unless one segment is longer
 
 
@@ -49,7 +51,9 @@ class Sample:
 
     batches: their number; halved: those that did not fit into memory and were halved. shards: the shards they are from.
     positions, seconds: of all of them; counted: positions with a target. captured: rows of up to 2^17 positions, with
-    their targets among the inputs. by_k: a few rows with the targets of each k; empty if none of them counts.
+    their targets among the inputs. by_k: a few rows with the targets of each k; empty if none of them counts. kl: for
+    each of these k what its entries lose of the teacher, in nats; see `lost_nats`. Empty if the teacher gives no more
+    than its best tokens.
     states: at each place, of up to 2^14 positions that may be stored, `[m · P, W]`. stored: positions among all of them
     that may be stored.
     """
@@ -62,6 +66,7 @@ class Sample:
     seconds: float = 0.0
     captured: list[ShardRows] = field(default_factory=list)
     by_k: dict[int, ShardRows] = field(default_factory=dict)
+    kl: dict[int, float] = field(default_factory=dict)
     states: list[list[NDArray[np.float32]]] = field(default_factory=list)
     stored: int = 0
 
@@ -111,10 +116,14 @@ def run_sample(
         arrays, _ = TeacherPass(remembering, replace(settings, k=k)).run(some, parts, data, chosen[0])
         if some.counts.any():
             sample.by_k[k] = replace(some, inputs=some.inputs | arrays)
+            if k and not hasattr(teacher, "max_k"):
+                plain = replace(settings, k=k, draws=0, temperatures=_NEAR_ONE)
+                arrays, _ = TeacherPass(remembering, plain).run(some, parts, data, chosen[0])
+                sample.kl[k] = float(lost_nats(arrays, teacher.vocab_size)[some.counts].mean())
 
     run = TeacherPass(teacher, settings).run
     count = float(min_batches)
-    with tqdm(desc="measure", unit="batch", disable=not progress) as bar:
+    with counting(math.ceil(seconds), "second", "measure", shown=progress) as bar:
         while count >= 1 and (due := list(islice(order, min(int(count), 64)))):
             for shard in dict.fromkeys(shard for shard, _ in due):
                 some, parts = part_of(shard, [batches[shard][n] for s, n in due if s == shard])
@@ -133,11 +142,26 @@ def run_sample(
                     found.append(one.vectors())
                 if sum(map(len, sample.captured)) < _KEPT_POSITIONS:
                     sample.captured.append(replace(some, inputs=some.inputs | arrays))
-                bar.update(len(parts))
+                bar.figure("batches", sample.batches, f"{sample.batches:,} batches")
+                bar.add(int(min(time.perf_counter() - began, bar.total)) - bar.done)
             each = max(sample.seconds / sample.batches, 1e-6)
             count = (seconds - (time.perf_counter() - began)) / each + 0.5  # rounded
     sample.shards = sorted(rows)
     return sample
+
+
+def lost_nats(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> NDArray[np.float64]:
+    """KL(teacher ‖ what its top-k entries say) at T = 1 of each row, `[N]`, in nats: the entries are exact, and the
+    mass outside them is spread evenly over the other tokens. arrays: targets with the temperatures _NEAR_ONE.
+
+    It is Σ p·ln(p·n / t) over the n other tokens, of mass t. The derivative of ln Σ p^β at β = 1 is Σ p·ln(p) / t.
+    """
+    tail = arrays["tail"].astype(np.float64)
+    outcomes = vocab_size - np.isfinite(arrays["logprobs"]).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope = (tail[:, 0] - tail[:, 2]) / (1 / _NEAR_ONE[0] - 1 / _NEAR_ONE[2])
+        lost = np.exp(tail[:, 1]) * (slope - tail[:, 1] + np.log(outcomes))
+    return np.where(np.isfinite(lost), np.maximum(lost, 0.0), 0.0)
 
 
 class _Remembering:

@@ -13,7 +13,7 @@ from ..settings_changes import CaptureChanges, changed
 from ..teachers.load import as_data, as_teacher
 from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
-from ..utils.progress import MODES, Mode, notes_only
+from ..utils.progress import MODES, Mode, is_shown, notes_only
 from ..utils.signals import Stop
 from .answers import check_limits, large_k_text
 from .begin import begin_cache
@@ -83,7 +83,7 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         for line in large_k_text(settings.k, settings.draws, model.vocab_size):
             tell(line)
         agree_on_probe(model, store)
-        plan, spec = prepare(model, data, settings, store, claims, progress=progress == "bar", say=tell, notes=notes)
+        plan, spec = prepare(model, data, settings, store, claims, progress=is_shown(progress), say=tell, notes=notes)
         check_sizes(places, plan)
         check_existing(store, spec, places, settings)
         if isinstance(data, Documents):

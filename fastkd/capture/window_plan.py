@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..cache.capture_plan import CapturePlan
 from ..cache.errors import CacheError
@@ -26,6 +25,7 @@ from ..cache.spec import CacheSpec
 from ..data.packing import DIVIDED_BY, batches, divide, pack
 from ..errors import DataError, TeacherError
 from ..settings import CaptureSettings
+from ..utils.progress import counting
 from ..utils.similar import did_you_mean
 from .feature_settings import check_feature_settings
 
@@ -275,8 +275,10 @@ def make_window_plan(lengths: Any, settings: WindowPlanSettings, dataset: str, *
     np.cumsum(np.add.reduceat(segments, begins[:-1], dtype=np.int64), out=shard_rows[1:])
     if settings.packing == "pack":
         windows = np.zeros(len(begins), np.int64)
-        for index in tqdm(range(len(begins) - 1), desc="plan", unit="shard", disable=not progress):
-            windows[index + 1] = pack(segments[begins[index] : begins[index + 1]], settings.context)[1]
+        with counting(len(begins) - 1, "shard", "plan", shown=progress) as bar:
+            for index in range(len(begins) - 1):
+                windows[index + 1] = pack(segments[begins[index] : begins[index + 1]], settings.context)[1]
+                bar.add(1)
         np.cumsum(windows, out=windows)
     else:
         windows = begins.copy()

@@ -9,7 +9,7 @@ from ..utils.numbers import size_text
 from ..utils.signals import Stop
 from ..utils.text import are_missing, features_lines, numbered, printable, report_text, them
 from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
-from .outcome import Outcome, at_terminal, store_of
+from .outcome import Outcome, at_terminal, shows_progress, store_of
 
 if TYPE_CHECKING:
     from ..cache import Cache
@@ -89,14 +89,14 @@ def verify(command: Verify) -> Outcome:
     from ..teachers.load import load
 
     data = None if command.examples is None else DataSettings(data=(command.examples,))
-    loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=at_terminal())
+    loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=shows_progress(json=command.json))
     check = check_teacher(
         open_cache(store),
         loaded.teacher,
         positions=command.positions,
         seed=command.sample,
         data=loaded.data if isinstance(loaded.data, Examples) else None,
-        progress=at_terminal(),
+        progress=shows_progress(json=command.json),
     )
     report |= {"ok": check.ok, "teacher": check.to_json()}
     return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)

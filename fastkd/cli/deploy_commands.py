@@ -7,7 +7,7 @@ from ..errors import DataError
 from ..settings import DeploySettings, ExportSettings
 from ..utils.factories import is_factory, made_by
 from .commands import DeployReport, Export
-from .outcome import Outcome, at_terminal, store_of
+from .outcome import Outcome, shows_progress, store_of
 
 
 def export(command: Export) -> Outcome:
@@ -35,11 +35,12 @@ def deploy_report(command: DeployReport) -> Outcome:
 
 def _evaluated_on(command: Export | DeployReport) -> dict[str, Any]:
     from ..cache import open_cache
+    from ..utils.progress import mode_for
 
     if command.data is not None and not is_factory(command.data):
         raise DataError(f"--data: got {command.data!r}; expected the module:factory that returns the examples.")
     return {
         "cache": None if command.cache is None else open_cache(store_of(command.cache)),
         "data": None if command.data is None else made_by(command.data, DataError),
-        "progress": "bar" if at_terminal() else "none",
+        "progress": mode_for() if shows_progress(json=command.json) else "none",
     }

@@ -71,7 +71,7 @@ from .commands import (
 from .config import config_text
 from .deploy_commands import deploy_report, export
 from .flags import flags, in_flags
-from .outcome import NoStore, Outcome, at_terminal, say, store_of
+from .outcome import NoStore, Outcome, say, shows_progress, store_of
 from .parse import Parsed, completion_script, parsed
 from .run_config import leave_config
 
@@ -156,7 +156,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         rank=command.rank,
         world_size=command.world_size,
         parallel=command.teacher_parallel,
-        progress=at_terminal(),
+        progress=shows_progress(json=command.json),
         check=lambda teacher: check_limits(teacher, _capture_settings(command)),
     )
     report = run(
@@ -210,7 +210,7 @@ def plan(command: Plan) -> Outcome:
     from ..teachers.load import load
 
     loaded = load(
-        command.teacher, command, command, rank=0, world_size=1, progress=at_terminal(),
+        command.teacher, command, command, rank=0, world_size=1, progress=shows_progress(json=command.json),
         check=lambda teacher: check_limits(teacher, _capture_settings(command)),
     )  # fmt: skip
     assert loaded.data is not None
@@ -226,7 +226,7 @@ def plan(command: Plan) -> Outcome:
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
         workers=1 if command.workers is None else command.workers,
-        progress=at_terminal(),
+        progress=shows_progress(json=command.json),
     )
     notes = [*getattr(loaded.teacher, "notes", []), *report.data[1:]]
     notes += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])

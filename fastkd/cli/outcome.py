@@ -42,6 +42,11 @@ def at_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def shows_progress(*, json: bool) -> bool:
+    """Whether progress is shown on stderr: bars on a terminal; elsewhere lines, unless the output is JSON."""
+    return at_terminal() or not json
+
+
 def say(text: str, stream: TextIO | None = None, *, keep: str = "\n\t") -> None:
     """Print text without credentials and control characters, but for those to keep. Characters that the stream cannot
     encode are escaped; a closed pipe or a full disk is ignored."""

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..errors import DataError
 from ..utils.hashing import files_sha256
+from ..utils.progress import counting
 from .chat import Encode, InvalidChat, Template, chat_tokens
 from .columns import TEXT_SETTINGS, Column, Values, concat_arrays
 from .records import Completion
@@ -195,12 +195,12 @@ class Documents:
         """
         lengths = np.zeros(len(self), np.int32)
         done = 0
-        bar = tqdm(total=len(self), desc="lengths", unit="doc", unit_scale=True, disable=not progress)
+        bar = counting(len(self), "document", "lengths", shown=progress)
         with bar, self._unchanged(range(len(self._files))):
             for part in self._range(0, len(self)):
                 lengths[done : done + len(part.lengths)] = part.lengths
                 done += len(part.lengths)
-                bar.update(len(part.lengths))
+                bar.add(len(part.lengths))
                 if on_part is not None:
                     on_part()
         return lengths
@@ -216,10 +216,10 @@ class Documents:
         for path, (digest, size) in zip(self._files, hashes, strict=True):
             whole.update(json.dumps([path.name, size, digest]).encode())
         if not self._files:
-            with tqdm(desc="fingerprint", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
+            with counting(0, "byte", "fingerprint", shown=progress) as bar:
                 for block in self._value_bytes():
                     whole.update(block)
-                    bar.update(len(block))
+                    bar.add(len(block))
         return whole.hexdigest()
 
     def where(self, number: int) -> str:

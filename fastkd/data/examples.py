@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..cache.errors import type_name
 from ..errors import DataError
+from ..utils.progress import counting
 from ..utils.splitmix import mixed
 
 Augment = Callable[[Tensor, NDArray[np.int64]], Tensor]
@@ -72,10 +72,12 @@ class Examples:
         if self._fingerprint:
             return self._fingerprint
         whole = hashlib.sha256(json.dumps(["examples", self._named, self.copies, self._seed]).encode())
-        for start in tqdm(range(0, len(self), _BLOCK), desc="fingerprint", disable=not progress):
-            block = self._stacked(range(start, min(start + _BLOCK, len(self))))
-            whole.update(json.dumps([str(block.dtype), list(block.shape)]).encode())
-            whole.update(block.contiguous().view(torch.uint8).numpy().data)
+        with counting(len(self), "example", "fingerprint", shown=progress) as bar:
+            for start in range(0, len(self), _BLOCK):
+                block = self._stacked(range(start, min(start + _BLOCK, len(self))))
+                whole.update(json.dumps([str(block.dtype), list(block.shape)]).encode())
+                whole.update(block.contiguous().view(torch.uint8).numpy().data)
+                bar.add(len(block))
         self._fingerprint = whole.hexdigest()
         return self._fingerprint
 

@@ -18,7 +18,7 @@ from ..train.result import RUN, STUDENT, describe_cache, run_document
 from ..train.student import make_student
 from ..utils.atomic import remove_folder, write_text
 from ..utils.distributed import joined_processes
-from ..utils.progress import mode_for
+from ..utils.progress import mode_for, naming
 from ..utils.signals import Stopped
 from .artifacts import Json, cached_result, make_folder, write_json
 from .completions import prefixes_of, student_completions
@@ -74,7 +74,7 @@ def evaluate_untrained(student: Path, cache: Cache, out: Path, settings: TrainSe
     with joined_processes(settings.device) as processes:
         loaded = make_student(student, cache.spec, settings).student.to(processes.device)
         loaded.autocast = autocast_of(settings.precision, processes.device)
-        found = evaluate(loaded, cache, batch_tokens=settings.micro_tokens, progress=mode_for() == "bar")
+        found = evaluate(loaded, cache, batch_tokens=settings.micro_tokens, progress=True)
         size, inputs = loaded.parameters_and_bytes, {"caches": [describe_cache(cache)]}
         document = run_document(loaded, size, inputs, processes.device, 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,7 @@ def evaluate_untrained(student: Path, cache: Cache, out: Path, settings: TrainSe
 
 def train_student(job: Job, cache: Cache, out: Path, settings: TrainSettings, *, control: bool) -> None:
     """Train a student, or resume its training. Raises `Stopped` if `job.stop` was called."""
-    report = train(job.pruned, cache, out, settings, control=control, stop=job.stop, progress=mode_for())
+    with naming(out.name):
+        report = train(job.pruned, cache, out, settings, control=control, stop=job.stop, progress=mode_for())
     if not report.complete:
         raise Stopped

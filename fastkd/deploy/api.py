@@ -21,7 +21,7 @@ from ..settings import DeploySettings, ExportSettings
 from ..settings_changes import DeployChanges, ExportChanges
 from ..stream.split import has_held_out, open_split
 from ..utils.atomic import check_place, write_text
-from ..utils.progress import Mode
+from ..utils.progress import Mode, is_shown
 from .calibration import Calibration
 from .exported import Exported, read_exported, write_exported
 from .formats import check_quantize, find
@@ -77,7 +77,7 @@ def export(
     exported, notes = write_exported(model, out, to, found, settings.quantize, calibration)
     seconds, quality, name = time.perf_counter() - begun, None, ""
     if opened is not None:
-        judge = Judge(model, opened, data, settings, progress=progress == "bar")
+        judge = Judge(model, opened, data, settings, progress=is_shown(progress))
         size = student_bytes(model)
         del model
         quality, name = _judged(judge, exported, settings)
@@ -144,7 +144,7 @@ def deploy_report(
         qualities = [stored[str(one.folder)] for one in exports]
         first = next((quality.student for quality in qualities if quality is not None), None)
     else:
-        judge = Judge(model, opened, data, settings, progress=progress == "bar")
+        judge = Judge(model, opened, data, settings, progress=is_shown(progress))
         qualities, first = [_judged(judge, one, settings)[0] for one in exports], judge.student
     itself = None if first is None else Quality(first, first)
     rows = [DeployRow("PyTorch", source["student"], size, 1.0, measured[0], itself)]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..cache.reader import Cache, open_cache
 from ..data.examples import Examples
@@ -18,6 +17,7 @@ from ..stream.cached import CachedSource
 from ..stream.shard_source import ShardSource
 from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import TAIL, Interval
+from ..utils.progress import counting
 from .forward import EvalPartition, StudentForward, check_finite
 from .result import Evaluation, Windows
 from .rows import Rows, student_rows, teacher_rows
@@ -56,7 +56,7 @@ def evaluate(
     max_positions: only the first whole windows with at most this many positions. allow_partial: accept a split with
         missing shards. device: None, the student's.
     processes: the windows are divided over them; all call this function alike, and get the same result.
-    progress: show a bar on stderr. buckets: of a student that is compiled, as of `CachedSource`.
+    progress: show it on stderr. buckets: of a student that is compiled, as of `CachedSource`.
     further: more measures by name, `[m]` each, of the positions that count, from the micro-batch and the logits. It is
         called once for each micro-batch with such positions, in the order of the data. Not with several processes.
 
@@ -94,7 +94,7 @@ def evaluate(
     forward = StudentForward(student, origin, where)
     partition = EvalPartition(source, windows, processes, student)
     done = partition.first_window
-    bar = tqdm(total=windows, desc=f"evaluate {split}", unit="window", disable=not progress)
+    bar = counting(windows, "window", f"evaluate {split}", shown=progress)
     with forward.evaluating(), bar:
         for step in partition.steps(forward.repeat):
             for batch in step.micro_batches:
@@ -112,7 +112,7 @@ def evaluate(
                 teachers.add(window, teacher := teacher_rows(batch.targets, labels))
                 sliced.add_sliced(window, rows, slice_numbers(teacher))
             done += step.sequences
-            bar.update(step.sequences)
+            bar.add(step.sequences)
     (ours, teachers, sliced), positions = partition.sum([ours, teachers, sliced], positions)
     if not ours.counts.any():
         raise StreamError(

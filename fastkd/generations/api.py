@@ -50,7 +50,7 @@ from ..train.student import Student, make_student
 from ..utils.atomic import lock, sealed, write_json, writing
 from ..utils.distributed import local_device
 from ..utils.output_guard import check_folder
-from ..utils.progress import notes_only
+from ..utils.progress import naming, notes_only
 from ..utils.signals import Stop, Stopped
 from .plot import plotted
 from .result import GENERATIONS, GenerationsReport, Trained, make_report, read_json
@@ -204,10 +204,11 @@ class _Family:
             teacher, captured = given.pop() if given else self._trained_teacher(arm, arms), self._captured
             if arm.cache != self._first:
                 captured = self._as_first()
-            complete = capture(
-                teacher, self._data, arm.cache, captured, stop=self._stop, progress=self._progress,
-                notes=f"born-again {arm.name}",
-            ).complete  # fmt: skip
+            with naming(arm.name):
+                complete = capture(
+                    teacher, self._data, arm.cache, captured, stop=self._stop, progress=self._progress,
+                    notes=f"born-again {arm.name}",
+                ).complete  # fmt: skip
         else:
             complete = True
         if not complete or self._stop.asked:
@@ -221,10 +222,11 @@ class _Family:
             check_finished(arm.folder, done, arm.settings, self._identity, [describe_cache(cache)])
         else:
             self._note(f"{arm.name}: training on {arm.says}, seed {arm.settings.seed}: {arm.folder}")
-            report = train(
-                self._student, cache, arm.folder, arm.settings, data=self._examples, stop=self._stop,
-                progress=self._progress,
-            )  # fmt: skip
+            with naming(arm.name):
+                report = train(
+                    self._student, cache, arm.folder, arm.settings, data=self._examples, stop=self._stop,
+                    progress=self._progress,
+                )  # fmt: skip
             if not report.complete:
                 raise Stopped
         return Trained(arm.name, arm.says, str(arm.folder), arm.settings.seed, self._evaluation(arm, cache))

@@ -163,5 +163,5 @@ def load_transformers() -> Any:
     transformers.utils.logging.disable_progress_bar()
     # reading GGUF files takes a while, and ignores disable_progress_bar
     loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    loader.tqdm = partial(tqdm, disable=None)
+    loader.tqdm = partial(tqdm, disable=None, leave=False)
     return transformers

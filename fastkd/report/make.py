@@ -1,4 +1,4 @@
-"""Reports: folders of runs are read, and a page is written."""
+"""Reports: folders of runs and of sweeps are read, and a page is written."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,8 +11,9 @@ from .page import Page, Section
 from .peers import students_of
 from .plots import png
 from .render import to_html
-from .runs import Comparison, Run, in_lines, read_runs
+from .runs import Comparison, Run, in_lines, names_of, read_run
 from .sections import build_sections
+from .sweeps import Sweep, is_sweep, read_sweep
 
 
 def make_report(
@@ -25,20 +26,26 @@ def make_report(
     title: str = "",
     command: str = "",
 ) -> dict[str, Any]:
-    """Write the report of some runs. Returns what was written, for JSON.
+    """Write the report of some runs and sweeps. Returns what was written, for JSON.
 
-    out: file of the page; None: report.html in the first run's folder. pngs: also write every chart as
+    out: file of the page; None: report.html in the first folder. pngs: also write every chart as
     `<name of the page>-<name of the chart>.png`. fetch: also open caches at URLs that the runs name. more: sections
     after the held-out measures. title: of the page. command: how to make this page again; "": by `fastkd report`.
     Raises ReportError.
     """
     if not folders:
         raise NoRun("runs: got none; expected the folder of at least one run.")
-    runs = [one for run, folder in zip(read_runs(folders), folders, strict=True) for one in students_of(run, folder)]
+    runs: list[Run] = []
+    sweeps: list[Sweep] = []
+    for folder, name in zip(folders, names_of(folders), strict=True):
+        if is_sweep(folder):
+            sweeps.append(read_sweep(folder, name))
+        else:
+            runs += students_of(read_run(folder, name), folder)
     out = folders[0] / "report.html" if out is None else out
     flags = ["--png"] * pngs + ["--fetch"] * fetch
     command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *flags])
-    page = page_of(runs, more=more, title=title, command=command, fetch=fetch)
+    page = page_of(runs, sweeps, more=more, title=title, command=command, fetch=fetch)
     files = {out: to_html(page).encode()}
     if pngs:
         files |= {out.with_name(f"{out.stem}-{chart.name}.png"): png(chart) for chart in page.charts}
@@ -48,21 +55,41 @@ def make_report(
             write_file(path, partial(Path.write_bytes, data=data), sync=False)
         except OSError as error:
             raise ReportError(f"{path}: cannot be written ({error}). Choose another file with --out.") from error
-    return {"report": str(out), "files": [str(path) for path in files], "runs": [run.name for run in runs]}
+    return {
+        "report": str(out),
+        "files": [str(path) for path in files],
+        "runs": [run.name for run in runs],
+        "sweeps": [sweep.name for sweep in sweeps],
+    }
 
 
 def page_of(
-    runs: Sequence[Run], *, more: Sequence[Section] = (), title: str = "", command: str = "", fetch: bool = False
+    runs: Sequence[Run],
+    sweeps: Sequence[Sweep] = (),
+    *,
+    more: Sequence[Section] = (),
+    title: str = "",
+    command: str = "",
+    fetch: bool = False,
 ) -> Page:
-    """The page of some runs; see `make_report`."""
+    """The page of some runs and sweeps; see `make_report`."""
+    names = [one.name for one in (*sweeps, *runs)]
     how = "" if any("live" in run.document for run in runs) else " from cached outputs of the teacher"
-    lead = f"Distilled{how}: {', '.join(run.name for run in runs)}."
+    lead = f"Distilled{how}: {', '.join(names)}."
     if any(run.control is not None for run in runs):
         lead += " Dashed lines: the controls, the same students trained on hard labels alone"
         lead += ", or without features." if any(run.without_features is not None for run in runs) else "."
     return Page(
-        title=title or (f"{len(runs)} runs compared" if len(runs) > 1 else f"Distillation: {runs[0].name}"),
+        title=title or _title(runs, sweeps),
         lead=lead,
-        sections=build_sections(Comparison(runs, command, fetch), more),
+        sections=build_sections(Comparison(runs, command, fetch, sweeps, [r for s in sweeps for r in s.runs]), more),
         foot="Made by fastkd report. This page is one file and loads nothing from the network.",
     )
+
+
+def _title(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> str:
+    if not sweeps:
+        return f"{len(runs)} runs compared" if len(runs) > 1 else f"Distillation: {runs[0].name}"
+    if not runs:
+        return f"{len(sweeps)} sweeps" if len(sweeps) > 1 else f"Sweep: {sweeps[0].name}"
+    return f"{', '.join(sweep.name for sweep in sweeps)} and {len(runs)} run{'s' * (len(runs) > 1)}"

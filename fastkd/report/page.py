@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 
 class Series(NamedTuple):
-    """What a line of a chart shows. colour: index into the page's colours; None: grey, for a reference. dashed: for a
-    control."""
+    """What a line of a chart shows. colour: its number, by which it has a colour, a marker and a kind of line (see
+    `plots.style_of`); None: grey, for a reference. dashed: for a control."""
 
     name: str
     colour: int | None
@@ -26,9 +26,19 @@ class Line(NamedTuple):
     markers: bool = False
 
 
+class Spread(NamedTuple):
+    """A row of a chart: values, their mean, and half the interval around it; None: it is not known."""
+
+    series: Series
+    values: Sequence[float]
+    mean: float
+    half: float | None = None
+
+
 class Chart(NamedTuple):
     """A plot. name: part of its file name. level: a grey horizontal line and its label. diagonal: a grey line where
-    both axes are equal. marks: points (x, y) and labels. from_zero: both axes start at 0. log: both are logarithmic."""
+    both axes are equal. marks: points (x, y) and labels. from_zero: both axes start at 0. log: both are logarithmic.
+    spreads: rows from the top down, in place of lines."""
 
     name: str
     title: str
@@ -41,6 +51,12 @@ class Chart(NamedTuple):
     marks: Sequence[tuple[float, float, str]] = ()
     from_zero: bool = False
     log: bool = False
+    spreads: Sequence[Spread] = ()
+
+    @property
+    def series(self) -> list[Series]:
+        """What it shows, each once, in order."""
+        return list(dict.fromkeys(one.series for one in (*self.lines, *self.spreads)))
 
 
 class Charts(NamedTuple):

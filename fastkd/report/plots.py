@@ -1,20 +1,21 @@
 """Charts by matplotlib: as SVG with the page's colours, and as PNG.
 
 In the SVG, colours are the CSS variables of the page, so that one drawing serves a light and a dark page. They are
-distinguishable for the colour-blind (Okabe and Ito, 2008; made darker or lighter for the background); controls are
-also dashed.
+distinguishable for the colour-blind (Okabe and Ito, 2008; made darker or lighter for the background). Each line also
+has a marker of its own, so that a page printed in grey can be read; controls are dashed.
 """
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ReportError
-from .page import Chart
+from .page import Chart, Series
 
 # light, dark: blue, vermilion, green, purple, orange, sky
 COLOURS = (
@@ -29,6 +30,29 @@ INK, GRID, GREY = ("#1c2126", "#e4e8ec"), ("#dfe3e8", "#30363d"), ("#68727d", "#
 _POINTS = 240  # maximum of a line; more are averaged in groups
 _LARGEST = 1e100  # matplotlib fails on differences that overflow
 _SIZE = (4.5, 2.9)  # inches of 72 points
+_ROW = 0.3  # inches of a spread
+_MARKERS = "osD^vP"
+_DASHES: tuple[Any, ...] = ("-", (0, (7, 1.6, 1.2, 1.6)), (0, (1.2, 1.2)), (0, (7, 1.6, 1.2, 1.6, 1.2, 1.6)))
+_CONTROL, _REFERENCE = (0, (4, 1.6)), (0, (2, 1.6))
+
+
+class Style(NamedTuple):
+    """How a series is drawn. colour: index into COLOURS, None for grey. marker: of matplotlib. dashes: "-" for a solid
+    line, else (0, lengths of strokes and gaps in widths of the line)."""
+
+    colour: int | None
+    marker: str
+    dashes: Any
+
+
+def style_of(series: Series) -> Style:
+    """The style of a series. References are grey and broken. Of the others, the first six differ by colour and marker,
+    those after them by dashes as well, and by another pairing of both."""
+    if series.colour is None:
+        return Style(None, "x", _REFERENCE)
+    turn, colour = divmod(series.colour, len(COLOURS))
+    return Style(colour, _MARKERS[(colour + turn) % len(_MARKERS)], _CONTROL if series.dashed else _DASHES[turn % 4])
+
 
 _PLACEHOLDERS = {  # colours that are drawn, and what replaces them in the SVG
     **{f"#0a00{i:02x}": f"var(--s{i})" for i in range(len(COLOURS))},
@@ -98,7 +122,7 @@ def _drawn(chart: Chart, colours: Sequence[str], ink: str, grid: str, grey: str)
     }  # fmt: skip
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure()
+        figure = Figure(figsize=(_SIZE[0], 1.0 + _ROW * len(chart.spreads))) if chart.spreads else Figure()
         _draw(figure.add_subplot(), chart, colours, ink, grey)
         yield figure
 
@@ -112,8 +136,9 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         axes.plot([0, 1], [0, 1], linewidth=1, **dotted)
     if chart.level is not None:
         axes.axhline(_drawable(chart.level[0]), linewidth=1.2, **dotted)
-    for line in chart.lines:
-        colour = grey if line.series.colour is None else colours[line.series.colour % len(colours)]
+    for number, line in enumerate(chart.lines):
+        how = style_of(line.series)
+        colour = grey if how.colour is None else colours[how.colour]
         size = 1 if line.band is not None else max(1, -(-len(line.x) // _POINTS))
         x, y, *band = (
             [fmean(_drawable(value) for value in of[i : i + size]) for i in range(0, len(of), size)]
@@ -121,8 +146,26 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         )
         if band:
             axes.fill_between(x, *band, color=colour, alpha=0.16, linewidth=0)
-        style = {"linestyle": (0, (4, 1.6)) if line.series.dashed else "-", "marker": "o" if line.markers else None}
-        axes.plot(x, y, color=colour, label=line.series.name, **style)
+        style: dict[str, Any] = {"linestyle": how.dashes, "marker": how.marker if line.markers else None}
+        if not line.markers and len(chart.lines) > 1:  # a few, to tell lines apart without colours
+            style |= {"marker": how.marker, "markevery": (0.05 + 0.04 * number % 0.2, 0.25), "markersize": 5}
+        # the first lines are those that a reader looks for: above the others
+        axes.plot(x, y, color=colour, label=line.series.name, zorder=3 - 0.01 * number, **style)
+    for row, spread in enumerate(chart.spreads):
+        how = style_of(spread.series)
+        colour = grey if how.colour is None else colours[how.colour]
+        half = spread.half
+        axes.errorbar(
+            [spread.mean], [row], xerr=half, fmt="|", ms=13, mew=2.2, lw=1.2, color=colour, label=spread.series.name
+        )
+        axes.plot(spread.values, [row] * len(spread.values), how.marker, ms=5, alpha=0.65, mew=0, color=colour)
+    if chart.spreads:
+        axes.set_yticks(
+            range(len(chart.spreads)), [textwrap.fill(one.series.name, 24) for one in chart.spreads], fontsize=8
+        )
+        axes.set_ylim(len(chart.spreads) - 0.4, -0.6)
+        axes.axvline(chart.spreads[0].mean, linewidth=1, zorder=0, **dotted)
+        axes.grid(axis="x")
     for x_at, y_at, words in chart.marks:
         axes.plot([x_at], [y_at], marker="o", markersize=7, markerfacecolor="none", color=ink)
         axes.annotate(words, (x_at, y_at), xytext=(8, -14), textcoords="offset points", color=ink, fontsize=9.5)
@@ -135,6 +178,8 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
+    elif chart.spreads:
+        axes.locator_params(axis="x", nbins=5)
     else:
         axes.locator_params(axis="both", nbins=6)
         if all(float(x).is_integer() for line in chart.lines for x in line.x):
@@ -145,6 +190,13 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
             0.995, _drawable(level), label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=grey,
             fontsize=9.5,
         )  # fmt: skip
+
+
+def alternative(chart: Chart) -> str:
+    """What a chart shows in words, for those who do not see it."""
+    names = [series.name for series in chart.series]
+    of = f" of {', '.join(names)}" if names else ""
+    return f"{chart.title}: {chart.y_label} by {chart.x_label}{of}. {chart.caption}".strip()
 
 
 def _drawable(value: float) -> float:

@@ -36,6 +36,7 @@ Json = dict[str, Any]
 FORMAT, VERSION = "fastkd-run", 1
 _LINE = 80  # columns; longer commands are wrapped
 _MOST_BYTES = 2**30  # of a file
+_MOST_NAMED = 3  # of the runs in a folder
 
 
 class Point(NamedTuple):
@@ -118,17 +119,25 @@ class Run:
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Runs side by side: what every section is built from. runs: in the order of the page. command: the one that makes
-    this report; empty if unknown. fetch: whether caches at URLs are opened."""
+    this report; empty if unknown. fetch: whether caches at URLs are opened. sweeps: beside them. of_sweeps: the sweeps'
+    own runs."""
 
     runs: Sequence[Run]
     command: str = ""
     fetch: bool = False
+    sweeps: Sequence[Any] = ()
+    of_sweeps: Sequence[Run] = ()
 
     @property
     def students(self) -> list[tuple[Run, Series]]:
         """Each run, followed by what was trained beside it, with the line that stands for it."""
         found = [(student, student is not run) for run in self.runs for student in run.students]
         return [(student, Series(student.name, i, beside)) for i, (student, beside) in enumerate(found)]
+
+    @property
+    def trainings(self) -> list[Run]:
+        """All runs: those of the page, what was trained beside them, and those of sweeps."""
+        return [*(run for run, _ in self.students), *self.of_sweeps]
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -148,15 +157,16 @@ def paired_differences(ours: Run, theirs: Run | None) -> dict[str, Interval]:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs of these folders, one for each, under distinct names. Raises ReportError."""
-    return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
     """One run. Raises NoRun if the folder has no run.json, ReportError if a file is damaged."""
     path = folder / "run.json"
     if not path.is_file():
-        raise NoRun(f"{folder}: no run.json in it; expected a folder written by `fastkd train`.")
-    document = _document(path)
+        wrote = f"that `fastkd train` or `fastkd sweep` wrote{_runs_in(folder)}"
+        raise NoRun(f"{folder}: no run.json in it; expected a folder {wrote}.")
+    document = read_document(path)
     made_by = document.get("format", FORMAT), document.get("version", VERSION)
     if made_by != (FORMAT, VERSION):
         raise ReportError(
@@ -171,6 +181,14 @@ def read_run(folder: Path, name: str) -> Run:
     }
     last = read_evaluation(folder / "evaluation.json")
     return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder))
+
+
+def _runs_in(folder: Path) -> str:
+    """The folders of runs within a folder, as the end of a sentence; "" if there are none."""
+    names = ("run.json", "sweep.json")
+    found = sorted({path.parent for name in names for at in ("*", "*/*") for path in folder.glob(f"{at}/{name}")})
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f", such as {', '.join(map(str, found[:_MOST_NAMED]))}{more}" if found else ""
 
 
 def measured(summary: Any) -> dict[str, Interval]:
@@ -232,7 +250,7 @@ def _metrics(path: Path) -> tuple[list[Json], list[Point]]:
 def read_evaluation(path: Path) -> Evaluation | None:
     """An evaluation by window; None if there is no such file. Raises ReportError if it is damaged."""
     try:
-        return Evaluation.from_json(_document(path)) if path.is_file() else None
+        return Evaluation.from_json(read_document(path)) if path.is_file() else None
     except StreamError as error:
         raise ReportError(f"{path}: {error}") from error
 
@@ -245,7 +263,7 @@ def _by_step(folder: Path) -> dict[int, Evaluation]:
     return {step: each[0] for step, each in found.items() if len(each) == 1}
 
 
-def _document(path: Path) -> Json:
+def read_document(path: Path) -> Json:
     try:
         found = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
@@ -268,7 +286,7 @@ def _text(path: Path) -> str:
         raise ReportError(f"{path}: cannot be read ({error}). Restore it, or train again.") from error
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def names_of(folders: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parent folders as make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts), default=1) + 1):

@@ -26,7 +26,7 @@ from ..train.trainer import Diverged
 from ..train.watch import Watch, check_watch
 from ..utils.atomic import lock, write_json, writing
 from ..utils.output_guard import check_folder
-from ..utils.progress import Mode, notes_only
+from ..utils.progress import Mode, naming, notes_only
 from ..utils.signals import Stop
 from .arms import Arm, is_hard, make_arms
 from .plot import plotted
@@ -47,9 +47,10 @@ class Training:
         """Train, or resume. None if it diverged, which is then written in its folder."""
         watch = None if self.watch is None else self.watch()
         try:
-            return train(
-                student, cache, self.folder, self.settings, data=data, watch=watch, stop=stop, progress=progress
-            )
+            with naming(self.name):
+                return train(
+                    student, cache, self.folder, self.settings, data=data, watch=watch, stop=stop, progress=progress
+                )
         except Diverged as error:
             write_json(self.folder / FAILED, {"step": error.step, "error": str(error)})
             notes_only(progress).event("note", text=f"{self.name}: diverged; continuing with the next. {error}")
@@ -162,7 +163,8 @@ def sweep(
         waiting = sum(one.seconds * one.waiting for one in reports) / seconds if seconds else 0.0
         report = replace(report, trainings=len(reports), seconds=seconds, waiting=waiting)
         report = plotted(report) if report.complete else report
-        write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)})
+        shares = {"weights": list(inputs.weights)} if len(inputs.weights) > 1 else {}  # of a mixture's caches
+        write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)} | shares)
         return report
 
 

@@ -35,7 +35,7 @@ from ..utils.atomic import lock, remove_folder, write_json, writing
 from ..utils.distributed import ALONE
 from ..utils.intervals import TAIL, Interval
 from ..utils.output_guard import check_folder
-from ..utils.progress import Progress, notes_only
+from ..utils.progress import Progress, naming, notes_only
 from ..utils.signals import Stop
 from .api import check_alone
 from .arms import Arm, auto_arms
@@ -186,7 +186,8 @@ class Halving:
         # checkpoints are those of the rungs: one is enough
         settings = replace(arm.of(self.settings, self.settings.seed), keep=1)
         try:
-            self.reports.append(train(self.student, self.cache, folder, settings, pause=pause, **self.given))
+            with naming(arm.name):
+                self.reports.append(train(self.student, self.cache, folder, settings, pause=pause, **self.given))
         except Diverged as error:
             write_json(folder / FAILED, {"step": error.step, "error": str(error)})
             self.say.event("note", text=f"{arm.name}: diverged; continuing with the others. {error}")

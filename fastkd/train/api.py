@@ -20,7 +20,7 @@ from ..settings_changes import TrainChanges, changed
 from ..utils.atomic import sealed, write_json, writing
 from ..utils.distributed import Processes, joined_processes
 from ..utils.output_guard import check_folder
-from ..utils.progress import Mode, notes_only
+from ..utils.progress import Mode, is_shown, naming, notes_only
 from ..utils.signals import Stop
 from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
 from .cards import SHARE, write_cards
@@ -149,7 +149,7 @@ def train(
             folder=out / LIVE_FOLDER,
             processes=processes,
             stop=stop,
-            progress=progress == "bar" and processes.first,
+            progress=is_shown(progress) and processes.first,
         )
         stack.callback(inputs.close)
         if rollouts.rollouts:
@@ -178,7 +178,8 @@ def train(
                 watch = Watch({name: out / name for name in done}, inputs.weights, settings.best)
             trained_on = inputs if arm.folder == STUDENT_ARM else inputs.control
             given = (student, out / arm.folder, arm.settings, arm.objective, trained_on, *shared)
-            done[arm.folder] = train_one(*given, watch=watch, pause=pause)
+            with naming(*([(arm.folder or "student").replace("_", " ")] if arms else [])):
+                done[arm.folder] = train_one(*given, watch=watch, pause=pause)
             report = with_arms(out, done, inputs.weights, settings.best)
             if processes.first and report.arms and STUDENT_ARM in done:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}

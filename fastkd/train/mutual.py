@@ -22,7 +22,7 @@ from ..utils.atomic import write_json, writing
 from ..utils.distributed import ALONE, Processes, joined_processes
 from ..utils.numbers import measure_text
 from ..utils.output_guard import check_folder
-from ..utils.progress import notes_only
+from ..utils.progress import is_shown, naming, notes_only
 from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.similar import did_you_mean
 from ..utils.text import format_table
@@ -192,7 +192,7 @@ def mutual(
         ExitStack() as stack,
     ):
         inputs: Inputs = cached or load_inputs(
-            teacher, data, settings, online, processes=processes, progress=progress == "bar" and processes.first
+            teacher, data, settings, online, processes=processes, progress=is_shown(progress) and processes.first
         )
         stack.callback(inputs.close)
         devices = [processes.device] if processes.device.type == "cuda" else []
@@ -220,7 +220,8 @@ def mutual(
                     text = f"now {name} on hard labels alone: {out / CONTROL / name}"
                     notes_only(progress).event("note", text=text)
                 given = (job.make(name), out / CONTROL / name, alone, None, inputs.control)
-                done[name] = train_one(*given, processes, evaluate, stop, progress, watch=looked)
+                with naming(f"control of {name}"):
+                    done[name] = train_one(*given, processes, evaluate, stop, progress, watch=looked)
                 if not done[name][0].complete:
                     break
             return done

@@ -385,6 +385,8 @@ class Trainer:
         try:
             for number, batch in enumerate(step.micro_batches, 1):
                 last = number == len(step.micro_batches)
+                if len(step.micro_batches) > 1:
+                    self._progress.doing(f"micro-batch {number}/{len(step.micro_batches)}")
                 losses = self._parallel.forward_backward(batch, last=last, num_items=step.count, **scalars)
                 if sums and tuple(losses) != tuple(sums):
                     raise TrainError(
@@ -487,7 +489,8 @@ class Trainer:
         self.student.eval()
         try:
             # in all of a run, so that its steps can be compared
-            with nullcontext() if self.student.fake is None else self.student.fake.always():
+            fake = nullcontext() if self.student.fake is None else self.student.fake.always()
+            with fake, self._progress.hosting():
                 found = dict(self._evaluate(self.student))
         except NotFinite as error:
             raise self._diverged(str(error), self.step, "held out") from error

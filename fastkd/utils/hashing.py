@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .atomic import write_text
+from .progress import counting
 
 SETTLED = 2.0
 """Seconds without changes before the hash of a file is cached. Of two writes within one tick of the file system's clock
@@ -53,10 +52,8 @@ def files_sha256(paths: Iterable[Path], *, progress: bool = False) -> list[tuple
     """`file_sha256` of each file. progress: show a progress bar on stderr."""
     paths = list(paths)
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(
-        total=total, desc="fingerprint", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-    ) as bar:
-        return [file_sha256(path, bar.update) for path in paths]
+    with counting(total, "byte", "fingerprint", shown=progress) as bar:
+        return [file_sha256(path, bar.add) for path in paths]
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,7 @@
 """The measurements' own parts: turns and medians with a made-up clock, the registry, recordings, what check says."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from fastkd.bench import (
 from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import Rotation, copies
 from fastkd.bench.head_model import Rates, predict
-from fastkd.bench.page import charts_of
+from fastkd.bench.load import LoadMeter, load_of, load_text
+from fastkd.bench.page import charts_of, page_of
 from fastkd.bench.records import SEQUENCES, opening, records, write_records
 from fastkd.bench.results import markdown
 from fastkd.bench.suites import (
@@ -38,6 +40,9 @@ from fastkd.bench.timing import Figure, figure, interleaved
 from fastkd.cache import CacheSpec, open_cache
 from fastkd.cli import main as cli
 from fastkd.errors import NoSuite, ReportError
+from fastkd.report.page import Charts, Page, Section
+from fastkd.report.plots import style_of, svg
+from fastkd.report.render import to_html
 from fastkd.stream.epoch_order import Sequences
 
 MACHINE = {"device": "cpu", "name": "made up", "cores": 2, "threads": 2}
@@ -125,9 +130,9 @@ class TestProblems:
     def test_peers_that_need_a_gpu_say_so(self) -> None:
         problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
         found = [peer for peer in peers.of_head(problem) if not peer.name.startswith("torch")]
-        assert [(peer.name, peer.run, peer.why) for peer in found] == [
-            (name, None, "needs a GPU") for name in peers.HEAD_NAMES[3:]
-        ]
+        (one,) = found  # one row, however many there are
+        assert (one.run, one.why) == (None, "need a GPU")
+        assert one.name == f"{len(peers.HEAD_NAMES) - 3} losses of liger-kernel, quack-kernels, cut-cross-entropy"
 
     def test_torch_s_fused_head_is_measured_where_torch_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = bench_head.HeadProblem("cpu", 12, 8, 60, 4)
@@ -233,22 +238,30 @@ class TestRecordings:
         table = Table("cpu", "loss")
         table.title("N=8")
         table.ratio(
-            "ours", Figure(1.2, 1.1, 1.3), "a copy", "<= 1.15", value=3.0, unit="GB/s", at={"N": 8}, line="ours"
+            "ours",
+            Figure(1.2, 1.1, 1.3),
+            "a copy",
+            "<= 1.15",
+            value=Figure(3.0, 2.5, 3.5),
+            unit="GB/s",
+            at={"N": 8},
+            line="ours",
         )
         table.value("bytes", 98.0, "bytes", "<= 104", better="lower")
         table.absent("theirs", "needs a GPU")
         table.save(tmp_path / "rows.json")
         (found,) = json.loads((tmp_path / "rows.json").read_text())
-        assert set(found) == {"suite", "size", "hardware", "versions", "seconds", "rows"}
+        assert set(found) == {"suite", "size", "hardware", "versions", "seconds", "rows", "load"}
         assert found["hardware"]["device"] == "cpu"
         assert {"python", "torch"} <= set(found["versions"])
         ratio, value, absent = found["rows"]
         assert (ratio["ratio"], ratio["p20"], ratio["p80"], ratio["limit"]) == (1.2, 1.1, 1.3, "<= 1.15")
+        assert (ratio["value"], ratio["value_p20"], ratio["value_p80"]) == (3.0, 2.5, 3.5)
         assert (ratio["verdict"], ratio["over"], ratio["case"], ratio["at"]) == ("MISSED", "a copy", "N=8", {"N": 8})
         assert (value.get("ratio"), value["value"], value["verdict"]) == (None, 98.0, "ok")
         assert absent == {"name": "theirs", "case": "N=8", "note": "needs a GPU"}
         assert load(tmp_path / "rows.json")[0] == table.recording().__class__(
-            **{**vars(table.recording()), "seconds": found["seconds"]}
+            **{**vars(table.recording()), "seconds": found["seconds"], "load": found["load"]}
         )
         out = capsys.readouterr().out
         assert "MISSED" in out
@@ -409,6 +422,40 @@ class TestResults:
         assert limit.y == [10.0, 10.0]
         (by_n,) = (line for line in charts["loss-GB_s-N"].lines if line.series.name == "ours")
         assert (by_n.x, by_n.y) == ([8, 16], [9.0, 8.0])
+
+    def test_ranges_are_bands_and_limits_are_drawn_as_the_legend_says(self) -> None:
+        rows = [replace(sized(v, "ours", 9.0), p20=8.5, p80=9.5) for v in (100, 1000)]
+        (chart,) = charts_of(recording(*rows, *(sized(v, "limit", 10.0) for v in (100, 1000))))
+        bands = {line.series.name: line.band for line in chart.lines}
+        assert bands == {"ours": ([8.5, 8.5], [9.5, 9.5]), "limit, measured in the same run": None}
+        assert "20th to 80th percentile" in chart.caption
+        key = to_html(Page("", "", [Section("", [Charts([chart])])]))
+        dashes = style_of(next(line.series for line in chart.lines if line.series.colour is None)).dashes
+        assert f'stroke-dasharray="{dashes[1][0]} {dashes[1][1]}"' in key
+        drawn = re.search(r"stroke-dasharray: ([\d.]+),([\d.]+)", svg(chart))
+        assert drawn is not None
+        assert float(drawn[1]) / float(drawn[2]) == pytest.approx(dashes[1][0] / dashes[1][1])
+
+    def test_the_load_of_the_machine(self) -> None:
+        noisy = load_of(0.4, 2.2, 2, 0.6)
+        assert noisy["quiet"] is False
+        assert "NOT QUIET" in load_text(noisy)
+        assert load_text(load_of(0.0, 2.0, 2, 0.04)) == (
+            "load average 0.00 before, 2.00 after, on 2 cores; other processes used 0.04 cores: quiet"
+        )
+        assert load_of(0.3, 2.0, 2, None)["quiet"] is False
+        assert "not known" in load_text(load_of(None, None, 2, None))
+        found = replace(recording(*self.rows), load=noisy)
+        assert "The machine: load average 0.40 before" in markdown([found])
+        text = to_html(page_of([found]))
+        assert "load average 0.40 before, 2.20 after, on 2 cores; other processes used 0.60 cores: NOT QUIET" in text
+        assert "Quiet machine" in text
+        assert "Quiet machine" not in to_html(page_of([recording(*self.rows)]))  # an old file
+
+    def test_own_work_is_not_that_of_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        times = iter([(100.0, 50.0, 5.0), (110.0, 62.0, 14.0)])
+        monkeypatch.setattr(LoadMeter, "_now", staticmethod(lambda: next(times)))
+        assert LoadMeter().load()["others"] == pytest.approx(0.3)
 
     def test_tables_have_every_row(self) -> None:
         text = markdown([recording(row(7.0)), recording(*self.rows)])

@@ -1,8 +1,10 @@
 """The estimate of a capture, beside what the capture then takes."""
 
+import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,51 @@ def test_the_mass_of_top_k_entries_is_that_of_the_cache() -> None:
     masses = [cost.mass for cost in report.by_k]
     assert masses == sorted(masses)
     assert len(masses) == 5
+
+
+def test_what_the_entries_lose_is_the_divergence_from_the_dense_teacher() -> None:
+    teacher, k = Zipf(), 24
+    inputs = torch.arange(64).reshape(2, 32) * 7 % VOCAB
+    with torch.no_grad():
+        answer = teacher(inputs)
+        dense = (answer.states @ teacher.head.T + teacher.bias).double().log_softmax(-1).flatten(0, 1)
+    best = dense.topk(k, -1)
+    rest = torch.log1p(-best.values.exp().sum(-1)) - math.log(VOCAB - k)
+    said = rest[:, None].repeat(1, VOCAB).scatter(1, best.indices, best.values)
+    expected = (dense.exp() * (dense - said)).sum(-1)
+    others = dense.scatter(1, best.indices, -math.inf)
+    tails = torch.stack([torch.logsumexp(others / t, -1) for t in sample_module._NEAR_ONE], 1)
+    arrays = {"logprobs": best.values.numpy(), "tail": tails.float().numpy()}
+    np.testing.assert_allclose(sample_module.lost_nats(arrays, VOCAB), expected.numpy(), rtol=0.01, atol=1e-4)
+    everything = {"logprobs": dense.numpy(), "tail": np.full((64, 3), -np.inf, np.float32)}
+    assert not sample_module.lost_nats(everything, VOCAB).any()
+
+
+def test_a_recommended_row_with_its_reason() -> None:
+    report = estimated(prose(40))
+    losses = [cost.kl for cost in report.by_k]
+    assert all(a is not None and b is not None and a > b for a, b in itertools.pairwise(losses))
+
+    def with_losses(*losses: float) -> Estimate:
+        costs = [replace(cost, kl=kl) for cost, kl in zip(report.by_k, losses, strict=True)]
+        return replace(report, by_k=costs)
+
+    found = with_losses(0.3, 0.2, 0.049, 0.02, 0.01)
+    assert found.to_json()["recommended_k"] == 32
+    text = " ".join(estimate_text(found).split())
+    assert "32 " in next(line for line in estimate_text(found).splitlines() if line.endswith("<- recommended"))
+    each = f"{report.by_k[2].bytes_per_position:.1f} bytes a position"
+    assert "recommended k = 32: the smallest k here whose entries lose at most 0.05 nats" in text
+    assert each in text
+    assert "more than as asked" in text
+    assert "8 draws stand for the rest" in text
+    worst = with_losses(0.9, 0.8, 0.7, 0.6, 0.5)
+    assert worst.to_json()["recommended_k"] == 128
+    assert "no k here loses as little as 0.05 nats" in " ".join(estimate_text(worst).split())
+    unknown = replace(report, by_k=[replace(cost, kl=None) for cost in report.by_k])
+    assert unknown.to_json()["recommended_k"] is None
+    assert "recommended" not in estimate_text(unknown)
+    assert all(len(line) <= 80 for line in estimate_text(found).splitlines())
 
 
 def test_draws_without_top_k_hold_no_mass() -> None:

@@ -124,12 +124,6 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "healed")
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts are not drawn: for tests of all else."""
-    monkeypatch.setattr("fastkd.report.render.svg", lambda chart: "")
-
-
 def page(*folders: Path) -> Reader:
     text = to_html(page_of(read_runs(folders), command="fastkd report healed"))
     asks_nothing(text)

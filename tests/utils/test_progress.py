@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from fastkd.utils.numbers import duration
-from fastkd.utils.progress import MODES, Progress, mode_for
+from fastkd.utils.progress import MODES, Progress, counting, mode_for, naming
+from fastkd.utils.progress_line import pace_text
 
 
 class Clock:
@@ -134,7 +136,7 @@ def test_events_are_json_and_numbers_that_json_has_not_are_null() -> None:
     assert events[3] == {"event": "shard", "shard": 1, "loss": None, "text": "a shard"}
 
 
-def test_a_line_a_minute() -> None:
+def test_a_line_every_half_minute() -> None:
     progress, clock, stream = made("lines", total=2_000_000)
     progress.figure("bytes_per_position", 81.25, "81.2 B each")
     for _ in range(130):
@@ -143,9 +145,10 @@ def test_a_line_a_minute() -> None:
     progress.say("shard 3: another worker was faster")
     progress.event("shard", shard=3)
     progress.event("shard", text="said")
-    first, second, *rest = stream.getvalue().splitlines()
-    assert first == "60,000 of 2,000,000 positions (3.0%), 1,000/s, teacher busy 93%, 81.2 B each, 32 min left"
-    assert second.startswith("120,000 of 2,000,000 positions (6.0%)")
+    first, second, _, fourth, *rest = stream.getvalue().splitlines()
+    assert first == "30,000 of 2.00M positions (1.5%), 1,000/s, 33 min left, 81.2 B each, teacher busy 93%"
+    assert second.startswith("60,000 of 2.00M positions (3.0%)")
+    assert fourth.startswith("120k of 2.00M positions (6.0%)")
     assert rest == ["shard 3: another worker was faster", "said"]
 
 
@@ -157,8 +160,8 @@ def test_a_bar_shows_the_same() -> None:
         progress.add(300, teacher_busy=5.0)
         progress.say("a line above it")
     text = stream.getvalue()
-    assert "700/1.00k" in text
-    assert "teacher busy 50%, 81.2 B each" in text
+    assert "700/1,000 positions" in text
+    assert "81.2 B each" in text
     assert "a line above it\n" in text
     there = len(text)
     progress.close()
@@ -275,3 +278,123 @@ def test_a_reader_that_goes_away_does_not_change_the_exit_status(mode: str, tmp_
         process.communicate(b"go\n", timeout=120)
     assert process.returncode == 7
     assert errors.read_text() == ("" if mode == "events" else "more\n")
+
+
+# What a person sees: slow steps, names, widths, and what is left on the screen
+
+
+def slow(mode: str, **options: Any) -> tuple[Progress, Clock, io.StringIO]:
+    """Three steps of 50 s of 20."""
+    progress, clock, stream = made(mode, total=20, unit="step", shares=(), **options)
+    for _ in range(3):
+        clock.now += 50
+        progress.add(1)
+    return progress, clock, stream
+
+
+def test_slow_steps_are_timed_in_seconds_and_move_by_micro_batches() -> None:
+    progress, clock, stream = slow("lines")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "1 of 20 steps (5.0%), 50 s/step, 16 min left"
+    clock.now += 31
+    progress.doing("micro-batch 3/4")
+    assert stream.getvalue().splitlines()[-1] == "3 of 20 steps (15.0%), micro-batch 3/4, 50 s/step, 14 min left"
+    progress.add(1)
+    assert "micro-batch" not in progress.line(120)
+    assert progress.line(120).startswith("4/20 steps ")
+    silent, _, stream = slow("events")
+    before = stream.getvalue()
+    silent.doing("micro-batch 3/4")
+    assert stream.getvalue() == before
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("names", [(), ("control",), ("alpha=0.5,temperature=2,rate=0.001, seed 0", "control")])
+def test_nothing_is_cut(width: int, names: tuple[str, ...]) -> None:
+    with naming(*names):
+        progress, _, _ = slow("none")
+    progress.figure("loss", 3.213, "loss 3.213")
+    progress.figure("speed", 1234, "1,234 positions/s")
+    progress.doing("micro-batch 3/32")
+    line = progress.line(width)
+    assert len(line) <= width
+    assert line.startswith(names[0][:8] if names else "3/20 steps")
+    assert "3/20 steps" in line
+    if names:
+        assert line.partition(": ")[0].endswith(names[-1])  # also of a long name both ends are shown
+    whole = {"15%", "micro-batch 3/32", "50 s/step", "13 min left", "14 min left", "loss 3.213", "1,234 positions/s"}
+    shown = line.rpartition("  ")[2].split(", ")
+    assert shown[:2] == ["15%", "micro-batch 3/32"]
+    assert set(shown) <= whole
+    assert set(progress.line(200).rpartition("  ")[2].split(", ")) >= whole - {"13 min left", "14 min left"}
+
+
+def test_names_are_in_front_for_people_alone() -> None:
+    for mode, expected in (("lines", "control: "), ("events", "")):
+        with naming("control"):
+            progress, clock, stream = made(mode)
+        clock.now += 60
+        progress.add(10)
+        progress.event("note", text="step 1")
+        lines = stream.getvalue().splitlines()
+        assert lines[0].startswith(f"{expected}10 of 1,000 positions" if expected else '{"event": "progress", "pos')
+        assert lines[1] == (f"{expected}step 1" if expected else '{"event": "note", "text": "step 1"}')
+    assert made("lines")[0]._names == ""
+
+
+def screen(text: str) -> list[str]:
+    """The lines that a terminal shows after this text."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|[\r\n]|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[A":
+            row -= 1
+        elif part == "\r":
+            column = 0
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_bars_within_bars_leave_nothing() -> None:
+    outer, clock, stream = made("bar", total=2, unit="step", shares=())
+    with outer:
+        for _ in range(2):
+            inner = Progress(9, unit="window", what="evaluate", passing=True, mode="bar", stream=stream, clock=clock)
+            with inner:
+                clock.now += 1
+                inner.add(4)
+                outer.say("a note")
+            outer.add(1)
+    (last,) = [line for line in screen(stream.getvalue()) if line != "a note"]
+    assert last.startswith("2/2 steps")
+    assert "evaluate" in stream.getvalue()
+
+
+def test_a_count_within_another_job_is_shown_there() -> None:
+    outer, clock, stream = slow("lines")
+    with outer.hosting(), counting(9, "window", "evaluate", shown=False) as inner:
+        clock.now += 31
+        inner.add(4)
+    assert "evaluate 4/9 windows, 50 s/step" in stream.getvalue().splitlines()[-1]
+    assert "evaluate" not in outer.line(120)
+
+
+def test_off_a_terminal_there_are_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with counting(2 * 10**9, "byte", "fingerprint", shown=True) as progress:
+        progress._clock = lambda: progress._begun + 31.0
+        progress.add(10**9)
+    err = capsys.readouterr().err
+    assert err == "fingerprint: 1.0 GB of 2.0 GB (50.0%), 32.3 MB/s, 31 s left\n"
+
+
+@pytest.mark.parametrize(
+    ("rate", "unit", "text"),
+    [(0, "step", ""), (0.02, "step", "50 s/step"), (0.25, "step", "4.0 s/step"), (2.5, "step", "2.5/s"),
+     (1500, "position", "1,500/s"), (2.5e6, "byte", "2.5 MB/s"), (1, "second", "")],
+)  # fmt: skip
+def test_paces(rate: float, unit: str, text: str) -> None:
+    assert pace_text(rate, unit) == text

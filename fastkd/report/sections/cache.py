@@ -7,12 +7,13 @@ from ..page import Block, Code, Paragraph, Section
 from ..runs import Comparison
 
 POSITION = 50
+OF_SWEEPS = True
 
 
 def build(comparison: Comparison) -> Section | None:
     """What `fastkd inspect` says of each cache, once; and notes on those that are not opened, or were replaced."""
     caches: dict[str, tuple[str, str, str]] = {}
-    for run, _ in comparison.students:
+    for run in comparison.trainings:
         for place, spec in run.caches:
             caches.setdefault(spec or place, (run.name, place, spec))
     blocks: list[Block] = []

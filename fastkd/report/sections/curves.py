@@ -15,10 +15,10 @@ _LOSSES = (
     ("hard", "Hard loss", "nats per position", "Cross-entropy on the labels of the training data; lower is better."),
 )  # fmt: skip
 _SCHEDULES = (
-    ("rate", "Learning rate"),
-    ("alpha", "α, weight of the hard loss"),
-    ("temperature", "Temperature"),
-    ("grad_norm", "Gradient norm"),
+    ("rate", "Learning rate", "learning rate"),
+    ("alpha", "α, weight of the hard loss", "α"),
+    ("temperature", "Temperature", "T"),
+    ("grad_norm", "Gradient norm", "norm"),
 )
 
 
@@ -35,16 +35,18 @@ def build(comparison: Comparison) -> Section:
                 caption += " Bands: 95% intervals of each student by itself, wider than those of paired differences."
             level = _teacher_level(comparison, measure)
             title = f"Held out: {measure.short}"
-            charts.append(Chart(f"held-out-{measure.name}", title, caption, "step", measure.unit, lines, level))
+            y_label = f"{measure.short}, {measure.unit}"
+            charts.append(Chart(f"held-out-{measure.name}", title, caption, "step", y_label, lines, level))
     if lines := _calibration(comparison):
         caption = "On the dotted line a model is right as often as it is confident; below it, it is overconfident."
-        charts.append(Chart("reliability", "Calibration", caption, "confidence", "accuracy", lines, diagonal=True))
+        axes = "confidence, share of 1", "accuracy, share of 1"
+        charts.append(Chart("reliability", "Calibration", caption, *axes, lines, diagonal=True))
     if not charts:
         return Section("Training curves", [Paragraph("These runs have no metrics.jsonl: nothing was logged.")])
-    for name, title in _SCHEDULES:
+    for name, title, unit in _SCHEDULES:
         lines = _logged(comparison, name)
         if any(len(set(line.y)) > 1 for line in lines):  # constants are among the settings
-            charts.append(Chart(f"training-{name}", title, "Value at each step.", "step", "", lines))
+            charts.append(Chart(f"training-{name}", title, "Value at each step.", "step", unit, lines))
     return Section("Training curves", [Charts(charts)])
 
 

@@ -95,10 +95,10 @@ def _curves(name: str, folder: str, run: Run, other: Run, lines: tuple[Series, S
     title, where = f"Held out: {measure.short}", f"{lines[0].colour}-{folder}-{name}"
     return [
         Chart(f"both-{where}", title, f"Solid: the student; dashed: {against}; {measure.better} is better.", "step",
-              measure.unit, both),
+              f"{measure.short}, {measure.unit}", both),
         Chart(f"difference-{where}", f"Student minus {against}: {measure.short}",
               f"Paired over windows, with its interval of 95% at each evaluation; {measure.better} is better.",
-              "step", measure.unit, [difference], (0.0, "no difference")),
+              "step", f"difference, {measure.unit}", [difference], (0.0, "no difference")),
     ]  # fmt: skip
 
 
