@@ -25,7 +25,6 @@ from fastkd.report.page import (
 from fastkd.report.page import Row as TableRow
 
 LIMIT = "limit"
-_COLOURS = 6
 _AXES = {
     "N": "positions N",
     "D": "width D",
@@ -98,7 +97,7 @@ def charts_of(recording: Recording) -> list[Chart]:
     """A chart for each unit and each size that varies while the others stay the same."""
     rows = [row for row in recording.rows if row.line and row.value is not None and row.unit in _KINDS and row.at]
     names = list(dict.fromkeys(row.line for row in rows if row.line != LIMIT))
-    series = {name: Series(name, i % _COLOURS, dashed=i >= _COLOURS) for i, name in enumerate(names)}
+    series = {name: Series(name, i) for i, name in enumerate(names)}
     series[LIMIT] = Series("limit, measured in the same run", None)
     found = []
     for unit, (what, says) in _KINDS.items():

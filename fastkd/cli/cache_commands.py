@@ -23,17 +23,24 @@ def inspect(command: Inspect) -> Outcome:
 
     if command.sample < 0:
         raise CacheError(f"sample: got {command.sample}; expected a number of positions.")
-    if command.tokenizer is not None and not command.sample:
-        raise CacheError(f"tokenizer: got {command.tokenizer!r} without --sample; expected both.")
+    for name, given in (("tokenizer", command.tokenizer), ("classes", command.classes)):
+        if given is not None and not command.sample:
+            raise CacheError(f"{name}: got {given!r} without --sample; expected both.")
+    if command.tokenizer is not None and command.classes is not None:
+        raise CacheError("classes: got it with tokenizer; expected one of them.")
     cache = open_cache(store_of(command.cache))
     report = inspect_cache(cache, progress=at_terminal())
     if not command.sample:
         return Outcome(report, report_text(report))
-    from .sample import sample_text, sampled
+    from .sample import classes_of, hint, sample_text, sampled
 
     tokenizer, warning = _tokenizer_of(cache, command.tokenizer)
+    if command.classes is not None:
+        tokenizer = classes_of(command.classes)
     report["sample"] = sampled(cache, command.sample, tokenizer)
-    return Outcome(report, f"{report_text(report)}\n\n{sample_text(report['sample'])}", 0, warning)
+    lines = [report_text(report), "", sample_text(report["sample"])]
+    lines += [f"  {hint(cache, report['sample'])}"] if tokenizer is None else []
+    return Outcome(report, "\n".join(lines), 0, warning)
 
 
 def _tokenizer_of(cache: "Cache", name: str | None) -> tuple[Any, str]:

@@ -39,6 +39,9 @@ class Inspect:
     most likely ones with their probabilities."""
     tokenizer: str | None = None
     """With --sample: tokenizer of the cache, a folder or a Hub name, to show text instead of token ids."""
+    classes: str | None = None
+    """With --sample, for a classifier: names of the classes, a text file with one a line, or a module:factory that
+    returns them or a data set that has them (class_names, or classes)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -476,17 +479,18 @@ class MixTargets:
 
 @dataclass(frozen=True)
 class Report:
-    """Compare runs on one HTML page.
+    """Compare runs and sweeps on one HTML page.
 
-    Curves, a table of the students, and the settings that differ.
+    Of runs: curves, a table of the students, and the settings that differ. Of sweeps: the arms ranked, as means over
+    their seeds, each against the best and against hard labels alone.
     """
 
     runs: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
     ]
-    """Run folders that training wrote."""
+    """Folders that `fastkd train`, `mutual` or `sweep` wrote."""
     out: Path | None = None
-    """Output page. Default: report.html in the first run folder."""
+    """Output page. Default: report.html in the first folder."""
     png: bool = False
     """Also write each plot as a PNG beside the page."""
     fetch: bool = False

@@ -2,11 +2,14 @@
 
 import math
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..cache.table import sequence_columns
+from ..errors import DataError
+from ..utils.factories import is_factory, made_by
 from ..utils.text import printable
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 _BEFORE = 24  # tokens shown before a position
 _SHOWN = 8  # entries
 _WIDTH = 80
+_OF_EXAMPLES = "the teacher's most likely classes, with their probabilities"
 
 
 def sampled(cache: "Cache", count: int, tokenizer: Any = None) -> list[dict[str, Any]]:
@@ -48,9 +52,15 @@ def sampled(cache: "Cache", count: int, tokenizer: Any = None) -> list[dict[str,
 
 def sample_text(sample: list[dict[str, Any]]) -> str:
     """For a person: some lines a position, of at most 80 columns."""
-    lines = ["Sample: what comes before, the next token, and the teacher's most likely ones"]
+    text = any("before" in one for one in sample)
+    what = "what comes before, the next token, and the teacher's most likely ones" if text else _OF_EXAMPLES
+    lines = [f"Sample: {what}"]
     for one in sample:
-        lines.append(f"  sequence {one['sequence']:,}, position {one['position']:,}")
+        where = f"sequence {one['sequence']:,}, position {one['position']:,}"
+        if "example" in one:
+            seed = one.get("augmentation_seed")
+            where = f"example {one['example']:,}" + (f", augmented with seed {seed}" if seed else "")
+        lines.append(f"  {where}")
         if "before" in one:
             texts = one["before"]
             before = "".join(texts) if all(isinstance(text, str) for text in texts) else " ".join(map(str, texts))
@@ -62,6 +72,32 @@ def sample_text(sample: list[dict[str, Any]]) -> str:
         )
         lines += textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def classes_of(name: str) -> list[str]:
+    """The names of classes: of a text file, a name a line; or of what module:factory returns, which is a list of them
+    or has one as `class_names` or `classes`, as data sets of torchvision have. Raises DataError."""
+    if is_factory(name):
+        made = made_by(name, DataError)
+        known = (made, getattr(made, "class_names", None), getattr(made, "classes", None))
+        found = next((some for some in known if isinstance(some, (list, tuple)) and some), ())
+    else:
+        try:
+            found = Path(name).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"classes: got {name}, which cannot be read ({error}); expected a name a line.") from error
+    if not found or not all(isinstance(one, str) for one in found):
+        raise DataError(f"classes: got {name}, which has no names; expected a text file with one a line, or a list.")
+    return list(found)
+
+
+def hint(cache: "Cache", sample: list[dict[str, Any]]) -> str:
+    """How numbers would become names."""
+    if not any("before" in one for one in sample):
+        return "numbers of classes: --classes FILE, with a name a line, shows their names"
+    known = cache.spec.provenance.tokenizer
+    name = known.name if known is not None and known.name else "NAME"
+    return f"ids of tokens: --tokenizer {name} shows their text"
 
 
 def _quoted(token: Any) -> str:

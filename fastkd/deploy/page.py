@@ -28,8 +28,6 @@ from ..utils.numbers import THIN, figures, prefixed, with_half
 from .quality import AGREEMENT
 from .result import DeployReport, DeployRow, above_text
 
-_COLOURS = 6  # of the page, in turn
-
 
 def page_of(report: DeployReport, command: str = "") -> Page:
     """The page. command: how to make it again."""
@@ -55,7 +53,7 @@ def page_of(report: DeployReport, command: str = "") -> Page:
 
 
 def _series(rows: Sequence[DeployRow], index: int) -> Series:
-    return Series(rows[index].name, None if index == 0 else (index - 1) % _COLOURS)
+    return Series(rows[index].name, None if index == 0 else index - 1)
 
 
 def _cards(report: DeployReport) -> Cards:

@@ -33,7 +33,7 @@ _SIZE = (4.5, 2.9)  # inches of 72 points
 _ROW = 0.3  # inches of a spread
 _MARKERS = "osD^vP"
 _DASHES: tuple[Any, ...] = ("-", (0, (7, 1.6, 1.2, 1.6)), (0, (1.2, 1.2)), (0, (7, 1.6, 1.2, 1.6, 1.2, 1.6)))
-_CONTROL, _REFERENCE = (0, (4, 1.6)), (0, (2, 1.6))
+_CONTROL, _REFERENCE = (0, (4, 1.6)), (0, (3, 2))
 
 
 class Style(NamedTuple):
@@ -146,8 +146,11 @@ def _draw(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grey: str) 
         )
         if band:
             axes.fill_between(x, *band, color=colour, alpha=0.16, linewidth=0)
-        style: dict[str, Any] = {"linestyle": how.dashes, "marker": how.marker if line.markers else None}
-        if not line.markers and len(chart.lines) > 1:  # a few, to tell lines apart without colours
+        alone, reference = len(line.x) == 1, how.colour is None
+        marked = alone or (line.markers and not reference)
+        style: dict[str, Any] = {"linestyle": how.dashes, "marker": how.marker if marked else None}
+        style |= {"markersize": 8} if alone else {}
+        if not marked and not reference and len(chart.lines) > 1:  # a few, to tell lines apart without colours
             style |= {"marker": how.marker, "markevery": (0.05 + 0.04 * number % 0.2, 0.25), "markersize": 5}
         # the first lines are those that a reader looks for: above the others
         axes.plot(x, y, color=colour, label=line.series.name, zorder=3 - 0.01 * number, **style)

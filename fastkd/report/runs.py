@@ -6,7 +6,8 @@
                       positions_per_second of inference
     metrics.jsonl     an object per step: step, loss, hard, soft, rate, ..., waiting (share of the step's time without
                       data), positions_per_second; and {"step", "evaluation": a summary} for evaluations
-    evaluation.json   the last evaluation, by window (`Evaluation.to_json`), for paired differences
+    evaluation.json   the last evaluation, by window (`Evaluation.to_json`), for paired differences; of a mixture of
+                      caches evaluations.json, a list of them
     evaluations/      those on the way, for paired differences after each step
     control/          the run folder of the same student on hard labels alone
     without_features/ that of the same student without the features that it matches
@@ -28,6 +29,8 @@ from ..cache.errors import said, type_name
 from ..errors import NoRun, ReportError, StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
 from ..train import evaluations as kept
+from ..train.held_out import EVALUATIONS
+from ..train.verdict import combined
 from ..utils.atomic import unsealed
 from ..utils.intervals import Interval
 from .page import Series
@@ -51,7 +54,7 @@ class Run:
     """A run folder. name: on the page. document: run.json. steps: the logged steps. points: the evaluations.
     evaluation: the last one, by window. control: the control's run, if any. without_features: the run of the same
     student without features, if any. by_step: the evaluations by window after each step of which they were kept, if
-    there was one cache."""
+    there was one cache. mixture: the last evaluations on each of several caches."""
 
     name: str
     document: Json
@@ -61,6 +64,7 @@ class Run:
     control: "Run | None" = None
     without_features: "Run | None" = None
     by_step: Mapping[int, Evaluation] = field(default_factory=dict)
+    mixture: Sequence[Evaluation] = ()
 
     def part(self, *path: str) -> Any:
         """The value in run.json under these nested keys; None if it is missing."""
@@ -90,11 +94,23 @@ class Run:
         found = self.part("command")
         return found if isinstance(found, str) else in_lines([str(word) for word in self.items("command")])
 
+    @property
+    def evaluations(self) -> Sequence[Evaluation]:
+        """The last evaluations, one for each cache."""
+        return self.mixture if self.evaluation is None else [self.evaluation]
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each of the `evaluations` in their means; equal ones if run.json does not say."""
+        found = [finite(one.get("share")) for one in self.items("caches") if isinstance(one, Mapping)]
+        known = [share for share in found if share is not None]
+        return known if len(known) == len(self.evaluations) else [1.0] * len(self.evaluations)
+
     @cached_property
     def measures(self) -> Mapping[str, Interval]:
         """The last held-out measures."""
-        if self.evaluation is not None:
-            return self.evaluation.intervals()
+        if self.evaluations:
+            return combined([one.intervals() for one in self.evaluations], self.shares)
         return self.points[-1].measures if self.points else measured(self.part("report", "evaluation"))
 
     @property
@@ -147,10 +163,11 @@ class Comparison:
 
 def paired_differences(ours: Run, theirs: Run | None) -> dict[str, Interval]:
     """Differences by measure, paired over windows; empty unless both were evaluated on the same windows."""
-    if theirs is None or ours.evaluation is None or theirs.evaluation is None:
+    if theirs is None or not ours.evaluations or len(ours.evaluations) != len(theirs.evaluations):
         return {}
     try:
-        return compare(ours.evaluation, theirs.evaluation)
+        pairs = zip(ours.evaluations, theirs.evaluations, strict=True)
+        return combined([compare(one, other) for one, other in pairs], ours.shares)
     except StreamError:
         return {}
 
@@ -180,7 +197,7 @@ def read_run(folder: Path, name: str) -> Run:
         if (folder / part).is_dir() and "students" not in document  # of several students, see peers.py
     }
     last = read_evaluation(folder / "evaluation.json")
-    return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder))
+    return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder), mixture=_mixture(folder))
 
 
 def _runs_in(folder: Path) -> str:
@@ -255,6 +272,14 @@ def read_evaluation(path: Path) -> Evaluation | None:
         raise ReportError(f"{path}: {error}") from error
 
 
+def _mixture(folder: Path) -> list[Evaluation]:
+    path = folder / EVALUATIONS
+    try:
+        return [Evaluation.from_json(one) for one in _json(path)] if path.is_file() else []
+    except (StreamError, TypeError) as error:
+        raise ReportError(f"{path}: {error}") from error
+
+
 def _by_step(folder: Path) -> dict[int, Evaluation]:
     try:
         found = {step: kept.read(folder, step) for step in kept.steps_of(folder)}
@@ -264,10 +289,8 @@ def _by_step(folder: Path) -> dict[int, Evaluation]:
 
 
 def read_document(path: Path) -> Json:
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not JSON ({error}). Restore it, or train again.") from error
+    """A JSON object. Raises ReportError if it is none, or damaged."""
+    found = _json(path)
     if not isinstance(found, dict):
         raise ReportError(f"{path}: got {type_name(found)}; expected a JSON object. Restore it, or train again.")
     try:
@@ -275,6 +298,13 @@ def read_document(path: Path) -> Json:
     except ValueError as error:
         raise ReportError(f"{path}: {said(error)}. Restore it, or train again.") from error
     return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: not JSON ({error}). Restore it, or train again.") from error
 
 
 def _text(path: Path) -> str:

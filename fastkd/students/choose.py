@@ -52,7 +52,7 @@ def teacher_on(teacher: Student, cache: Cache, sample: Sample, mode: Mode, tally
     Raises TrainError if it is not the cache's teacher.
     """
     run = logits_of(teacher)
-    with Progress(sample.counted, unit="position", mode=mode) as bar:
+    with Progress(sample.counted, unit="position", what="teacher", mode=mode) as bar:
         bar.event("note", text="the teacher, on a sample of the cache")
         found = kl_on(sample, run if tally is None else tally.of(run), bar.add)
     if not found <= _SAME:
@@ -87,7 +87,7 @@ def choose(
 
     second = min(len(shapes), max(2, -(-len(shapes) // _SECOND))) if len(part.batches) < len(sample.batches) else 0
     total = len(shapes) * part.counted + second * sample.counted
-    with Progress(total, unit="position", mode=mode) as bar:
+    with Progress(total, unit="position", what="candidates", mode=mode) as bar:
         bar.event("note", text=f"{len(shapes)} candidates")
         first = measured(shapes, part)
         candidates = measured([one.shape for one in first[:second]], sample) + first[second:]
@@ -97,6 +97,6 @@ def choose(
 def _order(teacher: Student, most: int, sample: Sample, mode: Mode) -> tuple[list[int], list[float]]:
     count = len(layers_of(teacher.model))
     # each layer once, and a few again for each that is removed
-    with Progress((count + 3 * most) * sample.counted, unit="position", mode=mode) as bar:
+    with Progress((count + 3 * most) * sample.counted, unit="position", what="layers", mode=mode) as bar:
         bar.event("note", text=f"the order in which up to {most} layers are removed")
         return removal_order(count, most, Skipping(teacher.model, sample, logits_of(teacher), bar.add))

@@ -20,17 +20,19 @@ def plot(report: SweepReport, path: Path) -> None:
     figure = Figure(figsize=(9.0, 2.0 + 0.34 * len(arms)), dpi=160, layout="constrained")
     ax = figure.subplots()
     for row, arm in enumerate(arms):
-        color = _BEST if arm.name == report.best else _ALIKE if arm.name in report.alike else _REST
+        color, marker = (_BEST, "D") if arm.name == report.best else (_REST, "s")
+        if arm.name in report.alike:
+            color, marker = _ALIKE, "o"
         values, half = arm.values[report.measure], arm.behind.half if arm.behind else None
         ax.errorbar(arm.mean(report.measure), row, xerr=half, fmt="|", ms=14, mew=2, lw=1, color=color)
-        ax.plot(values, [row] * len(values), "o", ms=5, alpha=0.5, mew=0, color=color)
+        ax.plot(values, [row] * len(values), marker, ms=5, alpha=0.5, mew=0, color=color)
     ax.axvline(arms[0].mean(report.measure), color=_BEST, lw=1, ls="--", zorder=0)
     ax.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=9)
     ax.invert_yaxis()
     measure = MEASURES[report.measure]
     unit = f" ({measure.unit})" if measure.scale == 1 else ""  # fractions are not scaled to percent
     ax.set_xlabel(f"{measure.label}{unit}", fontsize=9)
-    key = "dot: a seed   bar: mean over seeds   blue: not distinguishable\n"
+    key = "bar: mean over seeds   marker: a seed (diamond: the best, circle: not distinguishable, square: worse)\n"
     key += "line: 95% interval of the distance to the best, of seeds or of windows, the wider"
     figure.supxlabel(key, fontsize=8, x=0.01, ha="left")
     ax.grid(axis="x", color="#e8e8e8")

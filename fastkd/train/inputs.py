@@ -172,7 +172,11 @@ class CacheInputs(Inputs):
         )
 
     def describe(self) -> Mapping[str, Any]:
-        return {"caches": [describe_cache(cache) for cache in self.caches]}
+        found = [describe_cache(cache) for cache in self.caches]
+        if len(found) > 1:  # of a mixture
+            total = sum(self.weights)
+            found = [one | {"share": weight / total} for one, weight in zip(found, self.weights, strict=True)]
+        return {"caches": found}
 
 
 class SourceInputs(Inputs):

@@ -126,7 +126,7 @@ def judge(
     if not ours or len(ours) != len(theirs):
         return None
     whole = [compare(one, other, tail=tail) for one, other in zip(ours, theirs, strict=True)]
-    difference = _combined(whole, weights)
+    difference = combined(whole, weights)
     measure = "cross_entropy" if measure == "perplexity" else measure
     if measure not in difference:
         return None
@@ -148,7 +148,7 @@ def _slices(
             held = [number for number, part in enumerate(parts) if name in part]
             if held:
                 share = [weights[i] * ours[i].slices[name].counts.sum() / ours[i].count for i in held]
-                differences = _combined([parts[i][name] for i in held], share)
+                differences = combined([parts[i][name] for i in held], share)
                 # both KL divergences are of the same thing: one of them is enough
                 twice = "kl_sampled" if "kl_bucket" in differences else ""
                 found[name] = {m: value for m, value in differences.items() if m in MEASURES and m != twice}
@@ -158,7 +158,7 @@ def _slices(
     return compared(TAIL / cells) if cells else {}
 
 
-def _combined(parts: Sequence[Mapping[str, Interval]], weights: Sequence[float]) -> dict[str, Interval]:
+def combined(parts: Sequence[Mapping[str, Interval]], weights: Sequence[float]) -> dict[str, Interval]:
     """Means over caches of the measures that all have. Windows of several caches are independent."""
     shares = [float(weight / sum(weights)) for weight in weights]
     return {

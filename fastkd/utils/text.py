@@ -3,6 +3,7 @@
 Text in a cache (fingerprints, notes, names) may be hostile: it is shown without credentials and control characters.
 """
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
 
 _WIDTH = 80
 _LABEL = 20  # columns of a line's label
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _MOST_LISTED = 8  # ranges, or objects, on one line
 
 
@@ -80,11 +82,11 @@ def labelled(label: str, text: str) -> list[str]:
 def report_text(report: dict[str, Any]) -> str:
     """The report for a person: at most 80 columns, but for names that cannot be broken."""
     facts = {
-        "state": f"{'sealed' if report['sealed'] else 'not sealed'}, format {report['format']}, "
-        f"spec {report['spec_sha256'][:12]}",
-        **{name: report[name] for name in TEXTS},
+        "state": f"{'sealed' if report['sealed'] else 'not sealed'}, format {report['format']}",
+        **_origin(report),
         **_settings(report["settings"]),
         **_contents(report),
+        "hash": f"spec {report['spec_sha256'][:12]}; all hashes whole: --json",
     }
     lines = [f"fastkd cache  {report['cache']}"]
     lines += [line for label, text in facts.items() for line in labelled(f"  {label}", text)]
@@ -129,6 +131,23 @@ def features_lines(features: dict[str, dict[str, Any]]) -> list[str]:
         elif not found["sealed"]:
             notes += labelled(f"  {name}", "not sealed")
     return [*format_table(rows), *notes] if features else []
+
+
+def _origin(report: dict[str, Any]) -> dict[str, str]:
+    """Teacher, tokenizer, data and notes: names first, then what they are, then the beginnings of hashes."""
+    found = {name: _names_first(report[name]) for name in TEXTS}
+    # `fastkd capture` notes the name of the teacher, which its fingerprint does not have
+    what, _, name = report["notes"].partition(" ")
+    if what == "teacher" and name and report["teacher"]:
+        found |= {"teacher": f"{name}: {found['teacher']}", "notes": ""}
+    return {name: text for name, text in found.items() if text or name != "notes"}
+
+
+def _names_first(text: str) -> str:
+    """A fingerprint with its hashes at the end, of which the first twelve digits are shown."""
+    parts = _HASH.sub(lambda found: found[1], text).split(", ")
+    hashed = [bool(_HASH.search(part)) for part in text.split(", ")]
+    return ", ".join(part for last in (False, True) for part, own in zip(parts, hashed, strict=True) if own == last)
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, str]:

@@ -384,13 +384,14 @@ def test_a_changed_dataset_is_noticed(tmp_path: Path) -> None:
         read_shard_rows(plan, open_documents(path), 0)
 
 
-def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.utils.progress.LINE_SECONDS", 0.0)
     make_window_plan([3], WindowPlanSettings(8), "")
     assert capsys.readouterr() == ("", "")
     make_window_plan([3], WindowPlanSettings(8), "", progress=True)
     captured = capsys.readouterr()
     assert not captured.out
-    assert "plan: 100%" in captured.err
+    assert "plan: 1 of 1 shards (100.0%)" in captured.err
 
 
 def test_shards_of_a_plan_make_a_cache(tmp_path: Path) -> None:

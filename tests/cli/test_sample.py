@@ -1,6 +1,7 @@
 """`fastkd inspect --sample`: the positions that it shows, and how."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import fastkd
 from fastkd.cache import open_cache
 from fastkd.cli.main import main
 from fastkd.models.tokenizers import load_tokenizer
+from fastkd.utils.text import report_text
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,43 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all({"example", "augmentation_seed", "top", "tail"} <= one.keys() for one in found)
     assert "before" not in found[0]
     assert "others" in said(capsys, tmp_path / "cache", "--sample", "2")
+
+
+def test_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    vision_cases.make_cache(cache)
+    classes = open_cache(cache).spec.vocab_size
+    names = [f"class {chr(97 + number % 26)}{number}" for number in range(classes)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    plain = said(capsys, cache, "--sample", "2")
+    assert "numbers of classes: --classes FILE" in plain
+    assert "the teacher's most likely classes" in plain
+    assert "  example " in plain
+    assert "sequence" not in plain[plain.index("Sample:") :]
+    numbers = json.loads(said(capsys, cache, "--sample", "2", "--json"))["sample"]
+    found = json.loads(said(capsys, cache, "--sample", "2", "--classes", tmp_path / "names.txt", "--json"))["sample"]
+    for one, other in zip(found, numbers, strict=True):
+        assert [name for name, _ in one["top"]] == [names[number] for number, _ in other["top"]]
+    text = said(capsys, cache, "--sample", "2", "--classes", tmp_path / "names.txt")
+    assert f"'{found[0]['top'][0][0]}' " in text
+    assert "--classes FILE" not in text
+    (tmp_path / "empty").write_text("")
+    for name, says in (("none", "cannot be read"), ("empty", "which has no names")):
+        assert main(["inspect", str(cache), "--sample", "1", "--classes", str(tmp_path / name)]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_names_come_before_hashes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, place / "cache", "--sample", "1")
+    assert "ids of tokens: --tokenizer NAME shows their text" in text
+    assert re.search(r"[0-9a-f]{13}", text) is None
+    (teacher,) = [line for line in text.splitlines() if line.startswith("  teacher ")]
+    assert teacher.split()[1].startswith("Tiny")
+    report = json.loads(said(capsys, place / "cache", "--json"))
+    assert re.search(r"\b[0-9a-f]{64}\b", report["teacher"])  # whole for programs
+    report |= {"notes": "teacher me/small", "teacher": f"Llama, sha256 {'ab' * 32}, float32"}
+    assert "teacher             me/small: Llama, float32, sha256 abababababab\n" in report_text(report)
+    assert "  notes" not in report_text(report)
 
 
 def test_what_cannot_be(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The report: what is on the page, that text stays text, and which files it refuses."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -302,6 +303,31 @@ def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
     assert "against a" not in found.replace("against its control", "")
     # each has its own teacher's row
     assert found.count("from its targets") == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_a_mixture_of_caches(run: Path) -> None:
+    other = (2.5, 0.5, 0.55, 0.7, 0.5, 0.01)
+    for folder, values, seed in ((run, STUDENT, 0), (run / "control", CONTROL, 1)):
+        found = [evaluation(values, seed=seed), evaluation(other, seed=seed, content="c1")]
+        (folder / "evaluations.json").write_text(json.dumps([one.to_json() for one in found]))
+        (folder / "evaluation.json").unlink()
+        document = json.loads((folder / "run.json").read_text())
+        document["caches"] = [{"place": "a", "share": 0.25}, {"place": "b", "share": 0.75}]
+        (folder / "run.json").write_text(json.dumps(document))
+    (ours,) = read_runs([run])
+    each = [one.intervals()["cross_entropy"] for one in (evaluation(STUDENT), evaluation(other, content="c1"))]
+    mean = 0.25 * each[0].mean + 0.75 * each[1].mean
+    assert ours.measures["cross_entropy"].mean == pytest.approx(mean)
+    half = math.hypot(0.25 * each[0].half, 0.75 * each[1].half)
+    assert ours.measures["cross_entropy"].half == pytest.approx(half)
+    text = page(run).text
+    assert "healed against control: helped" in text
+    assert "paired over 24 held-out windows" in text
+    assert "against its control" in text
+    (run / "evaluations.json").write_text("[3]")
+    with pytest.raises(ReportError, match=r"evaluations\.json: "):
+        read_runs([run])
 
 
 @pytest.mark.usefixtures("undrawn")

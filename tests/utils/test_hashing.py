@@ -144,9 +144,12 @@ def test_documents_are_read_once(hashing: Hashing, tmp_path: Path) -> None:
     assert open_documents(paths, **options).fingerprint() != first
 
 
-def test_a_bar_on_request(hashing: Hashing, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_on_request(
+    hashing: Hashing, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastkd.utils.progress.LINE_SECONDS", 0.0)
     path = written(tmp_path / "a", b"x" * 2048)
     assert files_sha256([path, path]) == [(sha(path), 2048)] * 2
     assert capfd.readouterr().err == ""
     files_sha256([path], progress=True)
-    assert "2.00k" in capfd.readouterr().err
+    assert "2.0 kB of 2.0 kB (100.0%)" in capfd.readouterr().err

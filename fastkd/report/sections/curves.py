@@ -29,7 +29,8 @@ def build(comparison: Comparison) -> Section:
         if lines := _logged(comparison, name):
             charts.append(Chart(f"training-{name}", title, caption, "step", unit, lines))
     for measure in MEASURES.values():
-        if lines := [line for run, series in comparison.students for line in _held_out(run, series, measure)]:
+        lines = [line for run, series in comparison.students for line in _held_out(run, series, measure)]
+        if any(len(line.x) > 1 for line in lines):  # of one evaluation, the table above has all
             caption = f"Held out; {measure.better} is better."
             if any(line.band is not None for line in lines):
                 caption += " Bands: 95% intervals of each student by itself, wider than those of paired differences."

@@ -15,7 +15,7 @@ def build(comparison: Comparison) -> Section:
     runs = [run for run, _ in comparison.students]
     flat = []
     for run in runs:
-        more = {"student": run.part("student", "name"), "cache": [spec[:12] for _, spec in run.caches]}
+        more = {"student": run.part("student", "name"), "cache": [_cache(place, spec) for place, spec in run.caches]}
         flat.append(dict([*_flat(run.part("settings")), *_flat(more), *_flat(run.part("machine"), "machine")]))
     # one that was only evaluated has no settings, and does not differ
     trained = [values for run, values in zip(runs, flat, strict=True) if run.part("settings")] or flat
@@ -35,6 +35,12 @@ def build(comparison: Comparison) -> Section:
         rows = [Row(name, [Cell(trained[0][name])]) for name in same]
         blocks.append(Table("setting", [Column("value", text=True)], rows, folded=title))
     return Section("Settings", blocks)
+
+
+def _cache(place: str, spec: str) -> str:
+    """The last part of where a cache is, and the beginning of its hash."""
+    name = place.rstrip("/").rpartition("/")[2]
+    return f"{name} ({spec[:12]})" if name and spec else name or spec[:12]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Whether a student is better than what was trained beside it: by measure and by slice of positions, and over steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
 from ...errors import StreamError
@@ -31,12 +31,12 @@ def build(comparison: Comparison) -> Section | None:
                 continue
             asked += [_ASKED[folder]] * (_ASKED[folder] not in asked)
             found = _judged(folder, run, other)
-            if found is None or run.evaluation is None:
+            if found is None or not run.evaluations:
                 text = f"{run.name}: not known; both need an evaluation.json, of the same windows."
                 blocks.append(Paragraph(text))
                 continue
             blocks += [Paragraph(text) for text in _stopped(run, folder, other)]
-            blocks += [Paragraph(f"{run.name} {found.sentence()}."), _heat_map(found, run.evaluation)]
+            blocks += [Paragraph(f"{run.name} {found.sentence()}."), _heat_map(found, run.evaluations)]
             if charts := _curves(found.measure, folder, run, other, (series[id(run)], series[id(other)])):
                 blocks.append(Charts(charts))
             if matched := _matched(run) if folder == WITHOUT_FEATURES else "":
@@ -48,15 +48,13 @@ def _judged(against: str, run: Run, other: Run) -> Verdict | None:
     """The verdict from the last evaluations; of a run that was stopped since it was worse, from those after the same
     step."""
     step = run.number("report", "stopped_worse", "step")
-    ours, theirs = run.evaluation, other.evaluation
+    ours, theirs = list(run.evaluations), list(other.evaluations)
     if step is not None:
-        ours, theirs = run.by_step.get(int(step)), other.by_step.get(int(step))
-    if ours is None or theirs is None:
-        return None
+        ours, theirs = ([one] if (one := of.by_step.get(int(step))) else [] for of in (run, other))
     best, when = str(run.part("settings", "best")), None if step is None else int(step)
     try:
         for measure in (best, "cross_entropy"):
-            if (found := judge(against, [ours], [theirs], [1.0], measure, step=when)) is not None:
+            if (found := judge(against, ours, theirs, run.shares[: len(ours)], measure, step=when)) is not None:
                 return found
     except StreamError:
         pass
@@ -102,13 +100,14 @@ def _curves(name: str, folder: str, run: Run, other: Run, lines: tuple[Series, S
     ]  # fmt: skip
 
 
-def _heat_map(found: Verdict, evaluation: Evaluation) -> Table:
+def _heat_map(found: Verdict, evaluations: Sequence[Evaluation]) -> Table:
     """A row for all positions, and one for each slice; a column for each measure."""
     known = [measure for measure in MEASURES.values() if measure.name in found.difference]
     first = f"{found.windows} windows; each interval by itself"
     rows = [Row("all positions", [_cell(found.difference, m.name) for m in known], first, marked=True)]
     for name, cells in found.slices.items():
-        share = percent(evaluation.slices[name].counts.sum() / evaluation.count)
+        held = sum(float(one.slices[name].counts.sum()) for one in evaluations if name in one.slices)
+        share = percent(held / sum(one.count for one in evaluations))
         rows.append(Row(SAYS.get(name, name), [_cell(cells, m.name) for m in known], f"{share} of the positions"))
     caption = (
         f"The student minus {'its control' if found.against == CONTROL else 'the same without features'}, paired over "
