@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,20 @@ def _average() -> float | None:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all cores together worked since the start of the machine, those taken by other machines on it
-    included; NaN if the system does not say."""
+    """Seconds that the cores that this process may use worked since the start of the machine, together, those taken by
+    other machines on it included; NaN if the system does not say."""
     try:
-        fields = [int(x) for x in _STAT.read_text().splitlines()[0].split()[1:9]]
-        user, nice, system, _, _, irq, softirq, steal = fields
-    except (OSError, ValueError, IndexError):
+        return busy_ticks(_STAT.read_text(), os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
         return float("nan")
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_ticks(stat: str, of: Collection[int]) -> int:
+    """Ticks that these cores worked, by /proc/stat: user, nice, system, irq, softirq and steal; not idle and iowait."""
+    ticks = 0
+    for line in stat.splitlines():
+        name, *fields = line.split()
+        if name[3:].isdigit() and name.startswith("cpu") and int(name[3:]) in of:
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks

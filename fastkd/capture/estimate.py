@@ -284,7 +284,8 @@ def _k_lines(report: Estimate) -> list[str]:
     if asked is not best:
         sign = "less" if best.bytes < asked.bytes else "more"
         text += f", {size_text(abs(asked.bytes - best.bytes))} {sign} than as asked"
-    text += "; time and cost of the teacher are the same for each k."
+    also = "" if report.cost is None else " and its cost"
+    text += f"; the time of the teacher{also} does not depend on k."
     if report.settings["draws"]:
         text += f" The {report.settings['draws']} draws stand for the rest: with treatment sampled, a smaller k does."
     elif best.kl > LOST:

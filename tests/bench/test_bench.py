@@ -23,7 +23,7 @@ from fastkd.bench import (
 from fastkd.bench.cases import eager_kd_loss
 from fastkd.bench.harness import Rotation, copies
 from fastkd.bench.head_model import Rates, predict
-from fastkd.bench.load import LoadMeter, load_of, load_text
+from fastkd.bench.load import LoadMeter, busy_ticks, load_of, load_text
 from fastkd.bench.page import charts_of, page_of
 from fastkd.bench.records import SEQUENCES, opening, records, write_records
 from fastkd.bench.results import markdown
@@ -456,6 +456,9 @@ class TestResults:
         times = iter([(100.0, 50.0, 5.0), (110.0, 62.0, 14.0)])
         monkeypatch.setattr(LoadMeter, "_now", staticmethod(lambda: next(times)))
         assert LoadMeter().load()["others"] == pytest.approx(0.3)
+        cores = ["cpu 99 99 99 99 99 99 99 99 0 0", "cpu0 1 2 3 9 9 4 5 6 0 0", "cpu1 10 0 0 9 9 0 0 0 0 0"]
+        stat = "\n".join([*cores, "cpu10 7 0 0 0 0 0 0 0 0 0", "intr 1 2"])
+        assert [busy_ticks(stat, of) for of in ([0], [1], [0, 10])] == [21, 10, 28]
 
     def test_tables_have_every_row(self) -> None:
         text = markdown([recording(row(7.0)), recording(*self.rows)])

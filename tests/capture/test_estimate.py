@@ -423,7 +423,7 @@ def test_the_text() -> None:
     (marked,) = (line for line in text.splitlines() if line.startswith("* "))
     cost = report.by_k[1]
     assert marked.split()[:3] == ["*", "24", f"{cost.bytes_per_position:.1f}"]
-    assert marked.split()[-1] == f"{cost.mass:.3f}"
+    assert marked.removesuffix("<- recommended").split()[-2:] == [f"{cost.mass:.3f}", f"{cost.kl:.3f}"]
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["plan"] == report.plan
     assert "cost" not in estimate_text(estimated(model=Limited()))
 

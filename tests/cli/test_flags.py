@@ -72,7 +72,8 @@ def test_the_flags_of_a_command() -> None:
     found = flags("capture")
     assert found["held_out"] == "--held-out"
     assert found["text_documents"] == "--text-documents"
-    assert flags("inspect") == {"sample": "--sample", "tokenizer": "--tokenizer", "json": "--json"}  # CACHE has none
+    options = ("sample", "tokenizer", "classes", "json")
+    assert flags("inspect") == {name: f"--{name}" for name in options}  # CACHE has none
     assert flags("train")["rate"] == "--learning-rate"
     assert flags("train", {"rate": "--lr"})["rate"] == "--lr"
 

@@ -308,8 +308,8 @@ def test_runs_of_other_windows_are_not_subtracted(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_of_a_mixture_of_caches(run: Path) -> None:
     other = (2.5, 0.5, 0.55, 0.7, 0.5, 0.01)
-    for folder, values, seed in ((run, STUDENT, 0), (run / "control", CONTROL, 1)):
-        found = [evaluation(values, seed=seed), evaluation(other, seed=seed, content="c1")]
+    for folder, values, second, seed in ((run, STUDENT, other, 0), (run / "control", CONTROL, (2.7, *other[1:]), 1)):
+        found = [evaluation(values, seed=seed), evaluation(second, seed=seed, content="c1")]
         (folder / "evaluations.json").write_text(json.dumps([one.to_json() for one in found]))
         (folder / "evaluation.json").unlink()
         document = json.loads((folder / "run.json").read_text())
