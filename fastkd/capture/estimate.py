@@ -89,7 +89,7 @@ class Estimate:
         least; None if that is not known."""
         known = [cost for cost in self.by_k if cost.kl is not None]
         enough = [cost for cost in known if cost.kl is not None and cost.kl <= LOST]
-        return (enough or known[-1:] or [None])[0]
+        return next(iter(enough or known[-1:]), None)
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as a JSON object."""

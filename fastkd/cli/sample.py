@@ -52,8 +52,8 @@ def sampled(cache: "Cache", count: int, tokenizer: Any = None) -> list[dict[str,
 
 def sample_text(sample: list[dict[str, Any]]) -> str:
     """For a person: some lines a position, of at most 80 columns."""
-    text = any("before" in one for one in sample)
-    what = "what comes before, the next token, and the teacher's most likely ones" if text else _OF_EXAMPLES
+    of_text = any("before" in one for one in sample)
+    what = "what comes before, the next token, and the teacher's most likely ones" if of_text else _OF_EXAMPLES
     lines = [f"Sample: {what}"]
     for one in sample:
         where = f"sequence {one['sequence']:,}, position {one['position']:,}"

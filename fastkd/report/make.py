@@ -73,7 +73,7 @@ def page_of(
     fetch: bool = False,
 ) -> Page:
     """The page of some runs and sweeps; see `make_report`."""
-    names = [one.name for one in (*sweeps, *runs)]
+    names = [sweep.name for sweep in sweeps] + [run.name for run in runs]
     how = "" if any("live" in run.document for run in runs) else " from cached outputs of the teacher"
     lead = f"Distilled{how}: {', '.join(names)}."
     if any(run.control is not None for run in runs):

@@ -56,7 +56,8 @@ class Chart(NamedTuple):
     @property
     def series(self) -> list[Series]:
         """What it shows, each once, in order."""
-        return list(dict.fromkeys(one.series for one in (*self.lines, *self.spreads)))
+        each = [line.series for line in self.lines] + [spread.series for spread in self.spreads]
+        return list(dict.fromkeys(each))
 
 
 class Charts(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from ..errors import NoRun, ReportError, StreamError, TrainError
 from ..evaluate.api import Evaluation
 from ..sweep.auto_result import AUTO
-from ..sweep.result import RUN, SWEEP, Result, read_result, seed_noise, window_noise
+from ..sweep.result import SWEEP, Result, read_result, seed_noise, window_noise
+from ..train.result import RUN
 from ..utils.intervals import Interval
 from .runs import Json, Run, read_document, read_run
 

@@ -211,11 +211,11 @@ class Progress(AbstractContextManager["Progress"]):
             print(text, file=self._stream, flush=True)
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """The bar of a `Progress`, whose line it shows. tqdm knows when and where to draw it."""
 
     def __init__(self, progress: Progress, **options: Any) -> None:
-        self._progress = progress
+        self._progress, self._moved = progress, 0.0
         super().__init__(dynamic_ncols=True, **options)
 
     def __str__(self) -> str:
@@ -225,8 +225,9 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     def move(self) -> None:
         """Draw it again, unless it was drawn just now."""
-        if not self.disable and self._time() - self.last_print_t >= self.mininterval:
-            self.last_print_t = self._time()
+        now = time.monotonic()
+        if not self.disable and now - self._moved >= self.mininterval:
+            self._moved = now
             self.refresh()
 
 
