@@ -12,8 +12,8 @@ MAIN = ""  # what a command is about: shown first, and at the top of a config fi
 GROUPS: dict[str, tuple[str, ...]] = {
     MAIN: (
         "teacher", "student", "cache", "data", "out", "shell", "place", "generations", "caches", "folders", "runs",
-        "suites", "to", "at_most", "drop_every", "features", "columns", "state_dtype", "init", "sample", "classes", "deep",
-        "examples", "positions", "drop", "control", "stop_if_worse", "auto", "seeds", "ensemble", "at_once",
+        "suites", "to", "at_most", "drop_every", "features", "columns", "state_dtype", "init", "sample", "classes",
+        "deep", "examples", "positions", "drop", "control", "stop_if_worse", "auto", "seeds", "ensemble", "at_once",
         "seconds", "price_per_hour", "weights", "png", "fetch", "task", "scale", "write_cache", "train_teacher",
         "list", "full", "rounds", "peers", "check", "against", "use", "page", "markdown", "json",
     ),
