@@ -85,10 +85,6 @@ class AnyBatch(ABC):
 class MicroBatch(AnyBatch):
     """Segments of text for one forward. A segment is the part of a document in one window; none may attend to another.
 
-    layout="padded": a row for each segment, `[B, L]`, pads at the end. A causal model needs no attention mask.
-    layout="packed": the segments one after another, `[1, n]`. The model must keep them apart, by `cu_seqlens`,
-        `position_ids` or `packing_mask()`. Pads at the end, if there are any, are segments too.
-
     labels `[B, L]` are −100 at a segment's last position, at positions without a target, and at pads. sequences `[S]`
     has a number for each segment, and −1 for pads.
     """
@@ -102,7 +98,9 @@ class MicroBatch(AnyBatch):
     max_seqlen: int
     """Positions of the longest segment."""
     layout: str
-    """"padded" or "packed"."""
+    """"padded": a row for each segment, `[B, L]`, pads at the end; a causal model needs no attention mask. "packed":
+    the segments one after another, `[1, n]`; the model must keep them apart, by `cu_seqlens`, `position_ids` or
+    `packing_mask()`, and pads at the end, if there are any, are segments too."""
 
     def padding_mask(self) -> Tensor:
         """`[B, L]` bool: False at pads. A causal model does not need it."""
