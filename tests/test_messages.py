@@ -88,3 +88,20 @@ def test_the_words_for_values_and_errors() -> None:
     )
     assert said(ValueError("no.\n  Really.")) == "no. Really"
     assert said("and so on ...") == "and so on ..."
+
+
+def test_errors_of_functions_name_arguments_and_not_options(trees: list[tuple[Path, ast.Module]]) -> None:
+    """`features: got ...`: in a program it is the argument; the command line makes the option of it."""
+    wrong = []
+    for path, tree in trees:
+        if (
+            path.relative_to(_ROOT).parts[:2] in (("fastkd", "cli"), ("fastkd", "integrations"))
+            or "bench" in path.parts
+        ):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith("Error"):
+                first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+                if isinstance(first, ast.Constant) and str(first.value).startswith("--"):
+                    wrong.append(f"{path.relative_to(_ROOT)}:{node.lineno}")
+    assert wrong == []

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..cache.errors import CacheError, StoreError
+from ..errors import ExportError
 from ..settings import DataSettings
 from ..utils.numbers import size_text
 from ..utils.signals import Stop
@@ -192,11 +193,16 @@ def export_cache(command: ExportCache, stop: Stop) -> Outcome:
     from ..export.api import export_cache as run
     from ..utils.progress import mode_for
 
-    report = run(
-        open_cache(store_of(command.cache)), command.out, to=command.to, features=command.features,
-        dtype=command.state_dtype, columns=command.columns, teacher=command.teacher, settings=command, stop=stop,
-        progress=mode_for(events=command.json),
-    )  # fmt: skip
+    try:
+        report = run(
+            open_cache(store_of(command.cache)), command.out, to=command.to, features=command.features,
+            dtype=command.state_dtype, columns=command.columns, teacher=command.teacher, settings=command, stop=stop,
+            progress=mode_for(events=command.json),
+        )  # fmt: skip
+    except ExportError as error:
+        if not (text := str(error)).startswith("dtype: "):
+            raise
+        raise ExportError(f"state_{text}") from error  # here dtype is the teacher's
     return Outcome({"event": "done", **report.to_json()}, printable(str(report)), report.status)
 
 

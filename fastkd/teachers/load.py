@@ -190,7 +190,7 @@ def open_data(names: Sequence[str], column: str | None = None, text_documents: s
     """The data that the names of `DataSettings.data` stand for, opened: `Documents`, `Examples`, or what `as_data`
     takes. Raises DataError."""
     if not names:
-        raise DataError("--data: got no file; expected at least one, a folder, a pattern, or module:factory.")
+        raise DataError("data: got no file; expected at least one, a folder, a pattern, or module:factory.")
     source: Any = [Path(name) for name in names] if len(names) > 1 else names[0]
     if len(names) == 1 and is_factory(names[0]):
         source = made_by(names[0], DataError)

@@ -241,7 +241,7 @@ class TestRefusals:
         self.refused("got 4 twice", cache, out, features=["4", "4"])
         self.refused("expected a layer or more beside -1", cache, out, features=["-1"])
         self.refused(
-            "--to: got 'eagle'; expected one of parquet, safetensors-features, specforge", cache, out, to="eagle"
+            "to: got 'eagle'; expected one of parquet, safetensors-features, specforge", cache, out, to="eagle"
         )
         self.refused("--state-dtype: got 'int8'", cache, out, dtype="int8")
 
@@ -263,9 +263,7 @@ class TestRefusals:
 
     def test_specforge_needs_the_teacher(self, cache: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        self.refused(
-            "--teacher: specforge stores the states after the teacher's final norm", cache, out, to="specforge"
-        )
+        self.refused("teacher: specforge stores the states after the teacher's final norm", cache, out, to="specforge")
         self.refused(
             "got other weights .sha256 .*expected those of the capture", cache, out, to="specforge",
             teacher=str(saved(tmp_path, "llama")),

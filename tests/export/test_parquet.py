@@ -225,15 +225,22 @@ def test_what_cannot_be(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixt
             export_cache(what, tmp_path / "out", **{"to": "parquet", **arguments})
         assert not (tmp_path / "out").exists()
 
-    refused("--columns: got 'trl'; expected one of fastkd, axolotl", columns="trl")
-    refused("--features: got .'2',. with --to parquet, which takes none", features=["2"])
-    refused("--state-dtype: got 'float32' with --to parquet", dtype="float32")
-    refused("--columns: got 'axolotl' with --to specforge", to="specforge", columns="axolotl")
+    refused("columns: got 'trl'; expected one of fastkd, axolotl", columns="trl")
+    refused("features: got .'2',. with to='parquet', which takes none", features=["2"])
+    refused("dtype: got 'float32' with to='parquet'", dtype="float32")
+    refused("columns: got 'axolotl' with to='specforge'", to="specforge", columns="axolotl")
     spec = make_spec(k=0, draws=4)
     with create_cache(tmp_path / "cache", spec) as writer:
         writer.write_shard(0, **make_shard(spec), first_sequence=0)
     refused("without top-k entries; expected text with top-k", open_cache(tmp_path / "cache"), columns="axolotl")
     place = cache.store.describe().removeprefix("file://")
     args = ["export-cache", place, "--to", "parquet", "--out", str(tmp_path / "out"), "--columns", "axolotl"]
+    assert cli.main([*args, "--json"]) == 0
+    capsys.readouterr()
+    wrong = ["export-cache", place, "--to", "parquet", "--out", str(tmp_path / "other"), "--state-dtype", "float32"]
+    assert cli.main(wrong) == 1
+    assert capsys.readouterr().err.startswith(
+        "fastkd: --state-dtype: got 'float32' with --to parquet, which takes none"
+    )
     assert cli.main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["shards"] == len(cache.shards)

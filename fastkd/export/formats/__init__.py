@@ -42,8 +42,7 @@ class Options:
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name not in kind.OPTIONS and value != option.default and option.name != "settings":
-                name = {"dtype": "state-dtype"}.get(option.name, option.name)
-                raise ExportError(f"--{name}: got {value!r} with --to {to}, which takes none. Leave it out.")
+                raise ExportError(f"{option.name}: got {value!r} with to={to!r}, which takes none. Leave it out.")
 
 
 class Written(NamedTuple):
@@ -85,6 +84,6 @@ def names() -> list[str]:
 def find(name: str) -> type[Format]:
     """The format of this name. ExportError if there is none."""
     if name not in names():
-        raise ExportError(f"--to: got {name!r}; expected one of {', '.join(names())}.{did_you_mean(name, names())}")
+        raise ExportError(f"to: got {name!r}; expected one of {', '.join(names())}.{did_you_mean(name, names())}")
     found: type[Format] = import_module(f".{name.replace('-', '_')}", __name__).Format
     return found

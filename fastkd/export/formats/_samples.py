@@ -27,7 +27,7 @@ class SampleFormat:
 
     def __init__(self, cache: "Cache", folder: Path, options: Options) -> None:
         if options.dtype not in DTYPES:
-            raise ExportError(f"--state-dtype: got {options.dtype!r}; expected one of {', '.join(DTYPES)}.")
+            raise ExportError(f"dtype: got {options.dtype!r}; expected one of {', '.join(DTYPES)}.")
         if "tokens" not in cache.spec.inputs:
             raise ExportError(f"{cache!r}: got a cache of examples; expected one of text, with its tokens.")
         self._cache, self._folder, self._dtype = cache, folder, DTYPES[options.dtype]

@@ -45,12 +45,12 @@ class Format:
         name = options.columns or FASTKD
         if name not in COLUMNS:
             raise ExportError(
-                f"--columns: got {name!r}; expected one of {', '.join(COLUMNS)}.{did_you_mean(name, COLUMNS)}"
+                f"columns: got {name!r}; expected one of {', '.join(COLUMNS)}.{did_you_mean(name, COLUMNS)}"
             )
         self._text = "tokens" in cache.spec.inputs
         if name == AXOLOTL and not (self._text and cache.spec.k):
             got = "without top-k entries" if self._text else "of examples"
-            raise ExportError(f"--columns axolotl: got {cache!r}, a cache {got}; expected text with top-k entries.")
+            raise ExportError(f"columns: got 'axolotl' for {cache!r}, a cache {got}; expected text with top-k entries.")
         plan = plan_of(cache)
         self._train = None if plan is None else plan.train_shards
         self._cache, self._folder, self._columns = cache, folder, name

@@ -31,7 +31,7 @@ class Format(SampleFormat):
     def check(self, features: Sequence[str]) -> None:
         if len(features) < 2:
             raise ExportError(
-                f"--features: got {', '.join(features)}; expected a layer or more beside -1, as inputs of a draft."
+                f"features: got {', '.join(features)}; expected a layer or more beside -1, as inputs of a draft."
             )
 
     def write(self, number: int, sample: Sample) -> int:

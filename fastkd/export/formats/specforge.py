@@ -32,7 +32,7 @@ class Format(SampleFormat):
     def check(self, features: Sequence[str]) -> None:
         if len(features) != LAYERS + 1:
             raise ExportError(
-                f"--features: got {', '.join(features)}; expected {LAYERS} layers and -1, as SpecForge's EAGLE-3 takes."
+                f"features: got {', '.join(features)}; expected {LAYERS} layers and -1, as SpecForge's EAGLE-3 takes."
             )
 
     def write(self, number: int, sample: Sample) -> int:
