@@ -243,7 +243,7 @@ class TestRefusals:
         self.refused(
             "to: got 'eagle'; expected one of parquet, safetensors-features, specforge", cache, out, to="eagle"
         )
-        self.refused("--state-dtype: got 'int8'", cache, out, dtype="int8")
+        self.refused("dtype: got 'int8'", cache, out, dtype="int8")
 
     def test_a_cache_that_does_not_fit(self, tmp_path: Path) -> None:
         base = make_spec(vocab_size=40, k=3)
