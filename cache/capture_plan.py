@@ -115,12 +115,11 @@ def _check_named(plan: CapturePlan, spec: CacheSpec) -> None:
             raise CacheError(f"{PLAN_KEY}: {name}: got {ours!r}; expected {theirs!r}, as in {_SPEC}.")
 
 
-def planned_shards(store: Store) -> int:
-    """The number of shards by the plan; 0 if there is no plan, or none that can be read."""
+def readable_plan(store: Store) -> CapturePlan | None:
+    """The plan; None if there is none, or none that can be read: shards can be read without it."""
     try:
-        plan = read_capture_plan(store)
+        return read_capture_plan(store)
     except StoreError:
         raise
-    except CacheError:  # shards can be read without their plan
-        return 0
-    return plan.shards if plan else 0
+    except CacheError:
+        return None

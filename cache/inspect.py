@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .capture_plan import planned_shards
+from .capture_plan import CapturePlan, readable_plan
 from .credentials import without_credentials
 from .errors import CacheError, NotFound, StoreError
 from .features.inspect import inspect_features
@@ -49,6 +49,7 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
     settings = {k: v for k, v in asdict(spec).items() if k not in TEXTS}
     name = next((name for name, codec in CODECS.items() if codec == spec.settings), "custom")
     known = set(table.column("shard").to_pylist())
+    plan = readable_plan(cache.store)
     arrays, gone = _arrays(cache, table, [i for i in sorted(known) if sizes is None or i in there])
     return {
         "cache": cache.store.describe(),
@@ -59,12 +60,13 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "settings": settings | {"codec": {"name": name, **asdict(spec.settings)}},
         "shards": len(table),
         **total,
+        "held_out": _held_out(plan, table),
         "bytes_per_position": total["bytes"] / total["positions"] if total["positions"] else None,
         "arrays": arrays,
         "mass": _statistics(table, "mass"),
         "entropy": _statistics(table, "entropy"),
         "missing": {
-            "shards": gaps(table.column("shard").to_numpy(), end=planned_shards(cache.store)),
+            "shards": gaps(table.column("shard").to_numpy(), end=0 if plan is None else plan.shards),
             "sequences": gaps(*(table.column(name).to_numpy() for name in ("first_sequence", "sequences"))),
             "objects": runs(gone | (known - there.keys() if sizes is not None else set())),
             "listed": sizes is not None,
@@ -74,6 +76,17 @@ def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
         "foreign": sorted(key for key in sizes or {} if shard_index(key) is None),
         "features": {} if sizes is None else inspect_features(cache, progress=progress),
     }
+
+
+def _held_out(plan: CapturePlan | None, table: "pa.Table") -> Report:
+    """Documents that are held out, by the plan, and the sequences and positions of their shards that are there; None
+    each where that is not known, and why."""
+    if plan is None:
+        why = "there is no plan.json that can be read"
+        return {"documents": None, "sequences": None, "positions": None, "why": why}
+    held = table.column("shard").to_numpy() >= plan.train_shards
+    counts = {name: int(table.column(name).to_numpy()[held].sum()) for name in ("sequences", "positions")}
+    return {"documents": plan.totals.get("held_out", 0), **counts}
 
 
 def _statistics(table: "pa.Table", what: str) -> dict[str, float | None]:

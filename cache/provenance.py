@@ -62,6 +62,12 @@ class Provenance:
     plan_sha256: str | None = None
     draw_seed: int | None = None
 
+    @property
+    def tokens(self) -> str | None:
+        """What caches share whose token ids mean the same: the tokenizer by its hash, or its whole fingerprint if that
+        has none. Not where documents end, the chat template, or which positions count. None if it is unknown."""
+        return None if self.tokenizer is None else self.tokenizer.sha256 or self.tokenizer.fingerprint
+
     def texts(self) -> dict[str, str]:
         """The same as the texts `teacher`, `tokenizer` and `dataset` of a spec."""
         chosen = {"tokenizer": self.tokenizer, "template": self.template}

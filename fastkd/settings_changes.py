@@ -113,7 +113,7 @@ class TrainChanges(TypedDict, total=False):
 
     steps: int | None
     epochs: float
-    batch_tokens: int
+    batch_tokens: int | None
     batch_size: int | None
     micro_tokens: int
     layout: Literal["padded", "packed"]

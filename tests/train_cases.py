@@ -64,6 +64,11 @@ def tiny() -> Tiny:
     return Tiny(seed=1)
 
 
+def wide() -> Tiny:
+    """For the ids of a tokenizer."""
+    return Tiny(seed=1, vocab=300)
+
+
 def seeded() -> Tiny:
     """Weights that depend on torch's seed."""
     return Tiny(seed=int(torch.randint(0, 10_000, ())))

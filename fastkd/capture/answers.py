@@ -6,15 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.errors import CacheError
+from ..cache.manifest import read_spec
 from ..cache.spec import CacheSpec
+from ..cache.stores import Store, open_store
 from ..errors import TeacherError
 from ..kernels import KDError, LMHead, SparseTargets, TopKConfig, linear_topk_targets, topk_targets
 from ..models.protocol import Hidden, TopK
-from ..settings import CaptureSettings
-from ..teachers.protocol import Answer, Teacher
+from ..settings import CaptureSettings, MutualSettings, TargetSettings
+from ..teachers.protocol import Answer
 
 ROWS_AT_ONCE = 1024  # of logits that are gathered, or projected, at a time
 _LOST_TO_ROUNDING = 2.0**-24  # the least missing probability that float32 log-probabilities tell
+_DEFAULT_K = (TargetSettings.k, MutualSettings.k)  # not asked for: of fewer outcomes, all are kept
 _EXCESS = 1e-3  # by which the probabilities of an answer may exceed 1, as rounding makes them
 
 
@@ -24,17 +28,36 @@ def topk_config(settings: CaptureSettings | CacheSpec, **changes: Any) -> TopKCo
     return TopKConfig(**{name: getattr(settings, name) for name in names} | changes)
 
 
-def check_limits(teacher: Teacher, settings: CaptureSettings) -> None:
-    """TeacherError if the teacher declares `tail_temperatures`, `max_k` or `max_positions`, and the settings ask for
-    more."""
+def check_limits(teacher: Any, settings: CaptureSettings, out: Any = None) -> None:
+    """TeacherError if the settings ask for more than a teacher declares: `tail_temperatures`, `max_k`, `vocab_size`,
+    `max_positions`.
+
+    teacher: a `Teacher`, or the `Declared` limits of one that is not loaded yet. out: where the capture writes to: a
+    cache that was begun with more top-k entries than there are outcomes is continued.
+    """
     temperatures = getattr(teacher, "tail_temperatures", None)
     if temperatures is not None:  # first: a server is not asked for `max_k` in vain
         _check_tails(settings, temperatures)
     if (max_k := getattr(teacher, "max_k", None)) is not None:
         _check_topk(settings, max_k, temperatures or (1.0,), teacher.vocab_size, getattr(teacher, "max_k_is", ""))
+    if settings.k not in _DEFAULT_K and settings.k > (teacher.vocab_size or settings.k) and settings.k != _k_of(out):
+        raise TeacherError(
+            f"k: got {settings.k}; expected at most {teacher.vocab_size}, the outcomes of this teacher: as many are "
+            "its whole distribution."
+        )
     longest: int | None = getattr(teacher, "max_positions", None)
     if longest is not None and settings.context is not None and settings.context > longest:
         raise TeacherError(f"context: got {settings.context}; expected at most {longest}, the limit of this teacher.")
+
+
+def _k_of(out: Any) -> int | None:
+    """The top-k entries of the cache in a store, or under a name; None if there is none."""
+    if out is None:
+        return None
+    try:
+        return read_spec(out if isinstance(out, Store) else open_store(out)).k
+    except CacheError:  # whatever it is, it is refused later
+        return None
 
 
 def large_k_text(k: int, draws: int, vocab_size: int) -> list[str]:

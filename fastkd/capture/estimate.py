@@ -52,7 +52,7 @@ class KCost:
 class Estimate:
     """What a capture is estimated to take; made by `estimate`.
 
-    data: number and lengths of the documents, a line each; see `describe_documents`. plan: see `WindowPlan.totals`.
+    data: number and lengths of the documents, a line each; see `describe_documents`. plan: see `WindowPlan.counts`.
     measured: of the sample: batches, positions, seconds, shards, batches_halved; seconds_requested and seconds_spent
         (warm-up included).
     positions_per_second: of one worker on this device. seconds_per_position: "run" (teacher, top-k and copies to the
@@ -165,7 +165,7 @@ def estimate(
             "shard_positions": plan.settings.shard_positions,
         },
         data=describe_documents(data, plan.lengths) if isinstance(data, Documents) else [],
-        plan=plan.totals,
+        plan=plan.counts(text=isinstance(data, Documents)),
         measured={
             "batches": sample.batches,
             "positions": sample.positions,

@@ -30,7 +30,7 @@ _DRAWS = np.uint64(0x6D69785F64726177)  # a stream of random numbers of its own,
 _TARGETS = ("ids", "logprobs", "tail", "outcomes", "draws")
 _SAME = {
     "vocab_size": "vocabularies", "inputs": "input columns", "temperatures": "temperatures",
-    "draw_temperature": "temperatures of the draws", "tokenizer": "tokenizers",
+    "draw_temperature": "temperatures of the draws",
 }  # fmt: skip
 
 
@@ -174,6 +174,9 @@ def _differences(one: Cache, other: Cache) -> list[str]:
         if getattr(ours, name) != getattr(theirs, name)
     ]
     a, b = ours.provenance, theirs.provenance
+    # what decides the rows is in the hash of the data; what decides which of them count is not
+    found += [f"tokenizers ({ours.tokenizer!r} and {theirs.tokenizer!r})"] * (a.tokens != b.tokens)
+    found += [f"loss_on ({a.loss_on!r} and {b.loss_on!r})"] * (a.loss_on != b.loss_on)
     if (a.dataset_sha256, b.dataset_sha256) == (None, None):
         return found + [f"data ({ours.dataset!r} and {theirs.dataset!r})"] * (ours.dataset != theirs.dataset)
     if a.dataset_sha256 != b.dataset_sha256:

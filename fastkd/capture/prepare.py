@@ -24,7 +24,7 @@ from ..teachers.protocol import Teacher
 from ..utils.secrets import masked
 from .claims import Claims, wait_for
 from .rows import TEXT
-from .window_plan import VERSION, WindowPlan, cache_spec, make_window_plan, window_plan_settings
+from .window_plan import VERSION, WindowPlan, before_the_floor, cache_spec, make_window_plan, window_plan_settings
 
 _DELETE = "Delete it; it is written again from the same data."
 
@@ -48,7 +48,8 @@ def prepare(
     Raises CacheError if the store holds a cache of another teacher, other data or other settings, naming which.
     """
     dataset = data.fingerprint(progress=progress)
-    if store is not None and (there := _existing_plan(store)) is not None and there.dataset != dataset:
+    there, begun = None if store is None else _existing_plan(store), False
+    if store is not None and there is not None and there.dataset != dataset:
         # the fingerprint of the data also depends on the tokenizer
         texts, theirs = provenance_of(teacher, data, dataset).texts(), _existing_spec(store)
         names = ("teacher", "tokenizer") if theirs is not None else ()
@@ -59,15 +60,12 @@ def prepare(
     if store is None or claims is None:
         lengths = data.lengths(progress=progress)
     else:
-        lengths = _lengths(data, dataset, store, claims, progress=progress, say=say)
-    plan_settings = window_plan_settings(
-        settings,
-        documents=int(np.count_nonzero(lengths)),
-        tokens=int(lengths.sum(dtype=np.int64)),
-        longest=teacher.max_positions,
-        copies=data.copies if isinstance(data, Examples) else None,
-    )
-    plan = make_window_plan(lengths, plan_settings, dataset, progress=progress)
+        lengths, begun = _lengths(data, dataset, store, claims, progress=progress, say=say)
+    before = there.sha256 if there is not None else None
+    if store is not None and there is None and begun and settings.held_out is None:  # its plan may be lost
+        known = _existing_spec(store)
+        before = None if known is None else known.provenance.plan_sha256
+    plan = _plan(teacher, data, settings, lengths, dataset, before, progress=progress)
     spec = cache_spec(
         settings,
         vocab_size=teacher.vocab_size,
@@ -79,6 +77,33 @@ def prepare(
     if store is not None:
         _check_same(store, plan, spec)
     return plan, spec
+
+
+def _plan(
+    teacher: Teacher,
+    data: Documents | Examples,
+    settings: CaptureSettings,
+    lengths: NDArray[np.int32],
+    dataset: str,
+    before: str | None,
+    *,
+    progress: bool,
+) -> WindowPlan:
+    """The window plan; of a cache from before more was held out of small data, the one that it has. before: the hash of
+    the plan that the cache was begun with, if it was."""
+    copies = data.copies if isinstance(data, Examples) else None
+    chosen = window_plan_settings(settings, lengths, longest=teacher.max_positions, copies=copies)
+    plan = make_window_plan(lengths, chosen, dataset, progress=progress)
+    older = before_the_floor(chosen, int(np.count_nonzero(lengths)))
+    if settings.held_out is None and older != chosen and before not in (None, plan.hash):
+        found = make_window_plan(lengths, older, dataset, progress=progress)
+        plan = found if found.hash == before else plan
+    if before is None and isinstance(data, Documents) and np.minimum(plan.lengths, chosen.context).max() < 2:
+        raise DataError(
+            f"data: got {plan.totals['documents'] - plan.totals['skipped']:,} documents of one token each, with a "
+            f"context of {chosen.context}; expected two tokens or more, as nothing else is to be predicted."
+        )
+    return plan
 
 
 def write_window_plan(store: Store, plan: WindowPlan) -> None:
@@ -150,8 +175,9 @@ def _lengths(
     *,
     progress: bool,
     say: Callable[[str], None],
-) -> NDArray[np.int32]:
-    """The documents' lengths: from the store, or measured by one worker and stored for all."""
+) -> tuple[NDArray[np.int32], bool]:
+    """The documents' lengths: from the store, or measured by one worker and stored for all; and whether they were
+    there."""
 
     def attempt() -> tuple[float, NDArray[np.int32] | None]:
         with suppress(NotFound):
@@ -162,7 +188,7 @@ def _lengths(
 
     there = wait_for(attempt, lambda: say("waiting for another worker, which reads the lengths of the data"))
     if there is not None:
-        return there
+        return there, True
     try:
         lengths = data.lengths(progress=progress, on_part=claims.keep)
         written = store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
@@ -172,7 +198,7 @@ def _lengths(
     claims.done("lengths")
     # if another worker was faster, use its lengths: all workers need the same plan
     found = None if written else _stored_lengths(store, data, dataset)
-    return lengths if found is None else found
+    return lengths if found is None else found, False
 
 
 def _stored_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDArray[np.int32] | None:

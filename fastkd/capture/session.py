@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -19,14 +20,13 @@ from .answers import check_limits, large_k_text
 from .begin import begin_cache
 from .claims import Claims
 from .feature_places import find_places
-from .feature_settings import check_feature_settings
 from .features.prepare import check_existing, check_sizes
 from .prepare import prepare
 from .probe import agree_on_probe
 from .runner import CaptureRunner
 from .shard_runner import CaptureReport, missing_shards
 from .teacher_pass import TeacherPass
-from .window_plan import plan_text
+from .window_plan import check_settings, plan_text
 
 DEFAULTS = CaptureSettings()
 
@@ -63,10 +63,11 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         if not callable(progress) and progress not in MODES:
             raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
-        model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size)
-        check_limits(model, settings)
+        check_settings(settings)
+        check = partial(check_limits, settings=settings, out=out)
+        model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size, check=check)
+        check(model)
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
-        check_feature_settings(settings)
         places = find_places(model, data, settings.features)
         store = open_store(out, create=True)
         check_store(store)
@@ -89,7 +90,8 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         if isinstance(data, Documents):
             for line in describe_documents(data, plan.lengths):
                 tell(line)
-        reporter.event("plan", text=plan_text(plan.totals, plan.settings.context, plan.settings.on_long), **plan.totals)
+        counts = plan.counts(text=isinstance(data, Documents))
+        reporter.event("plan", text=plan_text(counts, plan.settings.context, plan.settings.on_long), **counts)
         if line := prepare_topk(model.device):
             tell(line)
         self._group, self._progress = group or ParallelGroup(), progress

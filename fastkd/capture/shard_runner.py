@@ -41,7 +41,7 @@ class CaptureReport:
     """What a capture did.
 
     complete: whether the cache has every shard, and is sealed. missing: the other shards, as ranges [first, last].
-    plan: `WindowPlan.totals`. The rest is about this worker in this run: shards_written, positions_written and
+    plan: `WindowPlan.counts`. The rest is about this worker in this run: shards_written, positions_written and
     bytes_written of the targets, and features by name; positions_captured, including shards that another worker
     committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
     did not fit into memory; failed, shards that were left because the teacher did not answer, each with the reason.
@@ -120,7 +120,8 @@ class ShardRunner:
         self._busy = 0.0
         self._run_positions = 0  # of the shard that the teacher runs on
         reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
-        self._report = CaptureReport(store.describe(), False, [], plan.totals, features=reports)
+        counts = plan.counts(text=isinstance(data, Documents))
+        self._report = CaptureReport(store.describe(), False, [], counts, features=reports)
 
     def _folder(self, name: str) -> str:
         """Where the objects of a feature are; of the targets, "" for both."""

@@ -12,7 +12,7 @@ The teacher runs on segments, not on windows: no segment attends to another, wha
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from ..cache.capture_plan import CapturePlan
 from ..cache.errors import CacheError
 from ..cache.spec import CacheSpec
-from ..data.packing import DIVIDED_BY, batches, divide, pack
+from ..data.packing import DIVIDED_BY, HELD_OUT, batches, default_held_out, divide, pack
 from ..errors import DataError, TeacherError
+from ..kernels.errors import KDError
+from ..kernels.topk.config import TopKConfig
 from ..settings import CaptureSettings
 from ..utils.progress import counting
 from ..utils.similar import did_you_mean
@@ -170,6 +172,19 @@ class WindowPlan:
             "dropped_tokens": all_tokens - tokens,
         }
 
+    @property
+    def held_out(self) -> dict[str, int]:
+        """Documents, windows and positions that are held out."""
+        first = self.train_shards
+        windows, positions = (int(ends[-1] - ends[first]) for ends in (self.shard_windows, self.shard_rows))
+        return {"documents": self.totals["held_out"], "windows": windows, "positions": positions}
+
+    def counts(self, *, text: bool) -> dict[str, int]:
+        """The totals, with held_out_positions, and of text nothing_to_predict, the documents of one token. They are not
+        in plan.json, which is the same as before they were known."""
+        single = int(np.count_nonzero(self.lengths == 1)) if text else 0
+        return {**self.totals, "held_out_positions": self.held_out["positions"], "nothing_to_predict": single}
+
     @cached_property
     def hash(self) -> str:
         """sha256 of the version of the rules, settings, dataset, lengths, order, and shards."""
@@ -286,11 +301,12 @@ def make_window_plan(lengths: Any, settings: WindowPlanSettings, dataset: str, *
 
 
 def plan_text(totals: Mapping[str, int], context: int, on_long: str) -> str:
-    """One line: the data, and how they are divided. totals: `WindowPlan.totals`."""
+    """One line: the data, and how they are divided. totals: `WindowPlan.counts`."""
     parts = [f"{totals['documents']:,} documents"]
     notes = [
         (totals["skipped"], "empty, left out"),
-        (totals["held_out"], "held out"),
+        (totals["nothing_to_predict"], "of one token, with nothing to predict"),
+        (totals["held_out"], f"held out, with {totals['held_out_positions']:,} positions"),
         (totals["long"], f"longer than the context of {context}: {on_long}"),
     ]
     if counted := [f"{count:,} {what}" for count, what in notes if count]:
@@ -298,38 +314,52 @@ def plan_text(totals: Mapping[str, int], context: int, on_long: str) -> str:
     if totals["dropped_tokens"]:
         parts.append(f"{totals['dropped_tokens']:,} tokens dropped")
     parts.append(f"{totals['positions']:,} positions in {totals['windows']:,} windows and {totals['shards']:,} shards")
+    if 2 * totals["held_out_positions"] > totals["positions"]:
+        parts.append("warning: more positions are held out than are left to train on")
     return "plan: " + ", ".join(parts)
 
 
 def window_plan_settings(
-    settings: CaptureSettings, *, documents: int, tokens: int, longest: int | None = None, copies: int | None = None
+    settings: CaptureSettings, lengths: NDArray[np.int32], *, longest: int | None = None, copies: int | None = None
 ) -> WindowPlanSettings:
-    """The settings of the window plan, with defaults filled in.
+    """The settings of the window plan for documents of these lengths, `[documents]`, with defaults filled in.
 
-    documents: those that are not empty. tokens: in all of them. longest: tokens that the teacher takes; None: no limit.
-    copies: of each example, for a dataset of examples; None for text.
-    Raises DataError and TeacherError.
+    longest: tokens that the teacher takes; None: no limit. copies: of each example, for a dataset of examples; None for
+    text. Raises DataError and TeacherError.
     """
-    held_out = settings.held_out if settings.held_out is not None else 0.01 * (documents > 1)
+    tokens = int(lengths.sum(dtype=np.int64))
     shard_positions = settings.shard_positions
     if shard_positions is None:
         shard_positions = min(max(-(-tokens // 64), 2**14), 2**20)
-    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "held_out": held_out, "seed": settings.seed}
+    held_out = settings.held_out
+    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "seed": settings.seed}
     if copies is not None:
-        return WindowPlanSettings(copies, "keep", shard_positions=max(shard_positions, copies), **common)
+        held_out = default_held_out(lengths, settings.seed, predicting=1) if held_out is None else held_out
+        size = max(shard_positions, copies)
+        return WindowPlanSettings(copies, "keep", shard_positions=size, held_out=held_out, **common)
     context = settings.context
     if context is None:
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     elif longest is not None and context > longest:
         raise TeacherError(f"context: got {context}; expected at most {longest}, the limit of this teacher.")
+    if held_out is None:
+        kept = np.minimum(lengths, context) if settings.on_long == "truncate" else lengths
+        held_out = default_held_out(kept, settings.seed)
     return WindowPlanSettings(
         context=context,
         packing=settings.packing,
         on_long=settings.on_long,
         overlap=settings.overlap,
         shard_positions=max(shard_positions, context) if settings.shard_positions is None else shard_positions,
+        held_out=held_out,
         **common,
     )
+
+
+def before_the_floor(settings: WindowPlanSettings, documents: int) -> WindowPlanSettings:
+    """The settings of a plan that holds out the default fraction of documents, as it was before small data had more
+    held out: caches from then are continued with it. documents: those that are not empty."""
+    return replace(settings, held_out=HELD_OUT * (documents > 1))
 
 
 def cache_spec(settings: CaptureSettings, *, vocab_size: int, **rest: Any) -> CacheSpec:
@@ -340,7 +370,11 @@ def cache_spec(settings: CaptureSettings, *, vocab_size: int, **rest: Any) -> Ca
 def check_settings(settings: CaptureSettings) -> None:
     """CacheError or DataError for settings that are invalid for every teacher and dataset."""
     cache_spec(settings, vocab_size=2**26)
+    try:
+        TopKConfig(**{f.name: getattr(settings, f.name) for f in fields(TopKConfig)})
+    except KDError as error:
+        raise DataError(str(error)) from error
     check_feature_settings(settings)
     # without a context, the teacher's limit decides it: it may be as small as a shard
     longest = settings.shard_positions if settings.context is None else None
-    window_plan_settings(settings, documents=2, tokens=2**26, longest=longest)
+    window_plan_settings(settings, np.full(2, 2**25, np.int32), longest=longest)

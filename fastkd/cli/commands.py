@@ -170,8 +170,11 @@ class Train(ShareSettings, RolloutSettings, LiveSettings, _Training):
     SIGTERM, with a checkpoint written): requeue it.
     """
 
-    cache: str | None = None
-    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    cache: tuple[str, ...] = ()
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache). Several caches of
+    one tokenizer are mixed: repeat the option, or list them."""
+    cache_weights: tuple[float, ...] = ()
+    """With several caches: the share of the positions from each. Default: each sequence once an epoch."""
     teacher: str | None = None
     """Teacher model, with --data instead of --cache, or with --rollouts, as in `fastkd capture`: a folder, a GGUF file,
     a name on the Hugging Face Hub, or module:factory. ema:0.999: the student's own average over the steps, with this
@@ -208,8 +211,11 @@ class Mutual(MutualSettings, TrainSettings):
     student: tuple[str, ...]
     """Student models, as in `fastkd train`: repeat the option, or list them. One that has no weights and is given twice
     begins with other random ones."""
-    cache: str | None = None
-    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    cache: tuple[str, ...] = ()
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache). Several caches of
+    one tokenizer are mixed: repeat the option, or list them."""
+    cache_weights: tuple[float, ...] = ()
+    """With several caches: the share of the positions from each. Default: each sequence once an epoch."""
     teacher: str | None = None
     """With --data: a teacher to learn from as well, which is not trained, as in `fastkd train`."""
     data: tuple[str, ...] = ()
@@ -296,8 +302,11 @@ class Sweep(_Training):
     Exit status 0: all arms are trained. 75: work remains (after SIGTERM, with checkpoints written): requeue it.
     """
 
-    cache: str
-    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache)."""
+    cache: tuple[str, ...]
+    """Cache: a folder, a .zip of one, or a URL (s3://, gs://, az://; http(s):// for a sealed cache). Several caches of
+    one tokenizer are mixed: repeat the option, or list them."""
+    cache_weights: tuple[float, ...] = ()
+    """With several caches: the share of the positions from each. Default: each sequence once an epoch."""
     data: str | None = None
     """module:factory that returns the labelled examples, for a cache of examples."""
     out: Path

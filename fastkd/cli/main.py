@@ -157,7 +157,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         world_size=command.world_size,
         parallel=command.teacher_parallel,
         progress=shows_progress(json=command.json),
-        check=lambda teacher: check_limits(teacher, _capture_settings(command)),
+        check=lambda teacher: check_limits(teacher, _capture_settings(command), store),
     )
     report = run(
         loaded.teacher,
@@ -271,7 +271,7 @@ def train(command: Train, stop: Stop) -> Outcome:
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
         command.student,
-        _training_cache(command.cache),
+        _training_cache(command),
         command.out,
         settings,
         teacher=command.teacher,
@@ -295,13 +295,21 @@ def _rollouts(command: Train) -> RolloutSettings:
     return RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
 
 
-def _training_cache(place: str | None) -> Any:
-    """The cache of a training, or the folder of a run's rollouts, which has several."""
+def _training_cache(command: Train | Mutual | Sweep) -> Any:
+    """The cache of a training, or the folder of a run's rollouts, which has several; or a mixture; None for no cache.
+    On Ray, names, which each trial opens."""
     from ..live.rounds import SETTINGS
 
-    if place is None or Path(place, SETTINGS).is_file():
-        return place
-    return store_of(place)
+    places, weights = command.cache, command.cache_weights
+    if weights and len(weights) != len(places):
+        raise TrainError(f"cache_weights: got {len(weights)} for {len(places)} caches; expected one for each.")
+    if len(places) == 1 and isinstance(command, Train) and Path(places[0], SETTINGS).is_file():
+        return places[0]
+    named = isinstance(command, Sweep) and command.ray
+    stores = [place if named else store_of(place) for place in places]
+    if len(stores) > 1:
+        return list(zip(stores, weights, strict=True)) if weights else stores
+    return stores[0] if stores else None
 
 
 def mutual(command: Mutual, stop: Stop) -> Outcome:
@@ -317,7 +325,7 @@ def _with_teacher(command: Train, stop: Stop) -> Outcome:
     from ..train.mutual import check_trained_teacher, named
     from ..train.unused import check_rollouts_used
 
-    check_trained_teacher(command.teacher, command.cache, command.write_cache, command.rollouts)
+    check_trained_teacher(command.teacher, command.cache or None, command.write_cache, command.rollouts)
     check_rollouts_used(_rollouts(command))
     if command.push or command.push_private or command.card_teacher:
         raise TrainError("push, card_teacher: got one with train_teacher; expected one student that is trained.")
@@ -334,7 +342,7 @@ def _together(command: Train | Mutual, students: Any, online: MutualSettings, st
     settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
     report = run(
         students,
-        None if command.cache is None else store_of(command.cache),
+        _training_cache(command),
         command.out,
         settings,
         online,
@@ -354,7 +362,7 @@ def _training_data(command: Train | Mutual) -> Any:
     """The object that `--data` names: of a cache of examples, or the data of a training without a cache."""
     from ..teachers.load import open_data
 
-    if command.cache is not None and len(command.data) < 2:
+    if command.cache and len(command.data) < 2:
         return _examples(command.data[0] if command.data else None)
     return open_data(command.data, command.column, command.text_documents) if command.data else None
 
@@ -381,12 +389,12 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
         from ..sweep.auto_result import auto_text
 
         found = auto_sweep(
-            command.student, store_of(command.cache), command.out, {n: v for n, v in arms.items() if v},
+            command.student, _training_cache(command), command.out, {n: v for n, v in arms.items() if v},
             TrainSettings(**settings), data_name=command.data, stop=stop, data=_examples(command.data),
             progress=mode_for(events=command.json),
         )  # fmt: skip
         return Outcome({"event": "done", **found.to_json()}, auto_text(found), found.status)
-    cache: Any = store_of(command.cache)
+    cache = _training_cache(command)
     if command.ray:
         from ..integrations.ray.tuning import sweep as run_trials
 
@@ -394,7 +402,6 @@ def sweep(command: Sweep, stop: Stop) -> Outcome:
             run_trials, asha=command.asha, gpus_per_worker=command.gpus_per_worker,
             cpus_per_worker=command.cpus_per_worker,
         )  # fmt: skip
-        cache = command.cache  # each trial opens it
     report = run(
         command.student, cache, command.out, arms, TrainSettings(**settings), seeds=command.seeds,
         at_once=command.at_once, stop_if_worse=command.stop_if_worse, stop=stop, data=_examples(command.data),

@@ -18,6 +18,11 @@ _BLOCK = 2**18  # documents processed at a time, to bound temporary memory
 
 DIVIDED_BY = ("context", "on_long", "overlap", "held_out", "seed", "shard_positions")
 """The settings of a window plan that `divide` takes."""
+HELD_OUT = 0.01
+"""Fraction of the documents that is held out by default, of large data."""
+LEAST_DOCUMENTS, LEAST_POSITIONS = 8, 4096
+"""Of small data as many are held out by default, where they are at most one in `ONE_IN`."""
+ONE_IN = 5
 
 
 class Division(NamedTuple):
@@ -57,6 +62,29 @@ def divide(
     return Division(order, first_segment, segments, np.concatenate([train, rest[1:] + train[-1]]), len(train) - 1)
 
 
+def default_held_out(lengths: Lengths, seed: int, *, predicting: int = 2) -> float:
+    """The fraction of documents of these lengths, `[documents]`, that is held out unless a setting says otherwise.
+
+    1%, or of small data as many documents (in the order in which `held_out_documents` takes them) as have 4,096
+    positions together, with 8 among them that have something to predict; but at most a fifth of the documents, with at
+    most a fifth of the positions, beyond the 1%. 0 for a single document. predicting: tokens from which a document has
+    something to predict. It depends on lengths and seed alone, so that all workers come to the same.
+    """
+    documents = np.flatnonzero(lengths).astype(np.int32)
+    if len(documents) < 2:
+        return 0.0
+    base = max(1, round(HELD_OUT * len(documents)))
+    if base >= max(LEAST_DOCUMENTS, LEAST_POSITIONS):  # each has a position
+        return HELD_OUT
+    ordered = lengths[documents[np.argsort(_keys(documents, seed), kind="stable")]].astype(np.int64)
+    positions = np.cumsum(ordered)
+    enough = (np.cumsum(ordered >= predicting) >= LEAST_DOCUMENTS) & (positions >= LEAST_POSITIONS)
+    wanted = int(enough.argmax()) + 1 if enough.any() else len(documents)
+    most = min(len(documents) // ONE_IN, int(np.count_nonzero(positions <= int(positions[-1]) // ONE_IN)))
+    count = max(base, min(wanted, most))
+    return HELD_OUT if count == base else count / len(documents)
+
+
 def held_out_documents(documents: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which documents are held out, `[documents]`: those with the smallest hashes of number and seed.
 
@@ -65,13 +93,19 @@ def held_out_documents(documents: NDArray[np.int32], fraction: float, seed: int)
     if not fraction:
         return np.zeros(len(documents), bool)
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    keys = _keys(documents, seed)
+    smallest: NDArray[np.bool_] = keys <= np.partition(keys, count - 1)[count - 1]
+    return smallest
+
+
+def _keys(documents: NDArray[np.int32], seed: int) -> NDArray[np.uint64]:
+    """Hashes of the numbers of documents and the seed, `[documents]`, all different."""
     key = mixed(np.array([seed], np.uint64))
     keys = np.empty(len(documents), np.uint64)
     for start in range(0, len(keys), _BLOCK):
         some = slice(start, start + _BLOCK)
         keys[some] = mixed(documents[some].astype(np.uint64) ^ key)
-    smallest: NDArray[np.bool_] = keys <= np.partition(keys, count - 1)[count - 1]
-    return smallest
+    return keys
 
 
 def segment_counts(lengths: Lengths, context: int, overlap: int) -> Lengths:

@@ -23,7 +23,7 @@ from ..report.page import (
     Series,
     Table,
 )
-from ..utils.intervals import Interval
+from ..utils.intervals import NO_INTERVAL, Interval
 from ..utils.numbers import THIN, figures, prefixed, with_half
 from .quality import AGREEMENT
 from .result import DeployReport, DeployRow, above_text
@@ -63,7 +63,8 @@ def _cards(report: DeployReport) -> Cards:
         if row.quality is None:
             continue
         mean, half = with_half(*row.quality.cost, sign=True)
-        more = f"{'±' * bool(half)}{THIN}{half} nats of KL to the teacher; {figures(row.ratio, 2)} of the size"
+        of = f"±{THIN}{half}" if half else "no interval,"
+        more = f"{of} nats of KL to the teacher; {figures(row.ratio, 2)} of the size"
         cards.append(Card(row.name, mean, more, "bad" if row.above else ""))
     return Cards(cards)
 
@@ -117,7 +118,8 @@ def _quality(report: DeployReport, series: Sequence[Series]) -> Table:
         rows.append(Row(row.name, [*cells, cell(ce, differences, difference=True)], series=line))
     found = next(row.quality for row in report.rows if row.quality is not None).exported
     caption = (
-        f"{found.count:,} held-out positions in {found.windows:,} windows. 95% intervals; costs are paired by window."
+        f"{found.count:,} held-out positions in {found.windows:,} windows. "
+        f"{'95% intervals' if found.windows > 1 else NO_INTERVAL.capitalize()}; costs are paired by window."
     )
     return Table("", columns, rows, caption)
 

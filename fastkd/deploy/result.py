@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluate.measures import MEASURES
-from ..utils.intervals import Interval, to_json
+from ..utils.intervals import NO_INTERVAL, Interval, to_json
 from ..utils.numbers import difference_text, size_text
 from ..utils.text import format_table
 from .measure import Measured
@@ -103,7 +103,8 @@ def quality_lines(found: Quality, runtime: str) -> list[str]:
         told = difference_text(*(x * scale for x in differences[name])) if name in differences else ""
         rows.append([f"{MEASURES[name].label} ({MEASURES[name].unit})", *cells, told])
     where = f"{found.exported.count:,} held-out positions in {found.exported.windows:,} windows, in {runtime}"
-    return [*format_table(rows), f"{where}; 95% intervals, paired by window with the student in PyTorch"]
+    how = "95% intervals" if found.cost.known else NO_INTERVAL
+    return [*format_table(rows), f"{where}; {how}, paired by window with the student in PyTorch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +193,9 @@ def report_lines(report: DeployReport) -> list[str]:
     lines.append(f"{each}; medians of {report.turns} turns; ratios to PyTorch's in the same turn")
     for row in report.rows[1:]:
         if row.quality is not None:
-            lines.append(f"{row.name}: KL to the teacher {difference_text(*row.quality.cost)} nats against the student")
+            why = "" if row.quality.cost.known else f" ({NO_INTERVAL})"
+            cost = difference_text(*row.quality.cost)
+            lines.append(f"{row.name}: KL to the teacher {cost} nats against the student{why}")
     lines += [above_text(row.name, row.quality, report.at_most) for row in report.rows if row.above]
     return [*lines, report.page]
 

@@ -226,11 +226,12 @@ class Evaluation:
         """What the cache knows of the teacher's measures; see `measures.py`."""
         return self.teacher.intervals()
 
-    def summary(self) -> dict[str, dict[str, float | None]]:
-        """The student's measures and its perplexity, each with mean, low and high: what a log keeps."""
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """The student's measures and its perplexity, each with mean, low and high, and why, if there is no interval:
+        what a log keeps."""
         found = {name: to_json(value) for name, value in self.intervals().items()}
         found["perplexity"] = {
-            name: None if x is None else math.exp(min(x, 700.0)) for name, x in found["cross_entropy"].items()
+            name: math.exp(min(x, 700.0)) if isinstance(x, float) else x for name, x in found["cross_entropy"].items()
         }
         return found
 

@@ -12,6 +12,7 @@ cache, and so on. At the end, one more student is trained from the mean of all t
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,9 +40,12 @@ from ..sweep.result import check_finished, read_result
 from ..teachers.load import as_data, as_teacher, load_teacher
 from ..teachers.protocol import Teacher
 from ..train.api import DEFAULTS, train
+from ..train.batch import with_batch
+from ..train.begun import begun_with
 from ..train.beside import check_exports
 from ..train.exits import with_exits
 from ..train.held_out import EVALUATION
+from ..train.inputs import inputs_of
 from ..train.lora import without_lora
 from ..train.precision import autocast_of
 from ..train.result import STUDENT, describe_cache
@@ -124,8 +128,9 @@ def generations(
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.callback(os.close, lock(out))
-        family = _Family(student, rows, out, captured, loading, probe, stop, progress)
         arms = _arms(count, out, settings, control=control, ensemble=ensemble)
+        folders = [arm.folder for arm in arms]
+        family = _Family(student, rows, out, captured, loading, probe, stop, progress, folders)
         if not (out / GENERATIONS).exists():
             write_json(out / GENERATIONS, make_report(out, count, settings.best, []).to_json())
         given: list[Teacher] = [first]
@@ -177,8 +182,9 @@ class _Family:
         identity: dict[str, Any],
         stop: Stop,
         progress: str,
+        folders: Sequence[Path],
     ) -> None:
-        self._student, self._data, self._out = student, data, out
+        self._student, self._data, self._out, self._folders = student, data, out, folders
         self._captured, self._loading, self._identity = captured, loading, identity
         self._stop, self._progress = stop, progress
         self._examples = data if isinstance(data, Examples) else None
@@ -217,14 +223,16 @@ class _Family:
     def train(self, arm: _Arm) -> Trained:
         """Train a student, unless it is trained; its evaluation. Raises Stopped."""
         cache = open_cache(arm.cache)
+        size = inputs_of(cache, self._examples).size(arm.settings)
+        settings = with_batch(arm.settings, size, begun_with([arm.folder, *self._folders]))
         done = read_result(arm.folder)
         if done is not None:
-            check_finished(arm.folder, done, arm.settings, self._identity, [describe_cache(cache)])
+            check_finished(arm.folder, done, settings, self._identity, [describe_cache(cache)])
         else:
             self._note(f"{arm.name}: training on {arm.says}, seed {arm.settings.seed}: {arm.folder}")
             with naming(arm.name):
                 report = train(
-                    self._student, cache, arm.folder, arm.settings, data=self._examples, stop=self._stop,
+                    self._student, cache, arm.folder, settings, data=self._examples, stop=self._stop,
                     progress=self._progress,
                 )  # fmt: skip
             if not report.complete:
@@ -268,12 +276,14 @@ class _Family:
         return as_teacher(source.to(local_device(self._loading.device, TeacherError)), self._data)
 
     def _as_first(self) -> CaptureSettings:
-        """The settings of a capture, with the context of the first one: the default depends on the teacher."""
+        """The settings of a capture, with the context of the first one, whose default depends on the teacher, and the
+        same documents held out."""
         first = open_cache(self._first)
         plan = read_capture_plan(first.store, first.spec)
-        if plan is None or self._examples is not None:
+        if plan is None:
             return self._captured
-        return replace(self._captured, context=plan.settings["context"])
+        same = replace(self._captured, held_out=plan.settings["held_out"])
+        return same if self._examples is not None else replace(same, context=plan.settings["context"])
 
     def _note(self, text: str) -> None:
         self._say.event("note", text=text)

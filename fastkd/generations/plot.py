@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate.measures import MEASURES
-from ..train.verdict import EVEN, HELPED, verdict
+from ..train.verdict import EVEN, HELPED, NOT_KNOWN, verdict
 from ..utils.intervals import Interval
 from .result import BEFORE, CONTROL, GenerationsReport
 
 PLOT = "generations.png"
-_COLOR = {HELPED: "#0b6e4f", EVEN: "#767676"}
+_COLOR = {HELPED: "#0b6e4f", EVEN: "#767676", NOT_KNOWN: "#767676"}
 _WORSE, _PLAIN = "#b3401f", "#2f6f9f"
 
 
@@ -47,7 +47,8 @@ def plot(report: GenerationsReport, path: Path) -> None:
 
 
 def _point(ax: Any, row: int, value: Interval, color: str) -> None:
-    ax.errorbar(value.mean, row, xerr=value.half, fmt="o", ms=6, lw=1.5, capsize=3, color=color)
+    half = value.half if value.known else None
+    ax.errorbar(value.mean, row, xerr=half, fmt="o", ms=6, lw=1.5, capsize=3, color=color)
 
 
 def _of(found: Mapping[str, Interval] | None, measure: str) -> Interval | None:

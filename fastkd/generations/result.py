@@ -10,7 +10,7 @@ from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import LOG, MEASURES, printed_in
 from ..train.verdict import verdict
 from ..utils.atomic import read_sealed
-from ..utils.intervals import Interval, to_json
+from ..utils.intervals import NO_INTERVAL, Interval, to_json
 from ..utils.numbers import difference_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
@@ -121,17 +121,19 @@ def generations_text(report: GenerationsReport) -> str:
     lines = [f"note: {note}" for note in report.notes]
     if shown:
         label = MEASURES[report.measure].label if report.measure in MEASURES else report.measure
-        rows = [["student", *(m.short for m in shown), *columns.values()]]
+        rows, unknown = [["student", *(m.short for m in shown), *columns.values()]], list[Interval]()
         for member in report.members:
             cells = [f"{member.values[m.name].mean:.4f}" if m.name in member.values else "" for m in shown]
             differences = [member.against.get(name, {}).get(report.measure) for name in columns]
             told = ["" if d is None else f"{difference_text(*d)}, {verdict(report.measure, d)}" for d in differences]
+            unknown += [d for d in differences if d is not None and not d.known]
             rows.append([member.name, *cells, *told])
         lines += format_table(rows)
         lines.append(
             f"held-out split of the first cache, {report.windows:,} windows. Differences: {label}, 95% intervals "
             "paired by window; one seed"
         )
+        lines += [f"not known: there is {NO_INTERVAL}"] * bool(unknown)
     else:
         lines.append("Nothing was evaluated on held-out windows, so the students are not compared.")
     plot = f", {report.plot}" if report.plot else ""

@@ -1,5 +1,6 @@
 """Causal language models of transformers, for teachers and students: loading, limits, and checks on a probe."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,32 @@ def _check_causal(model: Any, tokens: Tensor, logits: Tensor, name: str) -> None
             f"{name}: {type(model).__name__} is not a causal model: changing the last token changed its output at "
             "earlier positions. Expected a decoder (some models need is_decoder in their config)."
         )
+
+
+class Declared(NamedTuple):
+    """What the config of a model says before it is loaded. Outcomes, and tokens of an input, at most; None where it
+    does not say. The loaded model has the last word."""
+
+    vocab_size: int | None = None
+    max_positions: int | None = None
+
+
+def declared_by(folder: Path) -> Declared:
+    """What the config.json in a folder declares; nothing if there is none, as for GGUF files and adapters."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return Declared()
+    if not isinstance(config, dict):
+        return Declared()
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+
+    def number(*names: str) -> int | None:
+        found = [part[name] for part in parts for name in names if type(part.get(name)) is int and part[name] > 0]
+        return max(found, default=None)
+
+    limited = not any(part.get("alibi") for part in parts)
+    return Declared(number("vocab_size"), number("max_position_embeddings", "n_positions") if limited else None)
 
 
 def max_positions(config: Any, notes: list[str]) -> int | None:

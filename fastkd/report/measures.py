@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import exp, isfinite
 
 from ..evaluate.measures import REPORT, Measure, printed_in
-from ..train.verdict import EVEN, HELPED, HURT
+from ..train.verdict import EVEN, HELPED, HURT, NOT_KNOWN
 from ..train.verdict import verdict as judged
 from ..utils.intervals import Interval
 from ..utils.numbers import DASH, THIN, decimals, figures, places, with_half
@@ -12,8 +12,8 @@ from .page import UNKNOWN, Cell, Column
 
 MEASURES = {measure.name: measure for measure in printed_in(REPORT)}
 PERPLEXITY = MEASURES.pop("perplexity")  # evaluations do not have it: it follows from the cross-entropy
-VERDICTS = {"good": "better", "bad": "worse", "even": "no difference"}
-TONES = {HELPED: "good", HURT: "bad", EVEN: "even"}
+TONES = {HELPED: "good", HURT: "bad", EVEN: "even", NOT_KNOWN: ""}
+VERDICTS = {"good": "better", "bad": "worse", "even": "no difference", "": "no interval"}
 
 
 def column(measure: Measure) -> Column:
@@ -29,7 +29,7 @@ def cell(measure: Measure, found: Mapping[str, Interval], *, difference: bool = 
     if not difference:
         return Cell(mean, f"±{THIN}{half}" if half else "")
     tone = verdict(measure, found[measure.name])
-    return Cell(mean, f"±{THIN}{half or '∞'}", tone, VERDICTS[tone])
+    return Cell(mean, f"±{THIN}{half}" if half else "", tone, VERDICTS[tone])
 
 
 def perplexity(found: Mapping[str, Interval]) -> Cell:
@@ -45,5 +45,5 @@ def perplexity(found: Mapping[str, Interval]) -> Cell:
 
 
 def verdict(measure: Measure, difference: Interval) -> str:
-    """ "good" or "bad" for a difference larger than its interval, else "even"."""
+    """ "good" or "bad" for a difference larger than its interval, else "even"; "" without an interval."""
     return TONES[judged(measure.name, difference)]

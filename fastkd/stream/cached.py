@@ -21,8 +21,8 @@ class CachedSource(ShardSource):
     """An iterable of optimizer steps (`Step`) over one epoch of a cache; `steps()` goes through epochs without end.
 
     cache: a `Cache`, what `open_cache` takes, or a mixture, [(cache, weight), ...], whose weights are shares of the
-        positions. An epoch of a mixture has as many sequences as its caches have together; a cache that is used up
-        begins its next epoch, in another order.
+        positions, or [cache, ...] for each sequence once an epoch. An epoch of a mixture has as many sequences as its
+        caches have together; a cache that is used up begins its next epoch, in another order.
     batch_size: sequences per optimizer step, on all ranks; or batch_tokens: positions, on average (see
         `step_plan.step_end`); exactly one of the two. The last step of an epoch has what is left.
     micro_tokens: maximum positions per micro-batch, pads included (a longer row is alone). micro_batch_size: maximum

@@ -225,13 +225,19 @@ def _check_complete(cache: Cache, plan: CapturePlan | None, there: Ints, begin: 
 
 
 def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
-    """The caches and their weights, of one cache or of a mixture [(cache, weight), ...]."""
+    """The caches and their weights, of one cache or of a mixture: [(cache, weight), ...], or [cache, ...] for weights
+    by which an epoch has each of their sequences once."""
     if not isinstance(cache, (list, tuple)):
         cache = [(cache, 1)]
+    if cache and not any(isinstance(entry, (list, tuple)) for entry in cache):
+        opened = [one if isinstance(one, Cache) else open_cache(one) for one in cache]
+        cache = [(one, max(1, train_positions(one)) if len(opened) > 1 else 1) for one in opened]
     caches, weights = [], []
     for entry in cache:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise StreamError(f"cache: got {entry!r} in a mixture; expected pairs of a cache and its weight.")
+            raise StreamError(
+                f"cache: got {entry!r} in a mixture with weights; expected pairs of a cache and its weight."
+            )
         weight = entry[1]
         if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__") or not 0 < float(weight) < math.inf:
             raise StreamError(f"cache: got the weight {weight!r} for {entry[0]!r}; expected a positive number.")
@@ -242,11 +248,21 @@ def open_sources(cache: Any) -> tuple[list[Cache], list[Fraction]]:
     return caches, weights
 
 
+def train_positions(cache: Cache) -> int:
+    """Positions of the training split."""
+    begin, end = _shards_of(cache, plan_of(cache), "train")
+    shard, positions = (cache.manifest.column(name).to_numpy() for name in ("shard", "positions"))
+    return int(positions[(shard >= begin) & (shard < end)].sum())
+
+
 def check_alike(caches: Sequence[Cache]) -> None:
-    """StreamError if the caches of a mixture cannot be used for one student."""
+    """StreamError if the caches of a mixture cannot be used for one student. Of the tokenizer, its identity counts: a
+    cache of text and one of conversations differ in template, ends of documents and positions that count."""
     for cache in caches:
         for name in ("vocab_size", "temperatures", "draw_temperature", "tokenizer"):
-            ours, first = (getattr(c.spec, name) for c in (cache, caches[0]))
+            ours, first = (
+                c.spec.provenance.tokens if name == "tokenizer" else getattr(c.spec, name) for c in (cache, caches[0])
+            )
             if ours != first:
                 raise StreamError(
                     f"cache: {caches[0]!r} and {cache!r} cannot be mixed: {name} is {first!r} in one and {ours!r} in "

@@ -19,6 +19,8 @@ from ..errors import TrainError
 from ..settings import TrainSettings
 from ..settings_changes import TrainChanges, changed
 from ..train.api import DEFAULTS, train
+from ..train.batch import with_batch
+from ..train.begun import begun_with
 from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
 from ..train.student import make_student
@@ -141,6 +143,8 @@ def sweep(
         for note in notes:
             say.event("note", text=note)
         numbers = range(settings.seed, settings.seed + seeds)
+        begun = begun_with([out / arm.name / f"seed={seed}" for seed in numbers for arm in chosen])
+        settings = with_batch(settings, inputs.size(settings), begun)
         order = sorted(chosen, key=lambda arm: arm in controls)  # those that others are compared with come first
         runs = [(arm, seed, out / arm.name / f"seed={seed}") for seed in numbers for arm in order]
         todo: list[Training] = []

@@ -24,8 +24,10 @@ from ..settings import TrainSettings
 from ..settings_changes import TrainChanges, changed
 from ..train import evaluations as kept
 from ..train.api import DEFAULTS, train
+from ..train.batch import with_batch
 from ..train.checkpoint import FOLDER
 from ..train.inputs import CacheInputs, inputs_of
+from ..train.outline import steps_of
 from ..train.result import TrainReport, describe_cache
 from ..train.settings_check import check_same, stated
 from ..train.student import make_student
@@ -82,9 +84,11 @@ def auto_sweep(
             "auto: got no evaluations; expected those of the held-out split, by which arms are chosen. Capture with "
             "documents held out, and without evaluate_every=0."
         )
+    begun = (read_document(out / AUTO) or {}).get("settings") or {}
+    settings = with_batch(settings, inputs.size(settings), begun)
     chosen, default, hard, notes = auto_arms(arms, settings, inputs.spec)
     source = inputs.open(settings, ALONE)
-    steps = settings.steps or max(1, math.ceil(settings.epochs * len(source)))
+    steps = steps_of(settings, len(source))
     source.close()
     groups = {arm.name: "hard" if arm == hard else arm.of(settings, settings.seed).temperature for arm in chosen}
     rungs = plan_rungs(len(chosen), steps, len(set(groups.values())))
@@ -114,7 +118,8 @@ def auto_sweep(
             report = plotted(report)
             name = student if isinstance(student, str) else None
             places = [one.store.describe() for one in inputs.caches]
-            document = chosen_document(report, best.of(settings, settings.seed), name, places, data_name)
+            own = best.of(settings, settings.seed)
+            document = chosen_document(report, own, name, places, data_name, inputs.weights)
             write_json(out / CHOSEN, document)
         write_json(out / SWEEP, report.to_json() | {"settings": asdict(settings)})
         seconds = sum(one.seconds for one in halving.reports)

@@ -167,11 +167,18 @@ def _of(report: AutoReport, step: int) -> Sequence[tuple[str, float | None, Inte
 
 
 def chosen_document(
-    report: AutoReport, settings: TrainSettings, student: str | None, caches: Sequence[str], data: str | None
+    report: AutoReport,
+    settings: TrainSettings,
+    student: str | None,
+    caches: Sequence[str],
+    data: str | None,
+    weights: Sequence[float] = (1.0,),
 ) -> dict[str, Any]:
     """chosen.json: the settings as `fastkd.train` takes them, the command, and why. student, data: as a command line
     names them, if it can."""
-    command = ["fastkd", "train", "--student", student or "STUDENT", "--cache", *caches[:1], "--out", "RUN"]
+    command = ["fastkd", "train", "--student", student or "STUDENT", "--cache", *caches]
+    command += ["--cache-weights", *(f"{weight:g}" for weight in weights)] if len(caches) > 1 else []
+    command += ["--out", "RUN"]
     command += ["--data", data] if data else []
     return {
         "chosen": report.chosen,

@@ -30,7 +30,7 @@ from ..train.held_out import EVALUATION, EVALUATIONS, means
 from ..train.result import RUN
 from ..train.settings_check import check_same, stated
 from ..utils.atomic import read_sealed
-from ..utils.intervals import t_quantile
+from ..utils.intervals import NO_INTERVAL, Interval, t_quantile
 from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
@@ -68,10 +68,24 @@ class Behind:
     @property
     def told_apart(self) -> bool:
         """Whether the distance is larger than both intervals."""
-        return self.half is not None and self.distance > self.half
+        return Interval(self.distance, math.inf if self.half is None else self.half).excludes_zero
+
+    @property
+    def why(self) -> list[str]:
+        """Why an interval is not known."""
+        found = ["no interval between seeds, as there is only one"] if self.by_seeds is None else []
+        return found + ([NO_INTERVAL] if self.by_windows is None else [])
+
+    @property
+    def noise(self) -> str:
+        """Both intervals, or why there is none."""
+        halves = {"seeds": self.by_seeds, "windows": self.by_windows}
+        known = [f"± {half:.4f} between {name}" for name, half in halves.items() if half is not None]
+        return "; ".join([*([", ".join(known)] if known else []), *self.why])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"told_apart": self.told_apart}
+        found = asdict(self) | {"told_apart": self.told_apart}
+        return found | ({"why": "; ".join(self.why)} if self.why else {})
 
 
 @dataclass(frozen=True)
@@ -143,8 +157,7 @@ class SweepReport:
         text = f"Best by {self.measure}: {self.best}"
         if self.margin is None:
             return f"{text}, the only one."
-        noise = f"± {_number(self.margin.by_seeds)} between seeds, ± {_number(self.margin.by_windows)} between windows"
-        text += f", {self.margin.distance:.4f} ahead of the next ({noise})."
+        text += f", {self.margin.distance:.4f} ahead of the next ({self.margin.noise})."
         if not self.alike:
             return f"{text} It is distinguishable from all others."
         why = " More than one seed is needed to distinguish any." if len(self.seeds) == 1 else ""
@@ -281,7 +294,7 @@ def sweep_text(report: SweepReport) -> str:
     names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
     rows = [["arm", *names, "behind the best"]]
     for arm in report.arms:
-        cells = [f"{arm.mean(n):.4f} ± {_number(arm.spread(n))}" if n in arm.values else "" for n in names]
+        cells = [_with_spread(arm.mean(n), arm.spread(n)) if n in arm.values else "" for n in names]
         behind = "best" if arm.name == report.best else ""
         if arm.behind is not None:
             behind = f"{arm.behind.distance:.4f}{' ' if arm.behind.told_apart else '?'}"
@@ -294,7 +307,9 @@ def sweep_text(report: SweepReport) -> str:
             cells, behind = [""] * len(names), f"worse than hard labels, stopped after {steps}"
         rows.append([arm.name, *cells, behind])
     lines = [f"note: {note}" for note in report.notes]
-    lines += [f"held out: mean over {len(report.seeds)} seeds ± standard deviation"] * bool(names)
+    count = len(report.seeds)
+    over = f"mean over {count} seeds ± standard deviation" if count > 1 else "one seed"
+    lines += [f"held out: {over}"] * bool(names)
     lines += format_table(rows)
     lines += ["?: not distinguishable from the best"] * bool(report.alike)
     lines.append(report.verdict)
@@ -327,5 +342,5 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
+def _with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}")

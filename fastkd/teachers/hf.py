@@ -6,6 +6,7 @@ output = teacher(tokens)  # Hidden(states, lm_head), or Logits if the LM head ca
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..errors import TeacherError
 from ..models.adapters import CONFIG, WEIGHTS, adapter_files
-from ..models.hf import load_causal_lm, probe_causal_lm
+from ..models.hf import Declared, declared_by, load_causal_lm, probe_causal_lm
 from ..models.hub import ModelFiles, resolve
 from ..models.protocol import Hidden, Logits, Output
 from ..models.tokenizers import Tokenizer, load_tokenizer
@@ -105,6 +106,7 @@ def load_hf(
     trust_remote_code: bool = False,
     parallel: ParallelGroup | None = None,
     progress: bool = False,
+    check: Callable[[Declared], None] = lambda declared: None,
 ) -> HFTeacher:
     """Load a causal language model, in evaluation mode, as a teacher.
 
@@ -117,12 +119,14 @@ def load_hf(
     parallel: the processes that the model's layers are divided over. Each of them loads it with the same arguments, and
         calls it and its LM head in the same order.
     progress: a progress bar on stderr while the weights are hashed.
+    check: called with what its config declares, before the weights are loaded.
 
     Raises TeacherError if the model cannot be loaded, is not a causal language model, or lacks weights.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"dtype: got {dtype!r}; expected one of auto, {', '.join(DTYPES)}.")
     files = resolve(source, revision)
+    check(declared_by(files.folder))
     if parallel is None:
         target = local_device(device, TeacherError)
     elif device is not None and torch.device(device).type != parallel.device.type:

@@ -26,6 +26,12 @@ from .tensor_parallel import ParallelGroup, join_group, rank_and_world_size
 
 DEFAULTS = ModelSettings()
 _MEMBERS = ("vocab_size", "fingerprint", "device", "max_positions")  # of a Teacher
+Check = Callable[[Any], None]
+"""Refuses a teacher, or the `Declared` limits of one that is not loaded yet."""
+
+
+def accept(teacher: Any) -> None:
+    """Refuses none."""
 
 
 class Loaded(NamedTuple):
@@ -45,13 +51,13 @@ def load(
     world_size: int | None = None,
     parallel: int = 1,
     progress: bool = False,
-    check: Callable[[Teacher], None] = lambda teacher: None,
+    check: Check = accept,
 ) -> Loaded:
     """A teacher by name (see `TeacherSettings`), and the data that the settings name.
 
     rank, world_size: of this process, as `rank_and_world_size` takes them. parallel: processes per worker.
-    progress: a progress bar on stderr while weights are hashed. check: called with the teacher, before anything is
-    asked of it.
+    progress: a progress bar on stderr while weights are hashed. check: called with what is declared of the teacher
+    before its weights are loaded, as far as that is known, and with the teacher, before anything is asked of it.
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
@@ -61,7 +67,8 @@ def load(
     worker = ParallelGroup(rank, world_size, device=device)
     if parallel > 1:
         worker = join_group(rank, world_size, parallel, device=device.type)
-    model = load_teacher(teacher, settings, source, parallel=worker if parallel > 1 else None, progress=progress)
+    group = worker if parallel > 1 else None
+    model = load_teacher(teacher, settings, source, parallel=group, progress=progress, check=check)
     check(model)
     if data is None:
         return Loaded(model, None, worker)
@@ -84,10 +91,11 @@ def load_teacher(
     *,
     parallel: ParallelGroup | None = None,
     progress: bool = False,
+    check: Check = accept,
 ) -> Teacher:
     """A teacher by name: KIND:NAME of a registered kind, module:factory, or what `load_hf` takes.
 
-    data: see `as_teacher`. parallel, progress: see `load_hf`.
+    data: see `as_teacher`. parallel, progress, check: see `load_hf`.
     """
     settings = replace(settings, device=str(local_device(settings.device, TeacherError)))
     if found := find_loader(str(source)):
@@ -117,17 +125,20 @@ def load_teacher(
         trust_remote_code=settings.trust_remote_code,
         parallel=parallel,
         progress=progress,
+        check=check,
     )
 
 
-def as_teacher(teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_size: int | None = None) -> Teacher:
+def as_teacher(
+    teacher: Any, data: Any = None, *, fingerprint: str = "", vocab_size: int | None = None, check: Check = accept
+) -> Teacher:
     """A `Teacher` as it is; a name, loaded by `load_teacher`; a module or a callable as a `ModuleTeacher`.
 
     data, fingerprint, vocab_size: for a module or a callable. The first of the data, if they are `Examples`, is the
-    probe input.
+    probe input. check: of a name, see `load_hf`.
     """
     if isinstance(teacher, (str, Path)):
-        return load_teacher(teacher)
+        return load_teacher(teacher, check=check)
     # found without asking for them: a server would be asked, and weights be hashed
     if all(getattr_static(teacher, name, None) is not None or hasattr(teacher, name) for name in _MEMBERS):
         return teacher  # type: ignore[no-any-return]

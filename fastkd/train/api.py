@@ -23,6 +23,8 @@ from ..utils.output_guard import check_folder
 from ..utils.progress import Mode, is_shown, naming, notes_only
 from ..utils.signals import Stop
 from .arms import CONTROL, WITHOUT_FEATURES, Arm, control_arms
+from .batch import with_batch
+from .begun import begun_with, continued
 from .cards import SHARE, write_cards
 from .checkpoint import steps_of
 from .exits import with_exits
@@ -31,9 +33,10 @@ from .held_out import EVALUATION, EVALUATIONS
 from .inputs import Inputs, inputs_of, make_source
 from .live_inputs import LiveInputs, check_arguments, is_inside, load_beside, load_inputs
 from .objective import Objective
+from .outline import Outline, outline_of
 from .result import RUN, TrainReport
 from .rollout_inputs import RolloutInputs, check_rollouts
-from .settings_check import check_settings
+from .settings_check import check_settings, doubtful
 from .student import make_student
 from .trainer import Evaluate, Pause, Trainer
 from .unused import check_live, check_rollouts_used, check_share
@@ -78,8 +81,8 @@ def train(
 
     student: a folder or a name of a causal model of transformers, a config (new weights), a torch module, or a
         callable that returns one; see `make_student`. A module is copied, and not changed.
-    cache: a `Cache`, an argument of `open_cache`, a mixture [(cache, weight), ...], or a `BatchSource`; or None, with
-        data and usually a teacher.
+    cache: a `Cache`, an argument of `open_cache`, a mixture [(cache, weight), ...] or [cache, ...], or a `BatchSource`;
+        or None, with data and usually a teacher.
     teacher: without a cache: a `Teacher`, a torch module or a name, as of `fastkd.capture`, which is run on every
         micro-batch; or KIND:TEXT for one that is made of the student (see `teacher_kinds`). None: with alpha=1.
     data: with a teacher, what `fastkd.capture` takes. For a cache of examples, the labelled `Examples` that it was
@@ -126,8 +129,11 @@ def train(
     if share.push is not None:
         check_base(student, adapter=settings.lora_rank is not None)
     cached = None if cache is None else inputs_of(cache, data)
+    begun = begun_with([out, *(out / name for name in (CONTROL, WITHOUT_FEATURES))])
+    live = continued(live, begun)
     if cached is not None:
         check_settings(settings, cached.spec, objective)
+        settings = with_batch(settings, cached.size(settings), begun)
     with (
         writing(out),
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
@@ -152,6 +158,8 @@ def train(
             progress=is_shown(progress) and processes.first,
         )
         stack.callback(inputs.close)
+        if (size := inputs.size(settings)) is not None:
+            settings = with_batch(settings, size, begun)
         if rollouts.rollouts:
             scores = inputs.teacher if isinstance(inputs, LiveInputs) else None
             if scores is None and teacher is not None:
@@ -179,8 +187,11 @@ def train(
             trained_on = inputs if arm.folder == STUDENT_ARM else inputs.control
             given = (student, out / arm.folder, arm.settings, arm.objective, trained_on, *shared)
             with naming(*([(arm.folder or "student").replace("_", " ")] if arms else [])):
-                done[arm.folder] = train_one(*given, watch=watch, pause=pause)
+                done[arm.folder] = train_one(*given, watch=watch, pause=pause, tell=not done)
             report = with_arms(out, done, inputs.weights, settings.best)
+            ended = STUDENT_ARM in done and report.complete and report.stopped_worse is None
+            if ended and report.arms and not report.verdicts:
+                report = replace(report, not_compared=_why_not_compared(inputs, settings, evaluate))
             if processes.first and report.arms and STUDENT_ARM in done:
                 document = json.loads((out / RUN).read_text()) | {"report": report.to_json()}
                 write_json(out / RUN, document)
@@ -198,6 +209,15 @@ def train(
                 named = replace(named, card_teacher="its own average")
             write_cards(out, text=inputs.data is None, share=named)
     return _after(report, target, progress)
+
+
+def _why_not_compared(inputs: Inputs, settings: TrainSettings, evaluate: Evaluate | None) -> str:
+    """Why a student has no verdict against what was trained beside it, as a sentence."""
+    if evaluate is not None:
+        return "it was evaluated by a function that was given, which does not say what each window has."
+    if settings.evaluate_every == 0:
+        return "nothing was evaluated, as evaluate_every is 0."
+    return inputs.nothing_held_out() or f"the evaluations do not have {settings.best}, which decides."
 
 
 def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
@@ -255,24 +275,37 @@ def train_one(
     *,
     watch: Watch | None = None,
     pause: Pause | None = None,
+    tell: bool = False,
 ) -> "tuple[TrainReport, list[Evaluation]]":
     """Train, or resume, in a folder. Returns the report, and the last evaluations by window, one for each cache.
 
-    student: as of `train`, or a `LoadedStudent`.
+    student: as of `train`, or a `LoadedStudent`. tell: say before the first step how many there will be.
     """
     made = make_student(student, inputs.spec, settings, inputs.data)
     inputs.meet(made, settings, objective)
+    settings = with_batch(settings, inputs.size(settings), begun_with([out]))
     held = inputs.evaluator(settings, processes) if evaluate is None else None
     objective = inputs.matched(settings, made.student, objective)
     if settings.exits:
         objective = with_exits(settings, made.student, objective, inputs.data)
+    source = inputs.open(settings, processes, objective)
     trainer = Trainer(
-        made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
-        evaluate=evaluate or held, watch=watch, pause=pause, progress=progress,
+        made, source, processes, settings, out, objective=objective, evaluate=evaluate or held, watch=watch,
+        pause=pause, progress=progress,
     )  # fmt: skip
     evaluations = {} if held is None else {EVALUATION: held.evaluations}
-    report = run_trainer(trainer, out, inputs, processes, stop, evaluations)
+    outline = outlined(inputs, settings, len(source), by_window=evaluate is None) if tell and pause is None else None
+    report = run_trainer(trainer, out, inputs, processes, stop, evaluations, outline)
     return report, [] if held is None else list(held.evaluations)
+
+
+def outlined(inputs: Inputs, settings: TrainSettings, per_epoch: int, *, by_window: bool = True) -> Outline:
+    """The outline of a training on these inputs, whose source has `per_epoch` steps. by_window: it is evaluated on the
+    held-out split, not by a function of the caller. For a training that is only planned, too."""
+    held, why = None, ""
+    if by_window and settings.evaluate_every != 0:
+        held, why = inputs.held_out_size(settings), inputs.nothing_held_out()
+    return outline_of(settings, per_epoch, held_out=held, why=why, doubts=doubtful(settings, inputs.spec))
 
 
 def run_trainer(
@@ -282,17 +315,22 @@ def run_trainer(
     processes: Processes,
     stop: Stop,
     evaluations: "Mapping[str, list[Evaluation]]",
+    outline: Outline | None = None,
 ) -> TrainReport:
     """Train, or resume, and write what a run leaves. evaluations: by the name of a file for them, where the trainer's
-    evaluation puts those by window, one for each cache: so runs can be compared pairwise."""
+    evaluation puts those by window, one for each cache: so runs can be compared pairwise. outline: said before the
+    first step."""
     try:
         trainer.resume()
+        if outline is not None:
+            trainer.tell(outline)
         with stop.gently():
             trainer.run(stop)
             if trainer.complete:
                 # of a run that was complete already, there are no evaluations by window
                 trainer.evaluate_result(again=any(not found for found in evaluations.values()))
-            report = trainer.report()
+            held = inputs.held_out_size(trainer.settings) if evaluations else None
+            report = replace(trainer.report(), held_out={} if held is None else held.to_json())
             if processes.first:
                 for name, found in evaluations.items():
                     documents = [sealed(one.to_json()) for one in found]

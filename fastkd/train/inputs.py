@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..cache.capture_plan import CapturePlan
 from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
 from ..data.examples import Examples
@@ -17,11 +18,13 @@ from ..settings import TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.buckets import BUCKETS, up_to
 from ..stream.cached import CachedSource
-from ..stream.split import check_data, has_held_out, open_sources, open_split
+from ..stream.split import ShardTable, check_data, has_held_out, open_sources, open_split, plan_of
 from ..utils.distributed import ALONE, Processes
+from .batch import DEFAULT, STEPS, Size
 from .held_out import HeldOut
 from .matched import matched_objective, signals_of
 from .objective import Objective
+from .outline import HeldOutSize
 from .result import describe_cache
 from .student import LoadedStudent
 
@@ -101,6 +104,14 @@ class Inputs:
         """The evaluation on the held-out split, which there is."""
         raise NotImplementedError
 
+    def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
+        """What `held_out` reads; None without a held-out split."""
+        return None
+
+    def size(self, settings: TrainSettings) -> Size | None:
+        """What an epoch of a training reads; None for a source from outside, and for data that are not planned yet."""
+        return None
+
     def describe(self) -> Mapping[str, Any] | None:
         """For run.json: {"caches": [...]} and what else there is; None: the source's fingerprint."""
         return None
@@ -155,6 +166,33 @@ class CacheInputs(Inputs):
         ]
         return HeldOut(measures, self.weights, sequences=sum(int(table.sequences.sum()) for table in tables))
 
+    def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
+        if self.nothing_held_out():
+            return None
+        sizes = []
+        for cache in self.caches:
+            table = open_split(
+                cache, "held_out", max_positions=settings.evaluate_positions, allow_partial=settings.allow_partial
+            )
+            sizes.append(size_of(table, plan_of(cache), self.data))
+        known = [one.documents for one in sizes]
+        return HeldOutSize(
+            sum(one.windows for one in sizes),
+            sum(one.positions for one in sizes),
+            None if None in known else sum(one or 0 for one in known),
+            sizes[0].unit,
+        )
+
+    def size(self, settings: TrainSettings) -> Size:
+        skip, most, partial_ = settings.skip, settings.max_positions, settings.allow_partial
+        if len(self.caches) > 1:
+            skip, most = 0, None
+        tables = [open_split(c, "train", skip=skip, max_positions=most, allow_partial=partial_) for c in self.caches]
+        plans = [plan_of(cache) for cache in self.caches]
+        sizes = [train_size(table, plan, self.data) for table, plan in zip(tables, plans, strict=True)]
+        positions, sequences, longest, copies = zip(*sizes, strict=True)
+        return Size(sum(positions), sum(sequences), max(longest), max(copies))
+
     def _evaluate(
         self, student: "Student", *, cache: Cache, settings: TrainSettings, processes: Processes
     ) -> "Evaluation":
@@ -198,6 +236,34 @@ class SourceInputs(Inputs):
         return None
 
 
+def size_of(table: ShardTable, plan: CapturePlan | None, data: Examples | None) -> HeldOutSize:
+    """What a table of the held-out split reads. plan: of all shards."""
+    windows, positions = int(table.sequences.sum()), int(table.positions.sum())
+    documents = None if plan is None else plan.totals.get("held_out")
+    if data is not None:
+        return HeldOutSize(windows, positions, windows, "example")
+    whole = plan is not None and len(table.shard) == plan.shards - plan.train_shards and not table.first.any()
+    if whole:
+        last = int(table.shard[-1])
+        whole = int(table.sequences[-1]) == len(table.origin.sequence_lengths(last))
+    return HeldOutSize(windows, positions, documents if whole else None)
+
+
+def train_size(table: ShardTable, plan: CapturePlan | None, data: Examples | None) -> Size:
+    """What an epoch of a table reads. plan: of all shards, if there is one."""
+    positions, sequences = int(table.positions.sum()), int(table.sequences.sum())
+    if data is not None:
+        return Size(positions, sequences, data.copies, data.copies)
+    context = None if plan is None else plan.settings.get("context")
+    if isinstance(context, int) and plan is not None and plan.settings.get("packing") == "pack":
+        longest = min(context, positions)
+    elif positions >= STEPS * DEFAULT:  # the default serves, and lengths are not read for nothing
+        longest = 0
+    else:
+        longest = max(int(table.lengths(row).max()) for row in range(len(table.shard)))
+    return Size(positions, sequences, longest)
+
+
 def inputs_of(cache: Any, data: Examples | None = None) -> CacheInputs | SourceInputs:
     """The inputs for an argument `cache` of `train`. Raises StreamError and CacheError."""
     if isinstance(cache, BatchSource):
@@ -220,7 +286,7 @@ def source_options(settings: TrainSettings, processes: Processes) -> dict[str, A
     """The arguments that a training with these settings gives any source of shards; see `SourceOptions`."""
     return {
         **{name: getattr(settings, name) for name in _NAMES},
-        "batch_tokens": settings.batch_tokens if settings.batch_size is None else None,
+        "batch_tokens": (settings.batch_tokens or DEFAULT) if settings.batch_size is None else None,
         "rank": processes.rank,
         "world_size": processes.world_size,
         "reduce": processes.reduce,

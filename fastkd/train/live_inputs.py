@@ -27,16 +27,18 @@ from ..models.tokenizers import Tokenizer
 from ..settings import LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.buckets import up_to
-from ..teachers.load import as_data, as_teacher, load_teacher, own_tokenizer
+from ..teachers.load import Check, accept, as_data, as_teacher, load_teacher, own_tokenizer
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.output_guard import check_store
 from ..utils.signals import Stop
+from .batch import Size
 from .held_out import HeldOut
-from .inputs import Finished, Inputs, source_options
+from .inputs import Finished, Inputs, size_of, source_options, train_size
 from .matched import matched_objective, signals_of
 from .matching import Match, parse
 from .objective import Objective, TokenKD, WeightedSum
+from .outline import HeldOutSize
 from .student import LoadedStudent, Student
 from .teacher_kinds import MakeTeacher, find_kind
 
@@ -293,6 +295,18 @@ class LiveInputs(Inputs):
         self.planned.table("held_out", max_positions=settings.evaluate_positions, limit="evaluate_positions")
         return HeldOut([partial(self._evaluate, settings=settings, processes=processes)], [1.0])
 
+    def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
+        if self._planned is None or self.nothing_held_out():
+            return None
+        table = self.planned.table("held_out", max_positions=settings.evaluate_positions)
+        return size_of(table, self.planned.plan.capture_plan(), self.data)
+
+    def size(self, settings: TrainSettings) -> Size | None:
+        if self._planned is None:
+            return None
+        table = self.planned.table("train", skip=settings.skip, max_positions=settings.max_positions)
+        return train_size(table, self.planned.plan.capture_plan(), self.data)
+
     def _evaluate(self, student: Student, *, settings: TrainSettings, processes: Processes) -> "Evaluation":
         from ..evaluate.api import evaluate, evaluation_sizes
 
@@ -373,13 +387,14 @@ def load_inputs(
     make = find_kind(teacher) if isinstance(teacher, str) else None
     loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
     if teacher is not None and make is None:
+        check = partial(check_limits, settings=live.capture_settings(feature_names(settings)), out=store)
         try:
-            loaded = load_beside(teacher, data, settings, live, processes, progress)
+            loaded = load_beside(teacher, data, settings, live, processes, progress, check)
         except torch.OutOfMemoryError as error:
             raise TrainError(
                 f"teacher: {named} does not fit into the memory of {processes.device}. {_INSTEAD}"
             ) from error
-        check_limits(loaded, live.capture_settings(feature_names(settings)))
+        check(loaded)
         place = store or (open_store(folder) if folder is not None and folder.is_dir() else None)
         if place is not None:
             agree_on_probe(loaded, place, write=store is not None)
@@ -405,9 +420,15 @@ def load_inputs(
 
 
 def load_beside(
-    teacher: Any, data: Any, settings: TrainSettings, live: LiveSettings, processes: Processes, progress: bool = False
+    teacher: Any,
+    data: Any,
+    settings: TrainSettings,
+    live: LiveSettings,
+    processes: Processes,
+    progress: bool = False,
+    check: Check = accept,
 ) -> Teacher:
-    """A teacher on the student's device. data: see `as_teacher`. Raises TeacherError."""
+    """A teacher on the student's device. data, check: see `as_teacher`. Raises TeacherError."""
     if not isinstance(teacher, (str, Path)):
         return as_teacher(teacher, data)
     how = ModelSettings(
@@ -418,4 +439,4 @@ def load_beside(
         teacher_options=live.teacher_options,
         trust_remote_code=settings.trust_remote_code,
     )
-    return load_teacher(teacher, how, data, progress=progress)
+    return load_teacher(teacher, how, data, progress=progress, check=check)

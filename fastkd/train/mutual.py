@@ -26,8 +26,10 @@ from ..utils.progress import is_shown, naming, notes_only
 from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.similar import did_you_mean
 from ..utils.text import format_table
-from .api import run_trainer, train_one
+from .api import outlined, run_trainer, train_one
 from .arms import CONTROL
+from .batch import with_batch
+from .begun import begun_with, continued
 from .cards import write_peer_cards
 from .checkpoint import steps_of
 from .exchange import TEACHER, Exchange, Learns, everyone
@@ -35,7 +37,7 @@ from .held_out import EVALUATION, HeldOut
 from .inputs import Inputs, inputs_of
 from .live_inputs import check_arguments, is_inside, load_inputs
 from .peers import Peers, PeerView, check_vocabularies
-from .result import RUN, TrainReport, describe_student
+from .result import RUN, TrainReport, about_evaluation, describe_student
 from .settings_check import check_settings
 from .student import LoadedStudent, Student, make_student
 from .trainer import Evaluate, Trainer
@@ -120,6 +122,7 @@ class MutualReport:
             names = [name for name in self.ensemble if all(name in column for column in columns.values())]
             rows = [[name, *(measure_text(column[name]) for column in columns.values())] for name in names]
             lines += format_table([["held out", *columns], *rows])
+            lines += about_evaluation(run)
         for name, one in self.students.items():
             if one.verdict is not None:
                 first, *more = one.verdict.lines
@@ -178,9 +181,12 @@ def mutual(
             f"teacher: got {teacher!r} for students that learn from each other; expected a folder, a name or "
             "module:factory of a model that is not made of a student. For stale copies of the students use every."
         )
-    out, alone, stop = Path(out), replace(settings, alpha=1.0, alpha_end=None), stop or Stop()
+    out, stop = Path(out), stop or Stop()
     check_folder(out, "run")
     check_settings(settings, None)
+    begun = begun_with([out, *(out / CONTROL / name for name in sources)])
+    online = continued(online, begun)
+    alone = replace(settings, alpha=1.0, alpha_end=None)
     check_arguments(cache, teacher, data, None, alone, None)
     check_mutual(online, cached=cache is not None, teacher=teacher is not None)
     cached = None if cache is None else inputs_of(cache, data)
@@ -195,6 +201,8 @@ def mutual(
             teacher, data, settings, online, processes=processes, progress=is_shown(progress) and processes.first
         )
         stack.callback(inputs.close)
+        if (size := inputs.size(settings)) is not None:
+            settings, alone = with_batch(settings, size, begun), with_batch(alone, size, begun)
         devices = [processes.device] if processes.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         job = _Job(sources, inputs, learns, settings, online, processes)
@@ -321,6 +329,8 @@ class _Job:
         # of the students alone, no answers are read, and none have to fit
         read = settings if teacher else replace(settings, alpha=1.0, alpha_end=None)
         inputs.meet(made, read, None)
+        size, begun = inputs.size(settings), begun_with([out])
+        settings, read = with_batch(settings, size, begun), with_batch(read, size, begun)
         # with one student each, every process reads whole batches
         sharing = replace(processes, rank=0, world_size=1, group=None) if self.online.one_each else processes
         one = evaluate or inputs.evaluator(settings, sharing)
@@ -330,7 +340,8 @@ class _Job:
         evaluations: dict[str, list[Evaluation]] = {}
         if each is not None and each.by_window:
             evaluations = {evaluation_file(name): each.by_name[name] for name in (*self.sources, ENSEMBLE)}
-        return run_trainer(trainer, out, inputs, processes, stop, evaluations), each
+        outline = outlined(inputs, settings, len(source), by_window=evaluate is None)
+        return run_trainer(trainer, out, inputs, processes, stop, evaluations, outline), each
 
 
 class EvaluateEach:

@@ -23,14 +23,16 @@ from ..models.adapters import is_wrapped, save_adapter
 from ..models.hub import ModelFiles
 from ..models.tokenizers import Tokenizer
 from ..utils.atomic import write_folder
-from ..utils.numbers import measure_text
+from ..utils.intervals import NO_INTERVAL
+from ..utils.numbers import difference_text, measure_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import written_by_fastkd
 from .lora import describe_adapters
+from .outline import FEW_STEPS, HeldOutSize
 from .student import Student
-from .verdict import Verdict
+from .verdict import NOT_KNOWN, Verdict
 
 STUDENT = "student"
 CARD = "README.md"
@@ -49,7 +51,8 @@ class TrainReport:
     through the student), seconds (of its steps) and waiting (fraction of them without a batch). student: folder of the
     exported student, None while work remains; exported: of what else was exported, by name. control: the report of the
     control, trained on hard labels alone. without_features: that of the same student without the features that it
-    matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window. stopped_worse: the
+    matches. verdicts: of the comparisons with both, by folder, if they were evaluated by window; not_compared: why
+    there are none, or "". held_out: documents, windows and positions that it was evaluated on. stopped_worse: the
     comparison that ended the training before its last step (`stop_if_worse`), None if there was none. unfinished: what
     else the same call again has to do, as shards of a cache that is written; or "". pushed: the URL that the student
     was uploaded to; push_failed: why it was not; None if it was not to be, or not yet.
@@ -71,6 +74,8 @@ class TrainReport:
     control: "TrainReport | None" = None
     without_features: "TrainReport | None" = None
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    not_compared: str = ""
+    held_out: dict[str, Any] = field(default_factory=dict)
     stopped_worse: Verdict | None = None
     unfinished: str = ""
     pushed: str | None = None
@@ -100,7 +105,7 @@ class TrainReport:
         features, and verdicts, are there if they were measured."""
         found = asdict(replace(self, control=None, without_features=None, verdicts={}, stopped_worse=None))
         del found["without_features"], found["verdicts"], found["stopped_worse"]
-        for name in ("unfinished", "pushed", "push_failed"):
+        for name in ("unfinished", "pushed", "push_failed", "not_compared", "held_out"):
             if not found[name]:
                 del found[name]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
@@ -128,7 +133,7 @@ def report_of(report: TrainReport) -> str:
     if report.evaluation:
         columns = _by_part(report.evaluation)
         if report.control:
-            columns |= {"control": report.control.evaluation, "difference": report.to_json()["difference"]}
+            columns |= {"control": report.control.evaluation}
         if report.without_features:
             columns["without features"] = report.without_features.evaluation
         if report.stopped_worse is not None:  # the control went on
@@ -136,13 +141,46 @@ def report_of(report: TrainReport) -> str:
             columns = {f"{name}, step {both[name]}" if name in both else name: c for name, c in columns.items()}
         names = dict.fromkeys(name for column in columns.values() for name in column)
         rows = [[n, *(measure_text(c.get(n)) for c in columns.values())] for n in names]
-        lines += format_table([["held out", *columns], *rows])
+        heads = ["held out", *columns]
+        if report.control:  # after the control
+            at = heads.index(next(head for head in heads if head.startswith(CONTROL))) + 1
+            difference = _differences(report)
+            rows = [[*row[:at], difference.get(row[0], ""), *row[at:]] for row in rows]
+            heads.insert(at, "difference")
+        lines += format_table([heads, *rows])
+        lines += about_evaluation(report)
     for one in report.verdicts.values():
         lines += one.lines
+    if report.not_compared:
+        lines.append(f"not compared: {report.not_compared}")
+    if report.steps < FEW_STEPS:
+        lines.append(f"note: {report.steps} steps are few; a comparison after fewer than {FEW_STEPS} says little.")
     lines.append(f"student: {report.student}")
     if report.pushed:
         lines.append(f"uploaded to {report.pushed}")
     return "\n".join(lines + [f"{name}: {folder}" for name, folder in report.exported.items()])
+
+
+def _differences(report: TrainReport) -> dict[str, str]:
+    """The student minus the control, by measure, with half the interval where it is known."""
+    judged = report.verdicts[CONTROL].difference if CONTROL in report.verdicts else {}
+    plain: Mapping[str, float] = report.to_json()["difference"]
+    return {
+        name: difference_text(*judged[name]) if name in judged else f"{value:+z.4f}" for name, value in plain.items()
+    }
+
+
+def about_evaluation(report: TrainReport) -> list[str]:
+    """What was evaluated on, and what the differences say."""
+    parts = []
+    if held := report.held_out:
+        parts.append(f"measured on {HeldOutSize(**held)}")
+    if CONTROL in report.verdicts:
+        known = report.verdicts[CONTROL].overall != NOT_KNOWN
+        parts.append(
+            "differences ± an interval of 95%, paired by window" if known else f"differences have {NO_INTERVAL}"
+        )
+    return ["; ".join(parts)] if parts else []
 
 
 def _by_part(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:

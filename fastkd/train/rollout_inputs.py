@@ -19,10 +19,12 @@ from ..teachers.load import own_tokenizer
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.signals import Stop
+from .batch import Size
 from .held_out import HeldOut
 from .inputs import Finished, Inputs
 from .objective import Objective
 from .on_policy import OnPolicyKD
+from .outline import HeldOutSize, steps_of
 from .settings_check import stated
 from .student import LoadedStudent, Student
 
@@ -101,7 +103,7 @@ class RolloutInputs(Inputs):
             wait_minutes=settings.timeout_minutes,
             processes=processes,
             stop=self._stop,
-            steps=settings.steps or max(1, math.ceil(settings.epochs * len(base))),
+            steps=steps_of(settings, len(base)),
             run=stated(asdict(settings)),
         )
 
@@ -110,6 +112,12 @@ class RolloutInputs(Inputs):
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
         return self._base.held_out(settings, processes)
+
+    def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
+        return self._base.held_out_size(settings)
+
+    def size(self, settings: TrainSettings) -> Size | None:
+        return self._base.size(settings)
 
     def describe(self) -> Mapping[str, Any]:
         return {**(self._base.describe() or {}), "rollouts": asdict(self._rollouts)}

@@ -30,6 +30,16 @@ _RANGES = {
         (0.0, math.inf),
     ),
 }
+_COUNTS = {
+    **dict.fromkeys(
+        ("steps", "batch_tokens", "batch_size", "micro_tokens", "checkpoint_every", "keep", "lora_rank",
+         "max_positions", "evaluate_positions", "shards_open", "threads"), 1,
+    ),
+    **dict.fromkeys(("evaluate_every", "skip", "seed"), 0),
+}  # fmt: skip
+"""The least value of settings that are integers."""
+HIGH_RATE = 0.1
+"""A learning rate with which AdamW moves every weight by so much a step."""
 
 
 def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: Objective | None = None) -> None:
@@ -48,10 +58,17 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         number = getattr(settings, name)
         if number is not None and not (low <= number <= high and math.isfinite(number)):
             raise TrainError(f"{name}: got {number!r}; expected a number from {low:g} to {high:g}.")
-    for name, least in (("steps", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1), ("lora_rank", 1)):
+    if settings.steps is None and settings.epochs == 0:
+        raise TrainError("epochs: got 0; expected a number above 0, as nothing would be trained.")
+    for name, least in _COUNTS.items():
         count = getattr(settings, name)
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
+    betas = settings.adam_betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise TrainError(f"adam_betas: got {betas!r}; expected two numbers from 0 to below 1.")
+    if not 0 < settings.adam_eps < math.inf:
+        raise TrainError(f"adam_eps: got {settings.adam_eps!r}; expected a positive number.")
     if settings.clip is not None and not settings.clip > 0:
         raise TrainError(f"clip: got {settings.clip!r}; expected a positive number, or None for none.")
     if settings.lora_rank is None:
@@ -76,6 +93,24 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
     check_objective(objective)
     if spec is not None and isinstance(objective, TokenKD):
         objective.check_cache(spec)
+
+
+def doubtful(settings: TrainSettings, spec: CacheSpec | None) -> list[str]:
+    """Warnings for values that are possible and hardly meant. spec: of the cache, or None for a source without one."""
+    found = []
+    if settings.rate >= HIGH_RATE:
+        found.append(f"rate {settings.rate:g} is very high for AdamW: 3e-4 is the default, and 1e-3 is high.")
+    if settings.rate == 0:
+        found.append("rate 0 trains nothing: the student stays as it is.")
+    soft = settings.alpha < 1 or settings.alpha_end not in (None, 1.0)
+    end = settings.temperature_end
+    highest = settings.temperature if end is None else max(settings.temperature, end)
+    if spec is not None and soft and highest > max(spec.temperatures) * (1 + 1e-6):
+        found.append(
+            f"temperature {highest:g} is above the highest at which tails are stored, {max(spec.temperatures):g}: the "
+            "mass outside the stored entries is interpolated there. Capture with it among --temperatures."
+        )
+    return found
 
 
 def check_quantize(settings: TrainSettings) -> None:

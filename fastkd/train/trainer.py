@@ -57,6 +57,7 @@ from .metrics import MetricsLog, StepMetrics, tracker_of
 from .objective import Objective, TokenKD, WeightedSum, check_objective
 from .objectives.hidden import HiddenKD
 from .optimizer import clip_all_, make_optimizer, rate_at, set_rate
+from .outline import Outline, evaluate_every_of, steps_of
 from .parallel import ParallelStudent, checkpoint_layers, compile_layers
 from .precision import autocast_of
 from .result import RUN, STUDENT, STUDENTS, TrainReport, command_line, run_document, write_student
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Returns measures of a student by name. All processes call it, in the same order."""
 _BEYOND = {"objective": "objective", "live": "inner_teacher"}  # names in a fingerprint, and in run.json
-_EVALUATIONS = 10  # per run, if the settings do not say
 
 
 class Pause(NamedTuple):
@@ -114,8 +114,8 @@ class Trainer:
         progress: Mode = "none",
     ) -> None:
         self.student, self._tokenizer = made
-        self._source, self._processes, self._settings, self._out = source, processes, settings, out
-        self.steps = settings.steps or max(1, math.ceil(settings.epochs * len(source)))
+        self._source, self._processes, self.settings, self._out = source, processes, settings, out
+        self.steps = steps_of(settings, len(source))
         self.step = self.resumed = 0
         self._objective = TokenKD.from_settings(settings) if objective is None else objective
         check_objective(self._objective)
@@ -153,9 +153,7 @@ class Trainer:
         if (bind := getattr(source, "bind", None)) is not None:  # a source that asks the student, as for rollouts
             bind(self.student)
         self._evaluate = evaluate
-        every = settings.evaluate_every
-        default = max(1, self.steps // _EVALUATIONS)
-        self._evaluate_every = 0 if evaluate is None else default if every is None else every
+        self._evaluate_every = 0 if evaluate is None else evaluate_every_of(settings, self.steps)
         self._kept_steps = kept_steps(self.steps, self._evaluate_every) if pause is None else pause.at
         self._pause, self._watch = pause, watch
         self._looks = [] if watch is None else watch.looks(self.steps, self._evaluate_every)
@@ -191,7 +189,7 @@ class Trainer:
         self.resumed = self._checkpointed = self.step
         self._fake_quantise()
         if self._processes.first:
-            tracker = tracker_of(self._settings.log, self._out, self.step, asdict(self._settings))
+            tracker = tracker_of(self.settings.log, self._out, self.step, asdict(self.settings))
             self._log = MetricsLog(self._out, self.step, tracker, mark)
             if self._log.changed:
                 self._say(f"{self._out}: metrics.jsonl has changed since step {step}; what cannot be read is left out")
@@ -201,6 +199,14 @@ class Trainer:
         if self._processes.first:
             drop_evaluations_after(self._out, self.step)
         self._look(lambda: read_evaluations(self._out, self.step))
+
+    def tell(self, outline: Outline) -> None:
+        """Say what the training will do, unless it is done."""
+        if not self.complete:
+            first, *more = outline.lines
+            self._progress.event("training", text=first, **outline.to_json())
+            for line in more:
+                self._say(line)
 
     def run(self, stop: Stop) -> None:
         """Make the remaining steps, until a stop is requested."""
@@ -229,7 +235,7 @@ class Trainer:
             begun = clock()
             # of several processes, one step late: none waits for the others' answer
             answer = flags()
-            due = clock() - saved >= 60 * self._settings.checkpoint_minutes
+            due = clock() - saved >= 60 * self.settings.checkpoint_minutes
             flags = self._processes.begin_sum([int(stop.asked), int(due and self._processes.first)])
             stopped, timed = flags() if self._processes.world_size == 1 else answer
             if self._evaluate_and_save_if_due(stopped=bool(stopped), timed=bool(timed)):
@@ -243,8 +249,8 @@ class Trainer:
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
         folder = self._out / (STUDENTS if self.student.parts else STUDENT)
-        beside = folders_beside(self._out, self._settings)
-        merge = self.complete and self._settings.lora_merge
+        beside = folders_beside(self._out, self.settings)
+        merge = self.complete and self.settings.lora_merge
         frozen = whole_tensors(self.student, self._left_out, kept=self._processes.first) if merge else {}
         with self._processes.all_or_none():
             if self.complete and (self._processes.first or self.student.alone):
@@ -277,7 +283,7 @@ class Trainer:
         again: evaluate them in any case, for example since an earlier process made that evaluation.
         """
         best = self._best.get("step", self.step)
-        other = self._settings.export == "best" and best != self.step
+        other = self.settings.export == "best" and best != self.step
         if self._evaluate is None or not (other or again):
             return
         if other:
@@ -294,7 +300,7 @@ class Trainer:
             document["student"]["base_sha256"] = self._base
         # beyond the settings: what else decides the training
         document |= {n: self._fingerprint[k] for k, n in _BEYOND.items() if k in self._fingerprint}
-        document |= {"settings": asdict(self._settings), "command": command_line(), "report": report.to_json()}
+        document |= {"settings": asdict(self.settings), "command": command_line(), "report": report.to_json()}
         write_json(self._out / RUN, document)
 
     def close(self) -> None:
@@ -326,7 +332,7 @@ class Trainer:
         self._progress.add(1, waiting=waited)
 
     def _make(self, step: Step) -> StepMetrics:
-        settings, device, at = self._settings, self._processes.device, (self.step, self.steps)
+        settings, device, at = self.settings, self._processes.device, (self.step, self.steps)
         rate = rate_at(
             *at, peak=settings.rate, schedule=settings.rate_schedule, warmup=settings.warmup, floor=settings.rate_floor,
             decay=settings.decay,
@@ -375,7 +381,7 @@ class Trainer:
 
     def _seed_dropout(self) -> None:
         """By seed, step and rank: so no generator's state has to be saved, and evaluations do not change it."""
-        seed = hashlib.sha256(f"{self._settings.seed},{self.step},{self._processes.rank}".encode()).digest()
+        seed = hashlib.sha256(f"{self.settings.seed},{self.step},{self._processes.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:7]))
 
     def _losses(self, step: Step, scalars: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -436,7 +442,7 @@ class Trainer:
         evaluate = bool(every) and (last or self.step % every == 0)
         if pause is not None and self._evaluate is not None:
             evaluate = last or self.step in pause.at
-        every = self._settings.checkpoint_every or 0
+        every = self.settings.checkpoint_every or 0
         save = stopped or timed or last or (bool(every) and self.step % every == 0)
         save = save or (pause is not None and self.step == pause.until)
         if not (evaluate or save):
@@ -450,7 +456,7 @@ class Trainer:
     def _evaluate_step(self) -> bool:
         """Evaluate. Returns whether the student is the best so far."""
         found = self._measures()
-        name, before = self._settings.best, self._best.get("value")
+        name, before = self.settings.best, self._best.get("value")
         if name not in found:
             raise TrainError(f"best: got {name!r}; expected one of {', '.join(found)}.{did_you_mean(name, found)}")
         sign = sign_of(name)
@@ -520,7 +526,7 @@ class Trainer:
                     raise FileNotFoundError(errno.ENOENT, "the folder was replaced", str(self._out))
             write(self._out, self.step, tensors, state, self._processes)
         if self._processes.first:
-            prune(self._out, keep=self._settings.keep, best=self._best.get("step"), last=self.step)
+            prune(self._out, keep=self.settings.keep, best=self._best.get("step"), last=self.step)
         self._checkpointed = self.step
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -542,11 +548,11 @@ class Trainer:
         self._best, self._metrics, self._evaluation = (state[name] for name in ("best", "metrics", "evaluation"))
 
     def _exported_checkpoint(self) -> Checkpoint:
-        step = self._best.get("step", self.step) if self._settings.export == "best" else self.step
+        step = self._best.get("step", self.step) if self.settings.export == "best" else self.step
         found = read(self._out, step)
         if not isinstance(found, Checkpoint):
             raise TrainError(
-                f"{self._out}: the {self._settings.export} checkpoint, of step {step}: {found}. Delete it, and train "
+                f"{self._out}: the {self.settings.export} checkpoint, of step {step}: {found}. Delete it, and train "
                 "again; or export the other one (export='last' or 'best')."
             )
         return found
@@ -556,7 +562,7 @@ class Trainer:
         tensors = {**self._exported_checkpoint().tensors(MODEL), **frozen}
         if not self.student.parts:
             write_student(folder, self.student, tensors, self._tokenizer)
-        write_beside(self._out, self._settings, self.student, tensors, self._tokenizer)
+        write_beside(self._out, self.settings, self.student, tensors, self._tokenizer)
         for name, (student, tokenizer) in self.student.parts.items():
             prefix = f"model.{name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

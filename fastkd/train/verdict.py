@@ -15,20 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluate.measures import MEASURES, sign_of
 from ..evaluate.slices import SAYS
-from ..utils.intervals import TAIL, Interval, to_json
+from ..utils.intervals import NO_INTERVAL, TAIL, Interval, to_json
 from ..utils.numbers import difference_text
 
 if TYPE_CHECKING:
     from ..evaluate.result import Evaluation
 
 HELPED, HURT, EVEN = "helped", "hurt", "no difference"
+NOT_KNOWN = "not known"
+"""There is no interval, so that nothing can be said."""
 LEAST_WINDOWS = 8
 """A slice with positions in fewer windows of a cache is not judged."""
 
 
 def verdict(measure: str, difference: Interval) -> str:
-    """Whether a difference of a measure, with its interval, is for the better, for the worse, or neither."""
-    if not abs(difference.mean) > difference.half:
+    """Whether a difference of a measure, with its interval, is for the better, for the worse, or neither; NOT_KNOWN
+    without an interval. All that judges asks here."""
+    if not difference.known:
+        return NOT_KNOWN
+    if not difference.excludes_zero:
         return EVEN
     return HELPED if difference.mean * sign_of(measure) < 0 else HURT
 
@@ -58,13 +63,13 @@ class Verdict:
 
     @property
     def overall(self) -> str:
-        """By the measure that decides: HELPED, HURT or EVEN."""
+        """By the measure that decides: HELPED, HURT, EVEN or NOT_KNOWN."""
         return verdict(self.measure, self.difference[self.measure])
 
     def different(self) -> dict[str, list[tuple[str, Interval]]]:
         """The measures that differ beyond the interval, by slice."""
         found = {
-            name: [(measure, value) for measure, value in cells.items() if verdict(measure, value) != EVEN]
+            name: [(measure, value) for measure, value in cells.items() if verdict(measure, value) in (HELPED, HURT)]
             for name, cells in self.slices.items()
         }
         return {name: cells for name, cells in found.items() if cells}
@@ -73,8 +78,10 @@ class Verdict:
         """The overall verdict. said: what was compared; "": the arm's name."""
         when = f"at step {self.step}, " if self.step is not None else ""
         when += f"95% for all {self.looks} comparisons together, " if self.looks > 1 else ""
-        found = difference_text(*self.difference[self.measure])
-        figure = f"{self.measure} {found}, {when}paired over {self.windows} held-out windows; one seed"
+        found = self.difference[self.measure]
+        over = f"paired over {self.windows} held-out window{'s' * (self.windows != 1)}"
+        figure = f"{self.measure} {difference_text(*found)}, {when}{over}"
+        figure += "; one seed" if found.known else f"; {NO_INTERVAL}"
         return f"{said or 'against ' + self.against.replace('_', ' ')}: {self.overall} ({figure})"
 
     @property

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from statistics import NormalDist, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,25 @@ TAIL = 0.025
 _SEED = 0
 
 
+NO_INTERVAL = "no interval, as fewer than two held-out windows have positions that count"
+"""Why the half of an interval is infinite."""
+
+
 class Interval(NamedTuple):
     """A mean, and half the width of its interval (infinite for a single sequence)."""
 
     mean: float
     half: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.half)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the mean is further from zero than the interval is wide."""
+        return self.known and abs(self.mean) > self.half
 
     @property
     def low(self) -> float:
@@ -71,10 +85,11 @@ def bootstrap_interval(statistic: Callable[[Floats], Floats], sequences: int) ->
     return Interval(mean, t_quantile(sequences - 1) * stdev(values))
 
 
-def to_json(found: Interval) -> dict[str, float | None]:
-    """Mean and ends in values that JSON can hold; null for the ends of an infinite interval."""
-    known = math.isfinite(found.half)
-    return {"mean": found.mean, "low": found.low if known else None, "high": found.high if known else None}
+def to_json(found: Interval) -> dict[str, Any]:
+    """Mean and ends in values that JSON can hold; null for the ends of an infinite interval, and why."""
+    if found.known:
+        return {"mean": found.mean, "low": found.low, "high": found.high}
+    return {"mean": found.mean, "low": None, "high": None, "why": NO_INTERVAL}
 
 
 @cache

@@ -60,7 +60,9 @@ def measure_text(value: float | None) -> str:
 
 def difference_text(mean: float, half: float, *, sign: bool = True) -> str:
     """A difference and half its interval: "-0.0831 ± 0.0202", with more decimal places where four would leave less than
-    two figures of the half."""
+    two figures of the half; without an interval, the difference alone."""
+    if not math.isfinite(half):
+        return f"{mean:{'+' if sign else ''}z.4f}"
     count = min(8, max(4, places(half, 2)))
     return f"{mean:{'+' if sign else ''}z.{count}f} ± {half:.{count}f}"
 

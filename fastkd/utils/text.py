@@ -170,6 +170,11 @@ def _contents(report: dict[str, Any]) -> dict[str, str]:
         "sequences": f"{report['sequences']:,}",
         "positions": f"{positions:,}",
     }
+    if (held := report["held_out"])["documents"] is not None:
+        parts = [f"{held[name]:,} {name}" for name in ("documents", "sequences", "positions")]
+        found["held out"] = ", ".join(parts) if held["documents"] else "nothing"
+    else:
+        found["held out"] = f"not known: {held['why']}"
     if positions:
         found["counted"] = f"{counted:,}, {counted / positions:.1%} of the positions"
         found["bytes"] = f"{size_text(report['bytes'])}, {report['bytes_per_position']:.1f} per position"

@@ -20,6 +20,7 @@ from hf_cases import model_of, saved, tokenizer_of
 
 from fastkd.cache import StoreError, open_cache, verify_cache
 from fastkd.cache.stores.local import LocalStore
+from fastkd.capture import answers
 from fastkd.cli import main as cli
 
 TEXTS = ["the quick brown fox", "the lazy dog", "", "and the other dogs jumps over the lazy dog " * 4] * 3
@@ -64,7 +65,7 @@ def test_text_ids_and_files_of_all_kinds_make_the_same_cache(teacher: Path, tmp_
         status, text, told = run("--teacher", teacher, "--data", tmp_path / name, "--out", out, *SMALL)
         assert status == 0, told
         assert "complete" in text
-        assert "plan: 12 documents (3 empty, left out; 1 held out; " in told
+        assert "plan: 12 documents (3 empty, left out; 1 held out, with 6 positions; " in told
         arrays = open_cache(out).sequences(range(open_cache(out).manifest.column("sequences").to_numpy().sum()))
         found[name] = {k: v.tolist() for k, v in arrays.items()}
         assert open_cache(out).spec.vocab_size == 300
@@ -320,9 +321,17 @@ def test_a_cache_against_its_teacher(teacher: Path, tmp_path: Path, run: Any, ca
     assert found["ok"] is found["teacher"]["ok"] is False
 
 
-def test_more_entries_than_outcomes(teacher: Path, tmp_path: Path, run: Any, capfd: Any) -> None:
+def test_more_entries_than_outcomes(
+    teacher: Path, tmp_path: Path, run: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = lines(tmp_path / "a.jsonl", TEXTS[:2], "text")
     given = ["--teacher", str(teacher), "--data", str(data), *map(str, SMALL), "--k", "301"]
+    refused = "--k 301: expected at most 300, the outcomes of this teacher"
+    status, _, told = run(*given, "--out", tmp_path / "none")
+    assert (status, refused in told) == (1, True)
+    assert cli.main(["plan", *given]) == 1
+    assert refused in capfd.readouterr().err
+    monkeypatch.setattr(answers, "_DEFAULT_K", (301,))  # the default is not asked for
     status, text, told = run(*given, "--out", tmp_path / "cache")
     said = "k = 301 exceeds the teacher's 300 outcomes: every target holds all of them, and the 4 draws are unused"
     assert (status, said in told, "complete and sealed" in text) == (0, True, True)

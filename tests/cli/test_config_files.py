@@ -19,7 +19,7 @@ from fastkd.cli.options import Option, UsageError, arguments, options_of
 from fastkd.cli.parse import parse
 from fastkd.utils.secrets import masked
 
-NEEDED: dict[str, Any] = {"student": "s", "cache": "c", "out": Path("o")}
+NEEDED: dict[str, Any] = {"student": "s", "cache": ("c",), "out": Path("o")}
 
 
 def train(**values: Any) -> Train:
@@ -149,7 +149,7 @@ def test_values_survive_a_file(name: str, data: st.DataObject) -> None:
 
 def test_credentials_are_never_written(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
-    text = config_text("train", train(cache="s3://me:hunter2@bucket/x", data=("a", "b?hunter2hunter2"), best="m:n"))
+    text = config_text("train", train(cache=("s3://me:hunter2@bucket/x",), data=("a", "b?hunter2hunter2"), best="m:n"))
     assert "hunter2" not in text
     assert "# cache: left out, since it has credentials. Give it on the command line." in text
     assert "# data: left out" in text

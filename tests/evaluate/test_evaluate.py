@@ -25,7 +25,7 @@ from fastkd.evaluate.api import Evaluation, compare, evaluate
 from fastkd.evaluate.result import BINS, Windows
 from fastkd.evaluate.rows import student_rows, teacher_rows
 from fastkd.stream.batch import MicroBatch
-from fastkd.utils.intervals import Interval, bootstrap_interval, ratio_interval, to_json
+from fastkd.utils.intervals import NO_INTERVAL, Interval, bootstrap_interval, ratio_interval, to_json
 
 Logits = Callable[[MicroBatch], Tensor]
 
@@ -182,7 +182,7 @@ def test_intervals_of_equal_windows_are_students() -> None:
     assert ours == pytest.approx(tuple(plain))
     assert interval([2.0]) == ratio_interval(np.array([4.0]), np.array([2.0])) == Interval(2.0, math.inf)
     assert bootstrap_interval(lambda times: times.sum(1), 1) == Interval(1.0, math.inf)
-    assert to_json(Interval(2.0, math.inf)) == {"mean": 2.0, "low": None, "high": None}
+    assert to_json(Interval(2.0, math.inf)) == {"mean": 2.0, "low": None, "high": None, "why": NO_INTERVAL}
     assert to_json(Interval(2.0, 0.5)) == {"mean": 2.0, "low": 1.5, "high": 2.5}
 
 

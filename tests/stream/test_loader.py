@@ -471,7 +471,7 @@ def test_bad_caches_are_named(cache: Cache, tmp_path: Path) -> None:
             DistillLoader(given, batch_size=2, **settings)
 
     no([], "cache: got an empty mixture")
-    no([cache], "pairs of a cache and its weight")
+    no([cache, (cache, 1)], "pairs of a cache and its weight")
     no([(cache, 0)], "got the weight 0 for")
     no([(cache, float("nan"))], "got the weight nan for")
     no([(cache, 1), (cache, 1)], "skip, max_positions: got a mixture; expected one cache", skip=1)

@@ -169,7 +169,7 @@ def test_what_it_writes(cache: Cache, done: tuple[Path, AutoReport]) -> None:
     assert isinstance(command, Train)
     given = {name: getattr(command, name) for name in chosen["settings"]}
     assert json.loads(json.dumps(given)) == chosen["settings"]
-    assert (command.student, command.cache) == (STUDENT, cache.store.describe())
+    assert (command.student, command.cache) == (STUDENT, (cache.store.describe(),))
     assert command.alpha == dict(report.changes[str(report.chosen)])["alpha"]
 
 

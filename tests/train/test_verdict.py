@@ -10,7 +10,7 @@ from fastkd.errors import StreamError
 from fastkd.evaluate.api import Evaluation, compare, compare_slices
 from fastkd.evaluate.result import Windows
 from fastkd.evaluate.slices import SLICES
-from fastkd.train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, judge, verdict
+from fastkd.train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, NOT_KNOWN, judge, verdict
 from fastkd.utils.intervals import TAIL, Interval, ratio_interval
 
 
@@ -19,7 +19,7 @@ def test_verdicts() -> None:
     assert verdict("cross_entropy", Interval(0.2, 0.1)) == HURT
     assert verdict("agreement", Interval(0.2, 0.1)) == HELPED
     assert verdict("agreement", Interval(0.1, 0.1)) == EVEN
-    assert verdict("agreement", Interval(0.1, float("inf"))) == EVEN
+    assert verdict("agreement", Interval(0.1, float("inf"))) == NOT_KNOWN
     assert verdict("agreement", Interval(float("nan"), 0.1)) == EVEN
 
 

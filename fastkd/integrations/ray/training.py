@@ -98,7 +98,7 @@ def _work(config: dict[str, Any]) -> None:
     board, first = config["board"], ray.train.get_context().get_world_rank() == 0
 
     def listen(event: Any) -> None:
-        if event["event"] == "note":
+        if event["event"] in ("note", "training"):
             board.note.remote(event["text"])
 
     with stoppable(ray, board) as stop:

@@ -141,7 +141,7 @@ def _trial(
     measure = training.settings.best
 
     def listen(event: Mapping[str, Any]) -> None:
-        if event["event"] == "note":
+        if event["event"] in ("note", "training"):
             board.note.remote(f"{training.name}: {event['text']}")
         elif event["event"] == "evaluation":
             tune.report({measure: event["measures"][measure], "step": event["step"]})

@@ -1,10 +1,14 @@
 """The caches that the runs were trained from."""
 
+import re
+from collections.abc import Mapping
+
 from ...cache import CacheError, open_cache
 from ...cache.inspect import inspect_cache
+from ...utils.numbers import percent
 from ...utils.text import report_text
 from ..page import Block, Code, Paragraph, Section
-from ..runs import Comparison
+from ..runs import Comparison, Run, finite
 
 POSITION = 50
 OF_SWEEPS = True
@@ -17,7 +21,7 @@ def build(comparison: Comparison) -> Section | None:
         for place, spec in run.caches:
             caches.setdefault(spec or place, (run.name, place, spec))
     blocks: list[Block] = []
-    notes: list[Block] = []
+    notes: list[Block] = [Paragraph(text) for run in comparison.runs if (text := _mixture(run))]
     for name, place, spec in caches.values():
         if "://" in place and not comparison.fetch:  # a run folder may be a stranger's
             text = f"The cache of {name} is at an address, {place}, which was not asked. --fetch asks it."
@@ -35,3 +39,15 @@ def build(comparison: Comparison) -> Section | None:
         else:
             blocks.append(Code(report_text(report)))
     return Section("Cache" if len(blocks) < 2 else "Caches", blocks + notes) if blocks or notes else None
+
+
+def _mixture(run: Run) -> str:
+    """What a run was trained on, if that was several caches."""
+    parts = []
+    for cache in run.items("caches"):
+        if isinstance(cache, Mapping) and (share := finite(cache.get("share"))) is not None:
+            chats = re.search(r", template .*, loss_on (\w+)", str(cache.get("tokenizer")))
+            what = f"conversations, loss on {chats[1]}" if chats else "text"
+            parts.append(f"{percent(share)} of the positions from {cache.get('place')} ({what})")
+    text = f"{run.name} was trained on a mixture: {'; '.join(parts)}. Its measures are means over these caches."
+    return text if parts else ""

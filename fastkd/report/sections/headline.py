@@ -21,7 +21,8 @@ def build(comparison: Comparison) -> Section | None:
         more, tone = (f"±{THIN}{half}{unit or ' ' + measure.unit}" if half else ""), ""
         if key in pairs:
             tone = verdict(measure, pairs[key])
-            difference = " ± ".join(with_half(*pairs[key], scale=measure.scale, sign=True)).replace(" ", THIN)
+            shown = [part for part in with_half(*pairs[key], scale=measure.scale, sign=True) if part]
+            difference = " ± ".join(shown).replace(" ", THIN)
             more = f"{VERDICTS[tone]}: {difference}{' points' if unit else ''} against the control"
         elif run.control is not None and not pairs and key in run.control.measures:
             more = f"control: {cell(measure, run.control.measures).text}{unit}"

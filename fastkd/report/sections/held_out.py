@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ...evaluate.measures import Measure
+from ...utils.intervals import NO_INTERVAL
 from ...utils.numbers import THIN, decimals, figures, percent, prefixed, with_half
 from ..measures import MEASURES, PERPLEXITY, cell, column, perplexity
 from ..page import Block, Cell, Column, Notes, Paragraph, Row, Section, Series, Table
@@ -31,6 +32,11 @@ def build(comparison: Comparison) -> Section:
     if found is not None:
         which = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
         caption = f"{decimals(found.count)} positions in {decimals(found.windows)} windows {which}."
+        documents = comparison.runs[0].number("report", "held_out", "documents")
+        if documents is not None and comparison.runs[0].part("report", "held_out", "unit") is None:  # else: windows
+            caption = f"{decimals(documents)} documents: {caption}"
+        if found.windows < 2:
+            caption += f" There is {NO_INTERVAL}."
     blocks: list[Block] = [Table("", [*columns, *(column(m) for m in [*known, PERPLEXITY])], rows, caption)]
     if differences := _differences(comparison, known):
         blocks.append(differences)
@@ -57,7 +63,7 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
         least = found["cross_entropy_at_least"]
         mean, half = with_half(*least)
         fixed = {name: Cell(text, tone="aside") for name, text in _ITSELF.items()}
-        fixed["cross_entropy"] = Cell(f"≥{THIN}{mean}", f"±{THIN}{half}")
+        fixed["cross_entropy"] = Cell(f"≥{THIN}{mean}", f"±{THIN}{half}" if half else "")
         cells = _size(run, "teacher", run.number("teacher", "positions_per_second"))
         cells += [fixed.get(m.name) or cell(m, found) for m in known]
         cells.append(Cell(f"≥{THIN}{figures(math.exp(min(least.mean, 700.0)))}"))

@@ -7,7 +7,7 @@ from ...errors import StreamError
 from ...evaluate.api import Evaluation, compare
 from ...evaluate.slices import SAYS
 from ...train.arms import CONTROL, WITHOUT_FEATURES
-from ...train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, Verdict, judge, verdict
+from ...train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, NOT_KNOWN, Verdict, judge, verdict
 from ...utils.intervals import Interval
 from ...utils.numbers import THIN, decimals, percent, with_half
 from ..measures import MEASURES, TONES, column
@@ -15,7 +15,7 @@ from ..page import UNKNOWN, Block, Cell, Chart, Charts, Line, Paragraph, Row, Se
 from ..runs import Comparison, Run
 
 POSITION = 12
-_MARKS = {HELPED: "▲ helped", HURT: "▼ hurt", EVEN: "= no difference"}
+_MARKS = {HELPED: "▲ helped", HURT: "▼ hurt", EVEN: "= no difference", NOT_KNOWN: "no interval"}
 _ASKED = {CONTROL: "Did distillation help?", WITHOUT_FEATURES: "Did the features help?"}
 
 
@@ -33,6 +33,8 @@ def build(comparison: Comparison) -> Section | None:
             found = _judged(folder, run, other)
             if found is None or not run.evaluations:
                 text = f"{run.name}: not known; both need an evaluation.json, of the same windows."
+                if why := run.part("report", "not_compared"):
+                    text = f"{run.name}: not compared: {why}"
                 blocks.append(Paragraph(text))
                 continue
             blocks += [Paragraph(text) for text in _stopped(run, folder, other)]
@@ -134,7 +136,8 @@ def _cell(found: Mapping[str, Interval], name: str) -> Cell:
     said = verdict(name, value)
     # from the edge of the interval, faint, to four times that, full
     strength = min(1.0, 0.25 * abs(value.mean) / value.half) if value.half else 1.0
-    return Cell(mean, f"±{THIN}{half or '∞'}", TONES[said], _MARKS[said], 0.0 if said == EVEN else strength)
+    shown = f"±{THIN}{half}" if half else ""
+    return Cell(mean, shown, TONES[said], _MARKS[said], strength if said in (HELPED, HURT) else 0.0)
 
 
 def _matched(run: Run) -> str:

@@ -1,0 +1,61 @@
+"""What a run was begun with, where a default depends on the data or has changed: it is resumed with the same."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..data.packing import HELD_OUT
+from ..errors import TrainError
+from ..settings import LiveSettings
+from .checkpoint import Checkpoint, read, steps_of
+from .result import RUN
+
+
+def begun_with(folders: Iterable[Path]) -> Mapping[str, Any]:
+    """`batch_tokens`, and without a cache `held_out`, of the first of these run folders in which a training was begun;
+    empty if there is none."""
+    for folder in folders:
+        for step in reversed(steps_of(folder)):
+            found = _state(folder, step)
+            if found is not None:
+                settings, source = found["settings"], found["loader"].get("fingerprint") or {}
+                return _known(settings.get("batch_tokens"), source.get("held_out"))
+        if (run := _document(folder / RUN)) is not None:
+            settings, live = run.get("settings") or {}, (run.get("live") or {}).get("identity") or {}
+            return _known(settings.get("batch_tokens"), live.get("held_out"))
+    return {}
+
+
+Live = TypeVar("Live", bound=LiveSettings)
+
+
+def continued(live: Live, begun: Mapping[str, Any]) -> Live:
+    """The settings of data with the held-out fraction of a run from before more was held out of small data."""
+    before = begun.get("held_out") in (0.0, HELD_OUT)
+    return replace(live, held_out=begun["held_out"]) if live.held_out is None and before else live
+
+
+def _known(batch_tokens: Any, held_out: Any) -> dict[str, Any]:
+    found = {"batch_tokens": batch_tokens, "held_out": held_out}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _state(folder: Path, step: int) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its run; None if it cannot be read. Whether it is whole is found when it is loaded."""
+    try:
+        found = read(folder, step, verify=False)
+    except TrainError:
+        return None
+    if not isinstance(found, Checkpoint) or not {"settings", "loader"} <= found.state.keys():
+        return None
+    return found.state
+
+
+def _document(path: Path) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
