@@ -1,10 +1,12 @@
-"""config.toml in the folder of a run: the options of the command that wrote it, for `--config`."""
+"""config.toml in the folder of a run: the options of a command that reproduce it, for `--config`."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..utils.atomic import write_text
+from ..utils.atomic import read_sealed, write_text
 from .commands import Generations, Mutual, Sweep, Train
 from .config import CONFIG_FILE, config_text
 
@@ -15,13 +17,39 @@ _WRITTEN: dict[type, tuple[str, ...]] = {
     Sweep: ("sweep.json", "auto.json"),
     Generations: ("generations.json",),
 }
+# runs within it that `fastkd train` can make
+_WITHIN: dict[type, tuple[str, ...]] = {Train: ("control", "without_features"), Sweep: ("*/seed=*",)}
 
 
 def leave_config(name: str, command: Any) -> None:
-    """Write the options of a command into the folder that it has written, if it is one of a run."""
+    """Write the options of a command into the folder that it has written, if it is one of a run, and those of its arms
+    into theirs."""
     written = _WRITTEN.get(type(command), ())
     folder = Path(getattr(command, "out", None) or ".")
-    if os.environ.get("RANK", "0") == "0" and any((folder / one).is_file() for one in written):
-        path, text = folder / CONFIG_FILE, config_text(name, command)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_text(path, text)
+    if os.environ.get("RANK", "0") != "0" or not any((folder / one).is_file() for one in written):
+        return
+    _write(folder, config_text(name, command))
+    for arm in _arms(command, folder):
+        _write(arm.out, config_text("train", arm))
+
+
+def _write(folder: Path, text: str) -> None:
+    path = folder / CONFIG_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def _arms(command: Any, folder: Path) -> Iterator[Train]:
+    """The command `fastkd train` of each run within a folder, whose run.json has its settings."""
+    known = {one.name for one in fields(Train)}
+    kept = {name: getattr(command, name) for name in known if hasattr(command, name)}
+    data = kept.get("data") or ()
+    kept |= {"data": (data,) if isinstance(data, str) else data, "control": False, "stop_if_worse": False}
+    for pattern in _WITHIN.get(type(command), ()):
+        for path in sorted(folder.glob(f"{pattern}/run.json")):
+            try:
+                settings = read_sealed(path)["settings"]
+            except (ValueError, KeyError):  # damaged: `fastkd train` and `fastkd sweep` say so
+                continue
+            # an earlier version may have had other settings
+            yield Train(**{**kept, **{n: value for n, value in settings.items() if n in known}, "out": path.parent})

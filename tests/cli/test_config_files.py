@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from dataclasses import MISSING, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -17,6 +17,9 @@ from fastkd.cli.commands import COMMANDS, Train
 from fastkd.cli.config import config_text, read_config
 from fastkd.cli.options import Option, UsageError, arguments, options_of
 from fastkd.cli.parse import parse
+from fastkd.cli.run_config import leave_config
+from fastkd.settings import TrainSettings
+from fastkd.utils.atomic import write_json
 from fastkd.utils.secrets import masked
 
 NEEDED: dict[str, Any] = {"student": "s", "cache": ("c",), "out": Path("o")}
@@ -177,3 +180,32 @@ def test_a_run_leaves_a_file_that_reproduces_it(tmp_path: Path, capfd: pytest.Ca
     assert cli.main(["train", "--config", str(file), "--seed", "5"]) == 1
     assert file.read_bytes() == before
     capfd.readouterr()
+
+
+def test_the_arms_of_a_command_have_files_of_their_own(tmp_path: Path) -> None:
+    """Those of a sweep, and the control of a training: what `fastkd train` makes them with."""
+    out = tmp_path / "sweep"
+    settings = {one.name: getattr(TrainSettings(), one.name) for one in fields(TrainSettings)}
+    for alpha in (0.0, 1.0):
+        arm = out / f"alpha={alpha}" / "seed=3"
+        write_json_of(arm / "run.json", {"settings": settings | {"alpha": alpha, "seed": 3}})
+    write_json_of(out / "sweep.json", {})
+    leave_config("sweep", parse(["sweep", "--student", "s", "--cache", "c", "--data", "m:d", "--out", str(out)]))
+    assert parse(["sweep", "--config", str(out / "config.toml")]).out == out
+    arm = out / "alpha=1.0" / "seed=3"
+    assert parse(["train", "--config", str(arm / "config.toml")]) == train(out=arm, data=("m:d",), alpha=1.0, seed=3)
+
+    run = tmp_path / "run"
+    write_json_of(run / "run.json", {})
+    write_json_of(run / "control" / "run.json", {"settings": settings | {"alpha": 1.0}})
+    leave_config("train", train(out=run, control=True))
+    assert parse(["train", "--config", str(run / "config.toml")]) == train(out=run, control=True)
+    assert parse(["train", "--config", str(run / "control" / "config.toml")]) == train(out=run / "control", alpha=1.0)
+    # nothing is written where nothing has begun
+    leave_config("train", train(out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def write_json_of(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
