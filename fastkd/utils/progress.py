@@ -178,7 +178,7 @@ class Progress(AbstractContextManager["Progress"]):
         at, (pace, left) = self.now(), self._pace()
         shares = [f"{name.replace('_', ' ')} {at[name]:.0%}" for name in self._shares]
         figures = [text for _, text in self._figures.values()]
-        ends = [] if left is None else [f"{duration(left)} left"]
+        ends = [] if left is None or self.done >= self.total else [f"{duration(left)} left"]
         return [piece for piece in (self._doing, pace, *ends, *figures, *shares) if piece]
 
     def _pace(self) -> tuple[str, float | None]:
