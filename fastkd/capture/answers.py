@@ -86,7 +86,7 @@ def targets_of(
     if lm_head is None or isinstance(lm_head, LMHead):
         width = values.shape[-1] if lm_head is None else len(lm_head.weight)
         if width != vocab_size:
-            raise TeacherError(f"teacher: got logits of {width} tokens; expected vocab_size, {vocab_size}.")
+            raise TeacherError(f"teacher: got logits of width {width}; expected vocab_size, {vocab_size}.")
     rows_MX = values.reshape(-1, values.shape[-1])
     if isinstance(lm_head, LMHead):
         return linear_topk_targets(rows_MX[flat_M], lm_head, config=config, positions=numbers_M)

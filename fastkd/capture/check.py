@@ -21,6 +21,7 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Answer, Hidden, Teacher, TopK
 from ..utils.progress import counting
 from ..utils.text import format_table, labelled, printable, without_credentials
+from ..utils.words import KINDS, counted, words_of
 from .compare import Deviations, compare
 from .features.check import FeatureCheck, FeatureDifference, feature_checks, read_all
 from .prepare import read_window_plan
@@ -75,7 +76,8 @@ class TeacherCheck:
         outcomes. features: the deviations of each feature.
     same_top_k, same_draws: share of the rows with the same ids; None without them, or if draws cannot be repeated, and
         draws_unknown says why.
-    tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and torch versions.
+    tolerance: nats by which a number may exceed its bound. captured_on, checked_on: devices and torch versions. kind:
+        of the data; see `fastkd.utils.words`.
     """
 
     cache: str
@@ -97,6 +99,7 @@ class TeacherCheck:
     captured_on: list[str] = field(default_factory=list)
     features: dict[str, FeatureDifference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    kind: str = "text"
 
     @property
     def fingerprint(self) -> bool | None:
@@ -171,6 +174,7 @@ def check_teacher(
         draws_unknown=unknown,
         differences={kind: Difference() for kind, used in kinds.items() if used},
         features={check.place.name: check.difference for check in features},
+        kind=words_of(spec.inputs).kind,
     )
 
     def on_answer(answer: Answer) -> None:
@@ -183,7 +187,7 @@ def check_teacher(
     teacher_pass = TeacherPass(teacher, settings, on_answer=on_answer)
     random, workspace = np.random.default_rng(seed), Workspace()
     share = positions / min(_SHARDS, len(shards))
-    with counting(positions, "position", "compare", shown=progress) as bar:
+    with counting(positions, words_of(spec.inputs).position, "compare", shown=progress) as bar:
         for index in random.permutation(shards).tolist():
             shard = _Shard(cache, index, plan, teacher, workspace)
             report.captured_on = sorted({*report.captured_on, *shard.captured_on})
@@ -277,8 +281,9 @@ class _Shard:
             if len(deviations.row) and deviations.excess.max() > self._worst[0]:
                 at = int(deviations.excess.argmax())
                 row = rows[deviations.row[at]]
-                documents = self.rows.inputs.get("document", self.rows.inputs.get("example"))
-                document = "" if documents is None else f" (document {documents[row]})"
+                name = words_of(self.rows.inputs).document
+                documents = self.rows.inputs.get(name)
+                document = "" if documents is None else f" ({name} {documents[row]})"
                 self._worst = (
                     float(deviations.excess[at]),
                     f"shard {self.index}, row {row}{document}: {_KINDS[kind]} {deviations.distance[at]:.3g} nats from "
@@ -388,7 +393,8 @@ def _differences_lines(title: str, differences: Mapping[str, Difference | Featur
 def check_text(report: TeacherCheck) -> str:
     """The check as text for 80 columns."""
     batches = "as in the capture" if report.recorded_batches else "one sequence each (the capture's are not recorded)"
-    sample = f"{report.positions:,} positions in {report.batches:,} batches of {len(report.shards):,} of "
+    sample = f"{counted(report.positions, KINDS[report.kind].position)} in {report.batches:,} batches of "
+    sample += f"{len(report.shards):,} of "
     sample += f"{report.cache_shards:,} shards; seed {report.seed}"
     lines = [
         f"fastkd teacher check  {report.cache}",

@@ -16,6 +16,7 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable, without_credentials
+from ..utils.words import KINDS, counted, words_of
 from .answers import check_limits
 from .claims import FIRST_SECONDS, LONGEST_SECONDS
 from .feature_places import find_places
@@ -60,7 +61,8 @@ class Estimate:
     bytes: of all shards; bytes_per_position; by_array: bytes a position. requests: PUT, GET and LIST of "capture"
         (sealing included) and an "epoch" of training.
     hours: until all workers are done. worker_hours: of all workers together; cost: of these.
-    by_k: size and kept probability for other k. features: of each, beyond `bytes`.
+    by_k: size and kept probability for other k. features: of each, beyond `bytes`. kind: of the data; see
+    `fastkd.utils.words`.
     """
 
     teacher: str
@@ -82,6 +84,7 @@ class Estimate:
     cost: float | None
     by_k: list[KCost]
     features: dict[str, FeatureCost] = field(default_factory=dict)
+    kind: str = "text"
 
     @property
     def recommended(self) -> KCost | None:
@@ -188,6 +191,7 @@ def estimate(
         cost=None if price_per_hour is None else price * workers * hours,
         by_k=_k_table(spec, settings.k, sample, by_array, plan),
         features=features,
+        kind=words_of(spec.inputs).kind,
     )
 
 
@@ -265,7 +269,8 @@ def estimate_text(report: Estimate) -> str:
 
 def _k_lines(report: Estimate) -> list[str]:
     """The table of other k, and which one is recommended and why."""
-    rows = [["  k", "bytes/position", "all shards", "mass", "KL lost"]]
+    words = KINDS[report.kind]
+    rows = [["  k", f"bytes/{words.position}", "all shards", "mass", "KL lost"]]
     best = report.recommended
     for cost in report.by_k:
         mark = "*" if cost.k == report.settings["k"] else " "
@@ -279,7 +284,8 @@ def _k_lines(report: Estimate) -> list[str]:
     seeds = f"{LOST:g} nats of the teacher, about what another seed of a training changes"
     some = "the smallest k here whose entries lose at most" if best.kl <= LOST else "no k here loses as little as"
     why = f"{some} {seeds}"
-    text = f"k = {best.k}: {why}. {best.bytes_per_position:.1f} bytes a position, {size_text(best.bytes)} in all"
+    text = f"k = {best.k}: {why}. {best.bytes_per_position:.1f} bytes {words.one('position')}, "
+    text += f"{size_text(best.bytes)} in all"
     asked = next(cost for cost in report.by_k if cost.k == report.settings["k"])
     if asked is not best:
         sign = "less" if best.bytes < asked.bytes else "more"
@@ -296,25 +302,28 @@ def _k_lines(report: Estimate) -> list[str]:
 def _header(report: Estimate) -> list[str]:
     settings, sample = report.settings, report.measured
     measured = f"{sample['batches']:,} batches of shards {', '.join(map(str, sample['shards']))}: "
-    measured += f"{sample['positions']:,} positions in {sample['seconds']:.3g} s"
+    measured += f"{counted(sample['positions'], KINDS[report.kind].position)} in {sample['seconds']:.3g} s"
     if sample["batches"] == 1 and sample["seconds_spent"] > sample["seconds_requested"]:
         measured += f"; {sample['seconds_spent']:.3g} s in all instead of {sample['seconds_requested']:g}: at least one"
         measured += " batch is run (a smaller --batch-tokens makes it shorter)"
     if sample["batches_halved"]:
         measured += f"; {sample['batches_halved']:,} of the batches did not fit into memory and were halved"
+    plan = plan_text(report.plan, settings["context"], settings["on_long"], KINDS[report.kind])
     return [
         "fastkd plan",
         *labelled("  teacher", report.teacher),
         *labelled("  device", report.device),
         *(labelled("  data", report.data[0]) if report.data else ()),
-        *labelled("  plan", plan_text(report.plan, settings["context"], settings["on_long"]).partition(": ")[2]),
+        *labelled("  plan", plan.partition(": ")[2]),
         *labelled("  measured", measured),
     ]
 
 
 def _costs(report: Estimate) -> list[str]:
     arrays = [f"{name} {size:.1f}" for name, size in report.by_array.items() if size >= 0.05][:_MAX_ARRAYS]
-    each = f"{report.bytes_per_position:.1f} bytes a position" + (f" ({', '.join(arrays)})" if arrays else "")
+    words = KINDS[report.kind]
+    one = words.one("position")
+    each = f"{report.bytes_per_position:.1f} bytes {one}" + (f" ({', '.join(arrays)})" if arrays else "")
     rate, seconds = report.positions_per_second, report.seconds_per_position
     speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
     whole = duration(report.hours * 3600)
@@ -326,11 +335,11 @@ def _costs(report: Estimate) -> list[str]:
     if report.features:
         total = report.bytes + sum(feature.bytes for feature in report.features.values())
         positions = report.plan["positions"]
-        lines += labelled("  with features", f"{size_text(total)}, {total / positions:.1f} bytes a position")
+        lines += labelled("  with features", f"{size_text(total)}, {total / positions:.1f} bytes {one}")
     lines += [
         *labelled(
             "  speed",
-            f"{speed} positions/s a worker; a position takes {_micro(seconds['run'])} for teacher and top-k, "
+            f"{speed} {words.positions}/s a worker; {one} takes {_micro(seconds['run'])} for teacher and top-k, "
             f"{_micro(seconds['encode'])} for encoding on a core",
         ),
         *labelled("  time", whole),

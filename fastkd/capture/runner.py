@@ -26,6 +26,7 @@ from ..utils.numbers import duration, size_text
 from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop, Stopped
 from ..utils.text import are_missing, printable
+from ..utils.words import KINDS, counted
 from .claims import Claims
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
@@ -117,7 +118,7 @@ class CaptureRunner(ShardRunner):
             total, committed, workers = sum(map(self._positions, mine)), committed & mine, 1
         self._progress = Progress(
             total,
-            unit="position",
+            unit=self._words.position,
             already=sum(map(self._positions, committed)),
             shares=("teacher_busy",),
             workers=workers,
@@ -263,27 +264,32 @@ def capture_text(report: CaptureReport) -> str:
         return (
             printable(f"{report.cache}: stopped before the first shard") + "\nRun the same command again to continue."
         )
-    lines = [f"{report.cache}: {totals['positions']:,} positions in {totals['shards']:,} shards"]
+    words = KINDS[report.kind]
+    data = words.counted(totals["positions"], totals["windows"]) if report.kind != "text" else ""
+    data = data or counted(totals["positions"], "position")
+    lines = [f"{report.cache}: {data} in {counted(totals['shards'], 'shard')}"]
     lines[0] += ", complete and sealed" if report.complete else f"; work remains: {are_missing(report.missing)}"
     features = {name: feature for name, feature in report.features.items() if feature.shards_written}
     if report.shards_written or features:
-        run = f"{duration(report.seconds)}, {report.positions_captured / report.seconds:,.0f} positions/s, "
+        run = f"{duration(report.seconds)}, {report.positions_captured / report.seconds:,.0f} {words.positions}/s, "
         run += f"teacher busy {report.teacher_busy:.0%}"
         if report.shards_written:
             each = report.bytes_written / report.positions_written
             run += f", {size_text(report.bytes_written)}, {each:.1f} B each"
-            lines.append(f"this run: {report.shards_written:,} shards, {report.positions_written:,} positions in {run}")
+            shards = counted(report.shards_written, "shard")
+            lines.append(f"this run: {shards}, {counted(report.positions_written, words.position)} in {run}")
         else:
-            lines.append(f"this run: features of {report.positions_captured:,} positions in {run}")
+            lines.append(f"this run: features of {counted(report.positions_captured, words.position)} in {run}")
     elif report.positions_captured:
-        ran = f"{report.positions_captured:,} positions"
+        ran = counted(report.positions_captured, words.position)
         lines.append(f"this run: no shard; the teacher ran {ran} of shards that others wrote first, or that were left")
     elif report.complete:
         lines.append("this run: nothing to do, the teacher did not run")
     for name, feature in features.items():
         each = feature.bytes_written / max(feature.positions_written, 1)
         lines.append(
-            f"feature {name}: {feature.shards_written:,} shards, {feature.positions_written:,} positions, "
+            f"feature {name}: {counted(feature.shards_written, 'shard')}, "
+            f"{counted(feature.positions_written, words.position)}, "
             f"{size_text(feature.bytes_written)}, {each:.1f} B each, step {feature.step:g}"
         )
     if report.batches_halved:

@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
+from ..data.examples import EXAMPLE_COLUMNS, Examples, as_examples
 from ..kernels import prepare_topk
 from ..settings import CaptureSettings
 from ..settings_changes import CaptureChanges, changed
@@ -16,6 +17,7 @@ from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
 from ..utils.progress import MODES, Mode, is_shown, notes_only
 from ..utils.signals import Stop
+from ..utils.words import words_of
 from .answers import check_limits, large_k_text
 from .begin import begin_cache
 from .claims import Claims
@@ -64,6 +66,7 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
             raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
         check_settings(settings)
+        data = as_examples(data)
         check = partial(check_limits, settings=settings, out=out)
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size, check=check)
         check(model)
@@ -72,8 +75,9 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         store = open_store(out, create=True)
         check_store(store)
         claims = Claims(store, self._rank, self._world_size)
+        words = words_of(EXAMPLE_COLUMNS if isinstance(data, Examples) else ())
         mode = progress if group is None or group.leader else "none"
-        reporter = notes_only(mode, "position")
+        reporter = notes_only(mode, words.position)
 
         def tell(text: str) -> None:
             reporter.event("note", text=text)
@@ -91,7 +95,8 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
             for line in describe_documents(data, plan.lengths):
                 tell(line)
         counts = plan.counts(text=isinstance(data, Documents))
-        reporter.event("plan", text=plan_text(counts, plan.settings.context, plan.settings.on_long), **counts)
+        text = plan_text(counts, plan.settings.context, plan.settings.on_long, words)
+        reporter.event("plan", text=text, **counts)
         if line := prepare_topk(model.device):
             tell(line)
         self._group, self._progress = group or ParallelGroup(), progress

@@ -13,10 +13,11 @@ from ..cache.manifest import KEY as MANIFEST_KEY
 from ..cache.manifest import listed, shard_key
 from ..cache.stores import Store
 from ..data.documents import Documents
-from ..data.examples import Examples
+from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..teachers.tensor_parallel import ParallelGroup
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS
+from ..utils.words import words_of
 from .claims import Claims
 from .feature_collect import Codes, stored_rows
 from .features.prepare import Feature
@@ -45,6 +46,7 @@ class CaptureReport:
     bytes_written of the targets, and features by name; positions_captured, including shards that another worker
     committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
     did not fit into memory; failed, shards that were left because the teacher did not answer, each with the reason.
+    kind: of the data; see `fastkd.utils.words`.
     """
 
     cache: str
@@ -60,6 +62,7 @@ class CaptureReport:
     batches_halved: int = 0
     features: dict[str, FeatureReport] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    kind: str = "text"
 
     @property
     def status(self) -> int:
@@ -110,7 +113,9 @@ class ShardRunner:
         self._data, self._plan, self._store, self._claims = data, plan, store, claims
         self._features = {feature.name: feature for feature in features}
         self._group = group or ParallelGroup()
-        self._progress = Progress(0, unit="position", shares=("teacher_busy",))  # replaced when the work begins
+        self._words = words_of(EXAMPLE_COLUMNS if isinstance(data, Examples) else ())
+        # replaced when the work begins
+        self._progress = Progress(0, unit=self._words.position, shares=("teacher_busy",))
         self._pass = replace(teacher_pass, on_batch=self._on_batch, should_stop=should_stop)
         # by shard and by feature, "" for the targets
         self._submitted: dict[int, dict[str, Future[Commit]]] = {}
@@ -121,7 +126,7 @@ class ShardRunner:
         self._run_positions = 0  # of the shard that the teacher runs on
         reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
         counts = plan.counts(text=isinstance(data, Documents))
-        self._report = CaptureReport(store.describe(), False, [], counts, features=reports)
+        self._report = CaptureReport(store.describe(), False, [], counts, features=reports, kind=self._words.kind)
 
     def _folder(self, name: str) -> str:
         """Where the objects of a feature are; of the targets, "" for both."""

@@ -52,10 +52,11 @@ class _Shard:
     def bad_row(self, row: int, problem: str) -> TeacherError:
         """The error for a row that gets no valid target."""
         number = int(self.rows.row_numbers(np.array([row]))[0])
+        what, within = ("example", "copy") if "example" in self.rows.inputs else ("document", "position")
         return TeacherError(
-            f"{self.where(number >> 31)}, position {number & (2**31 - 1)}: the teacher failed there: {said(problem)}. "
+            f"{self.where(number >> 31)}, {within} {number & (2**31 - 1)}: the teacher failed there: {said(problem)}. "
             f"Nothing of shard {self.index} was written. Try a wider dtype (float16 overflows where bfloat16 and "
-            "float32 do not), or leave the document out."
+            f"float32 do not), or leave the {what} out."
         )
 
 

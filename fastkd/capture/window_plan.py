@@ -29,6 +29,7 @@ from ..kernels.topk.config import TopKConfig
 from ..settings import CaptureSettings
 from ..utils.progress import counting
 from ..utils.similar import did_you_mean
+from ..utils.words import TEXT, Words, counted
 from .feature_settings import check_feature_settings
 
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
@@ -300,17 +301,23 @@ def make_window_plan(lengths: Any, settings: WindowPlanSettings, dataset: str, *
     return WindowPlan(settings, dataset, lengths, order, first_segment, begins, windows, shard_rows, train_shards)
 
 
-def plan_text(totals: Mapping[str, int], context: int, on_long: str) -> str:
-    """One line: the data, and how they are divided. totals: `WindowPlan.counts`."""
-    parts = [f"{totals['documents']:,} documents"]
+def plan_text(totals: Mapping[str, int], context: int, on_long: str, words: Words = TEXT) -> str:
+    """One line: the data, and how they are divided. totals: `WindowPlan.counts`. context: of examples, their copies."""
+    parts = [counted(totals["documents"], words.document)]
+    held_out = "held out"
+    if words.kind == "text":
+        held_out += f", with {totals['held_out_positions']:,} positions"
     notes = [
         (totals["skipped"], "empty, left out"),
         (totals["nothing_to_predict"], "of one token, with nothing to predict"),
-        (totals["held_out"], f"held out, with {totals['held_out_positions']:,} positions"),
+        (totals["held_out"], held_out),
         (totals["long"], f"longer than the context of {context}: {on_long}"),
     ]
-    if counted := [f"{count:,} {what}" for count, what in notes if count]:
-        parts[0] += f" ({'; '.join(counted)})"
+    if noted := [f"{count:,} {what}" for count, what in notes if count]:
+        parts[0] += f" ({'; '.join(noted)})"
+    if words.kind != "text":
+        each = f" in {context} augmented copies each" if context > 1 else ""
+        return f"plan: {parts[0]}{each}, {counted(totals['shards'], 'shard')}"
     if totals["dropped_tokens"]:
         parts.append(f"{totals['dropped_tokens']:,} tokens dropped")
     parts.append(f"{totals['positions']:,} positions in {totals['windows']:,} windows and {totals['shards']:,} shards")

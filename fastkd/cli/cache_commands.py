@@ -4,11 +4,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..cache.errors import CacheError, StoreError
-from ..errors import ExportError
+from ..errors import DataError, ExportError
 from ..settings import DataSettings
 from ..utils.numbers import size_text
 from ..utils.signals import Stop
 from ..utils.text import are_missing, features_lines, numbered, printable, report_text, them
+from ..utils.words import TEXT, Words, counted, words_of
 from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
 from .outcome import Outcome, at_terminal, shows_progress, store_of
 
@@ -63,7 +64,9 @@ def verify(command: Verify) -> Outcome:
     found = verify_cache(store, deep=command.deep, progress=at_terminal())
     if found.ok:
         _check_plan(store, found)
-    read = f"{found.shards:,} shards, {found.positions:,} positions, {size_text(found.bytes)}"
+    words = _words(store)
+    shards = counted(found.shards, "shard")
+    read = f"{shards}, {counted(found.positions, words.position)}, {size_text(found.bytes)}"
     count = len(found.problems)
     verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
     lines = [str(problem) for problem in found.problems]
@@ -96,6 +99,11 @@ def verify(command: Verify) -> Outcome:
     from ..data.examples import Examples
     from ..teachers.load import load
 
+    if command.examples is None and not set(open_cache(store).spec.inputs) & {"tokens"}:
+        raise DataError(
+            f"{store.describe()}: got a cache of examples, which it does not contain, and a teacher to run on them. "
+            "Name those that it was captured from with --examples module:factory."
+        )
     data = None if command.examples is None else DataSettings(data=(command.examples,))
     loaded = load(command.teacher, command, data, rank=0, world_size=1, progress=shows_progress(json=command.json))
     check = check_teacher(
@@ -108,6 +116,16 @@ def verify(command: Verify) -> Outcome:
     )
     report |= {"ok": check.ok, "teacher": check.to_json()}
     return Outcome(report, f"{text}\n\n{check_text(check)}", 0 if check.ok else 1, warning)
+
+
+def _words(store: "Store") -> Words:
+    """The words for a cache's data; those for text if its spec cannot be read, which is a problem of its own."""
+    from ..cache.manifest import read_spec
+
+    try:
+        return words_of(read_spec(store).inputs)
+    except CacheError:
+        return TEXT
 
 
 def _check_plan(store: "Store", found: "VerifyReport") -> None:
@@ -161,7 +179,8 @@ def seal(command: Seal) -> Outcome:
     report: dict[str, Any] = {"cache": name, "already": cache.sealed, "shards": len(table)}
     report |= {"positions": sum(table.column("positions").to_pylist()), "missing": missing}
     state = "already sealed" if cache.sealed else "sealed"
-    lines = [f"{name}: {state}, {report['shards']:,} shards, {report['positions']:,} positions"]
+    held = counted(report["positions"], words_of(cache.spec.inputs).position)
+    lines = [f"{name}: {state}, {counted(report['shards'], 'shard')}, {held}"]
     report["features"] = seal_features(cache, progress=at_terminal())
     for feature, found in report["features"].items():
         if found["missing"]:
@@ -182,8 +201,11 @@ def features(command: Features) -> Outcome:
         dropped = {feature: drop_feature(store, feature) for feature in command.drop}
         lines = [f"{name}: dropped feature {feature}, {count:,} objects" for feature, count in dropped.items()]
         return Outcome({"cache": name, "dropped": dropped}, "\n".join(map(printable, lines)))
-    found = inspect_features(open_cache(store), progress=at_terminal())
-    text = "\n".join(map(printable, features_lines(found))) or printable(f"{name}: no features")
+    cache = open_cache(store)
+    found = inspect_features(cache, progress=at_terminal())
+    text = "\n".join(map(printable, features_lines(found, words_of(cache.spec.inputs)))) or printable(
+        f"{name}: no features"
+    )
     return Outcome({"cache": name, "features": found}, text)
 
 

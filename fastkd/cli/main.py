@@ -429,11 +429,12 @@ def generations(command: Generations, stop: Stop) -> Outcome:
 
 def _examples(name: str | None) -> Any:
     """The object that `--data` names; its reader checks whether it fits the cache."""
+    from ..data.examples import as_examples
     from ..utils.factories import is_factory, made_by
 
     if name is not None and not is_factory(name):
         raise DataError(f"--data: got {name!r}; expected the module:factory that returns the cache's examples.")
-    return None if name is None else made_by(name, DataError)
+    return None if name is None else as_examples(made_by(name, DataError))
 
 
 def report(command: Report) -> Outcome:

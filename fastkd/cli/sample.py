@@ -67,9 +67,8 @@ def sample_text(sample: list[dict[str, Any]]) -> str:
             lines.append("    " + "…" + printable(before)[-(_WIDTH - 5) :])
         shown = [f"{_quoted(token)} {p:.3f}" for token, p in one["top"][:_SHOWN]]
         label = [] if one.get("next") is None else [f"next {_quoted(one['next'])}"]
-        text = "; ".join(
-            [*label, ", ".join([*shown, f"others {one['tail'] + sum(p for _, p in one['top'][_SHOWN:]):.3f}"])]
-        )
+        others = one["tail"] + sum(p for _, p in one["top"][_SHOWN:])
+        text = "; ".join([*label, ", ".join([*shown, *([f"others {others:.3f}"] if others else [])])])
         lines += textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="      ")
     return "\n".join(lines)
 

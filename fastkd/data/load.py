@@ -1,6 +1,7 @@
 """Documents whose kind is found: ids, text, messages, or prompts with completions; with what it needs to become ids."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -75,7 +76,7 @@ def load_documents(
 
 def _check_one_kind(source: Source, kind: str | None) -> None:
     """DataError if the first files of another suffix, or with another column, hold documents of another kind."""
-    first = {}
+    first: dict[tuple[str, str], tuple[Path, Column]] = {}
     for path, column in zip(source.files, source.columns, strict=False):
         first.setdefault((path.suffix.lower(), column.name), (path, column))
     for path, column in list(first.values())[1:]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, open_cache
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import ExportError
 from ..models.module import parameters_and_bytes
 from ..models.tokenizers import load_tokenizer
@@ -69,6 +69,7 @@ def export(
         raise ExportError(f"out: got {out}, which exists; expected a new folder. Delete it, or choose another.")
     check_place(out, "out", ExportError)
     _check_settings(settings, cache)
+    data = as_examples(data)
     opened = _opened(cache, data, settings)
     model = _loaded(student, data, settings)
     _check_cache(model, opened, settings)
@@ -117,6 +118,7 @@ def deploy_report(
         raise ExportError(f"out: got {page}, which is a folder; expected the name of a page, such as {page / PAGE}.")
     check_place(page, "out", ExportError)
     _check_settings(settings, cache, stored=True)
+    data = as_examples(data)
     opened = _opened(cache, data, settings)
     exports = [read_exported(folder) for folder in folders]
     for one in exports:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..evaluate.measures import MEASURES
+from ..evaluate.measures import MEASURES, about
 from ..report.measures import cell, column
 from ..report.page import (
     UNKNOWN,
@@ -25,6 +25,7 @@ from ..report.page import (
 )
 from ..utils.intervals import NO_INTERVAL, Interval
 from ..utils.numbers import THIN, figures, prefixed, with_half
+from ..utils.words import EXAMPLES, TEXT
 from .quality import AGREEMENT
 from .result import DeployReport, DeployRow, above_text
 
@@ -117,10 +118,10 @@ def _quality(report: DeployReport, series: Sequence[Series]) -> Table:
         cells = [cell(kl, values), cell(kl, differences, difference=True), *(cell(m, values) for m in shown[1:])]
         rows.append(Row(row.name, [*cells, cell(ce, differences, difference=True)], series=line))
     found = next(row.quality for row in report.rows if row.quality is not None).exported
-    caption = (
-        f"{found.count:,} held-out positions in {found.windows:,} windows. "
-        f"{'95% intervals' if found.windows > 1 else NO_INTERVAL.capitalize()}; costs are paired by window."
-    )
+    words = found.words
+    counted = words.counted(found.count, found.windows, before="held-out")
+    how = "95% intervals" if found.windows > 1 else NO_INTERVAL.capitalize()
+    caption = f"{counted}. {how}; costs are paired by {words.window}."
     return Table("", columns, rows, caption)
 
 
@@ -155,6 +156,8 @@ def _notes(report: DeployReport) -> Notes:
         if text
         else "The seconds of one example (the median of eight). "
     )
+    measures = MEASURES[report.measure or "kl_bucket"], MEASURES[AGREEMENT]
+    words, alone = (TEXT, ", a document at a time and without padding") if text else (EXAMPLES, "")
     items = [
         ("size", "The files of the format, without tokenizer and configs; of the student, its weights."),
         (
@@ -169,10 +172,9 @@ def _notes(report: DeployReport) -> Notes:
         ),
         (
             "quality",
-            "Each export runs in its own runtime over the cache's held-out split, a document at a time and without "
-            "padding, and so does the student in PyTorch. "
-            + " ".join(f"{m.label}: {m.about}" for m in (MEASURES[report.measure or "kl_bucket"], MEASURES[AGREEMENT])),
+            f"Each export runs in its own runtime over the cache's held-out split{alone}, and so does the student in "
+            f"PyTorch. {' '.join(f'{m.label}: {about(m, words)}' for m in measures)}",
         ),
-        ("cost", "The export's measure minus that of the unquantised student in PyTorch, paired by window."),
+        ("cost", f"The export's measure minus that of the unquantised student in PyTorch, paired by {words.window}."),
     ]
     return Notes(items if report.measure else items[:3])

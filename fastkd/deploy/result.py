@@ -102,9 +102,10 @@ def quality_lines(found: Quality, runtime: str) -> list[str]:
         cells = [f"{some[name].mean * scale:.4f}" if name in some else "" for some in (student, exported)]
         told = difference_text(*(x * scale for x in differences[name])) if name in differences else ""
         rows.append([f"{MEASURES[name].label} ({MEASURES[name].unit})", *cells, told])
-    where = f"{found.exported.count:,} held-out positions in {found.exported.windows:,} windows, in {runtime}"
+    words = found.exported.words
+    where = f"{words.counted(found.exported.count, found.exported.windows, before='held-out')}, in {runtime}"
     how = "95% intervals" if found.cost.known else NO_INTERVAL
-    return [*format_table(rows), f"{where}; {how}, paired by window with the student in PyTorch"]
+    return [*format_table(rows), f"{where}; {how}, paired by {words.window} with the student in PyTorch"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.reader import Cache, open_cache
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import StreamError
 from ..stream.cached import CachedSource
 from ..stream.shard_source import ShardSource
 from ..utils.distributed import ALONE, Processes
 from ..utils.intervals import TAIL, Interval
 from ..utils.progress import counting
+from ..utils.words import counted, words_of
 from .forward import EvalPartition, StudentForward, check_finite
 from .result import Evaluation, Windows
 from .rows import Rows, student_rows, teacher_rows
@@ -62,6 +63,7 @@ def evaluate(
 
     Raises StreamError if the split is empty or does not exist, and for logits of a wrong shape or that are not finite.
     """
+    data = as_examples(data)
     if isinstance(cache, (list, tuple)):
         raise StreamError("cache: got a mixture; expected one cache. Evaluate on each of its caches.")
     first = next(student.parameters(), None) if isinstance(student, nn.Module) else None
@@ -94,7 +96,8 @@ def evaluate(
     forward = StudentForward(student, origin, where)
     partition = EvalPartition(source, windows, processes, student)
     done = partition.first_window
-    bar = counting(windows, "window", f"evaluate {split}", shown=progress)
+    words = words_of(origin.spec.inputs)
+    bar = counting(windows, words.window, f"evaluate {split}", shown=progress)
     with forward.evaluating(), bar:
         for step in partition.steps(forward.repeat):
             for batch in step.micro_batches:
@@ -116,8 +119,8 @@ def evaluate(
     (ours, teachers, sliced), positions = partition.sum([ours, teachers, sliced], positions)
     if not ours.counts.any():
         raise StreamError(
-            f"split: got {split!r} of {origin!r} with {windows} windows, in which no position counts. Capture with "
-            "more documents held out."
+            f"split: got {split!r} of {origin!r} with {counted(windows, words.window)}, in which no {words.position} "
+            f"counts. Capture with more {words.documents} held out."
         )
     seconds, timed_positions = forward.time()
     return Evaluation(
@@ -131,6 +134,7 @@ def evaluate(
         student=ours,
         teacher=teachers,
         slices=sliced.sliced(),
+        kind=words.kind,
     )
 
 
@@ -173,8 +177,9 @@ def check_same_windows(ours: Evaluation, theirs: Evaluation) -> None:
     for name in ("spec", "content"):
         if (a := getattr(ours, name)) != (b := getattr(theirs, name)):
             raise StreamError(
-                f"compare: got evaluations of different windows ({name} {a[:12]} and {b[:12]}). Evaluate both on the "
-                "same split of the same cache."
+                f"compare: got evaluations of different {ours.words.windows} ({name} {a[:12]} and {b[:12]}). Evaluate "
+                "both on the same split of the same cache."
             )
     if not np.array_equal(ours.student.counts, theirs.student.counts):
-        raise StreamError("compare: got evaluations that count different positions. Evaluate both again.")
+        positions = ours.words.positions
+        raise StreamError(f"compare: got evaluations that count different {positions}. Evaluate both again.")

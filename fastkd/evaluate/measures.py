@@ -1,7 +1,12 @@
 """`MEASURES`: every measure on held-out data, with its unit, which way is better, and where it is printed."""
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..utils.words import TEXT, Words
+
+_KLS = ("kl_bucket", "kl_sampled")
 LOG, DEMO, CLASSIFIER_DEMO, SWEEP, REPORT = "log", "demo", "classifier demo", "sweep", "report"
 
 
@@ -104,6 +109,30 @@ MEASURES = {measure.name: measure for measure in _OF_STUDENT + _OF_TEACHER}
 def printed_in(place: str, *, teacher: bool = False) -> list[Measure]:
     """The measures of a student (or of a teacher alone) that a place prints, in order."""
     return [measure for measure in (_OF_TEACHER if teacher else _OF_STUDENT) if place in measure.printed]
+
+
+def distinct(columns: Iterable[Mapping[str, float]]) -> list[str]:
+    """The measures of several columns, in order. The second KL is left out where it is the first: if targets hold every
+    outcome, there is no tail that draws would represent."""
+    given = list(columns)
+    names = list(dict.fromkeys(name for column in given for name in column))
+    same = [
+        math.isclose(one[_KLS[0]], one[_KLS[1]], rel_tol=1e-6, abs_tol=1e-9) for one in given if set(_KLS) <= set(one)
+    ]
+    return [name for name in names if name != _KLS[1] or not same or not all(same)]
+
+
+def about(measure: Measure, words: Words = TEXT, *, exact: bool = False) -> str:
+    """What a measure is, for a kind of data. exact: targets hold every outcome."""
+    if measure.name == _KLS[0] and exact:
+        return "KL(teacher ‖ student) at T = 1, exact: the teacher's targets hold every outcome."
+    if words.kind == "text":
+        return measure.about
+    changes = {"all tokens": "all classes", "its tokens": "its classes", "token": "class", "Positions": "Examples"}
+    text = measure.about
+    for word, instead in changes.items():
+        text = text.replace(word, instead)
+    return text
 
 
 def sign_of(name: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import StreamError
 from ..utils.atomic import unsealed
 from ..utils.intervals import TAIL, Interval, bootstrap_interval, ratio_interval, to_json
+from ..utils.words import KINDS, Words
 from .rows import Rows
 from .slices import SLICES
 
@@ -190,7 +191,7 @@ class Evaluation:
     through the student.
     seconds, timed_positions: of the student's forward, in this process, without the first micro-batch, which warms up
     (unless it is the only one). device: its name. slices: the student's sums over the positions of each slice, by name
-    (see `slices.py`); empty for an evaluation from before there were any.
+    (see `slices.py`); empty for an evaluation from before there were any. kind: of the data; see `fastkd.utils.words`.
     """
 
     split: str
@@ -203,6 +204,22 @@ class Evaluation:
     student: Windows
     teacher: Windows
     slices: Mapping[str, Windows] = field(default_factory=dict)
+    kind: str = "text"
+
+    @property
+    def words(self) -> Words:
+        """The words for its data."""
+        return KINDS[self.kind]
+
+    @property
+    def exact(self) -> bool:
+        """Whether targets hold every outcome, so that what is known of the teacher is exact, and no KL is a bound."""
+        sums = self.teacher.sums
+        return (
+            "tail_mass" in sums
+            and not sums["tail_mass"].any()
+            and np.array_equal(sums["label_known"], self.teacher.counts)
+        )
 
     @property
     def count(self) -> int:
@@ -247,6 +264,7 @@ class Evaluation:
             "summary": self.summary(),
             "student": self.student.to_json(),
             "teacher": self.teacher.to_json(),
+            **({} if self.kind == "text" else {"kind": self.kind}),
             **({"slices": slices} if slices else {}),
         }
 
@@ -264,6 +282,7 @@ class Evaluation:
                 student=(student := Windows.from_json(data["student"])),
                 teacher=Windows.from_json(data["teacher"]),
                 slices=_slices_from_json(data.get("slices", {}), len(student.counts)),
+                kind=KINDS[data.get("kind", "text")].kind,
             )
             for name, required in _REQUIRED.items():
                 sums = getattr(found, name).sums

@@ -28,7 +28,7 @@ from ..capture.mix_caches import mix_targets
 from ..capture.window_plan import DEFAULT_CONTEXT, cache_spec
 from ..capture.window_plan import check_settings as check_capture
 from ..data.documents import Documents
-from ..data.examples import EXAMPLE_COLUMNS, Examples
+from ..data.examples import EXAMPLE_COLUMNS, Examples, as_examples
 from ..errors import TeacherError, TrainError
 from ..evaluate.api import Evaluation, evaluate
 from ..models.adapters import CONFIG
@@ -115,6 +115,7 @@ def generations(
         teacher_options=live.teacher_options, device=settings.device, trust_remote_code=settings.trust_remote_code,
     )  # fmt: skip
     _check_arguments(count, settings, captured, out, ensemble=ensemble)
+    data = as_examples(data)
     if isinstance(teacher, (str, Path)):
         first: Teacher = load_teacher(teacher, loading, data)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from ..evaluate.measures import MEASURES
 from ..train.verdict import EVEN, HELPED, NOT_KNOWN, verdict
 from ..utils.intervals import Interval
+from ..utils.words import KINDS, counted
 from .result import BEFORE, CONTROL, GenerationsReport
 
 PLOT = "generations.png"
@@ -25,6 +26,7 @@ def plot(report: GenerationsReport, path: Path) -> None:
     other = CONTROL if any(CONTROL in member.against for member in members) else BEFORE
     figure = Figure(figsize=(9.5, 1.9 + 0.42 * len(members)), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    words = KINDS[report.kind]
     for row, member in enumerate(members):
         _point(left, row, member.values[report.measure], _PLAIN)
         if (difference := _of(member.against.get(other), report.measure)) is not None:
@@ -32,15 +34,16 @@ def plot(report: GenerationsReport, path: Path) -> None:
     right.axvline(0, color="#555555", lw=1, ls="--", zorder=0)
     left.set_yticks(range(len(members)), [member.name for member in members], fontsize=9)
     left.invert_yaxis()
-    left.set_xlabel(f"{label}, 95% interval over windows", fontsize=9)
+    left.set_xlabel(f"{label}, 95% interval over {words.windows}", fontsize=9)
     against = "the control" if other == CONTROL else "the generation before"
-    right.set_xlabel(f"minus {against}, paired by window", fontsize=9)
+    right.set_xlabel(f"minus {against}, paired by {words.window}", fontsize=9)
     for ax in (left, right):
         ax.grid(axis="x", color="#e8e8e8")
         ax.tick_params(axis="x", labelsize=8)
         ax.spines[["top", "right", "left"]].set_visible(False)
     right.tick_params(axis="y", length=0)
-    title = f"{report.generations} generations, each the teacher of the next; {report.windows:,} held-out windows"
+    held_out = counted(report.windows, f"held-out {words.window}")
+    title = f"{report.generations} generations, each the teacher of the next; {held_out}"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("green: better   gray: no difference   red: worse   one seed each", fontsize=8, x=0.01, ha="left")
     figure.savefig(path, format="png")

@@ -7,13 +7,14 @@ from typing import Any
 
 from ..errors import TrainError
 from ..evaluate.api import Evaluation, compare
-from ..evaluate.measures import LOG, MEASURES, printed_in
+from ..evaluate.measures import LOG, MEASURES, distinct, printed_in
 from ..train.verdict import verdict
 from ..utils.atomic import read_sealed
 from ..utils.intervals import NO_INTERVAL, Interval, to_json
 from ..utils.numbers import difference_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
+from ..utils.words import KINDS, counted
 
 GENERATIONS = "generations.json"
 CONTROL, BEFORE = "control", "before"
@@ -61,7 +62,7 @@ class GenerationsReport:
 
     generations: how many were asked for. complete: whether all students are trained. measure: the one that decides.
     members: the students that are trained, in their order. windows: of the held-out split. plot: path of the PNG, or
-    None.
+    None. kind: of the data; see `fastkd.utils.words`.
     """
 
     out: str
@@ -72,6 +73,7 @@ class GenerationsReport:
     windows: int = 0
     notes: Sequence[str] = ()
     plot: str | None = None
+    kind: str = "text"
 
     @property
     def status(self) -> int:
@@ -108,17 +110,20 @@ def make_report(
             }
         members.append(Member(one.name, one.says, one.run, one.seed, values, against))
         before = before if one is control else one
-    return GenerationsReport(str(out), count, complete, measure, members, windows, notes)
+    kind = next((one.evaluation.kind for one in trained if one.evaluation is not None), "text")
+    return GenerationsReport(str(out), count, complete, measure, members, windows, notes, kind=kind)
 
 
 def generations_text(report: GenerationsReport) -> str:
     """The students in a table, and which differ from the control and from the one before."""
     if not report.complete:
         return f"{report.out}: stopped. Run the same command again to resume."
-    shown = [m for m in printed_in(LOG) if any(m.name in member.values for member in report.members)]
+    names = distinct({name: value.mean for name, value in member.values.items()} for member in report.members)
+    shown = [m for m in printed_in(LOG) if m.name in names]
     columns = {CONTROL: "against the control", BEFORE: "against the generation before"}
     columns = {other: head for other, head in columns.items() if any(other in m.against for m in report.members)}
     lines = [f"note: {note}" for note in report.notes]
+    words = KINDS[report.kind]
     if shown:
         label = MEASURES[report.measure].label if report.measure in MEASURES else report.measure
         rows, unknown = [["student", *(m.short for m in shown), *columns.values()]], list[Interval]()
@@ -130,12 +135,12 @@ def generations_text(report: GenerationsReport) -> str:
             rows.append([member.name, *cells, *told])
         lines += format_table(rows)
         lines.append(
-            f"held-out split of the first cache, {report.windows:,} windows. Differences: {label}, 95% intervals "
-            "paired by window; one seed"
+            f"held-out split of the first cache, {counted(report.windows, words.window)}. Differences: {label}, "
+            f"95% intervals paired by {words.window}; one seed"
         )
         lines += [f"not known: there is {NO_INTERVAL}"] * bool(unknown)
     else:
-        lines.append("Nothing was evaluated on held-out windows, so the students are not compared.")
+        lines.append(f"Nothing was evaluated on held-out {words.windows}, so the students are not compared.")
     plot = f", {report.plot}" if report.plot else ""
     return "\n".join([*lines, f"{report.out}/{GENERATIONS}{plot}; generation-N/run is the folder of a run"])
 

@@ -157,13 +157,29 @@ class LiveSource(ShardSource):
         return self._requests
 
     def _assembled(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
-        if self._teacher is None:
+        if self._teacher is None or self._reads_late:
             return batches
-        every = bool(self._live_features)
-        return [with_forwards(batch, self.capture.batch_tokens, all_rows=every) for batch in batches]
+        return self._with_forwards(batches)
 
     def _handed_out(self, batches: Sequence[AnyBatch]) -> Sequence[AnyBatch]:
-        return batches if self._teacher is None else AnsweredBatches(batches, self._answered)
+        if self._teacher is None:
+            return batches
+        if self._reads_late:
+            on_host = self._with_forwards([batch.to("cpu") for batch in batches])
+            batches = [batch.to(self._form.device) for batch in on_host]
+        return AnsweredBatches(batches, self._answered)
+
+    @property
+    def _reads_late(self) -> bool:
+        """Whether inputs are read when a step is handed out; see `ExampleBatch.unread`."""
+        return self._form.data is not None and self._form.data.draws
+
+    def _with_forwards(self, batches: Sequence[AnyBatch]) -> list[AnyBatch]:
+        every = bool(self._live_features)
+        return [
+            with_forwards(batch, self.capture.batch_tokens, all_rows=every) if batch.positions else batch
+            for batch in batches
+        ]
 
     def text_inputs(self, source: int, row: int) -> tuple[TextInputs, int, int]:
         # from the data: no shard is captured for it

@@ -17,23 +17,26 @@ TEXT, EXAMPLES = "[B, L, V]", "[B, V]"  # shapes of logits
 
 
 def output_of(value: Any, name: str, shape: str | None, error: type[Exception]) -> Output:
-    """A module's return value as an `Output`: `Hidden` and `Logits` as they are, a tensor of logits, or an object with
-    an attribute `logits`.
+    """A module's return value as an `Output`: `Hidden` and `Logits` as they are, a tensor of logits, or an object or a
+    dictionary with `logits`.
 
     name: of the model, for messages. shape: of the logits, `TEXT` or `EXAMPLES`; None: either. error: the exception
     raised for any other value.
     """
     if isinstance(value, (Hidden, Logits)):
         return value
-    logits = value if isinstance(value, Tensor) else getattr(value, "logits", None)
+    if isinstance(value, Mapping) and not hasattr(value, "logits"):
+        logits = value.get("logits")
+    else:
+        logits = value if isinstance(value, Tensor) else getattr(value, "logits", None)
     dimensions = (2, 3) if shape is None else (shape.count(",") + 1,)
     if isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim in dimensions:
         return Logits(logits)
     expected = shape or f"{TEXT} or {EXAMPLES}"
     of_shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
     raise error(
-        f"{name}: got {type_name(value)}{of_shape} from the model; expected logits {expected}, an object with "
-        "`logits`, or fastkd.teachers.Hidden."
+        f"{name}: got {type_name(value)}{of_shape} from the model; expected logits {expected}, an object or a "
+        "dictionary with `logits`, or fastkd.teachers.Hidden."
     )
 
 
@@ -56,12 +59,40 @@ def run_probe(model: Callable[..., Any], probe: Tensor, name: str, shape: str, e
     try:
         value = model(probe)
     except Exception as problem:
-        what = "token ids" if shape == TEXT else "an example"
-        raise error(
-            f"{name}: {type(model).__name__} fails on {what} of shape {tuple(probe.shape)} {probe.dtype} "
-            f"({brief(problem)}). Expected a module that maps them to logits, or to hidden states and an LM head."
-        ) from problem
+        raise error(failure_on(model, probe, name, problem)) from problem
     return output_of(value, name, shape, error)
+
+
+def failure_on(model: Callable[..., Any], probe: Tensor, name: str, problem: Exception) -> str:
+    """That a model fails on an input, a batch of one, with what to do about it: a sentence or two."""
+    what = "token ids" if probe.dtype == torch.int64 and probe.ndim == 2 else "an example"
+    text = f"{name}: {type(model).__name__} fails on {what} of shape {tuple(probe.shape)} {probe.dtype} "
+    text += f"({brief(problem)}). "
+    if what == "token ids":
+        return text + (
+            "Expected a module that maps them to logits, or to hidden states and an LM head. For a classifier, give "
+            "its examples as the data."
+        )
+    takes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _runs(model, probe, dtype)]
+    if not takes:
+        return text + "Expected a module that maps examples `[B, ...]` to logits `[B, V]`."
+    scaled = ", scaled as in its training, such as pixels / 255 and then its normalization"
+    return (
+        text + f"It takes {_plain(takes[0])}: give examples of that type{'' if probe.is_floating_point() else scaled}."
+    )
+
+
+def _runs(model: Callable[..., Any], probe: Tensor, dtype: torch.dtype) -> bool:
+    try:
+        with torch.no_grad():
+            model(probe.to(dtype))
+    except Exception:  # whatever a model raises, it does not take these
+        return False
+    return True
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def logits_width(output: Output) -> int:

@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 from ..cache.errors import said, type_name
 from ..errors import NoRun, ReportError, StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
+from ..evaluate.measures import distinct
 from ..train import evaluations as kept
 from ..train.held_out import EVALUATIONS
 from ..train.verdict import combined
 from ..utils.atomic import unsealed
 from ..utils.intervals import Interval
+from ..utils.words import KINDS, TEXT, Words, words_of
 from .page import Series
 
 Json = dict[str, Any]
@@ -87,6 +89,14 @@ class Run:
         """Place and spec hash of each cache."""
         entries = [entry for entry in self.items("caches") if isinstance(entry, Mapping) and "place" in entry]
         return [(str(entry["place"]), str(entry.get("spec", ""))) for entry in entries]
+
+    @property
+    def words(self) -> Words:
+        """The words for its data."""
+        if self.evaluations:
+            return self.evaluations[0].words
+        inputs = [entry.get("inputs") for entry in self.items("caches") if isinstance(entry, Mapping)]
+        return words_of(inputs[0]) if inputs and isinstance(inputs[0], list) else TEXT
 
     @property
     def command(self) -> str:
@@ -154,6 +164,23 @@ class Comparison:
     def trainings(self) -> list[Run]:
         """All runs: those of the page, what was trained beside them, and those of sweeps."""
         return [*(run for run, _ in self.students), *self.of_sweeps]
+
+    @property
+    def words(self) -> Words:
+        """The words for the data of all runs: those for text, unless all are of one other kind."""
+        kinds = {run.words.kind for run in self.trainings}
+        return KINDS[kinds.pop()] if len(kinds) == 1 else TEXT
+
+    @property
+    def measures(self) -> list[str]:
+        """The held-out measures of any training, in the order of the first that has them; see `distinct`."""
+        return distinct({name: value.mean for name, value in run.measures.items()} for run in self.trainings)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the targets of all students hold every outcome; see `Evaluation.exact`."""
+        found = [one for run in self.trainings for one in (run.evaluations or [None])]
+        return bool(found) and all(one is not None and one.exact for one in found)
 
     @property
     def evaluation(self) -> Evaluation | None:

@@ -138,6 +138,9 @@ class ExampleBatch(AnyBatch):
 
     inputs: Tensor
     """`[B, ...]`: what `Examples.read` returns for them."""
+    unread: tuple[Any, Any] | None = None
+    """The numbers and seeds `[B]` of examples whose inputs are read when the step is handed out, on the thread of the
+    caller, since they seed the process's random generators; None: they are read."""
 
     def windows(self) -> Tensor:
         """The sequence of each position that counts, `[m]` int64, numbered as in `sequences`."""

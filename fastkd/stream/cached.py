@@ -8,7 +8,7 @@ import torch
 
 from ..cache.spec import CacheSpec
 from ..cache.workspace import Workspace
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import StreamError
 from ..utils.distributed import Reduce, in_group, summed_over  # noqa: F401  part of the public `fastkd.stream`
 from .gather import BatchFormat, OpenShard, open_shard
@@ -118,6 +118,7 @@ class CachedSource(ShardSource):
         caches, weights = open_sources(cache)
         if len(caches) > 1 and (skip or max_positions is not None):
             raise StreamError("skip, max_positions: got a mixture; expected one cache. Leave them out.")
+        data = as_examples(data)
         check_data(caches, data)
         check_alike(caches)
         tables = [

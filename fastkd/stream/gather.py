@@ -247,6 +247,13 @@ class BatchFormat:
             for i, signal in enumerate(self.signals)
         }
 
+    def with_inputs(self, batch: AnyBatch) -> AnyBatch:
+        """A micro-batch whose inputs are read; see `ExampleBatch.unread`."""
+        if not isinstance(batch, ExampleBatch) or batch.unread is None:
+            return batch
+        assert self.data is not None
+        return replace(batch, inputs=self.data.read(*batch.unread).to(self.device), unread=None)
+
     def empty(self) -> AnyBatch:
         """A micro-batch of one position that does not count, on the device."""
         targets = self.targets([], np.zeros(0, np.int64))
@@ -367,12 +374,13 @@ def gather_examples(sequences: ShardRows, form: BatchFormat) -> list[ExampleBatc
         ]
         columns = [(s.inputs.example[here], s.inputs.seed[here], s.inputs.counts[here]) for s, here in rows]
         example, seed, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
-        inputs = data.read(example, seed)
+        inputs = torch.empty(0) if data.draws else data.read(example, seed)
         ends = np.cumsum([len(here) for _, here in rows])
         there = np.split(np.arange(len(example)), ends[:-1])
         found.append(
             ExampleBatch(
                 inputs=inputs.pin_memory() if form.device.type == "cuda" else inputs,
+                unread=(example, seed) if data.draws else None,
                 labels=form.tensor(np.where(counts, data.labels(example), IGNORED)),
                 sequences=form.tensor(np.repeat(some, lengths[some]).astype(np.int32)),
                 targets=form.targets([(s, here[s.inputs.counts[here]]) for s, here in rows], np.flatnonzero(counts)),

@@ -14,6 +14,7 @@ from ..cache.workspace import Workspace
 from ..errors import StreamError
 from ..utils.distributed import Reduce
 from ..utils.signals import Stopped
+from ..utils.words import Words, words_of
 from .batch import LAYOUTS, AnyBatch, Step
 from .buckets import as_buckets
 from .gather import BatchFormat, OpenShard, TextInputs, gather, gather_examples
@@ -88,7 +89,7 @@ class LoaderPass:
         by_name = dict(zip(names, counts, strict=True))
         batches = [replace(batch, counts=by_name) for batch in batches]
         after = share.after
-        batches = self._source._handed_out(batches)
+        batches = self._source._handed_out([self._source._form.with_inputs(batch) for batch in batches])
         return Step(batches, counts[0], positions, share.sequences, after.epoch, after.number - 1), after
 
     def _wake(self) -> None:
@@ -291,6 +292,11 @@ class ShardSource(ABC):
     def origins(self) -> list[ShardOrigin]:
         """What the shards come from."""
         return [table.origin for table in self._tables]
+
+    @property
+    def words(self) -> Words:
+        """The words for its data."""
+        return words_of(self._form.spec.inputs)
 
     @property
     def described(self) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..data.lengths import LENGTHS_KEY, lengths_from_npz
 from ..data.packing import DIVIDED_BY, divide
 from ..errors import DataError, StreamError
+from ..utils.words import words_of
 from .mixture import SMALLEST_SHARE
 
 Ints = NDArray[np.int64]
@@ -197,10 +198,11 @@ def _shards_of(cache: Cache, plan: CapturePlan | None, split: str) -> tuple[int,
     if split == "train":
         return 0, 2**62 if plan is None else plan.train_shards
     if plan is None or plan.train_shards >= plan.shards:
-        why = f"has no {PLAN_KEY}, so no documents were held out" if plan is None else "was captured with held_out=0"
+        documents = words_of(cache.spec.inputs).documents
+        why = f"has no {PLAN_KEY}, so no {documents} were held out" if plan is None else "was captured with held_out=0"
         raise StreamError(
-            f"split: got 'held_out', but {cache!r} {why}. Capture with a fraction of documents held out, or set some "
-            "data apart with skip and max_positions."
+            f"split: got 'held_out', but {cache!r} {why}. Capture with a fraction of the {documents} held out, or set "
+            "some data apart with skip and max_positions."
         )
     return plan.train_shards, plan.shards
 
@@ -302,8 +304,8 @@ def check_data(caches: Sequence[Cache], data: Any) -> None:
             )
         if not isinstance(data, Examples):
             raise StreamError(
-                f"data: got {type_name(data)} for {cache!r}, a cache of examples that does not contain them. Give "
-                "the fastkd.data.examples.Examples that it was captured from (data=, or --data module:factory)."
+                f"data: got {type_name(data)} with {cache!r}, a cache of examples, which it does not contain; expected "
+                "those that it was captured from, labelled (--data module:factory)."
             )
         _check_same(cache, data)
         if not data.labelled:

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch.distributed as dist
 
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import TrainError
 from ..settings import TrainSettings
 from ..settings_changes import TrainChanges, changed
@@ -125,6 +125,7 @@ def sweep(
         warnings.warn("at_once has no effect: arms are trained one after another", DeprecationWarning, stacklevel=2)
     settings, out, stop = changed("sweep", settings, changes), Path(out), stop or Stop()
     check_alone()
+    data = as_examples(data)
     check_folder(out, "sweep")
     inputs = inputs_of(cache, data)
     if inputs.spec is None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import TrainError
 from ..evaluate.measures import sign_of
 from ..settings import TrainSettings
@@ -75,6 +75,7 @@ def auto_sweep(
     """
     settings, out, stop = changed("auto_sweep", settings, changes), Path(out), stop or Stop()
     check_alone()
+    data = as_examples(data)
     check_folder(out, "sweep")
     inputs = inputs_of(cache, data)
     if not isinstance(inputs, CacheInputs):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..evaluate.measures import MEASURES
+from ..utils.words import KINDS
 from .result import SweepReport
 
 PLOT = "sweep.png"
@@ -33,7 +34,7 @@ def plot(report: SweepReport, path: Path) -> None:
     unit = f" ({measure.unit})" if measure.scale == 1 else ""  # fractions are not scaled to percent
     ax.set_xlabel(f"{measure.label}{unit}", fontsize=9)
     key = "bar: mean over seeds   marker: a seed (diamond: the best, circle: not distinguishable, square: worse)\n"
-    key += "line: 95% interval of the distance to the best, of seeds or of windows, the wider"
+    key += f"line: 95% interval of the distance to the best, of seeds or of {KINDS[report.kind].windows}, the wider"
     figure.supxlabel(key, fontsize=8, x=0.01, ha="left")
     ax.grid(axis="x", color="#e8e8e8")
     ax.spines[["top", "right", "left"]].set_visible(False)

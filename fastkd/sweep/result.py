@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import SWEEP as SHOWN
-from ..evaluate.measures import printed_in, sign_of
+from ..evaluate.measures import distinct, printed_in, sign_of
 from ..evaluate.result import Windows
 from ..settings import TrainSettings
 from ..train.held_out import EVALUATION, EVALUATIONS, means
@@ -34,6 +34,7 @@ from ..utils.intervals import NO_INTERVAL, Interval, t_quantile
 from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
+from ..utils.words import KINDS
 from .arms import Arm
 
 SWEEP, FAILED = "sweep.json", "diverged.json"
@@ -76,10 +77,9 @@ class Behind:
         found = ["no interval between seeds, as there is only one"] if self.by_seeds is None else []
         return found + ([NO_INTERVAL] if self.by_windows is None else [])
 
-    @property
-    def noise(self) -> str:
-        """Both intervals, or why there is none."""
-        halves = {"seeds": self.by_seeds, "windows": self.by_windows}
+    def noise(self, windows: str) -> str:
+        """Both intervals, or why there is none. windows: the word for what is held out."""
+        halves = {"seeds": self.by_seeds, windows: self.by_windows}
         known = [f"± {half:.4f} between {name}" for name, half in halves.items() if half is not None]
         return "; ".join([*([", ".join(known)] if known else []), *self.why])
 
@@ -144,6 +144,7 @@ class SweepReport:
     seconds: float = 0.0
     waiting: float = 0.0
     plot: str | None = None
+    kind: str = "text"
 
     @property
     def status(self) -> int:
@@ -153,15 +154,20 @@ class SweepReport:
     def verdict(self) -> str:
         """Which arm is the best, and whether that is significant, in a sentence or two."""
         if self.best is None:
-            return "No ranking: there was no evaluation on held-out windows." if self.complete else ""
+            return "No ranking: there was no evaluation on held-out data." if self.complete else ""
         text = f"Best by {self.measure}: {self.best}"
         if self.margin is None:
             return f"{text}, the only one."
-        text += f", {self.margin.distance:.4f} ahead of the next ({self.margin.noise})."
+        noise = self.margin.noise(self._windows)
+        text += f", {self.margin.distance:.4f} ahead of the next ({noise})."
         if not self.alike:
             return f"{text} It is distinguishable from all others."
         why = " More than one seed is needed to distinguish any." if len(self.seeds) == 1 else ""
         return f"{text} Not distinguishable from it: {'; '.join(self.alike)}.{why}"
+
+    @property
+    def _windows(self) -> str:
+        return KINDS[self.kind].windows
 
     def to_json(self) -> dict[str, Any]:
         own = {"format": "fastkd-sweep", "version": 1, "verdict": self.verdict, "status": self.status}
@@ -230,7 +236,9 @@ def make_report(
         )
     complete = None not in found.values()
     measure = "cross_entropy" if measure == "perplexity" else measure
-    report = SweepReport(str(out), complete, list(seeds), measure, results, notes=list(notes))
+    kinds = [one[0].kind for done in evaluations.values() for one in done if one]
+    kind = kinds[0] if kinds else "text"
+    report = SweepReport(str(out), complete, list(seeds), measure, results, notes=list(notes), kind=kind)
     if complete and all(len(arm.diverged) == len(seeds) for arm in results):
         raise TrainError(f"sweep: all {len(arms)} arms diverged. The first: {results[0].diverged[str(seeds[0])]}")
     return ranked(report, evaluations, weights) if complete and any(evaluations.values()) else report
@@ -291,7 +299,8 @@ def window_noise(
 def sweep_text(report: SweepReport) -> str:
     if not report.complete:
         return f"{report.out}: stopped. Run the same command again to resume."
-    names = [m.name for m in printed_in(SHOWN) if any(m.name in arm.values for arm in report.arms)]
+    one = distinct({name: arm.mean(name) for name in arm.values} for arm in report.arms)
+    names = [m.name for m in printed_in(SHOWN) if m.name in one]
     rows = [["arm", *names, "behind the best"]]
     for arm in report.arms:
         cells = [_with_spread(arm.mean(n), arm.spread(n)) if n in arm.values else "" for n in names]

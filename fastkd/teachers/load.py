@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.documents import Documents
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..data.load import load_documents
 from ..data.sources import open_source
 from ..errors import DataError, TeacherError
@@ -143,6 +143,7 @@ def as_teacher(
     if all(getattr_static(teacher, name, None) is not None or hasattr(teacher, name) for name in _MEMBERS):
         return teacher  # type: ignore[no-any-return]
     probe = torch.zeros((1, 1), dtype=torch.int64)
+    data = as_examples(data)
     if isinstance(data, Examples) and len(data):
         probe = data.first()
     return ModuleTeacher(teacher, vocab_size=vocab_size, probe=probe, fingerprint=fingerprint)
@@ -160,12 +161,14 @@ def as_data(
     allow_other_tokenizer: bool = False,
     loss_on: str = "all",
 ) -> Documents | Examples:
-    """`Documents` and `Examples` as they are; for any other source, its documents.
+    """`Documents` and `Examples` as they are; `Examples` of a data set of examples (see `as_examples`); for any other
+    source, its documents.
 
     source, column, text_documents: as `open_documents` takes them.
     tokenizer: for text and messages: a `Tokenizer`, or what `load_tokenizer` takes; None: the teacher's own.
     template: a file with a chat template, instead of the tokenizer's.
     """
+    source = as_examples(source)
     if isinstance(source, (Documents, Examples)):
         return source
 
@@ -204,7 +207,7 @@ def open_data(names: Sequence[str], column: str | None = None, text_documents: s
         raise DataError("data: got no file; expected at least one, a folder, a pattern, or module:factory.")
     source: Any = [Path(name) for name in names] if len(names) > 1 else names[0]
     if len(names) == 1 and is_factory(names[0]):
-        source = made_by(names[0], DataError)
+        source = as_examples(made_by(names[0], DataError))
     if isinstance(source, (Documents, Examples)):
         return source
     return open_source(source, column, text_documents)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..cache.errors import type_name
 from ..errors import TeacherError
-from ..models.module import logits_width, output_of, state_sha256
+from ..models.module import failure_on, logits_width, output_of, state_sha256
 from ..models.protocol import TopK
 from .protocol import Answer
 
@@ -52,7 +52,7 @@ class ModuleTeacher:
         self.device = torch.device("cpu" if device is None else device)
         if vocab_size is None and probe is not None:
             with torch.inference_mode():
-                answer = self(probe.to(self.device))
+                answer = self._answer_to(probe.to(self.device))
                 vocab_size = None if isinstance(answer, TopK) else logits_width(answer)
         if vocab_size is None or isinstance(vocab_size, bool) or int(vocab_size) < 1:
             raise TeacherError(f"vocab_size: got {vocab_size!r}; expected the width of the teacher's logits.")
@@ -66,6 +66,15 @@ class ModuleTeacher:
             self._fingerprint = f"{type(self.model).__name__}, state sha256 {state_sha256(self.model)}"
         return self._fingerprint
 
+    def _answer_to(self, probe: Tensor) -> Answer:
+        try:
+            value = self.model(probe)
+        except Exception as problem:
+            raise TeacherError(failure_on(self.model, probe, "teacher", problem)) from problem
+        return self._answer(value)
+
     def __call__(self, inputs: Tensor) -> Answer:
-        value = self.model(inputs)
+        return self._answer(self.model(inputs))
+
+    def _answer(self, value: Any) -> Answer:
         return value if isinstance(value, TopK) else output_of(value, "teacher", None, TeacherError)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from ..data.examples import as_examples
 from ..errors import TrainError
 from ..models.upload import Upload, check_base, check_upload, upload
 from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
@@ -119,6 +120,7 @@ def train(
         raise TypeError("train() got no folder for the run (out)")
     settings, out, stop = changed("train", settings, changes), Path(out), stop or Stop()
     check_folder(out, "run")
+    data = as_examples(data)
     check_settings(settings, None, objective)
     check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
     check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)

@@ -87,4 +87,5 @@ def _verdict(found: Mapping[str, Any]) -> Verdict:
         }
 
     slices = {name: intervals(cells) for name, cells in found["slices"].items()}
-    return Verdict(found["against"], found["measure"], found["windows"], intervals(found["difference"]), slices)
+    difference, kind = intervals(found["difference"]), found.get("kind", "text")
+    return Verdict(found["against"], found["measure"], found["windows"], difference, slices, kind=kind)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..cache.capture_plan import CapturePlan
 from ..cache.reader import Cache
 from ..cache.spec import CacheSpec
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import StreamError, TrainError
 from ..live.rounds import rounds_in
 from ..settings import TrainSettings
@@ -20,6 +20,7 @@ from ..stream.buckets import BUCKETS, up_to
 from ..stream.cached import CachedSource
 from ..stream.split import ShardTable, check_data, has_held_out, open_sources, open_split, plan_of
 from ..utils.distributed import ALONE, Processes
+from ..utils.words import words_of
 from .batch import DEFAULT, STEPS, Size
 from .held_out import HeldOut
 from .matched import matched_objective, signals_of
@@ -148,7 +149,9 @@ class CacheInputs(Inputs):
 
     def nothing_held_out(self) -> str:
         without = [cache for cache in self.caches if not has_held_out(cache)]
-        return f"no documents of {without[0]!r} were held out." if without else ""
+        if not without:
+            return ""
+        return f"no {words_of(without[0].spec.inputs).documents} of {without[0]!r} were held out."
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
         tables = [
@@ -264,8 +267,9 @@ def train_size(table: ShardTable, plan: CapturePlan | None, data: Examples | Non
     return Size(positions, sequences, longest)
 
 
-def inputs_of(cache: Any, data: Examples | None = None) -> CacheInputs | SourceInputs:
-    """The inputs for an argument `cache` of `train`. Raises StreamError and CacheError."""
+def inputs_of(cache: Any, data: Any = None) -> CacheInputs | SourceInputs:
+    """The inputs for an argument `cache` of `train`. data: see `as_examples`. Raises StreamError and CacheError."""
+    data = as_examples(data)
     if isinstance(cache, BatchSource):
         return SourceInputs(cache, data)
     if hasattr(cache, "steps") or isinstance(cache, type):

@@ -32,6 +32,7 @@ from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.output_guard import check_store
 from ..utils.signals import Stop
+from ..utils.words import words_of
 from .batch import Size
 from .held_out import HeldOut
 from .inputs import Finished, Inputs, size_of, source_options, train_size
@@ -289,7 +290,8 @@ class LiveInputs(Inputs):
         return self._written
 
     def nothing_held_out(self) -> str:
-        return "" if self.planned.has_held_out else "no documents are held out (held_out)."
+        documents = words_of(self.planned.spec.inputs).documents
+        return "" if self.planned.has_held_out else f"no {documents} are held out (held_out)."
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
         self.planned.table("held_out", max_positions=settings.evaluate_positions, limit="evaluate_positions")

@@ -9,7 +9,7 @@ import torch
 
 from ..cache.errors import type_name
 from ..cache.reader import Cache
-from ..data.examples import Examples
+from ..data.examples import Examples, as_examples
 from ..errors import TeacherError, TrainError
 from ..kernels.features.losses import feature_loss_names
 from ..models.adapters import has_adapters
@@ -82,6 +82,7 @@ def match(
         raise TrainError(f"positions: got {positions}; expected at least 16.")
     if init is not None and init.exists() and (not init.is_dir() or any(init.iterdir())):
         raise TrainError(f"init: got {str(init)!r}, which has files; expected a new folder, or an empty one.")
+    data = as_examples(data)
     made = make_student(student, cache.spec, settings, data)
     if init is not None and has_adapters(made.student.model):
         raise TrainError("init: got a student with an adapter; expected a whole model, as its own weights are written.")

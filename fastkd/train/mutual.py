@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from ..errors import TrainError
+from ..evaluate.measures import distinct
 from ..kernels import KDError, TopKConfig
 from ..settings import MutualSettings, TrainSettings
 from ..settings_changes import MutualTrainChanges, changed, check_names
@@ -26,6 +27,7 @@ from ..utils.progress import is_shown, naming, notes_only
 from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.similar import did_you_mean
 from ..utils.text import format_table
+from ..utils.words import KINDS
 from .api import outlined, run_trainer, train_one
 from .arms import CONTROL
 from .batch import with_batch
@@ -109,7 +111,7 @@ class MutualReport:
                 f"{run.out}: stopped after step {run.step} of {run.steps}, as no student is served: "
                 f"{run.stopped_worse.sentence()}\nstudents: {run.student}"
             )
-        speed = f"{run.positions / run.seconds:,.0f} positions/s, " if run.seconds else ""
+        speed = f"{run.positions / run.seconds:,.0f} {KINDS[run.kind].positions}/s, " if run.seconds else ""
         lines = [f"{run.out}: {run.steps} steps ({speed}{run.waiting:.1%} of the time waiting for data)"]
         lines += [f"note: {note}" for note in run.notes]
         columns: dict[str, Mapping[str, float]] = {}
@@ -119,7 +121,7 @@ class MutualReport:
                 columns[f"{name} alone"] = one.control.evaluation
         if any(columns.values()):
             columns[ENSEMBLE] = self.ensemble
-            names = [name for name in self.ensemble if all(name in column for column in columns.values())]
+            names = [name for name in distinct(columns.values()) if all(name in column for column in columns.values())]
             rows = [[name, *(measure_text(column[name]) for column in columns.values())] for name in names]
             lines += format_table([["held out", *columns], *rows])
             lines += about_evaluation(run)

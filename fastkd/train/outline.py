@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..settings import TrainSettings
+from ..utils.words import EXAMPLES, TEXT, Words
 
 FEW_STEPS = 50
 """With fewer steps, a student has hardly begun to learn, and a comparison says little."""
@@ -21,7 +22,14 @@ class HeldOutSize(NamedTuple):
     documents: int | None = None
     unit: str = "document"
 
+    @property
+    def words(self) -> Words:
+        """The words for its data."""
+        return EXAMPLES if self.unit == "example" else TEXT
+
     def __str__(self) -> str:
+        if self.words is not TEXT:
+            return self.words.counted(self.positions, self.windows, before="held-out")
         parts = [] if self.documents is None else [_count(self.documents, f"held-out {self.unit}")]
         if self.unit == "document" or self.documents is None:
             parts.append(_count(self.windows, "window" if parts else "held-out window"))
@@ -113,9 +121,12 @@ def outline_of(
     `Outline`; with neither of the first two, it is evaluated by a function of the caller."""
     steps = steps_of(settings, per_epoch)
     every = 0 if why else evaluate_every_of(settings, steps)
-    batch = f"about {settings.batch_tokens:,} positions" if settings.batch_tokens is not None else "its own size"
+    words = TEXT if held_out is None else held_out.words
+    batch = (
+        f"about {settings.batch_tokens:,} {words.positions}" if settings.batch_tokens is not None else "its own size"
+    )
     if settings.batch_size is not None:
-        batch = _count(settings.batch_size, "sequence")
+        batch = _count(settings.batch_size, "sequence" if words is TEXT else words.window)
     why = why or ("evaluate_every is 0" if not every else "")
     return Outline(steps, per_epoch, batch, every, held_out, why, tuple(doubts))
 

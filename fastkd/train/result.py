@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache.reader import Cache
+from ..evaluate.measures import distinct
 from ..models.adapters import is_wrapped, save_adapter
 from ..models.hub import ModelFiles
 from ..models.tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from ..utils.intervals import NO_INTERVAL
 from ..utils.numbers import difference_text, measure_text
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
+from ..utils.words import KINDS
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import written_by_fastkd
 from .lora import describe_adapters
@@ -55,7 +57,8 @@ class TrainReport:
     there are none, or "". held_out: documents, windows and positions that it was evaluated on. stopped_worse: the
     comparison that ended the training before its last step (`stop_if_worse`), None if there was none. unfinished: what
     else the same call again has to do, as shards of a cache that is written; or "". pushed: the URL that the student
-    was uploaded to; push_failed: why it was not; None if it was not to be, or not yet.
+    was uploaded to; push_failed: why it was not; None if it was not to be, or not yet. kind: of the data; see
+    `fastkd.utils.words`.
     """
 
     out: str
@@ -80,6 +83,7 @@ class TrainReport:
     unfinished: str = ""
     pushed: str | None = None
     push_failed: str | None = None
+    kind: str = "text"
 
     @property
     def arms(self) -> "dict[str, TrainReport]":
@@ -108,6 +112,8 @@ class TrainReport:
         for name in ("unfinished", "pushed", "push_failed", "not_compared", "held_out"):
             if not found[name]:
                 del found[name]
+        if self.kind == "text":
+            del found["kind"]
         found |= {"complete": self.complete} | {name: arm.to_json() for name, arm in self.arms.items()}
         if self.control is not None:
             theirs = self.control.evaluation
@@ -125,7 +131,8 @@ def report_of(report: TrainReport) -> str:
     if not report.complete:
         part = next((arm for arm in report.arms.values() if not arm.complete), report)
         return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
-    speed = f"{report.positions / report.seconds:,.0f} positions/s, " if report.seconds else ""
+    positions = KINDS[report.kind].positions
+    speed = f"{report.positions / report.seconds:,.0f} {positions}/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.step} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
     if report.stopped_worse is not None:
         lines.append(f"stopped after step {report.step} of {report.steps}: {report.stopped_worse.sentence()}")
@@ -139,7 +146,7 @@ def report_of(report: TrainReport) -> str:
         if report.stopped_worse is not None:  # the control went on
             both = {STUDENT: report.step, CONTROL: report.steps}
             columns = {f"{name}, step {both[name]}" if name in both else name: c for name, c in columns.items()}
-        names = dict.fromkeys(name for column in columns.values() for name in column)
+        names = distinct(columns.values())
         rows = [[n, *(measure_text(c.get(n)) for c in columns.values())] for n in names]
         heads = ["held out", *columns]
         if report.control:  # after the control
@@ -177,9 +184,8 @@ def about_evaluation(report: TrainReport) -> list[str]:
         parts.append(f"measured on {HeldOutSize(**held)}")
     if CONTROL in report.verdicts:
         known = report.verdicts[CONTROL].overall != NOT_KNOWN
-        parts.append(
-            "differences ± an interval of 95%, paired by window" if known else f"differences have {NO_INTERVAL}"
-        )
+        paired = f"differences ± an interval of 95%, paired by {KINDS[report.kind].window}"
+        parts.append(paired if known else f"differences have {NO_INTERVAL}")
     return ["; ".join(parts)] if parts else []
 
 
@@ -282,7 +288,18 @@ def describe_student(student: Student, size: tuple[int, int]) -> dict[str, Any]:
 def describe_cache(cache: Cache) -> dict[str, Any]:
     spec = cache.spec
     positions, size = (int(cache.manifest.column(name).to_numpy().sum()) for name in ("positions", "bytes"))
-    names = ("vocab_size", "k", "draws", "draw_temperature", "mass", "temperatures", "teacher", "tokenizer", "dataset")
+    names = (
+        "inputs",
+        "vocab_size",
+        "k",
+        "draws",
+        "draw_temperature",
+        "mass",
+        "temperatures",
+        "teacher",
+        "tokenizer",
+        "dataset",
+    )
     return {
         "place": cache.store.describe(),
         "spec": spec.hash,

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import TrainError, WorkRemains
 from ..evaluate.forward import NotFinite
-from ..evaluate.measures import sign_of
+from ..evaluate.measures import distinct, sign_of
 from ..kernels import KDError
 from ..settings import TrainSettings
 from ..stream.batch import BatchSource, Step
@@ -31,6 +31,7 @@ from ..utils.numbers import measure_text
 from ..utils.progress import Mode, Progress, notes_only
 from ..utils.signals import Stop, Stopped
 from ..utils.similar import did_you_mean
+from ..utils.words import TEXT, Words
 from .auto_weight import AutoWeights
 from .beside import check_exports, folders_beside, write_beside
 from .checkpoint import (
@@ -152,6 +153,7 @@ class Trainer:
             self._fingerprint["live"] = {"type": kind, **described}
         if (bind := getattr(source, "bind", None)) is not None:  # a source that asks the student, as for rollouts
             bind(self.student)
+        self._words: Words = getattr(source, "words", TEXT)
         self._evaluate = evaluate
         self._evaluate_every = 0 if evaluate is None else evaluate_every_of(settings, self.steps)
         self._kept_steps = kept_steps(self.steps, self._evaluate_every) if pause is None else pause.at
@@ -270,6 +272,7 @@ class Trainer:
             exported={name: str(path) for name, path in beside.items()} if self.complete else {},
             notes=self.student.notes,
             stopped_worse=self.worse,
+            kind=self._words.kind,
         )
 
     @property
@@ -430,7 +433,7 @@ class Trainer:
             for name in done.parts:
                 self._progress.figure(name, record[name], f"{name} {record[name]:.3f}")
             speed = record["positions_per_second"]
-            self._progress.figure("positions_per_second", speed, f"{speed:,.0f} positions/s")
+            self._progress.figure("positions_per_second", speed, f"{speed:,.0f} {self._words.positions}/s")
 
     def _evaluate_and_save_if_due(self, *, stopped: bool, timed: bool) -> bool:
         """After a step: evaluate, and write a checkpoint, if they are due. Returns whether anything was.
@@ -469,7 +472,7 @@ class Trainer:
         if self._log is not None:
             self._log.write({"step": self.step, "evaluation": found})
         # of what is beside the student (NAME/MEASURE) the deciding measure alone: a line is to be read
-        shown = {key: value for key, value in found.items() if "/" not in key or key.endswith(f"/{name}")}
+        shown = {key: found[key] for key in distinct([found]) if "/" not in key or key.endswith(f"/{name}")}
         measures = ", ".join(f"{key} {measure_text(value)}" for key, value in shown.items())
         self._say(f"step {self.step} of {self.steps}: {measures}")
         self._progress.event("evaluation", step=self.step, measures=dict(found))
@@ -488,6 +491,7 @@ class Trainer:
         found = self._watch.look(self.step, evaluations(), self._looks) if self._processes.first else None
         self.worse = self._processes.gather(found)[0]
         if self.worse is not None:
+            self.worse = replace(self.worse, kind=self._words.kind)
             self._say(f"stopped after step {self.step} of {self.steps}: {self.worse.sentence()}")
 
     def _measures(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from ..evaluate.measures import MEASURES, sign_of
 from ..evaluate.slices import SAYS
 from ..utils.intervals import NO_INTERVAL, TAIL, Interval, to_json
 from ..utils.numbers import difference_text
+from ..utils.words import KINDS, counted
 
 if TYPE_CHECKING:
     from ..evaluate.result import Evaluation
@@ -45,7 +46,7 @@ class Verdict:
     against: the arm's folder. measure: the one that decides. windows: their number. difference: of each measure over
     all positions, with its own interval of 95%. slices: the same within each slice, by name, with intervals that hold
     for all `cells` of them together. step: of both evaluations, if the student was stopped there; else None. looks: for
-    how many comparisons the intervals of `difference` hold together.
+    how many comparisons the intervals of `difference` hold together. kind: of the data; see `fastkd.utils.words`.
     """
 
     against: str
@@ -55,6 +56,7 @@ class Verdict:
     slices: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     step: int | None = None
     looks: int = 1
+    kind: str = "text"
 
     @property
     def cells(self) -> int:
@@ -79,7 +81,7 @@ class Verdict:
         when = f"at step {self.step}, " if self.step is not None else ""
         when += f"95% for all {self.looks} comparisons together, " if self.looks > 1 else ""
         found = self.difference[self.measure]
-        over = f"paired over {self.windows} held-out window{'s' * (self.windows != 1)}"
+        over = f"paired over {counted(self.windows, 'held-out ' + KINDS[self.kind].window)}"
         figure = f"{self.measure} {difference_text(*found)}, {when}{over}"
         figure += "; one seed" if found.known else f"; {NO_INTERVAL}"
         return f"{said or 'against ' + self.against.replace('_', ' ')}: {self.overall} ({figure})"
@@ -106,6 +108,7 @@ class Verdict:
             "measure": self.measure,
             "verdict": self.overall,
             "windows": self.windows,
+            **({} if self.kind == "text" else {"kind": self.kind}),
             **({} if self.step is None else {"step": self.step, "looks": self.looks}),
             "difference": judged(self.difference),
             "cells": self.cells,
@@ -138,7 +141,8 @@ def judge(
     if measure not in difference:
         return None
     windows = sum(one.windows for one in ours)
-    return Verdict(against, measure, windows, difference, _slices(ours, theirs, weights), step, looks)
+    slices = _slices(ours, theirs, weights)
+    return Verdict(against, measure, windows, difference, slices, step, looks, ours[0].kind)
 
 
 def _slices(

@@ -90,7 +90,7 @@ def check_watch(*, control: bool, by_window: bool, measure: str) -> None:
         raise TrainError("stop_if_worse: got no control; expected --control, which the student is compared with.")
     if not by_window:
         raise TrainError(
-            "stop_if_worse: got no evaluations by window; expected those of the held-out split. Capture with documents "
+            "stop_if_worse: got no evaluations of the held-out split; expected some, to be compared. Capture with data "
             "held out, and do not replace the evaluation."
         )
     if measure not in MEASURES or measure == _NOT_SUMMED:

@@ -11,6 +11,7 @@ from typing import Any
 from ..cache.credentials import without_credentials
 from ..cache.provenance import TEXTS
 from .numbers import size_text
+from .words import TEXT, Words, words_of
 
 __all__ = [
     "TEXTS",
@@ -81,9 +82,10 @@ def labelled(label: str, text: str) -> list[str]:
 
 def report_text(report: dict[str, Any]) -> str:
     """The report for a person: at most 80 columns, but for names that cannot be broken."""
+    words = words_of(report["settings"]["inputs"])
     facts = {
         "state": f"{'sealed' if report['sealed'] else 'not sealed'}, format {report['format']}",
-        **_origin(report),
+        **{name: text for name, text in _origin(report).items() if name != "tokenizer" or words.kind == "text"},
         **_settings(report["settings"]),
         **_contents(report),
         "hash": f"spec {report['spec_sha256'][:12]}; all hashes whole: --json",
@@ -94,22 +96,23 @@ def report_text(report: dict[str, Any]) -> str:
         each = report["arrays"]["bytes_per_position"] | {"total": sum(report["arrays"]["bytes_per_position"].values())}
         whole = "all shards" if read == report["shards"] else f"{read} of {report['shards']:,} shards, evenly chosen"
         rows = [[f"  {name}", f"{size:.3f}", f"{size / (each['total'] or 1):.1%}"] for name, size in each.items()]
-        lines += ["", f"Bytes per position, by array (from {whole})", *format_table(rows, gap=4)]
+        lines += ["", f"Bytes per {words.position}, by array (from {whole})", *format_table(rows, gap=4)]
         lines.append("  other: the arrays' names, shapes and codecs; headers")
     if report["mass"]["mean"] is not None:
-        rows = [["Counted positions", *report["mass"]]]
+        rows = [[f"Counted {words.positions}", *report["mass"]]]
         for what, label in (("mass", "mass of the top-k"), ("entropy", "entropy in nats")):
             rows.append([f"  {label}", *("-" if x is None else f"{x:.4f}" for x in report[what].values())])
         lines += ["", *format_table(rows, gap=4)]
-        lines.append("  entropy: with everything outside the top-k entries as one outcome")
+        if not _complete(report["settings"]):
+            lines.append("  entropy: with everything outside the top-k entries as one outcome")
     if report["features"]:
-        lines += ["", *features_lines(report["features"])]
+        lines += ["", *features_lines(report["features"], words)]
     return "\n".join(printable(line) for line in [*lines, "", *_missing(report)])
 
 
-def features_lines(features: dict[str, dict[str, Any]]) -> list[str]:
+def features_lines(features: dict[str, dict[str, Any]], words: Words = TEXT) -> list[str]:
     """A table of the features of a cache, and what each of them lacks."""
-    rows = [["Features", "shape", "step", "positions", "shards", "bytes each", "KL"]]
+    rows = [["Features", "shape", "step", words.positions, "shards", "bytes each", "KL"]]
     notes: list[str] = []
     for name, found in features.items():
         each, kl, shape = found["bytes_per_position"], found["kl"], "x".join(map(str, found["shape"]))
@@ -151,36 +154,50 @@ def _names_first(text: str) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, str]:
-    codec = settings["codec"]
+    codec, words = settings["codec"], words_of(settings["inputs"])
     cut = f", cut at {settings['mass']:g} of the mass" if settings["mass"] and settings["k"] else ""
+    entries, draws = f"k = {settings['k']}{cut}", f"{settings['draws']} at T = {settings['draw_temperature']:g}"
+    if _complete(settings):
+        entries = f"all {settings['vocab_size']:,} {words.outcomes} (k = {settings['k']}), so targets are exact"
+        draws += ", unused: nothing is outside the top-k entries"
     return {
-        "vocabulary": f"{settings['vocab_size']:,}",
-        "top-k entries": f"k = {settings['k']}{cut}" if settings["k"] else "none",
-        "draws": f"{settings['draws']} at T = {settings['draw_temperature']:g}" if settings["draws"] else "none",
+        "vocabulary" if words.kind == "text" else "classes": f"{settings['vocab_size']:,}",
+        "top-k entries": entries if settings["k"] else "none",
+        "draws": draws if settings["draws"] else "none",
         "tails at T =": ", ".join(f"{t:g}" for t in settings["temperatures"]),
         "inputs": ", ".join(settings["inputs"]) or "none",
         "codec": f"{codec['name']} ({codec['compressor']} level {codec['level']}), step {codec['step']:.2g} nats",
     }
 
 
+def _complete(settings: dict[str, Any]) -> bool:
+    """Whether targets hold every outcome."""
+    return bool(settings["k"] >= settings["vocab_size"] and not settings["mass"])
+
+
 def _contents(report: dict[str, Any]) -> dict[str, str]:
     positions, counted = report["positions"], report["counted"]
-    found = {
-        "shards": f"{report['shards']:,}, of up to {report['settings']['shard_positions']:,} positions",
-        "sequences": f"{report['sequences']:,}",
-        "positions": f"{positions:,}",
-    }
-    if (held := report["held_out"])["documents"] is not None:
-        parts = [f"{held[name]:,} {name}" for name in ("documents", "sequences", "positions")]
-        found["held out"] = ", ".join(parts) if held["documents"] else "nothing"
+    words = words_of(report["settings"]["inputs"])
+    found = {"shards": f"{report['shards']:,}, of up to {report['settings']['shard_positions']:,} {words.positions}"}
+    if words.kind == "text":
+        found |= {"sequences": f"{report['sequences']:,}", "positions": f"{positions:,}"}
     else:
+        found["examples"] = words.counted(positions, report["sequences"])
+    if (held := report["held_out"])["documents"] is None:
         found["held out"] = f"not known: {held['why']}"
+    elif not held["documents"]:
+        found["held out"] = "nothing"
+    elif words.kind == "text":
+        found["held out"] = ", ".join(f"{held[name]:,} {name}" for name in ("documents", "sequences", "positions"))
+    else:
+        found["held out"] = words.counted(held["positions"], held["sequences"])
     if positions:
-        found["counted"] = f"{counted:,}, {counted / positions:.1%} of the positions"
-        found["bytes"] = f"{size_text(report['bytes'])}, {report['bytes_per_position']:.1f} per position"
+        if words.kind == "text" or counted != positions:
+            found["counted"] = f"{counted:,}, {counted / positions:.1%} of the {words.positions}"
+        found["bytes"] = f"{size_text(report['bytes'])}, {report['bytes_per_position']:.1f} per {words.position}"
     if counted:
-        each = (report[name] / counted for name in ("head_entries", "draw_entries"))
-        found["entries"] = "{:.2f} top-k and {:.2f} drawn per counted position".format(*each)
+        top_k, drawn = (report[name] / counted for name in ("head_entries", "draw_entries"))
+        found["entries"] = f"{top_k:.2f} top-k and {drawn:.2f} drawn per {words.counted_position}"
     return found
 
 

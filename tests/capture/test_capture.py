@@ -418,7 +418,7 @@ X = {"fingerprint": "x"}
         (
             lambda ids: torch.zeros(*ids.shape, 5),
             {"fingerprint": "x", "vocab_size": 4},
-            "got logits of 5 tokens; expected vocab_size, 4",
+            "got logits of width 5; expected vocab_size, 4",
         ),
     ],
 )

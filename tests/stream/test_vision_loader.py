@@ -158,8 +158,8 @@ def test_another_data_set_is_refused_and_what_differs_named(cache: Cache) -> Non
     no(examples(inputs=images), values)
     no(examples(seed=1), values)
     no(examples(augment=brightened, fingerprint="brighter"), values)
-    no(None, "data: got None for .* of examples that does not contain them")
-    no([1, 2], "data: got list for")
+    no(None, "data: got None with .* of examples, which it does not contain")
+    no([1, 2], "data: got list with")
     no(examples(labels=None), r"data: got no labels, .* labels=")
     no(examples(labels=[CLASSES] * IMAGES), "data: got a label 7; expected classes from 0 to 6")
 
@@ -187,9 +187,9 @@ def failing(images: Tensor, seeds: NDArray[np.int64]) -> Tensor:
 
 
 def test_an_augmentation_that_fails_is_named(cache: Cache) -> None:
-    loader = loader_of(cache, data=examples(augment=failing))  # which lies about which function it is
+    data = examples(augment=failing)  # which lies about which function it is
     with pytest.raises(DataError, match=r"example \d+ .*augment failed: ZeroDivisionError"):
-        list(loader)
+        loader_of(cache, data=data)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_the_outline() -> None:
     assert str(HeldOutSize(1, 1)) == "1 held-out window, 1 position"
     images = HeldOutSize(359, 2872, 359, "example")
     assert HeldOutSize(**images.to_json()) == images
-    assert str(images) == "359 held-out examples, 2,872 positions"
+    assert str(images) == "2,872 held-out copies of 359 examples"
 
 
 def test_doubtful_values(cache: Cache) -> None:

@@ -235,7 +235,7 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     assert last["steps"] == 12
     assert last["difference"].keys() == last["evaluation"].keys()
     assert main(given) == 1
-    assert "data: got None for" in capsys.readouterr().err
+    assert "data: got None with" in capsys.readouterr().err
     assert main([*given, "--data", "vision_cases:CLASSES"]) == 1
     assert "the function raised TypeError" in capsys.readouterr().err
     assert main([*given, "--data", "images.parquet"]) == 1

@@ -9,10 +9,10 @@ from ..runs import Comparison, Run
 
 POSITION = 20
 _LOSSES = (
-    ("loss", "Training loss", "nats per position",
+    ("loss", "Training loss",
      "The minimized loss: α · hard + (1 − α) · T² · soft. Runs of different α or T: compare the parts."),
-    ("soft", "Soft loss", "nats per position", "Divergence from the teacher; lower is better."),
-    ("hard", "Hard loss", "nats per position", "Cross-entropy on the labels of the training data; lower is better."),
+    ("soft", "Soft loss", "Divergence from the teacher; lower is better."),
+    ("hard", "Hard loss", "Cross-entropy on the labels of the training data; lower is better."),
 )  # fmt: skip
 _SCHEDULES = (
     ("rate", "Learning rate", "learning rate"),
@@ -25,10 +25,11 @@ _SCHEDULES = (
 def build(comparison: Comparison) -> Section:
     """All curves that were logged."""
     charts: list[Chart] = []
-    for name, title, unit, caption in _LOSSES:
+    for name, title, caption in _LOSSES:
         if lines := _logged(comparison, name):
+            unit = f"nats per {comparison.words.position}"
             charts.append(Chart(f"training-{name}", title, caption, "step", unit, lines))
-    for measure in MEASURES.values():
+    for measure in (one for one in MEASURES.values() if one.name in comparison.measures):
         lines = [line for run, series in comparison.students for line in _held_out(run, series, measure)]
         if any(len(line.x) > 1 for line in lines):  # of one evaluation, the table above has all
             caption = f"Held out; {measure.better} is better."
@@ -67,8 +68,10 @@ def _held_out(run: Run, series: Series, measure: Measure) -> list[Line]:
 
 def _teacher_level(comparison: Comparison, measure: Measure) -> tuple[float, str] | None:
     found = comparison.evaluation.teacher_intervals() if comparison.evaluation is not None else {}
-    bound = measure.name == "cross_entropy"
-    key, name = ("cross_entropy_at_least", "teacher, at least") if bound else (measure.name, "teacher")
+    key, name = measure.name, "teacher"
+    if measure.name == "cross_entropy":
+        exact = "label_known" in found and found["label_known"].mean == 1
+        key, name = "cross_entropy_at_least", "teacher" if exact else "teacher, at least"
     return (measure.scale * found[key].mean, name) if key in found else None
 
 

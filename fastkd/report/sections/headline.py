@@ -26,7 +26,9 @@ def build(comparison: Comparison) -> Section | None:
             more = f"{VERDICTS[tone]}: {difference}{' points' if unit else ''} against the control"
         elif run.control is not None and not pairs and key in run.control.measures:
             more = f"control: {cell(measure, run.control.measures).text}{unit}"
-        cards.append(Card(measure.label, mean + unit, more, tone))
+        # exact, it is the same by any treatment of the tail
+        label = measure.short if key == "kl_bucket" and comparison.exact else measure.label
+        cards.append(Card(label, mean + unit, more, tone))
     if run.waiting is not None:
         cards.append(Card("waiting for data", percent(run.waiting, 2), "of the training time; lower is better"))
     return Section(run.name if len(comparison.runs) > 1 else "", [Cards(cards)]) if cards else None

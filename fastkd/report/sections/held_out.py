@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from ...evaluate.measures import Measure
+from ...evaluate.measures import Measure, about
 from ...utils.intervals import NO_INTERVAL
 from ...utils.numbers import THIN, decimals, figures, percent, prefixed, with_half
 from ..measures import MEASURES, PERPLEXITY, cell, column, perplexity
@@ -17,7 +17,8 @@ _ITSELF = {"kl_bucket": "0", "kl_sampled": "0", "agreement": "100"}  # of the te
 def build(comparison: Comparison) -> Section:
     """The table of measures, the table of differences, and notes on how to read them."""
     students = comparison.students
-    known = [m for m in MEASURES.values() if any(m.name in run.measures for run, _ in students)]
+    known = [m for m in MEASURES.values() if m.name in comparison.measures]
+    words = comparison.words
     if not known:
         return Section("Held-out data", [Paragraph("These runs have no evaluation.")])
     rows = [*_teachers(comparison, known)]
@@ -27,11 +28,11 @@ def build(comparison: Comparison) -> Section:
             speed = finite(run.evaluation.positions_per_second)
         cells = [*_size(run, "student", speed), *(cell(m, run.measures) for m in known), perplexity(run.measures)]
         rows.append(Row(run.name, cells, series=series))
-    columns = [Column("parameters"), Column("size"), Column("speed", "positions/s ↑")]
+    columns = [Column("parameters"), Column("size"), Column("speed", f"{words.positions}/s ↑")]
     found, caption = comparison.evaluation, ""
     if found is not None:
         which = "that no student was trained on" if found.split == "held_out" else f"of the split {found.split!r}"
-        caption = f"{decimals(found.count)} positions in {decimals(found.windows)} windows {which}."
+        caption = f"{found.words.counted(found.count, found.windows, number=decimals)} {which}."
         documents = comparison.runs[0].number("report", "held_out", "documents")
         if documents is not None and comparison.runs[0].part("report", "held_out", "unit") is None:  # else: windows
             caption = f"{decimals(documents)} documents: {caption}"
@@ -41,7 +42,7 @@ def build(comparison: Comparison) -> Section:
     if differences := _differences(comparison, known):
         blocks.append(differences)
     elif len(students) > 1:
-        text = "Differences have no intervals here: they need an evaluation.json of each run, of the same windows."
+        text = "Differences have no intervals here: they need an evaluation.json of each run, of the same data."
         blocks.append(Paragraph(text, aside=True))
     blocks.append(Notes(_notes(comparison, known), "How to read these numbers, and which of them are bounds"))
     return Section("Held-out data", blocks)
@@ -63,10 +64,11 @@ def _teachers(comparison: Comparison, known: Sequence[Measure]) -> Iterator[Row]
         least = found["cross_entropy_at_least"]
         mean, half = with_half(*least)
         fixed = {name: Cell(text, tone="aside") for name, text in _ITSELF.items()}
-        fixed["cross_entropy"] = Cell(f"≥{THIN}{mean}", f"±{THIN}{half}" if half else "")
+        bound = "" if found["label_known"].mean == 1 else f"≥{THIN}"
+        fixed["cross_entropy"] = Cell(f"{bound}{mean}", f"±{THIN}{half}" if half else "")
         cells = _size(run, "teacher", run.number("teacher", "positions_per_second"))
         cells += [fixed.get(m.name) or cell(m, found) for m in known]
-        cells.append(Cell(f"≥{THIN}{figures(math.exp(min(least.mean, 700.0)))}"))
+        cells.append(Cell(f"{bound}{figures(math.exp(min(least.mean, 700.0)))}"))
         yield Row("teacher", cells, note="from its targets", series=Series("teacher", None))
 
 
@@ -83,18 +85,19 @@ def _differences(comparison: Comparison, known: Sequence[Measure]) -> Table | No
                 rows.append(Row(run.name, cells, f"against {name}", series))
     if not rows:
         return None
+    words = comparison.words
     caption = (
-        "Paired over windows: what makes a window hard for every student cancels. A difference smaller than its 95% "
-        "interval is no difference. Each student is one training run: these intervals do not include the effect of "
-        "another seed."
+        f"Paired over {words.windows}: what makes {words.one('window')} hard for every student cancels. A difference "
+        "smaller than its 95% interval is no difference. Each student is one training run: these intervals do not "
+        "include the effect of another seed."
     )
     return Table("difference", [column(m) for m in known], rows, caption)
 
 
 def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, str]]:
     """The meaning of the columns, and which numbers are bounds."""
-    notes = [("±, ranges", "95% intervals; windows are the independent units.")]
-    notes += [(m.short, m.about) for m in known]
+    notes = [("±, ranges", f"95% intervals; {comparison.words.windows} are the independent units.")]
+    notes += [(m.short, about(m, comparison.words, exact=comparison.exact)) for m in known]
     evaluation = comparison.evaluation
     if evaluation is None:
         return notes
@@ -108,6 +111,9 @@ def _notes(comparison: Comparison, known: Sequence[Measure]) -> list[tuple[str, 
         "their exact probability; any other label has at most the mass outside the entries, so the cross-entropy is a "
         "lower bound (≥). Its divergence from itself is 0."
     )
+    if comparison.exact:
+        text = f"Its targets hold every {comparison.words.outcome}: all is exact. Its divergence from itself is 0."
+        return [*notes, ("teacher", text), speed]
     if "entropy_at_least" in found:
         low, high = (figures(found[f"entropy_at_{end}"].mean) for end in ("least", "most"))
         text += (

@@ -7,15 +7,16 @@ from ..page import Cell, Column, Row, Section, Table
 from ..runs import Comparison, Run, finite
 
 POSITION = 30
-_COLUMNS = (
-    Column("steps"), Column("positions"), Column("speed", "positions/s ↑, median"),
-    Column("waiting", "share of time ↓"), Column("time"), Column("hardware", text=True),
-)  # fmt: skip
 
 
 def build(comparison: Comparison) -> Section | None:
     """A row per student."""
     rows: list[Row] = []
+    positions_name = comparison.words.positions
+    columns = (
+        Column("steps"), Column(positions_name), Column("speed", f"{positions_name}/s ↑, median"),
+        Column("waiting", "share of time ↓"), Column("time"), Column("hardware", text=True),
+    )  # fmt: skip
     for run, series in comparison.students:
         if not run.steps:
             continue
@@ -30,7 +31,7 @@ def build(comparison: Comparison) -> Section | None:
         ]
         rows.append(Row(run.name, [Cell(text) for text in cells], series=series))
     caption = "Waiting: share of a step's time in which the next batch was not ready; the target is below 1%."
-    return Section("Training speed", [Table("", _COLUMNS, rows, caption)]) if rows else None
+    return Section("Training speed", [Table("", columns, rows, caption)]) if rows else None
 
 
 def _hardware(run: Run) -> str:

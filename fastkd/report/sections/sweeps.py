@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-from ...evaluate.measures import MEASURES, SWEEP, Measure, printed_in
+from ...evaluate.measures import MEASURES, SWEEP, Measure, distinct, printed_in
 from ...utils.numbers import THIN, figures, with_half
 from ..measures import VERDICTS, column, verdict
 from ..page import (
@@ -97,7 +97,8 @@ def _mean(values: Sequence[float], measure: Measure) -> tuple[str, str]:
 
 def _table(sweep: Sweep, series: Mapping[str, Series]) -> Table:
     """A row for each arm: its measures, the distance to the best, and to hard labels alone."""
-    known = [measure for measure in _SHOWN if any(measure.name in arm.values for arm in sweep.arms)]
+    names = distinct({name: fmean(found) for name, found in arm.values.items() if found} for arm in sweep.arms)
+    known = [measure for measure in _SHOWN if measure.name in names]
     decides = MEASURES.get(sweep.measure)
     controls = {arm.name: control for arm in sweep.arms if (control := sweep.control_of(arm)) is not None}
     columns = [*(column(measure) for measure in known), Column("behind the best", decides.unit if decides else "")]
@@ -114,8 +115,8 @@ def _table(sweep: Sweep, series: Mapping[str, Series]) -> Table:
         )
     caption = (
         "Held out. Means over the seeds, ± the standard deviation between them. Distances with intervals of 95%, over "
-        "seeds or over windows, whichever is wider; each pair by itself, so that the best of many looks better than it "
-        "is. With one seed there is no interval."
+        "seeds or over held-out data, whichever is wider; each pair by itself, so that the best of many looks better "
+        "than it is. With one seed there is no interval."
     )
     return Table("arm", columns, rows, caption)
 

@@ -1,15 +1,18 @@
 """Whether a student is better than what was trained beside it: by measure and by slice of positions, and over steps."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 
 from ...errors import StreamError
 from ...evaluate.api import Evaluation, compare
+from ...evaluate.measures import distinct
 from ...evaluate.slices import SAYS
 from ...train.arms import CONTROL, WITHOUT_FEATURES
 from ...train.verdict import EVEN, HELPED, HURT, LEAST_WINDOWS, NOT_KNOWN, Verdict, judge, verdict
 from ...utils.intervals import Interval
 from ...utils.numbers import THIN, decimals, percent, with_half
+from ...utils.words import counted
 from ..measures import MEASURES, TONES, column
 from ..page import UNKNOWN, Block, Cell, Chart, Charts, Line, Paragraph, Row, Section, Series, Table
 from ..runs import Comparison, Run
@@ -32,7 +35,7 @@ def build(comparison: Comparison) -> Section | None:
             asked += [_ASKED[folder]] * (_ASKED[folder] not in asked)
             found = _judged(folder, run, other)
             if found is None or not run.evaluations:
-                text = f"{run.name}: not known; both need an evaluation.json, of the same windows."
+                text = f"{run.name}: not known; both need an evaluation.json, of the same data."
                 if why := run.part("report", "not_compared"):
                     text = f"{run.name}: not compared: {why}"
                 blocks.append(Paragraph(text))
@@ -57,7 +60,7 @@ def _judged(against: str, run: Run, other: Run) -> Verdict | None:
     try:
         for measure in (best, "cross_entropy"):
             if (found := judge(against, ours, theirs, run.shares[: len(ours)], measure, step=when)) is not None:
-                return found
+                return replace(found, kind=run.words.kind)
     except StreamError:
         pass
     return None
@@ -97,35 +100,38 @@ def _curves(name: str, folder: str, run: Run, other: Run, lines: tuple[Series, S
         Chart(f"both-{where}", title, f"Solid: the student; dashed: {against}; {measure.better} is better.", "step",
               f"{measure.short}, {measure.unit}", both),
         Chart(f"difference-{where}", f"Student minus {against}: {measure.short}",
-              f"Paired over windows, with its interval of 95% at each evaluation; {measure.better} is better.",
-              "step", f"difference, {measure.unit}", [difference], (0.0, "no difference")),
+              f"Paired over {run.words.windows}, with its interval of 95% at each evaluation; {measure.better} is "
+              "better.", "step", f"difference, {measure.unit}", [difference], (0.0, "no difference")),
     ]  # fmt: skip
 
 
 def _heat_map(found: Verdict, evaluations: Sequence[Evaluation]) -> Table:
     """A row for all positions, and one for each slice; a column for each measure."""
-    known = [measure for measure in MEASURES.values() if measure.name in found.difference]
-    first = f"{found.windows} windows; each interval by itself"
-    rows = [Row("all positions", [_cell(found.difference, m.name) for m in known], first, marked=True)]
+    names = distinct({name: value.mean for name, value in one.intervals().items()} for one in evaluations)
+    known = [measure for measure in MEASURES.values() if measure.name in found.difference and measure.name in names]
+    words = evaluations[0].words
+    first = f"{counted(found.windows, words.window)}; each interval by itself"
+    rows = [Row(f"all {words.positions}", [_cell(found.difference, m.name) for m in known], first, marked=True)]
     for name, cells in found.slices.items():
         held = sum(float(one.slices[name].counts.sum()) for one in evaluations if name in one.slices)
-        share = percent(held / sum(one.count for one in evaluations))
-        rows.append(Row(SAYS.get(name, name), [_cell(cells, m.name) for m in known], f"{share} of the positions"))
+        share = f"{percent(held / sum(one.count for one in evaluations))} of the {words.positions}"
+        rows.append(Row(SAYS.get(name, name), [_cell(cells, m.name) for m in known], share))
     caption = (
         f"The student minus {'its control' if found.against == CONTROL else 'the same without features'}, paired over "
-        "windows. Blue ▲: better; orange ▼: worse; the darker, the more intervals the difference is away from zero. "
+        f"{words.windows}. Blue ▲: better; orange ▼: worse; the darker, the more intervals the difference is away from "
+        "zero. "
     )
     if found.cells:
         caption += (
-            f"All positions: intervals of 95% each; {found.measure} decides. Slices: {found.cells} cells, whose "
-            f"intervals of 95% hold for all of them together (Bonferroni); slices in fewer than {LEAST_WINDOWS} "
-            "windows are left out. Slices follow the teacher's cached targets: whether its best token is the label, "
-            "its entropy (nats), and its probability of the label. "
+            f"All {words.positions}: intervals of 95% each; {found.measure} decides. Slices: {found.cells} cells, "
+            f"whose intervals of 95% hold for all of them together (Bonferroni); slices in fewer than {LEAST_WINDOWS} "
+            f"{words.windows} are left out. Slices follow the teacher's cached targets: whether its best "
+            f"{words.outcome} is the label, its entropy (nats), and its probability of the label. "
         )
     caption += (
         "One training each: the intervals do not include the effect of another seed. Repeat a close one with others."
     )
-    return Table("positions", [column(m) for m in known], rows, caption)
+    return Table(words.positions, [column(m) for m in known], rows, caption)
 
 
 def _cell(found: Mapping[str, Interval], name: str) -> Cell:
