@@ -20,27 +20,30 @@ def sections(text: str, names: set[str], title: str = "Args") -> str:
     """
     found = []
     for paragraph in re.split(r"\n{2,}", text):
-        before, entries = _entries(paragraph, names)
-        found += [part for part in (before, _section(entries, title) if entries else "") if part]
+        before, entries, after = _entries(paragraph, names)
+        found += [part for part in (before, _section(entries, title) if entries else "", after) if part]
     return "\n\n".join(found)
 
 
-def _entries(paragraph: str, names: set[str]) -> tuple[str, list[tuple[list[str], str]]]:
-    """What the paragraph says of each group of names, and what comes before the first of them."""
+def _entries(paragraph: str, names: set[str]) -> tuple[str, list[tuple[list[str], str]], str]:
+    """What the paragraph says of each group of names, and what comes before and after."""
     before: list[str] = []
     entries: list[tuple[list[str], str]] = []
-    for line in paragraph.split("\n"):
+    lines = paragraph.split("\n")
+    for number, line in enumerate(lines):
         start = re.match(rf"({_WORDS})( `\[[^:]*)?: (.*)", line)
         if start and (entries or _known(start[1], names)):  # further ones may be inherited
             shape, said = (start[2] or "").strip(), start[3]
             entries += _split(start[1], f"{shape}. {said[:1].upper()}{said[1:]}" if shape else said, names)
+        elif entries and line[:1].isupper() and lines[number - 1].endswith("."):  # a sentence about all of it
+            return "\n".join(before), entries, "\n".join(lines[number:])
         elif entries:
             # a further line may begin another explanation in its middle
             last, said = entries.pop()
             entries += _split(", ".join(last), f"{said} {line.strip()}", names)
         else:
             before.append(line)
-    return "\n".join(before), entries
+    return "\n".join(before), entries, ""
 
 
 def _split(group: str, said: str, names: set[str]) -> list[tuple[list[str], str]]:
