@@ -179,8 +179,8 @@ class Comparison:
     @property
     def exact(self) -> bool:
         """Whether the targets of all students hold every outcome; see `Evaluation.exact`."""
-        found = [one for run in self.trainings for one in (run.evaluations or [None])]
-        return bool(found) and all(one is not None and one.exact for one in found)
+        each = [run.evaluations for run in self.trainings]
+        return bool(each) and all(found and all(one.exact for one in found) for found in each)
 
     @property
     def evaluation(self) -> Evaluation | None:
