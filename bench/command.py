@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkd.bench.suites import SUITES, RunConfig, Suite, listing, named
-from fastkd.errors import BenchError
+from fastkd.errors import BenchError, ReportError
+from fastkd.utils.output_guard import check_file
+from fastkd.utils.packages import PAGES, check_packages
 
 if TYPE_CHECKING:
     from fastkd.bench.settings import BenchSettings
@@ -21,6 +23,7 @@ def bench(command: "BenchSettings") -> tuple[str, int]:
         raise BenchError("--runs, --rounds: got a number below 1; expected at least 1.")
     if command.against is not None and not command.check:
         raise BenchError("--against: it names the recording that --check compares with; add --check.")
+    _check_outputs(command)
     from fastkd.bench.check import bundled
     from fastkd.bench.run import device_for, run_suites, to_stderr
     from fastkd.bench.table import load, save
@@ -54,6 +57,15 @@ def bench(command: "BenchSettings") -> tuple[str, int]:
         lines.append(f"not quiet: other processes worked during {', '.join(noisy)}; measure again on a quiet machine")
     lines += [f"failed: {', '.join(failed)}"] if failed else []
     return "\n".join(lines), 1 if failed or worse else 0
+
+
+def _check_outputs(command: "BenchSettings") -> None:
+    """Raise BenchError or ReportError, before anything is measured, for files that could not be written at the end."""
+    for name in ("json", "markdown", "page"):
+        if (path := getattr(command, name)) is not None:
+            check_file(path, f"--{name}", BenchError)
+    if command.page is not None:
+        check_packages(PAGES, "report", "--page", ReportError)
 
 
 def _written(command: "BenchSettings", found: "list[Recording]") -> list[str]:

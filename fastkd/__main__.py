@@ -12,7 +12,8 @@ LONG = ("capture", "train", "mutual", "sweep", "generations", "mix-targets", "ex
 
 # until the command has its own handler: a signal must not raise anything in the imports
 _interrupt = signal.getsignal(signal.SIGINT)
-if sys.argv[1:2] and sys.argv[1] in LONG:
+_resumes = sys.argv[1:2] != [] and sys.argv[1] in LONG and "--dry-run" not in sys.argv
+if _resumes:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(75))
 elif _interrupt is signal.default_int_handler:  # not if it is ignored, as of a job in the background
@@ -25,7 +26,7 @@ from .utils.signals import end, final  # noqa: E402
 
 def run() -> NoReturn:
     """Run the command and exit with its status."""
-    if _interrupt is signal.default_int_handler and not (sys.argv[1:2] and sys.argv[1] in LONG):
+    if _interrupt is signal.default_int_handler and not _resumes:
         signal.signal(signal.SIGINT, _interrupt)
     final()
     sys.excepthook = _show

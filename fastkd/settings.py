@@ -432,8 +432,9 @@ class TrainSettings:
     """Steps between checkpoints. Default: only checkpoint_minutes applies."""
     checkpoint_minutes: float = 15.0
     """Minutes between checkpoints."""
-    keep: int = 2
-    """Number of most recent checkpoints to keep, in addition to the best."""
+    keep: int | None = None
+    """Number of most recent checkpoints to keep, in addition to the best. Default: 2 while it trains, and once it is
+    finished the weights alone of the last and the best one."""
     export: Literal["last", "best"] = "last"
     """Checkpoint whose weights become the result."""
     export_teacher: bool = False

@@ -163,7 +163,7 @@ class TrainChanges(TypedDict, total=False):
     best: str
     checkpoint_every: int | None
     checkpoint_minutes: float
-    keep: int
+    keep: int | None
     export: Literal["last", "best"]
     export_teacher: bool
     export_exit: int | None

@@ -1,17 +1,15 @@
 """Before the first shard: a capture's window plan and the spec of its cache, and whether it may continue a cache."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheError, CacheSpec, NotFound, StoreError
-from ..cache.capture_plan import PLAN_KEY, CapturePlan, read_capture_plan
+from ..cache import CacheError, CacheSpec, NotFound
+from ..cache.capture_plan import PLAN_KEY
 from ..cache.credentials import without_credentials
-from ..cache.manifest import read_spec
 from ..cache.provenance import Identity, Provenance
 from ..cache.spec import differences
 from ..cache.stores import Store
@@ -23,10 +21,9 @@ from ..settings import CaptureSettings
 from ..teachers.protocol import Teacher
 from ..utils.secrets import masked
 from .claims import Claims, wait_for
+from .existing import DELETE, differing, existing_plan, existing_spec, plan_differences, refusal, text_provenance
 from .rows import TEXT
 from .window_plan import VERSION, WindowPlan, before_the_floor, cache_spec, make_window_plan, window_plan_settings
-
-_DELETE = "Delete it; it is written again from the same data."
 
 
 def prepare(
@@ -48,22 +45,22 @@ def prepare(
     Raises CacheError if the store holds a cache of another teacher, other data or other settings, naming which.
     """
     dataset = data.fingerprint(progress=progress)
-    there, begun = None if store is None else _existing_plan(store), False
+    there, begun = None if store is None else existing_plan(store), False
     if store is not None and there is not None and there.dataset != dataset:
         # the fingerprint of the data also depends on the tokenizer
-        texts, theirs = provenance_of(teacher, data, dataset).texts(), _existing_spec(store)
+        texts, theirs = provenance_of(teacher, data, dataset).texts(), existing_spec(store)
         names = ("teacher", "tokenizer") if theirs is not None else ()
-        different = _different((name, getattr(theirs, name), texts[name]) for name in names)
+        different = differing((name, getattr(theirs, name), texts[name]) for name in names)
         if not any(text.startswith("tokenizer") for text in different):
-            different += _plan_differences(there, dataset, {})
-        raise _refusal(store, different)
+            different += plan_differences(there, dataset, {})
+        raise refusal(store, different)
     if store is None or claims is None:
         lengths = data.lengths(progress=progress)
     else:
         lengths, begun = _lengths(data, dataset, store, claims, progress=progress, say=say)
     before = there.sha256 if there is not None else None
     if store is not None and there is None and begun and settings.held_out is None:  # its plan may be lost
-        known = _existing_spec(store)
+        known = existing_spec(store)
         before = None if known is None else known.provenance.plan_sha256
     plan = _plan(teacher, data, settings, lengths, dataset, before, progress=progress)
     spec = cache_spec(
@@ -109,16 +106,16 @@ def _plan(
 def write_window_plan(store: Store, plan: WindowPlan) -> None:
     """Write the plan, unless the store has it. CacheError if it has another one, naming what differs."""
     ours = plan.capture_plan()
-    if store.create(PLAN_KEY, ours.to_json()) or (there := _existing_plan(store)) is None or there == ours:
+    if store.create(PLAN_KEY, ours.to_json()) or (there := existing_plan(store)) is None or there == ours:
         return
     if there.sha256 == ours.sha256:
         raise CacheError(
             f"{store.describe()}: {PLAN_KEY}: damaged: got {there.train_shards} training shards of {there.shards}; "
-            f"expected {ours.train_shards} of {ours.shards}. {_DELETE}"
+            f"expected {ours.train_shards} of {ours.shards}. {DELETE}"
         )
     # with the same settings and data, the rules differ
     versions = f"version of the window plan: {there.version} and {VERSION}"
-    raise _refusal(store, _plan_differences(there, plan.dataset, asdict(plan.settings)) or [versions])
+    raise refusal(store, plan_differences(there, plan.dataset, asdict(plan.settings)) or [versions])
 
 
 def read_window_plan(store: Store, spec: CacheSpec) -> tuple[WindowPlan, int]:
@@ -143,28 +140,13 @@ def provenance_of(
     teacher: Teacher, data: Documents | Examples, dataset: str, plan: str | None = None, seed: int | None = None
 ) -> Provenance:
     """The provenance of a cache of this teacher and data. dataset, plan: hashes. seed: of the draws."""
-    text = {} if isinstance(data, Examples) else data.text_settings
-    tokenizer, template = (Identity.of(text[name]) if name in text else None for name in ("tokenizer", "template"))
     return Provenance(
         teacher=Identity.of(without_credentials(teacher.fingerprint)),
-        tokenizer=tokenizer,
-        template=template,
-        loss_on=text.get("loss_on"),
-        text_documents=text.get("text_documents"),
+        **text_provenance(data),
         dataset_sha256=dataset,
         plan_sha256=plan,
         draw_seed=seed,
     )
-
-
-def _existing_plan(store: Store) -> CapturePlan | None:
-    """The plan in the store; None if there is none."""
-    try:
-        return read_capture_plan(store)
-    except StoreError:
-        raise
-    except CacheError as error:
-        raise CacheError(f"{error} {_DELETE}") from error
 
 
 def _lengths(
@@ -212,41 +194,13 @@ def _stored_lengths(store: Store, data: Documents | Examples, dataset: str) -> N
     return lengths
 
 
-def _different(values: Iterable[tuple[str, Any, Any]]) -> list[str]:
-    """The (name, theirs, ours) that differ, as texts."""
-    return [f"{name}: {theirs!r} and {ours!r}" for name, theirs, ours in values if theirs != ours]
-
-
-def _plan_differences(there: CapturePlan, dataset: str, settings: Mapping[str, Any]) -> list[str]:
-    """The differences of the plan in the store from these settings and data."""
-    found = _different((name, there.settings.get(name), value) for name, value in settings.items())
-    data = f"data: sha256 {there.dataset[:12]}… and {dataset[:12]}…"
-    return found if there.dataset == dataset else [*found, data]
-
-
 def _check_same(store: Store, plan: WindowPlan, spec: CacheSpec) -> None:
     """CacheError if the store holds another capture's cache, naming what differs."""
-    theirs = _existing_spec(store)
+    theirs = existing_spec(store)
     if theirs is None or theirs.hash == spec.hash:
         return
-    there = _existing_plan(store)
-    different = _plan_differences(there, plan.dataset, asdict(plan.settings)) if there is not None else []
+    there = existing_plan(store)
+    different = plan_differences(there, plan.dataset, asdict(plan.settings)) if there is not None else []
     # differences of the plan are clearer than those of its hash
     clearer = ("dataset:", "shard_positions:") if different else ()
-    raise _refusal(store, different + [text for text in differences(theirs, spec) if not text.startswith(clearer)])
-
-
-def _existing_spec(store: Store) -> CacheSpec | None:
-    try:
-        return read_spec(store)
-    except CacheError as error:
-        if isinstance(error.__cause__, NotFound):
-            return None
-        raise
-
-
-def _refusal(store: Store, different: list[str]) -> CacheError:
-    return CacheError(
-        f"{store.describe()}: the existing cache was written with other settings (there, and now: "
-        f"{'; '.join(different)}). Write to another folder, or capture with the settings of the existing cache."
-    )
+    raise refusal(store, different + [text for text in differences(theirs, spec) if not text.startswith(clearer)])

@@ -30,7 +30,7 @@ from ..utils.words import KINDS, counted
 from .claims import Claims
 from .features.prepare import Feature
 from .rows import ShardRows, read_shard_rows
-from .shard_runner import CaptureReport, FeatureReport, ShardRunner, ShardTask, missing_shards
+from .shard_runner import CaptureReport, FeatureReport, LostWork, ShardRunner, ShardTask, missing_shards
 from .teacher_pass import TeacherPass
 from .window_plan import WindowPlan
 
@@ -155,6 +155,9 @@ class CaptureRunner(ShardRunner):
                 self._submit(shard, rows, *made)
             self._collect(wait=True)
         except Stopped:
+            if self._group_busy:  # in a shard: between two, nothing is lost
+                seconds = time.perf_counter() - self._run_begun
+                self._report = replace(self._report, lost=LostWork(shard.index, self._run_positions, seconds))
             self._group_busy = False
             self._collect(wait=True)
         finally:
@@ -296,6 +299,9 @@ def capture_text(report: CaptureReport) -> str:
         lines.append(f"{report.batches_halved:,} batches did not fit into memory and were halved; this is recorded")
     for index, why in report.failed.items():
         lines.append(f"shard {index} was left: {why}")
+    if report.lost is not None:
+        there = totals["shards"] - sum(last - first + 1 for first, last in report.missing)
+        lines.append(f"{report.lost}; {there:,} shards are kept")
     if not report.complete:
         lines.append("Run the same command again to continue.")
     return "\n".join(printable(line) for line in lines)

@@ -3,16 +3,18 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from ..cache.stores import open_store
 from ..data.documents import Documents, describe_documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples, as_examples
+from ..data.sources import open_source
 from ..kernels import prepare_topk
-from ..settings import CaptureSettings
+from ..settings import CaptureSettings, DataSettings, ModelSettings
 from ..settings_changes import CaptureChanges, changed
-from ..teachers.load import as_data, as_teacher
+from ..teachers.load import as_data, as_teacher, named_tokenizer
 from ..teachers.tensor_parallel import ParallelGroup, rank_and_world_size
 from ..utils.output_guard import check_store
 from ..utils.progress import MODES, Mode, is_shown, notes_only
@@ -21,6 +23,7 @@ from ..utils.words import words_of
 from .answers import check_limits, large_k_text
 from .begin import begin_cache
 from .claims import Claims
+from .existing import check_continues
 from .feature_places import find_places
 from .features.prepare import check_existing, check_sizes
 from .prepare import prepare
@@ -65,15 +68,23 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         if not callable(progress) and progress not in MODES:
             raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
+        # before the teacher, which may have to be loaded
         check_settings(settings)
+        store = open_store(out, create=True)
+        check_store(store)
         data = as_examples(data)
+        if not isinstance(data, (Documents, Examples)):
+            data = open_source(data, column, text_documents)
+        tokenizer = named_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+        if isinstance(teacher, (str, Path)):
+            how: dict[str, Any] = {"loss_on": loss_on, "tokenizer": tokenizer}
+            reading = DataSettings(data=(), **how)
+            check_continues(store, settings, data, teacher=teacher, model=ModelSettings(), data=reading)
         check = partial(check_limits, settings=settings, out=out)
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size, check=check)
         check(model)
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
         places = find_places(model, data, settings.features)
-        store = open_store(out, create=True)
-        check_store(store)
         claims = Claims(store, self._rank, self._world_size)
         words = words_of(EXAMPLE_COLUMNS if isinstance(data, Examples) else ())
         mode = progress if group is None or group.leader else "none"

@@ -1,5 +1,6 @@
 """Capturing one shard: its targets and features, submitted to writers, and the account of what was written."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..teachers.tensor_parallel import ParallelGroup
+from ..utils.numbers import duration
 from ..utils.progress import Progress
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.words import words_of
@@ -38,6 +40,22 @@ class FeatureReport:
 
 
 @dataclass(frozen=True)
+class LostWork:
+    """What a stop has cost: the shard that was open, whose positions are run again by the next call; how many of its
+    positions the teacher had answered, and the seconds that took."""
+
+    shard: int
+    positions: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"stopped in shard {self.shard}: {self.positions:,} positions of it, {duration(self.seconds)} of work, are "
+            "not kept, and will be run again"
+        )
+
+
+@dataclass(frozen=True)
 class CaptureReport:
     """What a capture did.
 
@@ -45,7 +63,8 @@ class CaptureReport:
     plan: `WindowPlan.counts`. The rest is about this worker in this run: shards_written, positions_written and
     bytes_written of the targets, and features by name; positions_captured, including shards that another worker
     committed first; seconds; teacher_busy, the fraction of them in which the teacher ran; batches_halved, because they
-    did not fit into memory; failed, shards that were left because the teacher did not answer, each with the reason.
+    did not fit into memory; failed, shards that were left because the teacher did not answer, each with the reason;
+    lost, what of an open shard was not kept when it was stopped, None if there was none.
     kind: of the data; see `fastkd.utils.words`.
     """
 
@@ -63,6 +82,7 @@ class CaptureReport:
     features: dict[str, FeatureReport] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     kind: str = "text"
+    lost: LostWork | None = None
 
     @property
     def status(self) -> int:
@@ -70,8 +90,11 @@ class CaptureReport:
         return DONE if self.complete else WORK_REMAINS
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {**asdict(self), "status": self.status}
+        """The report as JSON values; `lost` is there if something was."""
+        found = {**asdict(self), "status": self.status}
+        if self.lost is None:
+            del found["lost"]
+        return found
 
 
 def missing_shards(store: Store, plan: WindowPlan, features: Iterable[Feature]) -> set[int]:
@@ -123,7 +146,8 @@ class ShardRunner:
         self._there: dict[str, set[int]] = {}  # shards that were seen
         self._stored: dict[int, dict[str, int]] = {}  # positions of the submitted features
         self._busy = 0.0
-        self._run_positions = 0  # of the shard that the teacher runs on
+        # of the shard that the teacher runs on: positions that it has answered, and when it began
+        self._run_positions, self._run_begun = 0, 0.0
         reports = {name: FeatureReport(feature.spec.step) for name, feature in self._features.items()}
         counts = plan.counts(text=isinstance(data, Documents))
         self._report = CaptureReport(store.describe(), False, [], counts, features=reports, kind=self._words.kind)
@@ -170,7 +194,7 @@ class ShardRunner:
     def _run(self, shard: ShardTask, rows: ShardRows) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, Codes]]:
         """Run the teacher on a shard: its targets, the parts of halved batches, and the codes of its features."""
         codes = {}
-        self._run_positions = 0
+        self._run_positions, self._run_begun = 0, time.perf_counter()
         for name in shard.features:
             feature = self._features[name]
             mask = stored_rows(rows, feature.spec.positions, feature.spec.seed)

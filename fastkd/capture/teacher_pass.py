@@ -121,16 +121,21 @@ class TeacherPass:
         if collectors:
             taps = Taps(network_of(self.teacher), [collector.place.tap for collector in collectors])
         with nullcontext() if taps is None else taps, self._ahead(source, batches) as ahead:
-            for number, segments in enumerate(batches):
-                sizes = []
-                parts = self._submit_parts(source, segments, taps) if ahead is None else ahead(number, segments)
-                for size, submitted in parts:
-                    sizes.append(size)
-                    if pending is not None:
-                        self._collect(pending, arrays, source)
-                    pending = submitted
-                if len(sizes) > 1:
-                    halved[str(number)] = sizes
+            try:
+                for number, segments in enumerate(batches):
+                    sizes = []
+                    parts = self._submit_parts(source, segments, taps) if ahead is None else ahead(number, segments)
+                    for size, submitted in parts:
+                        sizes.append(size)
+                        if pending is not None:
+                            self._collect(pending, arrays, source)
+                        pending = submitted
+                    if len(sizes) > 1:
+                        halved[str(number)] = sizes
+            except Stopped:
+                if pending is not None:  # it was answered, and is lost with the others
+                    self.on_batch(pending.positions, pending.seconds)
+                raise
             if pending is not None:
                 self._collect(pending, arrays, source)
         return arrays, halved

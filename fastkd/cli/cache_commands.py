@@ -61,6 +61,13 @@ def verify(command: Verify) -> Outcome:
     from ..cache import verify_cache
 
     store = store_of(command.cache)
+    if command.teacher is not None:  # before the shards are read
+        from ..teachers.load import check_teacher_name
+        from ..utils.factories import check_factory
+
+        check_teacher_name(command.teacher, command)
+        if command.examples is not None:
+            check_factory(command.examples, DataError)
     found = verify_cache(store, deep=command.deep, progress=at_terminal())
     if found.ok:
         _check_plan(store, found)

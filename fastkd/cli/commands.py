@@ -125,6 +125,8 @@ class Capture(CaptureSettings, DataSettings, TeacherSettings):
     """With --ray: GPUs of a worker. Default: one if the cluster has any."""
     cpus_per_worker: float = 1.0
     """With --ray: CPUs of a worker."""
+    dry_run: bool = False
+    """Write nothing, and print what `fastkd plan` prints with these options."""
     json: bool = False
     """Print events as JSON lines instead of a progress bar; the last one is the report."""
 
@@ -195,6 +197,9 @@ class Train(ShareSettings, RolloutSettings, LiveSettings, _Training):
     """With --control: train the control first, and end the student's training at an evaluation (from the third on) at
     which it is worse by the measure of --best, beyond an interval of 95% for all evaluations together. It is then
     complete, with what it has come to exported; the same command without this option continues it."""
+    dry_run: bool = False
+    """Write nothing, and print what the training will take: steps, evaluations, memory, hours, what is compared, and
+    files. The student is made, and the first micro-batches are run for some 20 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "suites", "to", "at_most", "drop_every", "features", "columns", "state_dtype", "init", "sample", "classes",
         "deep", "examples", "positions", "drop", "control", "stop_if_worse", "auto", "seeds", "ensemble", "at_once",
         "seconds", "price_per_hour", "weights", "cache_weights", "png", "fetch", "task", "scale", "write_cache",
-        "train_teacher", "list", "full", "rounds", "peers", "check", "against", "use", "page", "markdown", "json",
+        "train_teacher", "list", "full", "rounds", "peers", "check", "against", "use", "page", "markdown", "dry_run",
+        "json",
     ),
     "optimization": (
         "steps", "epochs", "rate", "batch_tokens", "batch_size", "batch_windows", "rate_schedule", "warmup",

@@ -38,10 +38,10 @@ from ..settings import (
     StudentSettings,
     TrainSettings,
 )
-from ..utils.atomic import disk_is_full
+from ..utils.atomic import check_place, disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
-from ..utils.signals import WORK_REMAINS, Stop, Stopped, stopping
+from ..utils.signals import INTERRUPTED, WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.similar import similar_path
 from ..utils.text import printable
 from .cache_commands import export_cache, features, inspect, mix_targets, seal, verify
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
     except KeyboardInterrupt:
-        say("fastkd: interrupted", sys.stderr)
-        return 130
+        say(printable(f"fastkd: {_interrupted(None if given is None else given.command)}"), sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         outcome = _unexpected(error, given.name if given is not None else "")
     if outcome.warning:
@@ -113,6 +113,8 @@ def _run(given: Parsed) -> Outcome:
     """Run a command. Its own errors are outcomes."""
     command = given.command
     try:
+        if getattr(command, "dry_run", False):
+            return _DRY_RUNS[type(command)](command)
         if (long := _LONG.get(type(command))) is None:
             return _COMMANDS[type(command)](command)
         stopped = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
@@ -146,6 +148,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     _note(f"loading {command.teacher}", events=command.json)
     from ..capture.answers import check_limits
     from ..capture.api import capture as run
+    from ..capture.existing import check_continues
     from ..capture.runner import capture_text
     from ..teachers.load import load
 
@@ -157,6 +160,9 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         world_size=command.world_size,
         parallel=command.teacher_parallel,
         progress=shows_progress(json=command.json),
+        before=lambda source: check_continues(
+            store, _capture_settings(command), source, teacher=command.teacher, model=command, data=command
+        ),
         check=lambda teacher: check_limits(teacher, _capture_settings(command), store),
     )
     report = run(
@@ -289,6 +295,47 @@ def train(command: Train, stop: Stop) -> Outcome:
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
     done = {"event": "done", **report.to_json()}
     return Outcome(done, report_of(report), report.status, in_flags(report.push_failed or "", flags("train")))
+
+
+def _train_dry_run(command: Train) -> Outcome:
+    """What the training would take."""
+    from ..train.dry_run import dry_run, dry_run_text
+
+    if command.train_teacher:
+        raise TrainError("dry_run: got it with train_teacher; expected one student. Leave one of them out.")
+    _note(f"loading {command.student}, then running micro-batches of the first step", events=False)
+    found = dry_run(
+        command.student,
+        _training_cache(command),
+        command.out,
+        TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
+        teacher=command.teacher,
+        data=_training_data(command),
+        live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
+        write_cache=command.write_cache,
+        rollouts=_rollouts(command),
+        control=command.control,
+        share=ShareSettings(**{f.name: getattr(command, f.name) for f in fields(ShareSettings)}),
+    )
+    return Outcome(found.to_json(), dry_run_text(found))
+
+
+def _capture_dry_run(command: Capture) -> Outcome:
+    """What `fastkd plan` says of the capture, once its output is known to be possible."""
+    from ..cache import NotFound, open_store
+    from ..capture.existing import check_continues
+    from ..teachers.load import open_data
+
+    try:
+        store = open_store(command.out)
+    except NotFound:  # it would be made
+        check_place(Path(command.out), "out", CacheError)
+    else:
+        check_store(store)
+        source = open_data(command.data, command.column, command.text_documents)
+        check_continues(store, _capture_settings(command), source, teacher=command.teacher, model=command, data=command)
+    same = {f.name for f in fields(Plan)} & {f.name for f in fields(Capture)}
+    return plan(Plan(**{name: getattr(command, name) for name in same}))
 
 
 def _rollouts(command: Train) -> RolloutSettings:
@@ -487,6 +534,7 @@ _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
     ExportCache: export_cache,
     Demo: demo,
 }
+_DRY_RUNS: dict[type, Callable[[Any], Outcome]] = {Capture: _capture_dry_run, Train: _train_dry_run}
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     Doctor: doctor,
     Plan: plan,
@@ -539,6 +587,15 @@ def _unexpected(error: Exception, name: str) -> Outcome:
     text = f"`{command}` failed unexpectedly: {type(error).__name__}" + (f": {said}" if said else "") + "."
     text = masked(text) + (" This is a fault in fastkd." if trace else " FASTKD_TRACEBACK=1 shows the traceback.")
     return Outcome({"error": text}, "", 1, text)
+
+
+def _interrupted(command: Any) -> str:
+    """What is said of a command that was interrupted at once."""
+    if type(command) in _LONG:
+        return f"{command.out}: interrupted. What was finished is kept: run the same command again to resume."
+    if isinstance(command, (Student, Export, DeployReport, Report)) and command.out is not None:
+        return f"interrupted; {command.out} was not written"  # each is written at the end, and whole
+    return "interrupted"
 
 
 def _note(text: str, *, events: bool) -> None:

@@ -16,11 +16,13 @@ from ..deploy.formats import find
 from ..deploy.model import weights_sha256
 from ..deploy.page import ratio_cell
 from ..deploy.result import DeployReport
+from ..errors import ReportError
 from ..models.module import state_sha256
 from ..report.page import UNKNOWN, Cell, Column, Paragraph, Row, Section, Table
 from ..report.runs import in_lines
 from ..utils.atomic import remove_folder
 from ..utils.numbers import THIN, figures, prefixed, with_half
+from ..utils.packages import PAGES, check_packages
 from .artifacts import Json, load_result, save_result
 from .stages import Stages
 
@@ -33,8 +35,9 @@ FOLDER, PAGE, RESULT = "onnx-int8", "deploy.html", "deploy.json"
 
 
 def check_installed() -> None:
-    """Raise ExportError, naming the extra, if the packages of the format are not installed."""
+    """Raise ExportError or ReportError, naming the extra, if packages of the format or of pages are not installed."""
     find(TO)
+    check_packages(PAGES, "report", "The demo's page", ReportError)
 
 
 def deploy_student(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cache import Cache, open_cache
 from ..data.examples import Examples, as_examples
-from ..errors import ExportError
+from ..errors import ExportError, ReportError
 from ..models.module import parameters_and_bytes
 from ..models.tokenizers import load_tokenizer
 from ..report.render import to_html
@@ -21,6 +21,8 @@ from ..settings import DeploySettings, ExportSettings
 from ..settings_changes import DeployChanges, ExportChanges
 from ..stream.split import has_held_out, open_split
 from ..utils.atomic import check_place, write_text
+from ..utils.output_guard import check_file
+from ..utils.packages import PAGES, check_packages
 from ..utils.progress import Mode, is_shown
 from .calibration import Calibration
 from .exported import Exported, read_exported, write_exported
@@ -114,9 +116,8 @@ def deploy_report(
     if not folders:
         raise ExportError("folders: got none; expected the folder of at least one export.")
     page = Path(out) if out is not None else Path(folders[0]).parent / PAGE
-    if page.is_dir():
-        raise ExportError(f"out: got {page}, which is a folder; expected the name of a page, such as {page / PAGE}.")
-    check_place(page, "out", ExportError)
+    check_file(page, "out", ExportError)
+    check_packages(PAGES, "report", "The page", ReportError)
     _check_settings(settings, cache, stored=True)
     data = as_examples(data)
     opened = _opened(cache, data, settings)

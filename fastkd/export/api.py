@@ -12,7 +12,7 @@ from ..utils.numbers import size_text
 from ..utils.progress import Progress
 from ..utils.signals import WORK_REMAINS, Stop
 from .formats import DTYPE, Options, find
-from .ledger import Ledger
+from .ledger import Ledger, check_folder
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def export_cache(
     options = Options(tuple(features), dtype, columns, teacher, settings or ModelSettings())
     options.check(kind, to)
     folder = Path(out)
+    check_folder(folder)
     writer = kind(cache, folder, options)
     ledger = Ledger(folder, {"to": to, "base": cache.spec.hash, **writer.settings})
     shards = list(cache.shards)

@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from ..utils.atomic import read_sealed, write_json
+from ..utils.atomic import check_place, read_sealed, write_json
 
 NAME = "fastkd-export.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ExportError for a folder with other files and no ledger, and one that cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"out: got {folder}, which is a file; expected a folder.")
+    check_place(folder, "out", ExportError)
+    names = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
+    if names and NAME not in names:
+        raise ExportError(f"{folder}: got {names[0]!r}; expected an empty folder, a new one, or that of an export.")
 
 
 class Ledger:
@@ -24,8 +34,7 @@ class Ledger:
         if self._path.exists():
             self._read()
             return
-        if folder.is_dir() and (other := next((p.name for p in sorted(folder.iterdir()) if p.name[0] != "."), None)):
-            raise ExportError(f"{folder}: got {other!r}; expected an empty folder, a new one, or that of an export.")
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
 

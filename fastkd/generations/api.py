@@ -29,6 +29,7 @@ from ..capture.window_plan import DEFAULT_CONTEXT, cache_spec
 from ..capture.window_plan import check_settings as check_capture
 from ..data.documents import Documents
 from ..data.examples import EXAMPLE_COLUMNS, Examples, as_examples
+from ..data.sources import open_source
 from ..errors import TeacherError, TrainError
 from ..evaluate.api import Evaluation, evaluate
 from ..models.adapters import CONFIG
@@ -37,7 +38,7 @@ from ..settings import CaptureSettings, LiveSettings, ModelSettings, TrainSettin
 from ..settings_changes import TrainChanges, changed
 from ..stream.split import has_held_out
 from ..sweep.result import check_finished, read_result
-from ..teachers.load import as_data, as_teacher, load_teacher
+from ..teachers.load import as_data, as_teacher, load_teacher, named_tokenizer
 from ..teachers.protocol import Teacher
 from ..train.api import DEFAULTS, train
 from ..train.batch import with_batch
@@ -49,8 +50,8 @@ from ..train.inputs import inputs_of
 from ..train.lora import without_lora
 from ..train.precision import autocast_of
 from ..train.result import STUDENT, describe_cache
-from ..train.settings_check import check_settings
-from ..train.student import Student, make_student
+from ..train.settings_check import check_best, check_settings
+from ..train.student import Student, check_source, make_student
 from ..utils.atomic import lock, sealed, write_json, writing
 from ..utils.distributed import local_device
 from ..utils.output_guard import check_folder
@@ -116,6 +117,11 @@ def generations(
     )  # fmt: skip
     _check_arguments(count, settings, captured, out, ensemble=ensemble)
     data = as_examples(data)
+    check_best(settings)
+    check_source(student, settings)
+    if not isinstance(data, (Documents, Examples)):
+        data = open_source(data, live.column, live.text_documents)
+    named_tokenizer(None, live.template)
     if isinstance(teacher, (str, Path)):
         first: Teacher = load_teacher(teacher, loading, data)
     else:
@@ -212,10 +218,13 @@ class _Family:
             if arm.cache != self._first:
                 captured = self._as_first()
             with naming(arm.name):
-                complete = capture(
+                report = capture(
                     teacher, self._data, arm.cache, captured, stop=self._stop, progress=self._progress,
                     notes=f"born-again {arm.name}",
-                ).complete  # fmt: skip
+                )  # fmt: skip
+            if report.lost is not None:
+                self._note(f"{arm.name}: {report.lost}")
+            complete = report.complete
         else:
             complete = True
         if not complete or self._stop.asked:

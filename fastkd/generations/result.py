@@ -117,7 +117,10 @@ def make_report(
 def generations_text(report: GenerationsReport) -> str:
     """The students in a table, and which differ from the control and from the one before."""
     if not report.complete:
-        return f"{report.out}: stopped. Run the same command again to resume."
+        return (
+            f"{report.out}: stopped. Finished generations, committed shards and the checkpoint of a training that was "
+            "stopped are kept. Run the same command again to resume."
+        )
     names = distinct({name: value.mean for name, value in member.values.items()} for member in report.members)
     shown = [m for m in printed_in(LOG) if m.name in names]
     columns = {CONTROL: "against the control", BEFORE: "against the generation before"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import NoRun, ReportError
 from ..utils.atomic import write_file
+from ..utils.output_guard import check_file
 from .page import Page, Section
 from .peers import students_of
 from .plots import png
@@ -35,6 +36,8 @@ def make_report(
     """
     if not folders:
         raise NoRun("runs: got none; expected the folder of at least one run.")
+    out = folders[0] / "report.html" if out is None else out
+    check_file(out, "out", ReportError)
     runs: list[Run] = []
     sweeps: list[Sweep] = []
     for folder, name in zip(folders, names_of(folders), strict=True):
@@ -42,7 +45,6 @@ def make_report(
             sweeps.append(read_sweep(folder, name))
         else:
             runs += students_of(read_run(folder, name), folder)
-    out = folders[0] / "report.html" if out is None else out
     flags = ["--png"] * pngs + ["--fetch"] * fetch
     command = command or in_lines(["fastkd", "report", *map(str, folders), "--out", str(out), *flags])
     page = page_of(runs, sweeps, more=more, title=title, command=command, fetch=fetch)

@@ -303,6 +303,11 @@ class ShardSource(ABC):
         """What identifies the sequences of each origin, as JSON; see `ShardTable.describe`."""
         return [table.describe() for table in self._tables]
 
+    @property
+    def positions(self) -> int:
+        """Of all origins together, each read once."""
+        return sum(int(table.positions.sum()) for table in self._tables)
+
     def __iter__(self) -> Iterator[Step]:
         """The steps from the current position to the end of the epoch; then the position is the start of the next."""
         return self.steps(epochs=1)

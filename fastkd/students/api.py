@@ -56,6 +56,8 @@ def student(
     # without a cache, nothing is run
     device = settings.device or ("cuda" if torch.cuda.is_available() and cache is not None else "cpu")
     opened = None if cache is None else cache if isinstance(cache, Cache) else open_cache(cache)
+    if opened is not None and "tokens" not in opened.spec.inputs:
+        raise TrainError(f"cache: got {opened!r}, which is of examples; expected one of text.")
     files = resolve(teacher, settings.revision)
     loading = _Loading(teacher, files, settings, torch.device(device))
     if budget is None:
@@ -167,8 +169,6 @@ def _grid(skeleton: Any, axes: ModelAxes, budget: Budget, sizes: Sizes) -> Grid:
 def _as_student(model: Any, name: str, tokenizer: Tokenizer | None, cache: Cache, settings: StudentSettings) -> Student:
     """The teacher, to be run. Raises TrainError if it does not fit the cache."""
     found = of_transformers(model, name)
-    if "tokens" not in cache.spec.inputs:
-        raise TrainError(f"cache: got {cache!r}, which is of examples; expected one of text.")
     if found.vocab_size != cache.spec.vocab_size:
         raise TrainError(
             f"cache: got {cache!r} with a vocabulary of {cache.spec.vocab_size}; expected {found.vocab_size}, as "

@@ -23,7 +23,8 @@ from ..train.batch import with_batch
 from ..train.begun import begun_with
 from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
-from ..train.student import make_student
+from ..train.settings_check import check_best
+from ..train.student import check_source, make_student
 from ..train.trainer import Diverged
 from ..train.watch import Watch, check_watch
 from ..utils.atomic import lock, write_json, writing
@@ -131,6 +132,8 @@ def sweep(
     if inputs.spec is None:
         raise TrainError("cache: got a batch source; expected a cache, or a mixture of caches.")
     chosen, notes = make_arms(arms, settings, inputs.spec)
+    check_best(settings)
+    check_source(student, settings)
     probe = make_student(student, inputs.spec, settings, data).student
     identity = {"name": probe.name, "parameters": probe.parameters_and_bytes[0]}
     notes += [f"student: {note}" for note in probe.notes]

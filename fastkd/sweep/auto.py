@@ -29,8 +29,8 @@ from ..train.checkpoint import FOLDER
 from ..train.inputs import CacheInputs, inputs_of
 from ..train.outline import steps_of
 from ..train.result import TrainReport, describe_cache
-from ..train.settings_check import check_same, stated
-from ..train.student import make_student
+from ..train.settings_check import check_best, check_same, stated
+from ..train.student import check_source, make_student
 from ..train.trainer import Diverged, Pause
 from ..train.verdict import judge
 from ..utils.atomic import lock, remove_folder, write_json, writing
@@ -93,6 +93,8 @@ def auto_sweep(
     source.close()
     groups = {arm.name: "hard" if arm == hard else arm.of(settings, settings.seed).temperature for arm in chosen}
     rungs = plan_rungs(len(chosen), steps, len(set(groups.values())))
+    check_best(settings)
+    check_source(student, settings)
     probe = make_student(student, inputs.spec, settings, data).student
     notes += [f"student: {note}" for note in probe.notes]
     caches = [(one["spec"], one["positions"]) for one in map(describe_cache, inputs.caches)]
@@ -190,7 +192,7 @@ class Halving:
         self.say.event("note", text=f"{arm.name}: to step {step}")
         pause = Pause(tuple(rung.step for rung in self.rungs), step)
         # checkpoints are those of the rungs: one is enough
-        settings = replace(arm.of(self.settings, self.settings.seed), keep=1)
+        settings = replace(arm.of(self.settings, self.settings.seed), keep=1 if step < last else None)
         try:
             with naming(arm.name):
                 self.reports.append(train(self.student, self.cache, folder, settings, pause=pause, **self.given))

@@ -142,7 +142,10 @@ def _distance(behind: Interval) -> str:
 
 def auto_text(report: AutoReport) -> str:
     if not report.complete:
-        return f"{report.out}: stopped. Run the same command again to resume."
+        return (
+            f"{report.out}: stopped. Finished rungs are kept, and a checkpoint of the training that was stopped. Run "
+            "the same command again to resume."
+        )
     last = {name: d.step for d in report.decisions for name, *_ in d.values}
     rows = [["arm", *(f"step {d.step}" for d in report.decisions), "behind the best"]]
     for name in sorted(last, key=lambda name: (-last[name], [n for n, *_ in _of(report, last[name])].index(name))):

@@ -298,7 +298,10 @@ def window_noise(
 
 def sweep_text(report: SweepReport) -> str:
     if not report.complete:
-        return f"{report.out}: stopped. Run the same command again to resume."
+        return (
+            f"{report.out}: stopped. Finished trainings are kept, and a checkpoint of the one that was stopped. Run "
+            "the same command again to resume."
+        )
     one = distinct({name: arm.mean(name) for name in arm.values} for arm in report.arms)
     names = [m.name for m in printed_in(SHOWN) if m.name in one]
     rows = [["arm", *names, "behind the best"]]

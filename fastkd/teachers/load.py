@@ -14,10 +14,11 @@ from ..data.examples import Examples, as_examples
 from ..data.load import load_documents
 from ..data.sources import open_source
 from ..errors import DataError, TeacherError
+from ..models.hub import ModelFiles, resolve
 from ..models.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from ..settings import DataSettings, ModelSettings
 from ..utils.distributed import local_device
-from ..utils.factories import is_factory, made_by
+from ..utils.factories import check_factory, is_factory, made_by
 from .hf import load_hf
 from .module import ModuleTeacher
 from .protocol import Teacher
@@ -51,19 +52,24 @@ def load(
     world_size: int | None = None,
     parallel: int = 1,
     progress: bool = False,
+    before: Callable[[Any], None] = lambda source: None,
     check: Check = accept,
 ) -> Loaded:
     """A teacher by name (see `TeacherSettings`), and the data that the settings name.
 
     rank, world_size: of this process, as `rank_and_world_size` takes them. parallel: processes per worker.
-    progress: a progress bar on stderr while weights are hashed. check: called with what is declared of the teacher
-    before its weights are loaded, as far as that is known, and with the teacher, before anything is asked of it.
+    progress: a progress bar on stderr while weights are hashed. before: called with the opened data (None without)
+    before the teacher is loaded. check: called with what is declared of the teacher before its weights are loaded, as
+    far as that is known, and with the teacher, before anything is asked of it.
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
     device = local_device(settings.device, TeacherError)
-    # before the teacher, which takes a while: a missing file is reported at once
+    # before the teacher, which takes a while: what is missing is reported at once
     source = None if data is None else open_data(data.data, data.column, data.text_documents)
+    tokenizer = None if data is None else named_tokenizer(data.tokenizer, data.template, settings.trust_remote_code)
+    check_teacher_name(teacher, settings)
+    before(source)
     worker = ParallelGroup(rank, world_size, device=device)
     if parallel > 1:
         worker = join_group(rank, world_size, parallel, device=device.type)
@@ -75,13 +81,34 @@ def load(
     documents = as_data(
         source,
         model,
-        tokenizer=data.tokenizer,
+        tokenizer=tokenizer,
         template=data.template,
         trust_remote_code=settings.trust_remote_code,
         allow_other_tokenizer=data.allow_other_tokenizer,
         loss_on=data.loss_on,
     )
     return Loaded(model, documents, worker)
+
+
+def check_teacher_name(source: str | Path, settings: ModelSettings = DEFAULTS) -> ModelFiles | None:
+    """Raise TeacherError for a name of what cannot be a teacher, as far as can be said without loading it. Returns the
+    files of a model of transformers, and None for other kinds."""
+    if find_loader(str(source)):
+        return None
+    if is_factory(str(source)):
+        check_factory(str(source), TeacherError)
+        return None
+    return resolve(source, settings.revision)
+
+
+def named_tokenizer(name: Any, template: str | Path | None = None, trust_remote_code: bool = False) -> Tokenizer | None:
+    """The tokenizer of this name; None for None. DataError if there is no such template, TeacherError if there is no
+    such tokenizer."""
+    if template is not None and not Path(template).is_file():
+        raise DataError(f"template: got {template}; expected the file of a chat template, and there is none.")
+    if name is None or isinstance(name, Tokenizer):
+        return name
+    return load_tokenizer(name, template=template, trust_remote_code=trust_remote_code)
 
 
 def load_teacher(

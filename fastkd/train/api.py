@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 
@@ -31,14 +31,14 @@ from .checkpoint import steps_of
 from .exits import with_exits
 from .finished import finished_report
 from .held_out import EVALUATION, EVALUATIONS
-from .inputs import Inputs, inputs_of, make_source
+from .inputs import CacheInputs, Inputs, SourceInputs, inputs_of, make_source
 from .live_inputs import LiveInputs, check_arguments, is_inside, load_beside, load_inputs
 from .objective import Objective
 from .outline import Outline, outline_of
 from .result import RUN, TrainReport
 from .rollout_inputs import RolloutInputs, check_rollouts
-from .settings_check import check_settings, doubtful
-from .student import make_student
+from .settings_check import check_begun, check_best, check_settings, doubtful
+from .student import check_source, make_student
 from .trainer import Evaluate, Pause, Trainer
 from .unused import check_live, check_rollouts_used, check_share
 from .verdict import judge
@@ -119,23 +119,11 @@ def train(
     if out is None:
         raise TypeError("train() got no folder for the run (out)")
     settings, out, stop = changed("train", settings, changes), Path(out), stop or Stop()
-    check_folder(out, "run")
     data = as_examples(data)
-    check_settings(settings, None, objective)
-    check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
-    check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)
-    beside = teacher is not None and not is_inside(teacher)
-    check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
-    check_rollouts_used(rollouts)
-    check_share(share)
-    if share.push is not None:
-        check_base(student, adapter=settings.lora_rank is not None)
-    cached = None if cache is None else inputs_of(cache, data)
-    begun = begun_with([out, *(out / name for name in (CONTROL, WITHOUT_FEATURES))])
-    live = continued(live, begun)
-    if cached is not None:
-        check_settings(settings, cached.spec, objective)
-        settings = with_batch(settings, cached.size(settings), begun)
+    cached, settings, live, begun = checked_call(
+        student, cache, out, settings, teacher=teacher, data=data, live=live, write_cache=write_cache,
+        rollouts=rollouts, objective=objective, evaluate=evaluate, share=share,
+    )  # fmt: skip
     with (
         writing(out),
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
@@ -148,6 +136,8 @@ def train(
             if processes.first:
                 write_cards(out, text=True, share=share if target is None else replace(share, push=target.repo))
             return _after(before, target, progress)
+        check_begun(out, settings)
+        check_source(student, settings)
         inputs: Inputs = cached or load_inputs(
             teacher,
             data,
@@ -220,6 +210,53 @@ def _why_not_compared(inputs: Inputs, settings: TrainSettings, evaluate: Evaluat
     if settings.evaluate_every == 0:
         return "nothing was evaluated, as evaluate_every is 0."
     return inputs.nothing_held_out() or f"the evaluations do not have {settings.best}, which decides."
+
+
+class CheckedCall(NamedTuple):
+    """A call of `train` whose arguments fit. inputs: those that read caches or a source, None for one without.
+    settings, live: with what the data and an earlier run in the folder decide. begun: of that run, see `begun_with`."""
+
+    inputs: CacheInputs | SourceInputs | None
+    settings: TrainSettings
+    live: LiveSettings
+    begun: Mapping[str, Any]
+
+
+def checked_call(
+    student: Any,
+    cache: Any,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    teacher: Any = None,
+    data: Any = None,
+    live: LiveSettings = LIVE,
+    write_cache: Any = None,
+    rollouts: RolloutSettings = NO_ROLLOUTS,
+    objective: Objective | None = None,
+    evaluate: Evaluate | None = None,
+    share: ShareSettings = SHARE,
+) -> CheckedCall:
+    """Raise what `train` does for arguments that do not fit, before anything is loaded."""
+    check_folder(out, "run")
+    check_settings(settings, None, objective)
+    check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
+    check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)
+    beside = teacher is not None and not is_inside(teacher)
+    check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
+    check_rollouts_used(rollouts)
+    check_share(share)
+    if evaluate is None:
+        check_best(settings)
+    if share.push is not None:
+        check_base(student, adapter=settings.lora_rank is not None)
+    cached = None if cache is None else inputs_of(cache, data)
+    begun = begun_with([out, *(out / name for name in (CONTROL, WITHOUT_FEATURES))])
+    live = continued(live, begun)
+    if cached is not None:
+        check_settings(settings, cached.spec, objective)
+        settings = with_batch(settings, cached.size(settings), begun)
+    return CheckedCall(cached, settings, live, begun)
 
 
 def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
@@ -340,6 +377,7 @@ def run_trainer(
                         write_json(out / name, documents[0], indent=None)
                     elif documents:
                         write_json(out / name.replace(EVALUATION, EVALUATIONS), documents, indent=None)
+                trainer.tidy_checkpoints()
                 trainer.write_run(report, inputs.describe())  # last: the run is then complete
             processes.wait()
         return report

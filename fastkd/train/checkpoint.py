@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict, save
 from torch.distributed.tensor import distribute_tensor
 
 from ..errors import TrainError
@@ -155,6 +154,15 @@ def write(
     return final
 
 
+def drop_optimizer(run: Path, step: int) -> None:
+    """Write a checkpoint again without its optimizer's state, if it has one and is not damaged. For one process: it has
+    the weights in memory."""
+    found = read(run, step)
+    if not isinstance(found, Checkpoint) or not found.shapes(OPTIMIZER):
+        return
+    write(run, step, {MODEL: found.tensors(MODEL)}, found.state)
+
+
 def newest(run: Path, warn: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
     """The newest complete checkpoint of a run, or None if there are none. warn: called for each damaged one.
 
@@ -228,9 +236,11 @@ def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     writer = FileSystemWriter(folder)
     try:
-        with warnings.catch_warnings(), _cause_of_failure():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
-            save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
+        with _cause_of_failure():
+            if processes.group is None:  # as when loading: one process, maybe alone of several
+                _save_state_dict(dict(tensors), writer, no_dist=True, planner=planner)
+            else:
+                save(dict(tensors), storage_writer=writer, planner=planner, process_group=processes.group)
     except RuntimeError as error:
         if "inline_container" in str(error):  # torch's own writer, as on a full disk
             raise OSError(errno.EIO, str(error).split("\n")[0]) from error
@@ -282,12 +292,20 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, processes: Processes = 
 def load_optimizer(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes = ALONE
 ) -> None:
-    """Load a checkpoint's optimizer state, after `load_model` has checked that the parameters fit."""
+    """Load a checkpoint's optimizer state, after `load_model` has checked that the parameters fit. Raises TrainError
+    if it has none."""
+    shapes = checkpoint.shapes(OPTIMIZER)
+    if not shapes and any(p.requires_grad for p in model.parameters()):
+        raise TrainError(
+            f"{checkpoint.folder}: got the weights alone; expected the optimizer's state too, which is removed when a "
+            f"run is finished. It cannot be continued from here: delete {checkpoint.folder.parent} to train again from "
+            "the first step."
+        )
     parameters, absent = dict(model.named_parameters()), getattr(model, "absent", ())
     on_device = {
         id(p) for group in optimizer.param_groups if group["fused"] or group["capturable"] for p in group["params"]
     }
-    for full, (shape, dtype) in checkpoint.shapes(OPTIMIZER).items():
+    for full, (shape, dtype) in shapes.items():
         if full.startswith(absent):
             continue
         name, _, key = full.rpartition(".")

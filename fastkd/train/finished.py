@@ -18,6 +18,8 @@ from .inputs import CacheInputs
 from .result import RUN, STUDENT, TrainReport
 from .verdict import Verdict
 
+DEFAULTS = TrainSettings()
+
 
 def finished_report(
     out: Path, student: Any, settings: TrainSettings, inputs: Any, *, control: bool
@@ -32,8 +34,11 @@ def finished_report(
         return None
     if any(name in run for name in ("objective", "inner_teacher", "rollouts", "live")):
         return None
-    wanted = {"settings": asdict(settings), "caches": inputs.describe()["caches"]}
-    if any(run.get(name) != json.loads(json.dumps(masked(value))) for name, value in wanted.items()):
+    wanted = {"settings": _answered(asdict(settings)), "caches": inputs.describe()["caches"]}
+    if not isinstance(own := run.get("settings"), dict):
+        return None
+    there = run | {"settings": _answered(asdict(DEFAULTS) | own)}
+    if any(there.get(name) != json.loads(json.dumps(masked(value))) for name, value in wanted.items()):
         return None
     try:
         began = run["student"]
@@ -49,6 +54,14 @@ def finished_report(
     if not control:
         return replace(report, control=None, verdicts={})
     return report if report.control is not None and _all_there(out / CONTROL, report.control) else None
+
+
+def _answered(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that change no answer. Older runs have not all of those of today, or say 2 for what
+    is now the default of `keep`."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    del found["keep"]
+    return found
 
 
 def _all_there(out: Path, report: TrainReport) -> bool:

@@ -18,14 +18,15 @@ class HeldOut:
     """Evaluates a student, and what is measured beside it, on the held-out split of each input; returns the means over
     them, by their weights.
 
-    measures: of each. evaluations: the last ones, one for each, of the whole student. sequences: that each evaluation
-    reads, of all inputs; None if that is not known before.
+    measures: of each. evaluations: the last ones, one for each, of the whole student. sequences, positions: that each
+    evaluation reads, of all inputs; None if that is not known before.
     """
 
     measures: "Sequence[Callable[[Any], Evaluation]]"
     weights: Sequence[float]
     evaluations: "list[Evaluation]" = field(default_factory=list)
     sequences: int | None = None
+    positions: int | None = None
 
     def __call__(self, student: Student) -> dict[str, float]:
         self.evaluations[:] = [measure(student) for measure in self.measures]

@@ -167,7 +167,9 @@ class CacheInputs(Inputs):
         measures = [
             partial(self._evaluate, cache=cache, settings=settings, processes=processes) for cache in self.caches
         ]
-        return HeldOut(measures, self.weights, sequences=sum(int(table.sequences.sum()) for table in tables))
+        sequences = sum(int(table.sequences.sum()) for table in tables)
+        positions = sum(int(table.positions.sum()) for table in tables)
+        return HeldOut(measures, self.weights, sequences=sequences, positions=positions)
 
     def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
         if self.nothing_held_out():

@@ -14,20 +14,31 @@ from ..cache.spec import CacheSpec
 from ..cache.stores import MemoryStore, Store, open_store
 from ..capture.answers import check_limits
 from ..capture.claims import Claims
+from ..capture.existing import check_continues
 from ..capture.feature_settings import check_feature_settings
 from ..capture.features.prepare import Feature
 from ..capture.probe import agree_on_probe
 from ..capture.teacher_pass import TeacherPass
+from ..data.documents import Documents
 from ..data.examples import Examples
+from ..data.sources import open_source
 from ..errors import DataError, TeacherError, TrainError
 from ..live.planned import NoTeacher, PlannedShards, plan_shards
 from ..live.source import LiveSource
 from ..live.write_through import WriteThrough, begin_planned
 from ..models.tokenizers import Tokenizer
-from ..settings import LiveSettings, ModelSettings, TrainSettings
+from ..settings import DataSettings, LiveSettings, ModelSettings, TrainSettings
 from ..stream.batch import BatchSource
 from ..stream.buckets import up_to
-from ..teachers.load import Check, accept, as_data, as_teacher, load_teacher, own_tokenizer
+from ..teachers.load import (
+    Check,
+    accept,
+    as_data,
+    as_teacher,
+    load_teacher,
+    named_tokenizer,
+    own_tokenizer,
+)  # fmt: skip
 from ..teachers.protocol import Teacher
 from ..utils.distributed import ALONE, Processes
 from ..utils.output_guard import check_store
@@ -294,8 +305,11 @@ class LiveInputs(Inputs):
         return "" if self.planned.has_held_out else f"no {documents} are held out (held_out)."
 
     def held_out(self, settings: TrainSettings, processes: Processes) -> HeldOut:
-        self.planned.table("held_out", max_positions=settings.evaluate_positions, limit="evaluate_positions")
-        return HeldOut([partial(self._evaluate, settings=settings, processes=processes)], [1.0])
+        table = self.planned.table("held_out", max_positions=settings.evaluate_positions, limit="evaluate_positions")
+        return HeldOut(
+            [partial(self._evaluate, settings=settings, processes=processes)], [1.0],
+            sequences=int(table.sequences.sum()), positions=int(table.positions.sum()),
+        )  # fmt: skip
 
     def held_out_size(self, settings: TrainSettings) -> HeldOutSize | None:
         if self._planned is None or self.nothing_held_out():
@@ -385,11 +399,22 @@ def load_inputs(
     if write_cache is not None:
         store = open_store(write_cache, create=True)
         check_store(store)
-    check_feature_settings(live.capture_settings(feature_names(settings)))
+    captured = live.capture_settings(feature_names(settings))
+    check_feature_settings(captured)
+    named_tokenizer(None, live.template)
+    if not isinstance(data, (Documents, Examples)):
+        data = open_source(data, live.column, live.text_documents)
     make = find_kind(teacher) if isinstance(teacher, str) else None
     loaded, named = None, str(teacher) if isinstance(teacher, (str, Path)) else type(teacher).__name__
     if teacher is not None and make is None:
-        check = partial(check_limits, settings=live.capture_settings(feature_names(settings)), out=store)
+        if store is not None and isinstance(teacher, (str, Path)):
+            reading = DataSettings(
+                data=(), loss_on=live.loss_on, template=live.template, tokenizer=settings.tokenizer,
+                allow_other_tokenizer=settings.allow_other_tokenizer,
+            )  # fmt: skip
+            how = _model_settings(settings, live, processes)
+            check_continues(store, captured, data, teacher=teacher, model=how, data=reading)
+        check = partial(check_limits, settings=captured, out=store)
         try:
             loaded = load_beside(teacher, data, settings, live, processes, progress, check)
         except torch.OutOfMemoryError as error:
@@ -433,7 +458,12 @@ def load_beside(
     """A teacher on the student's device. data, check: see `as_teacher`. Raises TeacherError."""
     if not isinstance(teacher, (str, Path)):
         return as_teacher(teacher, data)
-    how = ModelSettings(
+    return load_teacher(teacher, _model_settings(settings, live, processes), data, progress=progress, check=check)
+
+
+def _model_settings(settings: TrainSettings, live: LiveSettings, processes: Processes) -> ModelSettings:
+    """How the teacher of a training is loaded."""
+    return ModelSettings(
         revision=live.teacher_revision,
         dtype=live.teacher_dtype,
         attention=live.teacher_attention,
@@ -441,4 +471,3 @@ def load_beside(
         teacher_options=live.teacher_options,
         trust_remote_code=settings.trust_remote_code,
     )
-    return load_teacher(teacher, how, data, progress=progress, check=check)

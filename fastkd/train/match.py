@@ -19,13 +19,14 @@ from ..models.taps import layers_of
 from ..settings import TrainSettings
 from ..stream.batch import MicroBatch
 from ..stream.cached import CachedSource
+from ..utils.atomic import check_place
 from ..utils.factories import is_factory, made_by
 from .layer_init import Initialised, initialise, sources
 from .matched import student_layers
 from .matching import entered, resolve
 from .result import write_student
 from .similarity import POSITIONS, Similarity, similarity
-from .student import LoadedStudent, Student, make_student
+from .student import LoadedStudent, Student, check_source, make_student
 
 DEFAULTS = TrainSettings()
 _INIT_POSITIONS = 16384  # of the least squares
@@ -83,6 +84,11 @@ def match(
     if init is not None and init.exists() and (not init.is_dir() or any(init.iterdir())):
         raise TrainError(f"init: got {str(init)!r}, which has files; expected a new folder, or an empty one.")
     data = as_examples(data)
+    check_source(student, settings)
+    if init is not None:
+        check_place(init, "init", TrainError)
+        if isinstance(teacher, (str, Path)) and not is_factory(str(teacher)):
+            find_files(teacher)  # before the student is loaded and run
     made = make_student(student, cache.spec, settings, data)
     if init is not None and has_adapters(made.student.model):
         raise TrainError("init: got a student with an adapter; expected a whole model, as its own weights are written.")

@@ -95,12 +95,17 @@ class MetricsLog:
     """The file of a run, opened after `step`: lines of later steps, which will be made again, are removed.
 
     tracker: is given the same entries. mark: what `mark` returned at that step; changed: whether the file is another
-    one than it was then.
+    one than it was then. evaluated: whether its evaluation had been made; if not, a line of it is removed too.
     """
 
-    def __init__(self, run: Path, step: int, tracker: Tracker | None = None, mark: Any = None) -> None:
+    def __init__(
+        self, run: Path, step: int, tracker: Tracker | None = None, mark: Any = None, *, evaluated: bool = True
+    ) -> None:
         self._path, self._tracker = run / FILE, tracker
-        text = "".join(_line(entry) for entry in read_metrics(run) if entry["step"] <= step)
+        kept = [entry for entry in read_metrics(run) if entry["step"] <= step]
+        if not evaluated:
+            kept = [entry for entry in kept if entry["step"] < step or "evaluation" not in entry]
+        text = "".join(map(_line, kept))
         self._size, self._sha256 = len(text.encode()), hashlib.sha256(text.encode())
         self.changed = mark is not None and mark != self.mark()
         write_text(self._path, text)

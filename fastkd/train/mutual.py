@@ -39,9 +39,9 @@ from .held_out import EVALUATION, HeldOut
 from .inputs import Inputs, inputs_of
 from .live_inputs import check_arguments, is_inside, load_inputs
 from .peers import Peers, PeerView, check_vocabularies
-from .result import RUN, TrainReport, about_evaluation, describe_student
-from .settings_check import check_settings
-from .student import LoadedStudent, Student, make_student
+from .result import RUN, TrainReport, about_evaluation, describe_student, stopped_text
+from .settings_check import check_begun, check_best, check_settings
+from .student import LoadedStudent, Student, check_source, make_student
 from .trainer import Evaluate, Trainer
 from .unused import check_mutual
 from .verdict import Verdict, judge
@@ -104,7 +104,7 @@ class MutualReport:
         if not self.complete:
             runs = [*(one.control for one in self.students.values() if one.control is not None), self.run]
             part = next(run for run in runs if not run.complete)
-            return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
+            return stopped_text(part)
         run = self.run
         if run.stopped_worse is not None:
             return (
@@ -186,6 +186,8 @@ def mutual(
     out, stop = Path(out), stop or Stop()
     check_folder(out, "run")
     check_settings(settings, None)
+    if evaluate is None:
+        check_best(settings)
     begun = begun_with([out, *(out / CONTROL / name for name in sources)])
     online = continued(online, begun)
     alone = replace(settings, alpha=1.0, alpha_end=None)
@@ -199,6 +201,9 @@ def mutual(
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
         ExitStack() as stack,
     ):
+        check_begun(out, settings)
+        for one in sources.values():
+            check_source(one, settings)
         inputs: Inputs = cached or load_inputs(
             teacher, data, settings, online, processes=processes, progress=is_shown(progress) and processes.first
         )

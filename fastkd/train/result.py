@@ -130,7 +130,7 @@ def report_of(report: TrainReport) -> str:
         return f"{report.out}: all steps are made. {report.unfinished}. Run the same command again to resume."
     if not report.complete:
         part = next((arm for arm in report.arms.values() if not arm.complete), report)
-        return f"{part.out}: stopped after step {part.step} of {part.steps}. Run the same command again to resume."
+        return stopped_text(part)
     positions = KINDS[report.kind].positions
     speed = f"{report.positions / report.seconds:,.0f} {positions}/s, " if report.seconds else ""
     lines = [f"{report.out}: {report.step} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
@@ -187,6 +187,12 @@ def about_evaluation(report: TrainReport) -> list[str]:
         paired = f"differences ± an interval of 95%, paired by {KINDS[report.kind].window}"
         parts.append(paired if known else f"differences have {NO_INTERVAL}")
     return ["; ".join(parts)] if parts else []
+
+
+def stopped_text(part: TrainReport) -> str:
+    """Where a training was stopped, which has written a checkpoint there."""
+    kept = f"the checkpoint of step {part.step} has all that was done" if part.step else "no step was made"
+    return f"{part.out}: stopped after step {part.step} of {part.steps}: {kept}. Run the same command again to resume."
 
 
 def _by_part(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..cache.spec import CacheSpec
 from ..errors import TrainError
+from ..evaluate.measures import LOG, MEASURES, printed_in
 from ..settings import TrainSettings
 from ..utils.similar import did_you_mean
+from .checkpoint import Checkpoint, read, steps_of
 from .matching import parse
 from .metrics import check_tracker
 from .objective import Objective, TokenKD, check_objective
@@ -23,6 +26,10 @@ RESUME_MAY_CHANGE = {
 }  # fmt: skip
 _OF_QUANTIZE = ("quantize", "quantize_after")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
+_LONGER = (
+    " A run cannot be made longer, as schedules such as that of the learning rate are laid over all of its steps. To "
+    "go on from its result, give its folder student/ as the student of a new run, which warms up again."
+)
 _RANGES = {
     **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha", "lora_dropout"), (0.0, 1.0)),
     **dict.fromkeys(
@@ -138,6 +145,27 @@ def check_quantize_after(after: int, steps: int) -> None:
         )
 
 
+def check_best(settings: TrainSettings) -> None:
+    """Raise TrainError for a measure that no evaluation of fastkd's has. One of a part is NAME/MEASURE."""
+    if settings.best.rpartition("/")[2] not in MEASURES:
+        raise TrainError(f"best: got {settings.best!r}; expected one of {', '.join(m.name for m in printed_in(LOG))}.")
+
+
+def check_begun(run: Path, settings: TrainSettings) -> None:
+    """Raise TrainError, before a student is loaded, if the newest checkpoint of a run is of other settings. What they
+    come to on this machine and with this data, such as the steps of an epoch, is compared when it is loaded."""
+    steps = steps_of(run)
+    found = read(run, steps[-1], verify=False) if steps else None
+    theirs = found.state.get("settings") if isinstance(found, Checkpoint) else None
+    if not isinstance(found, Checkpoint) or not isinstance(theirs, dict):
+        return  # none, or a damaged one
+    ours = stated(asdict(settings))
+    known = (theirs.keys() | ours.keys()) - {"precision", "objective", "live"}
+    # without these settings the data decide, or what the run was begun with
+    known -= {name for name in ("steps", "batch_tokens") if getattr(settings, name) is None}
+    check_same({n: theirs.get(n) for n in known}, {n: ours.get(n) for n in known}, str(found.folder))
+
+
 def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> dict[str, Any]:
     """The settings with an effect on the trained student, as JSON. steps: in all. autocast: the type of matrix products
     on this machine, or None."""
@@ -170,7 +198,7 @@ def check_same(
         found |= differences(*sources)
         raise TrainError(
             f"{where}: it was begun with other settings ({'; '.join(found.values())}). Resume with those, or train "
-            "into another folder."
+            f"into another folder.{_LONGER * ('steps' in found)}"
         )
 
 

@@ -16,7 +16,7 @@ from ..cache.spec import CacheSpec
 from ..data.examples import Examples
 from ..errors import TeacherError, TrainError
 from ..kernels import LMHead
-from ..models.adapters import adapter_files, base_of, load_adapter
+from ..models.adapters import adapter_files, base_of, load_adapter, load_peft
 from ..models.hf import load_causal_lm, probe_causal_lm
 from ..models.hub import ModelFiles, brief, load_transformers, resolve
 from ..models.lm_head import LMHeadMatch
@@ -32,9 +32,11 @@ from ..models.module import (
 from ..models.protocol import Hidden, Logits, Output
 from ..models.taps import layers_of
 from ..models.tokenizers import Tokenizer, load_tokenizer
+from ..models.torchao import load_qat
 from ..settings import TrainSettings
 from ..stream.batch import AnyBatch, MicroBatch
-from ..utils.factories import is_factory, made_by
+from ..utils.factories import check_factory, is_factory, made_by
+from ..utils.signals import Stopped
 from .fake_quantisation import FakeQuantisation
 from .given import given_files, given_name
 from .in_forward import InForward
@@ -80,6 +82,8 @@ class Student(nn.Module):
         self.live: InForward | None = None
         self.fake: FakeQuantisation | None = None
         """How its weights are quantised in the forward; None: they are not."""
+        self.interrupted: Callable[[], bool] | None = None
+        """Asked before each micro-batch of an evaluation, which ends with `Stopped` if it is true."""
         self._run, self._packs = run, packs
         self._inner: InnerOutputs | None = None
         self.context: int | None = None
@@ -166,6 +170,8 @@ class Student(nn.Module):
     ) -> Tensor:
         """Logits `[m, V]` at some of the flattened positions; None: at those that count. run: called, where parameters
         are complete, for the output whose logits they are, instead of the model."""
+        if self.interrupted is not None and self.interrupted():
+            raise Stopped
         with self._autocast(batch.device), self.paused() if run is None else nullcontext():
             output = (self.run if run is None else run)(batch)
             logits: Tensor = OUTPUTS["logits"](output, batch.targets.index if rows is None else rows)
@@ -374,6 +380,24 @@ class LoadedStudent(NamedTuple):
 
     student: Student
     tokenizer: Tokenizer | None
+
+
+def check_source(source: Any, settings: TrainSettings = DEFAULTS) -> None:
+    """Raise TrainError for what cannot be the source of a student (see `make_student`), or a tokenizer for it, as far
+    as can be said without loading a model; and for packages that are needed and not installed."""
+    try:
+        if settings.tokenizer is not None:
+            load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+        if settings.lora_rank is not None:
+            load_peft()
+        if isinstance(source, (str, Path)) and is_factory(str(source)):
+            check_factory(str(source), TrainError)
+        elif isinstance(source, (str, Path)):
+            resolve(source, settings.revision)
+    except TeacherError as error:
+        raise TrainError(f"student: {error}") from error
+    if settings.quantize != "none":
+        load_qat(TrainError, f"quantize={settings.quantize}")
 
 
 def make_student(

@@ -39,6 +39,7 @@ from .checkpoint import (
     OPTIMIZER,
     Checkpoint,
     clean,
+    drop_optimizer,
     load_model,
     load_optimizer,
     model_tensors,
@@ -48,6 +49,7 @@ from .checkpoint import (
     read,
     write,
 )
+from .checkpoint import steps_of as checkpoint_steps
 from .evaluations import drop_after as drop_evaluations_after
 from .evaluations import kept_steps
 from .evaluations import read as read_evaluations
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
 Evaluate = Callable[[Student], Mapping[str, float]]
 """Returns measures of a student by name. All processes call it, in the same order."""
 _BEYOND = {"objective": "objective", "live": "inner_teacher"}  # names in a fingerprint, and in run.json
+KEEP = 2  # checkpoints while it trains, if the settings do not say
 
 
 class Pause(NamedTuple):
@@ -164,6 +167,7 @@ class Trainer:
         self._evaluation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
         self._checkpointed = 0
+        self._due = False  # whether the evaluation of the last step made was stopped
         self._unlogged: list[StepMetrics] = []
         self._positions, self._seconds, self._waited = 0, 0.0, 0.0
         self._mode = progress if processes.first else "none"
@@ -192,15 +196,16 @@ class Trainer:
         self._fake_quantise()
         if self._processes.first:
             tracker = tracker_of(self.settings.log, self._out, self.step, asdict(self.settings))
-            self._log = MetricsLog(self._out, self.step, tracker, mark)
+            self._log = MetricsLog(self._out, self.step, tracker, mark, evaluated=not self._due)
             if self._log.changed:
                 self._say(f"{self._out}: metrics.jsonl has changed since step {step}; what cannot be read is left out")
         self._progress = Progress(self.steps, unit="step", already=self.step, shares=("waiting",), mode=self._mode)
         for note in self.student.notes:
             self._say(f"student: {note}")
         if self._processes.first:
-            drop_evaluations_after(self._out, self.step)
-        self._look(lambda: read_evaluations(self._out, self.step))
+            drop_evaluations_after(self._out, self.step - self._due)
+        if not self._due:
+            self._look(lambda: read_evaluations(self._out, self.step))
 
     def tell(self, outline: Outline) -> None:
         """Say what the training will do, unless it is done."""
@@ -214,10 +219,14 @@ class Trainer:
         """Make the remaining steps, until a stop is requested."""
         clock = time.perf_counter
         flags: Callable[[], list[int]] = lambda: [0, 0]  # noqa: E731  whether to stop, and to save
+        end = self.steps if self._pause is None else min(self.steps, self._pause.until)
+        if self._due:  # in any case, so that each call goes on
+            self._due = False
+            self._evaluate_and_save_if_due(stopped=False, timed=True)
+        self.student.interrupted = lambda: stop.asked and self._processes.world_size == 1
         begun = saved = clock()
         steps = iter(self._source.steps())
-        end = self.steps if self._pause is None else min(self.steps, self._pause.until)
-        while self.step < end and self.worse is None:
+        while self.step < end and self.worse is None and not self._due:
             try:
                 step = next(steps, None)
             except (WorkRemains, Stopped) as reason:  # the source waits, for others or its teacher: training is kept
@@ -247,6 +256,7 @@ class Trainer:
         flags()
         self._flush_metrics()
         self._source.close()
+        self.student.interrupted = None
 
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
@@ -273,12 +283,19 @@ class Trainer:
             notes=self.student.notes,
             stopped_worse=self.worse,
             kind=self._words.kind,
+            unfinished="The evaluation after the last one was stopped" if self._due and self.step >= self.steps else "",
         )
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are made, or the student was stopped since it is worse than another."""
-        return self.step >= self.steps or self.worse is not None
+        """Whether all steps are made and evaluated, or the student was stopped since it is worse than another."""
+        return (self.step >= self.steps and not self._due) or self.worse is not None
+
+    @property
+    def _finished_without_optimizer(self) -> bool:
+        """Whether checkpoints need no optimizer's state: after the last step, unless it is asked for by `keep`. With
+        more steps the schedule of the learning rate would be another one from the first step on."""
+        return self.step >= self.steps and self.settings.keep is None
 
     def evaluate_result(self, *, again: bool) -> None:
         """After the last step: evaluate the weights that are exported, unless the last evaluation was of them.
@@ -292,6 +309,15 @@ class Trainer:
         if other:
             load_model(self._exported_checkpoint(), self.student, self._processes)
         self._evaluation = self._measures()
+
+    def tidy_checkpoints(self) -> None:
+        """Once the run is finished, without `keep`: leave the weights of the last and the best checkpoint alone."""
+        if not (self._finished_without_optimizer and self._processes.first):
+            return
+        with writing(self._out, "a checkpoint"):
+            prune(self._out, keep=1, best=self._best.get("step"), last=self.step)
+            for step in checkpoint_steps(self._out):
+                drop_optimizer(self._out, step)
 
     def write_run(self, report: TrainReport, inputs: Mapping[str, Any] | None = None) -> None:
         """Write run.json. inputs: a description of the data; default: the source's fingerprint."""
@@ -451,8 +477,13 @@ class Trainer:
         if not (evaluate or save):
             return False
         self._flush_metrics()
-        better = evaluate and self._evaluate_step()
-        if save or better or self.worse is not None:
+        try:
+            better = evaluate and self._evaluate_step()
+        except Stopped:  # it may take longer than a scheduler waits: it is made when the training resumes
+            if self._processes.world_size > 1:  # the others are in it
+                raise
+            self._due = True
+        if self._due or save or better or self.worse is not None:
             self._save()
         return True
 
@@ -510,7 +541,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint. All metrics up to here are known to be finite."""
-        tensors = {MODEL: model_tensors(self.student), OPTIMIZER: optimizer_tensors(self.optimizer, self.student)}
+        tensors = {MODEL: model_tensors(self.student)}
+        if not self._finished_without_optimizer:
+            tensors[OPTIMIZER] = optimizer_tensors(self.optimizer, self.student)
         state = {
             "settings": self._fingerprint,
             "loader": self._source.state_dict(),
@@ -520,6 +553,8 @@ class Trainer:
             "processes": self._processes.world_size,
             "log": self._log and self._log.mark(),
         }
+        if self._due:
+            state["due"] = True
         if self._auto is not None:
             state["weights"] = self._auto.state_dict()
         if self._base is not None:
@@ -530,7 +565,7 @@ class Trainer:
                     raise FileNotFoundError(errno.ENOENT, "the folder was replaced", str(self._out))
             write(self._out, self.step, tensors, state, self._processes)
         if self._processes.first:
-            prune(self._out, keep=self.settings.keep, best=self._best.get("step"), last=self.step)
+            prune(self._out, keep=self.settings.keep or KEEP, best=self._best.get("step"), last=self.step)
         self._checkpointed = self.step
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -544,11 +579,12 @@ class Trainer:
                 "train into another folder."
             )
         load_model(checkpoint, self.student, self._processes)
-        load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
+        if checkpoint.step < self.steps:
+            load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
         self._source.load_state_dict(state["loader"])
         if self._auto is not None:
             self._auto.load_state_dict(state["weights"])
-        self.step = checkpoint.step
+        self.step, self._due = checkpoint.step, bool(state.get("due")) and self._evaluate is not None
         self._best, self._metrics, self._evaluation = (state[name] for name in ("best", "metrics", "evaluation"))
 
     def _exported_checkpoint(self) -> Checkpoint:

@@ -73,8 +73,12 @@ def writing(where: Path, what: str = "") -> Iterator[None]:
 
 
 def check_place(final: Path, name: str, error: type[Exception]) -> None:
-    """Raise `error` if a new file or folder cannot be made, as something above it is no folder, or not writable. name:
-    of the setting that says where."""
+    """Raise `error` if a file or folder cannot be made, or a folder be written, as it or something above it is no
+    folder, or not writable. name: of the setting that says where."""
+    if final.is_dir():
+        if not os.access(final, os.W_OK | os.X_OK):
+            raise error(f"{name}: got {final}, which is not writable; expected a folder that is.")
+        return
     above = next(path for path in final.absolute().parents if os.path.lexists(path))
     if not above.is_dir():
         raise error(f"{name}: got {final}, but {above} is no folder; expected a place in a folder.")

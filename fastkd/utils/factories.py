@@ -18,6 +18,21 @@ def is_factory(name: str) -> bool:
     return bool(_FACTORY.fullmatch(name)) and not Path(name).exists()
 
 
+def check_factory(name: str, error: type[Exception]) -> None:
+    """Raise `error` if the module of module:factory is not found. Imports none but its packages."""
+    module = name.partition(":")[0]
+    _look_here()
+    try:
+        there = module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        there = False
+    if not there:
+        raise error(
+            f"{name}: No module named {module!r}. Expected a module that can be imported from here, and a function in "
+            "it."
+        )
+
+
 def made_by(name: str, error: type[Exception]) -> Any:
     """What module:factory returns. Modules are looked for where this was started, too. Raises `error`."""
     module, _, function = name.partition(":")

@@ -1,5 +1,6 @@
-"""Refuses to write into a folder or store that has other files. Imports nothing heavy."""
+"""Refuses to write into a folder or store that has other files, or cannot be written. Imports nothing heavy."""
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..cache.errors import CacheError
 from ..errors import ReportError, TrainError
+from .atomic import check_place
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
@@ -24,12 +26,21 @@ _ANYWHERE = (".*", "*.log", "*.out", "*.err")  # logs of a scheduler may be in t
 
 
 def check_store(store: "Store") -> None:
-    """CacheError for a store that is neither empty nor a cache."""
-    _check((entry.key.partition("/")[0] for entry in store.list("")), "cache", store.describe())
+    """CacheError for a store that is neither empty nor a cache, and for an empty one that cannot be written."""
+    names = (entry.key.partition("/")[0] for entry in store.list(""))
+    if not _check(names, "cache", store.describe()) and store.readonly:
+        raise CacheError(
+            f"{store.describe()}: got a place that cannot be written; expected one that can. Check its permissions, or "
+            "choose another."
+        )
 
 
 def check_folder(folder: Path, kind: str) -> None:
-    """Raise the error of a kind of output for a folder that is neither empty nor of that kind."""
+    """Raise the error of a kind of output for a folder that is neither empty nor of that kind, or cannot be written."""
+    error = _KINDS[kind][1]
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise error(f"out: got {folder}, which is a file; expected a folder.")
+    check_place(folder, "out", error)
     if folder.is_dir():
         inner = (f"{path.parent.name}/{path.name}" for path in folder.glob("*/seed=*"))
         names = sorted(path.name for path in folder.iterdir())
@@ -42,13 +53,25 @@ def check_folder(folder: Path, kind: str) -> None:
         _check([*inner, *names], kind, str(folder))
 
 
-def _check(names: Iterable[str], kind: str, where: str) -> None:
+def check_file(path: Path, name: str, error: type[Exception]) -> None:
+    """Raise `error` if a file cannot be written: it is a folder, or has no place. name: of the setting."""
+    if path.is_dir():
+        raise error(f"{name}: got {path}, which is a folder; expected the name of a file.")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise error(f"{name}: got {path}, which is not writable; expected a file that is.")
+    if path.is_file() or not path.exists():  # not a pipe or a device
+        check_place(path, name, error)
+
+
+def _check(names: Iterable[str], kind: str, where: str) -> bool:
+    """Whether one of the names is known. Raises the error of the kind if there are only others."""
     known, error = _KINDS[kind]
     first = None
     for name in names:  # stops at the first known name: a store may list millions
         if any(fnmatch(name, pattern) for pattern in known):
-            return
+            return True
         if first is None and "/" not in name and not any(fnmatch(name, pattern) for pattern in _ANYWHERE):
             first = name
     if first is not None:
         raise error(f"{where}: got {first!r}; expected an empty folder, a new one, or that of a {kind}.")
+    return False

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 DONE, WORK_REMAINS = 0, 75  # exit statuses; 75 is EX_TEMPFAIL, which schedulers can requeue on
+INTERRUPTED = 130  # as of a shell, after SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _final = False
@@ -60,14 +61,19 @@ def stopping(out: str = "", err: str = "") -> Iterator[Stop]:
 
     A process that ends after the job (see `final`) is then ended by the signal's handler instead, with status 75 and
     the texts `out` and `err`: an exception in an import would leave modules half made, and there is nothing to finish.
-    A second SIGINT interrupts as usual. A second SIGTERM is ignored: launchers forward signals that schedulers have
+    A second SIGINT interrupts as usual; a third one, while that cleans up, ends a process that ends after the job: what
+    is committed is whole at any instant. A second SIGTERM is ignored: launchers forward signals that schedulers have
     already sent to every process. Enter it in the main thread.
     """
-    stop = Stop()
+    stop, interrupted = Stop(), False
 
     def ask(number: int, frame: Any) -> None:
+        nonlocal interrupted
         if stop.asked:
             if number == signal.SIGINT:
+                if interrupted and _final:
+                    os._exit(INTERRUPTED)
+                interrupted = True
                 raise KeyboardInterrupt
             return
         stop()
@@ -79,7 +85,9 @@ def stopping(out: str = "", err: str = "") -> Iterator[Stop]:
         if not stop.gentle:
             raise Stopped
         with suppress(OSError, RuntimeError, ValueError):  # stderr is closed, or a line was being written
-            print(f"{signal.Signals(number).name}: stopping after the current batch", file=sys.stderr, flush=True)
+            again = "; Ctrl-C again to quit now" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            print(f"{name}: stopping after the current batch{again}", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.cache import CacheError, StoreError, open_cache, verify_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.capture.runner import capture_text
 from fastkd.data.documents import open_documents
 from fastkd.data.examples import Examples
 from fastkd.errors import DataError, TeacherError
@@ -145,6 +146,7 @@ class Stopping(Causal):
 
 def test_a_stop_drops_the_shard_and_the_next_call_goes_on(tmp_path: Path) -> None:
     capture(tmp_path / "whole")
+    lost: list[int] = []
     for after in range(1, 40, 3):
         stop = Stop()
         teacher = Stopping(stop, after)
@@ -154,10 +156,27 @@ def test_a_stop_drops_the_shard_and_the_next_call_goes_on(tmp_path: Path) -> Non
             break
         assert report.status == 75
         assert report.missing
+        lost.append(lost_by(report))
         assert verify_cache(tmp_path / "cut").problems == []
     assert report.complete
     assert after > 10
+    assert max(lost) > 0
     assert contents(tmp_path / "cut") == {**contents(tmp_path / "whole")}
+
+
+def lost_by(report: Any) -> int:
+    """The positions of the open shard that a stopped capture did not keep, which its text and JSON say too; 0 where it
+    was between two shards."""
+    lost, text = report.lost, capture_text(report)
+    assert ("lost" in report.to_json()) == ("not kept" in text) == (lost is not None)
+    if lost is None:
+        return 0
+    assert any(first <= lost.shard <= last for first, last in report.missing)
+    kept = report.plan["shards"] - sum(last - first + 1 for first, last in report.missing)
+    assert f"stopped in shard {lost.shard}: {lost.positions:,} positions of it, " in text
+    assert f"will be run again; {kept:,} shards are kept" in text
+    assert report.to_json()["lost"] == {"shard": lost.shard, "positions": lost.positions, "seconds": lost.seconds}
+    return int(lost.positions)
 
 
 def test_two_workers_share_the_work(tmp_path: Path) -> None:

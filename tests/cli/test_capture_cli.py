@@ -116,7 +116,7 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--teacher", other), "now: --teacher: "),
         (("--dtype", "bfloat16"), "float32, attention"),
         (("--attention", "eager"), "attention sdpa"),
-        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: --data: sha256"),
+        (("--data", lines(tmp_path / "b.jsonl", TEXTS[1:], "text")), "now: --data: 12 documents and 23"),
     ):
         status, out, told = run(*given, *changes)
         assert (status, out) == (1, "")
@@ -136,7 +136,7 @@ def test_what_differs_is_named_and_is_1(teacher: Path, tmp_path: Path, run: Any)
         (("--context", "5000", "--shard-positions", "8192"), "--context 5000: expected at most 2048"),
         (("--mass", "2"), "--mass 2.0: "),
         (("--rank", "3", "--world-size", "2"), "--rank: got 3 of a --world-size of 2"),
-        (("--loss-on", "assistant"), "only messages have roles"),
+        (("--loss-on", "assistant"), "has text; expected messages, or prompts with completions"),
         (("--device", "abacus"), "--device: got 'abacus'"),
     ],
 )

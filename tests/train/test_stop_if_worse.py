@@ -245,7 +245,7 @@ def test_the_control_comes_first(place: Path, tmp_path: Path) -> None:
         ({"evaluate": lambda student: {"cross_entropy": 1.0}}, "got no evaluations of the held-out split"),
         ({"evaluate_every": 4}, "stop_if_worse: got 2 evaluations in 8 steps; expected at least 4"),
         ({"best": "ece"}, "best: got 'ece'; with stop_if_worse expected a measure that is a mean over positions"),
-        ({"best": "mine"}, "best: got 'mine'; with stop_if_worse expected a measure"),
+        ({"best": "mine"}, "best: got 'mine'; expected one of cross_entropy"),
     ],
 )
 def test_what_cannot_be(place: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -489,7 +489,8 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastkd.train.trainer.Trainer._make", _killed(patch))
         assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 75
-    assert "stopped after step 1 of 4. Run the same command again to resume." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped after step 1 of 4: the checkpoint of step 1 has all that was done. Run the same command" in said
     assert main([*arguments[:6], str(tmp_path / "stopped"), *arguments[7:]]) == 0
 
 

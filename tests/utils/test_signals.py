@@ -68,7 +68,7 @@ def test_asking_again_changes_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert tidied
-    assert capsys.readouterr().err == "SIGINT: stopping after the current batch\n"
+    assert capsys.readouterr().err == "SIGINT: stopping after the current batch; Ctrl-C again to quit now\n"
 
 
 def test_it_is_asked_with_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:

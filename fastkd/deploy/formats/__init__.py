@@ -4,13 +4,13 @@ Belongs here: one module for each format, named after it, with the members of `F
 of them share, in modules whose names begin with an underscore. Does not: choosing the folder, what is measured.
 """
 
-import importlib.util
 import pkgutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ...errors import ExportError
+from ...utils.packages import is_installed
 from ...utils.similar import did_you_mean
 from ..calibration import Calibration
 from ..model import Deployable
@@ -57,7 +57,7 @@ def find(name: str) -> Format:
     if name not in names():
         raise ExportError(f"to: got {name!r}; expected one of {', '.join(names())}.{did_you_mean(name, names())}")
     found = cast(Format, import_module(f".{name}", __name__))
-    missing = [package for package in found.PACKAGES if not _installed(package)]
+    missing = [package for package in found.PACKAGES if not is_installed(package)]
     if missing:
         raise ExportError(
             f"to: got {name!r}, which needs {', '.join(missing)}; expected it to be installed. Use pip install "
@@ -72,10 +72,3 @@ def check_quantize(to: str, found: Format, quantize: str) -> None:
         raise ExportError(
             f"quantize: got {quantize!r} with the format {to}; expected one of {', '.join(found.QUANTIZE)}."
         )
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False

@@ -1,0 +1,123 @@
+"""`train --dry-run` and `capture --dry-run`: what they say is what happens, and nothing is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from train_cases import CAPTURE, SMALL, documents, make_cache
+
+import fastkd
+from fastkd.cache import Cache
+from fastkd.cli.main import main
+from fastkd.errors import TrainError
+from fastkd.evaluate.result import Evaluation
+from fastkd.settings import LiveSettings, RolloutSettings, TrainSettings
+from fastkd.train.dry_run import dry_run, dry_run_text
+from fastkd.train.metrics import read_metrics
+from fastkd.train.rehearsal import kept_for_backward
+
+STUDENT = "train_cases:tiny"
+SETTINGS = TrainSettings(**SMALL | {"steps": None, "epochs": 2.0, "evaluate_every": None})
+
+
+def data() -> list[list[int]]:
+    """A factory for --data."""
+    return documents(40)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("dry") / "cache")
+
+
+def test_it_says_what_then_happens(cache: Cache, tmp_path: Path) -> None:
+    found = dry_run(STUDENT, cache, tmp_path / "run", SETTINGS, control=True)
+    assert list(tmp_path.iterdir()) == []
+    report = fastkd.train(STUDENT, cache, tmp_path / "run", SETTINGS, control=True)
+    evaluated = [entry for entry in read_metrics(tmp_path / "run") if "evaluation" in entry]
+    assert (found.steps, found.evaluations) == (report.steps, len(evaluated))
+    document = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found.held_out["sequences"] == Evaluation.from_json(document).windows
+    assert sorted(found.arms) == ["", "control"]
+    names = {name.partition("/")[0] for name in found.files}
+    assert names | {"README.md"} >= {path.name for path in (tmp_path / "run").iterdir()}
+    parameters = sum(p.numel() for p in fastkd_tiny().parameters())
+    assert found.student["parameters"] == found.student["trained"] == parameters
+    assert found.cost is not None
+    memory = found.cost.memory
+    assert memory["gradients"] == 4 * parameters <= memory["weights"]
+    counters = 4 * len(list(fastkd_tiny().parameters()))  # AdamW's steps
+    assert memory["optimizer"] == 8 * parameters + counters
+    assert memory["activations"] > 0
+    assert found.hours is not None
+    assert found.evaluation_hours is not None
+    assert 0 < found.evaluation_hours < found.hours
+    again = dry_run(STUDENT, cache, tmp_path / "run", SETTINGS)
+    assert again.resumed == report.steps
+    assert "all steps are made" in dry_run_text(again)
+
+
+def fastkd_tiny() -> nn.Module:
+    import train_cases
+
+    return train_cases.tiny()
+
+
+def test_bytes_that_a_backward_needs() -> None:
+    layer, found = nn.Linear(8, 4), list[int]()
+    x = torch.randn(5, 8)
+    with kept_for_backward(layer, found):
+        hidden = layer(x)
+        (hidden * hidden).sum().backward()
+    assert sorted(found) == [5 * 4 * 4, 5 * 8 * 4]  # of its output once, of its input, and not the weight
+
+
+def test_beside_a_teacher_no_cache_is_written(tmp_path: Path) -> None:
+    live = LiveSettings(**CAPTURE)
+    given = ("train_cases:tiny", documents(40), live)
+    found = dry_run(
+        STUDENT, None, tmp_path / "run", SETTINGS, teacher=given[0], data=given[1], live=given[2],
+        write_cache=tmp_path / "cache",
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path / "cache") in found.files
+    assert found.held_out["positions"] > 0
+    rolled = dry_run(
+        STUDENT, None, tmp_path / "run", SETTINGS, teacher=given[0], data=given[1], live=given[2],
+        rollouts=RolloutSettings(rollouts=0.5, rollout_tokens=4),
+    )  # fmt: skip
+    assert (rolled.cost, rolled.hours, rolled.steps) == (None, None, found.steps)
+    assert "unknown: what the student continues itself" in dry_run_text(rolled)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="dry_run: got 2 processes; expected one"):
+        dry_run(STUDENT, cache, tmp_path / "run", SETTINGS)
+
+
+def test_the_commands(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = cache.store.describe()
+    train = ["train", "--student", STUDENT, "--cache", place, "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main([*train, "--batch-tokens", "60"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing is written" in text
+    assert max(map(len, text.splitlines())) <= max(80, len(str(tmp_path)) + 24)
+    assert main([*train, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["student"]["name"] == "Tiny"
+    assert main([*train, "--teacher", STUDENT, "--train-teacher"]) == 1
+    assert "--dry-run: got it with --train-teacher" in capsys.readouterr().err
+    options = ["--teacher", STUDENT, "--data", "test_dry_run:data", "--context", "16", "--k", "6", "--json"]
+    found: dict[str, Any] = {}
+    for name, command in (("plan", ["plan"]), ("capture", ["capture", "--out", str(tmp_path / "new"), "--dry-run"])):
+        assert main([*command, *options]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["plan"].keys() == found["capture"].keys()
+    assert all(found["plan"][name] == found["capture"][name] for name in ("plan", "settings", "teacher", "data"))
+    assert main(["capture", "--out", place, "--dry-run", *options]) == 1
+    assert "existing cache was written with other settings" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
