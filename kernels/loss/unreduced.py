@@ -68,9 +68,9 @@ class _Parameter:
 def _wrappers() -> list[DistributedDataParallel]:
     """Every one that lives. An object refers to its class, and what refers to one is found without Python code for each
     object of the program."""
-    classes: list[type] = [DistributedDataParallel]
-    for one in classes:
-        classes += [new for new in one.__subclasses__() if new not in classes]
+    classes: list[Any] = [DistributedDataParallel]
+    for kind in classes:
+        classes += [new for new in kind.__subclasses__() if new not in classes]
     return [one for one in gc.get_referrers(*classes) if type(one) in classes]
 
 

@@ -101,7 +101,7 @@ def _cached_graph(model: Deployable, past: list[Tensor], alike: Layers | None) -
                 Cached(model.model), inputs, shapes | {"past": [{0: dim, 2: dim}] * len(past)},
                 [*list(shapes), *(f"past_key_values.{name}" for name in names)],
                 ["logits", *(f"present.{name}" for name in names)],
-                lambda graph: alike and repeat_layers(graph, alike, "model."),
+                lambda graph: None if alike is None else repeat_layers(graph, alike, "model."),
             )  # fmt: skip
     finally:
         config._attn_implementation = kept

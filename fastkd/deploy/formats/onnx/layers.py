@@ -86,9 +86,11 @@ class _Copies:
         found = {n: int(m[1]) for n in self._graph if (m := scope.search(n.metadata_props.get(_SCOPES, "")))}
         for node in self._graph:
             read = {self._split(value) for value in node.inputs} - {None}
-            users = {found.get(user) for value in node.outputs for user, _ in value.uses()}
-            if node not in found and len(read) == len(users) == 1 and users == {one[1] for one in read if one}:
-                (found[node],) = users
+            layers = {found.get(user) for value in node.outputs for user, _ in value.uses()}
+            layers |= {one[1] for one in read if one}
+            layer = layers.pop() if len(read) == len(layers) == 1 else None
+            if node not in found and layer is not None:
+                found[node] = layer
         return found
 
     def _split(self, value: Any) -> tuple[str, int, str] | None:
