@@ -88,7 +88,10 @@ def match(
     if init is not None:
         check_place(init, "init", TrainError)
         if isinstance(teacher, (str, Path)) and not is_factory(str(teacher)):
-            find_files(teacher)  # before the student is loaded and run
+            try:
+                find_files(teacher)  # before the student is loaded and run
+            except TeacherError as error:
+                raise TrainError(f"teacher: {error}") from error
     made = make_student(student, cache.spec, settings, data)
     if init is not None and has_adapters(made.student.model):
         raise TrainError("init: got a student with an adapter; expected a whole model, as its own weights are written.")

@@ -579,7 +579,8 @@ class Trainer:
                 "train into another folder."
             )
         load_model(checkpoint, self.student, self._processes)
-        if checkpoint.step < self.steps:
+        kept = self.settings.keep is not None and checkpoint.shapes(OPTIMIZER)
+        if checkpoint.step < self.steps or kept:  # it may be written again, after an evaluation that was stopped
             load_optimizer(checkpoint, self.optimizer, self.student, self._processes)
         self._source.load_state_dict(state["loader"])
         if self._auto is not None:
