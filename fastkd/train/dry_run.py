@@ -2,6 +2,7 @@
 written."""
 
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettin
 from ..utils.distributed import ALONE, local_device
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable
-from .api import LIVE, NO_ROLLOUTS, checked_call
+from .api import LIVE, NO_ROLLOUTS, checked_call, outlined
 from .arms import control_arms
 from .batch import with_batch
 from .beside import folders_beside
@@ -49,6 +50,7 @@ class TrainingPlan:
     cost: what was measured, None if it was not; unknown: why, or "". hours: of all arms, from their first step on;
     evaluation_hours: of these.
     files: what will be written, in bytes as far as known (None), by path within `out`.
+    notes: on the student, and warnings, as lines.
     """
 
     out: str
@@ -156,7 +158,8 @@ def _plan(
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     about = {"name": student.name, "parameters": student.parameters_and_bytes[0], "trained": trained}
     sizes = {} if held is None else {"sequences": held.sequences, "positions": held.positions}
-    notes = [f"student: {note}" for note in student.notes]
+    outline = outlined(inputs, settings, len(source))
+    notes = [f"note: student: {note}" for note in student.notes] + outline.warnings
     return TrainingPlan(
         out=str(out),
         student=about,
@@ -224,7 +227,9 @@ def dry_run_text(plan: TrainingPlan) -> str:
     lines += ["", f"Files in {plan.out}"]
     lines += format_table([[f"  {name}", "small" if n is None else size_text(n)] for name, n in plan.files.items()])
     lines += ["  (checkpoints: at most; once finished, weights of the last and the best)"]
-    lines += [""] * bool(plan.notes) + [f"note: {note}" for note in plan.notes]
+    lines += [""] * bool(plan.notes)
+    for note in plan.notes:
+        lines += textwrap.wrap(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(printable(line).rstrip() for line in lines)
 
 

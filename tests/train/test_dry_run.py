@@ -58,6 +58,8 @@ def test_it_says_what_then_happens(cache: Cache, tmp_path: Path) -> None:
     again = dry_run(STUDENT, cache, tmp_path / "run", SETTINGS)
     assert again.resumed == report.steps
     assert "all steps are made" in dry_run_text(again)
+    assert "warning: " in dry_run_text(again)
+    assert "steps are few to learn from" in again.notes[-1]
 
 
 def fastkd_tiny() -> nn.Module:
