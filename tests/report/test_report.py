@@ -646,7 +646,7 @@ def test_other_damage(run: Path, tmp_path: Path) -> None:
     with pytest.raises(NoRun, match=r"control: no run\.json"):
         read_run(run, "r")
     shutil.rmtree(run / "control")
-    with pytest.raises(ReportError, match=r"page\.html: cannot be written"):
+    with pytest.raises(ReportError, match=r"run\.json is no folder; expected a place in a folder"):
         make_report([run], run / "run.json" / "page.html")
 
 
