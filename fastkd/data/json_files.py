@@ -93,9 +93,16 @@ def array_offsets(file: ByteFile, name: str) -> Offsets:
         done, at = done + space.end() - at, space.end()
         if at == len(text):
             if not fill():
+                if not expected:
+                    return np.array([*offsets, end], np.int64)
                 raise failed("the end of the file")
+        elif not expected:
+            raise DataError(
+                f"{name}: got {text[at : at + 20]!r} after the end of the array; expected one array of JSON objects, "
+                "and nothing after it."
+            )
         elif text[at] == "]" and expected in (",", "{]"):
-            return np.array([*offsets, end], np.int64)
+            done, at, expected = done + 1, at + 1, ""
         elif text[at] == "{" and expected[0] == "{":
             try:
                 _, stop = parse(text, at)

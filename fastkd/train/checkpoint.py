@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict, save
 from torch.distributed.tensor import distribute_tensor
 
 from ..errors import TrainError
+from ..utils.atomic import clean as clean_folder
 from ..utils.atomic import (
-    PART,
     commit_folder,
     drop_folder,
     read_sealed,
@@ -227,8 +226,7 @@ def prune(run: Path, *, keep: int, best: int | None, last: int) -> None:
 def clean(run: Path) -> None:
     """Remove the temporary files and folders that an interrupted run left."""
     for folder in (run, run / FOLDER):
-        for path in folder.glob(f".*{PART}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clean_folder(folder)
 
 
 def _save(tensors: Tensors, folder: Path, processes: Processes) -> None:

@@ -22,6 +22,7 @@ _RECOVERABLE = (
 _SHA256 = "sha256"  # of a JSON document: the name of its hash
 PART = ".part"
 """How the name of a temporary file or folder ends; it begins with a dot."""
+_REPLACED = f".before{PART}"
 
 
 def lock(run: Path) -> int:
@@ -165,15 +166,38 @@ def temporary_folder(final: Path) -> Path:
 
 
 def commit_folder(final: Path) -> None:
-    """Sync a temporary folder to disk and give it its final name, replacing a folder of that name."""
+    """Sync a temporary folder to disk and give it its final name, replacing a folder of that name. If the process is
+    killed meanwhile, one of both is there once `clean` was called."""
     temporary = temporary_folder(final)
     for path in temporary.rglob("*"):
         _sync(path)
     _sync(temporary)
-    remove_folder(final)
+    before = _replaced(final)
+    if before.exists():
+        shutil.rmtree(before)
+    if final.exists():
+        os.rename(final, before)
     os.rename(temporary, final)
     # otherwise a power failure could undo the rename
     _sync(final.parent)
+    if before.exists():
+        shutil.rmtree(before)
+
+
+def _replaced(final: Path) -> Path:
+    """Where a folder is while another one takes its place."""
+    return final.with_name(f".{final.name}{_REPLACED}")
+
+
+def clean(folder: Path) -> None:
+    """Remove the temporary files and folders in a folder that an interrupted process left. A folder that was about to
+    be replaced gets its name back."""
+    for path in folder.glob(f".*{_REPLACED}"):
+        final = path.with_name(path.name[1:].removesuffix(_REPLACED))
+        if not final.exists():
+            os.rename(path, final)
+    for path in folder.glob(f".*{PART}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def drop_folder(final: Path) -> None:

@@ -235,6 +235,12 @@ def test_positions_of_a_completion_count() -> None:
         ("a.csv", "", "got no first record"),
         ("a.csv", "input_ids\n[1]\n", "whose values are text; expected token ids in lists"),
         ("a.csv", "a,b\n1,2\n", "which column holds the documents. It has 'a', 'b'"),
+        (
+            "a.json",
+            '[{"text": "a"}]\n[{"text": "b"}]',
+            r"got '\[\{\"text\": \"b\"\}\]' after the end of the array; expected",
+        ),
+        ("a.json", "[] 5", r"got '5' after the end of the array; expected one array of JSON objects"),
         ("a.json", '[{"text": "a"}, 5]', r"element 1 \(from 0\): got '5\]'; expected an array of JSON objects"),
         ("a.json", '[{"text": "a"}, {"tex', r"element 1 \(from 0\): got invalid JSON"),
         ("a.json", '[{"text": "a"}', r"element 1 \(from 0\): got the end of the file"),

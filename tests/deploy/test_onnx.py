@@ -233,6 +233,25 @@ def test_layers_are_alike_but_for_their_parameters(llama: Deployable) -> None:
     assert alike_layers(load_deployable(model_of("llama", num_hidden_layers=3)).model, 3) is None  # nothing is gained
 
 
+@pytest.mark.parametrize("change", ["shared", "one module", "lists of tensors", "dtypes", "said by the config"])
+def test_layers_that_only_look_alike(llama: Deployable, change: str) -> None:
+    model: Any = copy.deepcopy(llama.model)
+    layers = model.model.layers
+    if change == "shared":  # by the last two alone, so that the traced ones do not show it
+        layers[4].mlp = layers[3].mlp
+    elif change == "one module":
+        for index in range(1, 5):
+            layers[index].mlp = layers[0].mlp
+    elif change == "said by the config":  # the model, and not its layers, may act by it
+        model.config.layer_types = ["sliding_attention"] * 3 + ["full_attention"] * 2
+    for index, layer in enumerate(layers):
+        if change == "lists of tensors":  # == between them has no truth value
+            layer.values = [torch.zeros(3)]
+        elif change == "dtypes":
+            layer.values = torch.ones(3, dtype=torch.float64 if index == 4 else torch.float32)
+    assert alike_layers(model, 5) is None
+
+
 def test_copies_are_of_nodes_that_are_alike() -> None:
     """The graph of a decoder in which the third layer has other nodes than the second is not repeated."""
     import onnx_ir as ir
@@ -259,6 +278,35 @@ def test_copies_are_of_nodes_that_are_alike() -> None:
     assert value is graph.inputs[0]
     with pytest.raises(LayersDiffer):
         repeat_layers(graph_of(2.0), layers, "model.")
+
+
+def test_copies_read_their_own_buffers_and_a_value_read_beside_the_layers_is_noticed() -> None:
+    import onnx_ir as ir
+
+    def graph_of(read: int) -> Any:
+        kind = ir.TensorType(ir.DataType.FLOAT)
+        x, nodes = ir.Value(name="x", shape=ir.Shape([2]), type=kind), []
+        scales = []
+        for layer in range(TRACED):
+            data = ir.tensor(np.full(2, layer, np.float32), name=f"model.layers.{layer}.scale")
+            scales.append(ir.Value(name=data.name, shape=ir.Shape([2]), type=kind, const_value=data))
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0] if nodes else x, scales[-1]]))
+            nodes[-1].metadata_props["pkg.torch.onnx.name_scopes"] = f"['', 'model.layers.{layer}', 'mul']"
+        end = ir.node("Add", [nodes[-1].outputs[0], nodes[read].outputs[0]])
+        opset = {"": 18}
+        return ir.Graph([x], end.outputs, nodes=[*nodes, end], initializers=scales, opset_imports=opset)
+
+    modules = nn.ModuleList(nn.Identity() for _ in range(5))
+    for index, module in enumerate(modules):
+        module.register_buffer("scale", torch.full((2,), float(index)))
+    layers = Layers(nn.Module(), "layers", "layers", modules)
+    graph = graph_of(read=2)
+    repeat_layers(graph, layers, "model.")
+    found = {name: value.const_value.numpy().tolist() for name, value in graph.initializers.items()}
+    assert found == {f"model.layers.{index}.scale": [index, index] for index in range(5)}
+    for read in (0, 1):  # as in the mean of the states of all layers
+        with pytest.raises(LayersDiffer):
+            repeat_layers(graph_of(read), layers, "model.")
 
 
 @pytest.mark.soak

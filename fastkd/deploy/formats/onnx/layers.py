@@ -34,12 +34,12 @@ class Layers(NamedTuple):
 
 def alike_layers(model: nn.Module, count: int) -> Layers | None:
     """The one list of count modules that differ in the values of their parameters and in their index alone. None if
-    there is none, or so few that nothing would be gained."""
+    there is none, if they share parameters, or if they are so few that nothing would be gained."""
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if count <= TRACED or len(lists) != 1:
+    if count <= TRACED or len(lists) != 1 or _said_to_differ(getattr(model, "config", None), count):
         return None
     name, modules = lists[0]
-    if not all(_alike(modules[0], other) for other in modules[1:]):
+    if _share(modules) or not all(_alike(modules[0], other) for other in modules[1:]):
         return None
     owner, _, attribute = name.rpartition(".")
     return Layers(model.get_submodule(owner), attribute, name, modules)
@@ -61,7 +61,8 @@ def repeat_layers(graph: Any, layers: Layers, prefix: str) -> None:
     changed, if the nodes of the traced layers are not alike."""
     copies = _Copies(graph, f"{prefix}{layers.name}.")
     for index in range(TRACED, len(layers.modules)):
-        copies.add(index, dict(layers.modules[index].named_parameters()))
+        module = layers.modules[index]
+        copies.add(index, dict([*module.named_parameters(), *module.named_buffers()]))
     copies.end()
 
 
@@ -76,6 +77,8 @@ class _Copies:
         pairs = list(zip(second, self._nodes, strict=False))
         self._third = {a: b for old, new in pairs for a, b in zip(old.outputs, new.outputs, strict=False)}
         if len(second) != len(self._nodes) or not all(self._alike(old, new) for old, new in pairs):
+            raise LayersDiffer
+        if any(self._read_outside(node) for node, layer in self._layer_of.items() if layer + 1 < TRACED):
             raise LayersDiffer
         self._latest = {value: value for node in self._nodes for value in node.outputs}
         self._after = self._nodes[-1]
@@ -98,6 +101,10 @@ class _Copies:
         match = None if value is None else self._named.fullmatch(value.name)
         return match and (match[1], int(match[2]), match[3])
 
+    def _read_outside(self, node: Any) -> bool:
+        """Whether what a node gives is read outside of the layers, as where a model returns the mean of all states."""
+        return any(user not in self._layer_of for value in node.outputs for user, _ in value.uses())
+
     def _alike(self, old: Any, new: Any) -> bool:
         """Whether a node of the third layer is one of the second's, a layer later."""
         return (
@@ -116,12 +123,12 @@ class _Copies:
             return self._split(new) == (name[0], 2, name[2])
         return old is new
 
-    def add(self, index: int, parameters: Mapping[str, Tensor]) -> None:
+    def add(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         import onnx_ir as ir
 
         made: dict[Any, Any] = {}
         for node in self._nodes:
-            inputs = [made[v] if v in made else self._input(v, index, parameters) for v in node.inputs]
+            inputs = [made[v] if v in made else self._input(v, index, tensors) for v in node.inputs]
             outputs = [ir.Value(name=self._name(v, index), shape=v.shape, type=v.type) for v in node.outputs]
             copy = ir.Node(
                 node.domain, node.op_type, inputs, node.attributes.values(), overload=node.overload, outputs=outputs,
@@ -139,7 +146,7 @@ class _Copies:
         name = self._split(value)
         return f"{value.name}.{index}" if name is None else f"{name[0]}{index}{name[2]}"
 
-    def _input(self, value: Any, index: int, parameters: Mapping[str, Tensor]) -> Any:
+    def _input(self, value: Any, index: int, tensors: Mapping[str, Tensor]) -> Any:
         """What a copy reads in the place of a value that is not the third layer's own."""
         import onnx_ir as ir
 
@@ -155,7 +162,7 @@ class _Copies:
             if value.is_graph_input():
                 self._graph.inputs.append(known)
             else:
-                known.const_value = ir.tensor_adapters.TorchTensor(parameters[name[2][1:]], name=new)
+                known.const_value = ir.tensor_adapters.TorchTensor(tensors[name[2][1:]], name=new)
                 self._graph.register_initializer(known)
         return known
 
@@ -165,6 +172,20 @@ class _Copies:
             for user, position in list(value.uses()):
                 if user not in self._layer_of and user not in self._copied:
                     user.replace_input_with(position, self._latest[value])
+
+
+def _said_to_differ(config: Any, count: int) -> bool:
+    """Whether a configuration has a value for each layer, and not the same for all, as `layer_types`: the model, and
+    not the layers, may act by it."""
+    values = vars(config).values() if hasattr(config, "__dict__") else ()
+    lists = [value for value in values if isinstance(value, (list, tuple)) and len(value) == count]
+    return any(one != value[0] for value in lists for one in value)
+
+
+def _share(modules: nn.ModuleList) -> bool:
+    """Whether two of the layers are one, or have a parameter in common: what is traced then depends on which."""
+    found = [{id(parameter) for parameter in module.parameters()} for module in modules]
+    return len(set().union(*found)) < sum(map(len, found))
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
@@ -194,11 +215,14 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
+        return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
     if isinstance(one, partial) and isinstance(other, partial):
         return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
     plain = (bool, int, float, str, tuple, list, dict, set, type(None))
-    return type(one) is type(other) and isinstance(one, plain) and bool(one == other)
+    try:
+        return type(one) is type(other) and isinstance(one, plain) and bool(one == other)
+    except (RuntimeError, ValueError):  # tensors or arrays in a list are not compared
+        return False
 
 
 def _attributes(node: Any) -> dict[str, Any]:
