@@ -84,18 +84,32 @@ def _document(place: str) -> Mapping[str, Any]:
         except ImportError as error:
             raise UsageError(f"--config: got {place}, for which PyYAML is missing: pip install pyyaml.") from error
         try:
-            document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            document = yaml.load(text, _without_duplicates(yaml))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date, or a long number
             raise UsageError(f"{place}: not YAML: {' '.join(str(error).split())}") from error
         document = {} if document is None else document
     else:
         try:
             document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or of a long number
             raise UsageError(f"{place}: not TOML: {error}") from error
     if not isinstance(document, dict):
         raise UsageError(f"{place}: got {type_name(document)}; expected options and their values.")
     return document
+
+
+def _without_duplicates(yaml: Any) -> Any:
+    """The loader of plain values, that refuses a key which a table has twice, of which YAML would take the last."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML may be missing
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in getattr(node, "value", ()) if isinstance(key, yaml.ScalarNode)]
+            for number, key in enumerate(keys):
+                if key in keys[:number]:
+                    raise yaml.constructor.ConstructorError(None, None, f"found {key!r} twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _entries(document: Mapping[Any, Any], place: str, known: list[str]) -> Iterator[tuple[str, Any]]:
@@ -130,15 +144,22 @@ def _words(option: Option, value: Any, where: str) -> list[str] | None:
     if several and option.count == 1:
         raise UsageError(f"{where}: got a list; expected one value.")
     if option.count not in (None, 1) and (not several or len(value) != option.count):
-        raise UsageError(f"{where}: got {value!r}; expected a list of {option.count} values.")
+        raise UsageError(f"{where}: got {_said(value)}; expected a list of {option.count} values.")
     words = []
     for one in value if several else [value]:
         if isinstance(one, bool) or not isinstance(one, (str, int, float)):
-            raise UsageError(f"{where}: got {one!r}; expected {_expected(option)}.")
+            raise UsageError(f"{where}: got {_said(one)}; expected {_expected(option)}.")
         word = one if isinstance(one, str) else repr(one)
         option.check(word, where)
         words.append(word)
     return words
+
+
+def _said(value: Any) -> str:
+    """A value in a message. Lists of lists can be short in YAML, and too long for any message."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"a {type_name(value)}" if isinstance(value, (dict, set)) else repr(value)
 
 
 def _expected(option: Option) -> str:

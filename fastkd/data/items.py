@@ -124,7 +124,11 @@ def tensor_of(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if not is_image(value):
-        return torch.as_tensor(np.asarray(value))
+        array = np.asarray(value, order="C")  # torch takes no negative strides, as of a flipped image
+        try:
+            return torch.as_tensor(array)
+        except TypeError:
+            raise DataError(f"got {array.dtype} as an example; expected numbers, or an image.") from None
     if value.mode not in _MODES:
         raise DataError(f"got an image of mode {value.mode!r}; expected {', '.join(_MODES)}: image.convert('RGB').")
     pixels = np.array(value)

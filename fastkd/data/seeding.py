@@ -125,5 +125,5 @@ def _number_of(example: Any) -> int:
     """63 bits from an example's values."""
     value: Tensor = tensor_of(example)
     digest = hashlib.blake2b(f"{value.dtype}{tuple(value.shape)}".encode(), digest_size=8)
-    digest.update(value.contiguous().view(torch.uint8).numpy().data)
+    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "little") >> 1

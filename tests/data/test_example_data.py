@@ -290,3 +290,24 @@ def test_verify_asks_for_the_examples(tmp_path: Path, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert "got a cache of examples, which it does not contain" in error
     assert "--examples module:factory" in error
+
+
+def test_seeded_transforms_take_flipped_arrays_and_single_numbers() -> None:
+    transform = seeded(lambda value: random.random(), fingerprint="draw")
+    flipped = np.asarray(X[0])[:, ::-1]  # its strides are negative, as of an image whose channels were swapped
+    assert transform(flipped) == transform(flipped.copy()) != transform(np.asarray(X[0]))
+    assert transform(np.float32(2)) == transform(torch.tensor(2.0)) != transform(3.0)
+    with pytest.raises(DataError, match="got <U1 as an example; expected numbers, or an image"):
+        transform(np.array(["a"]))
+
+
+def test_generators_are_restored_after_a_failure_too() -> None:
+    def fails(value: Any) -> Any:
+        torch.rand(3), np.random.rand(3), random.random()
+        raise KeyError(value)
+
+    before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+    with pytest.raises(KeyError):
+        seeded(fails, fingerprint="fails")(X[0])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[2], random.getstate()) == before[1:]
