@@ -9,7 +9,7 @@ from ..cache.capture_plan import CapturePlan, read_capture_plan
 from ..cache.manifest import read_spec
 from ..cache.provenance import Identity, Provenance
 from ..cache.spec import differences
-from ..cache.stores import Store
+from ..cache.stores import Store, open_store
 from ..data.documents import LARGEST_ID, Documents
 from ..data.examples import Examples
 from ..data.sources import Source
@@ -18,11 +18,26 @@ from ..models.tokenizers import Tokenizer, load_tokenizer
 from ..settings import CaptureSettings, DataSettings, ModelSettings
 from ..teachers.hf import weights_sha256
 from ..teachers.load import as_data, check_teacher_name, named_tokenizer
+from ..utils.atomic import check_place
+from ..utils.output_guard import check_store
 from .window_plan import cache_spec
 
 DELETE = "Delete it; it is written again from the same data."
 _OF_TEXT = ("packing", "on_long", "overlap")
 _IF_GIVEN = ("context", "shard_positions")  # their defaults depend on teacher and data
+
+
+def store_there(out: Any) -> Store | None:
+    """The store that a capture would write to, if it can; None for a local folder that is not there, but can be made.
+    Raises CacheError."""
+    try:
+        store = open_store(out)
+    except NotFound:
+        if "://" not in str(out):
+            check_place(Path(out), "out", CacheError)
+        return None
+    check_store(store)
+    return store
 
 
 def check_continues(
@@ -58,6 +73,9 @@ def check_continues(
         unit = "examples" if isinstance(source, Examples) else "documents"
         if (count := _count(source)) != there.totals.get("documents"):
             found.append(f"data: {there.totals.get('documents')} {unit} and {count}")
+    if isinstance(source, Source):
+        names = (theirs.provenance.text_documents or "line", source.text_documents or "line")
+        found += differing([("text_documents", *names)])
     if found:
         raise refusal(store, found)
     files = check_teacher_name(teacher, model)

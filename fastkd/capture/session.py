@@ -23,7 +23,7 @@ from ..utils.words import words_of
 from .answers import check_limits, large_k_text
 from .begin import begin_cache
 from .claims import Claims
-from .existing import check_continues
+from .existing import check_continues, store_there
 from .feature_places import find_places
 from .features.prepare import check_existing, check_sizes
 from .prepare import prepare
@@ -70,21 +70,22 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
         # before the teacher, which may have to be loaded
         check_settings(settings)
-        store = open_store(out, create=True)
-        check_store(store)
+        there = store_there(out)
         data = as_examples(data)
         if not isinstance(data, (Documents, Examples)):
             data = open_source(data, column, text_documents)
         tokenizer = named_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
-        if isinstance(teacher, (str, Path)):
+        if there is not None and isinstance(teacher, (str, Path)):
             how: dict[str, Any] = {"loss_on": loss_on, "tokenizer": tokenizer}
             reading = DataSettings(data=(), **how)
-            check_continues(store, settings, data, teacher=teacher, model=ModelSettings(), data=reading)
+            check_continues(there, settings, data, teacher=teacher, model=ModelSettings(), data=reading)
         check = partial(check_limits, settings=settings, out=out)
         model = as_teacher(teacher, data, fingerprint=fingerprint, vocab_size=vocab_size, check=check)
         check(model)
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
         places = find_places(model, data, settings.features)
+        store = open_store(out, create=True)
+        check_store(store)
         claims = Claims(store, self._rank, self._world_size)
         words = words_of(EXAMPLE_COLUMNS if isinstance(data, Examples) else ())
         mode = progress if group is None or group.leader else "none"

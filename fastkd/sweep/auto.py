@@ -192,7 +192,7 @@ class Halving:
         self.say.event("note", text=f"{arm.name}: to step {step}")
         pause = Pause(tuple(rung.step for rung in self.rungs), step)
         # checkpoints are those of the rungs: one is enough
-        settings = replace(arm.of(self.settings, self.settings.seed), keep=1 if step < last else None)
+        settings = replace(arm.of(self.settings, self.settings.seed), keep=1 if step < last else self.settings.keep)
         try:
             with naming(arm.name):
                 self.reports.append(train(self.student, self.cache, folder, settings, pause=pause, **self.given))

@@ -74,7 +74,7 @@ def masked(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         (lambda: Variant(capped), {"mass": 0.6}),
         (lambda: Variant(projected), {"packing": "keep", "codec": "fast"}),
         (Causal, {"k": 0, "draws": 6, "draw_temperature": 1.5}),
-        (Causal, {"k": 200, "draws": 0}),
+        (Causal, {"k": 97, "draws": 0}),
         (lambda: Variant(masked), {"codec": "smallest"}),
         (lambda: Variant(batch_dependent), {}),
         (lambda: Causal().double(), {"codec": "portable"}),
@@ -305,7 +305,7 @@ def test_other_outcomes_are_a_problem() -> None:
     assert report.outcomes == report.positions
     assert any("another number of outcomes" in problem for problem in report.problems)
     # and back: entries that the teacher holds impossible are infinitely far
-    report = check_teacher(captured(k=200, draws=0), teacher(Variant(masked)), positions=100)
+    report = check_teacher(captured(k=97, draws=0), teacher(Variant(masked)), positions=100)
     assert not report.ok
     assert report.to_json()["excess"] is None
     json.dumps(report.to_json(), allow_nan=False)

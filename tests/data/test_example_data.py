@@ -286,7 +286,7 @@ def test_labels_and_examples_that_do_not_fit_a_cache(tmp_path: Path) -> None:
 
 def test_verify_asks_for_the_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fastkd.capture(Classifier(), (X, Y), tmp_path / "cache", k=CLASSES)
-    assert main(["verify", str(tmp_path / "cache"), "--teacher", "nowhere:teacher"]) == 1
+    assert main(["verify", str(tmp_path / "cache"), "--teacher", "test_example_data:Classifier"]) == 1
     error = capsys.readouterr().err
     assert "got a cache of examples, which it does not contain" in error
     assert "--examples module:factory" in error

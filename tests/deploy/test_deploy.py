@@ -355,7 +355,7 @@ def test_places_that_cannot_be_written(text: tuple[Path, Cache], exported: Path,
         export(text[0], "safetensors", file / "a" / "out")
     with pytest.raises(ExportError, match=r"out: got .*file/page.html, but .*file is no folder; expected"):
         deploy_report(text[0], [exported], file / "page.html")
-    with pytest.raises(ExportError, match=r"out: got .*, which is a folder; expected the name of a page"):
+    with pytest.raises(ExportError, match=r"out: got .*, which is a folder; expected the name of a file"):
         deploy_report(text[0], [exported], tmp_path)
     assert sorted(tmp_path.iterdir()) == [file]
 

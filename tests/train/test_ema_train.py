@@ -90,7 +90,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert f"{name.removeprefix('student-')}: {tmp_path / 'run' / name}\n" in printed
     assert main([*args[:4], "ema:2", *args[5:]]) == 1
     assert "--teacher ema:2: expected ema:DECAY with a decay from 0 to 1" in capsys.readouterr().err
-    assert main([*args, "--exits", "7"]) == 1  # in addition
+    assert main([*args, "--exits", "7"]) == 1  # in addition, to a run that was begun without
+    assert "begun with other settings (--exits: [1] there, [1, 7] here)" in capsys.readouterr().err
+    assert main([*args, "--exits", "7", "--out", str(tmp_path / "other")]) == 1
     assert "--exits 7: expected numbers from 1 to 1, as" in capsys.readouterr().err
 
 
