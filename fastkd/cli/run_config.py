@@ -48,8 +48,8 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
     for pattern in _WITHIN.get(type(command), ()):
         for path in sorted(folder.glob(f"{pattern}/run.json")):
             try:
-                settings = read_sealed(path)["settings"]
-            except (ValueError, KeyError):  # damaged: `fastkd train` and `fastkd sweep` say so
+                settings = dict(read_sealed(path)["settings"])
+            except (ValueError, KeyError, TypeError):  # damaged: `fastkd train` and `fastkd sweep` say so
                 continue
             # an earlier version may have had other settings
             yield Train(**{**kept, **{n: value for n, value in settings.items() if n in known}, "out": path.parent})

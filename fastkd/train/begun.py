@@ -20,11 +20,11 @@ def begun_with(folders: Iterable[Path]) -> Mapping[str, Any]:
         for step in reversed(steps_of(folder)):
             found = _state(folder, step)
             if found is not None:
-                settings, source = found["settings"], found["loader"].get("fingerprint") or {}
+                settings, source = _table(found["settings"]), _table(_table(found["loader"]).get("fingerprint"))
                 return _known(settings.get("batch_tokens"), source.get("held_out"))
         if (run := _document(folder / RUN)) is not None:
-            settings, live = run.get("settings") or {}, (run.get("live") or {}).get("identity") or {}
-            return _known(settings.get("batch_tokens"), live.get("held_out"))
+            settings, live = run.get("settings"), _table(run.get("live")).get("identity")
+            return _known(_table(settings).get("batch_tokens"), _table(live).get("held_out"))
     return {}
 
 
@@ -40,6 +40,11 @@ def continued(live: Live, begun: Mapping[str, Any]) -> Live:
 def _known(batch_tokens: Any, held_out: Any) -> dict[str, Any]:
     found = {"batch_tokens": batch_tokens, "held_out": held_out}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _table(found: Any) -> Mapping[str, Any]:
+    """A part of a document; empty if it is none, as in a damaged file."""
+    return found if isinstance(found, dict) else {}
 
 
 def _state(folder: Path, step: int) -> Mapping[str, Any] | None:

@@ -226,6 +226,9 @@ def test_the_arms_of_a_command_have_files_of_their_own(tmp_path: Path) -> None:
     leave_config("train", train(out=run, control=True))
     assert parse(["train", "--config", str(run / "config.toml")]) == train(out=run, control=True)
     assert parse(["train", "--config", str(run / "control" / "config.toml")]) == train(out=run / "control", alpha=1.0)
+    for damaged in ("[]", '{"settings": 5}', "{"):  # the command itself is done, and says nothing of it
+        (run / "control" / "run.json").write_text(damaged)
+        leave_config("train", train(out=run, control=True))
     # nothing is written where nothing has begun
     leave_config("train", train(out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()

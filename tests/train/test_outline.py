@@ -151,6 +151,14 @@ def test_a_run_from_before_keeps_its_batch(cache: Cache, tmp_path: Path) -> None
     assert fastkd.train(STUDENT, cache, tmp_path, **CHANGES).resumed == 3
 
 
+@pytest.mark.parametrize(
+    "text", ['{"settings": "x", "live": [1]}', '{"settings": [], "live": {"identity": 5}}', "[]", "{"]
+)
+def test_a_damaged_run_json_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    assert begun_with([tmp_path]) == {}
+
+
 def test_a_live_run_from_before_keeps_its_split(tmp_path: Path) -> None:
     live = {"k": 6, "draws": 3, "context": 16, "shard_positions": 48}
     how: dict[str, Any] = {"teacher": train_cases.Tiny(seed=7), "data": documents(), **SMALL, "steps": 2}
