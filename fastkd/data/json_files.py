@@ -1,6 +1,7 @@
 """Rows of a JSON file: an object per line (JSON lines), or one array of objects."""
 
 import codecs
+import copy
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..cache.errors import type_name
 from ..errors import DataError
-from .byte_files import ByteFile
+from .byte_files import ByteFile, byte_file
 from .columns import choose_column
 from .lines import LinesColumn, Offsets, line_offsets
 
@@ -22,7 +23,7 @@ class JsonColumn(LinesColumn):
     """A key of the JSON objects in a file."""
 
     def __init__(self, path: Path, column: str | None) -> None:
-        self._array = False
+        self._array, self._may_lack = False, False
         super().__init__(path, self._find)
         if len(self):
             self.name = choose_column(str(path), self.names(), column)
@@ -36,6 +37,12 @@ class JsonColumn(LinesColumn):
         """The keys of the first object; none without one."""
         return list(self._object(0, self._read_bytes(0, 1)[0])) if len(self) else []
 
+    def optional(self, name: str) -> "JsonColumn":
+        """Another key of the same objects, None where they lack it."""
+        other = copy.copy(self)
+        other.name, other._may_lack, other._file = name, True, byte_file(self.path)
+        return other
+
     def where(self, row: int) -> str:
         return f"{self.path}, element {row} (from 0)" if self._array else super().where(row)
 
@@ -43,10 +50,10 @@ class JsonColumn(LinesColumn):
         values = []
         for row, line in enumerate(self._read_bytes(start, stop), start):
             value = self._object(row, line)
-            if self.name not in value:
+            if self.name not in value and not self._may_lack:
                 keys = ", ".join(map(repr, value)) or "none"
                 raise DataError(f"{self.where(row)}: got an object with keys {keys}; expected {self.name!r}.")
-            values.append(value[self.name])
+            values.append(value.get(self.name))
         return values
 
     def _object(self, row: int, line: bytes) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class JoinedColumn:
 
     def __init__(self, shape: Shape, columns: Mapping[str, Column]) -> None:
         self._shape, self._columns = shape, dict(columns)
-        self.name = "+".join(columns)
+        self.name = "+".join(name for name in shape.columns if name in columns)
         self._first = next(iter(columns.values()))
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from .columns import (
     concat_arrays,
 )
 from .files import check_one_kind, files_of, kind_of, open_column
+from .json_files import JsonColumn
 from .lines import TEXT_DOCUMENTS, TextColumn
 from .records import JoinedColumn, shape_of
 
@@ -156,7 +157,11 @@ def _named(open_one: Callable[[str | None], Column], column: str | None) -> Colu
     except UnclearColumn as error:
         if (shape := shape_of(error.names)) is None:
             raise
-        return JoinedColumn(shape, {name: open_one(name) for name in shape.columns if name in error.names})
+        columns = {name: open_one(name) for name in shape.columns if name in error.names}
+        first = next(iter(columns.values()))
+        if isinstance(first, JsonColumn):  # whose keys are those of the first object: others may have more, or less
+            columns |= {name: first.optional(name) for name in shape.optional}
+        return JoinedColumn(shape, columns)
 
 
 def _in_memory(values: Any, names: list[str] | None, column: str | None, what: str, unit: str) -> Source:

@@ -298,3 +298,14 @@ def test_a_long_array_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.Monk
     path = written(tmp_path / "a.json", json.dumps([{"text": "x" * 100}] * 500))
     assert len(open_documents(path, **TEXT)) == 500
     assert longest < 2200
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_an_optional_key_that_only_some_objects_have_is_read(tmp_path: Path, array: bool) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+    for name, some in (("first.json", rows), ("last.json", rows[::-1])):
+        path = tmp_path / name
+        path.write_text(json.dumps(some) if array else "\n".join(map(json.dumps, some)))
+        (column,) = open_source(path, None).columns
+        asked = {row[0]["content"] for row in column.read(0, 2)}
+        assert asked == {"a", "c\n\nd"}
