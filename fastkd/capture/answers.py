@@ -42,8 +42,8 @@ def check_limits(teacher: Any, settings: CaptureSettings, out: Any = None) -> No
         _check_topk(settings, max_k, temperatures or (1.0,), teacher.vocab_size, getattr(teacher, "max_k_is", ""))
     if settings.k not in _DEFAULT_K and settings.k > (teacher.vocab_size or settings.k) and settings.k != _k_of(out):
         raise TeacherError(
-            f"k: got {settings.k}; expected at most {teacher.vocab_size}, the outcomes of this teacher: as many are "
-            "its whole distribution."
+            f"k: got {settings.k}; expected at most {teacher.vocab_size}, the outcomes of this teacher (its "
+            "vocabulary or classes): that stores the whole distribution."
         )
     longest: int | None = getattr(teacher, "max_positions", None)
     if longest is not None and settings.context is not None and settings.context > longest:

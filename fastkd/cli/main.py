@@ -303,7 +303,7 @@ def _train_dry_run(command: Train) -> Outcome:
 
     if command.train_teacher:
         raise TrainError("dry_run: got it with train_teacher; expected one student. Leave one of them out.")
-    _note(f"loading {command.student}, then running micro-batches of the first step", events=False)
+    _note(f"loading {command.student}, then running at least two micro-batches of the first step", events=False)
     found = dry_run(
         command.student,
         _training_cache(command),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _BEFORE = 24  # tokens shown before a position
 _SHOWN = 8  # entries
 _WIDTH = 80
+_SPACE = "\uffff"  # where a line is not broken; in no token, as it is no character
 _OF_EXAMPLES = "the teacher's most likely classes, with their probabilities"
 
 
@@ -67,9 +68,16 @@ def sample_text(sample: list[dict[str, Any]]) -> str:
             lines.append("    " + "…" + printable(before)[-(_WIDTH - 5) :])
         shown = [f"{_quoted(token)} {p:.3f}" for token, p in one["top"][:_SHOWN]]
         label = [] if one.get("next") is None else [f"next {_quoted(one['next'])}"]
-        others = one["tail"] + sum(p for _, p in one["top"][_SHOWN:])
-        text = "; ".join([*label, ", ".join([*shown, *([f"others {others:.3f}"] if others else [])])])
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="      ")
+        # stored probabilities are rounded: their sum may be above 1
+        others = min(1.0, one["tail"] + sum(p for _, p in one["top"][_SHOWN:]))
+        shown += [f"others {others:.3f}"] if others else []
+        # a line is broken between tokens only, whose own spaces stay
+        whole = [*(f"{text};" for text in label), *(f"{text}," for text in shown[:-1]), *shown[-1:]]
+        wrapped = textwrap.wrap(
+            " ".join(text.replace(" ", _SPACE) for text in whole), _WIDTH, initial_indent="    ",
+            subsequent_indent="      ", break_on_hyphens=False,
+        )  # fmt: skip
+        lines += [line.replace(_SPACE, " ") for line in wrapped]
     return "\n".join(lines)
 
 

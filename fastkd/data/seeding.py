@@ -71,9 +71,10 @@ class Seeded:
         """Identifies transform and seed. DataError if the transform's repr does not say what it does."""
         said = self._named or repr(self.transform)
         if _ADDRESS.search(said):
+            name = getattr(self.transform, "__qualname__", type(self.transform).__name__)
             raise DataError(
-                f"fingerprint: got none for {type(self.transform).__name__}, whose repr does not say what it does. "
-                "Give seeded(..., fingerprint=...), a text that changes whenever its results do."
+                f"fingerprint: got none for {name}, whose repr does not say what it does. Give "
+                "seeded(..., fingerprint=...), a text that changes whenever its results do."
             )
         return f"seeded by {self.seed}: {said}"
 

@@ -28,7 +28,7 @@ def check_machine(folder: Path) -> Iterator[Found]:
 
 def check_load(load: float | None, cores: int, threads: int) -> Found:
     """load: processes that want a core, on average over a minute; None where it is not known."""
-    text = f"{cores} that this process may use; PyTorch uses {threads} threads"
+    text = f"{cores} that this process may use; PyTorch uses {threads} thread{'s' * (threads != 1)}"
     if load is None:
         return Found("cores", "ok", text)
     text += f"; load {load:.1f}"

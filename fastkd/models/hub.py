@@ -129,6 +129,8 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
             why = "it exists there, but not that revision"
         elif isinstance(error, LocalEntryNotFoundError) and huggingface_hub.constants.HF_HUB_OFFLINE:
             why = "it is not in the local cache, and HF_HUB_OFFLINE forbids downloads"
+        elif isinstance(error, LocalEntryNotFoundError):
+            why = "it is not in the local cache, and the Hub cannot be reached"
         else:
             why = brief(error)
         raise TeacherError(

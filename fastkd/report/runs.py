@@ -208,6 +208,8 @@ def read_run(folder: Path, name: str) -> Run:
     """One run. Raises NoRun if the folder has no run.json, ReportError if a file is damaged."""
     path = folder / "run.json"
     if not path.is_file():
+        if not folder.exists():
+            raise NoRun(f"{folder}: there is no such folder; expected one that `fastkd train` or `fastkd sweep` wrote.")
         wrote = f"that `fastkd train` or `fastkd sweep` wrote{_runs_in(folder)}"
         raise NoRun(f"{folder}: no run.json in it; expected a folder {wrote}.")
     document = read_document(path)

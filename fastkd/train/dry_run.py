@@ -26,6 +26,7 @@ from .exits import with_exits
 from .held_out import HeldOut
 from .inputs import Inputs
 from .live_inputs import load_inputs
+from .lora import MERGED
 from .rehearsal import Rehearsal, StepCost
 from .result import STUDENT
 from .settings_check import check_begun
@@ -196,7 +197,9 @@ def _files(
     each |= {} if held is None else {"evaluation.json": None, "evaluations/": None}
     # the best one is kept beside the last ones, where there are evaluations
     each["checkpoints/"] = (kept + (held is not None)) * (weights + state)
-    each |= {f"{STUDENT}/": weights} | {f"{path.name}/": None for path in folders_beside(out, settings).values()}
+    each |= {f"{STUDENT}/": weights}
+    whole = trainer.student.parameters_and_bytes[1]
+    each |= {f"{path.name}/": whole if name == MERGED else None for name, path in folders_beside(out, settings).items()}
     found = {f"{arm}/{name}" if arm else name: size for arm in arms for name, size in each.items()}
     return found | ({} if write_cache is None else {str(write_cache): None})
 

@@ -85,7 +85,7 @@ class Outline:
         epochs = max(2, math.ceil(ENOUGH_STEPS / self.per_epoch))
         return [
             *doubts,
-            f"warning: {_count(self.steps, 'step')} are few to learn from, and a comparison after fewer than "
+            f"warning: {few_steps(self.steps)} to learn from, and a comparison after fewer than "
             f"{FEW_STEPS} says little. --epochs {epochs} makes {epochs * self.per_epoch}; more data are better still.",
         ]
 
@@ -96,6 +96,11 @@ class Outline:
             "evaluations": self.evaluations, "evaluate_every": self.every, "held_out": held,
             "no_evaluations": self.why or None, "warnings": self.warnings,
         }  # fmt: skip
+
+
+def few_steps(steps: int) -> str:
+    """The beginning of a sentence about their number."""
+    return f"{_count(steps, 'step')} {'is too little' if steps == 1 else 'are few'}"
 
 
 def steps_of(settings: TrainSettings, per_epoch: int) -> int:

@@ -32,7 +32,7 @@ from ..utils.words import KINDS
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import written_by_fastkd
 from .lora import describe_adapters
-from .outline import FEW_STEPS, HeldOutSize
+from .outline import FEW_STEPS, HeldOutSize, few_steps
 from .student import Student
 from .verdict import NOT_KNOWN, Verdict
 
@@ -133,7 +133,8 @@ def report_of(report: TrainReport) -> str:
         return stopped_text(part)
     positions = KINDS[report.kind].positions
     speed = f"{report.positions / report.seconds:,.0f} {positions}/s, " if report.seconds else ""
-    lines = [f"{report.out}: {report.step} steps ({speed}{report.waiting:.1%} of the time waiting for data)"]
+    steps = f"{report.step} step{'s' * (report.step != 1)}"
+    lines = [f"{report.out}: {steps} ({speed}{report.waiting:.1%} of the time waiting for data)"]
     if report.stopped_worse is not None:
         lines.append(f"stopped after step {report.step} of {report.steps}: {report.stopped_worse.sentence()}")
     lines += [f"note: {note}" for note in report.notes]
@@ -161,7 +162,7 @@ def report_of(report: TrainReport) -> str:
     if report.not_compared:
         lines.append(f"not compared: {report.not_compared}")
     if report.steps < FEW_STEPS:
-        lines.append(f"note: {report.steps} steps are few; a comparison after fewer than {FEW_STEPS} says little.")
+        lines.append(f"note: {few_steps(report.steps)}; a comparison after fewer than {FEW_STEPS} says little.")
     lines.append(f"student: {report.student}")
     if report.pushed:
         lines.append(f"uploaded to {report.pushed}")

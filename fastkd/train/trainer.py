@@ -358,6 +358,8 @@ class Trainer:
         self._positions += step.positions
         self._seconds += seconds
         self._waited += waited
+        if self.step == self.steps:
+            self._flush_metrics()  # the last line of progress has the losses of the last step
         self._progress.add(1, waiting=waited)
 
     def _make(self, step: Step) -> StepMetrics:

@@ -46,9 +46,8 @@ def made_by(name: str, error: type[Exception]) -> Any:
     try:
         return factory()
     except Exception as problem:
-        raise error(
-            f"{name}: the function raised {type(problem).__name__}: {said(problem)}. It is called without arguments."
-        ) from (problem)
+        how = ". It is called without arguments." if isinstance(problem, TypeError) else ""
+        raise error(f"{name}: the function raised {type(problem).__name__}: {said(problem)}{how}") from problem
 
 
 def module_file(name: str) -> Path | None:

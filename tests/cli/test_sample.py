@@ -13,6 +13,7 @@ from hf_cases import WORDS, tokenizer_of
 import fastkd
 from fastkd.cache import open_cache
 from fastkd.cli.main import main
+from fastkd.cli.sample import sample_text
 from fastkd.models.tokenizers import load_tokenizer
 from fastkd.utils.text import report_text
 
@@ -56,6 +57,15 @@ def test_positions_from_all_over_the_cache(place: Path, capsys: pytest.CaptureFi
     assert len(ids) == sequences
     assert all(isinstance(token, int) for one in ids for token, _ in one["top"])
     assert "sample" not in json.loads(said(capsys, place / "cache", "--json"))
+
+
+def test_a_line_is_not_broken_inside_a_token() -> None:
+    top = [(f" token {number}", 0.0) for number in range(8)]
+    text = sample_text([{"sequence": 0, "position": 1, "before": ["a"], "next": " to ken", "top": top, "tail": 1.001}])
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert all(any(f"' token {number}' 0.000" in line for line in text.splitlines()) for number in range(8))
+    assert "    next ' to ken'; ' token 0' 0.000, " in text
+    assert text.endswith("others 1.000"), "no probability is above 1"
 
 
 def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,10 @@ TAKEN: dict[str, tuple[Callable[[], Any], Tensor]] = {
 }
 
 
+def untransformed(image: torch.Tensor) -> torch.Tensor:
+    return image
+
+
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_is_taken(name: str) -> None:
     make, expected = TAKEN[name]
@@ -198,6 +202,8 @@ def test_seeded_transforms_repeat_and_leave_the_generators() -> None:
     assert not torch.equal(transform(X[1]) - X[1], transform(image) - image)
     with pytest.raises(DataError, match="whose repr does not say what it does"):
         Examples(X, augment=seeded(lambda image: image))
+    with pytest.raises(DataError, match="got none for untransformed"):
+        Examples(X, augment=seeded(untransformed))
     assert seeded(Noise()).fingerprint == "seeded by 0: Noise()"
     with pytest.raises(DataError, match="got int; expected a transform"):
         seeded(5)

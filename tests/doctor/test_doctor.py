@@ -73,6 +73,7 @@ def test_requirements() -> None:
 
 def test_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_load(0.1, 2, 2).state == "ok"
+    assert "PyTorch uses 1 thread;" in check_load(0.1, 2, 1).text
     assert check_load(1.9, 2, 2).state == "note"
     assert check_load(None, 2, 2).state == "ok"
     assert check_disk(tmp_path / "a" / "b").text.endswith(f"free at {tmp_path}")

@@ -703,6 +703,9 @@ def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["report", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(run / "report.html")
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: there is no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["report", str(tmp_path / "empty")]) == 2
     assert "no run.json" in capsys.readouterr().err
     damage(run, "run.json", lambda text: "?")
     assert cli.main(["report", str(run)]) == 1

@@ -68,6 +68,8 @@ def test_the_outline() -> None:
         "held_out": {"documents": 8, "windows": 12, "positions": 4312}, "no_evaluations": None,
         "warnings": found.warnings,
     }  # fmt: skip
+    one = outline_of(TrainSettings(), 1, held_out=held).warnings
+    assert one[0].startswith("warning: 1 step is too little to learn from, and")
     enough = outline_of(TrainSettings(batch_size=1, steps=50, evaluate_every=60), 200, why="nothing was held out.")
     assert enough.lines == [
         "training: 50 steps of 1 sequence, less than one epoch",
