@@ -19,6 +19,7 @@ from fastkd.train.outline import HeldOutSize, Outline, outline_of
 from fastkd.train.result import report_of
 from fastkd.train.settings_check import check_settings, doubtful
 from fastkd.utils.intervals import NO_INTERVAL
+from fastkd.utils.progress import Progress
 from fastkd.utils.signals import Stop
 
 STUDENT = "train_cases:tiny"
@@ -198,3 +199,21 @@ def test_why_there_is_no_comparison(tmp_path: Path) -> None:
     assert "were held out." in report.not_compared
     assert f"not compared: {report.not_compared}" in report_of(report)
     assert report.to_json()["not_compared"] == report.not_compared
+
+
+def test_the_last_line_of_progress_has_the_last_losses(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, float]] = []
+    add = Progress.add
+
+    def seen(progress: Progress, units: int, **seconds: float) -> None:
+        shown.append({name: value for name, (value, _) in progress._figures.items()})
+        add(progress, units, **seconds)
+
+    monkeypatch.setattr(Progress, "add", seen)
+    fastkd.train(STUDENT, cache, tmp_path / "run", **CHANGES)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if "loss" in record]
+    last = [figures["loss"] for figures in shown if "loss" in figures][-1]
+    assert last == losses[-1] != losses[-2]
