@@ -124,7 +124,7 @@ def test_what_a_step_is_refused_for(step: Any) -> None:
     with pytest.raises(TrainError, match=narrow):
         backward(distill_module(model_of("llama", vocab_size=50)), step)
     model = model_of("llama")
-    with pytest.raises(TrainError, match=r"got a LlamaForCausalLM; expected distill_module\(model\)"):
+    with pytest.raises(TrainError, match=r"got LlamaForCausalLM; expected distill_module\(model\)"):
         backward(model, step)
     with pytest.raises(TrainError, match="got a MicroBatch; expected a Step"):
         backward(distill_module(model), step.micro_batches[0])
