@@ -126,7 +126,7 @@ def test_what_a_step_is_refused_for(step: Any) -> None:
     model = model_of("llama")
     with pytest.raises(TrainError, match=r"got LlamaForCausalLM; expected distill_module\(model\)"):
         backward(model, step)
-    with pytest.raises(TrainError, match="got a MicroBatch; expected a Step"):
+    with pytest.raises(TrainError, match="got MicroBatch; expected a Step"):
         backward(distill_module(model), step.micro_batches[0])
 
 
