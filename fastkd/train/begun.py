@@ -23,8 +23,8 @@ def begun_with(folders: Iterable[Path]) -> Mapping[str, Any]:
                 settings, source = _table(found["settings"]), _table(_table(found["loader"]).get("fingerprint"))
                 return _known(settings.get("batch_tokens"), source.get("held_out"))
         if (run := _document(folder / RUN)) is not None:
-            settings, live = run.get("settings"), _table(run.get("live")).get("identity")
-            return _known(_table(settings).get("batch_tokens"), _table(live).get("held_out"))
+            settings, source = _table(run.get("settings")), _table(_table(run.get("live")).get("identity"))
+            return _known(settings.get("batch_tokens"), source.get("held_out"))
     return {}
 
 

@@ -45,5 +45,5 @@ def test_arms_of_a_sweep_are_named_and_events_are_not(
     assert "alpha=0.5, seed 0: step 2 of 2: cross_entropy" in capsys.readouterr().err
     fastkd.sweep("train_cases:dropping", cache, tmp_path / "b", {"alpha": [0.5]}, progress="events", **more)
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {event["event"] for event in events} <= {"note", "evaluation", "progress"}
+    assert {event["event"] for event in events} <= {"note", "training", "evaluation", "progress"}
     assert any(event.get("text", "").startswith("step 2 of 2: ") for event in events)
