@@ -137,7 +137,7 @@ def train(
                 write_cards(out, text=True, share=share if target is None else replace(share, push=target.repo))
             return _after(before, target, progress)
         check_begun(out, settings)
-        check_source(student, settings)
+        check_source(student, settings, None if cached is None else cached.data)
         inputs: Inputs = cached or load_inputs(
             teacher,
             data,

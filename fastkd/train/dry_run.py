@@ -108,7 +108,7 @@ def dry_run(
         rollouts=rollouts, share=share,
     )  # fmt: skip
     check_begun(out, settings)
-    check_source(student, settings)
+    check_source(student, settings, None if cached is None else cached.data)
     processes = replace(ALONE, device=local_device(settings.device, TrainError))
     with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
         # not with write_cache, and no folder for bases of features: both would be written

@@ -382,9 +382,11 @@ class LoadedStudent(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def check_source(source: Any, settings: TrainSettings = DEFAULTS) -> None:
+def check_source(source: Any, settings: TrainSettings = DEFAULTS, data: Examples | None = None) -> None:
     """Raise TrainError for what cannot be the source of a student (see `make_student`), or a tokenizer for it, as far
     as can be said without loading a model; and for packages that are needed and not installed."""
+    if data is not None:
+        _check_of_examples(source)
     try:
         if settings.tokenizer is not None:
             load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
@@ -398,6 +400,15 @@ def check_source(source: Any, settings: TrainSettings = DEFAULTS) -> None:
         raise TrainError(f"student: {error}") from error
     if settings.quantize != "none":
         load_qat(TrainError, f"quantize={settings.quantize}")
+
+
+def _check_of_examples(source: Any) -> None:
+    """Raise TrainError for a source that is of transformers."""
+    if not (callable(source) or isinstance(source, LoadedStudent) or is_factory(str(source))):
+        raise TrainError(
+            f"student: got {source!r} for a cache of examples; expected a torch module, a callable that returns "
+            "one, or module:factory."
+        )
 
 
 def make_student(
@@ -465,11 +476,8 @@ def _student(source: Any, settings: TrainSettings, data: Examples | None) -> tup
         return of_module(model, name, None if data is None else data.first()), None
     if isinstance(source, (str, Path)) and is_factory(str(source)):
         return _student(made_by(str(source), TrainError), settings, data)
-    if data is not None and not callable(source):
-        raise TrainError(
-            f"student: got {source!r} for a cache of examples; expected a torch module, a callable that returns "
-            "one, or module:factory."
-        )
+    if data is not None:
+        _check_of_examples(source)
     if isinstance(source, (str, Path)):
         return _from_files(source, settings)
     if hasattr(source, "get_text_config"):
