@@ -1,20 +1,19 @@
 """The commands that take a student to another runtime: export, and the report on several exports."""
 
-from dataclasses import fields
 from typing import Any
 
 from ..errors import DataError
 from ..settings import DeploySettings, ExportSettings
 from ..utils.factories import is_factory, made_by
 from .commands import DeployReport, Export
-from .outcome import Outcome, shows_progress, store_of
+from .outcome import Outcome, settings_of, shows_progress, store_of
 
 
 def export(command: Export) -> Outcome:
     """Export the student. Status 1: it costs more than at_most."""
     from ..deploy.api import export as run
 
-    settings = ExportSettings(**{f.name: getattr(command, f.name) for f in fields(ExportSettings)})
+    settings = settings_of(ExportSettings, command)
     found = run(command.student, command.to, command.out, settings, **_evaluated_on(command))
     return Outcome(found.to_json(), str(found), found.status)
 
@@ -25,7 +24,7 @@ def deploy_report(command: DeployReport) -> Outcome:
     from ..deploy.result import report_lines
     from ..report.runs import in_lines
 
-    settings = DeploySettings(**{f.name: getattr(command, f.name) for f in fields(DeploySettings)})
+    settings = settings_of(DeploySettings, command)
     given = {"cache": command.cache, "data": command.data, "at-most": command.at_most, "threads": command.threads}
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     typed = in_lines(["fastkd", "deploy-report", command.student, *map(str, command.folders), *words])

@@ -38,7 +38,7 @@ from ..settings import (
     StudentSettings,
     TrainSettings,
 )
-from ..utils.atomic import check_place, disk_is_full
+from ..utils.atomic import disk_is_full
 from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import INTERRUPTED, WORK_REMAINS, Stop, Stopped, stopping
@@ -71,7 +71,7 @@ from .commands import (
 from .config import config_text
 from .deploy_commands import deploy_report, export
 from .flags import flags, in_flags
-from .outcome import NoStore, Outcome, say, shows_progress, store_of
+from .outcome import NoStore, Outcome, say, settings_of, shows_progress, store_of
 from .parse import Parsed, completion_script, parsed
 from .run_config import leave_config
 
@@ -135,7 +135,8 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     from ..capture.window_plan import check_settings
     from ..utils.progress import mode_for
 
-    check_settings(_capture_settings(command))
+    settings = settings_of(CaptureSettings, command)
+    check_settings(settings)
     try:
         store = open_store(command.out, create=True)
         check_store(store)
@@ -161,15 +162,15 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         parallel=command.teacher_parallel,
         progress=shows_progress(json=command.json),
         before=lambda source: check_continues(
-            store, _capture_settings(command), source, teacher=command.teacher, model=command, data=command
+            store, settings, source, teacher=command.teacher, model=command, data=command
         ),
-        check=lambda teacher: check_limits(teacher, _capture_settings(command), store),
+        check=lambda teacher: check_limits(teacher, settings, store),
     )
     report = run(
         loaded.teacher,
         loaded.data,
         store,
-        _capture_settings(command),
+        settings,
         rank=loaded.worker.worker,
         world_size=loaded.worker.workers,
         group=loaded.worker,
@@ -195,7 +196,7 @@ def _on_ray(command: Capture, stop: Stop) -> Outcome:
         )
     notes = f"teacher {command.teacher}"
     work = Work(
-        partial(load_named, command), command.out, _capture_settings(command),
+        partial(load_named, command), command.out, settings_of(CaptureSettings, command),
         {"threads": command.threads, "notes": notes}, os.getcwd(),
     )  # fmt: skip
     report = run_work(
@@ -208,7 +209,8 @@ def _on_ray(command: Capture, stop: Stop) -> Outcome:
 def plan(command: Plan) -> Outcome:
     from ..capture.window_plan import check_settings
 
-    check_settings(_capture_settings(command))
+    settings = settings_of(CaptureSettings, command)
+    check_settings(settings)
     _note(f"loading {command.teacher}", events=False)
     from ..capture.answers import check_limits, large_k_text
     from ..capture.estimate import estimate, estimate_text
@@ -217,7 +219,7 @@ def plan(command: Plan) -> Outcome:
 
     loaded = load(
         command.teacher, command, command, rank=0, world_size=1, progress=shows_progress(json=command.json),
-        check=lambda teacher: check_limits(teacher, _capture_settings(command)),
+        check=lambda teacher: check_limits(teacher, settings),
     )  # fmt: skip
     assert loaded.data is not None
     prepared = prepare_topk(loaded.teacher.device)
@@ -228,7 +230,7 @@ def plan(command: Plan) -> Outcome:
     report = estimate(
         loaded.teacher,
         loaded.data,
-        _capture_settings(command),
+        settings,
         seconds=command.seconds,
         price_per_hour=command.price_per_hour,
         workers=1 if command.workers is None else command.workers,
@@ -237,10 +239,6 @@ def plan(command: Plan) -> Outcome:
     notes = [*getattr(loaded.teacher, "notes", []), *report.data[1:]]
     notes += large_k_text(command.k, command.draws, loaded.teacher.vocab_size) + ([prepared] if prepared else [])
     return Outcome(report.to_json(), estimate_text(report), 0, "; ".join(notes))
-
-
-def _capture_settings(command: Capture | Plan) -> CaptureSettings:
-    return CaptureSettings(**{f.name: getattr(command, f.name) for f in fields(CaptureSettings)})
 
 
 def match(command: Match) -> Outcome:
@@ -260,7 +258,7 @@ def student(command: Student) -> Outcome:
     from ..students.api import student as run
     from ..utils.progress import mode_for
 
-    settings = StudentSettings(**{f.name: getattr(command, f.name) for f in fields(StudentSettings)})
+    settings = settings_of(StudentSettings, command)
     cache = None if command.cache is None else store_of(command.cache)
     found = run(command.teacher, command.out, settings, cache=cache, progress=mode_for(events=command.json))
     return Outcome({"event": "done", **found.to_json()}, found.text, 0, "; ".join(found.notes))
@@ -274,22 +272,16 @@ def train(command: Train, stop: Stop) -> Outcome:
 
     if command.train_teacher:
         return _with_teacher(command, stop)
-    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    settings = settings_of(TrainSettings, command)
     report = run(
         command.student,
         _training_cache(command),
         command.out,
         settings,
-        teacher=command.teacher,
-        data=_training_data(command),
-        live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
-        write_cache=command.write_cache,
-        rollouts=_rollouts(command),
-        control=command.control,
         stop_if_worse=command.stop_if_worse,
         stop=stop,
-        share=ShareSettings(**{f.name: getattr(command, f.name) for f in fields(ShareSettings)}),
         progress=mode_for(events=command.json),
+        **_training(command),
     )
     if os.environ.get("RANK", "0") != "0":  # the report of rank 0 is enough
         return Outcome({"event": "done", "rank": os.environ["RANK"]}, "", report.status)
@@ -308,38 +300,33 @@ def _train_dry_run(command: Train) -> Outcome:
         command.student,
         _training_cache(command),
         command.out,
-        TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)}),
-        teacher=command.teacher,
-        data=_training_data(command),
-        live=LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)}),
-        write_cache=command.write_cache,
-        rollouts=_rollouts(command),
-        control=command.control,
-        share=ShareSettings(**{f.name: getattr(command, f.name) for f in fields(ShareSettings)}),
+        settings_of(TrainSettings, command),
+        **_training(command),
     )
     return Outcome(found.to_json(), dry_run_text(found))
 
 
+def _training(command: Train) -> dict[str, Any]:
+    """The arguments that a training and its dry run share."""
+    return {
+        "teacher": command.teacher, "data": _training_data(command), "live": settings_of(LiveSettings, command),
+        "write_cache": command.write_cache, "rollouts": settings_of(RolloutSettings, command),
+        "control": command.control, "share": settings_of(ShareSettings, command),
+    }  # fmt: skip
+
+
 def _capture_dry_run(command: Capture) -> Outcome:
     """What `fastkd plan` says of the capture, once its output is known to be possible."""
-    from ..cache import NotFound, open_store
-    from ..capture.existing import check_continues
+    from ..capture.existing import check_continues, store_there
     from ..teachers.load import open_data
 
-    try:
-        store = open_store(command.out)
-    except NotFound:  # it would be made
-        check_place(Path(command.out), "out", CacheError)
-    else:
-        check_store(store)
+    if (store := store_there(command.out)) is not None:
         source = open_data(command.data, command.column, command.text_documents)
-        check_continues(store, _capture_settings(command), source, teacher=command.teacher, model=command, data=command)
+        check_continues(
+            store, settings_of(CaptureSettings, command), source, teacher=command.teacher, model=command, data=command
+        )
     same = {f.name for f in fields(Plan)} & {f.name for f in fields(Capture)}
     return plan(Plan(**{name: getattr(command, name) for name in same}))
-
-
-def _rollouts(command: Train) -> RolloutSettings:
-    return RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
 
 
 def _training_cache(command: Train | Mutual | Sweep) -> Any:
@@ -363,7 +350,7 @@ def mutual(command: Mutual, stop: Stop) -> Outcome:
     """Train the students. Status 75: work remains."""
     if len(command.student) < 2:
         raise TrainError(f"student: got {', '.join(command.student) or 'none'}; expected two or more.")
-    online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(MutualSettings)})
+    online = settings_of(MutualSettings, command)
     return _together(command, command.student, online, stop, teacher=command.teacher)
 
 
@@ -373,7 +360,7 @@ def _with_teacher(command: Train, stop: Stop) -> Outcome:
     from ..train.unused import check_rollouts_used
 
     check_trained_teacher(command.teacher, command.cache or None, command.write_cache, command.rollouts)
-    check_rollouts_used(_rollouts(command))
+    check_rollouts_used(settings_of(RolloutSettings, command))
     if command.push or command.push_private or command.card_teacher:
         raise TrainError("push, card_teacher: got one with train_teacher; expected one student that is trained.")
     online = MutualSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
@@ -386,7 +373,7 @@ def _together(command: Train | Mutual, students: Any, online: MutualSettings, st
     from ..train.mutual import mutual as run
     from ..utils.progress import mode_for
 
-    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
+    settings = settings_of(TrainSettings, command)
     report = run(
         students,
         _training_cache(command),
@@ -464,8 +451,8 @@ def generations(command: Generations, stop: Stop) -> Outcome:
     from ..teachers.load import open_data
     from ..utils.progress import mode_for
 
-    settings = TrainSettings(**{f.name: getattr(command, f.name) for f in fields(TrainSettings)})
-    live = LiveSettings(**{f.name: getattr(command, f.name) for f in fields(LiveSettings)})
+    settings = settings_of(TrainSettings, command)
+    live = settings_of(LiveSettings, command)
     report = run(
         command.generations, command.student, command.teacher,
         open_data(command.data, command.column, command.text_documents), command.out, settings, live,
@@ -590,7 +577,7 @@ def _unexpected(error: Exception, name: str) -> Outcome:
 
 
 def _interrupted(command: Any) -> str:
-    """What is said of a command that was interrupted at once."""
+    """The message for a command that was interrupted immediately."""
     if type(command) in _LONG:
         return f"{command.out}: interrupted. What was finished is kept: run the same command again to resume."
     if isinstance(command, (Student, Export, DeployReport, Report)) and command.out is not None:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar, cast
 
 from ..cache.errors import CacheError, StoreError
 from ..utils.secrets import masked
@@ -10,6 +11,8 @@ from ..utils.text import printable
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
+
+T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
@@ -35,6 +38,11 @@ def store_of(place: str) -> "Store":
         raise
     except CacheError as error:
         raise NoStore(str(error)) from error
+
+
+def settings_of(kind: type[T], command: Any) -> T:
+    """The settings of a kind, a dataclass, among the fields of a command."""
+    return kind(**{one.name: getattr(command, one.name) for one in fields(cast(Any, kind))})
 
 
 def at_terminal() -> bool:

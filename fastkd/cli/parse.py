@@ -29,7 +29,7 @@ from ..utils.similar import did_you_mean
 from .commands import COMMANDS
 from .config import read_config
 from .groups import COMMAND_GROUPS, MAIN, grouped, spellings
-from .options import CONFIG, PRINT_CONFIG, Given, HelpWanted, UsageError, arguments, scan
+from .options import CONFIG, PRINT_CONFIG, HelpWanted, UsageError, arguments, scan
 from .outcome import say
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
@@ -256,6 +256,3 @@ def _one_line(text: str | Callable[[], str | None] | None, *, brief: bool, name:
         return f"{first[0] if first else found}."
     others = [f"--{one}" for one in spellings(name)[1:]]
     return f"{found} Also {', '.join(others)}." if others else found
-
-
-__all__ = ["Given", "Parsed", "completion_script", "parse", "parsed"]

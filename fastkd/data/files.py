@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import DataError
 from .byte_files import COMPRESSED
 from .columns import ArrowColumn, Column, ParquetColumn
-from .csv_files import CsvColumn
+from .csv_files import DELIMITERS, CsvColumn
 from .json_files import JsonColumn
 from .lines import TextColumn
 
@@ -29,9 +29,9 @@ _LINES: dict[str, Open] = {  # may be compressed
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), lambda path, column, _: JsonColumn(path, column)),
     ".txt": TextColumn,
     ".text": TextColumn,
-    **dict.fromkeys((".csv", ".tsv"), lambda path, column, _: CsvColumn(path, column)),
+    **dict.fromkeys(DELIMITERS, lambda path, column, _: CsvColumn(path, column)),
 }
-_FIRST = (*_WHOLE, *list(_LINES)[:-2])
+_FIRST = (_WHOLE | _LINES).keys() - DELIMITERS.keys()
 """Of a folder with such files, no others are read."""
 _LANGUAGES = """
     .py .pyi .pyx .md .rst .tex .c .h .cc .cpp .cxx .hpp .hh .hxx .cu .cuh .m .mm .java .kt .kts .scala .groovy
@@ -57,22 +57,26 @@ class Files:
 
 def kind_of(path: Path) -> str | None:
     """ "tables", "text" or "source"; None for a file of an unknown suffix."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        suffix = Path(path.stem).suffix.lower()
-        suffix = suffix if suffix in _LINES else ""
-    if suffix in _WHOLE or suffix in _LINES:
+    suffix = _suffix(path)
+    if suffix in _LINES or (suffix in _WHOLE and not _is_compressed(path)):
         return "text" if suffix in (".txt", ".text") else "tables"
-    return "source" if suffix in SOURCE else None
+    return "source" if suffix in SOURCE and not _is_compressed(path) else None
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSED
+
+
+def _suffix(path: Path) -> str:
+    """That of the contents, in lower case."""
+    return (Path(path.stem) if _is_compressed(path) else path).suffix.lower()
 
 
 def open_column(path: Path, column: str | None, text_documents: str) -> Column:
     """The documents of one file of a known kind."""
     if kind_of(path) == "source":
         return TextColumn(path, column, "file" if text_documents == "line" else text_documents)
-    suffix = path.suffix.lower()
-    suffix = Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
-    return (_WHOLE | _LINES)[suffix](path, column, text_documents)
+    return (_WHOLE | _LINES)[_suffix(path)](path, column, text_documents)
 
 
 def files_of(names: Iterable[str | Path]) -> Files:

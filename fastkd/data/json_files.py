@@ -75,12 +75,8 @@ def array_offsets(file: ByteFile, name: str) -> Offsets:
     decode, blocks = codecs.getincrementaldecoder("utf-8")().decode, file.blocks()
     parse = json.JSONDecoder().raw_decode
     offsets: list[int] = []
-    text, at, done, end = (
-        "",
-        0,
-        0,
-        0,
-    )  # what is read; where in it, and that in bytes of the file; end of the last element
+    text, at = "", 0  # what is read, and where in it
+    done = end = 0  # that place in bytes of the file, and the end of the last element
     expected = "["
 
     def fill() -> bool:

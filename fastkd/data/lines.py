@@ -83,7 +83,7 @@ class TextColumn(LinesColumn):
 
 def lines_of(file: ByteFile) -> Iterator[bytes]:
     """The lines of a file, each with its line end."""
-    pending: list[bytes] = []  # of a line that goes on in the next block
+    pending: list[bytes] = []  # the start of a line that continues in the next block
     for block in file.blocks():
         *whole, rest = block.split(b"\n")
         for line in whole:

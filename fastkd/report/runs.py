@@ -204,6 +204,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
 
 
+def check_format(path: Path, document: Mapping[str, Any], name: str, version: int) -> None:
+    """Raise ReportError for a document of another format, or version of it; one that does not say has this one."""
+    found = document.get("format", name), document.get("version", version)
+    if found != (name, version):
+        raise ReportError(
+            f"{path}: got format {found[0]!r}, version {found[1]!r}; expected {name} {version}. Use the fastkd that "
+            "wrote it."
+        )
+
+
 def read_run(folder: Path, name: str) -> Run:
     """One run. Raises NoRun if the folder has no run.json, ReportError if a file is damaged."""
     path = folder / "run.json"
@@ -213,12 +223,7 @@ def read_run(folder: Path, name: str) -> Run:
         wrote = f"that `fastkd train` or `fastkd sweep` wrote{_runs_in(folder)}"
         raise NoRun(f"{folder}: no run.json in it; expected a folder {wrote}.")
     document = read_document(path)
-    made_by = document.get("format", FORMAT), document.get("version", VERSION)
-    if made_by != (FORMAT, VERSION):
-        raise ReportError(
-            f"{path}: got format {made_by[0]!r}, version {made_by[1]!r}; expected {FORMAT} {VERSION}. Use "
-            "the fastkd that wrote it."
-        )
+    check_format(path, document, FORMAT, VERSION)
     steps, points = _metrics(folder / "metrics.jsonl")
     beside = {
         part: read_run(folder / part, f"{name}, {part.replace('_', ' ')}")

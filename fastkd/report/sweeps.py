@@ -18,7 +18,7 @@ from ..sweep.auto_result import AUTO
 from ..sweep.result import SWEEP, Result, read_result, seed_noise, window_noise
 from ..train.result import RUN
 from ..utils.intervals import Interval
-from .runs import Json, Run, read_document, read_run
+from .runs import Json, Run, check_format, read_document, read_run
 
 FORMAT, VERSION = "fastkd-sweep", 1
 _SIGNS = {"alpha": "α", "temperature": "T"}  # of settings, in short names
@@ -146,12 +146,7 @@ def read_sweep(folder: Path, name: str) -> Sweep:
     if not path.is_file():
         raise NoRun(f"{folder}: no {SWEEP} in it yet. Run the same sweep again: it goes on, and writes it at its end.")
     document = read_document(path)
-    made_by = document.get("format", FORMAT), document.get("version", VERSION)
-    if made_by != (FORMAT, VERSION):
-        raise ReportError(
-            f"{path}: got format {made_by[0]!r}, version {made_by[1]!r}; expected {FORMAT} {VERSION}. Use the fastkd "
-            "that wrote it."
-        )
+    check_format(path, document, FORMAT, VERSION)
     try:
         arms = _auto_arms(folder, document) if document.get("auto") else _arms(folder, document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -145,6 +145,7 @@ def _plan(
     seconds: float,
 ) -> TrainingPlan:
     student, source = trainer.student, trainer.source
+    outline = outlined(inputs, settings, len(source))
     positions = getattr(source, "positions", None)
     arms = {"": "the student, with its own settings"}
     arms |= {arm.folder: f"the same student {arm.says}" for arm in control_arms(settings, None)} if control else {}
@@ -153,23 +154,22 @@ def _plan(
         cost = trainer.measure(seconds)
     hours = evaluation_hours = None
     if cost is not None:
-        evaluated = trainer.evaluations * ((held.positions if held is not None else 0) or 0)
+        evaluated = outline.evaluations * ((held.positions if held is not None else 0) or 0)
         evaluation_hours = len(arms) * evaluated * cost.evaluation_seconds / 3600
         hours = len(arms) * trainer.steps * cost.step_seconds / 3600 + evaluation_hours
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     about = {"name": student.name, "parameters": student.parameters_and_bytes[0], "trained": trained}
     sizes = {} if held is None else {"sequences": held.sequences, "positions": held.positions}
-    outline = outlined(inputs, settings, len(source))
     notes = [f"note: student: {note}" for note in student.notes] + outline.warnings
     return TrainingPlan(
         out=str(out),
         student=about,
         device=str(trainer.device),
-        steps=trainer.steps,
-        steps_per_epoch=len(source),
+        steps=outline.steps,
+        steps_per_epoch=outline.per_epoch,
         positions=positions,
         batch=None if positions is None else positions / len(source),
-        evaluations=trainer.evaluations if held is not None else 0,
+        evaluations=outline.evaluations,
         held_out={name: n for name, n in sizes.items() if n is not None},
         without="" if held is not None else inputs.nothing_held_out() or "evaluate_every is 0",
         resumed=max(steps_of(out), default=0),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..settings import TrainSettings
-from ..utils.words import EXAMPLES, TEXT, Words
+from ..utils.words import EXAMPLES, TEXT, Words, counted
 
 FEW_STEPS = 50
 """With fewer steps, a student has hardly begun to learn, and a comparison says little."""
@@ -30,10 +30,10 @@ class HeldOutSize(NamedTuple):
     def __str__(self) -> str:
         if self.words is not TEXT:
             return self.words.counted(self.positions, self.windows, before="held-out")
-        parts = [] if self.documents is None else [_count(self.documents, f"held-out {self.unit}")]
+        parts = [] if self.documents is None else [counted(self.documents, f"held-out {self.unit}")]
         if self.unit == "document" or self.documents is None:
-            parts.append(_count(self.windows, "window" if parts else "held-out window"))
-        return ", ".join([*parts, _count(self.positions, "position")])
+            parts.append(counted(self.windows, "window" if parts else "held-out window"))
+        return ", ".join([*parts, counted(self.positions, "position")])
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"windows": self.windows, "positions": self.positions}
@@ -66,7 +66,7 @@ class Outline:
         """For people, before the first step."""
         epochs = self.steps / self.per_epoch
         each = "less than one epoch" if epochs < 1 else f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
-        lines = [f"training: {_count(self.steps, 'step')} of {self.batch}, {each}"]
+        lines = [f"training: {counted(self.steps, 'step')} of {self.batch}, {each}"]
         if self.every:
             when = f"after every {self.every} steps" if self.every > 1 else "after every step"
             at_end = "at the end" if self.every >= self.steps else when
@@ -100,7 +100,7 @@ class Outline:
 
 def few_steps(steps: int) -> str:
     """The beginning of a sentence about their number."""
-    return f"{_count(steps, 'step')} {'is too little' if steps == 1 else 'are few'}"
+    return f"{counted(steps, 'step')} {'is too little' if steps == 1 else 'are few'}"
 
 
 def steps_of(settings: TrainSettings, per_epoch: int) -> int:
@@ -131,10 +131,6 @@ def outline_of(
         f"about {settings.batch_tokens:,} {words.positions}" if settings.batch_tokens is not None else "its own size"
     )
     if settings.batch_size is not None:
-        batch = _count(settings.batch_size, "sequence" if words is TEXT else words.window)
+        batch = counted(settings.batch_size, "sequence" if words is TEXT else words.window)
     why = why or ("evaluate_every is 0" if not every else "")
     return Outline(steps, per_epoch, batch, every, held_out, why, tuple(doubts))
-
-
-def _count(count: int, name: str) -> str:
-    return f"{count:,} {name}{'s' * (count != 1)}"

@@ -50,11 +50,6 @@ class Rehearsal(Trainer):
     def device(self) -> torch.device:
         return self._processes.device
 
-    @property
-    def evaluations(self) -> int:
-        """Their number, from the first step to the last."""
-        return -(-self.steps // self._evaluate_every) if self._evaluate_every else 0
-
     def measure(self, seconds: float) -> StepCost:
         """Run the first micro-batches for about so many seconds, at least two, and the optimizer once."""
         begun = time.perf_counter()
