@@ -85,7 +85,8 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
         data = as_data(data, model, column=column, text_documents=text_documents, tokenizer=tokenizer, loss_on=loss_on)
         places = find_places(model, data, settings.features)
         store = open_store(out, create=True)
-        check_store(store)
+        if there is None:  # otherwise it was checked above, and a listing is a request
+            check_store(store)
         claims = Claims(store, self._rank, self._world_size)
         words = words_of(EXAMPLE_COLUMNS if isinstance(data, Examples) else ())
         mode = progress if group is None or group.leader else "none"
