@@ -192,14 +192,14 @@ def _plain(value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML. Strings are those of JSON, but for the one control character that JSON does not escape."""
+    """A value as TOML. Strings are those of JSON, with all escaped that is not printed as it is: TOML has no `\\xa0`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         value.encode("utf-8")
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else f"{'-' * (value < 0)}inf"
     return repr(value)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..settings import LiveSettings, RolloutSettings
 from ..utils.atomic import read_sealed, write_text
 from .commands import Generations, Mutual, Sweep, Train
 from .config import CONFIG_FILE, config_text
@@ -35,21 +36,33 @@ def leave_config(name: str, command: Any) -> None:
 
 def _write(folder: Path, text: str) -> None:
     path = folder / CONFIG_FILE
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 
 def _arms(command: Any, folder: Path) -> Iterator[Train]:
     """The command `fastkd train` of each run within a folder, whose run.json has its settings."""
+    from ..train.live_inputs import is_inside
+
     known = {one.name for one in fields(Train)}
     kept = {name: getattr(command, name) for name in known if hasattr(command, name)}
     data = kept.get("data") or ()
     kept |= {"data": (data,) if isinstance(data, str) else data, "control": False, "stop_if_worse": False}
+    # an arm is not uploaded in the student's place, and continues no sequences itself
+    kept |= {"push": None, "push_private": False} | _defaults(RolloutSettings)
+    if kept["cache"]:  # a teacher beside it had rollouts to score
+        kept |= {"teacher": None} | _defaults(LiveSettings)
+    elif is_inside(kept["teacher"]):  # labels alone need none
+        kept["teacher"] = None
     for pattern in _WITHIN.get(type(command), ()):
         for path in sorted(folder.glob(f"{pattern}/run.json")):
             try:
                 settings = dict(read_sealed(path)["settings"])
-            except (ValueError, KeyError, TypeError):  # damaged: `fastkd train` and `fastkd sweep` say so
+            except (ValueError, KeyError, TypeError, RecursionError):  # damaged: `fastkd train` and `fastkd sweep` say so
                 continue
             # an earlier version may have had other settings
             yield Train(**{**kept, **{n: value for n, value in settings.items() if n in known}, "out": path.parent})
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {one.name: one.default for one in fields(kind)}

@@ -22,7 +22,7 @@ TAIL = 0.025
 _SEED = 0
 
 
-NO_INTERVAL = "no interval, as fewer than two held-out windows have positions that count"
+NO_INTERVAL = "no interval, as fewer than two held-out windows (in a mixture, of one cache) have positions that count"
 """Why the half of an interval is infinite."""
 
 

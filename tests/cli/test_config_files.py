@@ -137,6 +137,14 @@ def test_every_command_reproduces_itself(name: str, tmp_path: Path, capfd: pytes
     assert parse([name, "--config", str(tmp_path / "run.toml")]) == parse([name, *needed(name)])
 
 
+def test_what_a_terminal_does_not_show_survives_print_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A no-break space, as file managers make them, and characters of control and direction."""
+    given = ["train", "--student", "a\xa0b\xad", "--cache", "\x9b[31m\x7f", "\u202ec\u2028", "--out", "\U000e0041\n"]
+    assert cli.main([*given, "--print-config"]) == 0
+    (tmp_path / "run.toml").write_text(capfd.readouterr().out, encoding="utf-8")
+    assert parse(["train", "--config", str(tmp_path / "run.toml")]) == parse(given)
+
+
 def words(option: Option, *, first: bool) -> st.SearchStrategy[Any]:
     """Values of one word of an option. first: it stands behind `=`, and may begin with a dash."""
     if option.choices:
@@ -232,6 +240,34 @@ def test_the_arms_of_a_command_have_files_of_their_own(tmp_path: Path) -> None:
     # nothing is written where nothing has begun
     leave_config("train", train(out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"push": "me/mine", "push_private": True, "card_teacher": "Big"}, {"card_teacher": "Big"}),
+        ({"rollouts": 0.5, "rollout_tokens": 8, "teacher": "t", "teacher_dtype": "float32"}, {}),
+        ({"cache": (), "data": ("d",), "teacher": "ema:0.99", "held_out": 0.2}, {"held_out": 0.2}),
+        ({"cache": (), "data": ("d",), "teacher": "t", "rollouts": 0.5, "k": 4}, {"teacher": "t", "k": 4}),
+    ],
+    ids=["upload", "rollouts beside a cache", "teacher made of the student", "rollouts with a live teacher"],
+)
+def test_a_control_is_reproduced_alone(tmp_path: Path, given: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Its file is no command that is refused, nor one that uploads it in the student's place."""
+    write_json_of(tmp_path / "run.json", {})
+    settings = {one.name: getattr(TrainSettings(), one.name) for one in fields(TrainSettings)}
+    write_json_of(tmp_path / "control" / "run.json", {"settings": settings | {"alpha": 1.0}})
+    leave_config("train", train(out=tmp_path, control=True, **given))
+    found = parse(["train", "--config", str(tmp_path / "control" / "config.toml")])
+    data = {name: given[name] for name in ("cache", "data") if name in given}
+    assert found == train(out=tmp_path / "control", alpha=1.0, **data, **kept)
+
+
+def test_a_damaged_file_beside_a_run_is_written_again(tmp_path: Path) -> None:
+    write_json_of(tmp_path / "run.json", {})
+    (tmp_path / "config.toml").write_bytes(b"\xff")
+    leave_config("train", train(out=tmp_path))
+    assert parse(["train", "--config", str(tmp_path / "config.toml")]) == train(out=tmp_path)
 
 
 def write_json_of(path: Path, document: dict[str, Any]) -> None:
