@@ -31,6 +31,10 @@ def inspect(command: Inspect) -> Outcome:
     if command.tokenizer is not None and command.classes is not None:
         raise CacheError("classes: got it with tokenizer; expected one of them.")
     cache = open_cache(store_of(command.cache))
+    unfit, fit = ("classes", "tokenizer") if "tokens" in cache.spec.inputs else ("tokenizer", "classes")
+    if (given := getattr(command, unfit)) is not None:
+        kind = "text" if unfit == "classes" else "examples"
+        raise CacheError(f"{unfit}: got {given!r} for a cache of {kind}; expected {fit}.")
     report = inspect_cache(cache, progress=at_terminal())
     if not command.sample:
         return Outcome(report, report_text(report))
@@ -38,7 +42,7 @@ def inspect(command: Inspect) -> Outcome:
 
     tokenizer, warning = _tokenizer_of(cache, command.tokenizer)
     if command.classes is not None:
-        tokenizer = classes_of(command.classes)
+        tokenizer, warning = classes_of(command.classes, cache.spec.vocab_size)
     report["sample"] = sampled(cache, command.sample, tokenizer)
     lines = [report_text(report), "", sample_text(report["sample"])]
     lines += [f"  {hint(cache, report['sample'])}"] if tokenizer is None else []

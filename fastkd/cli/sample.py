@@ -11,6 +11,7 @@ from ..cache.table import sequence_columns
 from ..errors import DataError
 from ..utils.factories import is_factory, made_by
 from ..utils.text import printable
+from ..utils.words import counted
 
 if TYPE_CHECKING:
     from ..cache import Cache
@@ -81,21 +82,25 @@ def sample_text(sample: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def classes_of(name: str) -> list[str]:
-    """The names of classes: of a text file, a name a line; or of what module:factory returns, which is a list of them
-    or has one as `class_names` or `classes`, as data sets of torchvision have. Raises DataError."""
+def classes_of(name: str, count: int) -> tuple[list[str], str]:
+    """The names of `count` classes, and a warning if some have none: of a text file, a name a line; or of what
+    module:factory returns, which is a list of them or has one as `class_names` or `classes`, as data sets of
+    torchvision have. Raises DataError, also for more names, which are those of another classifier."""
     if is_factory(name):
         made = made_by(name, DataError)
         known = (made, getattr(made, "class_names", None), getattr(made, "classes", None))
         found = next((some for some in known if isinstance(some, (list, tuple)) and some), ())
     else:
         try:
-            found = Path(name).read_text(encoding="utf-8").splitlines()
+            found = Path(name).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise DataError(f"classes: got {name}, which cannot be read ({error}); expected a name a line.") from error
     if not found or not all(isinstance(one, str) for one in found):
         raise DataError(f"classes: got {name}, which has no names; expected a text file with one a line, or a list.")
-    return list(found)
+    if len(found) > count:
+        raise DataError(f"classes: got {name} with {counted(len(found), 'name')}; expected {count:,}, one a class.")
+    few = f"{name}: {counted(len(found), 'name')} for {count:,} classes; the others are shown by their numbers."
+    return list(found), few if len(found) < count else ""
 
 
 def hint(cache: "Cache", sample: list[dict[str, Any]]) -> str:
@@ -104,7 +109,7 @@ def hint(cache: "Cache", sample: list[dict[str, Any]]) -> str:
         return "numbers of classes: --classes FILE, with a name a line, shows their names"
     known = cache.spec.provenance.tokenizer
     name = known.name if known is not None and known.name else "NAME"
-    return f"ids of tokens: --tokenizer {name} shows their text"
+    return printable(f"ids of tokens: --tokenizer {name} shows their text")
 
 
 def _quoted(token: Any) -> str:

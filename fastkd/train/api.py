@@ -367,7 +367,7 @@ def run_trainer(
             trainer.run(stop)
             if trainer.complete:
                 # of a run that was complete already, there are no evaluations by window
-                trainer.evaluate_result(again=any(not found for found in evaluations.values()))
+                trainer.evaluate_result(stop, again=any(not found for found in evaluations.values()))
             held = inputs.held_out_size(trainer.settings) if evaluations else None
             report = replace(trainer.report(), held_out={} if held is None else held.to_json())
             if processes.first:

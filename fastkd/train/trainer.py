@@ -223,7 +223,7 @@ class Trainer:
         if self._due:  # in any case, so that each call goes on
             self._due = False
             self._evaluate_and_save_if_due(stopped=False, timed=True)
-        self.student.interrupted = lambda: stop.asked and self._processes.world_size == 1
+        self._heed(stop)
         begun = saved = clock()
         steps = iter(self._source.steps())
         while self.step < end and self.worse is None and not self._due:
@@ -257,6 +257,10 @@ class Trainer:
         self._flush_metrics()
         self._source.close()
         self.student.interrupted = None
+
+    def _heed(self, stop: Stop) -> None:
+        """From now on a stop request ends an evaluation, by `Stopped`, unless other processes are in it."""
+        self.student.interrupted = lambda: stop.asked and self._processes.world_size == 1
 
     def report(self) -> TrainReport:
         """What was done. Once all steps are made, it first writes the trained student."""
@@ -297,8 +301,9 @@ class Trainer:
         more steps the schedule of the learning rate would be another one from the first step on."""
         return self.step >= self.steps and self.settings.keep is None
 
-    def evaluate_result(self, *, again: bool) -> None:
-        """After the last step: evaluate the weights that are exported, unless the last evaluation was of them.
+    def evaluate_result(self, stop: Stop, *, again: bool) -> None:
+        """After the last step: evaluate the weights that are exported, unless the last evaluation was of them. After a
+        stop request the same call makes it later.
 
         again: evaluate them in any case, for example since an earlier process made that evaluation.
         """
@@ -308,7 +313,12 @@ class Trainer:
             return
         if other:
             load_model(self._exported_checkpoint(), self.student, self._processes)
-        self._evaluation = self._measures()
+        self._heed(stop)
+        try:
+            self._evaluation = self._measures()
+        except Stopped:
+            self._due = True
+        self.student.interrupted = None
 
     def tidy_checkpoints(self) -> None:
         """Once the run is finished, without `keep`: leave the weights of the last and the best checkpoint alone."""

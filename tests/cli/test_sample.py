@@ -95,9 +95,16 @@ def test_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"'{found[0]['top'][0][0]}' " in text
     assert "--classes FILE" not in text
     (tmp_path / "empty").write_text("")
-    for name, says in (("none", "cannot be read"), ("empty", "which has no names")):
+    (tmp_path / "many").write_text("\n".join([*names, "one"]))
+    more = f"many with {classes + 1} names; expected {classes}, one a class."
+    for name, says in (("none", "cannot be read"), ("empty", "which has no names"), ("many", more)):
         assert main(["inspect", str(cache), "--sample", "1", "--classes", str(tmp_path / name)]) == 1
         assert says in capsys.readouterr().err
+    (tmp_path / "few").write_text("\ufeffone", encoding="utf-8")
+    assert main(["inspect", str(cache), "--sample", "2", "--classes", str(tmp_path / "few")]) == 0
+    assert f"few: 1 name for {classes} classes; the others are shown by their numbers." in capsys.readouterr().err
+    assert main(["inspect", str(cache), "--sample", "2", "--tokenizer", "any"]) == 1
+    assert "--tokenizer: got 'any' for a cache of examples; expected --classes." in capsys.readouterr().err
 
 
 def test_names_come_before_hashes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,5 +125,7 @@ def test_what_cannot_be(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--tokenizer: got 'x' without --sample; expected both" in capsys.readouterr().err
     assert main(["inspect", str(place / "cache"), "--sample", "-1"]) == 1
     assert "--sample -1: expected a number of positions" in capsys.readouterr().err
+    assert main(["inspect", str(place / "cache"), "--sample", "1", "--classes", "names"]) == 1
+    assert "--classes: got 'names' for a cache of text; expected --tokenizer." in capsys.readouterr().err
     assert main(["inspect", str(place / "cache"), "--sample", "1", "--tokenizer", str(tmp_path / "none")]) == 1
     assert "there is no such file or folder" in capsys.readouterr().err

@@ -88,12 +88,14 @@ def test_a_run_of_an_older_version_answers_at_once(
     assert checkpoints(tmp_path)[6].shapes("optimizer")
 
 
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("at", [2, 3, 4])
 def test_a_stop_during_an_evaluation_is_not_waited_for(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """The evaluation, also the last one, is made when the training resumes, which comes to the same."""
-    whole = fastkd.train(Tiny(seed=7), cache, tmp_path / "whole", **CHANGES)
+    """The evaluation, also the last one, and after it that of the best student, which is exported, is made when the
+    training resumes, which comes to the same."""
+    changes = CHANGES | ({"export": "best"} if at == 4 else {})
+    whole = fastkd.train(Tiny(seed=7), cache, tmp_path / "whole", **changes)
     stop, calls, logits = Stop(), [0, 0], Student.logits
 
     def stopping(self: Student, *given: Any, **more: Any) -> Any:
@@ -103,16 +105,16 @@ def test_a_stop_during_an_evaluation_is_not_waited_for(
         return logits(self, *given, **more)
 
     monkeypatch.setattr(Student, "logits", stopping)
-    fastkd.train(Tiny(seed=7), cache, tmp_path / "counted", **CHANGES)
-    each = calls[0] // 3
+    fastkd.train(Tiny(seed=7), cache, tmp_path / "counted", **changes)
+    each = calls[0] // (4 if at == 4 else 3)
     assert each > 1
     calls[:] = [0, each * (at - 1) + 2]
-    first = fastkd.train(Tiny(seed=7), cache, tmp_path / "run", stop=stop, **CHANGES)
-    assert (first.status, first.step, first.student) == (75, 2 * at, None)
+    first = fastkd.train(Tiny(seed=7), cache, tmp_path / "run", stop=stop, **changes)
+    assert (first.status, first.step, first.student) == (75, min(2 * at, 6), None)
     assert calls[0] == calls[1]  # no other micro-batch was evaluated
-    assert ("The evaluation after the last one was stopped" in api_text(first)) == (at == 3)
-    second = fastkd.train(Tiny(seed=7), cache, tmp_path / "run", **CHANGES)
-    assert second.resumed == 2 * at
+    assert ("The evaluation after the last one was stopped" in api_text(first)) == (at > 2)
+    second = fastkd.train(Tiny(seed=7), cache, tmp_path / "run", **changes)
+    assert second.resumed == min(2 * at, 6)
     assert (second.status, second.best, second.evaluation) == (0, whole.best, whole.evaluation)
     times = ("seconds", "positions_per_second", "waiting")
     lines = [
