@@ -34,7 +34,7 @@ def inspect(command: Inspect) -> Outcome:
     unfit, fit = ("classes", "tokenizer") if "tokens" in cache.spec.inputs else ("tokenizer", "classes")
     if (given := getattr(command, unfit)) is not None:
         kind = "text" if unfit == "classes" else "examples"
-        raise CacheError(f"{unfit}: got {given!r} for a cache of {kind}; expected {fit}.")
+        raise CacheError(f"{unfit}: got {given!r} for a cache of {kind}; expected --{fit}.")
     report = inspect_cache(cache, progress=at_terminal())
     if not command.sample:
         return Outcome(report, report_text(report))

@@ -192,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML. Strings are those of JSON, with all escaped that is not printed as it is: TOML has no `\\xa0`."""
+    """A value as TOML. Strings are those of JSON, what is not printable escaped: TOML has no `\\xa0`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):

@@ -578,7 +578,7 @@ def _unexpected(error: Exception, name: str) -> Outcome:
 
 def _interrupted(command: Any) -> str:
     """The message for a command that was interrupted immediately."""
-    if type(command) in _LONG:
+    if type(command) in _LONG and not getattr(command, "dry_run", False):
         return f"{command.out}: interrupted. What was finished is kept: run the same command again to resume."
     if isinstance(command, (Student, Export, DeployReport, Report)) and command.out is not None:
         return f"interrupted; {command.out} was not written"  # each is written at the end, and whole

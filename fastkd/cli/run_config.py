@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import LiveSettings, RolloutSettings
-from ..utils.atomic import read_sealed, write_text
+from ..utils.atomic import drop_parts, read_sealed, write_text
 from .commands import Generations, Mutual, Sweep, Train
 from .config import CONFIG_FILE, config_text
 
@@ -37,6 +37,7 @@ def leave_config(name: str, command: Any) -> None:
 def _write(folder: Path, text: str) -> None:
     path = folder / CONFIG_FILE
     if not path.is_file() or path.read_bytes() != text.encode():
+        drop_parts(path)
         write_text(path, text)
 
 
@@ -58,7 +59,7 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
         for path in sorted(folder.glob(f"{pattern}/run.json")):
             try:
                 settings = dict(read_sealed(path)["settings"])
-            except (ValueError, KeyError, TypeError, RecursionError):  # damaged: `fastkd train` and `fastkd sweep` say so
+            except (ValueError, KeyError, TypeError, RecursionError):  # damaged: the commands say so
                 continue
             # an earlier version may have had other settings
             yield Train(**{**kept, **{n: value for n, value in settings.items() if n in known}, "out": path.parent})

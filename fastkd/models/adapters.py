@@ -7,6 +7,7 @@ imported it.
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ def load_peft() -> Any:
         import peft
     except ImportError as error:
         raise TeacherError(f"peft: {said(error)}. Use `{INSTALL}`.") from error
+    # which peft reads of every model, and newer versions of transformers deprecate
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     return peft
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import ShareSettings
-from ..utils.atomic import write_text
+from ..utils.atomic import drop_parts, write_text
 from .arms import CONTROL, WITHOUT_FEATURES
 from .card import is_template, model_card, written_by_fastkd
 from .held_out import EVALUATION
@@ -65,6 +65,7 @@ def write_card(folder: Path, run: Mapping[str, Any], **about: Any) -> None:
     text, path = model_card(run, library=library, **about), folder / CARD
     there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if there is None or is_template(there) or (there != text and written_by_fastkd(there)):
+        drop_parts(path)  # this folder is given to others
         write_text(path, text)
 
 

@@ -200,6 +200,12 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def drop_parts(final: Path) -> None:
+    """Remove the temporary files that killed processes left of a file which no other process writes now."""
+    for path in final.parent.glob(f".{final.name}.*{PART}"):
+        path.unlink(missing_ok=True)
+
+
 def drop_folder(final: Path) -> None:
     """Remove a temporary folder, if there is one: on a full disk, incomplete files are the last to keep."""
     shutil.rmtree(temporary_folder(final), ignore_errors=True)

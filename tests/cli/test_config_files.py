@@ -266,7 +266,9 @@ def test_a_control_is_reproduced_alone(tmp_path: Path, given: dict[str, Any], ke
 def test_a_damaged_file_beside_a_run_is_written_again(tmp_path: Path) -> None:
     write_json_of(tmp_path / "run.json", {})
     (tmp_path / "config.toml").write_bytes(b"\xff")
+    (tmp_path / ".config.toml.1.part").write_text("of a process that was killed")
     leave_config("train", train(out=tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "run.json"]
     assert parse(["train", "--config", str(tmp_path / "config.toml")]) == train(out=tmp_path)
 
 

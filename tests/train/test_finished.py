@@ -64,6 +64,7 @@ def test_nothing_is_loaded_and_the_report_is_the_same(
     shutil.rmtree(run / "checkpoints")
     os.remove(run / "student" / "README.md")
     before = contents(run)
+    (run / "student" / ".README.md.1.part").write_text("of a process that was killed")
     answered = fastkd.train(STUDENT, cache, run, control=True, **CHANGES)
     assert not made
     after = contents(run)

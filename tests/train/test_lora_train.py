@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_the_result_is_an_adapter_folder(place: Path) -> None:
     for folder in ("student", "student-merged"):
         load_transformers().AutoTokenizer.from_pretrained(run / folder)
     assert torch.equal(logits_of(make_student(run / "student", None).student.model), logits_of(auto))
+
+
+def test_peft_warns_of_nothing_that_a_person_could_change() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapted()
+    assert not [one for one in said if "is_gradient_checkpointing" in str(one.message)]
 
 
 def test_checkpoints_have_no_base(place: Path) -> None:
