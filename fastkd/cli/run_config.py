@@ -45,6 +45,8 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
     """The command `fastkd train` of each run within a folder, whose run.json has its settings."""
     from ..train.live_inputs import is_inside
 
+    if type(command) not in _WITHIN:
+        return
     known = {one.name for one in fields(Train)}
     kept = {name: getattr(command, name) for name in known if hasattr(command, name)}
     data = kept.get("data") or ()
@@ -55,7 +57,7 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
         kept |= {"teacher": None} | _defaults(LiveSettings)
     elif is_inside(kept["teacher"]):  # labels alone need none
         kept["teacher"] = None
-    for pattern in _WITHIN.get(type(command), ()):
+    for pattern in _WITHIN[type(command)]:
         for path in sorted(folder.glob(f"{pattern}/run.json")):
             try:
                 settings = dict(read_sealed(path)["settings"])

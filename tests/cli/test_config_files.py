@@ -263,6 +263,23 @@ def test_a_control_is_reproduced_alone(tmp_path: Path, given: dict[str, Any], ke
     assert found == train(out=tmp_path / "control", alpha=1.0, **data, **kept)
 
 
+@pytest.mark.parametrize(("name", "file"), [("mutual", "run.json"), ("generations", "generations.json")])
+def test_commands_without_arms_of_their_own(tmp_path: Path, name: str, file: str) -> None:
+    write_json_of(tmp_path / file, {})
+    words = ["1"] * (name == "generations") + [
+        "--student",
+        "s",
+        "--teacher",
+        "t",
+        "--data",
+        "d",
+        "--out",
+        str(tmp_path),
+    ]
+    leave_config(name, parse([name, *words]))
+    assert parse([name, "--config", str(tmp_path / "config.toml")]) == parse([name, *words])
+
+
 def test_a_damaged_file_beside_a_run_is_written_again(tmp_path: Path) -> None:
     write_json_of(tmp_path / "run.json", {})
     (tmp_path / "config.toml").write_bytes(b"\xff")
