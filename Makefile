@@ -50,11 +50,14 @@ docs: $(DOCS_STAMP)  ## the documentation site in build/site; executes the noteb
 	$(BIN)/python docs/tools/pages.py --check
 	@echo "open build/site/index.html"
 
+# Of pytest's plugins only those that the tests use: pytest rewrites and imports all of zarr, hydra and others for theirs.
+PLUGINS := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=xdist.plugin,_hypothesis_pytestplugin
+
 test: $(STAMP)  ## the test suite, on all cores; Triton kernels are interpreted without a GPU
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
+	$(PLUGINS) $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
 
 soak: $(STAMP)  ## the long tests
-	$(BIN)/python -m pytest -n auto --dist worksteal -m soak
+	$(PLUGINS) $(BIN)/python -m pytest -n auto --dist worksteal -m soak
 
 check: $(STAMP)  ## lint, format, types, the direction of imports, and instructions of the GPU kernels
 	$(BIN)/ruff check .

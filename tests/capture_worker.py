@@ -6,6 +6,7 @@ names; at: the monotonic time to start at; step: the number of the system call t
 creates each object); gently: whether SIGTERM stops it (it reports "ready" once it does).
 """
 
+import gc
 import json
 import os
 import random
@@ -109,6 +110,7 @@ def main() -> None:
     """Serve commands until the input ends."""
     torch.set_num_threads(1)
     prepare_topk(torch.device("cpu"))  # otherwise each worker compiles it, which takes longer than a test lets it live
+    gc.freeze()  # what was imported is no worker's garbage
     for line in iter(sys.stdin.readline, ""):
         command = json.loads(line)
         if "wait" in command:

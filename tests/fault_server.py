@@ -5,6 +5,7 @@ failed, calls by class]. The command's output goes to the file `log`.
 """
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ def child(argv: list[str], log: str) -> None:
 
 def prepare() -> None:
     """Import and compile what the commands need."""
+    gc.disable()  # what is imported stays
     import torch
     import torch.utils.serialization
     import train_cases
@@ -44,6 +46,8 @@ def prepare() -> None:
         train_cases.make_cache(Path(folder) / "cache")
     parse(["inspect", "x"])
     to_html(Page("", "", []))
+    gc.freeze()
+    gc.enable()
 
 
 def main() -> None:

@@ -10,20 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "train_jobs",
-        "train_cases",
-        "fastkd.train.api",
-        "fastkd.evaluate.api",
-        "fastkd.generations.api",
-        "cache_cases",
-        "cache_writer",
-        "transformers.models.llama.modeling_llama",
-        "fastkd.train.mutual",
-        "pandas",  # which Arrow imports where it is there
-    ]
-)
+SERVER.set_forkserver_preload(["preloaded"])
 
 
 class Forked:
