@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..cache import Cache, CacheError, Workspace
+from ..cache.spec import integer
 from ..data.examples import EXAMPLE_COLUMNS, Examples
 from ..data.packing import batches
 from ..errors import DataError, TeacherError
@@ -154,6 +155,7 @@ def check_teacher(
         raise CacheError(f"tolerance: got {tolerance}; expected a number of nats, from 0 on.")
     if positions < 1:
         raise CacheError(f"positions: got {positions}; expected at least one.")
+    seed = secrets.randbelow(2**31) if seed is None else integer("seed", seed, 0)
     plan, draw_seed, unknown = None, 0, "" if spec.draws else "the cache has no draws"
     if spec.draws:
         try:
@@ -161,7 +163,6 @@ def check_teacher(
         except DataError as error:
             unknown = str(error)
     features = feature_checks(cache, teacher, data)
-    seed = secrets.randbelow(2**31) if seed is None else seed
     kinds = {"top_k": spec.k, "draws": spec.draws, "tail": 1}
     report = TeacherCheck(
         cache=cache.store.describe(),

@@ -69,7 +69,7 @@ class CaptureSession(AbstractContextManager["CaptureSession"]):
             raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
         self._rank, self._world_size = rank_and_world_size(rank, world_size)
         # before the teacher, which may have to be loaded
-        check_settings(settings)
+        check_settings(settings, threads=threads)
         there = store_there(out)
         data = as_examples(data)
         if not isinstance(data, (Documents, Examples)):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..cache.capture_plan import CapturePlan
 from ..cache.errors import CacheError
-from ..cache.spec import CacheSpec
+from ..cache.spec import CacheSpec, integer
 from ..data.packing import DIVIDED_BY, HELD_OUT, batches, default_held_out, divide, pack
 from ..errors import DataError, TeacherError
 from ..kernels.errors import KDError
@@ -332,16 +332,17 @@ def window_plan_settings(
     """The settings of the window plan for documents of these lengths, `[documents]`, with defaults filled in.
 
     longest: tokens that the teacher takes; None: no limit. copies: of each example, for a dataset of examples; None for
-    text. Raises DataError and TeacherError.
+    text. Raises CacheError, DataError and TeacherError.
     """
     tokens = int(lengths.sum(dtype=np.int64))
     shard_positions = settings.shard_positions
     if shard_positions is None:
         shard_positions = min(max(-(-tokens // 64), 2**14), 2**20)
     held_out = settings.held_out
-    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "seed": settings.seed}
+    seed = integer("seed", settings.seed, 0, 2**63 - 1)  # before documents are drawn by it
+    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "seed": seed}
     if copies is not None:
-        held_out = default_held_out(lengths, settings.seed, predicting=1) if held_out is None else held_out
+        held_out = default_held_out(lengths, seed, predicting=1) if held_out is None else held_out
         size = max(shard_positions, copies)
         return WindowPlanSettings(copies, "keep", shard_positions=size, held_out=held_out, **common)
     context = settings.context
@@ -351,7 +352,7 @@ def window_plan_settings(
         raise TeacherError(f"context: got {context}; expected at most {longest}, the limit of this teacher.")
     if held_out is None:
         kept = np.minimum(lengths, context) if settings.on_long == "truncate" else lengths
-        held_out = default_held_out(kept, settings.seed)
+        held_out = default_held_out(kept, seed)
     return WindowPlanSettings(
         context=context,
         packing=settings.packing,
@@ -374,8 +375,10 @@ def cache_spec(settings: CaptureSettings, *, vocab_size: int, **rest: Any) -> Ca
     return CacheSpec(vocab_size=vocab_size, **{name: getattr(settings, name) for name in _SAME_NAME}, **rest)
 
 
-def check_settings(settings: CaptureSettings) -> None:
-    """CacheError or DataError for settings that are invalid for every teacher and dataset."""
+def check_settings(settings: CaptureSettings, *, threads: int = 1) -> None:
+    """CacheError or DataError for settings that are invalid for every teacher and dataset, and for the threads that
+    write."""
+    integer("threads", threads, 1)
     cache_spec(settings, vocab_size=2**26)
     try:
         TopKConfig(**{f.name: getattr(settings, f.name) for f in fields(TopKConfig)})

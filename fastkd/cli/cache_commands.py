@@ -64,6 +64,9 @@ def verify(command: Verify) -> Outcome:
     """Check the cache. Status 1: a problem was found."""
     from ..cache import verify_cache
 
+    for name, given, least in (("positions", command.positions, 1), ("sample", command.sample, 0)):
+        if given is not None and given < least:
+            raise CacheError(f"{name}: got {given}; expected an integer from {least} on.")
     store = store_of(command.cache)
     if command.teacher is not None:  # before the shards are read
         from ..teachers.load import check_teacher_name

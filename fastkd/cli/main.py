@@ -136,7 +136,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     from ..utils.progress import mode_for
 
     settings = settings_of(CaptureSettings, command)
-    check_settings(settings)
+    check_settings(settings, threads=command.threads)
     try:
         store = open_store(command.out, create=True)
         check_store(store)

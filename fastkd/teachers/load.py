@@ -64,6 +64,8 @@ def load(
     Raises TeacherError and DataError.
     """
     rank, world_size = rank_and_world_size(rank, world_size)
+    if parallel < 1:
+        raise TeacherError(f"teacher_parallel: got {parallel}; expected an integer from 1 on.")
     device = local_device(settings.device, TeacherError)
     # before the teacher, which takes a while: what is missing is reported at once
     source = None if data is None else open_data(data.data, data.column, data.text_documents)

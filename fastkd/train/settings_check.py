@@ -33,9 +33,9 @@ _LONGER = (
 _RANGES = {
     **dict.fromkeys(("rate_floor", "warmup", "decay", "alpha", "alpha_end", "exit_alpha", "lora_dropout"), (0.0, 1.0)),
     **dict.fromkeys(
-        ("weight_decay", "rate", "epochs", "checkpoint_minutes", "timeout_minutes", "match_rate", "exit_weight"),
-        (0.0, math.inf),
+        ("weight_decay", "rate", "epochs", "checkpoint_minutes", "match_rate", "exit_weight"), (0.0, math.inf)
     ),
+    "timeout_minutes": (0.0, 1e6),  # a timedelta has an end
 }
 _COUNTS = {
     **dict.fromkeys(
@@ -45,6 +45,7 @@ _COUNTS = {
     **dict.fromkeys(("evaluate_every", "skip", "seed"), 0),
 }  # fmt: skip
 """The least value of settings that are integers."""
+_MOST = 2**63 - 1  # of an integer: of torch's and numpy's
 HIGH_RATE = 0.1
 """A learning rate with which AdamW moves every weight by so much a step."""
 
@@ -71,6 +72,8 @@ def check_settings(settings: TrainSettings, spec: CacheSpec | None, objective: O
         count = getattr(settings, name)
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise TrainError(f"{name}: got {count!r}; expected an integer from {least} on.")
+        if count is not None and count > _MOST:
+            raise TrainError(f"{name}: got {count!r}; expected an integer from {least} to {_MOST}.")
     betas = settings.adam_betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise TrainError(f"adam_betas: got {betas!r}; expected two numbers from 0 to below 1.")

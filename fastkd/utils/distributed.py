@@ -188,4 +188,6 @@ def local_device(
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as problem:
         raise error(f"device: got {str(device)!r} ({problem}); expected cpu, cuda or cuda:N.") from problem
+    if found.type == "meta":
+        raise error("device: got 'meta', whose tensors have no values; expected cpu, cuda or cuda:N.")
     return found
