@@ -242,7 +242,8 @@ class CaptureRunner(ShardRunner):
                 self._claims.keep()
                 if self._todo:
                     if pause == _FIRST_PAUSE:
-                        self._progress.say(f"waiting for other workers, which have claimed {len(self._todo)} shards")
+                        claimed = counted(len(self._todo), "shard")
+                        self._progress.say(f"waiting for other workers, which have claimed {claimed}")
                     self._sleep(min(left, pause))
                     pause = min(2 * pause, _POLL_SECONDS)
 
@@ -301,7 +302,7 @@ def capture_text(report: CaptureReport) -> str:
         lines.append(f"shard {index} was left: {why}")
     if report.lost is not None:
         there = totals["shards"] - sum(last - first + 1 for first, last in report.missing)
-        lines.append(f"{report.lost}; {there:,} shards are kept")
+        lines.append(f"{report.lost}; {counted(there, 'shard')} {'is' if there == 1 else 'are'} kept")
     if not report.complete:
         lines.append("Run the same command again to continue.")
     return "\n".join(printable(line) for line in lines)

@@ -320,7 +320,8 @@ def plan_text(totals: Mapping[str, int], context: int, on_long: str, words: Word
         return f"plan: {parts[0]}{each}, {counted(totals['shards'], 'shard')}"
     if totals["dropped_tokens"]:
         parts.append(f"{totals['dropped_tokens']:,} tokens dropped")
-    parts.append(f"{totals['positions']:,} positions in {totals['windows']:,} windows and {totals['shards']:,} shards")
+    whole = {name: counted(totals[f"{name}s"], name) for name in ("position", "window", "shard")}
+    parts.append("{position} in {window} and {shard}".format(**whole))
     if 2 * totals["held_out_positions"] > totals["positions"]:
         parts.append("warning: more positions are held out than are left to train on")
     return "plan: " + ", ".join(parts)

@@ -162,7 +162,8 @@ def _features_checked(found: "VerifyReport") -> dict[str, str]:
     for name, feature in found.features.items():
         count = sum(problem.feature == name for problem in found.problems)
         verdict = f"{count:,} problem{'s' * (count > 1)} found" if count else "no problem found"
-        texts[name] = f"{verdict} ({feature.shards:,} shards, {feature.vectors:,} vectors, {size_text(feature.bytes)})"
+        read = f"{counted(feature.shards, 'shard')}, {counted(feature.vectors, 'vector')}, {size_text(feature.bytes)}"
+        texts[name] = f"{verdict} ({read})"
         if feature.missing:
             texts[name] += f"; missing: {numbered('shard', feature.missing)}. "
             texts[name] += f"Run the same capture again to write {them(feature.missing)}."
@@ -200,7 +201,8 @@ def seal(command: Seal) -> Outcome:
         if found["missing"]:
             warnings.append(f"feature {feature} is not sealed: {are_missing(found['missing'])}.")
         else:
-            lines.append(f"feature {feature}: {'already ' * found['already']}sealed, {found['shards']:,} shards")
+            how = f"{'already ' * found['already']}sealed"
+            lines.append(f"feature {feature}: {how}, {counted(found['shards'], 'shard')}")
     return Outcome(report, "\n".join(map(printable, lines)), 0, " ".join(warnings))
 
 

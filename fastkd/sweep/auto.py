@@ -39,6 +39,7 @@ from ..utils.intervals import TAIL, Interval
 from ..utils.output_guard import check_folder
 from ..utils.progress import Progress, naming, notes_only
 from ..utils.signals import Stop
+from ..utils.words import counted
 from .api import check_alone
 from .arms import Arm, auto_arms
 from .auto_plot import plotted
@@ -163,7 +164,8 @@ class Halving:
         """The decision at each rung, as far as they are made. Fallen arms lose their checkpoints, but the default."""
         decisions: list[Decision] = []
         for number, rung in enumerate(self.rungs):
-            self.say.event("note", text=f"rung {number + 1} of {len(self.rungs)}: {len(arms)} arms to step {rung.step}")
+            these = counted(len(arms), "arm")
+            self.say.event("note", text=f"rung {number + 1} of {len(self.rungs)}: {these} to step {rung.step}")
             if not all(self.reach(arm, rung.step) for arm in arms):
                 break
             most = self.rungs[min(number + 1, len(self.rungs) - 1)].arms

@@ -34,7 +34,7 @@ from ..utils.intervals import NO_INTERVAL, Interval, t_quantile
 from ..utils.numbers import duration
 from ..utils.signals import DONE, WORK_REMAINS
 from ..utils.text import format_table
-from ..utils.words import KINDS
+from ..utils.words import KINDS, counted
 from .arms import Arm
 
 SWEEP, FAILED = "sweep.json", "diverged.json"
@@ -327,7 +327,7 @@ def sweep_text(report: SweepReport) -> str:
     lines.append(report.verdict)
     if report.seconds:
         spent = f"{duration(report.seconds)}, {report.waiting:.1%} of it waiting for data"
-        lines.append(f"{report.trainings} trainings, {spent}")
+        lines.append(f"{counted(report.trainings, 'training')}, {spent}")
     plot = f", {report.plot}" if report.plot else ""
     return "\n".join([*lines, f"{report.out}/{SWEEP}{plot}; ARM/seed=S is the folder of a run"])
 

@@ -174,7 +174,7 @@ def lost_by(report: Any) -> int:
     assert any(first <= lost.shard <= last for first, last in report.missing)
     kept = report.plan["shards"] - sum(last - first + 1 for first, last in report.missing)
     assert f"stopped in shard {lost.shard}: {lost.positions:,} positions of it, " in text
-    assert f"will be run again; {kept:,} shards are kept" in text
+    assert f"will be run again; {kept:,} {'shard is' if kept == 1 else 'shards are'} kept" in text
     assert report.to_json()["lost"] == {"shard": lost.shard, "positions": lost.positions, "seconds": lost.seconds}
     return int(lost.positions)
 
