@@ -19,7 +19,7 @@ from ..models.tokenizers import load_tokenizer
 from ..report.render import to_html
 from ..settings import DeploySettings, ExportSettings
 from ..settings_changes import DeployChanges, ExportChanges
-from ..stream.split import has_held_out, open_split
+from ..stream.split import open_split
 from ..utils.atomic import check_place, write_text
 from ..utils.output_guard import check_file
 from ..utils.packages import PAGES, check_packages
@@ -201,8 +201,7 @@ def _opened(cache: Any, data: Examples | None, settings: DeploySettings) -> Cach
     opened = cache if isinstance(cache, Cache) else open_cache(cache)
     if "tokens" not in opened.spec.inputs and data is None:
         raise ExportError(f"{opened!r}: got a cache of examples without data; expected its labelled Examples.")
-    if settings.positions is not None and has_held_out(opened):
-        open_split(opened, "held_out", max_positions=settings.positions, limit="positions")
+    open_split(opened, "held_out", max_positions=settings.positions, limit="positions")  # before anything is written
     return opened
 
 

@@ -231,7 +231,8 @@ def read_run(folder: Path, name: str) -> Run:
         if (folder / part).is_dir() and "students" not in document  # of several students, see peers.py
     }
     last = read_evaluation(folder / "evaluation.json")
-    return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder), mixture=_mixture(folder))
+    several = read_mixture(folder / EVALUATIONS)
+    return Run(name, document, steps, points, last, **beside, by_step=_by_step(folder), mixture=several)
 
 
 def _runs_in(folder: Path) -> str:
@@ -306,8 +307,9 @@ def read_evaluation(path: Path) -> Evaluation | None:
         raise ReportError(f"{path}: {error}") from error
 
 
-def _mixture(folder: Path) -> list[Evaluation]:
-    path = folder / EVALUATIONS
+def read_mixture(path: Path) -> list[Evaluation]:
+    """The evaluations by window of a mixture's caches; empty if there is no such file. Raises ReportError if it is
+    damaged."""
     try:
         return [Evaluation.from_json(one) for one in _json(path)] if path.is_file() else []
     except (StreamError, TypeError) as error:

@@ -376,7 +376,7 @@ def run_trainer(
                     if len(documents) == 1:
                         write_json(out / name, documents[0], indent=None)
                     elif documents:
-                        write_json(out / name.replace(EVALUATION, EVALUATIONS), documents, indent=None)
+                        write_json(out / name.replace("evaluation", "evaluations", 1), documents, indent=None)
                 trainer.tidy_checkpoints()
                 trainer.write_run(report, inputs.describe())  # last: the run is then complete
             processes.wait()

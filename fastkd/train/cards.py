@@ -81,4 +81,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _summary(path: Path) -> Mapping[str, Any]:
     """The measures in an evaluation.json; none of a mixture, which has several."""
-    return (_read(path) or {}).get("summary") or {}
+    found: Any = _read(path)  # a list where an earlier version ended with an error
+    return (found.get("summary") or {}) if isinstance(found, dict) else {}

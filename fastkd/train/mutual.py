@@ -2,6 +2,7 @@
 
 RUN/  run.json  metrics.jsonl (NAME/hard, NAME/soft, ...)  checkpoints/  students/NAME/ (the trained models)
       evaluation-NAME.json  evaluation-ensemble.json  control/NAME/ (the run of the same student on labels alone)
+      evaluations-NAME.json  evaluations-ensemble.json  (lists, of a mixture of caches)
 """
 
 import json

@@ -14,7 +14,7 @@ import vision_cases
 from deploy_cases import classifier_run, next_ids, text_run
 from forked import Forked, code
 from hf_cases import VOCAB, model_of
-from train_cases import CAPTURE, Tiny, documents
+from train_cases import CAPTURE, Tiny, documents, make_cache
 
 import fastkd
 import fastkd.deploy.formats.safetensors as safetensors
@@ -30,7 +30,7 @@ from fastkd.deploy.quality import FILE as EVALUATION
 from fastkd.deploy.quality import load_quality
 from fastkd.deploy.runtime import Runtime, greedy, logits_of
 from fastkd.deploy.segments import segments_of
-from fastkd.errors import ExportError
+from fastkd.errors import ExportError, StreamError
 from fastkd.evaluate import evaluate
 from fastkd.stream.cached import CachedSource
 
@@ -292,6 +292,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(case: str, text: tuple
     with pytest.raises(ExportError, match=said):
         export(given.pop("student"), given.pop("to"), given.pop("out"), **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_which_nothing_is_held_out(text: tuple[Path, Cache], tmp_path: Path) -> None:
+    """The student cannot be evaluated on it, which is said before it is exported."""
+    with pytest.raises(StreamError, match="captured with held_out=0"):
+        export(text[0], "safetensors", tmp_path / "out", cache=make_cache(tmp_path / "cache", held_out=0.0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_cannot_be_used(text: tuple[Path, Cache], exported: Path, tmp_path: Path) -> None:

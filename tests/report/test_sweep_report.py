@@ -87,6 +87,17 @@ def test_arms_are_ranked_with_means_over_seeds_and_verdicts(sweep: Sweep) -> Non
     assert rows[2].cells[-2].mark == "worse"
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_one_seed_has_no_interval_and_no_infinity(tmp_path: Path) -> None:
+    rows = table_of(read_sweep(write_sweep(tmp_path / "s", seeds=1), "s")).rows
+    assert [cell.mark for cell in rows[1].cells[-2:]] == ["no interval", ""]
+    assert [(cell.more, cell.mark) for cell in rows[0].cells[-2:]] == [("", ""), ("", "no interval")]
+    make_report([tmp_path / "s"])
+    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
+    assert "∞" not in page
+    assert "nats against hard labels alone" in page
+
+
 def test_its_plots(sweep: Sweep) -> None:
     (section,) = build(Comparison([], sweeps=[sweep])) or []
     (charts,) = [block.charts for block in section.blocks if isinstance(block, Charts)]

@@ -13,6 +13,7 @@ import fastkd
 from fastkd.cache import CacheError, open_cache
 from fastkd.cli.main import main
 from fastkd.errors import StreamError
+from fastkd.report.peers import students_of
 from fastkd.report.runs import read_run
 from fastkd.stream.split import open_sources
 
@@ -89,6 +90,18 @@ def test_a_training_by_command(caches: list[Path], tmp_path: Path, capfd: Any) -
     assert judged["measure"] == "cross_entropy"
     assert f"{judged['windows']} held-out windows" in page, "the verdict is that of the command"
     assert len(read_run(run, "run").mixture) == 2
+
+
+def test_students_that_learn_from_each_other(caches: list[Path], tmp_path: Path) -> None:
+    """Each, and their ensemble, has an evaluation for each cache, which the page reads."""
+    (tmp_path / "evaluation-wide.json").write_text("[]")  # of a version that wrote lists there, and ended with an error
+    changes = {**SMALL, "steps": 1, "evaluate_every": 1}
+    assert fastkd.mutual(["train_cases:wide", "train_cases:wide"], caches, tmp_path / "run", **changes).complete
+    (tmp_path / "evaluation-wide.json").rename(tmp_path / "run" / "evaluation-wide.json")
+    assert fastkd.mutual(["train_cases:wide", "train_cases:wide"], caches, tmp_path / "run", **changes).complete
+    assert main(["report", str(tmp_path / "run")]) == 0
+    students = students_of(read_run(tmp_path / "run", "run"), tmp_path / "run")
+    assert [len(one.evaluations) for one in students] == [2, 2, 2]
 
 
 def test_weights_in_python(caches: list[Path], tmp_path: Path) -> None:

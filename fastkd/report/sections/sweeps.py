@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from ...evaluate.measures import MEASURES, SWEEP, Measure, distinct, printed_in
 from ...utils.numbers import THIN, figures, with_half
+from ...utils.words import counted
 from ..measures import VERDICTS, column, verdict
 from ..page import (
     UNKNOWN,
@@ -80,10 +81,10 @@ def _cards(sweep: Sweep) -> list[Card]:
     if control is not None and (found := sweep.against(best, control)) is not None:
         tone = verdict(measure, found)
         mean, half = with_half(*found, scale=measure.scale, sign=True)
-        more = f"±{THIN}{half or '∞'} {measure.unit} against hard labels alone"
+        more = f"{_interval(half)} {measure.unit} against hard labels alone".lstrip()
         cards.append(Card(VERDICTS[tone], mean, more, "" if tone == "even" else tone))
-    count = sum(len(arm.folders) for arm in sweep.arms)
-    cards.append(Card("arms", str(len(sweep.arms)), f"{count} trainings" if not sweep.auto else "halved at each rung"))
+    count = counted(sum(len(arm.folders) for arm in sweep.arms), "training")
+    cards.append(Card("arms", str(len(sweep.arms)), count if not sweep.auto else "halved at each rung"))
     return cards
 
 
@@ -138,7 +139,9 @@ def _behind(sweep: Sweep, arm: Arm, measure: Measure | None) -> Cell:
         return UNKNOWN
     mean, half = with_half(*arm.behind, scale=measure.scale)
     apart = arm.behind.mean > arm.behind.half
-    return Cell(mean, f"±{THIN}{half or '∞'}", "bad" if apart else "even", "worse" if apart else "not distinguishable")
+    if not half:
+        return Cell(mean, "", "", VERDICTS[""])
+    return Cell(mean, _interval(half), "bad" if apart else "even", "worse" if apart else "not distinguishable")
 
 
 def _against(sweep: Sweep, arm: Arm, control: Arm | None, measure: Measure | None) -> Cell:
@@ -147,7 +150,11 @@ def _against(sweep: Sweep, arm: Arm, control: Arm | None, measure: Measure | Non
         return UNKNOWN
     tone = verdict(measure, found)
     mean, half = with_half(*found, scale=measure.scale, sign=True)
-    return Cell(mean, f"±{THIN}{half or '∞'}", tone, VERDICTS[tone])
+    return Cell(mean, _interval(half), tone, VERDICTS[tone])
+
+
+def _interval(half: str) -> str:
+    return f"±{THIN}{half}" if half else ""
 
 
 def _ranking(sweep: Sweep, series: Mapping[str, Series]) -> Chart | None:
