@@ -8,7 +8,7 @@ from typing import Any
 
 from cache_cases import make_shard, make_spec
 from feature_cases import write_feature
-from forked import SERVER
+from forked import SERVER, start
 
 from fastkd.cache import create_cache, drop_feature, open_cache
 
@@ -23,8 +23,7 @@ class CacheWriter:
 
     def __init__(self, path: Path, step: int = 0, mode: str = "kill", job: str = "targets") -> None:
         self.pipe, theirs = SERVER.Pipe()
-        self.process = SERVER.Process(target=_write, args=(theirs, path, step, mode, job))
-        self.process.start()
+        self.process = start(_write, theirs, path, step, mode, job)
         theirs.close()
 
     def line(self) -> str:

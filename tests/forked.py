@@ -6,11 +6,28 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["preloaded"])
+TESTS = str(Path(__file__).parent)
+
+
+def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a process. The first one starts the server, which has to find preloaded.py: it is not told of sys.path."""
+    process = SERVER.Process(target=target, args=arguments)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = TESTS if before is None else f"{TESTS}{os.pathsep}{before}"
+    try:
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return process
 
 
 class Forked:
@@ -19,8 +36,7 @@ class Forked:
     def __init__(self, function: Callable[..., None], *arguments: Any, **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
-        self._process = SERVER.Process(target=_begin, args=(function, arguments, environment, self._files))
-        self._process.start()
+        self._process = start(_begin, function, arguments, environment, self._files)
 
     @property
     def pid(self) -> int:

@@ -1,5 +1,6 @@
 """The first three walks of docs/extending.md, run as they stand there: one file each, and nothing else changes."""
 
+import json
 import os
 import re
 import subprocess
@@ -77,6 +78,20 @@ print(verify_cache(cache.store, deep=True).ok, cache.store.describe() == place)
 """
 
 
+WALKS = """
+import contextlib, io, json, sys, traceback
+found = {}
+for name, code in json.loads(sys.argv[2]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            exec(code, {})
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+    found[name] = printed.getvalue().strip()
+print(json.dumps(found))
+"""
+
+
 def example(section: str) -> str:
     """The Python of a section of the page."""
     text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
@@ -84,44 +99,51 @@ def example(section: str) -> str:
     return code
 
 
-def package_with(folder: Path, name: str, code: str) -> Path:
-    """A copy of the package, by links, with one more file. Returns the folder to import it from."""
-    rooms = name.split("/")[:-1]
-    source, copy = ROOT / "fastkd", folder / "fastkd"
-    for room in (*rooms, ""):
-        copy.mkdir()
-        for entry in source.iterdir():
-            if entry.name not in (room, "__pycache__"):
-                (copy / entry.name).symlink_to(entry)
-        source, copy = ROOT / rooms[0] if room == rooms[0] else source / room, copy / room
-    for other in {"cache", "kernels"} - {rooms[0]}:
-        (folder / "fastkd" / other).symlink_to(ROOT / other)
-    (folder / "fastkd" / name).write_text(code)
-    return folder
+def link(source: Path, copy: Path, files: dict[str, str]) -> None:
+    """A copy of a folder, by links, with more files: their text by their path in it."""
+    copy.mkdir()
+    rooms = {name.split("/")[0] for name in files if "/" in name}
+    for entry in source.iterdir():
+        if entry.name not in (*rooms, "__pycache__"):
+            (copy / entry.name).symlink_to(entry)
+    for room in rooms:
+        inside = {name.split("/", 1)[1]: text for name, text in files.items() if name.startswith(f"{room}/")}
+        # cache/ and kernels/ lie beside the package, and are imported under it
+        link(source / room if (source / room).is_dir() else ROOT / room, copy / room, inside)
+    for name in files.keys() - {name for name in files if "/" in name}:
+        (copy / name).write_text(files[name])
 
 
-def run(package: Path, code: str, *arguments: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=package)
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the code of each walk prints, or its traceback, in one process that imports the package with their files."""
+    folder = tmp_path_factory.mktemp("walks")
+    files = {
+        "kernels/divergences/hellinger.py": example("A divergence"),
+        "kernels/features/losses/l1.py": example("A feature loss"),
+        "cache/stores/sqlite.py": example("A store"),
+    }
+    link(ROOT / "fastkd", folder / "fastkd", files)
+    codes = {"divergence": DIVERGENCE, "feature loss": FEATURE_LOSS, "store": STORE}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", WALKS, str(folder / "cache.db"), json.dumps(codes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    printed: dict[str, str] = json.loads(done.stdout)
+    return printed
 
 
-def test_a_divergence_is_one_file(tmp_path: Path) -> None:
+def test_a_divergence_is_one_file(said: dict[str, str]) -> None:
     pytest.importorskip("triton")
-    package = package_with(tmp_path, "kernels/divergences/hellinger.py", example("A divergence"))
-    assert run(package, DIVERGENCE) == "['reference', 'torch', 'triton'] hellinger"
+    assert said["divergence"] == "['reference', 'torch', 'triton'] hellinger"
 
 
-def test_a_feature_loss_is_one_file(tmp_path: Path) -> None:
-    package = package_with(tmp_path, "kernels/features/losses/l1.py", example("A feature loss"))
-    assert run(package, FEATURE_LOSS) == "True 2:1:l1:0.1"
+def test_a_feature_loss_is_one_file(said: dict[str, str]) -> None:
+    assert said["feature loss"] == "True 2:1:l1:0.1"
 
 
-def test_a_store_is_one_file(tmp_path: Path) -> None:
-    package = package_with(tmp_path, "cache/stores/sqlite.py", example("A store"))
-    assert run(package, STORE, tmp_path / "cache.db") == "True True"
+def test_a_store_is_one_file(said: dict[str, str]) -> None:
+    assert said["store"] == "True True"
 
 
 def test_a_loss_of_ones_own_is_in_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

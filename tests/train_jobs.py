@@ -9,8 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-from forked import SERVER
 from moments import Moments
 
 from fastkd.utils.signals import DONE, WORK_REMAINS
@@ -21,12 +21,7 @@ def start(job: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[Bas
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running: list[BaseProcess] = [
-        SERVER.Process(target=_begin, args=(job, arguments, rank, ranks, port)) for rank in range(ranks)
-    ]
-    for process in running:
-        process.start()
-    return running
+    return [forked.start(_begin, job, arguments, rank, ranks, port) for rank in range(ranks)]
 
 
 def finish(running: list[BaseProcess], *, seconds: float = 240) -> list[int | None]:

@@ -1,6 +1,7 @@
 """Features of captures that are killed or whose store fails: in the end they are those of an uninterrupted capture."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -84,10 +85,18 @@ def test_killed_at_random_instants_in_forty_runs(server: Server, tmp_path: Path,
 
 
 @pytest.fixture(scope="module")
-def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int]:
+def finished(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache without features."""
+    folder = tmp_path_factory.mktemp("finished") / "cache"
+    assert server.wait(server.start(folder, features=[])) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(server: Server, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int]:
     """The numbers of the calls to the operating system between which features are prepared, in a finished cache."""
     folder = tmp_path_factory.mktemp("steps") / "cache"
-    assert server.wait(server.start(folder, features=[])) == 0
+    shutil.copytree(finished, folder)
     process = server.start(folder, step=0, features=FEATURES)
     made: list[Any] = []
     while not made or made[-1]["object"] != "0.zarr.zip":
@@ -100,26 +109,26 @@ def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return int(made[0]["call"]) - 3, int(made[-1]["call"]) + 3
 
 
-def killed_at_steps(server: Server, tmp_path: Path, whole: Whole, steps: range) -> None:
+def killed_at_steps(server: Server, finished: Path, tmp_path: Path, whole: Whole, steps: range) -> None:
     for step in steps:
         folder = tmp_path / str(step)
-        assert server.wait(server.start(folder, features=[])) == 0
+        shutil.copytree(finished, folder)
         assert server.wait(server.start(folder, step=step, features=FEATURES)) == -signal.SIGKILL
         assert server.wait(server.start(folder, features=FEATURES)) == 0
         check(folder, whole)
 
 
 def test_killed_while_features_are_prepared(
-    server: Server, tmp_path: Path, whole: Whole, prepared: tuple[int, int]
+    server: Server, finished: Path, tmp_path: Path, whole: Whole, prepared: tuple[int, int]
 ) -> None:
-    killed_at_steps(server, tmp_path, whole, range(*prepared, 37))
+    killed_at_steps(server, finished, tmp_path, whole, range(*prepared, 37))
 
 
 @pytest.mark.soak
 def test_killed_at_every_step_of_preparing(
-    server: Server, tmp_path: Path, whole: Whole, prepared: tuple[int, int]
+    server: Server, finished: Path, tmp_path: Path, whole: Whole, prepared: tuple[int, int]
 ) -> None:
-    killed_at_steps(server, tmp_path, whole, range(*prepared))
+    killed_at_steps(server, finished, tmp_path, whole, range(*prepared))
 
 
 def test_sigterm_ends_with_75_and_the_next_call_goes_on(server: Server, tmp_path: Path, whole: Whole) -> None:

@@ -61,15 +61,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def text(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "language_reference", lambda: iter([TEXT]))
-    if request.node.name != "test_demo":  # it looks at what takes as long as all the rest
-        plain(monkeypatch)
+    in_int8 = "test_the_student_is_deployed_in_int8"  # which takes as long as all the rest
+    plain(monkeypatch, drawings=request.node.name in ("test_demo", in_int8), int8=request.node.name == in_int8)
 
 
-def plain(patch: pytest.MonkeyPatch) -> None:
+def plain(patch: pytest.MonkeyPatch, *, drawings: bool = False, int8: bool = False) -> None:
     """Pages without drawings, and the student deployed as the file that it is in."""
-    patch.setattr(render, "svg", lambda chart: "<svg></svg>")
-    patch.setattr(deployed, "TO", "safetensors")
-    patch.setattr(deployed, "QUANTIZE", "none")
+    if not drawings:
+        patch.setattr(render, "svg", lambda chart: "<svg></svg>")
+    if not int8:
+        patch.setattr(deployed, "TO", "safetensors")
+        patch.setattr(deployed, "QUANTIZE", "none")
 
 
 @pytest.fixture
@@ -305,6 +307,19 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     ):
         assert words in page
     assert page.count('class="prefix"') == HELD_OUT
+    assert "safetensors" in page
+    row = report["deployed"]["rows"][1]
+    assert row["quality"]["windows"] == HELD_OUT
+    assert f"deployed: {row['name']} in {row['runtime']}" in done.text
+    assert verify_cache(out / "cache").ok
+
+
+@pytest.mark.soak
+def test_the_student_is_deployed_in_int8(settings: DemoSettings) -> None:
+    """As a person sees it, with drawings; the digits' student is deployed so in `make test`."""
+    done = run_demo(settings)
+    report, out = done.report, settings.out
+    page = (out / "report.html").read_text()
     assert "onnx int8" in page
     row = report["deployed"]["rows"][1]
     assert row["quality"]["windows"] == HELD_OUT
@@ -312,7 +327,6 @@ def test_demo(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capfd: py
     assert abs(row["quality"]["cost"]["mean"]) < 0.1
     assert f"deployed: onnx int8 in {row['runtime']}" in done.text
     assert "onnx int8" in (out / "deploy.html").read_text()
-    assert verify_cache(out / "cache").ok
 
 
 def test_a_second_run_never_runs_the_teacher(

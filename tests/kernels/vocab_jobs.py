@@ -109,14 +109,14 @@ def on_logits(part: Part, c: Case, *, upstream: float = 1.0, dtype: Any = torch.
 def cells(impl: str, number: int) -> Callable[[Part], None]:
     """One divergence and treatment: every kind of student and T, as a number and a tensor, in place and not.
 
-    Of interpreted kernels, which take long, one kind of student, and by the number of ranks another one.
+    Of interpreted kernels and of the reference, one kind of student, and by the number of ranks another one.
     """
     divergence, treatment = CELLS[number]
 
     def job(part: Part) -> None:
         modes = [(1.0, False), (1.5, True), (2.0, False), (3.3, True), (4.0, False)]
         for index, (kind, (t, inplace)) in enumerate(zip(KINDS, modes, strict=True)):
-            if impl == "triton" and not EVERYTHING and (number + part.ranks // 2) % len(KINDS) != index:
+            if impl != "torch" and not EVERYTHING and (number + part.ranks // 2) % len(KINDS) != index:
                 continue
             if kind == "masked" and treatment in ("sampled", "auto"):
                 continue  # a draw may be masked, and its loss infinite

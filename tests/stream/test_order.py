@@ -149,8 +149,8 @@ def test_a_mixture_keeps_to_its_shares(sources: list[tuple[NDArray[Any], int]], 
     total = sum(weight for _, weight in sources)
     parts = [Fraction(weight, total) for _, weight in sources]
     stream = SequenceStream([counts for counts, _ in sources], parts, seed, shards_open=3, shuffle=True)
-    taken = stream.take(0, 2048)
-    ends = np.arange(stream.block, 2048, stream.block)
+    taken = stream.take(0, 1024)
+    ends = np.arange(stream.block, 1024, stream.block)
     for j, part in enumerate(parts):
         until = (taken.source == j).cumsum()[ends - 1]
         assert (abs(until * part.denominator - part.numerator * ends) <= part.denominator).all()
@@ -162,8 +162,8 @@ def test_a_mixture_keeps_to_its_shares(sources: list[tuple[NDArray[Any], int]], 
         numbers, once = (counts.cumsum() - counts)[shard] + sequence, int(counts.sum())
         whole = numbers[: len(numbers) // once * once].reshape(-1, once)
         assert (np.sort(whole, 1) == np.arange(once)).all()
-    start = data.draw(st.integers(0, 2000))
-    stop = data.draw(st.integers(start + 1, 2048))
+    start = data.draw(st.integers(0, 1000))
+    stop = data.draw(st.integers(start + 1, 1024))
     for whole_column, column in zip(taken, stream.take(start, stop), strict=True):
         assert whole_column[start:stop].tolist() == column.tolist()
 
