@@ -6,6 +6,7 @@ and running the same command again resumes. Heavy imports happen inside the comm
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ from .commands import (
 from .config import config_text
 from .deploy_commands import deploy_report, export
 from .flags import flags, in_flags
+from .options import options_of
 from .outcome import NoStore, Outcome, say, settings_of, shows_progress, store_of
 from .parse import Parsed, completion_script, parsed
 from .run_config import leave_config
@@ -152,33 +154,35 @@ def capture(command: Capture, stop: Stop) -> Outcome:
     from ..capture.existing import check_continues
     from ..capture.runner import capture_text
     from ..teachers.load import load
+    from ..teachers.tensor_parallel import heeding_others
 
-    loaded = load(
-        command.teacher,
-        command,
-        command,
-        rank=command.rank,
-        world_size=command.world_size,
-        parallel=command.teacher_parallel,
-        progress=shows_progress(json=command.json),
-        before=lambda source: check_continues(
-            store, settings, source, teacher=command.teacher, model=command, data=command
-        ),
-        check=lambda teacher: check_limits(teacher, settings, store),
-    )
-    report = run(
-        loaded.teacher,
-        loaded.data,
-        store,
-        settings,
-        rank=loaded.worker.worker,
-        world_size=loaded.worker.workers,
-        group=loaded.worker,
-        threads=command.threads,
-        stop=stop,
-        progress=mode_for(events=command.json),
-        notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
-    )
+    with heeding_others(command.teacher_parallel):
+        loaded = load(
+            command.teacher,
+            command,
+            command,
+            rank=command.rank,
+            world_size=command.world_size,
+            parallel=command.teacher_parallel,
+            progress=shows_progress(json=command.json),
+            before=lambda source: check_continues(
+                store, settings, source, teacher=command.teacher, model=command, data=command
+            ),
+            check=lambda teacher: check_limits(teacher, settings, store),
+        )
+        report = run(
+            loaded.teacher,
+            loaded.data,
+            store,
+            settings,
+            rank=loaded.worker.worker,
+            world_size=loaded.worker.workers,
+            group=loaded.worker,
+            threads=command.threads,
+            stop=stop,
+            progress=mode_for(events=command.json),
+            notes=f"teacher {getattr(loaded.teacher, 'name', command.teacher)}",
+        )
     loaded.worker.leave()
     return Outcome({"event": "done", **report.to_json()}, capture_text(report), report.status)
 
@@ -542,7 +546,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 def _failure(error: Exception, given: Parsed) -> Outcome:
     command = given.command
     absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
-    text = masked(in_flags(str(error), flags(given.name, given.typed))) + _meant(str(error), command)
+    text = masked(in_flags(str(error), flags(given.name, given.typed))) + _meant(str(error), given)
     if passes(error) and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))
@@ -551,14 +555,17 @@ def _failure(error: Exception, given: Parsed) -> Outcome:
     return Outcome({"error": text}, "", 2 if absent else 1, text)
 
 
-def _meant(text: str, command: Any) -> str:
+def _meant(text: str, given: Parsed) -> str:
     """The question whether another path was meant, for the first one in an error that does not exist beside one like
     it."""
-    for one in fields(command):
-        value = getattr(command, one.name)
+    for option in options_of(given.name):
+        value = getattr(given.command, option.name)
+        if option.choices or value == option.default:  # a word that is not typed, or one of few, is no path
+            continue
         for place in value if isinstance(value, tuple) else (value,):
-            if isinstance(place, (str, Path)) and os.fspath(place) and os.fspath(place) in text:
-                beside = similar_path(os.fspath(place))
+            word = os.fspath(place) if isinstance(place, (str, Path)) else ""
+            if word and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+                beside = similar_path(word)
                 if beside is not None and "Did you mean" not in text:
                     return str(masked(f" Did you mean {beside}?"))
     return ""

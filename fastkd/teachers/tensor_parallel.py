@@ -1,7 +1,8 @@
 """Several processes as one worker, for a teacher that is divided over their devices."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as meet
 
 from ..cache import CacheError
-from ..errors import TeacherError
+from ..errors import TeacherError, WorkRemains, passes
 from ..models.hub import brief
-from ..utils.distributed import local_device
+from ..utils.distributed import local_device, lost
 from ..utils.signals import grouped
 
 Value = TypeVar("Value")
@@ -72,18 +73,32 @@ class ParallelGroup:
             dist.destroy_process_group()
 
 
+@contextmanager
+def heeding_others(size: int) -> Iterator[None]:
+    """Within the context, WorkRemains is raised if another of the `size` processes of this worker has ended, or does
+    not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if said := lost(error, size, f"{TIMEOUT.total_seconds() / 60:g} minutes"):
+            raise WorkRemains(f"{said}.") from error
+        raise
+
+
 def led(group: ParallelGroup, make: Callable[[], Value]) -> Value:
     """What a call returns in the leader, in each process of the worker; all of them call it. If it raises there, the
-    others raise CacheError."""
+    others raise CacheError, or WorkRemains where the same call may succeed later."""
     value, problem = None, None
     if group.leader:
         try:
             value = make()
         except BaseException as error:
             problem = error
-    made, shared = group.share((problem is None, value))
+    made, shared, later = group.share((problem is None, value, problem is not None and passes(problem)))
     if problem is not None:
         raise problem
+    if later:
+        raise WorkRemains("the leading process of this worker stopped; see its message.")
     if not made:
         raise CacheError("the leading process of this worker failed; see its error message.")
     return shared  # type: ignore[return-value]

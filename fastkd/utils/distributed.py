@@ -131,6 +131,17 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|timed out|timeout|broken pipe|remote process")
 
 
+def lost(error: BaseException, count: int, limit: str, environment: Mapping[str, str] = os.environ) -> str:
+    """That another of `count` processes has ended, or has been silent for `limit`, if an error of torch's back ends
+    says so; otherwise ""."""
+    if count < 2 or not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return ""
+    silent = re.search("(?i)timed out|timeout", str(error))
+    how = f"has not answered for {limit}" if silent else "has ended"
+    rank = environment.get("RANK", "?")
+    return f"process {rank} of {count}: another process of the job {how}. Its own message says why, if any"
+
+
 @contextmanager
 def joined_processes(
     device: str | None, environment: Mapping[str, str] = os.environ, *, timeout_minutes: float = 10.0
@@ -157,14 +168,8 @@ def joined_processes(
             yield Processes(0, 1, where)
     except BaseException as error:
         began = False  # the others may wait in a collective: destroying the group would wait for them
-        if count > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            silent = re.search("(?i)timed out|timeout", str(error))
-            lost = f"has not answered for {timeout_minutes:g} minutes (timeout_minutes)" if silent else "has ended"
-            rank = environment.get("RANK", "?")
-            raise WorkRemains(
-                f"process {rank} of {count}: another process of the job {lost}. Its own message says why, if any; "
-                "run the same command again, with all processes, to resume."
-            ) from error
+        if said := lost(error, count, f"{timeout_minutes:g} minutes (timeout_minutes)", environment):
+            raise WorkRemains(f"{said}; run the same command again, with all processes, to resume.") from error
         if isinstance(error, dist.DistError):
             raise TrainError(f"the processes of the job cannot meet: {error}") from error
         raise

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fastkd.cli import main as cli
-from fastkd.cli.commands import COMMANDS, Inspect
+from fastkd.cli.commands import COMMANDS, Inspect, Train
+from fastkd.errors import TrainError
 
 
 @pytest.fixture
@@ -100,3 +101,19 @@ def test_a_path_that_is_not_there_names_the_one_beside_it(
     meant = asked.partition("Did you mean ")[2].rstrip("?")
     assert (tmp_path / meant).exists()
     assert "hf download" not in told
+
+
+def test_a_word_that_is_no_path_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A default ("pack"), a choice ("padded"), and a part of another word ("c")."""
+
+    def fail(command: object, stop: object) -> None:
+        raise TrainError("got a packed micro-batch; expected padded ones.")
+
+    monkeypatch.setitem(cli._LONG, Train, fail)
+    for name in ("packed", "paded", "ca"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--student", "m:f", "--cache", "c", "--out", "o", "--layout", "padded"]) == 1
+    assert capfd.readouterr().err == "fastkd: got a packed micro-batch; expected padded ones.\n"

@@ -1,7 +1,9 @@
 """A teacher divided over processes says what it says in one; and processes find those of their worker, no others."""
 
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -9,12 +11,13 @@ import torch
 from forked import Forked
 from hf_cases import VOCAB, saved
 
-from fastkd.errors import TeacherError
+from fastkd.cache import CacheError
+from fastkd.errors import TeacherError, WorkRemains
 from fastkd.kernels.lm_head import LMHead
 from fastkd.models.lm_head import logits_of
 from fastkd.models.protocol import Hidden
 from fastkd.teachers.hf import load_hf
-from fastkd.teachers.tensor_parallel import ParallelGroup, join_group
+from fastkd.teachers.tensor_parallel import ParallelGroup, heeding_others, join_group, led
 
 # softcap and windows; scale and a head that is the embedding; a bias; experts
 DIVISIBLE = ["llama", "gemma2", "cohere", "phi", "mixtral"]
@@ -121,6 +124,39 @@ def test_workers_are_apart_and_one_that_dies_holds_up_no_other() -> None:
     out = processes(SHARING, 4, [], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     assert out[0].split("\n")[0] == "0 2 2 True 0 [0, 1, 2] [0]"
     assert out[1].split("\n")[0] == "0 2 2 False 0 [0, 1, 2] [0]"
+
+
+def test_another_process_that_has_ended_leaves_work() -> None:
+    """So status 75 of a command, whose other process was stopped."""
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:55467.")
+    with pytest.raises(WorkRemains, match=r"of 2: another process of the job has ended. Its own"), heeding_others(2):
+        raise gone
+    with pytest.raises(WorkRemains, match=r"has not answered for 30 minutes"), heeding_others(2):
+        raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    for size, error in ((1, gone), (2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))):
+        with pytest.raises(RuntimeError) as caught, heeding_others(size):
+            raise error
+        assert caught.value is error
+
+
+@dataclass(frozen=True)
+class Follower(ParallelGroup):
+    """A process whose leader's call raised an error, after which the same call may succeed `later`."""
+
+    leader: bool = False
+    later: bool = False
+
+    def share(self, value: Any) -> Any:
+        return False, None, self.later
+
+
+def test_others_end_as_their_leader_does() -> None:
+    with pytest.raises(CacheError, match="failed; see its error message"):
+        led(Follower(), lambda: None)
+    with pytest.raises(WorkRemains, match="stopped; see its message"):
+        led(Follower(later=True), lambda: None)
+    with pytest.raises(WorkRemains, match="full"):
+        led(ParallelGroup(), lambda: (_ for _ in ()).throw(WorkRemains("full")))
 
 
 def test_one_process_is_a_worker_by_itself() -> None:
