@@ -13,11 +13,20 @@ import torch
 from torch import nn
 
 from fastkd.deploy.formats import executorch, find
-from fastkd.deploy.formats.executorch.graph import CachedLM, quantise
+from fastkd.deploy.formats.executorch.graph import CachedLM, CodedEmbedding, quantise
 from fastkd.deploy.model import Deployable, load_deployable
 from fastkd.deploy.runtime import greedy
+from fastkd.deploy.smoothing import DividedEmbedding, smoothed
 from fastkd.errors import ExportError
-from fastkd.models.quantization import SCHEMES, Codes, dequantize, fake_quantize_rows, quantised_modules, quantize
+from fastkd.models.quantization import (
+    SCHEMES,
+    Codes,
+    Weights,
+    dequantize,
+    fake_quantize_rows,
+    quantised_modules,
+    quantize,
+)  # fmt: skip
 
 pytest.importorskip("executorch", reason="the extra executorch is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +162,17 @@ def test_weights_have_the_codes_of_the_scheme(scheme):
     torch.testing.assert_close(graph.model.get_input_embeddings()(ids), embedded)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)  # those of the student are left as they are
+
+
+def test_a_token_embedding_that_smoothing_has_divided_gives_the_same_rows():
+    model = load_deployable(tiny())
+    ids = torch.arange(VOCAB)[None]
+    found = smoothed(model, [ids])[0].model.get_input_embeddings()
+    coded = CodedEmbedding(found, Weights(8))
+    expected = model.model.get_input_embeddings()(ids).detach()
+    assert isinstance(found, DividedEmbedding)
+    assert coded.factor is found.factor
+    torch.testing.assert_close(coded(ids), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 class TestRefused:

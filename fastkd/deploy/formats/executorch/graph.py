@@ -17,6 +17,7 @@ from ....errors import ExportError
 from ....models.quantization import Scheme, Weights, quantised_modules, quantize
 from ....utils.quiet import quiet
 from ...model import Deployable
+from ...smoothing import DividedEmbedding
 
 MAX_LENGTH = 2048
 """The longest sequence of a file, in tokens, unless the model's own is shorter: the size of its KV cache."""
@@ -163,6 +164,7 @@ class CodedEmbedding(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    factor: Tensor | None
 
     def __init__(self, embedding: nn.Embedding, how: Weights) -> None:
         super().__init__()
@@ -170,10 +172,12 @@ class CodedEmbedding(nn.Module):
         factor = getattr(embedding, "embed_scale", None)  # Gemma's, times the root of the width
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales if factor is None else scales * float(factor))
+        self.register_buffer("factor", embedding.factor if isinstance(embedding, DividedEmbedding) else None)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids.flatten()
         found = self.codes.index_select(0, rows).float() * self.scales.index_select(0, rows)
+        found = found if self.factor is None else found * self.factor
         return found.view(*ids.shape, -1)
 
 

@@ -18,6 +18,7 @@ from ....models.quantization import SCHEMES, problem_of
 from ....utils.quiet import quiet
 from ...calibration import Calibration
 from ...model import Deployable
+from ...smoothing import smoothed
 from .graph import CHUNK, MAX_LENGTH, CachedLM, Unfit, quantise, refusal, unsupported
 from .runtime import FILE, WEIGHTS
 
@@ -35,8 +36,10 @@ def check(model: Deployable, quantize: str) -> None:
 
 
 def write(model: Deployable, folder: Path, quantize: str, calibration: Calibration | None) -> dict[str, Any]:
+    notes: list[str] = []
+    if quantize == "int8":
+        model, notes = smoothed(model, calibration)
     graph = _graph(model)
-    notes = []
     if quantize in SCHEMES:
         scheme = SCHEMES[quantize]
         embedding = graph.model.get_input_embeddings() if isinstance(graph, CachedLM) else None

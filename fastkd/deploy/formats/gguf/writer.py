@@ -21,6 +21,7 @@ from ....errors import ExportError
 from ....models.quantization import noted_scheme
 from ...calibration import Calibration
 from ...model import Deployable
+from ...smoothing import smoothed
 from .architectures import add_hyperparameters, architecture_of, tensors
 from .blocks import BLOCK, encode, type_of
 from .llama_cpp import LlamaCpp
@@ -67,6 +68,8 @@ def write(
     kind = dtype or _TYPES[quantize]
     path = folder / FILE
     notes: list[str] = []
+    if quantize == "int8":  # a tied LM head stays as it is: llama.cpp has no token embedding that is divided
+        model, notes = smoothed(model, calibration, tied=False)
     trained = model.folder is not None and noted_scheme(model.folder) == "int4"
     if quantize == "int4":
         odd = next((int(w.shape[-1]) for _, _, w in tensors(model) if w.ndim > 1 and w.shape[-1] % _K_BLOCK), None)

@@ -12,6 +12,7 @@ from ....models.hub import brief
 from ....models.quantization import SCHEMES, problem_of
 from ...calibration import Calibration
 from ...model import Deployable
+from ...smoothing import smoothed
 from .graph import cached_graph, keys_and_values, plain_graph
 from .runtime import OnnxRuntime
 from .static import has_convolutions, quantise_convolutions
@@ -30,7 +31,11 @@ def check(model: Deployable, quantize: str) -> None:
 
 
 def write(model: Deployable, folder: Path, quantize: str, calibration: Calibration | None) -> dict[str, Any]:
+    smoothing: list[str] = []
+    if quantize == "int8":
+        model, smoothing = smoothed(model, calibration)
     graph, notes = _graph_of(model)
+    notes += smoothing
     static = quantize == "int8" and model.kind == "examples" and has_convolutions(graph)
     if static and calibration is None:
         notes.append("convolutions have 8-bit weights and float32 inputs: without a cache there is no range of inputs.")

@@ -11,8 +11,8 @@ DynamicQuantizeMatMul has one range for all rows, so rows are divided by their l
 after: a scale per row, of each quarter of the inputs, as outliers are in few of them.
 MatMulNBits has a scale per block of inputs, of weights too: more exact, but with 8 bits slower
 than float32 for many rows. So it is used where a layer has more inputs than outputs (the last of an MLP, whose inputs
-have outliers), and for the LM head, which is given a single row. Its weights have a scale per block of 32 to 128
-inputs, finer than the scheme's per output channel, for the same bytes.
+have outliers), and for the LM head, which is given a single row. Its weights have a scale per block of 32 inputs,
+finer than the scheme's per output channel.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from .ops import DOMAIN
 MICROSOFT = "com.microsoft"
 INTEGER_INPUTS = 4  # accuracy_level: 8-bit inputs
 PARTS = 4  # of the inputs of a layer, each with its own scales
-BLOCKS = (128, 64, 32)  # of inputs; a last one that is shorter is filled up
+BLOCK = 32  # inputs that share a scale in MatMulNBits; a last one that is shorter is filled up
 
 
 class Quantised(NamedTuple):
@@ -226,7 +226,7 @@ class _Weights:
 
         if (weight, "blocks") not in self._made:
             parameter, how, _ = self._quantised[weight]
-            block = how.group or next((size for size in BLOCKS if parameter.shape[1] % size == 0), BLOCKS[-1])
+            block = how.group or BLOCK
             finer = how if parameter.shape[1] % block else replace(how, group=block)
             arrays = packed(parameter, finer, block)
             self._made[weight, "blocks"] = (
