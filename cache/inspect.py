@@ -10,6 +10,7 @@ from .credentials import without_credentials
 from .errors import CacheError, NotFound, StoreError
 from .features.inspect import inspect_features
 from .manifest import PREFIX, STATISTICS, corrupt, gaps, overlaps, runs
+from .progress import Shown
 from .provenance import TEXTS
 from .shard.container import Damage
 from .shard.kind import shard_index
@@ -27,12 +28,12 @@ MOST_READ = 32  # shards from which the sizes of arrays are read
 _COUNTS = ("sequences", "positions", "counted", "head_entries", "draw_entries", "bytes")
 
 
-def inspect_cache(cache: "Cache", *, progress: bool = False) -> Report:
+def inspect_cache(cache: "Cache", *, progress: Shown = False) -> Report:
     """The settings and fingerprints of a cache, its counts, its sizes in bytes, and what is missing.
 
     The end of each shard is read; of a sealed cache, the ends of up to 32 shards. If the store cannot be listed,
     `missing.listed` is False, and the report is from the manifest alone, without features. Numbers of shards and
-    sequences are given as [from, to], both included. progress: a bar on stderr.
+    sequences are given as [from, to], both included. progress: see `Shown`.
 
     Raises CorruptShard if a shard's end is damaged, StoreError if the store fails.
     """

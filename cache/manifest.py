@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from .errors import CacheError, CorruptShard, NotFound, StoreError, expect
+from .progress import Shown, shown
 from .shard.container import TAIL_LENGTH, Damage, check_bytes
 from .shard.kind import MANIFEST, SHARDS, ShardKind
 from .shard.kind import shard_index as shard_index
@@ -76,10 +76,10 @@ def read_object(store: Store, kind: ShardKind, index: int) -> bytes:
     return read_twice(store, lambda: check_bytes(store.get(kind.key(index))))
 
 
-def scan(store: Store, kind: ShardKind, sizes: dict[int, int], *, progress: bool = False) -> pa.Table:
+def scan(store: Store, kind: ShardKind, sizes: dict[int, int], *, progress: Shown = False) -> pa.Table:
     """The manifest of these shards, from their ends: one small request each.
 
-    sizes: bytes of each shard, by number. progress: a bar on stderr. Raises CorruptShard if an end is damaged.
+    sizes: bytes of each shard, by number. progress: see `Shown`. Raises CorruptShard if an end is damaged.
     """
 
     def row(index: int, size: int) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def scan(store: Store, kind: ShardKind, sizes: dict[int, int], *, progress: bool
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         rows = pool.map(row, sizes, sizes.values())
-        bar = tqdm(rows, total=len(sizes), unit="shard", disable=not progress, desc="scan", leave=False)
-        return table_of(bar, kind)
+        return table_of(shown(rows, len(sizes), "scan", progress), kind)
 
 
 def corrupt(store: Store, kind: ShardKind, index: int, damage: Damage) -> CorruptShard:

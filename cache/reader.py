@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import CacheError
 from .manifest import read_manifest, read_spec, read_twice, refuse_overlaps, shard_key
+from .progress import Shown
 from .shard.container import TAIL_LENGTH, Damage, length_of_end, unpack
 from .shard.layout import check_lengths, decode_shard, expected_arrays
 from .shard_reader import ShardReader
@@ -175,7 +176,7 @@ class Cache(ShardReader):
 
         return sequence_table(self, sequence, tokenizer)
 
-    def verify(self, deep: bool = True, progress: bool = False) -> "Report":
+    def verify(self, deep: bool = True, progress: Shown = False) -> "Report":
         """Check every shard against its hash and the manifest; deep: its decoded arrays, too. See `verify.verify`."""
         from .verify import verify
 

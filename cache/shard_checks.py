@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from .errors import NotFound, Refused, StoreError
 from .manifest import PREFIX, read_object
+from .progress import Shown, shown
 from .shard.container import Damage, content_hash, unpack
 from .shard.kind import ShardKind
 from .stores import Store
@@ -50,7 +50,7 @@ class CheckedShards:
 
 
 def check_shards(
-    store: Store, kind: ShardKind, manifest: pa.Table | None, *, deep: bool, progress: bool, feature: str | None = None
+    store: Store, kind: ShardKind, manifest: pa.Table | None, *, deep: bool, progress: Shown, feature: str | None = None
 ) -> CheckedShards:
     """Read every shard of a set whole, and compare it with its own hash, its name, its spec, and the manifest.
 
@@ -69,7 +69,7 @@ def check_shards(
     found.indices = sorted({index for index in numbers.values() if index is not None} | known.keys())
     found.foreign = sorted(key for key, index in numbers.items() if index is None)
     label = "verify" if feature is None else f"verify {feature}"
-    for index in tqdm(found.indices, unit="shard", disable=not progress, desc=label, leave=False):
+    for index in shown(found.indices, len(found.indices), label, progress):
         try:
             data = read_object(store, kind, index)
             found.bytes += len(data)

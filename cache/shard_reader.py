@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from .errors import CacheError, NotFound
 from .manifest import corrupt, listed, read_object, read_twice, scan
+from .progress import Shown
 from .shard.container import TAIL_LENGTH, Damage, members, stored_digest
 from .shard.kind import ShardKind
 from .stores import Store
@@ -44,7 +45,7 @@ class ShardReader:
         numbers: list[int] = self._manifest.column("shard").to_pylist()
         return numbers
 
-    def scan(self, sizes: dict[int, int] | None = None, *, progress: bool = False) -> pa.Table:
+    def scan(self, sizes: dict[int, int] | None = None, *, progress: Shown = False) -> pa.Table:
         """The manifest of the shards that exist now. sizes: bytes of each, by number; default: as they are listed."""
         if sizes is None:
             sizes = listed(self.store, self._kind.folder)

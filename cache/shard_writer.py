@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import CacheError, NotFound, StoreError
 from .manifest import corrupt, listed, read_manifest, read_twice, scan, to_parquet
+from .progress import Shown
 from .shard.container import TAIL_LENGTH, Compression, Damage, content_hash, pack
 from .shard.kind import ShardKind
 from .spec import FORMAT
@@ -136,10 +137,10 @@ class ShardWriter(ABC):
             raise
         return future
 
-    def seal(self, *, progress: bool = False) -> pa.Table:
+    def seal(self, *, progress: Shown = False) -> pa.Table:
         """Write the manifest of finished shards, and return it. A sealed cache opens with two requests.
 
-        progress: a bar on stderr while the shards are scanned.
+        progress: see `Shown`, while the shards are scanned.
         Raises CacheError if there is no shard, if one failed and was not written since, if two hold the same sequences,
         or if a manifest of other shards exists.
         """

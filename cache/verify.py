@@ -11,6 +11,7 @@ from .capture_plan import read_capture_plan
 from .errors import CacheError, NotFound, StoreError
 from .features.verify import FeatureReport, verify_features
 from .manifest import PREFIX, gaps, overlaps, read_manifest, read_spec, table_of
+from .progress import Shown
 from .shard_checks import Problem as Problem
 from .shard_checks import check_shards
 from .spec import CacheSpec
@@ -46,7 +47,7 @@ class Report:
         return self.ok
 
 
-def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = False) -> Report:
+def verify_cache(path_or_store: Any, *, deep: bool = True, progress: Shown = False) -> Report:
     """`verify` the cache at a path, a URL or in a store. A spec or a manifest that cannot be read is a problem too.
 
     Raises CacheError if there is no cache, and StoreError if the store fails.
@@ -79,7 +80,7 @@ def verify_cache(path_or_store: Any, *, deep: bool = True, progress: bool = Fals
 
 
 def verify(
-    store: Store, spec: CacheSpec, manifest: pa.Table | None, *, deep: bool = True, progress: bool = False
+    store: Store, spec: CacheSpec, manifest: pa.Table | None, *, deep: bool = True, progress: Shown = False
 ) -> Report:
     """Check every shard of a cache, and its features. manifest: that of a sealed cache.
 

@@ -75,7 +75,8 @@ class WindowSettings:
     """How data are divided into windows and shards."""
 
     context: int | None = None
-    """Maximum tokens per window. Default: 2048, or the teacher's maximum if that is smaller."""
+    """Maximum tokens per window. Default: 2048, or the teacher's maximum if that is smaller; of small data (16 million
+    tokens), the power of two from 256 on that holds the longest document."""
     packing: Literal["pack", "keep"] = "pack"
     """Packing of documents into windows. pack: several documents share a window, without attending to each other.
     keep: each document is its own sequence."""
@@ -427,7 +428,8 @@ class TrainSettings:
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Additional logger for the metrics of metrics.jsonl. The package must be installed."""
     best: str = "cross_entropy"
-    """Measure that selects the best checkpoint."""
+    """Measure that selects the best checkpoint: cross_entropy, kl_bucket or kl_sampled (KL divergence from the teacher:
+    a lower bound, and an estimate), agreement, accuracy, ece (calibration error), or perplexity."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: only checkpoint_minutes applies."""
     checkpoint_minutes: float = 15.0

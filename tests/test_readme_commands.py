@@ -13,6 +13,7 @@ from hf_cases import WORDS, saved, tokenizer_of
 from fastkd.cli import main as cli
 from fastkd.cli.commands import COMMANDS
 from fastkd.cli.flags import flags
+from fastkd.cli.groups import SPELLINGS
 from fastkd.cli.options import CONFIG, PRINT_CONFIG, options_of
 from fastkd.cli.parse import parse
 
@@ -37,6 +38,12 @@ def test_commands_that_stand_by_themselves_are_whole(page: str) -> None:
     for line in commands(page):
         assert parse(words_of(line, VALUES)) is not None
         assert flags(words_of(line, VALUES)[0])
+
+
+def test_pages_spell_options_as_the_help_does() -> None:
+    older = {f"--{word}" for words in SPELLINGS.values() for word in words[1:]}
+    for page, text in PAGES.items():
+        assert not older & set(re.findall(r"--[a-z][a-z-]*", text)), page
 
 
 @pytest.fixture

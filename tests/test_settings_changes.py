@@ -15,8 +15,11 @@ from fastkd.capture.session import CaptureSession
 from fastkd.deploy.api import deploy_report, export
 from fastkd.generations.api import generations
 from fastkd.integrations.hf.attach import LOSS_SETTINGS, attach
+from fastkd.integrations.hf.mixin import DistillMixin
+from fastkd.integrations.ray import capture_driver, training, tuning
 from fastkd.kernels import LossConfig
 from fastkd.kernels.loss.config import LossSettings
+from fastkd.live.source import LiveSource
 from fastkd.settings import (
     CaptureSettings,
     DeploySettings,
@@ -25,6 +28,7 @@ from fastkd.settings import (
     MutualSettings,
     TrainSettings,
 )
+from fastkd.stream.shard_source import SourceChanges, SourceOptions
 from fastkd.sweep.api import sweep
 from fastkd.sweep.auto import auto_sweep
 from fastkd.train.mutual import mutual
@@ -37,6 +41,7 @@ PAIRS: list[tuple[Any, type]] = [
     (changes.LiveChanges, LiveSettings),
     (changes.MutualChanges, MutualSettings),
     (changes.TrainChanges, TrainSettings),
+    (SourceChanges, SourceOptions),
 ]
 
 
@@ -58,7 +63,8 @@ def test_the_loss_and_both_settings_of_mutual() -> None:
     "function",
     [
         fastkd.capture, CaptureSession.__init__, fastkd.train, sweep, auto_sweep, mutual, generations, export,
-        deploy_report, distill_module, attach,
+        deploy_report, distill_module, attach, LiveSource.__init__, DistillMixin.__init__, capture_driver.capture,
+        training.train, tuning.sweep,
     ],
     ids=lambda one: one.__qualname__ if inspect.isfunction(one) else one.__name__,
 )  # fmt: skip
@@ -68,6 +74,21 @@ def test_public_functions_take_no_names_that_nobody_knows(function: Any) -> None
     assert named.__annotations__
     others = inspect.signature(function).parameters.keys() - {last.name}
     assert not others & get_type_hints(named).keys()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(capture_driver.capture, fastkd.capture), (training.train, fastkd.train), (tuning.sweep, sweep)],
+)
+def test_a_cluster_takes_what_a_process_does(ours: Any, theirs: Any) -> None:
+    def names(function: Any) -> set[str]:
+        parameters = inspect.signature(function).parameters
+        (last,) = [name for name, one in parameters.items() if one.kind is one.VAR_KEYWORD]
+        return (parameters.keys() - {last}) | get_type_hints(get_args(parameters[last].annotation)[0]).keys()
+
+    decided = {"shards", "rank", "world_size", "group", "run"}  # by the driver
+    assert names(theirs) - decided <= names(ours)
+    assert names(ours) - names(theirs) <= {"workers", "gpus_per_worker", "cpus_per_worker", "failures", "asha"}
 
 
 def test_a_wrong_name_is_answered_with_the_right_one(tmp_path: Path) -> None:
@@ -82,14 +103,22 @@ def test_a_wrong_name_is_answered_with_the_right_one(tmp_path: Path) -> None:
 _CALLS = """
 import fastkd
 
+from fastkd.integrations.hf.mixin import DistillMixin
+from fastkd.integrations.ray import capture_driver, training
+
 def right() -> None:
     fastkd.train("s", "c", "o", rate=1e-3, match=("auto",), clip=None)
     fastkd.capture("t", "d", "o", k=64, packing="keep")
+    DistillMixin("m", cache="c", alpha=0.5, callbacks=[])
+    training.train("s", "c", "o", rate=1e-3, control=True)
 
 def wrong() -> None:
     fastkd.train("s", "c", "o", raet=1e-3)
     fastkd.train("s", "c", "o", steps="ten")
     fastkd.capture("t", "d", "o", kk=64)
+    DistillMixin("m", cache="c", alhpa=0.5)
+    training.train("s", "c", "o", contrl=True)
+    capture_driver.capture("t", "d", "o", kk=64)
 """
 
 
@@ -104,4 +133,4 @@ def test_a_wrong_name_is_an_error_of_mypy(tmp_path: Path) -> None:
         cwd=tmp_path, env={"MYPYPATH": where, "PATH": ""}, capture_output=True, text=True,
     )  # fmt: skip
     lines = [line for line in found.stdout.splitlines() if line.startswith("calls.py") and ": error:" in line]
-    assert [int(line.split(":")[1]) for line in lines] == [9, 10, 11], found.stdout
+    assert [int(line.split(":")[1]) for line in lines] == list(range(14, 20)), found.stdout

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..credentials import without_credentials
 from ..manifest import runs
+from ..progress import Shown
 from .objects import listed_objects
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Report = dict[str, Any]
 _SETTINGS = ("kind", "layer", "layers", "shape", "step", "positions", "seed", "dtype")
 
 
-def inspect_features(cache: "Cache", *, progress: bool = False) -> dict[str, Report]:
+def inspect_features(cache: "Cache", *, progress: Shown = False) -> dict[str, Report]:
     """The features of a cache by name: settings, counts, sizes in bytes, and which shards are missing.
 
     bytes: of all objects of a feature. bytes_per_position: of its shards, over the positions that they have values of;
@@ -30,7 +31,7 @@ def inspect_features(cache: "Cache", *, progress: bool = False) -> dict[str, Rep
     return {name: _inspect(cache, name, sizes[name], shards, progress) for name in cache.features if name in sizes}
 
 
-def _inspect(cache: "Cache", name: str, sizes: dict[str, int], shards: list[int], progress: bool) -> Report:
+def _inspect(cache: "Cache", name: str, sizes: dict[str, int], shards: list[int], progress: Shown) -> Report:
     feature = cache.features[name]
     table = feature.manifest if feature.sealed else feature.scan(progress=progress)
     there: list[int] = table.column("shard").to_pylist()

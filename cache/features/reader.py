@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..encoding.hidden import decode_states
 from ..errors import CacheError
 from ..manifest import read_manifest
+from ..progress import Shown
 from ..shard.container import unpack
 from ..shard_checks import CheckedShards, Problem
 from ..shard_reader import ShardReader
@@ -137,7 +138,7 @@ class Feature(ShardReader):
             return np.ascontiguousarray(np.moveaxis(values.reshape(n, height, width, channels), 3, 1))
         return values.reshape(n, *spec.shape)
 
-    def verify(self, deep: bool = True, progress: bool = False) -> list[Problem]:
+    def verify(self, deep: bool = True, progress: Shown = False) -> list[Problem]:
         """The problems of this feature alone; none if it is whole. See `verify.verify`."""
         base = CheckedShards(rows=self._cache.manifest.to_pylist(), indices=self._cache.shards)
         report = FeatureReport()

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from ..manifest import runs
+from ..progress import Shown
 from .writer import FeatureWriter
 
 if TYPE_CHECKING:
     from ..reader import Cache
 
 
-def seal_features(cache: "Cache", *, progress: bool = False) -> dict[str, dict[str, Any]]:
+def seal_features(cache: "Cache", *, progress: Shown = False) -> dict[str, dict[str, Any]]:
     """Seal the features of a cache that have all of its shards; what was found, by name.
 
     already: it was sealed before. shards: how many. missing: shards of the cache that it does not have, as [from, to];

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import CacheError, StoreError
 from ..manifest import read_manifest, runs, shard_key
+from ..progress import Shown
 from ..shard.container import Damage
 from ..shard_checks import CheckedShards, Problem, check_shards
 from ..spec import CacheSpec
@@ -31,7 +32,7 @@ class FeatureReport:
 
 
 def verify_features(
-    store: Store, spec: CacheSpec, base: CheckedShards, *, deep: bool, progress: bool
+    store: Store, spec: CacheSpec, base: CheckedShards, *, deep: bool, progress: Shown
 ) -> tuple[dict[str, FeatureReport], list[Problem]]:
     """Check all features of a cache, and what lies beside them. base: the shards of the cache, checked.
 
@@ -58,7 +59,7 @@ def verify_features(
 
 
 def check_feature(
-    store: Store, spec: CacheSpec, base: CheckedShards, name: str, report: FeatureReport, *, deep: bool, progress: bool
+    store: Store, spec: CacheSpec, base: CheckedShards, name: str, report: FeatureReport, *, deep: bool, progress: Shown
 ) -> list[Problem]:
     """The problems of a feature; its counts into the report. CacheError or Damage for one that ends the checks."""
     feature = read_feature_spec(store, name)

@@ -31,6 +31,8 @@ from .window_plan import WindowPlan, plan_text
 KS = (16, 32, 64, 128)
 LOST = 0.05
 """Nats of KL from which on a truncation matters: two seeds of one training of a 30M student differ by 0.01 to 0.05."""
+HALF = 0.5
+"""Of the probability: a teacher whose 128 most likely tokens hold less is hardly sure of anything."""
 _TARGETS = ("head/", "draws/", "tail", "outcomes")  # arrays whose size depends on k
 _MAX_ARRAYS = 5
 _METHODS = ("PUT", "GET", "LIST")
@@ -87,10 +89,17 @@ class Estimate:
     kind: str = "text"
 
     @property
+    def nearly_uniform(self) -> bool:
+        """Whether the teacher says little beyond that everything is about as likely: not even the largest k of the
+        table holds half of the probability, and an even tail loses nothing of the rest."""
+        known = [cost for cost in self.by_k if cost.kl is not None]
+        return bool(known) and known[-1].mass < HALF and (known[-1].kl or 0.0) <= LOST
+
+    @property
     def recommended(self) -> KCost | None:
         """The smallest k of the table whose entries lose at most LOST nats of the teacher, else the one that loses the
-        least; None if that is not known."""
-        known = [cost for cost in self.by_k if cost.kl is not None]
+        least; None if that is not known, and for nearly uniform targets."""
+        known = [] if self.nearly_uniform else [cost for cost in self.by_k if cost.kl is not None]
         enough = [cost for cost in known if cost.kl is not None and cost.kl <= LOST]
         return next(iter(enough or known[-1:]), None)
 
@@ -98,6 +107,7 @@ class Estimate:
         """The estimate as a JSON object."""
         result = asdict(self)
         result["recommended_k"] = None if self.recommended is None else self.recommended.k
+        result["nearly_uniform"] = self.nearly_uniform
         if not self.features:
             del result["features"]
         return result
@@ -277,8 +287,15 @@ def _k_lines(report: Estimate) -> list[str]:
         lost = "-" if cost.kl is None else f"{cost.kl:.3f}"
         row = [f"{mark} {cost.k}", f"{cost.bytes_per_position:.1f}", size_text(cost.bytes), f"{cost.mass:.3f}", lost]
         rows.append([*row, "<- recommended"] if cost is best else row)
-    lines = ["Other k, on the sample (* as asked; mass: probability of the top-k entries;", "KL lost: nats)"]
+    lines = ["Other k, on the sample (* as asked; mass: probability of the top-k entries;"]
+    lines.append("KL lost: nats of divergence from the teacher, with the rest spread evenly)")
     lines += format_table(rows)
+    if report.nearly_uniform:
+        largest = report.by_k[-1]
+        text = f"none. The teacher's targets are nearly uniform: even the {largest.k} most likely {words.outcomes} "
+        text += f"hold {largest.mass:.1%} of the probability. Little is lost only because all others are about equally "
+        text += "likely, and no k has a student learn much. Is the teacher trained, and for such data?"
+        return [*lines, *labelled("  recommended", text)]
     if best is None or best.kl is None:
         return lines
     seeds = f"{LOST:g} nats of the teacher, about what another seed of a training changes"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,15 @@ from ..utils.secrets import masked
 from .claims import Claims, wait_for
 from .existing import DELETE, differing, existing_plan, existing_spec, plan_differences, refusal, text_provenance
 from .rows import TEXT
-from .window_plan import VERSION, WindowPlan, before_the_floor, cache_spec, make_window_plan, window_plan_settings
+from .window_plan import (
+    DEFAULT_CONTEXT,
+    VERSION,
+    WindowPlan,
+    before_the_floor,
+    cache_spec,
+    make_window_plan,
+    window_plan_settings,
+)
 
 
 def prepare(
@@ -45,7 +53,7 @@ def prepare(
     Raises CacheError if the store holds a cache of another teacher, other data or other settings, naming which.
     """
     dataset = data.fingerprint(progress=progress)
-    there, begun = None if store is None else existing_plan(store), False
+    there = None if store is None else existing_plan(store)
     if store is not None and there is not None and there.dataset != dataset:
         # the fingerprint of the data also depends on the tokenizer
         texts, theirs = provenance_of(teacher, data, dataset).texts(), existing_spec(store)
@@ -57,9 +65,9 @@ def prepare(
     if store is None or claims is None:
         lengths = data.lengths(progress=progress)
     else:
-        lengths, begun = _lengths(data, dataset, store, claims, progress=progress, say=say)
+        lengths = _lengths(data, dataset, store, claims, progress=progress, say=say)
     before = there.sha256 if there is not None else None
-    if store is not None and there is None and begun and settings.held_out is None:  # its plan may be lost
+    if store is not None and there is None:  # its plan may be lost
         known = existing_spec(store)
         before = None if known is None else known.provenance.plan_sha256
     plan = _plan(teacher, data, settings, lengths, dataset, before, progress=progress)
@@ -86,15 +94,20 @@ def _plan(
     *,
     progress: bool,
 ) -> WindowPlan:
-    """The window plan; of a cache from before more was held out of small data, the one that it has. before: the hash of
-    the plan that the cache was begun with, if it was."""
-    copies = data.copies if isinstance(data, Examples) else None
-    chosen = window_plan_settings(settings, lengths, longest=teacher.max_positions, copies=copies)
+    """The window plan; of a cache from before more was held out of small data, or it was packed into shorter windows,
+    the one that it has. before: the hash of the plan that the cache was begun with, if it was."""
+    longest, copies = teacher.max_positions, data.copies if isinstance(data, Examples) else None
+    chosen = window_plan_settings(settings, lengths, longest=longest, copies=copies)
     plan = make_window_plan(lengths, chosen, dataset, progress=progress)
-    older = before_the_floor(chosen, int(np.count_nonzero(lengths)))
-    if settings.held_out is None and older != chosen and before not in (None, plan.hash):
-        found = make_window_plan(lengths, older, dataset, progress=progress)
-        plan = found if found.hash == before else plan
+    if before not in (None, plan.hash):
+        older = [chosen]
+        if settings.context is None and copies is None:
+            same = replace(settings, context=min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT))
+            older.append(window_plan_settings(same, lengths, longest=longest))
+        if settings.held_out is None:
+            older += [before_the_floor(one, int(np.count_nonzero(lengths))) for one in older]
+        others = (make_window_plan(lengths, one, dataset, progress=progress) for one in older[1:] if one != chosen)
+        plan = next((found for found in others if found.hash == before), plan)
     if before is None and isinstance(data, Documents) and np.minimum(plan.lengths, chosen.context).max() < 2:
         raise DataError(
             f"data: got {plan.totals['documents'] - plan.totals['skipped']:,} documents of one token each, with a "
@@ -157,9 +170,8 @@ def _lengths(
     *,
     progress: bool,
     say: Callable[[str], None],
-) -> tuple[NDArray[np.int32], bool]:
-    """The documents' lengths: from the store, or measured by one worker and stored for all; and whether they were
-    there."""
+) -> NDArray[np.int32]:
+    """The documents' lengths: from the store, or measured by one worker and stored for all."""
 
     def attempt() -> tuple[float, NDArray[np.int32] | None]:
         with suppress(NotFound):
@@ -170,7 +182,7 @@ def _lengths(
 
     there = wait_for(attempt, lambda: say("waiting for another worker, which reads the lengths of the data"))
     if there is not None:
-        return there, True
+        return there
     try:
         lengths = data.lengths(progress=progress, on_part=claims.keep)
         written = store.create(LENGTHS_KEY, lengths_to_npz(lengths, dataset))
@@ -180,7 +192,7 @@ def _lengths(
     claims.done("lengths")
     # if another worker was faster, use its lengths: all workers need the same plan
     found = None if written else _stored_lengths(store, data, dataset)
-    return lengths if found is None else found, False
+    return lengths if found is None else found
 
 
 def _stored_lengths(store: Store, data: Documents | Examples, dataset: str) -> NDArray[np.int32] | None:
@@ -201,6 +213,21 @@ def _check_same(store: Store, plan: WindowPlan, spec: CacheSpec) -> None:
         return
     there = existing_plan(store)
     different = plan_differences(there, plan.dataset, asdict(plan.settings)) if there is not None else []
+    clearer: tuple[str, ...] = ("dataset:", "shard_positions:") if different else ()
+    if there is None:  # a hash alone says what is there
+        clearer, different = ("dataset:",), _dataset_differences(theirs.provenance, spec.provenance)
     # differences of the plan are clearer than those of its hash
-    clearer = ("dataset:", "shard_positions:") if different else ()
     raise refusal(store, different + [text for text in differences(theirs, spec) if not text.startswith(clearer)])
+
+
+def _dataset_differences(theirs: Provenance, ours: Provenance) -> list[str]:
+    """What differs of the data of a cache whose plan is lost, by the hashes in its spec."""
+    found = differing([("draws: seed", theirs.draw_seed, ours.draw_seed)])
+    if (there := theirs.dataset_sha256) != (here := ours.dataset_sha256):
+        return [*found, f"data: sha256 {str(there)[:12]}… and {str(here)[:12]}…"]
+    if theirs.plan_sha256 != ours.plan_sha256:
+        found.append(
+            "how the data are divided: context, packing, on_long, overlap, held_out, shard_positions, batch_tokens or "
+            f"seed is another one; {PLAN_KEY}, which is lost, said which. Put a copy of it back to see it"
+        )
+    return found

@@ -35,6 +35,8 @@ from .feature_settings import check_feature_settings
 VERSION = 1  # of the rules below; increase it whenever they would produce another plan
 Ints = NDArray[np.int64]
 DEFAULT_CONTEXT = 2048
+LEAST_CONTEXT = 256  # of small data, by default
+SMALL_TEXT = 2**24  # tokens: of more, the held-out 1% is 80 windows of 2,048 and more
 _SAME_NAME = ("k", "draws", "draw_temperature", "mass", "temperatures", "codec")  # in CaptureSettings and CacheSpec
 
 
@@ -348,7 +350,7 @@ def window_plan_settings(
         return WindowPlanSettings(copies, "keep", shard_positions=size, held_out=held_out, **common)
     context = settings.context
     if context is None:
-        context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+        context = min(_default_context(settings, lengths), longest or DEFAULT_CONTEXT)
     elif longest is not None and context > longest:
         raise TeacherError(f"context: got {context}; expected at most {longest}, the limit of this teacher.")
     if held_out is None:
@@ -363,6 +365,15 @@ def window_plan_settings(
         held_out=held_out,
         **common,
     )
+
+
+def _default_context(settings: CaptureSettings, lengths: NDArray[np.int32]) -> int:
+    """2,048; of small data that are packed, the power of two that holds the longest document, if it is smaller: no
+    document is divided for it, and there are more windows, over which evaluations have their intervals."""
+    if settings.packing != "pack" or settings.overlap or int(lengths.sum(dtype=np.int64)) > SMALL_TEXT:
+        return DEFAULT_CONTEXT
+    longest = int(lengths.max(initial=1))
+    return max(LEAST_CONTEXT, min(DEFAULT_CONTEXT, 1 << (longest - 1).bit_length()))
 
 
 def before_the_floor(settings: WindowPlanSettings, documents: int) -> WindowPlanSettings:

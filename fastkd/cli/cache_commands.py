@@ -11,10 +11,11 @@ from ..utils.signals import Stop
 from ..utils.text import are_missing, features_lines, numbered, printable, report_text, them
 from ..utils.words import TEXT, Words, counted, words_of
 from .commands import ExportCache, Features, Inspect, MixTargets, Seal, Verify
-from .outcome import Outcome, at_terminal, shows_progress, store_of
+from .outcome import Outcome, shows_progress, store_of
 
 if TYPE_CHECKING:
     from ..cache import Cache
+    from ..cache.progress import Shown
     from ..cache.stores import Store
     from ..cache.verify import Report as VerifyReport
 
@@ -35,7 +36,7 @@ def inspect(command: Inspect) -> Outcome:
     if (given := getattr(command, unfit)) is not None:
         kind = "text" if unfit == "classes" else "examples"
         raise CacheError(f"{unfit}: got {given!r} for a cache of {kind}; expected --{fit}.")
-    report = inspect_cache(cache, progress=at_terminal())
+    report = inspect_cache(cache, progress=_shards_shown(command))
     if not command.sample:
         return Outcome(report, report_text(report))
     from .sample import classes_of, hint, sample_text, sampled
@@ -47,6 +48,13 @@ def inspect(command: Inspect) -> Outcome:
     lines = [report_text(report), "", sample_text(report["sample"])]
     lines += [f"  {hint(cache, report['sample'])}"] if tokenizer is None else []
     return Outcome(report, "\n".join(lines), 0, warning)
+
+
+def _shards_shown(command: Features | Inspect | Seal | Verify) -> "Shown":
+    """Progress over shards: a bar on a terminal, lines elsewhere, nothing if the output is JSON."""
+    from ..utils.progress import shards_shown
+
+    return shards_shown if shows_progress(json=command.json) else False
 
 
 def _tokenizer_of(cache: "Cache", name: str | None) -> tuple[Any, str]:
@@ -75,7 +83,7 @@ def verify(command: Verify) -> Outcome:
         check_teacher_name(command.teacher, command)
         if command.examples is not None:
             check_factory(command.examples, DataError)
-    found = verify_cache(store, deep=command.deep, progress=at_terminal())
+    found = verify_cache(store, deep=command.deep, progress=_shards_shown(command))
     if found.ok:
         _check_plan(store, found)
     words = _words(store)
@@ -183,7 +191,7 @@ def seal(command: Seal) -> Outcome:
     if not cache.store.readonly and not cache.shards:
         raise CacheError(f"{name}: got a cache without shards; a sealed cache accepts no more. Nothing was written.")
     with open_writer(cache.store) as writer:
-        table = writer.seal(progress=at_terminal())
+        table = writer.seal(progress=_shards_shown(command))
     missing = gaps(table.column("shard").to_numpy(), end=0 if plan is None else plan.shards)
     warnings = []
     if missing:
@@ -196,7 +204,7 @@ def seal(command: Seal) -> Outcome:
     state = "already sealed" if cache.sealed else "sealed"
     held = counted(report["positions"], words_of(cache.spec.inputs).position)
     lines = [f"{name}: {state}, {counted(report['shards'], 'shard')}, {held}"]
-    report["features"] = seal_features(cache, progress=at_terminal())
+    report["features"] = seal_features(cache, progress=_shards_shown(command))
     for feature, found in report["features"].items():
         if found["missing"]:
             warnings.append(f"feature {feature} is not sealed: {are_missing(found['missing'])}.")
@@ -218,7 +226,7 @@ def features(command: Features) -> Outcome:
         lines = [f"{name}: dropped feature {feature}, {count:,} objects" for feature, count in dropped.items()]
         return Outcome({"cache": name, "dropped": dropped}, "\n".join(map(printable, lines)))
     cache = open_cache(store)
-    found = inspect_features(cache, progress=at_terminal())
+    found = inspect_features(cache, progress=_shards_shown(command))
     text = "\n".join(map(printable, features_lines(found, words_of(cache.spec.inputs)))) or printable(
         f"{name}: no features"
     )

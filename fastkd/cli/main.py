@@ -44,7 +44,7 @@ from ..utils.output_guard import check_folder, check_store
 from ..utils.secrets import masked
 from ..utils.signals import INTERRUPTED, WORK_REMAINS, Stop, Stopped, stopping
 from ..utils.similar import similar_path
-from ..utils.text import printable
+from ..utils.text import printable, shortened
 from .cache_commands import export_cache, features, inspect, mix_targets, seal, verify
 from .commands import (
     Bench,
@@ -116,12 +116,13 @@ def _run(given: Parsed) -> Outcome:
     command = given.command
     try:
         if getattr(command, "dry_run", False):
-            return _DRY_RUNS[type(command)](command)
+            stopped = _stopped(f"the dry run of {given.name} was stopped. Nothing was written: run it again.")
+            with stopping(*_at_end(stopped, events=command.json)):
+                return _DRY_RUNS[type(command)](command)
         if (long := _LONG.get(type(command))) is None:
             return _COMMANDS[type(command)](command)
         stopped = _stopped(masked(f"{command.out}: stopped. Run the same command again to resume."))
-        out = json.dumps(stopped.report) + "\n" if command.json else ""
-        with stopping(out, printable(f"fastkd: {stopped.warning}") + "\n") as stop:
+        with stopping(*_at_end(stopped, events=command.json)) as stop:
             outcome = long(command, stop)
         leave_config(given.name, command)
         return outcome
@@ -148,13 +149,16 @@ def capture(command: Capture, stop: Stop) -> Outcome:
         return _on_ray(command, stop)
     if command.workers is not None or command.gpus_per_worker is not None or command.cpus_per_worker != 1.0:
         raise ClusterError("--workers, --gpus-per-worker and --cpus-per-worker: they need --ray.")
-    _note(f"loading {command.teacher}", events=command.json)
     from ..capture.answers import check_limits
     from ..capture.api import capture as run
     from ..capture.existing import check_continues
     from ..capture.runner import capture_text
     from ..teachers.load import load
     from ..teachers.tensor_parallel import heeding_others
+
+    def before(source: Any) -> None:
+        check_continues(store, settings, source, teacher=command.teacher, model=command, data=command)
+        _note(f"loading {command.teacher}", events=command.json)
 
     with heeding_others(command.teacher_parallel):
         loaded = load(
@@ -165,9 +169,7 @@ def capture(command: Capture, stop: Stop) -> Outcome:
             world_size=command.world_size,
             parallel=command.teacher_parallel,
             progress=shows_progress(json=command.json),
-            before=lambda source: check_continues(
-                store, settings, source, teacher=command.teacher, model=command, data=command
-            ),
+            before=before,
             check=lambda teacher: check_limits(teacher, settings, store),
         )
         report = run(
@@ -215,7 +217,6 @@ def plan(command: Plan) -> Outcome:
 
     settings = settings_of(CaptureSettings, command)
     check_settings(settings)
-    _note(f"loading {command.teacher}", events=False)
     from ..capture.answers import check_limits, large_k_text
     from ..capture.estimate import estimate, estimate_text
     from ..kernels import prepare_topk
@@ -223,6 +224,7 @@ def plan(command: Plan) -> Outcome:
 
     loaded = load(
         command.teacher, command, command, rank=0, world_size=1, progress=shows_progress(json=command.json),
+        before=lambda source: _note(f"loading {command.teacher}", events=False),
         check=lambda teacher: check_limits(teacher, settings),
     )  # fmt: skip
     assert loaded.data is not None
@@ -295,18 +297,15 @@ def train(command: Train, stop: Stop) -> Outcome:
 
 def _train_dry_run(command: Train) -> Outcome:
     """What the training would take."""
+    from ..train.api import TrainCall
     from ..train.dry_run import dry_run, dry_run_text
 
     if command.train_teacher:
         raise TrainError("dry_run: got it with train_teacher; expected one student. Leave one of them out.")
-    _note(f"loading {command.student}, then running at least two micro-batches of the first step", events=False)
-    found = dry_run(
-        command.student,
-        _training_cache(command),
-        command.out,
-        settings_of(TrainSettings, command),
-        **_training(command),
-    )
+    loading = f"loading {command.student}, then running at least two micro-batches of the first step"
+    settings = settings_of(TrainSettings, command)
+    call = TrainCall(command.student, _training_cache(command), Path(command.out), settings, **_training(command))
+    found = dry_run(call, begin=partial(_note, loading, events=False))
     return Outcome(found.to_json(), dry_run_text(found))
 
 
@@ -513,6 +512,11 @@ def _stopped(text: str) -> Outcome:
     return Outcome({"event": "stopped", "text": text}, "", WORK_REMAINS, text)
 
 
+def _at_end(stopped: Outcome, *, events: bool) -> tuple[str, str]:
+    """What a signal's handler prints on stdout and stderr before it ends the process; see `stopping`."""
+    return json.dumps(stopped.report) + "\n" if events else "", printable(f"fastkd: {stopped.warning}") + "\n"
+
+
 # settings of a training that the command match has too
 _OF_MATCH = ("seed", "device", "allow_partial", "allow_other_tokenizer", "trust_remote_code")
 _LONG: dict[type, Callable[[Any, Stop], Outcome]] = {
@@ -546,7 +550,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
 def _failure(error: Exception, given: Parsed) -> Outcome:
     command = given.command
     absent = isinstance(error, (NotFound, NoRun, NoSuite, NoStore)) or isinstance(error.__cause__, NotFound)
-    text = masked(in_flags(str(error), flags(given.name, given.typed))) + _meant(str(error), given)
+    text = shortened(masked(in_flags(str(error), flags(given.name, given.typed)))) + _meant(str(error), given)
     if passes(error) and type(command) in _LONG:
         kept = " Committed shards are kept: run the same command again to resume."
         return _stopped(text + kept * isinstance(command, Capture))
@@ -579,7 +583,8 @@ def _unexpected(error: Exception, name: str) -> Outcome:
     command = f"fastkd {name}".rstrip()
     said = " ".join(str(error).split()).rstrip(".")
     text = f"`{command}` failed unexpectedly: {type(error).__name__}" + (f": {said}" if said else "") + "."
-    text = masked(text) + (" This is a fault in fastkd." if trace else " FASTKD_TRACEBACK=1 shows the traceback.")
+    more = " This is a fault in fastkd." if trace else " FASTKD_TRACEBACK=1 shows the traceback."
+    text = shortened(masked(text)) + more
     return Outcome({"error": text}, "", 1, text)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar, cast
 
 from ..cache.errors import CacheError, StoreError
 from ..utils.secrets import masked
-from ..utils.text import printable
+from ..utils.text import printable, shortened
 
 if TYPE_CHECKING:
     from ..cache.stores import Store
@@ -57,8 +57,10 @@ def shows_progress(*, json: bool) -> bool:
 
 def say(text: str, stream: TextIO | None = None, *, keep: str = "\n\t") -> None:
     """Print text without credentials and control characters, but for those to keep. Characters that the stream cannot
-    encode are escaped; a closed pipe or a full disk is ignored."""
+    encode are escaped, and the middle of long words on stderr is left out; a closed pipe or a full disk is ignored."""
     stream, text = stream or sys.stdout, printable(masked(text), keep=keep)
+    if stream is sys.stderr:
+        text = shortened(text, len(text))
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -45,7 +45,6 @@ class CsvColumn(LinesColumn):
                 f"{path}: got the column {self.name!r} in CSV, whose values are text; expected token ids in lists, "
                 "as in Parquet or JSON lines."
             )
-        self._index = self._header.index(self.name)
 
     def names(self) -> list[str]:
         """The columns."""
@@ -55,6 +54,10 @@ class CsvColumn(LinesColumn):
         return f"{self.path}, row {row} (from 0, after the names)"
 
     def read(self, start: int, stop: int) -> list[Any]:
+        index = self._header.index(self.name)
+        return [record[index] for record in self._rows(start, stop)]
+
+    def _parse(self, start: int, stop: int) -> list[list[str]]:
         data, ends = self._read_block(start, stop)
         lines = (line + "\n" for line in self._decode(start, data).split("\n"))
         with _long_values():
@@ -70,7 +73,7 @@ class CsvColumn(LinesColumn):
                     f"{self.where(row)}: got {len(record)} values; expected {len(self._header)}, as there are names "
                     f"({', '.join(map(repr, self._header))})."
                 )
-        return [record[self._index] for record in found]
+        return found
 
     def _find(self, file: ByteFile) -> Offsets:
         """Byte offset of each record after the names, and the end of the last: `[records + 1]`."""

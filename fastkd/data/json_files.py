@@ -1,7 +1,6 @@
 """Rows of a JSON file: an object per line (JSON lines), or one array of objects."""
 
 import codecs
-import copy
 import json
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..cache.errors import type_name
 from ..errors import DataError
-from .byte_files import ByteFile, byte_file
+from .byte_files import ByteFile
 from .columns import choose_column
 from .lines import LinesColumn, Offsets, line_offsets
 
@@ -39,8 +38,8 @@ class JsonColumn(LinesColumn):
 
     def optional(self, name: str) -> "JsonColumn":
         """Another key of the same objects, None where they lack it."""
-        other = copy.copy(self)
-        other.name, other._may_lack, other._file = name, True, byte_file(self.path)
+        other = self.beside(name)
+        other._may_lack = True
         return other
 
     def where(self, row: int) -> str:
@@ -48,13 +47,15 @@ class JsonColumn(LinesColumn):
 
     def read(self, start: int, stop: int) -> list[Any]:
         values = []
-        for row, line in enumerate(self._read_bytes(start, stop), start):
-            value = self._object(row, line)
+        for row, value in enumerate(self._rows(start, stop), start):
             if self.name not in value and not self._may_lack:
                 keys = ", ".join(map(repr, value)) or "none"
                 raise DataError(f"{self.where(row)}: got an object with keys {keys}; expected {self.name!r}.")
             values.append(value.get(self.name))
         return values
+
+    def _parse(self, start: int, stop: int) -> list[dict[str, Any]]:
+        return [self._object(row, line) for row, line in enumerate(self._read_bytes(start, stop), start)]
 
     def _object(self, row: int, line: bytes) -> dict[str, Any]:
         if self._array:

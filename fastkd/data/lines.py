@@ -3,9 +3,10 @@
 Of a file, only the byte offset of each document is kept. Files may be compressed (byte_files.py).
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,34 @@ class LinesColumn:
         with file_errors(path, "text"):
             self._file = byte_file(path)
             self._offsets = find_offsets(self._file)  # of each row, and the end of the last: [rows + 1]
+        self._parsed: list[Any] | None = None  # the first row and the rows read last, which columns of the file share
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def beside(self, name: str) -> Self:
+        """Another column of the same rows. Read after one another, each row is parsed once for all of them."""
+        self._parsed = self._parsed or [0, ()]
+        other = copy.copy(self)
+        other.name = name
+        return other
+
     def where(self, row: int) -> str:
         return f"{self.path}, line {row + 1}"
+
+    def _rows(self, start: int, stop: int) -> Sequence[Any]:
+        """The rows from start on, up to stop, parsed: as many as take a few megabytes, at least one."""
+        if self._parsed is None:
+            return self._parse(start, stop)
+        first, rows = self._parsed
+        if first != start or len(rows) < stop - start:
+            self._parsed[:] = start, (rows := self._parse(start, stop))
+        found: Sequence[Any] = rows[: stop - start]
+        return found
+
+    def _parse(self, start: int, stop: int) -> Sequence[Any]:
+        """The same, from the file."""
+        raise NotImplementedError
 
     def _read_block(self, start: int, stop: int) -> tuple[bytes, Offsets]:
         """The bytes of rows from start on, up to stop, as many as take a few megabytes, at least one; and the offset of

@@ -8,12 +8,13 @@ import pyarrow as pa
 
 from ..errors import DataError
 from ..models.tokenizers import Tokenizer
-from .columns import Column
+from .columns import CONVERSATIONS, Column
 from .documents import Documents, open_documents, pieces
 from .records import Completion
 from .sources import Source, open_source
 
 COMPLETIONS = "prompts with completions"
+_OF_MESSAGES = ("messages", CONVERSATIONS)
 _INSPECTED_ROWS = 256  # of each file, until one shows the kind
 
 
@@ -37,6 +38,8 @@ def load_documents(
     opened = open_source(source, column, text_documents)
     kind = detect_kind(opened.columns)
     _check_one_kind(opened, kind)
+    if kind == "ids":
+        _check_ids(opened)
     where = opened.columns[0].where(0) if opened.columns and len(opened.columns[0]) else "the source"
     if loss_on == "assistant" and kind in ("ids", "text"):
         raise DataError(
@@ -85,6 +88,16 @@ def _check_one_kind(source: Source, kind: str | None) -> None:
                 f"{path}: got {other}, and {kind} in {source.files[0]}; expected one kind of documents. Capture "
                 "each into its own cache, and train on both."
             )
+
+
+def _check_ids(source: Source) -> None:
+    """DataError for token ids in a column that is named after messages."""
+    if (column := next((c for c in source.columns if c.name in _OF_MESSAGES), None)) is not None:
+        raise DataError(
+            f"{column.where(0)}, or one of the first rows: got token ids, or what is none, in column {column.name!r}; "
+            "expected messages, such as [{'role': 'user', 'content': 'Hello'}, ...]. Name a column of token ids "
+            "input_ids."
+        )
 
 
 def detect_kind(columns: Sequence[Column]) -> str | None:

@@ -22,7 +22,7 @@ from .columns import (
 )
 from .files import check_one_kind, files_of, kind_of, open_column
 from .json_files import JsonColumn
-from .lines import TEXT_DOCUMENTS, TextColumn
+from .lines import TEXT_DOCUMENTS, LinesColumn, TextColumn
 from .records import JoinedColumn, shape_of
 
 _ROWS = 1024  # of values in memory at a time
@@ -157,8 +157,10 @@ def _named(open_one: Callable[[str | None], Column], column: str | None) -> Colu
     except UnclearColumn as error:
         if (shape := shape_of(error.names)) is None:
             raise
-        columns = {name: open_one(name) for name in shape.columns if name in error.names}
-        first = next(iter(columns.values()))
+        names = [name for name in shape.columns if name in error.names]
+        first = open_one(names[0])
+        beside = first.beside if isinstance(first, LinesColumn) else open_one
+        columns = {names[0]: first} | {name: beside(name) for name in names[1:]}
         if isinstance(first, JsonColumn):  # whose keys are those of the first object: others may have more, or less
             columns |= {name: first.optional(name) for name in shape.optional}
         return JoinedColumn(shape, columns)

@@ -1,12 +1,14 @@
 """`MEASURES`: every measure on held-out data, with its unit, which way is better, and where it is printed."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..utils.words import TEXT, Words
 
 _KLS = ("kl_bucket", "kl_sampled")
+_ABBREVIATIONS = (*_KLS, "ece")
 LOG, DEMO, CLASSIFIER_DEMO, SWEEP, REPORT = "log", "demo", "classifier demo", "sweep", "report"
 
 
@@ -133,6 +135,15 @@ def about(measure: Measure, words: Words = TEXT, *, exact: bool = False) -> str:
     for word, instead in changes.items():
         text = text.replace(word, instead)
     return text
+
+
+def explained(names: Iterable[str], words: Words = TEXT) -> list[str]:
+    """What the abbreviations among the names of a table are, as lines below it for 80 columns."""
+    lines: list[str] = []
+    for name in names:
+        if name in _ABBREVIATIONS:
+            lines += textwrap.wrap(f"{name}: {about(MEASURES[name], words)}", 80, subsequent_indent="  ")
+    return lines
 
 
 def sign_of(name: str) -> int:

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..stream.cached import row_bytes
 from ..stream.features import FeatureSignal
 from ..stream.gather import BatchFormat, OpenShard, TextInputs, open_shard, shard_of
 from ..stream.rows import NUMBERS
-from ..stream.shard_source import ShardSource, SourceOptions
+from ..stream.shard_source import ShardSource, SourceChanges, SourceOptions
 from ..stream.signals import Signal, open_signals
 from ..stream.split import ShardTable
 from ..teachers.protocol import Answer, Teacher, for_targets
@@ -66,7 +66,7 @@ class LiveSource(ShardSource):
         vocab_size: int | None = None,
         write_cache: Any = None,
         features: Sequence[Feature] = (),
-        **options: Any,
+        **options: Unpack[SourceChanges],
     ) -> None:
         chosen = SourceOptions(**options)
         if write_cache is not None and teacher is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -210,6 +210,30 @@ class SourceOptions:
         """What decides which sequences a step has, under the names of the arguments."""
         names = ("batch_size", "batch_tokens", "seed", "shuffle", "shards_open", "split", "skip", "max_positions")
         return {name: getattr(self, name) for name in names}
+
+
+class SourceChanges(TypedDict, total=False):
+    """Fields of `SourceOptions`."""
+
+    batch_size: int | None
+    batch_tokens: int | None
+    micro_tokens: int | None
+    micro_batch_size: int | None
+    micro_batches: int | None
+    layout: str
+    seed: int
+    shuffle: bool
+    shards_open: int
+    rank: int
+    world_size: int
+    reduce: Reduce | None
+    split: str
+    skip: int
+    max_positions: int | None
+    device: torch.device | str | None
+    threads: int
+    prefetch: int
+    buckets: Any
 
 
 class ShardSource(ABC):

@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import StreamError, TrainError
 from ..evaluate.api import Evaluation, compare
 from ..evaluate.measures import SWEEP as SHOWN
-from ..evaluate.measures import distinct, printed_in, sign_of
+from ..evaluate.measures import distinct, explained, printed_in, sign_of
 from ..evaluate.result import Windows
 from ..settings import TrainSettings
 from ..train.held_out import EVALUATION, EVALUATIONS, means
@@ -323,6 +323,7 @@ def sweep_text(report: SweepReport) -> str:
     over = f"mean over {count} seeds ± standard deviation" if count > 1 else "one seed"
     lines += [f"held out: {over}"] * bool(names)
     lines += format_table(rows)
+    lines += explained(names)
     lines += ["?: not distinguishable from the best"] * bool(report.alike)
     lines.append(report.verdict)
     if report.seconds:

@@ -7,7 +7,7 @@ RUN/  run.json  metrics.jsonl  evaluation.json  checkpoints/  student/  control/
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -32,7 +32,7 @@ from .exits import with_exits
 from .finished import finished_report
 from .held_out import EVALUATION, EVALUATIONS
 from .inputs import CacheInputs, Inputs, SourceInputs, inputs_of, make_source
-from .live_inputs import LiveInputs, check_arguments, is_inside, load_beside, load_inputs
+from .live_inputs import LiveInputs, check_arguments, is_inside, live_identity, load_beside, load_inputs
 from .objective import Objective
 from .outline import Outline, outline_of
 from .result import RUN, TrainReport
@@ -120,10 +120,10 @@ def train(
         raise TypeError("train() got no folder for the run (out)")
     settings, out, stop = changed("train", settings, changes), Path(out), stop or Stop()
     data = as_examples(data)
-    cached, settings, live, begun = checked_call(
-        student, cache, out, settings, teacher=teacher, data=data, live=live, write_cache=write_cache,
-        rollouts=rollouts, objective=objective, evaluate=evaluate, share=share,
-    )  # fmt: skip
+    call = TrainCall(
+        student, cache, out, settings, teacher, data, live, write_cache, rollouts, objective, control, evaluate, share
+    )
+    cached, settings, live, begun = call.checked()
     with (
         writing(out),
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
@@ -136,7 +136,7 @@ def train(
             if processes.first:
                 write_cards(out, text=True, share=share if target is None else replace(share, push=target.repo))
             return _after(before, target, progress)
-        check_begun(out, settings)
+        check_begun(out, settings, identity_of(cached, settings, live, data))
         check_source(student, settings, None if cached is None else cached.data)
         inputs: Inputs = cached or load_inputs(
             teacher,
@@ -222,41 +222,54 @@ class CheckedCall(NamedTuple):
     begun: Mapping[str, Any]
 
 
-def checked_call(
-    student: Any,
-    cache: Any,
-    out: Path,
-    settings: TrainSettings,
-    *,
-    teacher: Any = None,
-    data: Any = None,
-    live: LiveSettings = LIVE,
-    write_cache: Any = None,
-    rollouts: RolloutSettings = NO_ROLLOUTS,
-    objective: Objective | None = None,
-    evaluate: Evaluate | None = None,
-    share: ShareSettings = SHARE,
-) -> CheckedCall:
-    """Raise what `train` does for arguments that do not fit, before anything is loaded."""
-    check_folder(out, "run")
-    check_settings(settings, None, objective)
-    check_rollouts(rollouts, settings, teacher, objective, inside=is_inside(teacher))
-    check_arguments(cache, teacher, data, write_cache, settings, objective, rollouts=rollouts.rollouts > 0)
-    beside = teacher is not None and not is_inside(teacher)
-    check_live(live, cached=cache is not None, teacher=beside, rollouts=rollouts.rollouts > 0)
-    check_rollouts_used(rollouts)
-    check_share(share)
-    if evaluate is None:
-        check_best(settings)
-    if share.push is not None:
-        check_base(student, adapter=settings.lora_rank is not None)
-    cached = None if cache is None else inputs_of(cache, data)
-    begun = begun_with([out, *(out / name for name in (CONTROL, WITHOUT_FEATURES))])
-    live = continued(live, begun)
-    if cached is not None:
-        check_settings(settings, cached.spec, objective)
-        settings = with_batch(settings, cached.size(settings), begun)
-    return CheckedCall(cached, settings, live, begun)
+@dataclass(frozen=True)
+class TrainCall:
+    """The arguments of `train` that a dry run has as well."""
+
+    student: Any
+    cache: Any
+    out: Path
+    settings: TrainSettings = DEFAULTS
+    teacher: Any = None
+    data: Any = None
+    live: LiveSettings = LIVE
+    write_cache: Any = None
+    rollouts: RolloutSettings = NO_ROLLOUTS
+    objective: Objective | None = None
+    control: bool = False
+    evaluate: Evaluate | None = None
+    share: ShareSettings = SHARE
+
+    def checked(self) -> CheckedCall:
+        """Raise what `train` does for arguments that do not fit, before anything is loaded."""
+        settings, teacher, live, objective = self.settings, self.teacher, self.live, self.objective
+        check_folder(self.out, "run")
+        check_settings(settings, None, objective)
+        check_rollouts(self.rollouts, settings, teacher, objective, inside=is_inside(teacher))
+        rolls = self.rollouts.rollouts > 0
+        check_arguments(self.cache, teacher, self.data, self.write_cache, settings, objective, rollouts=rolls)
+        beside = teacher is not None and not is_inside(teacher)
+        check_live(live, cached=self.cache is not None, teacher=beside, rollouts=rolls)
+        check_rollouts_used(self.rollouts)
+        check_share(self.share)
+        if self.evaluate is None:
+            check_best(settings)
+        if self.share.push is not None:
+            check_base(self.student, adapter=settings.lora_rank is not None)
+        cached = None if self.cache is None else inputs_of(self.cache, self.data)
+        begun = begun_with([self.out, *(self.out / name for name in (CONTROL, WITHOUT_FEATURES))])
+        live = continued(live, begun)
+        if cached is not None:
+            check_settings(settings, cached.spec, objective)
+            settings = with_batch(settings, cached.size(settings), begun)
+        return CheckedCall(cached, settings, live, begun)
+
+
+def identity_of(
+    cached: CacheInputs | SourceInputs | None, settings: TrainSettings, live: LiveSettings, data: Any
+) -> Mapping[str, Any]:
+    """What is known of the data of a training before anything is loaded; see `check_begun`."""
+    return live_identity(live, data) if cached is None else cached.identity(settings)
 
 
 def _upload_target(share: ShareSettings, processes: Processes) -> Upload | None:
@@ -344,7 +357,8 @@ def outlined(inputs: Inputs, settings: TrainSettings, per_epoch: int, *, by_wind
     held, why = None, ""
     if by_window and settings.evaluate_every != 0:
         held, why = inputs.held_out_size(settings), inputs.nothing_held_out()
-    return outline_of(settings, per_epoch, held_out=held, why=why, doubts=doubtful(settings, inputs.spec))
+    doubts = doubtful(settings, inputs.spec)
+    return outline_of(settings, per_epoch, size=inputs.size(settings), held_out=held, why=why, doubts=doubts)
 
 
 def run_trainer(

@@ -14,17 +14,17 @@ from .result import RUN
 
 
 def begun_with(folders: Iterable[Path]) -> Mapping[str, Any]:
-    """`batch_tokens`, and without a cache `held_out`, of the first of these run folders in which a training was begun;
-    empty if there is none."""
+    """`batch_tokens`, and without a cache `held_out` and the `context` of what is packed, of the first of these run
+    folders in which a training was begun; empty if there is none."""
     for folder in folders:
         for step in reversed(steps_of(folder)):
             found = _state(folder, step)
             if found is not None:
                 settings, source = _table(found["settings"]), _table(_table(found["loader"]).get("fingerprint"))
-                return _known(settings.get("batch_tokens"), source.get("held_out"))
+                return _known(settings, source)
         if (run := _document(folder / RUN)) is not None:
             settings, source = _table(run.get("settings")), _table(_table(run.get("live")).get("identity"))
-            return _known(settings.get("batch_tokens"), source.get("held_out"))
+            return _known(settings, source)
     return {}
 
 
@@ -32,13 +32,20 @@ Live = TypeVar("Live", bound=LiveSettings)
 
 
 def continued(live: Live, begun: Mapping[str, Any]) -> Live:
-    """The settings of data with the held-out fraction of a run from before more was held out of small data."""
-    before = begun.get("held_out") in (0.0, HELD_OUT)
-    return replace(live, held_out=begun["held_out"]) if live.held_out is None and before else live
+    """The settings of data with the held-out fraction of a run from before more was held out of small data, and with
+    the context that a run was begun with."""
+    kept = {}
+    if live.held_out is None and begun.get("held_out") in (0.0, HELD_OUT):
+        kept["held_out"] = begun["held_out"]
+    if live.context is None and live.packing == "pack" and "context" in begun:
+        kept["context"] = begun["context"]
+    return replace(live, **kept) if kept else live
 
 
-def _known(batch_tokens: Any, held_out: Any) -> dict[str, Any]:
-    found = {"batch_tokens": batch_tokens, "held_out": held_out}
+def _known(settings: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"batch_tokens": settings.get("batch_tokens"), "held_out": source.get("held_out")}
+    if source.get("packing") == "pack":
+        found["context"] = source.get("context")
     return {name: value for name, value in found.items() if value is not None}
 
 

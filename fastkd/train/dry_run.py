@@ -3,7 +3,7 @@ written."""
 
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ import torch
 
 from ..data.examples import as_examples
 from ..errors import TrainError
-from ..settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
+from ..settings import TrainSettings
 from ..utils.distributed import ALONE, local_device
 from ..utils.numbers import duration, size_text
 from ..utils.text import format_table, labelled, printable
-from .api import LIVE, NO_ROLLOUTS, checked_call, outlined
+from ..utils.words import counted
+from .api import TrainCall, identity_of, outlined
 from .arms import control_arms
 from .batch import with_batch
 from .beside import folders_beside
-from .cards import SHARE
 from .checkpoint import steps_of
 from .exits import with_exits
 from .held_out import HeldOut
@@ -33,7 +33,6 @@ from .settings_check import check_begun
 from .student import check_source, make_student
 from .trainer import KEEP
 
-DEFAULTS = TrainSettings()
 SECONDS = 20.0
 """For which micro-batches are run, if two do not take longer."""
 _NO_ROLLOUTS = "unknown: what the student continues itself is not measured"
@@ -77,44 +76,27 @@ class TrainingPlan:
         return asdict(self)
 
 
-def dry_run(
-    student: Any,
-    cache: Any = None,
-    out: str | Path | None = None,
-    settings: TrainSettings = DEFAULTS,
-    *,
-    teacher: Any = None,
-    data: Any = None,
-    live: LiveSettings = LIVE,
-    write_cache: Any = None,
-    rollouts: RolloutSettings = NO_ROLLOUTS,
-    control: bool = False,
-    share: ShareSettings = SHARE,
-    seconds: float = SECONDS,
-) -> TrainingPlan:
-    """What the same call of `train` will take. The arguments are those of `train`.
+def dry_run(call: TrainCall, *, seconds: float = SECONDS, begin: Callable[[], None] = lambda: None) -> TrainingPlan:
+    """What `train` with these arguments will take.
 
-    The student is made, and a teacher is loaded; then the first micro-batches are run for about so many seconds, at
-    least two. Neither the folder nor a cache is written. For one process: several share each step.
+    begin: called once the arguments are checked, before anything is loaded. The student is made, and a teacher is
+    loaded; then the first micro-batches are run for about so many seconds, at least two. Neither the folder nor a cache
+    is written. For one process: several share each step.
     Raises what `train` raises before its first step.
     """
-    if out is None:
-        raise TypeError("dry_run() got no folder for the run (out)")
     if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise TrainError(f"dry_run: got {count} processes; expected one. Run it without torchrun.")
-    out, data = Path(out), as_examples(data)
-    cached, settings, live, begun = checked_call(
-        student, cache, out, settings, teacher=teacher, data=data, live=live, write_cache=write_cache,
-        rollouts=rollouts, share=share,
-    )  # fmt: skip
-    check_begun(out, settings)
-    check_source(student, settings, None if cached is None else cached.data)
+    call = replace(call, data=as_examples(call.data))
+    cached, settings, live, begun = call.checked()
+    check_begun(call.out, settings, identity_of(cached, settings, live, call.data))
+    check_source(call.student, settings, None if cached is None else cached.data)
+    begin()
     processes = replace(ALONE, device=local_device(settings.device, TrainError))
     with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
         # not with write_cache, and no folder for bases of features: both would be written
-        inputs: Inputs = cached or load_inputs(teacher, data, settings, live, processes=processes)
+        inputs: Inputs = cached or load_inputs(call.teacher, call.data, settings, live, processes=processes)
         try:
-            made = make_student(student, inputs.spec, settings, inputs.data)
+            made = make_student(call.student, inputs.spec, settings, inputs.data)
             inputs.meet(made, settings, None)
             settings = with_batch(settings, inputs.size(settings), begun)
             held = inputs.evaluator(settings, processes)
@@ -122,11 +104,11 @@ def dry_run(
             if settings.exits:
                 objective = with_exits(settings, made.student, objective, inputs.data)
             trainer = Rehearsal(
-                made, inputs.open(settings, processes, objective), processes, settings, out, objective=objective,
+                made, inputs.open(settings, processes, objective), processes, settings, call.out, objective=objective,
                 evaluate=held,
             )  # fmt: skip
             try:
-                return _plan(trainer, inputs, held, out, settings, rollouts, write_cache, control, seconds)
+                return _plan(trainer, inputs, held, settings, call, seconds)
             finally:
                 trainer.close()
         finally:
@@ -137,19 +119,16 @@ def _plan(
     trainer: Rehearsal,
     inputs: Inputs,
     held: HeldOut | None,
-    out: Path,
     settings: TrainSettings,
-    rollouts: RolloutSettings,
-    write_cache: Any,
-    control: bool,
+    call: TrainCall,
     seconds: float,
 ) -> TrainingPlan:
-    student, source = trainer.student, trainer.source
+    out, student, source = call.out, trainer.student, trainer.source
     outline = outlined(inputs, settings, len(source))
     positions = getattr(source, "positions", None)
     arms = {"": "the student, with its own settings"}
-    arms |= {arm.folder: f"the same student {arm.says}" for arm in control_arms(settings, None)} if control else {}
-    cost, unknown = None, _NO_ROLLOUTS if rollouts.rollouts else ""
+    arms |= {arm.folder: f"the same student {arm.says}" for arm in control_arms(settings, None)} if call.control else {}
+    cost, unknown = None, _NO_ROLLOUTS if call.rollouts.rollouts else ""
     if not unknown:
         cost = trainer.measure(seconds)
     hours = evaluation_hours = None
@@ -178,7 +157,7 @@ def _plan(
         unknown=unknown,
         hours=hours,
         evaluation_hours=evaluation_hours,
-        files=_files(trainer, out, settings, arms, held, write_cache),
+        files=_files(trainer, out, settings, arms, held, call.write_cache),
         notes=notes,
     )
 
@@ -210,10 +189,11 @@ def dry_run_text(plan: TrainingPlan) -> str:
     trained = "" if about["trained"] == about["parameters"] else f", {about['trained']:,} of them trained"
     lines += labelled("  student", f"{about['name']}: {about['parameters']:,} parameters{trained}")
     lines += labelled("  device", plan.device)
-    steps = f"{plan.steps:,} steps"
+    steps = counted(plan.steps, "step")
     if plan.positions is not None and plan.batch is not None:
-        steps += f" of about {plan.batch:,.0f} positions; an epoch has {plan.steps_per_epoch:,} of them, "
-        steps += f"{plan.positions:,} positions"
+        mean = "about " * (plan.steps_per_epoch > 1) + counted(round(plan.batch), "position")
+        steps += f" of {mean}; an epoch has "
+        steps += f"{plan.steps_per_epoch:,} of them, {counted(plan.positions, 'position')}"
     lines += labelled("  training", steps)
     if plan.resumed:
         then = "all steps are made" if plan.resumed >= plan.steps else "the training goes on from there"

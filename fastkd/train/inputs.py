@@ -188,11 +188,19 @@ class CacheInputs(Inputs):
             sizes[0].unit,
         )
 
-    def size(self, settings: TrainSettings) -> Size:
+    def _tables(self, settings: TrainSettings) -> list[ShardTable]:
+        """What is read of each cache in an epoch."""
         skip, most, partial_ = settings.skip, settings.max_positions, settings.allow_partial
         if len(self.caches) > 1:
             skip, most = 0, None
-        tables = [open_split(c, "train", skip=skip, max_positions=most, allow_partial=partial_) for c in self.caches]
+        return [open_split(c, "train", skip=skip, max_positions=most, allow_partial=partial_) for c in self.caches]
+
+    def identity(self, settings: TrainSettings) -> Mapping[str, Any]:
+        """What is known of the fingerprint of the source before it is opened."""
+        return {"caches": [table.describe() for table in self._tables(settings)]}
+
+    def size(self, settings: TrainSettings) -> Size:
+        tables = self._tables(settings)
         plans = [plan_of(cache) for cache in self.caches]
         sizes = [train_size(table, plan, self.data) for table, plan in zip(tables, plans, strict=True)]
         positions, sequences, longest, copies = zip(*sizes, strict=True)
@@ -227,6 +235,9 @@ class SourceInputs(Inputs):
 
     def __init__(self, source: BatchSource, data: Examples | None = None) -> None:
         self.data, self._source = data, source
+
+    def identity(self, settings: TrainSettings) -> Mapping[str, Any]:
+        return dict(self._source.fingerprint)
 
     def open(
         self, settings: TrainSettings, processes: Processes = ALONE, objective: Objective | None = None

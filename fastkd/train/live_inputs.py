@@ -97,6 +97,16 @@ def check_arguments(cache: Any, teacher: Any, data: Any, write_cache: Any, setti
         raise TrainError(f"write_cache: got the teacher {got}; expected one that is not made of the student.")
 
 
+def live_identity(live: LiveSettings, data: Any) -> dict[str, Any]:
+    """What is known of the fingerprint of the source of a live teacher before that is loaded; see
+    `PlannedShards.describe`."""
+    names = ["k", "draws", "draw_temperature", "mass", "temperatures", "data_seed"]
+    if not isinstance(data, Examples):
+        names += ["packing", "on_long", "overlap"]
+        names += [name for name in ("context", "shard_positions") if getattr(live, name) is not None]
+    return {name: getattr(live, name) for name in names}
+
+
 def feature_names(settings: TrainSettings) -> tuple[str, ...]:
     """The hidden states of the teacher that a training matches. Raises TrainError for auto."""
     entries = [parse(text) for text in settings.match]

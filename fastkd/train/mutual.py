@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from ..data.examples import as_examples
 from ..errors import TrainError
 from ..evaluate.measures import distinct
 from ..kernels import KDError, TopKConfig
@@ -29,7 +30,7 @@ from ..utils.signals import DONE, WORK_REMAINS, Stop
 from ..utils.similar import did_you_mean
 from ..utils.text import format_table
 from ..utils.words import KINDS
-from .api import outlined, run_trainer, train_one
+from .api import identity_of, outlined, run_trainer, train_one
 from .arms import CONTROL
 from .batch import with_batch
 from .begun import begun_with, continued
@@ -125,7 +126,7 @@ class MutualReport:
             names = [name for name in distinct(columns.values()) if all(name in column for column in columns.values())]
             rows = [[name, *(measure_text(column[name]) for column in columns.values())] for name in names]
             lines += format_table([["held out", *columns], *rows])
-            lines += about_evaluation(run)
+            lines += about_evaluation(run, names)
         for name, one in self.students.items():
             if one.verdict is not None:
                 first, *more = one.verdict.lines
@@ -202,7 +203,7 @@ def mutual(
         joined_processes(settings.device, timeout_minutes=settings.timeout_minutes) as processes,
         ExitStack() as stack,
     ):
-        check_begun(out, settings)
+        check_begun(out, settings, identity_of(cached, settings, online, as_examples(data)))
         for one in sources.values():
             check_source(one, settings)
         inputs: Inputs = cached or load_inputs(

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 from ..settings import TrainSettings
 from ..utils.words import EXAMPLES, TEXT, Words, counted
+from .batch import Size
 
 FEW_STEPS = 50
 """With fewer steps, a student has hardly begun to learn, and a comparison says little."""
 ENOUGH_STEPS = 100
+FEW_WINDOWS = 8
+"""Over fewer held-out windows, an interval says little."""
 _EVALUATIONS = 10  # per run, if the settings do not say
 
 
@@ -80,6 +83,12 @@ class Outline:
     def warnings(self) -> list[str]:
         """What a person should change, if anything."""
         doubts = [f"warning: {text}" for text in self.doubts]
+        held = self.held_out
+        if self.every and held is not None and held.words is TEXT and held.windows < FEW_WINDOWS:
+            doubts.append(
+                f"warning: intervals over {counted(held.windows, 'held-out window')} will be wide. More data give more "
+                "of them, or a cache with a shorter --context or a larger --held-out."
+            )
         if self.steps >= FEW_STEPS:
             return doubts
         epochs = max(2, math.ceil(ENOUGH_STEPS / self.per_epoch))
@@ -118,19 +127,24 @@ def outline_of(
     settings: TrainSettings,
     per_epoch: int,
     *,
+    size: Size | None = None,
     held_out: HeldOutSize | None = None,
     why: str = "",
     doubts: Sequence[str] = (),
 ) -> Outline:
-    """The outline of a training with these settings, whose source has `per_epoch` steps. held_out, why, doubts: see
-    `Outline`; with neither of the first two, it is evaluated by a function of the caller."""
+    """The outline of a training with these settings, whose source has `per_epoch` steps. size: what an epoch reads, if
+    that is known: no step has more. held_out, why, doubts: see `Outline`; with neither of the first two, it is
+    evaluated by a function of the caller."""
     steps = steps_of(settings, per_epoch)
     every = 0 if why else evaluate_every_of(settings, steps)
     words = TEXT if held_out is None else held_out.words
-    batch = (
-        f"about {settings.batch_tokens:,} {words.positions}" if settings.batch_tokens is not None else "its own size"
-    )
+    batch = "its own size"
     if settings.batch_size is not None:
-        batch = counted(settings.batch_size, "sequence" if words is TEXT else words.window)
+        most = settings.batch_size if size is None else min(settings.batch_size, size.sequences)
+        batch = counted(most, "sequence" if words is TEXT else words.window)
+    elif size is not None and settings.batch_tokens is not None and size.positions <= settings.batch_tokens:
+        batch = counted(size.positions, words.position)
+    elif settings.batch_tokens is not None:
+        batch = f"about {settings.batch_tokens:,} {words.positions}"
     why = why or ("evaluate_every is 0" if not every else "")
     return Outline(steps, per_epoch, batch, every, held_out, why, tuple(doubts))

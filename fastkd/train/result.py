@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache.reader import Cache
-from ..evaluate.measures import distinct
+from ..evaluate.measures import distinct, explained
 from ..models.adapters import is_wrapped, save_adapter
 from ..models.hub import ModelFiles
 from ..models.tokenizers import Tokenizer
@@ -156,7 +156,7 @@ def report_of(report: TrainReport) -> str:
             rows = [[*row[:at], difference.get(row[0], ""), *row[at:]] for row in rows]
             heads.insert(at, "difference")
         lines += format_table([heads, *rows])
-        lines += about_evaluation(report)
+        lines += about_evaluation(report, names)
     for one in report.verdicts.values():
         lines += one.lines
     if report.not_compared:
@@ -178,8 +178,8 @@ def _differences(report: TrainReport) -> dict[str, str]:
     }
 
 
-def about_evaluation(report: TrainReport) -> list[str]:
-    """What was evaluated on, and what the differences say."""
+def about_evaluation(report: TrainReport, names: Sequence[str]) -> list[str]:
+    """What was evaluated on, what the differences say, and what the abbreviations among the names of measures are."""
     parts = []
     if held := report.held_out:
         parts.append(f"measured on {HeldOutSize(**held)}")
@@ -187,7 +187,7 @@ def about_evaluation(report: TrainReport) -> list[str]:
         known = report.verdicts[CONTROL].overall != NOT_KNOWN
         paired = f"differences ± an interval of 95%, paired by {KINDS[report.kind].window}"
         parts.append(paired if known else f"differences have {NO_INTERVAL}")
-    return ["; ".join(parts)] if parts else []
+    return [*(["; ".join(parts)] if parts else []), *explained(names, KINDS[report.kind])]
 
 
 def stopped_text(part: TrainReport) -> str:

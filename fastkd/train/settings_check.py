@@ -1,6 +1,8 @@
 """Checks of training settings: before anything is loaded, and when a run is resumed with other ones."""
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -46,6 +48,7 @@ _COUNTS = {
 }  # fmt: skip
 """The least value of settings that are integers."""
 _MOST = 2**63 - 1  # of an integer: of torch's and numpy's
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 HIGH_RATE = 0.1
 """A learning rate with which AdamW moves every weight by so much a step."""
 
@@ -154,9 +157,12 @@ def check_best(settings: TrainSettings) -> None:
         raise TrainError(f"best: got {settings.best!r}; expected one of {', '.join(m.name for m in printed_in(LOG))}.")
 
 
-def check_begun(run: Path, settings: TrainSettings) -> None:
+def check_begun(run: Path, settings: TrainSettings, data: Mapping[str, Any] | None = None) -> None:
     """Raise TrainError, before a student is loaded, if the newest checkpoint of a run is of other settings. What they
-    come to on this machine and with this data, such as the steps of an epoch, is compared when it is loaded."""
+    come to on this machine and with this data, such as the steps of an epoch, is compared when it is loaded.
+
+    data: what is known of the source's fingerprint before anything is loaded. What differs there has its own check, and
+    is named here as well if settings differ, so that a user learns of all at once."""
     steps = steps_of(run)
     found = read(run, steps[-1], verify=False) if steps else None
     theirs = found.state.get("settings") if isinstance(found, Checkpoint) else None
@@ -166,7 +172,11 @@ def check_begun(run: Path, settings: TrainSettings) -> None:
     known = (theirs.keys() | ours.keys()) - {"precision", "objective", "live"}
     # without these settings the data decide, or what the run was begun with
     known -= {name for name in ("steps", "batch_tokens") if getattr(settings, name) is None}
-    check_same({n: theirs.get(n) for n in known}, {n: ours.get(n) for n in known}, str(found.folder))
+    loader, data = found.state.get("loader"), data or {}
+    there = loader.get("fingerprint") if isinstance(loader, dict) else None
+    both = data.keys() & there.keys() if isinstance(there, dict) else ()
+    sources = [{n: one[n] for n in both} for one in (there or {}, json.loads(json.dumps(data)))]
+    check_same({n: theirs.get(n) for n in known}, {n: ours.get(n) for n in known}, str(found.folder), sources=sources)
 
 
 def resume_fingerprint(settings: TrainSettings, steps: int, autocast: Any) -> dict[str, Any]:
@@ -208,4 +218,4 @@ def check_same(
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """What differs, by name, in words."""
     names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    return {name: f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names}
+    return {name: _HASH.sub(r"\1…", f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here") for name in names}

@@ -9,10 +9,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from .progress_line import amount, bar_line, pace_text
 from .secrets import masked
 from .text import printable
 
+T = TypeVar("T")
 MODES = ("none", "bar", "lines", "events")
 Mode = str | Callable[[Mapping[str, Any]], object]
 """One of MODES, or a function that is called with each event, such as {"event": "shard", "shard": 3}."""
@@ -280,6 +281,14 @@ def counting(total: int, unit: str, what: str, *, shown: bool) -> Progress:
     shown: whether it is shown; if not, it is shown within the `hosting` progress, if there is one.
     """
     return Progress(total, unit=unit, what=what, passing=True, mode=mode_for() if shown else "none")
+
+
+def shards_shown(shards: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The shards, with the progress of a loop over so many; see `counting`."""
+    with counting(total, "shard", what, shown=True) as progress:
+        for shard in shards:
+            yield shard
+            progress.add(1)
 
 
 def is_shown(mode: Mode) -> bool:

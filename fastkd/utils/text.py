@@ -20,6 +20,7 @@ __all__ = [
     "printable",
     "ranges",
     "report_text",
+    "shortened",
     "size_text",
     "without_credentials",
 ]
@@ -27,6 +28,7 @@ __all__ = [
 _WIDTH = 80
 _LABEL = 20  # columns of a line's label
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+_LONG_WORD = re.compile(r"\S{501,}")
 _MOST_LISTED = 8  # ranges, or objects, on one line
 
 
@@ -34,6 +36,17 @@ def printable(text: str, *, keep: str = "") -> str:
     """The text on one line, with unprintable characters escaped: no escape sequence reaches a terminal. keep: these are
     not escaped."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int = 4000) -> str:
+    """A message without the middle of values that nobody reads: of each word of more than 500 characters, and of a text
+    of more than `most`. The end stays, which says what to do. Mask it first: credentials are known whole."""
+    text = _LONG_WORD.sub(lambda found: _without_middle(found[0], 200, 60), text)
+    return _without_middle(text, most * 3 // 4, most // 5) if len(text) > most else text
+
+
+def _without_middle(text: str, begin: int, end: int) -> str:
+    return f"{text[:begin]}… ({len(text) - begin - end:,} characters) …{text[-end:]}"
 
 
 def ranges(pairs: Iterable[list[int]]) -> str:

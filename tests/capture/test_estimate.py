@@ -195,6 +195,26 @@ def test_a_recommended_row_with_its_reason() -> None:
     assert all(len(line) <= 80 for line in estimate_text(found).splitlines())
 
 
+class Untrained(Zipf):
+    """Nearly uniform targets, as of random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.data *= 0.01
+        self.bias.data.zero_()
+
+
+def test_no_k_is_recommended_for_nearly_uniform_targets() -> None:
+    report = estimated(prose(20), Untrained(), min_batches=1)
+    assert max(cost.mass for cost in report.by_k) < 0.1
+    document = report.to_json()
+    assert (document["recommended_k"], document["nearly_uniform"]) == (None, True)
+    text = " ".join(estimate_text(report).split())
+    assert "recommended none. The teacher's targets are nearly uniform: even the 128 most likely tokens hold" in text
+    assert "<- recommended" not in text
+    assert not estimated(prose(20), min_batches=1).nearly_uniform
+
+
 def test_draws_without_top_k_hold_no_mass() -> None:
     report = estimated(prose(40), settings=CaptureSettings(k=0, draws=20, context=128, shard_positions=4096))
     assert (report.by_k[0].k, report.by_k[0].mass, report.by_k[0].bytes) == (0, 0.0, report.bytes)

@@ -1,6 +1,7 @@
 """Small data: how much is held out by default, what a cache from before keeps, and what has nothing to predict."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastkd.cache.inspect import inspect_cache
 from fastkd.cache.stores import MemoryStore
 from fastkd.capture import answers
 from fastkd.capture.window_plan import make_window_plan, plan_text, window_plan_settings
+from fastkd.data.lengths import LENGTHS_KEY
 from fastkd.data.packing import HELD_OUT, default_held_out
 from fastkd.errors import DataError, TeacherError
 from fastkd.settings import CaptureSettings
@@ -90,7 +92,7 @@ def capture(out: Any, data: Any, **changes: Any) -> Any:
     return fastkd.capture(Causal(), data, out, **{**SMALL, "fingerprint": "it", **changes})
 
 
-@pytest.mark.parametrize("lost", [(), (PLAN_KEY,), ("spec.json",)])
+@pytest.mark.parametrize("lost", [(), (PLAN_KEY,), ("spec.json",), (PLAN_KEY, LENGTHS_KEY)])
 def test_a_cache_from_before_keeps_its_split(lost: tuple[str, ...]) -> None:
     """Its plan has 1%: the same command goes on with that, also if its plan or its spec is lost."""
     store: Any = MemoryStore()
@@ -108,6 +110,43 @@ def test_a_cache_from_before_keeps_its_split(lost: tuple[str, ...]) -> None:
     capture(other, documents(60), held_out=0.5, shards=[0])
     with pytest.raises(CacheError, match=r"held_out: 0\.5 and 0\.2"):
         capture(other, documents(60))
+    for key in (PLAN_KEY, LENGTHS_KEY):
+        other._objects.pop(key)
+    with pytest.raises(CacheError, match=r"held_out, .* is another one; plan.json, which is lost, said which") as said:
+        capture(other, documents(60))
+    assert not re.search("[0-9a-f]{16}", str(said.value))
+    with pytest.raises(CacheError, match=r"\(there, and now: data: sha256 \w{12}… and \w{12}…\)"):
+        capture(other, documents(61))
+
+
+def context_of(lengths: list[int], longest: int | None = None, **settings: Any) -> int:
+    given = np.asarray(lengths, np.int32)
+    return window_plan_settings(CaptureSettings(**settings), given, longest=longest).context
+
+
+def test_small_data_are_packed_into_windows_that_hold_the_longest_document() -> None:
+    assert context_of([100] * 50) == 256
+    assert context_of([100, 257]) == context_of([512]) == 512
+    assert context_of([513]) == 1024
+    assert context_of([5000, 3]) == context_of([100] * 200_000) == context_of([100], packing="keep") == 2048
+    assert context_of([100], overlap=300) == 2048
+    assert context_of([600], longest=300) == 300
+    assert context_of([100], context=77) == 77
+
+
+@pytest.mark.parametrize("lost", [(), (PLAN_KEY, LENGTHS_KEY)])
+@pytest.mark.parametrize("held", [None, HELD_OUT])
+def test_a_cache_from_before_keeps_its_context(lost: tuple[str, ...], held: float | None) -> None:
+    given: dict[str, Any] = {"context": 2048, "shard_positions": 2048}
+    store: Any = MemoryStore()
+    capture(store, documents(160), held_out=held, shards=[0], **given)
+    for key in lost:
+        store._objects.pop(key)
+    assert capture(store, documents(160), context=None, shard_positions=2048).complete
+    assert json.loads(store.get(PLAN_KEY))["settings"]["context"] == 2048
+    fresh: Any = MemoryStore()
+    capture(fresh, documents(160), context=None, shard_positions=2048)
+    assert json.loads(fresh.get(PLAN_KEY))["settings"]["context"] == 256
 
 
 def test_workers_agree_without_talking() -> None:

@@ -24,7 +24,6 @@ from fastkd.cache import inspect as cache_inspect
 from fastkd.cache.capture_plan import CapturePlan
 from fastkd.cache.manifest import runs, shard_key
 from fastkd.cache.shard.container import pack
-from fastkd.cli import cache_commands
 from fastkd.cli import main as cli
 from fastkd.utils.numbers import size_text
 from fastkd.utils.text import printable, ranges, without_credentials
@@ -521,13 +520,13 @@ def test_verify_an_empty_cache(tmp_path: Path, run: Any) -> None:
     assert "0 shards" in out
 
 
-def test_progress_is_for_terminals(cache: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_commands, "at_terminal", lambda: True)
+def test_progress_off_a_terminal_is_lines(cache: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.utils.progress.LINE_SECONDS", 0.0)
     for command, word in (("verify", "verify"), ("inspect", "scan"), ("seal", "scan")):
-        status, out, err = run(command, cache, "--json")
+        status, _, err = run(command, cache)
         assert status == 0
-        json.loads(out)
-        assert f"{word}: " in err
+        assert f"{word}: 2 of 3 shards (66.7%)" in err
+        assert run(command, cache, "--json")[2] == ""
 
 
 # seal
@@ -722,3 +721,11 @@ def test_features_are_listed_sealed_verified_and_dropped(tmp_path: Path, run: An
     assert (status, "there is no feature 20" in err) == (1, True)
     assert run_json("features", tmp_path / "cache", "--drop=-1")[1]["dropped"] == {"-1": 4}
     assert "no features" in run("features", tmp_path / "cache")[1]
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("inspect", "--json"), ("inspect", "c", "--sample")])
+def test_a_long_value_is_not_echoed_whole(command: tuple[str, ...], run: Any) -> None:
+    status, out, err = run(*command, "a" * 100_000)
+    assert status == 2
+    assert "aaa… (99,74" in err
+    assert len(out) + len(err) < 1500

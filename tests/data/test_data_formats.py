@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastkd.data import byte_files, json_files, lines
+from fastkd.data import byte_files, csv_files, json_files, lines
 from fastkd.data.documents import describe_documents, open_documents
 from fastkd.data.load import COMPLETIONS, detect_kind, load_documents
 from fastkd.data.sources import open_source
@@ -309,3 +309,36 @@ def test_an_optional_key_that_only_some_objects_have_is_read(tmp_path: Path, arr
         (column,) = open_source(path, None).columns
         asked = {row[0]["content"] for row in column.read(0, 2)}
         assert asked == {"a", "c\n\nd"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_each_row_is_parsed_once_for_all_its_columns(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"i{n}", "input": "", "output": f"o{n}"} for n in range(20)]
+    if name == "a.csv":
+        text = "instruction,input,output\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows) if name == "a.json" else json_text(rows)
+    (column,) = open_source(written(tmp_path / name, text), None).columns
+    parsed: list[tuple[int, int]] = []
+    for kind in (json_files.JsonColumn, csv_files.CsvColumn):
+
+        def counted(self: Any, start: int, stop: int, parse: Any = kind._parse) -> Any:
+            parsed.append((start, stop))
+            return parse(self, start, stop)
+
+        monkeypatch.setattr(kind, "_parse", counted)
+    for start, stop in ((0, 8), (8, 20), (3, 5)):
+        found = column.read(start, stop)
+        assert [row[0]["content"] for row in found] == [f"i{n}" for n in range(start, stop)]
+    assert parsed == [(0, 8), (8, 20), (3, 5)]
+
+
+def test_a_column_of_messages_that_holds_others_is_refused(tmp_path: Path) -> None:
+    for name in ("conversations", "messages"):
+        path = written(tmp_path / "a.jsonl", json_text([{name: []}, {name: [5]}]))
+        with pytest.raises(DataError, match=f"in column '{name}'; expected messages"):
+            load_documents(path, vocab_size=300)
+    found = load_documents(written(tmp_path / "b.jsonl", json_text([{"input_ids": [5]}])), vocab_size=300)
+    assert found[0].tokens.tolist() == [5]

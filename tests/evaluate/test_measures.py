@@ -8,7 +8,7 @@ from cases import sparse
 from train_cases import Tiny, make_cache
 
 from fastkd.evaluate.api import evaluate
-from fastkd.evaluate.measures import DEMO, LOG, MEASURES, REPORT, printed_in, sign_of
+from fastkd.evaluate.measures import DEMO, LOG, MEASURES, REPORT, explained, printed_in, sign_of
 from fastkd.evaluate.rows import student_rows, teacher_rows
 
 
@@ -39,3 +39,19 @@ def test_the_table_of_the_demo() -> None:
         assert measure.name == measure.name.lower()
         assert measure.about.endswith(".")
         assert measure.scale == (100 if measure.unit == "%" else 1)
+
+
+def test_abbreviations_are_explained_where_they_are_printed() -> None:
+    text = "\n".join(explained(["cross_entropy", "kl_bucket", "kl_sampled", "ece"]))
+    assert text.startswith("kl_bucket: KL(teacher ‖ student) at T = 1")
+    assert "\nkl_sampled: The same KL" in text
+    assert "\nece: Expected calibration error" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert explained(["cross_entropy", "accuracy"]) == []
+
+
+def test_the_glossary_has_every_measure() -> None:
+    glossary = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
+    for measure in MEASURES.values():
+        assert f"| `{measure.name}` | {measure.label} | {measure.unit} |" in glossary
+        assert measure.about in glossary

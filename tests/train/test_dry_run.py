@@ -1,6 +1,8 @@
 """`train --dry-run` and `capture --dry-run`: what they say is what happens, and nothing is written."""
 
 import json
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from train_cases import CAPTURE, SMALL, documents, make_cache
 
 import fastkd
 from fastkd.cache import Cache
+from fastkd.cli import main as cli
+from fastkd.cli.commands import Train
 from fastkd.cli.main import main
 from fastkd.errors import TrainError
 from fastkd.evaluate.result import Evaluation
 from fastkd.settings import LiveSettings, RolloutSettings, TrainSettings
+from fastkd.train.api import TrainCall
 from fastkd.train.dry_run import dry_run, dry_run_text
 from fastkd.train.metrics import read_metrics
 from fastkd.train.rehearsal import kept_for_backward
@@ -34,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def test_it_says_what_then_happens(cache: Cache, tmp_path: Path) -> None:
-    found = dry_run(STUDENT, cache, tmp_path / "run", SETTINGS, control=True)
+    found = dry_run(TrainCall(STUDENT, cache, tmp_path / "run", SETTINGS, control=True))
     assert list(tmp_path.iterdir()) == []
     report = fastkd.train(STUDENT, cache, tmp_path / "run", SETTINGS, control=True)
     evaluated = [entry for entry in read_metrics(tmp_path / "run") if "evaluation" in entry]
@@ -55,11 +60,17 @@ def test_it_says_what_then_happens(cache: Cache, tmp_path: Path) -> None:
     assert found.hours is not None
     assert found.evaluation_hours is not None
     assert 0 < found.evaluation_hours < found.hours
-    again = dry_run(STUDENT, cache, tmp_path / "run", SETTINGS)
+    small = dry_run_text(replace(found, steps=1, steps_per_epoch=1, positions=40, batch=40.0))
+    assert "1 step of 40 positions; an epoch has 1 of them, 40 positions" in " ".join(small.split())
+    again = dry_run(TrainCall(STUDENT, cache, tmp_path / "run", SETTINGS))
     assert again.resumed == report.steps
     assert "all steps are made" in dry_run_text(again)
     assert "warning: " in dry_run_text(again)
     assert "steps are few to learn from" in again.notes[-1]
+    other, changed = make_cache(tmp_path / "other", documents(30)), replace(SETTINGS, alpha=0.3)
+    with pytest.raises(TrainError, match=r"\(alpha: 0.5 there, 0.3 here; caches: \[.*…") as said:
+        dry_run(TrainCall(STUDENT, other, tmp_path / "run", changed))
+    assert len(str(said.value)) < 700
 
 
 def fastkd_tiny() -> nn.Module:
@@ -79,18 +90,12 @@ def test_bytes_that_a_backward_needs() -> None:
 
 def test_beside_a_teacher_no_cache_is_written(tmp_path: Path) -> None:
     live = LiveSettings(**CAPTURE)
-    given = ("train_cases:tiny", documents(40), live)
-    found = dry_run(
-        STUDENT, None, tmp_path / "run", SETTINGS, teacher=given[0], data=given[1], live=given[2],
-        write_cache=tmp_path / "cache",
-    )  # fmt: skip
+    call = TrainCall(STUDENT, None, tmp_path / "run", SETTINGS, "train_cases:tiny", documents(40), live)
+    found = dry_run(replace(call, write_cache=tmp_path / "cache"))
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path / "cache") in found.files
     assert found.held_out["positions"] > 0
-    rolled = dry_run(
-        STUDENT, None, tmp_path / "run", SETTINGS, teacher=given[0], data=given[1], live=given[2],
-        rollouts=RolloutSettings(rollouts=0.5, rollout_tokens=4),
-    )  # fmt: skip
+    rolled = dry_run(replace(call, rollouts=RolloutSettings(rollouts=0.5, rollout_tokens=4)))
     assert (rolled.cost, rolled.hours, rolled.steps) == (None, None, found.steps)
     assert "unknown: what the student continues itself" in dry_run_text(rolled)
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +104,7 @@ def test_beside_a_teacher_no_cache_is_written(tmp_path: Path) -> None:
 def test_one_process(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainError, match="dry_run: got 2 processes; expected one"):
-        dry_run(STUDENT, cache, tmp_path / "run", SETTINGS)
+        dry_run(TrainCall(STUDENT, cache, tmp_path / "run", SETTINGS))
 
 
 def test_the_commands(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,3 +128,33 @@ def test_the_commands(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["capture", "--out", place, "--dry-run", *options]) == 1
     assert "existing cache was written with other settings" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_dry_run_that_is_stopped_says_so(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli._DRY_RUNS, Train, lambda command: signal.raise_signal(number))
+    assert main(["train", "--student", STUDENT, "--cache", "c", "--out", str(tmp_path / "run"), "--dry-run"]) == 75
+    said = capsys.readouterr()
+    assert said.err == "fastkd: the dry run of train was stopped. Nothing was written: run it again.\n"
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("command", [["plan"], ["capture", "--out", "c"], ["capture", "--out", "c", "--dry-run"]])
+def test_what_is_missing_is_refused_before_anything_is_said_to_load(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--teacher", STUDENT, "--data", "none.jsonl"]) == 1
+    assert "loading" not in (said := capsys.readouterr().err)
+    assert "none.jsonl" in said
+
+
+def test_a_dry_run_refuses_before_it_says_that_it_loads(
+    cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(["train", "--student", "none", "--cache", cache.store.describe(), *run]) == 1
+    assert main(["train", "--student", STUDENT, "--teacher", STUDENT, "--data", "none.jsonl", *run]) == 1
+    assert "loading" not in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], mess
         ({"teacher": Tiny(seed=8)}, "teacher: 'Tiny, state sha256"),
         ({"data": documents(seed=1)}, "data: '"),
         # those of settings and of data at once
-        ({"steps": 12, "live": replace(LIVE, k=5)}, r"\(steps: 10 there, 12 here\)"),
+        ({"steps": 12, "live": replace(LIVE, k=5)}, r"\(steps: 10 there, 12 here; k: 6 there, 5 here\)"),
     ],
 )
 def test_a_changed_setting_is_refused_on_resuming(tmp_path: Path, changes: dict[str, Any], named: str) -> None:

@@ -1,6 +1,7 @@
 """What is said before a training, the batch of small data, and runs from before that are resumed with what they had."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ def test_the_outline() -> None:
         "training: 50 steps of 1 sequence, less than one epoch",
         "evaluations: none, as nothing was held out",
     ]
+    small = outline_of(TrainSettings(batch_tokens=1024), 1, size=Size(40, 2, 20), held_out=held)
+    assert small.lines[0] == "training: 1 step of 40 positions, 1 epoch"
+    few = outline_of(TrainSettings(batch_size=64, batch_tokens=1024), 1, size=Size(40, 2, 20), held_out=held)
+    assert few.lines[0] == "training: 1 step of 2 sequences, 1 epoch"
     assert Outline(5, 5, "", 10).evaluations == Outline(10, 5, "", 10).evaluations == 1
     assert Outline(11, 5, "", 10).evaluations == 2
     assert str(HeldOutSize(1, 1)) == "1 held-out window, 1 position"
@@ -131,6 +136,7 @@ def test_a_training_says_what_it_does_and_stores_its_batch(cache: Cache, tmp_pat
     size = f"40 held-out documents, {held['windows']:,} windows, {held['positions']:,} positions"
     assert f"measured on {size}; differences ±" in text
     assert "note: 3 steps are few" in text
+    assert "\nece: Expected calibration error" in text.split("against control")[0]
 
 
 def test_a_run_from_before_keeps_its_batch(cache: Cache, tmp_path: Path) -> None:
@@ -173,6 +179,17 @@ def test_a_live_run_from_before_keeps_its_split(tmp_path: Path) -> None:
     assert continued(LiveSettings(), {"held_out": 0.2}).held_out is None
     again = fastkd.train(STUDENT, out=tmp_path, live=LiveSettings(**live), **{**how, "checkpoint_every": 1})
     assert again.resumed == 2
+
+
+def test_a_live_run_from_before_keeps_its_context(tmp_path: Path) -> None:
+    live = LiveSettings(k=6, draws=3, shard_positions=4096, context=2048)
+    how: dict[str, Any] = {"teacher": train_cases.Tiny(seed=7), "data": documents(), **CHANGES, "batch_tokens": 2048}
+    fastkd.train(STUDENT, out=tmp_path, live=live, **{**how, "steps": 1})
+    assert begun_with([tmp_path])["context"] == 2048
+    assert continued(replace(live, context=None), begun_with([tmp_path])).context == 2048
+    assert continued(LiveSettings(packing="keep"), begun_with([tmp_path])).context is None
+    again = fastkd.train(STUDENT, out=tmp_path, live=replace(live, context=None), **{**how, "steps": 1})
+    assert again.resumed == 1
 
 
 def test_why_there_is_no_interval(cache: Cache, tmp_path: Path) -> None:

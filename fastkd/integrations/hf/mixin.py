@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ...errors import TrainError
 from ...evaluate.measures import MEASURES
 from ...kernels import KDError
 from ...settings import TrainSettings
+from ...settings_changes import AttachChanges, changed
 from ...stream.buckets import BUCKETS, up_to
 from ...stream.tensors import FACTS
 from ...train.cards import write_card
@@ -46,6 +47,30 @@ SETTINGS = LOSS_SETTINGS | {*_DATA, *_OTHER}
 """The fields of TrainSettings that a DistillTrainer takes; the rest is said by its TrainingArguments."""
 
 
+class TrainerChanges(AttachChanges, total=False):
+    """Fields of `TrainSettings` that a DistillTrainer takes, and what it hands on to Trainer and SFTTrainer."""
+
+    layout: Literal["padded", "packed"]
+    shards_open: int
+    threads: int
+    skip: int
+    max_positions: int | None
+    allow_partial: bool
+    evaluate_positions: int | None
+    allow_other_tokenizer: bool
+    data_collator: Any
+    eval_dataset: Any
+    processing_class: Any
+    model_init: Any
+    compute_metrics: Any
+    callbacks: Any
+    optimizers: Any
+    optimizer_cls_and_kwargs: Any
+    preprocess_logits_for_metrics: Any
+    peft_config: Any
+    formatting_func: Any
+
+
 class DistillMixin(_Base):  # type: ignore[misc]
     """Before Trainer, or a subclass of it, among the bases of a class: `class Mine(DistillMixin, SFTTrainer)`.
 
@@ -57,7 +82,7 @@ class DistillMixin(_Base):  # type: ignore[misc]
     objective: an `Objective`; default: `TokenKD` of the settings, or, without any, that of a model which you attached.
     full_logits: accept a model whose LM head is not one matrix; see `attach`. card_teacher: the teacher's name, for the
         model card, which does not name it otherwise.
-    settings: the fields of TrainSettings that say what the loss is (alpha, temperature, divergence, treatment, beta,
+    changes: the fields of TrainSettings that say what the loss is (alpha, temperature, divergence, treatment, beta,
         skew, and alpha_end, temperature_end with their schedules), how the cache is read (layout, shards_open, threads,
         skip, max_positions, allow_partial), evaluate_positions and allow_other_tokenizer. Everything else goes to the
         Trainer: callbacks, processing_class, optimizers, ...
@@ -81,13 +106,14 @@ class DistillMixin(_Base):  # type: ignore[misc]
         objective: Objective | None = None,
         full_logits: bool = False,
         card_teacher: str | None = None,
-        **settings: Any,
+        **changes: Unpack[TrainerChanges],
     ) -> None:
-        own = {name: settings.pop(name) for name in SETTINGS & settings.keys()}
+        own = {name: value for name, value in changes.items() if name in SETTINGS}
+        settings = {name: value for name, value in changes.items() if name not in SETTINGS}
         if args is not None:
             check_arguments(args)
         check_given(settings)
-        self._kd_settings = TrainSettings(**own)
+        self._kd_settings = changed("DistillTrainer", TrainSettings(), own)
         if objective is not None and (lost := sorted(own.keys() & LOSS_SETTINGS)):
             raise TrainError(f"objective: got one and {', '.join(lost)}; expected one of the two.")
         if objective is None and not own.keys() & LOSS_SETTINGS and is_attached(model) and not model._kd.of_trainer:

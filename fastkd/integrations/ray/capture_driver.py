@@ -11,19 +11,34 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from ...cache.manifest import runs
 from ...capture.shard_runner import CaptureReport
 from ...errors import ClusterError, TeacherUnavailable, passes
 from ...settings import CaptureSettings
+from ...settings_changes import CaptureChanges, changed
 from ...utils.progress import MODES, Mode, Progress, notes_only
 from ...utils.signals import Stop
 from .capture_report import RayCaptureReport, WorkerReport
 from .capture_worker import TALK, CaptureWorker, Heard, Survey, Work
 from .cluster import Resources, connected, resources_of, workers_that_fit
+
+
+class CaptureOptions(CaptureChanges, total=False):
+    """Other arguments of `fastkd.capture`."""
+
+    fingerprint: str
+    vocab_size: int | None
+    column: str | None
+    text_documents: str
+    tokenizer: Any
+    loss_on: str
+    threads: int
+    notes: str
+
 
 DEFAULTS = CaptureSettings()
 ENDS = 8  # of one worker, one after another without a commit, after which the capture fails
@@ -42,7 +57,7 @@ def capture(
     cpus_per_worker: float = 1.0,
     stop: Stop | None = None,
     progress: Mode = "none",
-    **options: Any,
+    **options: Unpack[CaptureOptions],
 ) -> RayCaptureReport:
     """Run a teacher once over a dataset on a Ray cluster, and store its targets in a cache. Calling it again continues.
 
@@ -62,8 +77,12 @@ def capture(
             raise TypeError(f"capture() on Ray got {name!r}, which the driver decides")
     if not callable(progress) and progress not in MODES:
         raise ValueError(f"progress: got {progress!r}; expected one of {', '.join(MODES)}.")
-    changes = {f.name: options.pop(f.name) for f in fields(CaptureSettings) if f.name in options}
-    work = Work(partial(_as_given, teacher, data), out, replace(settings, **changes), options, os.getcwd())
+    own = {f.name for f in fields(CaptureSettings)}
+    changes = {name: value for name, value in options.items() if name in own}
+    others = {name: value for name, value in options.items() if name not in own}
+    work = Work(
+        partial(_as_given, teacher, data), out, changed("capture", settings, changes), others, os.getcwd()
+    )  # fmt: skip
     return run_work(
         work,
         workers=workers,

@@ -6,19 +6,41 @@ there.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ...errors import ClusterError, passes
-from ...settings import TrainSettings
+from ...settings import LiveSettings, RolloutSettings, ShareSettings, TrainSettings
+from ...settings_changes import TrainChanges
 from ...train.api import DEFAULTS
 from ...train.api import train as train_here
+from ...train.objective import Objective
 from ...train.result import TrainReport
+from ...train.trainer import Evaluate, Pause
+from ...train.watch import Watch
 from ...utils.atomic import remove_folder
 from ...utils.output_guard import check_folder
 from ...utils.progress import notes_only
 from ...utils.signals import Stop
 from .board import listening, make_board, stoppable
 from .cluster import connected, enter_folder, resources_of
+
+
+class TrainOptions(TrainChanges, total=False):
+    """Other arguments of `fastkd.train`."""
+
+    teacher: Any
+    data: Any
+    live: LiveSettings
+    write_cache: Any
+    rollouts: RolloutSettings
+    objective: Objective | None
+    control: bool
+    stop_if_worse: bool
+    evaluate: Evaluate | None
+    pause: Pause | None
+    watch: Watch | None
+    share: ShareSettings
+
 
 FOLDER = ".ray"  # of Ray's own files, in the run's, while it trains
 
@@ -35,7 +57,7 @@ def train(
     failures: int = 3,
     stop: Stop | None = None,
     progress: str = "none",
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> TrainReport:
     """Train a student on a Ray cluster. Called again with the same arguments, it resumes from the last checkpoint.
 

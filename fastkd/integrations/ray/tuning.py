@@ -10,11 +10,13 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from ...data.examples import Examples
 from ...errors import ClusterError, TrainError
 from ...evaluate.measures import sign_of
 from ...settings import TrainSettings
+from ...settings_changes import TrainChanges
 from ...sweep.api import Training
 from ...sweep.api import sweep as sweep_here
 from ...sweep.result import FAILED, STOPPED, SweepReport, read_result
@@ -25,6 +27,16 @@ from ...utils.progress import Mode, notes_only
 from ...utils.signals import Stop
 from .board import listening, make_board, stoppable
 from .cluster import connected, enter_folder, resources_of
+
+
+class SweepOptions(TrainChanges, total=False):
+    """Other arguments of `fastkd.sweep`."""
+
+    data: Examples | None
+    seeds: int
+    at_once: int | None
+    stop_if_worse: bool
+
 
 FOLDER = ".ray"  # of Ray's own files, in the sweep's, while it runs
 REDUCTION = 2  # of ASHA: the part of the trials that goes on at a rung is 1/2
@@ -43,7 +55,7 @@ def sweep(
     failures: int = 3,
     stop: Stop | None = None,
     progress: Mode = "none",
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> SweepReport:
     """Train a student with several settings on a Ray cluster, and rank the results. Called again, it resumes.
 
