@@ -44,6 +44,7 @@ from ..train.api import DEFAULTS, train
 from ..train.batch import with_batch
 from ..train.begun import begun_with
 from ..train.beside import check_exports
+from ..train.cards import write_cards
 from ..train.exits import with_exits
 from ..train.held_out import EVALUATION
 from ..train.inputs import inputs_of
@@ -238,6 +239,7 @@ class _Family:
         done = read_result(arm.folder)
         if done is not None:
             check_finished(arm.folder, done, settings, self._identity, [describe_cache(cache)])
+            write_cards(arm.folder, text=self._examples is None)  # it may have ended before its own
         else:
             self._note(f"{arm.name}: training on {arm.says}, seed {arm.settings.seed}: {arm.folder}")
             with naming(arm.name):

@@ -21,6 +21,7 @@ from ..settings_changes import TrainChanges, changed
 from ..train.api import DEFAULTS, train
 from ..train.batch import with_batch
 from ..train.begun import begun_with
+from ..train.cards import write_cards
 from ..train.inputs import inputs_of
 from ..train.result import TrainReport, describe_cache
 from ..train.settings_check import check_best
@@ -158,6 +159,7 @@ def sweep(
                 done = None  # it goes on
             if done is not None and not done.failed:
                 check_finished(folder, done, own, identity, [describe_cache(c) for c in inputs.caches])
+                write_cards(folder, text=data is None)  # it may have ended before its own
             if done is None or not (done.failed or done.evaluations or not measured):
                 control, watch = controls.get(arm), None
                 if stop_if_worse:

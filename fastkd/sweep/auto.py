@@ -25,6 +25,7 @@ from ..settings_changes import TrainChanges, changed
 from ..train import evaluations as kept
 from ..train.api import DEFAULTS, train
 from ..train.batch import with_batch
+from ..train.cards import write_cards
 from ..train.checkpoint import FOLDER
 from ..train.inputs import CacheInputs, inputs_of
 from ..train.outline import steps_of
@@ -185,6 +186,8 @@ class Halving:
         if done is not None and done.evaluations and not there:
             raise TrainError(f"{folder}: it was trained without rungs. Sweep with --auto into another folder.")
         if done is not None and (done.failed or done.evaluations):
+            if not done.failed:
+                write_cards(folder, text=self.given["data"] is None)  # it may have ended before its own
             return True
         if there and step < last:
             return True

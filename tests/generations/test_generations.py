@@ -156,7 +156,11 @@ def test_finished_generations_are_kept_and_more_can_follow(
     out = tmp_path / "out"
     shutil.copytree(done[0], out)
     monkeypatch.setattr(Trainer, "_make", lambda *arguments: pytest.fail("it trains again"))
+    card = out / "generation-2" / "run" / "student" / "README.md"
+    text = card.read_text()
+    card.unlink()
     assert left_of(run(out, control=True)) == left_of(done[1])
+    assert card.read_text() == text
     monkeypatch.undo()
     with pytest.raises(TrainError, match=r"generations: got 3; expected 2, of which .*ensemble is the mean. Delete"):
         run(out, 3)

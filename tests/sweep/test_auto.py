@@ -139,6 +139,17 @@ def test_the_choice(cache: Cache, done: tuple[Path, AutoReport], tmp_path: Path)
         assert (json.loads((folder / "run.json").read_text())["report"]["complete"]) == whole
 
 
+def test_a_card_that_is_missing(cache: Cache, done: tuple[Path, AutoReport], tmp_path: Path) -> None:
+    """An arm counts as finished before its card is written."""
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    card = out / str(done[1].chosen) / "seed=0" / "student" / "README.md"
+    text = card.read_text()
+    card.unlink()
+    choose(cache, out)
+    assert card.read_text() == text
+
+
 def test_the_test_against_the_default(done: tuple[Path, AutoReport]) -> None:
     out, report = done
     assert report.chosen != "alpha=0.5"

@@ -134,8 +134,12 @@ def test_what_is_finished_stays(cache: Cache, done: Any, tmp_path: Path) -> None
     shutil.copytree(done[0], out)
     (out / NAMES[0] / "seed=1" / "run.json").unlink()  # killed just before its last file
     (out / NAMES[0] / "seed=1" / "evaluation.json").unlink()
+    card = out / NAMES[1] / "seed=1" / "student" / "README.md"
+    text = card.read_text()
+    card.unlink()  # killed just before it
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/seed=0/**/*")}
     report = sweep(cache, out)
+    assert card.read_text() == text
     assert report.trainings == 1  # which had no step left to make
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/seed=0/**/*")} == before
     assert [a.to_json() for a in report.arms] == [
