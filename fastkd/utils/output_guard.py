@@ -43,7 +43,10 @@ def check_folder(folder: Path, kind: str) -> None:
     check_place(folder, "out", error)
     if folder.is_dir():
         inner = (f"{path.parent.name}/{path.name}" for path in folder.glob("*/seed=*"))
-        names = sorted(path.name for path in folder.iterdir())
+        paths = sorted(folder.iterdir())
+        if kind == "sweep":  # an arm's folder is made before that of its first training, which may have failed
+            paths = [path for path in paths if not ("=" in path.name and path.is_dir() and not any(path.iterdir()))]
+        names = [path.name for path in paths]
         if kind == "run" and "run.json" not in names and (control := folder / CONTROL).is_dir():
             # which is trained first with stop_if_worse: of a student, or of each of several
             each = [path for path in control.iterdir() if any((path / name).exists() for name in _KINDS[kind][0])]

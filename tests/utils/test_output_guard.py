@@ -59,6 +59,14 @@ def test_a_run_whose_control_comes_first(tmp_path: Path) -> None:
         check_folder(tmp_path, "run")
 
 
+def test_a_sweep_that_failed_between_the_folders_of_an_arm_and_of_its_training(tmp_path: Path) -> None:
+    (tmp_path / "alpha=0").mkdir()
+    check_folder(tmp_path, "sweep")
+    (tmp_path / "alpha=0" / "part.parquet").write_text("")
+    with pytest.raises(TrainError, match=r"got 'alpha=0'; .* that of a sweep"):
+        check_folder(tmp_path, "sweep")
+
+
 def test_what_was_begun_there_and_logs_are_no_hindrance(cache: Path, tmp_path: Path) -> None:
     run, swept = tmp_path / "run", tmp_path / "sweep"
     settings: dict[str, Any] = SMALL | {"steps": 2}
