@@ -14,14 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 from ..cache import CacheError, CacheWriter, FeatureWriter
 from ..cache.manifest import runs
 from ..cache.stores import Store
 from ..data.documents import Documents
 from ..data.examples import Examples
-from ..errors import TeacherUnavailable
-from ..teachers.tensor_parallel import ParallelGroup
+from ..errors import TeacherUnavailable, passes
+from ..teachers.tensor_parallel import LeaderFailed, ParallelGroup
 from ..utils.numbers import duration, size_text
 from ..utils.progress import Mode, Progress
 from ..utils.signals import Stop, Stopped
@@ -88,7 +89,7 @@ class CaptureRunner(ShardRunner):
         writer: None unless this is the leader. features: the writer of each feature. Raises DataError, TeacherError,
         CacheError, or StoreError.
         """
-        report: CaptureReport | None = None
+        shared: CaptureReport | LeaderFailed
         try:
             with self._stop.gently():
                 if writer is None:
@@ -102,12 +103,15 @@ class CaptureRunner(ShardRunner):
                     self._seal()
                 busy = self._busy / seconds if seconds else 0.0
                 report = replace(self._report, seconds=seconds, teacher_busy=busy)
-                report = replace(report, complete=not missing, missing=runs(missing))
+                shared = report = replace(report, complete=not missing, missing=runs(missing))
                 return report
+        except BaseException as error:
+            shared = LeaderFailed(passes(error))
+            raise
         finally:
             self._progress.close()
             if writer is not None and not self._group_busy:  # if the teacher failed, it failed in the whole group
-                self._group.share(report)
+                self._group.share(shared)
 
     def _capture_shards(self) -> None:
         self._there = {name: self._committed_shards(name, listing=self._given is None) for name in self._writers}
@@ -209,12 +213,13 @@ class CaptureRunner(ShardRunner):
         self._claims.drop(str(index))
 
     def _follow(self) -> CaptureReport:
-        """Run the teacher on the shards that the leader shares. Returns its report; CacheError if it failed."""
-        while isinstance(shared := self._group.share(None), ShardTask):
+        """Run the teacher on the shards that the leader shares. Returns its report; see `LeaderFailed.error`."""
+        nothing: Any = None  # the leader's is shared
+        while isinstance(shared := self._group.share(nothing), ShardTask):
             with suppress(Stopped):
                 self._run(shared, read_shard_rows(self._plan, self._data, shared.index))
         if not isinstance(shared, CaptureReport):
-            raise CacheError("the leading process of this worker failed; see its error message.")
+            raise shared.error
         return shared
 
     def _claimed_shards(self) -> Iterator[ShardTask]:

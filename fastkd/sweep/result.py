@@ -323,7 +323,7 @@ def sweep_text(report: SweepReport) -> str:
     over = f"mean over {count} seeds ± standard deviation" if count > 1 else "one seed"
     lines += [f"held out: {over}"] * bool(names)
     lines += format_table(rows)
-    lines += explained(names)
+    lines += explained(names, KINDS[report.kind])
     lines += ["?: not distinguishable from the best"] * bool(report.alike)
     lines.append(report.verdict)
     if report.seconds:

@@ -73,6 +73,20 @@ class ParallelGroup:
             dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class LeaderFailed:
+    """What the leader of a worker shares when it fails. later: whether the same call may succeed later."""
+
+    later: bool
+
+    @property
+    def error(self) -> Exception:
+        """What the other processes raise."""
+        if self.later:
+            return WorkRemains("the leading process of this worker stopped; see its message.")
+        return CacheError("the leading process of this worker failed; see its error message.")
+
+
 @contextmanager
 def heeding_others(size: int) -> Iterator[None]:
     """Within the context, WorkRemains is raised if another of the `size` processes of this worker has ended, or does
@@ -94,13 +108,11 @@ def led(group: ParallelGroup, make: Callable[[], Value]) -> Value:
             value = make()
         except BaseException as error:
             problem = error
-    made, shared, later = group.share((problem is None, value, problem is not None and passes(problem)))
+    shared = group.share(value if problem is None else LeaderFailed(passes(problem)))
     if problem is not None:
         raise problem
-    if later:
-        raise WorkRemains("the leading process of this worker stopped; see its message.")
-    if not made:
-        raise CacheError("the leading process of this worker failed; see its error message.")
+    if isinstance(shared, LeaderFailed):
+        raise shared.error
     return shared  # type: ignore[return-value]
 
 

@@ -15,8 +15,9 @@ from capture_worker import run
 from test_capture_kills import Server, interrupted
 from test_capture_workers import together
 
-from fastkd.cache import CacheError, StoreError, open_cache, verify_cache
+from fastkd.cache import StoreError, open_cache, verify_cache
 from fastkd.cache.stores import MemoryStore
+from fastkd.errors import WorkRemains
 
 FEATURES = ["1", "-1"]
 Whole = tuple[dict[int, str], dict[str, dict[int, str]]]
@@ -176,7 +177,7 @@ def test_a_group_is_one_worker(pattern: str | None, whole: Whole) -> None:
         assert teachers["leader"].calls == teachers["follower"].calls
     else:
         assert isinstance(found["leader"], StoreError)
-        assert isinstance(found["follower"], CacheError)
+        assert isinstance(found["follower"], WorkRemains)
         store.full = False
         assert capture(store, teacher=Layered(), features=tuple(FEATURES)).complete
     check(store, whole)

@@ -35,7 +35,7 @@ from fastkd.capture.prepare import prepare, write_window_plan
 from fastkd.capture.runner import CaptureReport, CaptureRunner
 from fastkd.capture.teacher_pass import TeacherPass
 from fastkd.data.documents import open_documents
-from fastkd.errors import DataError, TeacherError
+from fastkd.errors import DataError, TeacherError, WorkRemains
 from fastkd.kernels import SparseTargets
 from fastkd.settings import CaptureSettings
 from fastkd.teachers.module import ModuleTeacher
@@ -249,8 +249,8 @@ def test_a_leader_that_fails_leaves_nobody_behind(pattern: str, whole: dict[int,
     store = Without(pattern)
     found = together(store)
     assert isinstance(found["leader"], StoreError)
-    assert isinstance(found["follower"], CacheError)
-    assert "the leading process of this worker failed" in str(found["follower"])
+    assert isinstance(found["follower"], WorkRemains)  # as the leader's, which a later call may not meet
+    assert "the leading process of this worker stopped" in str(found["follower"])
     store.full = False
     completes(store, whole)
 
