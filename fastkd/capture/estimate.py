@@ -230,9 +230,9 @@ def requests(shards: int, workers: int = 1, hours: float = 0.0, features: int = 
     while at < hours * 3600 * workers / shards:
         renewals += 1
         at += (min(at, LONGEST_SECONDS - FIRST_SECONDS) + FIRST_SECONDS) / 2
-    # each worker reads plan, lengths, spec (twice) and manifest first, the last two again at its end; and for each shard,
-    # before it is run and before it is encoded, whether it was written meanwhile, and whether the cache was sealed.
-    # sealing writes the manifest, and reads and lists all shards
+    # each worker reads plan, lengths, spec (twice) and manifest first, the last two again at its end; and for each
+    # shard, before it is run and before it is encoded, whether it was written meanwhile, and whether the cache was
+    # sealed. sealing writes the manifest, and reads and lists all shards
     capture = {
         "PUT": 3 + 2 * workers + (2 + renewals) * shards,
         "GET": 7 * workers + 4 * shards + (workers - 1) * shards,
