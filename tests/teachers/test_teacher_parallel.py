@@ -17,7 +17,7 @@ from fastkd.kernels.lm_head import LMHead
 from fastkd.models.lm_head import logits_of
 from fastkd.models.protocol import Hidden
 from fastkd.teachers.hf import load_hf
-from fastkd.teachers.tensor_parallel import ParallelGroup, heeding_others, join_group, led
+from fastkd.teachers.tensor_parallel import LeaderFailed, ParallelGroup, heeding_others, join_group, led
 
 # softcap and windows; scale and a head that is the embedding; a bias; experts
 DIVISIBLE = ["llama", "gemma2", "cohere", "phi", "mixtral"]
@@ -147,7 +147,7 @@ class Follower(ParallelGroup):
     later: bool = False
 
     def share(self, value: Any) -> Any:
-        return False, None, self.later
+        return LeaderFailed(self.later)
 
 
 def test_others_end_as_their_leader_does() -> None:
