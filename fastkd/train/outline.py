@@ -49,7 +49,8 @@ class HeldOutSize(NamedTuple):
 class Outline:
     """A training before it begins. steps: in all; per_epoch: of an epoch. batch: of a step, in words. every: steps
     between evaluations, 0 for none. held_out: what an evaluation reads, None if that is not known. why: there are no
-    evaluations, as a sentence; or "". doubts: about settings, for people."""
+    evaluations, as a sentence; or "". doubts: about settings, for people. by_steps: whether their number was given, and
+    not that of epochs."""
 
     steps: int
     per_epoch: int
@@ -58,6 +59,7 @@ class Outline:
     held_out: HeldOutSize | None = None
     why: str = ""
     doubts: tuple[str, ...] = ()
+    by_steps: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -92,10 +94,13 @@ class Outline:
         if self.steps >= FEW_STEPS:
             return doubts
         epochs = max(2, math.ceil(ENOUGH_STEPS / self.per_epoch))
+        more = f"--epochs {epochs} makes {epochs * self.per_epoch}"
+        if self.by_steps:  # which --epochs would not change
+            more = f"--steps {ENOUGH_STEPS} is {ENOUGH_STEPS / self.per_epoch:.3g} times the data"
         return [
             *doubts,
             f"warning: {few_steps(self.steps)} to learn from, and a comparison after fewer than "
-            f"{FEW_STEPS} says little. --epochs {epochs} makes {epochs * self.per_epoch}; more data are better still.",
+            f"{FEW_STEPS} says little. {more}; more data are better still.",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -147,4 +152,6 @@ def outline_of(
     elif settings.batch_tokens is not None:
         batch = f"about {settings.batch_tokens:,} {words.positions}"
     why = why or ("evaluate_every is 0" if not every else "")
-    return Outline(steps, per_epoch, batch, every, held_out, why, tuple(doubts))
+    if settings.steps and settings.epochs != TrainSettings.epochs:
+        doubts = [*doubts, f"--steps {settings.steps} counts, and --epochs {settings.epochs:g} does not."]
+    return Outline(steps, per_epoch, batch, every, held_out, why, tuple(doubts), by_steps=bool(settings.steps))

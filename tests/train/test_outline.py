@@ -77,6 +77,12 @@ def test_the_outline() -> None:
         "training: 50 steps of 1 sequence, less than one epoch",
         "evaluations: none, as nothing was held out",
     ]
+    given = outline_of(TrainSettings(steps=4, epochs=15.0), 3, held_out=held).warnings
+    assert given == [
+        "warning: --steps 4 counts, and --epochs 15 does not.",
+        "warning: 4 steps are few to learn from, and a comparison after fewer than 50 says little. --steps 100 is 33.3 "
+        "times the data; more data are better still.",
+    ]
     small = outline_of(TrainSettings(batch_tokens=1024), 1, size=Size(40, 2, 20), held_out=held)
     assert small.lines[0] == "training: 1 step of 40 positions, 1 epoch"
     few = outline_of(TrainSettings(batch_size=64, batch_tokens=1024), 1, size=Size(40, 2, 20), held_out=held)
