@@ -1,4 +1,4 @@
-"""Progress over shards, for a person who waits: tqdm's bar, or what the caller shows."""
+"""Progress of a loop over shards: a tqdm bar, or the caller's own display."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -7,12 +7,12 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 Shown = bool | Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""Whether a bar is shown on stderr; or a function that yields the shards it is given, and shows how many of so many it
-has yielded. Its arguments are the shards, their number, and what is done with them, such as "verify"."""
+"""Whether to show a progress bar on stderr; or a function that wraps the iterable of shards and displays progress, as
+tqdm does. Its arguments: the shards, their total, and a description such as "verify"."""
 
 
 def shown(shards: Iterable[T], total: int, what: str, progress: Shown) -> Iterable[T]:
-    """The shards, with progress."""
+    """Wrap an iterable of shards to display progress."""
     if callable(progress):
         return progress(shards, total, what)
     bar: Iterable[T] = tqdm(shards, total=total, unit="shard", disable=not progress, desc=what, leave=False)

@@ -214,7 +214,7 @@ def _check_same(store: Store, plan: WindowPlan, spec: CacheSpec) -> None:
     there = existing_plan(store)
     different = plan_differences(there, plan.dataset, asdict(plan.settings)) if there is not None else []
     clearer: tuple[str, ...] = ("dataset:", "shard_positions:") if different else ()
-    if there is None:  # a hash alone says what is there
+    if there is None:  # the spec has only a hash of the lost plan
         clearer, different = ("dataset:",), _dataset_differences(theirs.provenance, spec.provenance)
     # differences of the plan are clearer than those of its hash
     raise refusal(store, different + [text for text in differences(theirs, spec) if not text.startswith(clearer)])

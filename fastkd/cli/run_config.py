@@ -52,9 +52,9 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
     data = kept.get("data") or ()
     kept |= {"data": (data,) if isinstance(data, str) else data, "control": False, "stop_if_worse": False}
     # an arm is not uploaded in the student's place, and continues no sequences itself
-    kept |= {"push": None, "push_private": False} | _defaults(RolloutSettings)
+    kept |= {"push": None, "push_private": False} | vars(RolloutSettings())
     if kept["cache"]:  # a teacher beside it had rollouts to score
-        kept |= {"teacher": None} | _defaults(LiveSettings)
+        kept |= {"teacher": None} | vars(LiveSettings())
     elif is_inside(kept["teacher"]):  # labels alone need none
         kept["teacher"] = None
     for pattern in _WITHIN[type(command)]:
@@ -65,7 +65,3 @@ def _arms(command: Any, folder: Path) -> Iterator[Train]:
                 continue
             # an earlier version may have had other settings
             yield Train(**{**kept, **{n: value for n, value in settings.items() if n in known}, "out": path.parent})
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    return {one.name: one.default for one in fields(kind)}

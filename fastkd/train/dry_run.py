@@ -79,9 +79,9 @@ class TrainingPlan:
 def dry_run(call: TrainCall, *, seconds: float = SECONDS, begin: Callable[[], None] = lambda: None) -> TrainingPlan:
     """What `train` with these arguments will take.
 
-    begin: called once the arguments are checked, before anything is loaded. The student is made, and a teacher is
-    loaded; then the first micro-batches are run for about so many seconds, at least two. Neither the folder nor a cache
-    is written. For one process: several share each step.
+    begin: callback, called after the arguments are checked and before anything is loaded. seconds: approximate time to
+    run micro-batches for, once the student and any live teacher are loaded; at least two micro-batches run. Writes
+    neither the run folder nor a cache. Single process only: several processes share each step.
     Raises what `train` raises before its first step.
     """
     if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..errors import TrainError
 from ..evaluate.measures import LOG, MEASURES, printed_in
 from ..settings import TrainSettings
 from ..utils.similar import did_you_mean
+from ..utils.text import HASH
 from .checkpoint import Checkpoint, read, steps_of
 from .matching import parse
 from .metrics import check_tracker
@@ -48,7 +48,6 @@ _COUNTS = {
 }  # fmt: skip
 """The least value of settings that are integers."""
 _MOST = 2**63 - 1  # of an integer: of torch's and numpy's
-_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 HIGH_RATE = 0.1
 """A learning rate with which AdamW moves every weight by so much a step."""
 
@@ -218,4 +217,4 @@ def check_same(
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """What differs, by name, in words."""
     names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    return {name: _HASH.sub(r"\1…", f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here") for name in names}
+    return {name: HASH.sub(r"\1…", f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here") for name in names}

@@ -284,7 +284,7 @@ def counting(total: int, unit: str, what: str, *, shown: bool) -> Progress:
 
 
 def shards_shown(shards: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The shards, with the progress of a loop over so many; see `counting`."""
+    """Wrap an iterable of `total` shards to display progress, as `counting` does."""
     with counting(total, "shard", what, shown=True) as progress:
         for shard in shards:
             yield shard

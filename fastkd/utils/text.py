@@ -14,6 +14,7 @@ from .numbers import size_text
 from .words import TEXT, Words, words_of
 
 __all__ = [
+    "HASH",
     "TEXTS",
     "features_lines",
     "labelled",
@@ -27,7 +28,8 @@ __all__ = [
 
 _WIDTH = 80
 _LABEL = 20  # columns of a line's label
-_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+"""A sha256 in hexadecimal; its first group is shown."""
 _LONG_WORD = re.compile(r"\S{501,}")
 _MOST_LISTED = 8  # ranges, or objects, on one line
 
@@ -161,8 +163,8 @@ def _origin(report: dict[str, Any]) -> dict[str, str]:
 
 def _names_first(text: str) -> str:
     """A fingerprint with its hashes at the end, of which the first twelve digits are shown."""
-    parts = _HASH.sub(lambda found: found[1], text).split(", ")
-    hashed = [bool(_HASH.search(part)) for part in text.split(", ")]
+    parts = HASH.sub(lambda found: found[1], text).split(", ")
+    hashed = [bool(HASH.search(part)) for part in text.split(", ")]
     return ", ".join(part for last in (False, True) for part, own in zip(parts, hashed, strict=True) if own == last)
 
 

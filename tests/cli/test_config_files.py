@@ -266,16 +266,8 @@ def test_a_control_is_reproduced_alone(tmp_path: Path, given: dict[str, Any], ke
 @pytest.mark.parametrize(("name", "file"), [("mutual", "run.json"), ("generations", "generations.json")])
 def test_commands_without_arms_of_their_own(tmp_path: Path, name: str, file: str) -> None:
     write_json_of(tmp_path / file, {})
-    words = ["1"] * (name == "generations") + [
-        "--student",
-        "s",
-        "--teacher",
-        "t",
-        "--data",
-        "d",
-        "--out",
-        str(tmp_path),
-    ]
+    words = ["--student", "s", "--teacher", "t", "--data", "d", "--out", str(tmp_path)]
+    words = [*["1"] * (name == "generations"), *words]
     leave_config(name, parse([name, *words]))
     assert parse([name, "--config", str(tmp_path / "config.toml")]) == parse([name, *words])
 
